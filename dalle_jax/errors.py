@@ -1,0 +1,48 @@
+"""Errors meant for the person at the keyboard.
+
+Everything a user can cause and repair (a wrong config key, a missing folder, a mesh that does not fit) is raised as
+a `UserError`.  `main.py` prints its message alone, without a traceback, and exits with its `exit_code`; any other
+exception is a bug and keeps its traceback.
+
+Messages follow one pattern: what was given, what is expected, what to do.
+"""
+
+
+class UserError(Exception):
+    """Base of every error caused by the user's input or machine; carries the exit status of the process."""
+
+    exit_code = 1
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration key, value or variant that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(UserError, ValueError):
+    """Training or evaluation data that is missing or unreadable."""
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint that cannot be written or read."""
+
+
+class ConfigMismatch(CheckpointError):
+    """A checkpoint whose stored configuration describes another model than the one asked for."""
+
+    exit_code = 2
+
+
+class MeshError(UserError, ValueError):
+    """A device mesh that does not fit the devices or the arrays laid out on it."""
+
+    exit_code = 2
+
+
+class NonFiniteError(UserError, ArithmeticError):
+    """Training stopped because loss or gradients stayed infinite or not-a-number."""
+
+
+class PretrainedError(UserError, RuntimeError):
+    """Pretrained weights that are missing, damaged or of another architecture."""
