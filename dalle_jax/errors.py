@@ -46,3 +46,15 @@ class NonFiniteError(UserError, ArithmeticError):
 
 class PretrainedError(UserError, RuntimeError):
     """Pretrained weights that are missing, damaged or of another architecture."""
+
+
+class Preempted(SystemExit):
+    """Training was asked to stop (SIGTERM, Ctrl-C), has saved its state, and ends the process with status 0.
+
+    Derives from `SystemExit` so that a caller which runs several trainings in turn stops with the first one
+    instead of starting the next.
+    """
+
+    def __init__(self, message: str):
+        super().__init__(0)
+        self.message = message

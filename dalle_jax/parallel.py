@@ -1,0 +1,232 @@
+"""The device mesh, and how named dimensions are laid out on it.
+
+Every parameter and many activations name their dimensions ("embed", "heads", "batch", ...) beside their initializer.
+One table, `RULES`, says which mesh axes each name is split over; nothing else in the package knows about devices:
+
+    data     copies of the model, each with a part of the batch
+    fsdp     as data, and the parameters are split over it too (gathered layer by layer when used)
+    tensor   one matrix product split over several devices (heads, hidden units, vocabulary)
+
+`jax.jit` with these shardings inserts the communication.  One device is the same code with a 1x1x1 mesh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from absl import logging
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from dalle_jax.errors import MeshError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
+    # activations
+    ("batch", ("data", "fsdp")),
+    ("length", None),
+    ("embed_act", None),
+    # parameters of transformers
+    ("layers", None),
+    ("embed", "fsdp"),
+    ("mlp", "tensor"),
+    ("heads", "tensor"),
+    ("kv", None),
+    ("vocab", "tensor"),
+    ("text_vocab", "tensor"),
+    ("positions", None),
+    # parameters of convolutional networks
+    ("conv_in", "fsdp"),
+    ("conv_out", "tensor"),
+    ("codebook", "tensor"),
+)
+
+# A dimension that its mesh axes do not divide is kept whole in arrays up to this many elements (three input channels,
+# a bias); in a larger array that would quietly cost memory on every device, so it is an error.
+MAX_UNDIVIDED_ELEMENTS = 2**20
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
+    """Builds the mesh of axes (data, fsdp, tensor).
+
+    Args:
+      data, fsdp, tensor: size of each axis; at most one may be -1 and takes all devices that are left.
+      devices: the devices to use (default: all of them, of all hosts).
+
+    Returns:
+      A mesh whose axes are automatic: `jax.jit` derives the layout of intermediate values.
+
+    Raises:
+      MeshError: sizes that do not multiply to the number of devices.  On one host a smaller mesh is allowed; the
+        other devices idle, which is logged.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise MeshError(f"Mesh {asked}: every axis needs a positive size; one of them may be -1 (all that is left).")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    count = len(devices)
+    fits = count % fixed == 0 if free else fixed <= count
+    if not fits:
+        raise MeshError(
+            f"Mesh {asked} does not fit: it needs {'a multiple of ' if free else ''}{fixed} devices, there are {count} "
+            f"({devices[0].device_kind}). Change config.mesh so that data*fsdp*tensor = {count}."
+        )
+    if free:
+        sizes[free[0]] = count // fixed
+    used = math.prod(sizes.values())
+    if used < count:
+        if jax.process_count() > 1:
+            raise MeshError(f"Mesh {asked} uses {used} of {count} devices; with several hosts it must use all of them.")
+        logging.warning("Mesh %s uses %d of %d devices.", asked, used, count)
+    return jax.make_mesh(
+        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices[:used]
+    )
+
+
+@contextlib.contextmanager
+def on_mesh(mesh: Mesh) -> Iterator[Mesh]:
+    """Context in which logical names in models resolve to `mesh` (outside of it they do nothing)."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield mesh
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Asks for the layout of an activation, one logical name (or None: whole) per dimension.
+
+    A no-op outside of `on_mesh`, so that models run without any mesh.
+
+    Raises:
+      ValueError: a name that `RULES` does not know, or two names that want the same mesh axis.
+    """
+    return nn.with_logical_constraint(x, names, fallback=nn.RulesFallback.RAISE_ERROR)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Layout of a value that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Layout of a batch: the first dimension is split, whatever follows is whole."""
+    return NamedSharding(mesh, PartitionSpec(dict(RULES)["batch"]))
+
+
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return math.prod(mesh.shape[axis] for axis in dict(RULES)["batch"])
+
+
+def check_batch(mesh: Mesh, batch_size: int, accumulate_steps: int = 1) -> None:
+    """Checks that a global batch can be split over the mesh, in `accumulate_steps` slices.
+
+    Raises:
+      MeshError: it cannot.
+    """
+    shards = batch_shards(mesh) * accumulate_steps
+    if batch_size % shards:
+        raise MeshError(
+            f"batch_size={batch_size} cannot be split over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} devices"
+            f" in {accumulate_steps} accumulation step(s): give a multiple of {shards}, or another config.mesh."
+        )
+
+
+def to_mesh(batch: Any, sharding: NamedSharding) -> Any:
+    """Makes global arrays from this host's part of a batch.
+
+    Args:
+      batch: tree of host arrays, this process's rows (all rows where there is one process).  Arrays that are on the
+        mesh already pass unchanged.
+      sharding: layout of the result, as from `batch_sharding`.
+
+    Returns:
+      The same tree of global `jax.Array`s.  The copy to the devices is asynchronous.
+    """
+
+    def put(x: Any) -> jax.Array:
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            return x
+        if jax.process_count() == 1:
+            return jax.device_put(x, sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+
+    return jax.tree.map(put, batch)
+
+
+def partition_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, where: str = "array") -> PartitionSpec:
+    """Layout of one array from the names of its dimensions.
+
+    Args:
+      names: a logical name, or None for a whole dimension, per dimension.
+      shape: its shape.
+      mesh: supplies the axis sizes.
+      where: name of the array, for messages.
+
+    Raises:
+      ValueError: a name that `RULES` does not know, a wrong number of names, or two that want the same mesh axis.
+      MeshError: a large array with a dimension that its mesh axes do not divide.
+    """
+    rules = dict(RULES)
+    if len(names) != len(shape):
+        raise ValueError(f"{where}: {len(names)} logical names {tuple(names)} for an array of shape {tuple(shape)}.")
+    unknown = [name for name in names if name is not None and name not in rules]
+    if unknown:
+        raise ValueError(f"{where}: unknown logical name(s) {unknown}; parallel.RULES knows {sorted(rules)}.")
+    spec: list[str | tuple[str, ...] | None] = []
+    taken: set[str] = set()
+    for name, size in zip(names, shape, strict=True):
+        target = rules[name] if name is not None else None
+        axes = (target,) if isinstance(target, str) else tuple(target or ())
+        if taken & set(axes):
+            raise ValueError(f"{where}: names {tuple(names)} put the mesh axis {taken & set(axes)} on two dimensions.")
+        ways = math.prod(mesh.shape[axis] for axis in axes)
+        if size % ways:
+            if math.prod(shape) > MAX_UNDIVIDED_ELEMENTS:
+                raise MeshError(
+                    f"{where}: dimension '{name}' of size {size} cannot be split over mesh axes {axes} of size {ways}. "
+                    f"Change config.mesh, or the width of the model to a multiple of {ways}."
+                )
+            target, axes = None, ()
+        taken |= set(axes)
+        spec.append(target)
+    return PartitionSpec(*spec)
+
+
+def shardings_of(boxed: Any, mesh: Mesh) -> Any:
+    """Layouts of a tree of parameters.
+
+    Args:
+      boxed: tree of arrays or `ShapeDtypeStruct`s, boxed by `nn.with_logical_partitioning` where dimensions have
+        names; unboxed leaves are replicated.
+      mesh: the mesh.
+
+    Returns:
+      A tree of `NamedSharding`s with the structure of the unboxed tree.
+    """
+    is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)  # noqa: E731
+
+    def sharding(path: Any, leaf: Any) -> NamedSharding:
+        if not is_box(leaf):
+            return replicated(mesh)
+        where = jax.tree_util.keystr(path, simple=True, separator="/")
+        return NamedSharding(mesh, partition_spec(leaf.names, leaf.value.shape, mesh, where))
+
+    return jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=is_box)
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """`ShapeDtypeStruct`s of `tree`, with `shardings`: what a compiler or a checkpoint reader needs to know."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def describe(mesh: Mesh) -> Mapping[str, Any]:
+    """One mapping for logs: axis sizes, device kind, number of hosts."""
+    return {**mesh.shape, "device": mesh.devices.flat[0].device_kind, "hosts": jax.process_count()}
