@@ -1,0 +1,367 @@
+"""The trunk that both priors share: blocks of attention and MLP over the stream "text, then image grid".
+
+DALL-E, section 2.2, with pre-norm blocks (the paper does not settle the block; its fp16 gradient scaling is not
+needed in bfloat16, footnote 12). Norm, activation, QK-norm and positions are typed fields, so they can be compared.
+
+Layers with a repeating order of patterns (row, column, row, row) run as one `nn.scan` over that unit, so that 64
+layers compile as fast as four; what is left over (the last, convolutional layer) follows one by one. Decoding wants
+each layer's weights in one piece, not sliced out of a stack at every token: `unstack` gives the same parameters in
+the layout of `scan=False`.
+
+    B batch    S = T + N sequence    D width    H heads    K head size    F hidden width of the MLP
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax.models.attention import Pattern, attend, attend_reference, attend_step
+from dalle_jax.priors.layout import TokenLayout
+
+NORMS = ("layernorm", "rmsnorm")
+ACTIVATIONS = {"gelu": (jax.nn.gelu, False), "geglu": (jax.nn.gelu, True), "swiglu": (jax.nn.silu, True)}
+POSITIONS = ("learned", "rotary")
+REMAT = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerOptions:
+    """Sizes and choices of the trunk.
+
+    Attributes:
+      width: D.
+      depth: number of layers.
+      heads: H.
+      head_dim: K; 0 means width / heads.
+      mlp_ratio: F / D.
+      norm: "layernorm" or "rmsnorm", before each branch.
+      activation: "gelu" (exact), "geglu" or "swiglu"; the last two have a gate, and so two input matrices.
+      qk_norm: RMS-normalise queries and keys, with a learned gain.
+      positions: "learned" (text position; image row + column) or "rotary" (the same coordinates, rotated into q, k).
+      dropout: on the embeddings and on each branch's output.
+      dtype: of the activations. Parameters, softmax, logits and losses are float32 in any case.
+      remat: "none", "full" (keep only each scanned unit's input) or "dots" (keep matrix products).
+      scan: run repeated layers as one scan.
+    """
+
+    width: int = 512
+    depth: int = 8
+    heads: int = 8
+    head_dim: int = 0
+    mlp_ratio: float = 4.0
+    norm: str = "layernorm"
+    activation: str = "gelu"
+    qk_norm: bool = False
+    positions: str = "learned"
+    dropout: float = 0.0
+    dtype: str = "bfloat16"
+    remat: str = "none"
+    scan: bool = True
+
+    def __post_init__(self):
+        for field, known in (("norm", NORMS), ("activation", ACTIVATIONS), ("positions", POSITIONS), ("remat", REMAT)):
+            if getattr(self, field) not in known:
+                raise ValueError(f"model.{field} is {getattr(self, field)!r}; expected one of {', '.join(known)}.")
+        if not self.head_dim and self.width % self.heads:
+            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; set head_dim.")
+        if self.positions == "rotary" and self.size_per_head % 4:
+            raise ValueError(f"Rotary positions need a head size divisible by 4, not {self.size_per_head}.")
+
+    @property
+    def size_per_head(self) -> int:
+        return self.head_dim or self.width // self.heads
+
+    @property
+    def hidden(self) -> int:
+        return int(self.width * self.mlp_ratio)
+
+
+def stacking(patterns: tuple[Pattern, ...]) -> tuple[int, int]:
+    """How to fold layers into a scan: (layers in the repeated unit, repeats), covering as many layers as can be.
+
+    Gives (0, 0) where nothing repeats.
+    """
+    best = (0, 0)
+    for unit in range(1, 5):
+        repeats = 0
+        while patterns[repeats * unit : (repeats + 1) * unit] == patterns[:unit] and (repeats + 1) * unit <= len(patterns):
+            repeats += 1
+        if repeats > 1 and unit * repeats > best[0] * best[1]:
+            best = (unit, repeats)
+    return best
+
+
+# -- positions ----------------------------------------------------------------------------------------------------
+
+
+def rotary_angles(layout: TokenLayout, head_dim: int) -> np.ndarray:
+    """Angles of each position, float32 [S, K/2]: a quarter of K for each of two coordinates.
+
+    Text has (position, 0); the image has (T + row, column), so that a text distance never equals an image one by row.
+    """
+    text = np.stack([np.arange(layout.text_length), np.zeros(layout.text_length)], -1)
+    rows, columns = np.divmod(np.arange(layout.image_length), layout.width)
+    image = np.stack([layout.text_length + rows, columns], -1)
+    rates = 10000.0 ** (-np.arange(head_dim // 4) / (head_dim // 4))
+    angles = np.concatenate([text, image])[:, :, None] * rates
+    return angles.reshape(layout.length, head_dim // 2).astype(np.float32)
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Rotates [..., S, H, K] by angles [S, K/2], pairing k with k + K/2."""
+    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
+    shape = (1,) * (a.ndim - 3) + cos.shape[:1] + (1,) + cos.shape[2:]
+    cos, sin = cos.reshape(shape), sin.reshape(shape)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
+
+
+# -- modules ------------------------------------------------------------------------------------------------------
+
+
+class Dense(nn.Module):
+    """A dense layer over one or more trailing axes, named for sharding. [..., *inputs] to [..., *outputs] in `dtype`.
+
+    Attributes:
+      inputs, outputs: shapes of the contracted and of the new axes.
+      names: logical axis names of the kernel, [*inputs, *outputs].
+      bias: logical axis names of the bias, [*outputs]; empty for none.
+      scale: variance of the output for an input of variance 1, at initialisation.
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    names: tuple[str | None, ...]
+    dtype: Any
+    bias: tuple[str | None, ...] = ()
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        axes = tuple(range(len(self.inputs)))
+        init = nn.initializers.normal((self.scale / np.prod(self.inputs)) ** 0.5)
+        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.names), (*self.inputs, *self.outputs))
+        contract = (tuple(range(x.ndim - len(axes), x.ndim)), axes)
+        y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ())))
+        if self.bias:
+            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.bias)
+            bias = self.param("bias", zeros, self.outputs).astype(self.dtype)
+            y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
+        return y
+
+
+class Norm(nn.Module):
+    """Layer norm or RMS norm, in float32. [..., D] to [..., D] in `dtype`."""
+
+    kind: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
+        if self.kind == "layernorm":
+            norm = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, scale_init=ones, bias_init=zeros, name="norm")
+        else:
+            norm = nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, scale_init=ones, name="norm")
+        return norm(x).astype(self.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention of one pattern, in three uses: the whole stream, its text alone, one image position."""
+
+    options: TransformerOptions
+    layout: TokenLayout
+    pattern: Pattern
+
+    def setup(self):
+        o = self.options
+        heads = (o.heads, o.size_per_head)
+        self.qkv = Dense((o.width,), (3, *heads), ("embed", None, "heads", "kv"), o.dtype)
+        self.out = Dense(heads, (o.width,), ("heads", "kv", "embed"), o.dtype, ("norm",), 0.5 / o.depth)
+        if o.qk_norm:
+            self.q_norm, self.k_norm = Norm("rmsnorm", o.dtype, name="q_norm"), Norm("rmsnorm", o.dtype, name="k_norm")
+        if o.positions == "rotary":
+            self.angles = rotary_angles(self.layout, o.size_per_head)
+
+    def _heads(self, x: jax.Array, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x [B, S', D] to q, k, v, each [B, S', H, K]."""
+        q, k, v = jnp.moveaxis(self.qkv(x), -3, 0)
+        if self.options.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        if self.options.positions == "rotary":
+            q, k = rotate(q, angles), rotate(k, angles)
+        return q, k, v
+
+    def _angles(self, positions) -> jax.Array | None:
+        return jnp.asarray(self.angles)[positions] if self.options.positions == "rotary" else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """[B, S, D] to [B, S, D]."""
+        q, k, v = self._heads(x, self._angles(slice(None)))
+        return self.out(attend(q, k, v, self.pattern, self.layout))
+
+    def prefill(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """The text alone, [C, T, D]; also returns its keys and values, each [C, H, T, K]."""
+        t = self.layout.text_length
+        q, k, v = self._heads(x, self._angles(slice(0, t)))
+        out = self.out(attend_reference(q, k, v, self.pattern.mask(self.layout)[:t, :t]))
+        return out, (k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+    def step(self, x: jax.Array, text, cache, position: jax.Array):
+        """One image position, [C·n, D], against its caption's (keys, values) and its cache, which it joins."""
+        where = self.layout.text_length + position
+        q, k, v = (y[:, 0] for y in self._heads(x[:, None], self._angles(where[None])))
+        store = self.pattern.cache(self.layout)
+        cache = tuple(store.write(c, y, position) for c, y in zip(cache, (k, v)))
+        keys, values = (store.read(c, position) for c in cache)
+        return self.out(attend_step(q, keys, values, store.visible(position), *text)), cache
+
+
+class MLP(nn.Module):
+    """Two dense layers, the first with a gate where the activation has one. [..., D] to [..., D]."""
+
+    options: TransformerOptions
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        o = self.options
+        activation, gated = ACTIVATIONS[o.activation]
+        if o.activation in ("gelu", "geglu"):
+            activation = functools.partial(activation, approximate=False)
+        up = functools.partial(Dense, (o.width,), (o.hidden,), ("embed", "mlp"), o.dtype, ("mlp",))
+        hidden = activation(up(name="up")(x))
+        if gated:
+            hidden = hidden * up(name="gate")(x)
+        return Dense((o.hidden,), (o.width,), ("mlp", "embed"), o.dtype, ("norm",), 0.5 / o.depth, name="down")(hidden)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    options: TransformerOptions
+    layout: TokenLayout
+    pattern: Pattern
+
+    def setup(self):
+        o = self.options
+        self.attention_norm, self.mlp_norm = Norm(o.norm, o.dtype), Norm(o.norm, o.dtype)
+        self.attention = Attention(o, self.layout, self.pattern)
+        self.mlp = MLP(o)
+        self.drop = nn.Dropout(o.dropout)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[B, S, D] to [B, S, D]."""
+        x = x + self.drop(self.attention(self.attention_norm(x)), deterministic=not train)
+        x = x + self.drop(self.mlp(self.mlp_norm(x)), deterministic=not train)
+        return nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
+
+    def prefill(self, x: jax.Array):
+        y, kv = self.attention.prefill(self.attention_norm(x))
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), kv
+
+    def step(self, x: jax.Array, text, cache, position: jax.Array):
+        y, cache = self.attention.step(self.attention_norm(x), text, cache, position)
+        x = x + y
+        return x + self.mlp(self.mlp_norm(x)), cache
+
+
+class Unit(nn.Module):
+    """The repeated layers that one scan step runs. Carries x, [B, S, D]."""
+
+    options: TransformerOptions
+    layout: TokenLayout
+    patterns: tuple[Pattern, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array, train: bool):
+        for i, pattern in enumerate(self.patterns):
+            x = Block(self.options, self.layout, pattern, name=f"layer_{i}")(x, train)
+        return x, None
+
+
+class Trunk(nn.Module):
+    """All layers and the last norm.
+
+    Parameters: with `scan`, `units/layer_j/...` with a leading axis of repeats, then `layer_i/...` for what is left
+    over; without, `layer_i/...` throughout (see `unstack`).
+    """
+
+    options: TransformerOptions
+    layout: TokenLayout
+    patterns: tuple[Pattern, ...]
+
+    def setup(self):
+        o = self.options
+        if len(self.patterns) != o.depth:
+            raise ValueError(f"{len(self.patterns)} attention patterns for {o.depth} layers; there must be one for each.")
+        unit, repeats = stacking(self.patterns) if o.scan else (0, 0)
+        remat = REMAT[o.remat]
+        if repeats:
+            cell = Unit if remat is None else nn.remat(Unit, policy=remat, prevent_cse=False, static_argnums=(2,))
+            self.units = nn.scan(
+                cell, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=repeats,
+                in_axes=nn.broadcast, metadata_params={nn.PARTITION_NAME: "layers"},
+            )(o, self.layout, self.patterns[:unit])  # fmt: skip
+        block = Block if remat is None else nn.remat(Block, policy=remat, static_argnums=(2,))
+        self.scanned = unit * repeats
+        self.layers = [
+            block(o, self.layout, self.patterns[i], name=f"layer_{i}") for i in range(self.scanned, o.depth)
+        ]
+        self.final_norm = Norm(o.norm, o.dtype)
+
+    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
+        """[B, S, D] to [B, S, D]."""
+        if self.scanned:
+            x, _ = self.units(x, train)
+        for layer in self.layers:
+            x = layer(x, train)
+        return self.final_norm(x)
+
+    # Decoding: `scan=False` only.
+
+    def init_cache(self, rows: int) -> list[tuple[jax.Array, jax.Array]]:
+        """An empty (keys, values) for each layer, as large as its pattern needs."""
+        o = self.options
+        stores = [p.cache(self.layout) for p in self.patterns]
+        new = lambda store: store.init(rows, o.heads, o.size_per_head, o.dtype)
+        return [(new(store), new(store)) for store in stores]
+
+    def prefill(self, x: jax.Array):
+        """Text states [C, T, D]; returns them, and for each layer its keys and values, each [C, H, T, K]."""
+        text = []
+        for layer in self.layers:
+            x, kv = layer.prefill(x)
+            text.append(kv)
+        return self.final_norm(x), text
+
+    def step(self, x: jax.Array, text, caches, position: jax.Array):
+        """One image position: states [C·n, D], int32 []; returns the states and the caches with it written."""
+        new = []
+        for layer, kv, cache in zip(self.layers, text, caches):
+            x, cache = layer.step(x, kv, cache, position)
+            new.append(cache)
+        return self.final_norm(x), new
+
+
+def unstack(params, patterns: tuple[Pattern, ...]):
+    """Trunk parameters made with `scan` in the layout of `scan=False`. Others come back as they are."""
+    if "units" not in params:
+        return params
+    unit, repeats = stacking(patterns)
+    flat = {name: sub for name, sub in params.items() if name != "units"}
+    for r in range(repeats):
+        for j in range(unit):
+            flat[f"layer_{r * unit + j}"] = jax.tree.map(lambda x: x[r], params["units"][f"layer_{j}"])
+    return flat

@@ -1,0 +1,36 @@
+"""Installs dalle_jax. Tool settings are in pyproject.toml."""
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+CORE = [
+    "absl-py",
+    "emoji>=2.14",
+    "etils[epath]",
+    "flax>=0.12",
+    "grain>=0.2.12",
+    "jax>=0.8",
+    "ml-collections>=1.0",
+    "numpy>=1.26",
+    "optax>=0.2.5",
+    "orbax-checkpoint>=0.11.25",
+    "pillow>=10.3",
+    "sentencepiece>=0.2",
+    "tensorboardX>=2.6",
+    "tensorflow-datasets>=4.9.9",
+    "tqdm",
+]
+TEST = ["hypothesis", "pytest>=8", "ruff", "safetensors"]
+
+setup(
+    name="dalle_jax",
+    version="0.1.0",
+    description="DALL-E in JAX/Flax, TPU-first: text in, pictures out",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["dalle_jax", "dalle_jax.*"]),
+    install_requires=CORE,
+    extras_require={"test": TEST, "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},
+)
