@@ -1,0 +1,105 @@
+"""Crops and resizes of the two stages, each a function of (picture, size, generator).
+
+Appendices A.2 and B.2 of Zero-Shot Text-to-Image Generation:
+  dvae   random square crop of the short side s, area resize to t ~ U[9/8, 12/8]·S, random S crop, horizontal flip;
+  prior  near-centred square crop (offset within 3/8 to 5/8 of the slack), area resize to t ~ U[1, 9/8]·S, random S
+         crop, and no flip, because captions mention left, right and text;
+  none   centred square crop, resized to S: evaluation, and small data sets drawn to size.
+
+As in the paper's listings t never exceeds the short side, so nothing is enlarged only to be cropped; a picture
+smaller than S, which the listings refuse, is enlarged to S.  The resize is a true area average (every source pixel
+counts by the area it covers), which Pillow's BOX filter is not at fractional ratios.
+
+    S size asked for    s short side of the picture    t side after the resize
+"""
+from __future__ import annotations
+
+import numpy as np
+
+
+def augment(image: np.ndarray, size: int, kind: str, generator: np.random.Generator | None) -> np.ndarray:
+    """Makes a square picture of the size asked for.
+
+    Args:
+      image: uint8 [H, W, 3].
+      size: S.
+      kind: "none", "dvae" or "prior".
+      generator: the source of chance; not used by "none".
+
+    Returns:
+      uint8 [S, S, 3].
+
+    Raises:
+      ValueError: where the kind is unknown.
+    """
+    if kind == "none":
+        return area_resize(_square(image, *_centre(image)), size)
+    if kind == "dvae":
+        return _dvae(image, size, generator)
+    if kind == "prior":
+        return _prior(image, size, generator)
+    raise ValueError(f"Unknown augmentation {kind!r}; expected 'none', 'dvae' or 'prior'.")
+
+
+def _dvae(image: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
+    short = min(image.shape[:2])
+    top, left = (int(generator.integers(0, side - short + 1)) for side in image.shape[:2])
+    side = _draw_side(generator, short, size, round(size * 9 / 8), round(size * 12 / 8))
+    image = _random_crop(area_resize(_square(image, top, left), side), size, generator)
+    return image[:, ::-1] if generator.random() < 0.5 else image
+
+
+def _prior(image: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
+    short = min(image.shape[:2])
+    slack = [side - short for side in image.shape[:2]]
+    top, left = (int(generator.integers(3 * s // 8, max(3 * s // 8 + 1, 5 * s // 8))) for s in slack)
+    side = _draw_side(generator, short, size, size, round(size * 9 / 8))
+    return _random_crop(area_resize(_square(image, top, left), side), size, generator)
+
+
+def _draw_side(generator: np.random.Generator, short: int, size: int, low: int, high: int) -> int:
+    """t, both ends included, not above the short side of the picture and not below S."""
+    low, high = (max(size, min(short, bound)) for bound in (low, high))
+    return int(generator.integers(low, high + 1))
+
+
+def _random_crop(image: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
+    top, left = (int(generator.integers(0, side - size + 1)) for side in image.shape[:2])
+    return image[top : top + size, left : left + size]
+
+
+def _centre(image: np.ndarray) -> tuple[int, int]:
+    short = min(image.shape[:2])
+    return (image.shape[0] - short) // 2, (image.shape[1] - short) // 2
+
+
+def _square(image: np.ndarray, top: int, left: int) -> np.ndarray:
+    short = min(image.shape[:2])
+    return image[top : top + short, left : left + short]
+
+
+def area_resize(image: np.ndarray, side: int) -> np.ndarray:
+    """Resizes by area averaging: each new pixel is the mean over the rectangle of the old picture that it covers.
+
+    Args:
+      image: uint8 [H, W, C].
+      side: height and width of the result.
+
+    Returns:
+      uint8 [side, side, C].
+    """
+    if image.shape[:2] == (side, side):
+        return image
+    averaged = _average_rows(_average_rows(image.astype(np.float64), side).swapaxes(0, 1), side).swapaxes(0, 1)
+    return np.rint(averaged).astype(np.uint8)
+
+
+def _average_rows(image: np.ndarray, count: int) -> np.ndarray:
+    """Means over `count` equal stretches of the first axis, from differences of its running sum."""
+    length = image.shape[0]
+    running = np.concatenate([np.zeros_like(image[:1]), np.cumsum(image, axis=0)])
+    edges = np.arange(count + 1) * (length / count)
+    whole = np.minimum(edges.astype(np.int64), length - 1)
+    part = (edges - whole).reshape(-1, *[1] * (image.ndim - 1))
+    at_edges = running[whole] + part * image[whole]
+    return np.diff(at_edges, axis=0) * (count / length)

@@ -1,0 +1,164 @@
+"""Turns positions of the global example order into batches: what one worker does for one batch.
+
+The order is a pure function.  Global position p of a run lies in epoch p // n at place p mod n; a seeded
+permutation per epoch says which example that is.  Batch k holds positions [k·B, (k+1)·B), of which host i takes the
+i-th of `process_count` equal stretches.  So any host, any worker, at any time, can make any batch: resuming needs
+only k, and neither the number of hosts nor of workers changes what is seen.
+
+Unreadable examples must not shift that order, or hosts would drift apart.  In training the place of one is taken by
+the example half an epoch further on (then the next, …), which every host can name without asking; in evaluation its
+row is marked invalid.
+
+    B global batch    b = B / process_count rows on this host    n examples    S picture size    T text positions
+"""
+from __future__ import annotations
+
+import dataclasses
+
+import grain
+import numpy as np
+
+from dalle_jax.data.augment import augment
+from dalle_jax.data.sources import DataOptions, Record, Source, UnreadableExample, decode_captions, decode_image
+from dalle_jax.data.text import TextModel
+from dalle_jax.errors import DataError
+from dalle_jax.priors.layout import TokenLayout
+
+# A source of which this many examples in a row are unreadable is given up on.
+_MAX_SUBSTITUTES = 1000
+
+_Decoded = tuple[np.ndarray, list[str], str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Note:
+    """Something to count about one example: why it was skipped, or that its caption was truncated."""
+
+    reason: str
+    index: int
+    name: str
+    detail: str
+
+
+class ExampleMaker:
+    """Makes batch k.  Picklable, so that worker processes can hold one each."""
+
+    def __init__(
+        self, source: Source, options: DataOptions, text_model: TextModel | None, layout: TokenLayout | None, *,
+        train: bool, batch_size: int, seed: int, process_index: int, process_count: int,
+    ):
+        """Args are those of `Pipeline`, checked there."""
+        self._source, self._options, self._text_model, self._layout = source, options, text_model, layout
+        self._train, self._seed, self._batch_size = train, seed, batch_size
+        self._rows = batch_size // process_count
+        self._first_row = process_index * self._rows
+        order = grain.MapDataset.range(len(source))
+        if train:
+            # Hashed first: grain shuffles epoch e with seed + e, so seed 0's second epoch would be seed 1's first.
+            order = order.shuffle(seed=int(self._entropy(0, 0, "shuffle").generate_state(1)[0]))
+        self._order = order
+        self._cache: dict[int, _Decoded | UnreadableExample] | None = {} if options.cache else None
+
+    def __getstate__(self):  # what is cached stays behind: each worker process fills a cache of its own
+        return {**self.__dict__, "_cache": None if self._cache is None else {}}
+
+    def __call__(self, step: int) -> tuple[dict[str, np.ndarray], tuple[Note, ...]]:
+        """Makes this host's rows of batch `step`.
+
+        Returns:
+          The batch: "image" uint8 [b, S, S, 3]; "text" int32 [b, T] where there is a text model; "index" int32 [b]
+          (the example's place in the source); in evaluation also "valid" bool [b].  And what is to be counted.
+
+        Raises:
+          DataError: in training, where no readable example is found.
+        """
+        size, notes = self._options.image_size, []
+        images = np.zeros((self._rows, size, size, 3), np.uint8)
+        texts = None
+        if self._text_model is not None:
+            texts = np.tile(self._layout.null_text(), (self._rows, 1))
+        indices = np.zeros(self._rows, np.int32)
+        valid = np.zeros(self._rows, np.bool_)
+        start = step * self._batch_size + self._first_row
+        for row, position in enumerate(range(start, start + self._rows)):
+            if not self._train and position >= len(self._source):
+                break
+            made = self._make(position, notes)
+            if made is not None:
+                index, images[row], text = made
+                indices[row], valid[row] = index, True
+                if texts is not None:
+                    texts[row] = text
+        batch = {"image": images, "index": indices}
+        if texts is not None:
+            batch["text"] = texts
+        if not self._train:
+            batch["valid"] = valid
+        return batch, tuple(notes)
+
+    def _make(self, position: int, notes: list[Note]) -> tuple[int, np.ndarray, np.ndarray | None] | None:
+        count = len(self._source)
+        epoch, place = divmod(position, count)
+        for attempt in range(min(count, _MAX_SUBSTITUTES) + 1 if self._train else 1):
+            if attempt:
+                place = (position + count // 2 + attempt - 1) % count
+                if place == position % count:  # half an epoch on, the round comes back to where it began
+                    continue
+            index = int(self._order[epoch * count + place]) if self._train else place
+            try:
+                return (index, *self._example(index, epoch, notes))
+            except UnreadableExample as error:
+                notes.append(Note(error.reason, index, error.name, error.detail))
+        if not self._train:
+            return None
+        reasons = sorted({note.reason for note in notes})
+        raise DataError(
+            f"{self._source.description}: nothing in it is readable ({len(set(notes))} examples tried, {count} in all: "
+            f"{', '.join(reasons)}). For instance {notes[-1].name}: {notes[-1].reason} {notes[-1].detail}".rstrip()
+        )
+
+    def _example(self, index: int, epoch: int, notes: list[Note]) -> tuple[np.ndarray, np.ndarray | None]:
+        image, captions, name = self._decoded(index)
+        options = self._options
+        if self._train and options.augment != "none":
+            generator = np.random.default_rng(self._entropy(epoch, index, "augment"))
+            image = augment(image, options.image_size, options.augment, generator)
+        elif image.shape[:2] != (options.image_size, options.image_size):
+            image = augment(image, options.image_size, "none", None)
+        if self._text_model is None:
+            return image, None
+        chosen, seed, dropout = 0, None, options.bpe_dropout if self._train else 0.0
+        if self._train and (dropout or len(captions) > 1):
+            chosen, seed = (int(word) for word in self._entropy(epoch, index, "text").generate_state(2, np.uint64))
+        ids, truncated = self._text_model.encode(
+            captions[chosen % len(captions)], max_length=self._layout.text_length, dropout=dropout, seed=seed
+        )
+        if truncated:
+            notes.append(Note("truncated caption", index, name, ""))
+        return image, self._layout.pad_text(ids)
+
+    def _decoded(self, index: int) -> _Decoded:
+        """Picture, captions and name; cached, where asked, at the size at which they are used."""
+        if self._cache is None:
+            return self._decode(self._source.record(index))
+        if index not in self._cache:
+            try:
+                self._cache[index] = self._decode(self._source.record(index))
+            except UnreadableExample as error:
+                self._cache[index] = error.with_traceback(None)
+        found = self._cache[index]
+        if isinstance(found, UnreadableExample):
+            # A new one each time: an exception raised again and again collects the frames of every raise.
+            raise UnreadableExample(found.reason, found.name, found.detail)
+        return found
+
+    def _decode(self, record: Record) -> _Decoded:
+        captions = decode_captions(record) if self._text_model is not None else []
+        image = decode_image(record)
+        if not self._train or self._options.augment == "none":
+            image = augment(image, self._options.image_size, "none", None)
+        return image, captions, record.name
+
+    def _entropy(self, epoch: int, index: int, stream: str) -> np.random.SeedSequence:
+        """The chance of one example in one epoch, apart for each use."""
+        return np.random.SeedSequence([self._seed, epoch, index, *stream.encode()])
