@@ -21,7 +21,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from absl import logging
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.errors import MeshError
 
@@ -94,7 +94,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh) -> Iterator[Mesh]:
-    """Context in which logical names in models resolve to `mesh` (outside of it they do nothing)."""
+    """Context in which `constrain` (and linen's own constraints) lay activations out on `mesh`; elsewhere it is a no-op."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield mesh
 
@@ -102,12 +102,16 @@ def on_mesh(mesh: Mesh) -> Iterator[Mesh]:
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     """Asks for the layout of an activation, one logical name (or None: whole) per dimension.
 
-    A no-op outside of `on_mesh`, so that models run without any mesh.
+    A no-op outside of `on_mesh`, so that models run without any mesh.  A dimension that its mesh axes do not divide
+    (one row on eight devices) stays whole.
 
     Raises:
       ValueError: a name that `RULES` does not know, or two names that want the same mesh axis.
     """
-    return nn.with_logical_constraint(x, names, fallback=nn.RulesFallback.RAISE_ERROR)
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, mesh, "activation", strict=False))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -161,7 +165,14 @@ def to_mesh(batch: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(put, batch)
 
 
-def partition_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh, where: str = "array") -> PartitionSpec:
+def partition_spec(
+    names: Sequence[str | None],
+    shape: Sequence[int],
+    mesh: Mesh | AbstractMesh,
+    where: str = "array",
+    *,
+    strict: bool = True,
+) -> PartitionSpec:
     """Layout of one array from the names of its dimensions.
 
     Args:
@@ -169,6 +180,7 @@ def partition_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
       shape: its shape.
       mesh: supplies the axis sizes.
       where: name of the array, for messages.
+      strict: refuse to keep a dimension of a large array whole because its mesh axes do not divide it.
 
     Raises:
       ValueError: a name that `RULES` does not know, a wrong number of names, or two that want the same mesh axis.
@@ -189,7 +201,7 @@ def partition_spec(names: Sequence[str | None], shape: Sequence[int], mesh: Mesh
             raise ValueError(f"{where}: names {tuple(names)} put the mesh axis {taken & set(axes)} on two dimensions.")
         ways = math.prod(mesh.shape[axis] for axis in axes)
         if size % ways:
-            if math.prod(shape) > MAX_UNDIVIDED_ELEMENTS:
+            if strict and math.prod(shape) > MAX_UNDIVIDED_ELEMENTS:
                 raise MeshError(
                     f"{where}: dimension '{name}' of size {size} cannot be split over mesh axes {axes} of size {ways}. "
                     f"Change config.mesh, or the width of the model to a multiple of {ways}."

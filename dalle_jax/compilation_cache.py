@@ -1,0 +1,18 @@
+"""XLA's programs kept on disk, so that the second run of a command starts at once."""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+
+def enable() -> str:
+    """Turns JAX's persistent compilation cache on, unless JAX_COMPILATION_CACHE_DIR already did.
+
+    Returns:
+      The directory: $JAX_COMPILATION_CACHE_DIR, or `~/.cache/dalle_jax/xla`.
+    """
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/dalle_jax/xla"))
+    return jax.config.jax_compilation_cache_dir

@@ -1,0 +1,201 @@
+"""What a training run tells the world: metrics.jsonl, TensorBoard, sample pictures, and the progress line.
+
+Only process 0 writes; on the others every method is a no-op.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from PIL import Image
+
+from dalle_jax.errors import UserError
+
+
+class MetricWriter:
+    """Appends scalars and pictures of one run to its workdir.
+
+    Files: `metrics.jsonl` (one JSON object per line: "step" and scalars; a value that is not finite is null),
+    `tensorboard/` (the same), `samples/<name>_<step>.png`.
+    """
+
+    def __init__(self, workdir: str, *, start: int = 0):
+        """Opens the files.
+
+        Args:
+          workdir: an existing directory.
+          start: step at which the run goes on.  Lines of later steps, left by a run that got further than its last
+            checkpoint, are dropped: they will be written again.
+        """
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        from tensorboardX import SummaryWriter  # imported here: only the process that writes needs it
+
+        self._workdir = workdir
+        path = os.path.join(workdir, "metrics.jsonl")
+        with _disk_errors(path):
+            kept = [line for line in _lines(path) if line["step"] <= start]
+            with open(path, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in kept)
+            self._jsonl = open(path, "a", encoding="utf-8", buffering=1)
+            os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
+            self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=start + 1 if start else None)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Writes scalars of one step."""
+        if not self._active or not values:
+            return
+        plain = {name: float(value) for name, value in values.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in plain.items()}
+        with _disk_errors(self._jsonl.name):
+            self._jsonl.write(json.dumps({"step": step, **finite}) + "\n")
+            for name, value in plain.items():
+                self._board.add_scalar(name, value, step)
+
+    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Writes a picture, uint8 [H, W, 3]."""
+        if not self._active:
+            return
+        path = os.path.join(self._workdir, "samples", f"{name}_{step:07d}.png")
+        with _disk_errors(path):
+            Image.fromarray(picture).save(path)
+            self._board.add_image(name, picture, step, dataformats="HWC")
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        if self._active:
+            with _disk_errors(self._jsonl.name):
+                self._jsonl.close()
+                self._board.close()
+
+
+class Progress:
+    """The line that shows where a run is, how fast it goes and when it will end.
+
+    On a terminal the line is rewritten in place; elsewhere (a log file, a notebook) a new one is printed, at most
+    every `interval` seconds.  Time inside `pause()` (evaluation, checkpoints) is not counted as training time.
+    """
+
+    def __init__(self, start: int, total: int, batch_size: int, *, interval: float = 10.0, out: TextIO | None = None):
+        self._out = out or sys.stdout
+        self._active = jax.process_index() == 0
+        self._tty = self._out.isatty()
+        self._interval = 0.5 if self._tty else interval
+        self._start, self._total, self._batch_size = start, total, batch_size
+        self._paused = 0.0
+        self._began = time.perf_counter()
+        self._mark = (start, 0.0)
+        self._shown = -math.inf
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._began - self._paused
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Context whose time is not training time."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused += time.perf_counter() - began
+
+    def rates(self, step: int) -> dict[str, float]:
+        """Speed since the last call: {"seconds_per_step", "examples_per_second"}."""
+        (since, then), now = self._mark, self._elapsed()
+        self._mark = (step, now)
+        seconds = (now - then) / max(step - since, 1)
+        return {"seconds_per_step": seconds, "examples_per_second": self._batch_size / max(seconds, 1e-9)}
+
+    def show(self, step: int, loss: float) -> None:
+        """Shows the line, unless it was shown just before."""
+        elapsed = self._elapsed()
+        if not self._active or step <= self._start or elapsed - self._shown < self._interval:
+            return
+        self._shown = elapsed
+        left = (self._total - step) * elapsed / (step - self._start)
+        text = f"{self._summary(step, elapsed)} · loss {loss:.4g} · {_duration(left)} left"
+        self._out.write(f"\r\x1b[2K{text}" if self._tty else f"{text}\n")
+        self._out.flush()
+
+    def note(self, text: str) -> None:
+        """Prints a line of its own."""
+        if self._active:
+            self._out.write(f"\r\x1b[2K{text}\n" if self._tty else f"{text}\n")
+            self._out.flush()
+
+    def finish(self, step: int) -> None:
+        """Prints the average speed of the whole run."""
+        if step > self._start:
+            elapsed = self._elapsed()
+            self.note(f"{self._summary(step, elapsed)} · {_duration(elapsed)} of training")
+
+    def _summary(self, step: int, elapsed: float) -> str:
+        seconds = elapsed / (step - self._start)
+        return (
+            f"step {step}/{self._total} · {1e3 * seconds:.0f} ms/step · "
+            f"{self._batch_size / max(seconds, 1e-9):.4g} examples/s"
+        )
+
+
+class Mean:
+    """Running mean of scalars over the steps between two log lines; a value that is not finite is left out."""
+
+    def __init__(self):
+        self._sums: dict[str, list[float]] = {}
+
+    def add(self, scalars: Mapping[str, Any]) -> None:
+        """Adds the scalars of one step."""
+        for name, value in scalars.items():
+            total = self._sums.setdefault(name, [0.0, 0.0])
+            if math.isfinite(value):
+                total[0] += float(value)
+                total[1] += 1
+
+    def take(self) -> dict[str, float]:
+        """The means so far (nan: no finite value); starts anew."""
+        means = {name: total / count if count else math.nan for name, (total, count) in self._sums.items()}
+        self._sums = {}
+        return means
+
+
+def read_metrics(workdir: str) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, in order ([] where there is none)."""
+    return list(_lines(os.path.join(workdir, "metrics.jsonl")))
+
+
+def _lines(path: str) -> Iterator[dict[str, Any]]:
+    if not os.path.exists(path):
+        return
+    with open(path, encoding="utf-8") as file:
+        for line in file:
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                continue  # the last line of a process that was killed while writing
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+
+
+@contextmanager
+def _disk_errors(path: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"Cannot write {path}: {error.strerror or error}. Free space or give another --workdir, then run the same "
+            "command again: it goes on from the last checkpoint."
+        ) from error

@@ -1,0 +1,226 @@
+"""The training loop, for every task.
+
+    from dalle_jax.train import train
+    state = train(config, "runs/prior-shapes")
+
+The loop has one rhythm: evaluate → save → next batch → step.  A checkpoint thus holds the state and the data iterator
+at the same boundary, with the measures of exactly that state.
+
+Host and device meet in named places only: `report`, which waits for step n when n + 1 is already queued, and the
+cadenced work (evaluation, preview, checkpoint), before which everything queued is reported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from dalle_jax import keys, optimizers, parallel, schedules, tasks
+from dalle_jax.checkpoint import Checkpoints, to_json
+from dalle_jax.errors import ConfigError, DataError, NonFiniteError, Preempted
+from dalle_jax.metric_writer import Mean, MetricWriter, Progress
+from dalle_jax.optimizers import AverageOptions, OptimizerOptions
+from dalle_jax.options import from_config
+from dalle_jax.tasks import Job
+from dalle_jax.train_step import TrainState, make_init, make_train_step
+
+
+def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainState:
+    """Trains until `config.steps`, from the latest checkpoint in `workdir` if there is one.
+
+    May be called several times in one process.  On SIGTERM or Ctrl-C it saves and raises `Preempted`; the same call
+    then goes on from there, with the same numbers as if nothing had happened.
+
+    Args:
+      config: a training configuration (see `configs/`).
+      workdir: directory of the run; made if needed.
+      job: what to train; default: `tasks.build(config, workdir)`.
+
+    Returns:
+      The final state, on the mesh.
+
+    Raises:
+      UserError: its subclasses say what was wrong with configuration, data, mesh, checkpoints or numbers.
+    """
+    with contextlib.ExitStack() as cleanup:
+        # --------------------------------------------------------------------------------------- what to run, where
+        _check(config, workdir)
+        total, cadence = config.steps, config.cadence
+        mesh = parallel.make_mesh(**config.mesh)
+        options = from_config(OptimizerOptions, config.optimizer, "optimizer")
+        average = from_config(AverageOptions, config.ema, "ema")
+        parallel.check_batch(mesh, config.batch_size, options.accumulate_steps)
+        job = job or tasks.build(config, workdir)
+        task = job.task
+        step_schedules = {**task.schedules, "learning_rate": schedules.make(config.schedules.learning_rate)}
+        optimizer = optimizers.make_optimizer(options)
+        logging.info("mesh: %s", parallel.describe(mesh))
+
+        # ------------------------------------------------------------ the state: shapes, their layout, then either
+        #   1. the latest checkpoint in workdir (state and data iterator), whatever mesh it was written on, or
+        #   2. fresh parameters
+        cleanup.enter_context(parallel.on_mesh(mesh))
+        init, abstract_state = make_init(task, optimizer, average, mesh, config.seed)
+        batches = job.train_batches()
+        cleanup.callback(getattr(batches, "close", lambda: None))
+        checkpoints = Checkpoints(
+            workdir, keep_last=config.keep.last, keep_best=config.keep.best, best_metric=task.best_metric
+        )
+        cleanup.callback(checkpoints.close)
+        if checkpoints.latest_step is not None:
+            state = checkpoints.restore(abstract_state, batches, config)
+        else:
+            state = init()
+        start = int(state.step)
+        if jax.process_index() == 0:
+            (epath.Path(workdir) / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
+
+        # ------------------------------------------------------------------------------------ what the run reports
+        writer, mean, progress = MetricWriter(workdir, start=start), Mean(), Progress(start, total, config.batch_size)
+        cleanup.callback(writer.close)
+        if start:
+            progress.note(f"{workdir}: {'going on from' if start < total else 'complete:'} step {start} of {total}")
+        queued: list[tuple[int, dict[str, jax.Array]]] = []  # steps on their way, whose scalars were not fetched yet
+
+        def report(keep: int) -> None:
+            """Fetches and logs the scalars of all queued steps but the latest `keep`."""
+            while len(queued) > keep:
+                step, scalars = queued.pop(0)
+                host = {name: float(value) for name, value in jax.device_get(scalars).items()}
+                if host["skipped_in_row"] >= config.max_nonfinite:
+                    raise NonFiniteError(
+                        f"Loss or gradients were not finite in {host['skipped_in_row']:.0f} steps in a row (until step "
+                        f"{step}); none of them changed the parameters. The last checkpoint, of step "
+                        f"{checkpoints.latest_step}, is good. Lower schedules.learning_rate or optimizer.clip_norm."
+                    )
+                del host["skipped_in_row"]
+                mean.add(host)
+                progress.show(step, host["loss"])
+                if step % cadence.log == 0 or step == total:
+                    left_out = {f"left_out/{reason}": n for reason, n in job.data_counts().items()}
+                    now = {name: host[name] for name in (*step_schedules, "skipped")}
+                    values = {**mean.take(), **now, **progress.rates(step), **left_out}
+                    writer.scalars(step, {f"train/{name}": value for name, value in values.items()})
+
+        # ------------------------------------------------------------------------------ what it computes beside steps
+        rows, everywhere = parallel.batch_sharding(mesh), parallel.replicated(mesh)
+        frozen = jax.device_put(task.frozen, everywhere)
+        key = jax.device_put(jax.random.key(config.seed), everywhere)
+
+        def evaluation_batches() -> Iterator[Any]:
+            for batch in itertools.islice(job.eval_batches(), config.eval_batches):
+                yield parallel.to_mesh(batch, rows)
+
+        def evaluate(step: int) -> dict[str, float]:
+            values = task.evaluate(state.eval_params, frozen, evaluation_batches(), keys.stream(key, "evaluate"))
+            writer.scalars(step, {f"eval/{name}": value for name, value in values.items()})
+            progress.note(f"step {step} · " + " · ".join(f"{name} {value:.4g}" for name, value in values.items()))
+            return values
+
+        def preview(step: int) -> None:
+            batch = next(evaluation_batches())
+            writer.picture(step, "preview", task.preview(state.eval_params, frozen, batch, keys.stream(key, "preview")))
+
+        def compile_update(batch: Any) -> Any:
+            began = time.perf_counter()
+            update = make_train_step(task, optimizer, options, average, step_schedules, abstract_state)
+            update = update.lower(state, frozen, batch, key).compile()
+            size = sum(x.size for x in jax.tree.leaves(state.params))
+            progress.note(f"{workdir}: {size:,} parameters, compiled in {time.perf_counter() - began:.1f} s")
+            return update
+
+        # ------------------------------------------------------------------------------------------------- the loop
+        stop = cleanup.enter_context(_stop_signals())
+        update = None
+        for step in range(start, total + 1):
+            last, fresh = step == total, step > start
+            stopping = stop.is_set() or checkpoints.reached_preemption(step)
+            evaluating, previewing, saving = (
+                fresh and (last or (every > 0 and step % every == 0))
+                for every in (cadence.eval, cadence.preview, cadence.checkpoint)
+            )
+            if stopping or evaluating or previewing or saving:
+                report(keep=0)
+                with progress.pause():
+                    measures = evaluate(step) if evaluating and not stopping else None
+                    if previewing and not stopping:
+                        preview(step)
+                    if saving or stopping:
+                        checkpoints.save(step, state, batches, config, measures)
+            if stopping:
+                checkpoints.wait()
+                message = f"{workdir}: stopped at step {step} of {total} and saved; the same command goes on from there"
+                progress.note(message)
+                raise Preempted(message)
+            if last:
+                break
+
+            batch = parallel.to_mesh(_next(batches), rows)
+            if update is None:
+                with progress.pause():
+                    update = compile_update(batch)
+            state, scalars = update(state, frozen, batch, key)
+            queued.append((step + 1, scalars))
+            report(keep=1)  # the step before this one, while this one runs
+
+        checkpoints.wait()
+        progress.finish(total)
+        return state
+
+
+def _check(config: ConfigDict, workdir: str) -> None:
+    """Refuses values that no training can use, and makes the directory."""
+    for name in ("batch_size", "steps", "max_nonfinite", "eval_batches", "cadence.log", "keep.last"):
+        value = config
+        for part in name.split("."):
+            value = value[part]
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"config.{name}={value!r}: expected a whole number, at least 1.")
+    if not workdir:
+        raise ConfigError("No workdir: give --workdir=DIR or config.workdir, where the run keeps its files.")
+    try:
+        epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"Cannot use {workdir!r} as the workdir: {error.strerror}. Give another --workdir.") from error
+
+
+def _next(batches: Iterator[Any]) -> Any:
+    try:
+        return next(batches)
+    except StopIteration:
+        raise DataError("The training data ended; the training iterator is expected to repeat for ever.") from None
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[threading.Event]:
+    """Context in which SIGTERM and Ctrl-C set the event that it gives, instead of ending the process at once.
+
+    A second Ctrl-C interrupts as usual.  With several hosts JAX's own preemption service catches SIGTERM and agrees
+    on a common step (`Checkpoints.reached_preemption`), so nothing is installed.
+    """
+    requested = threading.Event()
+
+    def request(number: int, _: Any) -> None:
+        requested.set()
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = {}
+    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+        previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield requested
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
