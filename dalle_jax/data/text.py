@@ -24,6 +24,7 @@ from dalle_jax.errors import ConfigError, DataError
 
 _SPACE = "\u2581"  # what sentencepiece writes for the blank before a word
 _UNKNOWN = 0
+_NOT_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff" + _SPACE + "]")  # controls, halves of surrogate pairs
 # More captions than this add nothing to the merge statistics but memory; a fixed sample is taken.
 _MAX_TRAINING_CAPTIONS = 1_000_000
 _MAX_TRAINING_LENGTH = 1000
@@ -39,8 +40,7 @@ def normalize(text: str) -> str:
       The normal form; empty where `text` holds nothing but blanks and control characters.
     """
     text = unicodedata.normalize("NFKC", text).lower()
-    text = "".join(" " if unicodedata.category(c) in ("Cc", "Cs") or c == _SPACE else c for c in text)
-    return " ".join(text.split())
+    return " ".join(_NOT_TEXT.sub(" ", text).split())
 
 
 class TextModel:
@@ -140,7 +140,9 @@ class TextModel:
         if path is not None:
             target = epath.Path(path)
             target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(model._serialized)
+            unfinished = target.with_name(target.name + ".unfinished")
+            unfinished.write_bytes(model._serialized)
+            unfinished.replace(target)  # a full disk must not leave half a vocabulary under the real name
         return model
 
     def encode(
