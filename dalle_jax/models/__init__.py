@@ -1,0 +1,1 @@
+"""Networks as pure Flax linen modules: no configuration, no files, no mesh."""
