@@ -20,6 +20,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.spmd import RulesFallback
 
 from dalle_jax.models.attention import Pattern, attend, attend_reference, attend_step
 from dalle_jax.priors.layout import TokenLayout
@@ -168,8 +169,8 @@ class Norm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("norm",))
+        ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
         if self.kind == "layernorm":
             norm = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, scale_init=ones, bias_init=zeros, name="norm")
         else:
@@ -188,7 +189,7 @@ class Attention(nn.Module):
         o = self.options
         heads = (o.heads, o.size_per_head)
         self.qkv = Dense((o.width,), (3, *heads), ("embed", None, "heads", "kv"), o.dtype)
-        self.out = Dense(heads, (o.width,), ("heads", "kv", "embed"), o.dtype, ("norm",), 0.5 / o.depth)
+        self.out = Dense(heads, (o.width,), ("heads", "kv", "embed"), o.dtype, (None,), 0.5 / o.depth)
         if o.qk_norm:
             self.q_norm, self.k_norm = Norm("rmsnorm", o.dtype, name="q_norm"), Norm("rmsnorm", o.dtype, name="k_norm")
         if o.positions == "rotary":
@@ -243,7 +244,7 @@ class MLP(nn.Module):
         hidden = activation(up(name="up")(x))
         if gated:
             hidden = hidden * up(name="gate")(x)
-        return Dense((o.hidden,), (o.width,), ("mlp", "embed"), o.dtype, ("norm",), 0.5 / o.depth, name="down")(hidden)
+        return Dense((o.hidden,), (o.width,), ("mlp", "embed"), o.dtype, (None,), 0.5 / o.depth, name="down")(hidden)
 
 
 class Block(nn.Module):
@@ -264,7 +265,7 @@ class Block(nn.Module):
         """[B, S, D] to [B, S, D]."""
         x = x + self.drop(self.attention(self.attention_norm(x)), deterministic=not train)
         x = x + self.drop(self.mlp(self.mlp_norm(x)), deterministic=not train)
-        return nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
+        return nn.with_logical_constraint(x, ("batch", "length", "embed_act"), fallback=RulesFallback.RAISE_ERROR)
 
     def prefill(self, x: jax.Array):
         y, kv = self.attention.prefill(self.attention_norm(x))

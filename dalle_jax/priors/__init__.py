@@ -4,10 +4,14 @@
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
 
+from dalle_jax.errors import ConfigError
+from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.options import from_config
 from dalle_jax.priors.layout import TokenLayout
 
 Params = Any
@@ -17,11 +21,21 @@ class TokenPrior(Protocol):
     """p(image tokens | text), trained by `loss` and drawn from by `sample`."""
 
     layout: TokenLayout
+    any_order: bool  # whether a token can be drawn given later ones (inpainting)
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters, boxed with their logical axis names."""
 
-    def loss(self, params: Params, text: jax.Array, tokens: jax.Array, key: jax.Array, *, train: bool):
+    def loss(
+        self,
+        params: Params,
+        text: jax.Array,
+        tokens: jax.Array,
+        key: jax.Array,
+        *,
+        train: bool,
+        valid: jax.Array | None = None,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The mean loss of a batch.
 
         Args:
@@ -29,6 +43,7 @@ class TokenPrior(Protocol):
           tokens: int32 [B, N], raster order.
           key: for dropout, dropped captions and masks.
           train: whether those apply.
+          valid: bool [B], rows that count; None for all.
 
         Returns:
           float32 [], and float32 scalars by name, `image_nats` (per image token) among them.
@@ -62,3 +77,29 @@ class TokenPrior(Protocol):
         Returns:
           int32 [B, N], in [0, image_vocab).
         """
+
+
+def make(kind: str, model: Mapping[str, Any], layout: TokenLayout) -> TokenPrior:
+    """Builds a prior from a configuration.
+
+    Args:
+      kind: `config.prior`, "autoregressive".
+      model: `config.model`, fields of the prior's options and, under "trunk", of `TransformerOptions`.
+      layout: of its stream.
+
+    Raises:
+      ConfigError: an unknown kind, or a key or value that the options refuse.
+    """
+    from dalle_jax.priors import autoregressive  # here, not above: the heads import this package's protocol
+
+    known = {"autoregressive": (autoregressive.AutoregressivePrior, autoregressive.AutoregressiveOptions)}
+    if kind not in known:
+        raise ConfigError(f"config.prior is {kind!r}; expected one of {', '.join(known)}.")
+    prior, options = known[kind]
+    try:
+        trunk = from_config(TransformerOptions, model["trunk"], "model.trunk")
+        return prior(layout, from_config(options, {**model, "trunk": trunk}, "model"))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"config.model: {error}") from error

@@ -18,6 +18,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import RulesFallback
 
 from dalle_jax.models.attention import Pattern, full_layers, sparse_layers
 from dalle_jax.models.transformer import TransformerOptions, Trunk, unstack
@@ -83,8 +84,8 @@ class StreamEmbedding(nn.Module):
             self.rows = table_of("rows", lay.height, "positions")
             self.columns = table_of("columns", lay.width, "positions")
         if not o.tied_embeddings:
-            self.text_head = table_of("text_head", lay.text_vocab + 1, "vocab")
-            self.image_head = table_of("image_head", lay.image_vocab, "vocab")
+            self.text_head = table_of("text_head_kernel", lay.text_vocab + 1, "vocab")
+            self.image_head = table_of("image_head_kernel", lay.image_vocab, "vocab")
         self.drop = nn.Dropout(o.trunk.dropout)
 
     def _cast(self, x: jax.Array, train: bool) -> jax.Array:
@@ -143,7 +144,7 @@ class AutoregressiveModel(nn.Module):
     def embed(self, text: jax.Array, tokens: jax.Array, train: bool = False) -> jax.Array:
         """int32 [B, T] and [B, N] to the stream's states, [B, S, D]."""
         x = jnp.concatenate([self.embedding.text(text, train), self.embedding.image(tokens, train)], axis=1)
-        return nn.with_logical_constraint(x, ("batch", "length", "embed_act"))
+        return nn.with_logical_constraint(x, ("batch", "length", "embed_act"), fallback=RulesFallback.RAISE_ERROR)
 
     def logits(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
         """Stream states to (text logits float32 [B, T-1, text_vocab + 1], image logits float32 [B, N, V])."""
@@ -179,6 +180,11 @@ def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
+def _mean_over(rows: jax.Array, weights: jax.Array) -> jax.Array:
+    """Weighted mean of [B] by [B]; 0 where all weights are 0."""
+    return (rows * weights).sum() / jnp.maximum(weights.sum(), 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class AutoregressivePrior:
     """The `TokenPrior` that predicts one token after the other.
@@ -190,6 +196,7 @@ class AutoregressivePrior:
 
     layout: TokenLayout
     options: AutoregressiveOptions = AutoregressiveOptions()
+    any_order = False
 
     @property
     def model(self) -> AutoregressiveModel:
@@ -200,7 +207,7 @@ class AutoregressivePrior:
         tokens = jnp.zeros((1, self.layout.image_length), jnp.int32)
         return self.model.init(key, text, tokens)["params"]
 
-    def loss(self, params, text: jax.Array, tokens: jax.Array, key: jax.Array, *, train: bool):
+    def loss(self, params, text: jax.Array, tokens: jax.Array, key: jax.Array, *, train: bool, valid=None):
         """See `TokenPrior.loss`. Dropped captions do not count in the text loss."""
         drop_key, dropout_key = jax.random.split(key)
         rate = self.options.caption_drop if train else 0.0
@@ -209,10 +216,10 @@ class AutoregressivePrior:
         text_logits, image_logits = self.model.apply(
             {"params": params}, given, tokens, train, rngs={"dropout": dropout_key}
         )
-        text_loss = cross_entropy(text_logits, self.layout.text_targets(text[:, 1:])).mean(-1)
-        kept = (~dropped[:, 0]).astype(jnp.float32)
-        text_nats = (text_loss * kept).sum() / jnp.maximum(kept.sum(), 1)
-        image_nats = cross_entropy(image_logits, tokens).mean()
+        counted = jnp.ones(text.shape[0]) if valid is None else valid.astype(jnp.float32)
+        text_rows = cross_entropy(text_logits, self.layout.text_targets(text[:, 1:])).mean(-1)
+        text_nats = _mean_over(text_rows, counted * ~dropped[:, 0])
+        image_nats = _mean_over(cross_entropy(image_logits, tokens).mean(-1), counted)
         weight = self.options.text_weight
         loss = weight * text_nats + (1 - weight) * image_nats
         return loss, {"text_nats": text_nats, "image_nats": image_nats}

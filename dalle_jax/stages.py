@@ -1,0 +1,33 @@
+"""The order of trainings: an image tokenizer before the prior that needs it.
+
+`configs/prior.py` holds the whole configuration of its tokenizer, so that one command works on a fresh machine.
+"""
+from __future__ import annotations
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from dalle_jax import workdir as workdirs
+from dalle_jax.train import train
+from dalle_jax.train_step import TrainState
+
+
+def run(config: ConfigDict, workdir: str) -> TrainState:
+    """Trains what `config` describes, after whatever it needs first.
+
+    Args:
+      config: a training configuration. With a section `tokenizer` (a training configuration of its own), the frozen
+        tokenizer is taken from, in this order: `workdir` itself; `config.tokenizer_from`, a workdir or a folder that
+        the importers of `dalle_jax.pretrained` wrote; `config.tokenizer.workdir`, after training it there.
+      workdir: directory of the run.
+
+    Returns:
+      The final state.
+    """
+    if "tokenizer" in config and not workdirs.has_tokenizer(workdir):
+        source = config.tokenizer_from or config.tokenizer.workdir
+        if not config.tokenizer_from and not workdirs.is_complete(source, config.tokenizer):
+            logging.info("%s needs an image tokenizer, and %s holds none yet: training it first.", workdir, source)
+            run(config.tokenizer, source)
+        workdirs.save_tokenizer(workdir, *workdirs.load_tokenizer(source))
+    return train(config, workdir)

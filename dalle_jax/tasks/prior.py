@@ -1,0 +1,157 @@
+"""Training a prior over (text, image) tokens, with a frozen image tokenizer (DALL-E, section 2.2).
+
+    B rows    T text    N = h·w image tokens
+"""
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dalle_jax import keys, priors, report
+from dalle_jax import workdir as workdirs
+from dalle_jax.data.pipeline import Pipeline
+from dalle_jax.data.sources import DataOptions, open_source
+from dalle_jax.data.text import TextModel
+from dalle_jax.errors import ConfigError
+from dalle_jax.models.tokenizer import ImageTokenizer
+from dalle_jax.priors import TokenPrior
+from dalle_jax.priors.layout import TokenLayout
+from dalle_jax.tasks import Batch, Job
+
+PyTree = Any
+
+
+class PriorTask:
+    """The `Task` of either prior.
+
+    Attributes:
+      schedules: none beside the step size.
+      best_metric: "image_nats", nats per image token on the evaluation split.
+      frozen: {"tokenizer": its parameters}, and "tokens", int32 [examples, N], where the training split was encoded
+        beforehand.
+    """
+
+    best_metric = "image_nats"
+
+    def __init__(
+        self,
+        prior: TokenPrior,
+        tokenizer: ImageTokenizer,
+        tokenizer_params: PyTree,
+        text_model: TextModel,
+        tokens: np.ndarray | None = None,
+        preview_rows: int = 4,
+    ):
+        """
+        Args:
+          prior: what is trained.
+          tokenizer, tokenizer_params: make the tokens.
+          text_model: turns ids back into captions, for the preview.
+          tokens: int32 [examples, N] of the training split, in the order of its source; None encodes each batch.
+          preview_rows: captions in the preview.
+        """
+        self.prior, self.tokenizer, self._text_model, self._preview_rows = prior, tokenizer, text_model, preview_rows
+        self.schedules: dict = {}
+        self.frozen = {"tokenizer": tokenizer_params}
+        if tokens is not None:
+            self.frozen["tokens"] = jnp.asarray(tokens, jnp.int32)
+
+    def init(self, key: jax.Array) -> PyTree:
+        return self.prior.init(key)
+
+    def _encode(self, frozen: PyTree, images: jax.Array) -> jax.Array:
+        tokens = self.tokenizer.encode(frozen["tokenizer"], images)
+        return tokens.reshape(tokens.shape[0], -1)
+
+    def loss(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, step: jax.Array):
+        """See `Task.loss`; the metrics are the prior's."""
+        del step
+        if "tokens" in frozen:
+            tokens = frozen["tokens"][batch["index"]]
+        else:
+            tokens = self._encode(frozen, batch["image"])
+        return self.prior.loss(params, batch["text"], tokens, key, train=True)
+
+    def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
+        """Means of the prior's metrics over the valid rows."""
+        totals: dict[str, float] = {}
+        rows = 0.0
+        for i, batch in enumerate(batches):
+            scalars = jax.device_get(self._measure(params, frozen, batch, keys.stream(key, "batch", i)))
+            count = float(scalars.pop("rows"))
+            rows += count
+            for name, value in scalars.items():
+                totals[name] = totals.get(name, 0.0) + float(value) * count
+        return {name: total / max(rows, 1.0) for name, total in totals.items()}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _measure(self, params, frozen, batch, key):
+        tokens = self._encode(frozen, batch["image"])
+        loss, scalars = self.prior.loss(params, batch["text"], tokens, key, train=False, valid=batch["valid"])
+        return {"loss": loss, **scalars, "rows": batch["valid"].sum()}
+
+    def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
+        """Captions of the first rows, each beside the real picture, its reconstruction and two samples."""
+        rows = min(self._preview_rows, batch["text"].shape[0])
+        text, real = jax.device_get((batch["text"][:rows], batch["image"][:rows]))
+        tokens = self._encode(frozen, jnp.asarray(real))
+        drawn = self.prior.sample(params, jnp.asarray(text), jax.random.split(key, 2 * rows))
+        layout = self.prior.layout
+        both = jnp.concatenate([tokens, drawn]).reshape(-1, layout.height, layout.width)
+        images = report.to_uint8(self.tokenizer.decode(frozen["tokenizer"], both))
+        captions = [self._text_model.decode([i for i in row if i < layout.text_vocab]) for row in text.tolist()]
+        shown = [
+            (captions[i], [real[i], images[i], images[rows + 2 * i], images[rows + 2 * i + 1]]) for i in range(rows)
+        ]
+        return report.grid(shown, ("real", "reconstructed", "generated", "generated"))
+
+
+def encode_split(options: DataOptions, split: str, tokenizer: ImageTokenizer, params: PyTree, batch_size: int = 64):
+    """The image tokens of a whole split, int32 [examples, N], in the order of its source (zeros where unreadable)."""
+    encode = jax.jit(tokenizer.encode)
+    pipeline = Pipeline(options, split=split, train=False, batch_size=batch_size, process_index=0, process_count=1)
+    rows = None
+    for batch in pipeline:
+        tokens = np.asarray(encode(params, batch["image"])).reshape(batch_size, -1)
+        if rows is None:
+            rows = np.zeros((len(pipeline.source), tokens.shape[1]), np.int32)
+        rows[batch["index"][batch["valid"]]] = tokens[batch["valid"]]
+    return rows
+
+
+def build_prior(config: ConfigDict, workdir: str) -> Job:
+    """The job of `configs/prior.py`. `workdir` must hold a frozen image tokenizer (see `stages.run`).
+
+    Raises:
+      ConfigError: where tokenizer, picture size, text model and prior do not fit each other.
+    """
+    options = DataOptions.from_config(config.data)
+    tokenizer, params = workdirs.load_tokenizer(workdir)
+    text_model = workdirs.ensure_text_model(config.text, open_source(options, options.train_split).captions(), workdir)
+    height, width = tokenizer.grid(options.image_size)
+    layout = TokenLayout(text_model.vocab_size, tokenizer.vocab_size, config.text.length, height, width)
+    tokens = None
+    if config.data_tokens == "once":
+        if options.augment != "none":
+            raise ConfigError(
+                f"config.data_tokens is 'once' but config.data.augment is {options.augment!r}: tokens of augmented "
+                "pictures differ from epoch to epoch. Set data.augment to 'none' or data_tokens to 'each_batch'."
+            )
+        tokens = encode_split(options, options.train_split, tokenizer, params)
+    elif config.data_tokens != "each_batch":
+        raise ConfigError(f"config.data_tokens is {config.data_tokens!r}; expected 'once' or 'each_batch'.")
+    pipeline = functools.partial(Pipeline, options, text_model, layout, batch_size=config.batch_size)
+    training = pipeline(split=options.train_split, train=True, seed=config.seed)
+    evaluation = pipeline(split=options.eval_split, train=False)
+    return Job(
+        task=PriorTask(priors.make(config.prior, config.model, layout), tokenizer, params, text_model, tokens),
+        train_batches=lambda: iter(training),
+        eval_batches=lambda: iter(evaluation),
+        data_counts=training.skipped,
+    )
