@@ -1,0 +1,183 @@
+"""Scenes of coloured shapes: what a caption says, how it says it, and which combinations training never sees.
+
+This is the data set's own idea of the zero-shot test of the DALL-E paper (Ramesh et al. 2021, section 3): captions
+whose parts were all seen, in combinations that were not.  Two kinds of combination are held out:
+
+  * five of the forty (colour, shape) pairs, one per shape, each of another colour: `HELD_OUT_PAIRS`;
+  * a tenth of the whole combinations (colour, shape, relation, colour, shape) of the other pairs, chosen by a
+    checksum of the combination: `is_held_out`.
+
+Sizes, backgrounds and phrasings are never part of the choice.  Every colour and every shape still occurs in
+training alone, above, below, left and right.
+"""
+from __future__ import annotations
+
+import dataclasses
+import json
+import zlib
+
+import numpy as np
+
+SHAPES = ("circle", "square", "triangle", "diamond", "cross")
+COLORS = {
+    "red": (214, 36, 36),
+    "green": (36, 150, 60),
+    "blue": (36, 72, 220),
+    "yellow": (250, 218, 40),
+    "purple": (140, 36, 190),
+    "orange": (248, 132, 20),
+    "cyan": (60, 208, 226),
+    "pink": (252, 130, 190),
+}
+BACKGROUNDS = {"white": (255, 255, 255), "gray": (128, 128, 128), "black": (0, 0, 0), "brown": (104, 68, 40)}
+SIZES = ("small", "large")
+RELATIONS = ("above", "left of")  # of the first object to the second; "below" and "right of" are phrasings
+HELD_OUT_PAIRS = (
+    ("green", "circle"), ("purple", "square"), ("pink", "triangle"), ("blue", "diamond"), ("orange", "cross"),
+)
+_PAIRS = tuple((color, shape) for shape in SHAPES for color in COLORS)
+_SEEN_PAIRS = tuple(pair for pair in _PAIRS if pair not in HELD_OUT_PAIRS)
+_INVERSE = {"above": "below", "left of": "right of"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Object:
+    """One object.  None means: not stated by the caption, or not to be read from the picture.
+
+    Attributes:
+      color: one of COLORS.
+      shape: one of SHAPES.
+      size: one of SIZES.
+    """
+
+    color: str | None
+    shape: str | None
+    size: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scene:
+    """What a caption states, or what a picture shows.
+
+    Attributes:
+      objects: one object, or two in reading order (the upper or the left one first).
+      relation: one of RELATIONS where there are two objects, else None.
+      background: one of BACKGROUNDS, or None where the caption leaves it open.
+    """
+
+    objects: tuple[Object, ...]
+    relation: str | None = None
+    background: str | None = None
+
+    def to_json(self) -> str:
+        """The scene as one line of JSON."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Scene:
+        """Reads what `to_json` wrote."""
+        fields = json.loads(text)
+        objects = tuple(Object(**item) for item in fields["objects"])
+        return cls(objects, fields["relation"], fields["background"])
+
+
+def is_held_out(scene: Scene) -> bool:
+    """Whether training leaves out this scene's combination of colours, shapes and relation."""
+    pairs = [(item.color, item.shape) for item in scene.objects]
+    return any(pair in HELD_OUT_PAIRS for pair in pairs) or _is_held_out_whole(pairs, scene.relation)
+
+
+def _is_held_out_whole(pairs: list[tuple[str, str]], relation: str | None) -> bool:
+    if len(pairs) < 2:
+        return False
+    (color_1, shape_1), (color_2, shape_2) = pairs
+    return zlib.crc32(f"{color_1} {shape_1} {relation} {color_2} {shape_2}".encode()) % 10 == 0
+
+
+def draw_scene(rng: np.random.Generator, *, held_out: bool) -> tuple[Scene, Scene]:
+    """Draws a scene and what its caption is to state of it.
+
+    Args:
+      rng: where the choices come from.
+      held_out: draw a held-out combination, half of them by an unseen (colour, shape) pair and half of them by an
+        unseen combination of two seen pairs; otherwise draw a combination of the training split.
+
+    Returns:
+      shown: the scene with every attribute set.
+      stated: the same with None for what the caption leaves open: all sizes (of objects drawn large) in two fifths
+        of the captions, the background in one fifth.
+    """
+    pairs, relation = _draw_held_out_pairs(rng) if held_out else _draw_seen_pairs(rng)
+    background = str(rng.choice(list(BACKGROUNDS)))
+    states_sizes, states_background = rng.random() < 0.6, rng.random() < 0.8
+    sizes = ["small" if states_sizes and rng.random() < 0.4 else "large" for _ in pairs]
+    shown = Scene(tuple(Object(*pair, size) for pair, size in zip(pairs, sizes)), relation, background)
+    stated = Scene(
+        tuple(Object(*pair, size if states_sizes else None) for pair, size in zip(pairs, sizes)),
+        relation,
+        background if states_background else None,
+    )
+    return shown, stated
+
+
+def _choose(rng: np.random.Generator, pairs: tuple) -> tuple[str, str]:
+    return pairs[rng.integers(len(pairs))]
+
+
+def _draw_seen_pairs(rng) -> tuple[list[tuple[str, str]], str | None]:
+    if rng.random() < 0.2:
+        return [_choose(rng, _SEEN_PAIRS)], None
+    while True:
+        pairs, relation = [_choose(rng, _SEEN_PAIRS), _choose(rng, _SEEN_PAIRS)], str(rng.choice(RELATIONS))
+        if not _is_held_out_whole(pairs, relation):
+            return pairs, relation
+
+
+def _draw_held_out_pairs(rng) -> tuple[list[tuple[str, str]], str | None]:
+    if rng.random() < 0.5:
+        pairs = [_choose(rng, HELD_OUT_PAIRS)]
+        if rng.random() < 0.2:
+            return pairs, None
+        pairs.insert(int(rng.integers(2)), _choose(rng, _PAIRS))
+        return pairs, str(rng.choice(RELATIONS))
+    while True:
+        pairs, relation = [_choose(rng, _SEEN_PAIRS), _choose(rng, _SEEN_PAIRS)], str(rng.choice(RELATIONS))
+        if _is_held_out_whole(pairs, relation):
+            return pairs, relation
+
+
+_ONE = ("{a} on {bg}", "on {bg}, there is {a}", "{a}, {bg}", "{bg} with {a}")
+_TWO = ("{a} {rel} {b} on {bg}", "on {bg}, {a} is {rel} {b}", "{a} {rel} {b}, {bg}", "{bg} with {a} {rel} {b}")
+_ONE_OPEN = ("{a}", "there is {a}", "a picture of {a}")
+_TWO_OPEN = ("{a} {rel} {b}", "{a} is {rel} {b}", "a picture of {a} {rel} {b}")
+
+
+def write_caption(rng: np.random.Generator, stated: Scene) -> str:
+    """Says a scene in one of several phrasings, half of the relations from the second object's side.
+
+    Args:
+      rng: where the phrasing comes from.
+      stated: what to say; what is None is left out.
+
+    Returns:
+      The caption, lower-case.
+    """
+    objects, relation = list(stated.objects), stated.relation
+    if relation is not None and rng.random() < 0.5:
+        objects, relation = objects[::-1], _INVERSE[relation]
+    if relation is not None and relation.endswith("of") and rng.random() < 0.3:
+        relation = "to the " + relation
+    if stated.background is None:
+        phrasings = _ONE_OPEN if relation is None else _TWO_OPEN
+    else:
+        phrasings = _ONE if relation is None else _TWO
+    articles = rng.random() < 0.75
+    names = [" ".join(filter(None, (item.size, item.color, item.shape))) for item in objects]
+    background = f"{stated.background} background"
+    if articles:
+        names, background = [_with_article(name) for name in names], _with_article(background)
+    return str(rng.choice(phrasings)).format(a=names[0], b=names[-1], rel=relation, bg=background)
+
+
+def _with_article(name: str) -> str:
+    return ("an " if name[0] in "aeiou" else "a ") + name

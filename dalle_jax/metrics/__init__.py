@@ -1,0 +1,1 @@
+"""Metrics: what pictures, tokens and captions are judged by; pure functions of arrays."""
