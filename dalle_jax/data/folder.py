@@ -14,6 +14,7 @@ import csv
 import io
 import json
 import zlib
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -78,8 +79,16 @@ def _entries(root: epath.Path) -> list[tuple[str, tuple[str | bytes, ...] | None
             # A row that is not UTF-8 is counted as one example lost, not as the whole table: see _raw.
             content = table.read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
             return [_entry(row, number, table) for number, row in rows(content, table)]
-    files = (file for file in root.rglob("*") if file.suffix.lower() in _PICTURES)
-    return [(name, None) for name in sorted(file.relative_to(root).as_posix() for file in files)]
+    return [(name, None) for name in sorted(_pictures(root))]
+
+
+def _pictures(folder: epath.Path, prefix: str = "") -> Iterator[str]:
+    """Names of all pictures below a folder (epath lists remote folders one level at a time only)."""
+    for entry in folder.iterdir():
+        if entry.suffix.lower() in _PICTURES:
+            yield prefix + entry.name
+        elif entry.suffix != ".txt" and entry.is_dir():
+            yield from _pictures(entry, f"{prefix}{entry.name}/")
 
 
 def _jsonl_rows(content: str, table: epath.Path):
@@ -99,17 +108,16 @@ def _csv_rows(content: str, table: epath.Path):
 
 
 def _entry(row, number: int, table: epath.Path) -> tuple[str, tuple[str | bytes, ...]]:
-    file = next((row[key] for key in _FILE_KEYS if row.get(key)), None) if isinstance(row, dict) else None
-    captions = None
-    if file is not None:
-        captions = row["captions"] if row.get("captions") is not None else row.get("caption", ())
-    captions = (captions,) if isinstance(captions, str) else captions
-    if not isinstance(file, str) or not all(isinstance(caption, str) for caption in captions or ()):
+    row_is_mapping = isinstance(row, dict)
+    file = next((row[key] for key in _FILE_KEYS if row.get(key)), None) if row_is_mapping else None
+    captions = (row.get("captions") or row.get("caption") or []) if row_is_mapping else None
+    captions = [captions] if isinstance(captions, str) else captions
+    if not isinstance(file, str) or not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
         raise DataError(
             f"{table}, row {number}: expected a file ({', '.join(_FILE_KEYS)}) and 'caption' (a text) or 'captions' "
             f"(a list of texts), found {row!r:.200}."
         )
-    return file, tuple(_raw(caption) for caption in captions or ())
+    return file, tuple(_raw(caption) for caption in captions)
 
 
 def _raw(caption: str) -> str | bytes:

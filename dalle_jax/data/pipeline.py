@@ -188,7 +188,7 @@ class PipelineIterator(Iterator[dict[str, np.ndarray]]):
         try:
             values = json.loads(state)
             delivered = values.pop("batches")
-        except (ValueError, KeyError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"The data state in the checkpoint cannot be read: {state!r:.200}.") from error
         differing = [key for key in self._run if values.get(key) != self._run[key]]
         if differing:

@@ -61,6 +61,8 @@ class TextModel:
           DataError: where the bytes are not a BPE model of sentencepiece.
         """
         try:
+            if not serialized:  # sentencepiece would accept it, and answer nothing
+                raise RuntimeError("empty")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=serialized)
             self.vocab_size: int = self._processor.vocab_size()
         except RuntimeError as error:

@@ -1,0 +1,111 @@
+import numpy as np
+import pytest
+
+from dalle_jax.data.augment import area_resize, augment
+
+
+def coordinates(height, width):
+    """A picture whose red and green say where a pixel stood (to be read back after a crop without a resize)."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    return np.stack([rows, columns, np.zeros_like(rows)], -1).astype(np.uint8)
+
+
+def brute_force_area(image, side):
+    height, width, channels = image.shape
+    result = np.zeros((side, side, channels))
+    for i in range(side):
+        for j in range(side):
+            top, bottom, left, right = i * height / side, (i + 1) * height / side, j * width / side, (j + 1) * width / side
+            total = 0.0
+            for r in range(int(top), min(height, int(np.ceil(bottom)))):
+                for c in range(int(left), min(width, int(np.ceil(right)))):
+                    area = (min(bottom, r + 1) - max(top, r)) * (min(right, c + 1) - max(left, c))
+                    result[i, j] += area * image[r, c]
+                    total += area
+            result[i, j] /= total
+    return result
+
+
+@pytest.mark.parametrize("shape, side", [((7, 7), 3), ((9, 6), 4), ((5, 5), 8), ((6, 6), 3), ((10, 10), 9), ((1, 3), 2)])
+def test_area_resize_is_the_mean_over_the_area(shape, side):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    resized = area_resize(image, side)
+    assert resized.dtype == np.uint8 and resized.shape == (side, side, 3)
+    assert np.abs(resized - brute_force_area(image, side)).max() <= 0.5 + 1e-9
+
+
+def test_area_resize_keeps_what_fits():
+    image = coordinates(8, 8)
+    assert area_resize(image, 8) is image
+    np.testing.assert_array_equal(area_resize(np.full((37, 37, 3), 255, np.uint8), 11), 255)
+
+
+@pytest.mark.parametrize("kind", ["none", "dvae", "prior"])
+@pytest.mark.parametrize("shape", [(16, 16), (40, 100), (90, 31), (200, 200), (5, 9), (1, 1)])
+def test_any_picture_gives_the_size_asked_for(kind, shape):
+    image = np.random.default_rng(1).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    for seed in range(5):
+        result = augment(image, 16, kind, np.random.default_rng(seed))
+        assert result.shape == (16, 16, 3) and result.dtype == np.uint8
+        np.testing.assert_array_equal(result, augment(image, 16, kind, np.random.default_rng(seed)))
+
+
+def resize_sides(kind, size, short, monkeypatch):
+    """The sides t drawn over many seeds."""
+    sides = []
+    monkeypatch.setattr(
+        "dalle_jax.data.augment.area_resize", lambda image, side: sides.append(side) or image[:side, :side]
+    )
+    image = coordinates(short, short + 20)
+    for seed in range(600):
+        augment(image, size, kind, np.random.default_rng(seed))
+    return sides
+
+
+def test_dvae_resizes_to_nine_to_twelve_eighths(monkeypatch):
+    sides = resize_sides("dvae", 64, 200, monkeypatch)
+    assert min(sides) == 72 and max(sides) == 96  # 9/8 and 12/8 of 64, both ends included
+    assert set(sides) == set(range(72, 97))
+    assert np.mean(sides) == pytest.approx(84, abs=1.5)
+
+
+def test_prior_resizes_to_eight_to_nine_eighths(monkeypatch):
+    sides = resize_sides("prior", 64, 200, monkeypatch)
+    assert set(sides) == set(range(64, 73))
+
+
+def test_nothing_is_enlarged_to_be_cropped(monkeypatch):
+    assert set(resize_sides("dvae", 64, 80, monkeypatch)) == set(range(72, 81))
+    assert set(resize_sides("dvae", 64, 64, monkeypatch)) == {64}
+
+
+def first_crops(kind, height, width, count=800):
+    """Corners and orientation of crops where no resize takes place: the picture's short side is the size."""
+    image = coordinates(height, width)
+    return [augment(image, min(height, width), kind, np.random.default_rng(seed)) for seed in range(count)]
+
+
+def test_dvae_crops_anywhere_and_flips_half():
+    crops = first_crops("dvae", 16, 56)
+    flipped = np.array([crop[0, 0, 1] > crop[0, -1, 1] for crop in crops])
+    assert flipped.mean() == pytest.approx(0.5, abs=0.06)
+    assert {int(crop[0, :, 1].min()) for crop in crops} == set(range(41))  # offsets 0 to 56 - 16, all of them
+
+
+def test_prior_crops_near_the_centre_and_never_flips():
+    crops = first_crops("prior", 16, 56)
+    assert all(crop[0, 0, 1] < crop[0, -1, 1] for crop in crops)
+    # The slack is 40: offsets from 3/8 of it up to, not including, 5/8.
+    assert {int(crop[0, 0, 1]) for crop in crops} == set(range(15, 25))
+    tall = first_crops("prior", 56, 16)
+    assert {int(crop[0, 0, 0]) for crop in tall} == set(range(15, 25))
+
+
+def test_none_is_the_centre():
+    crop = augment(coordinates(16, 56), 16, "none", None)
+    assert crop[0, 0, 1] == 20 and crop[0, -1, 1] == 35 and crop[-1, 0, 0] == 15
+
+
+def test_unknown_kind():
+    with pytest.raises(ValueError, match="Unknown augmentation"):
+        augment(coordinates(8, 8), 8, "flip", None)

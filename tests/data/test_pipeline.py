@@ -1,0 +1,358 @@
+import itertools
+import json
+
+import grain
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import PIL.Image
+import pytest
+from memory_source import CAPTIONS, SIZE, MemorySource
+
+from dalle_jax.data.pipeline import Pipeline
+from dalle_jax.data.prefetch import prefetch_to_mesh
+from dalle_jax.data.sources import DataOptions
+from dalle_jax.data.text import TextModel
+from dalle_jax.errors import CheckpointError, ConfigError, DataError
+from dalle_jax.priors.layout import TokenLayout
+
+
+@pytest.fixture(scope="module")
+def model():
+    return TextModel.train([*CAPTIONS, "again"], vocab_size=200)
+
+
+@pytest.fixture(scope="module")
+def layout(model):
+    return TokenLayout(model.vocab_size, 16, 24, 2, 2)
+
+
+@pytest.fixture
+def make(model, layout):
+    """Pipeline over a memory source, with everything random switched on."""
+
+    def build(*, source=None, train=True, batch_size=8, seed=3, process=(0, 1), text=True, **options):
+        settings = {"augment": "dvae", "bpe_dropout": 0.2, "image_size": SIZE, **options}
+        return Pipeline(
+            DataOptions(**settings), model if text else None, layout if text else None, split="train", train=train,
+            batch_size=batch_size, seed=seed, process_index=process[0], process_count=process[1],
+            source=MemorySource(side=12) if source is None else source,
+        )
+
+    return build
+
+
+def take(iterator, count):
+    return list(itertools.islice(iterator, count))
+
+
+def assert_same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs):
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(a[key], b[key], err_msg=key)
+
+
+def indices(batches):
+    return np.concatenate([batch["index"] for batch in batches])
+
+
+def test_batches_hold_what_they_say(make, layout):
+    with iter(make()) as iterator:
+        batch = next(iterator)
+    assert set(batch) == {"image", "text", "index"}
+    assert batch["image"].shape == (8, SIZE, SIZE, 3) and batch["image"].dtype == np.uint8
+    assert batch["text"].shape == (8, 24) and batch["text"].dtype == np.int32
+    assert batch["index"].shape == (8,) and batch["index"].dtype == np.int32
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["index"])  # picture and index belong together
+    assert (batch["text"] < layout.text_ids).all()
+    np.testing.assert_array_equal(batch["text"][:, -1], layout.null_text()[-1])
+
+
+def test_text_belongs_to_the_picture(make, model, layout):
+    with iter(make(bpe_dropout=0.0)) as iterator:
+        for batch in take(iterator, 10):
+            for index, text in zip(batch["index"], batch["text"]):
+                caption = model.decode(text[text < layout.text_vocab])
+                assert caption.removesuffix(" again") == CAPTIONS[index]
+
+
+def test_every_example_once_per_epoch_and_epochs_differ(make):
+    with iter(make()) as iterator:
+        order = indices(take(iterator, 14))  # 112 places: three epochs of 37 and one more
+    epochs = order[:111].reshape(3, 37)
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(37))
+    assert not (epochs[0] == epochs[1]).all() and not (epochs[1] == epochs[2]).all()
+    assert not (epochs[0] == np.arange(37)).all()
+
+
+def test_seeds_differ_also_by_an_epoch(make):
+    """Seed 4's first epoch must not be seed 3's second one, nor its augmentations."""
+    with iter(make(seed=3)) as a, iter(make(seed=4)) as b:
+        first, second = indices(take(a, 10)), indices(take(b, 10))
+    assert not (first[:37] == second[:37]).all() and not (first[37:74] == second[:37]).all()
+
+
+def test_chance_changes_with_the_epoch(make):
+    """The same example comes with other crops and other text in another epoch."""
+    with iter(make(source=MemorySource(count=1, side=40), batch_size=40)) as iterator:
+        batch = next(iterator)
+    assert len({image.tobytes() for image in batch["image"]}) > 20
+    assert len({text.tobytes() for text in batch["text"]}) > 5
+
+
+def test_training_draws_a_caption_evaluation_takes_the_first(make, model, layout):
+    def again(pipeline, count):
+        with iter(pipeline) as iterator:
+            texts = np.concatenate([batch["text"] for batch in take(iterator, count)])
+        return [model.decode(text[text < layout.text_vocab]).endswith("again") for text in texts]
+
+    assert 0.35 < np.mean(again(make(), 37)) < 0.65
+    assert not any(again(make(train=False), 4))
+
+
+def test_evaluation_is_plain_and_repeatable(make):
+    """No shuffle, no augmentation, no dropout: two passes are equal and each row is its own example."""
+    pipeline = make(train=False, source=MemorySource())
+    with iter(pipeline) as iterator:
+        once = list(iterator)
+    with iter(pipeline) as iterator:
+        assert_same(once, list(iterator))
+    assert len(once) == len(pipeline) == 5
+    valid = np.concatenate([batch["valid"] for batch in once])
+    assert valid.dtype == np.bool_ and valid.tolist() == [True] * 37 + [False] * 3
+    assert indices(once)[valid].tolist() == list(range(37))
+    images = np.concatenate([batch["image"] for batch in once])[valid]
+    for index in range(37):
+        np.testing.assert_array_equal(images[index], pipeline.source[index]["image"])
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_hosts_together_give_the_global_batch(make, train):
+    def source():
+        return MemorySource(side=12, broken=range(5, 16))
+
+    with iter(make(train=train, source=source())) as whole:
+        expected = take(whole, 5)
+    for hosts in (2, 4):
+        parts = []
+        for host in range(hosts):
+            with iter(make(train=train, source=source(), process=(host, hosts))) as iterator:
+                parts.append(take(iterator, 5))
+        joined = [{key: np.concatenate([p[key] for p in group]) for key in group[0]} for group in zip(*parts)]
+        assert_same(joined, expected)
+
+
+@pytest.mark.parametrize("cache", [False, True])
+def test_resumed_equals_uninterrupted(make, cache):
+    pipeline = make(cache=cache)
+    with iter(pipeline) as iterator:
+        expected = take(iterator, 12)
+    with iter(pipeline) as iterator:
+        take(iterator, 7)  # in the middle of the second epoch
+        state = iterator.get_state()
+    with iter(make(cache=cache)) as fresh:
+        fresh.set_state(state)
+        assert fresh.get_state() == state
+        assert_same(take(fresh, 5), expected[7:])
+        fresh.set_state(state)  # going back works in a used iterator too
+        assert_same(take(fresh, 5), expected[7:])
+
+
+def test_workers_change_nothing_and_resume(make):
+    """Worker processes give the batches and the counts of none, and a run goes on with any number of them."""
+
+    def pipeline(workers):
+        return make(workers=workers, source=MemorySource(side=12, broken=[4, 9]))
+
+    alone = pipeline(0)
+    with iter(alone) as iterator:
+        expected = take(iterator, 11)
+    two = pipeline(2)
+    with iter(two) as iterator:
+        assert_same(take(iterator, 5), expected[:5])
+        state = iterator.get_state()
+    assert two.skipped() == alone.skipped() == {"missing file": 2}
+    with iter(pipeline(1)) as iterator:
+        iterator.set_state(state)
+        assert_same(take(iterator, 4), expected[5:9])
+        state = iterator.get_state()
+    with iter(pipeline(0)) as iterator:
+        iterator.set_state(state)
+        assert_same(take(iterator, 2), expected[9:])
+
+
+def test_an_error_in_a_worker_is_the_same_error(make):
+    pipeline = make(workers=1)
+    pipeline._make._source.broken = set(range(37))  # past the check at the start
+    with iter(pipeline) as iterator, pytest.raises(DataError, match="nothing in it is readable"):
+        next(iterator)
+
+
+def test_grain_checkpoint_handler_takes_the_iterator(make, tmp_path):
+    handler = ocp.CheckpointManager(tmp_path / "run")
+    with iter(make()) as iterator:
+        take(iterator, 3)
+        handler.save(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointSave(iterator)))
+        handler.wait_until_finished()
+        expected = take(iterator, 2)
+    with iter(make()) as fresh:
+        handler.restore(3, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(fresh)))
+        assert_same(take(fresh, 2), expected)
+    handler.close()
+
+
+def test_a_state_of_another_run_is_refused(make):
+    state = iter(make()).get_state()
+    with pytest.raises(CheckpointError, match="batch_size was 8, is 4"):
+        iter(make(batch_size=4)).set_state(state)
+    with pytest.raises(CheckpointError, match="seed was 3, is 5"):
+        iter(make(seed=5)).set_state(state)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        iter(make()).set_state(b"[]")
+
+
+def test_prefetch_reports_what_was_handed_out(make):
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    with iter(make()) as iterator:
+        expected = take(iterator, 7)
+    ahead = prefetch_to_mesh(iter(make()), sharding, size=2)
+    start = ahead.get_state()
+    first = take(ahead, 4)
+    assert_same(first, expected[:4])
+    assert all(len(array.sharding.device_set) == 8 for array in first[0].values())
+    state = ahead.get_state()
+    assert json.loads(state)["batches"] == 4  # though six or more have been read
+    assert_same(take(ahead, 1), expected[4:5])
+    ahead.set_state(state)
+    assert_same(take(ahead, 3), expected[4:])
+    ahead.set_state(start)
+    assert_same(take(ahead, 1), expected[:1])
+    ahead.close()
+
+
+def test_prefetch_ends_with_the_evaluation(make):
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    for size in (0, 2, 10):
+        ahead = prefetch_to_mesh(iter(make(train=False)), device, size=size)
+        assert len(list(ahead)) == 5
+        ahead.close()
+
+
+def test_cache_reads_once_and_changes_nothing(make):
+    source = MemorySource(side=12, broken=[3])
+    pipeline = make(source=source, cache=True)
+    with iter(pipeline) as iterator:
+        cached = take(iterator, 20)  # more than four epochs
+    assert source.reads <= 37 + 2  # the check at the start reads too, and two threads may meet
+    with iter(make(source=MemorySource(side=12, broken=[3]))) as iterator:
+        assert_same(cached, take(iterator, 20))
+    assert pipeline.skipped() == {"missing file": 1}
+
+
+def test_unreadable_examples_are_replaced_in_training_and_marked_in_evaluation(make):
+    broken = [0, 3, 8, 11]
+    pipeline = make(source=MemorySource(side=12, broken=broken))
+    with iter(pipeline) as iterator:
+        order = indices(take(iterator, 37))  # eight epochs
+    counts = np.bincount(order, minlength=37)
+    assert (counts[broken] == 0).all()
+    assert (np.delete(counts, broken) >= 8).all()  # every readable example still once per epoch
+    assert pipeline.skipped() == {"missing file": 4}
+    assert pipeline.metrics() == {
+        "data/skipped": 4.0, "data/skipped_missing_file": 4.0, "data/truncated_captions": 0.0
+    }
+    with iter(make(train=False, source=MemorySource(broken=broken))) as iterator:
+        valid = np.concatenate([batch["valid"] for batch in iterator])
+    assert np.flatnonzero(~valid).tolist() == [*broken, 37, 38, 39]
+
+
+def test_one_readable_example_is_enough(make):
+    with iter(make(source=MemorySource(side=12, broken=[i for i in range(37) if i != 20]))) as iterator:
+        assert set(indices(take(iterator, 6))) == {20}
+
+
+def test_truncated_captions_are_counted(make, model):
+    short = TokenLayout(model.vocab_size, 16, 3, 2, 2)
+    pipeline = Pipeline(
+        DataOptions(image_size=SIZE), model, short, split="train", train=True, batch_size=8, seed=0,
+        process_index=0, process_count=1, source=MemorySource(count=10),
+    )
+    with iter(pipeline) as iterator:
+        batch = take(iterator, 5)[0]
+    assert (batch["text"] < model.vocab_size).all()
+    assert pipeline.truncated() == 10 and pipeline.metrics()["data/truncated_captions"] == 10.0
+    assert pipeline.skipped() == {}
+
+
+def write_folder(path, broken):
+    """Four pictures; where `broken`, each with another fault."""
+    for name in "abcd":
+        noise = np.random.default_rng(ord(name)).integers(0, 256, (16, 16, 3)).astype(np.uint8)
+        PIL.Image.fromarray(noise).save(path / f"{name}.png")
+        (path / f"{name}.txt").write_text(f"picture {name}")
+    if broken:
+        whole = (path / "a.png").read_bytes()
+        (path / "a.png").write_bytes(whole[: len(whole) // 2])
+        (path / "b.txt").write_bytes(b"na\xefve")
+        (path / "c.txt").write_text("  \n")
+    return DataOptions(source="folder", path=str(path), image_size=SIZE)
+
+
+def test_a_folder_with_faults_is_counted_and_named(tmp_path, model, layout, caplog):
+    options = write_folder(tmp_path, broken=True)
+    with caplog.at_level("WARNING"):
+        pipeline = Pipeline(
+            options, model, layout, split="all", train=True, batch_size=4, process_index=0, process_count=1
+        )
+        with iter(pipeline) as iterator:
+            assert set(indices(take(iterator, 4))) == {3}
+    assert pipeline.skipped() == {"empty caption": 1, "undecodable text": 1, "unreadable image": 1}
+    for fault in ("unreadable image: a.png", "undecodable text: b.png", "empty caption: c.png"):
+        assert caplog.text.count(fault) == 1
+
+
+def test_captions_do_not_matter_without_a_text_model(tmp_path):
+    pipeline = Pipeline(
+        write_folder(tmp_path, broken=True), split="all", train=True, batch_size=4, process_index=0, process_count=1
+    )
+    with iter(pipeline) as iterator:
+        batches = take(iterator, 4)
+    assert set(batches[0]) == {"image", "index"}
+    assert set(indices(batches)) == {1, 2, 3}
+    assert pipeline.skipped() == {"unreadable image": 1}
+
+
+def test_nothing_readable_is_an_error_at_once(tmp_path, model, layout):
+    options = write_folder(tmp_path, broken=True)
+    (tmp_path / "d.png").write_bytes(b"not a picture")
+    for train in (True, False):
+        with pytest.raises(DataError, match="nothing in it is readable.*unreadable image: 2.*for instance"):
+            Pipeline(
+                options, model, layout, split="all", train=train, batch_size=4, process_index=0, process_count=1
+            )
+
+
+def test_a_long_unreadable_stretch_ends_the_run(make):
+    """Past the check at the start, training must not look for ever."""
+    pipeline = make()
+    pipeline._make._source.broken = set(range(37))
+    with iter(pipeline) as iterator, pytest.raises(DataError, match="nothing in it is readable .37 examples tried"):
+        next(iterator)
+
+
+def test_settings_that_do_not_fit(make, model):
+    with pytest.raises(ConfigError, match="batch_size is 9, shared by 2 hosts"):
+        make(batch_size=9, process=(0, 2))
+    with pytest.raises(ConfigError, match="seed is -1"):
+        make(seed=-1)
+    with pytest.raises(DataError, match="no examples"):
+        make(source=MemorySource(count=0))
+    with pytest.raises(ConfigError, match=f"text model has {model.vocab_size} ids, the prior was built for 5"):
+        Pipeline(
+            DataOptions(), model, TokenLayout(5, 16, 24, 2, 2), split="train", train=True, batch_size=8,
+            source=MemorySource(), process_index=0, process_count=1,
+        )
