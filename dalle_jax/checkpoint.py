@@ -193,7 +193,7 @@ class Checkpoints:
           ConfigMismatch: the checkpoint holds another model.
           CheckpointError: there is none, or it cannot be read.
         """
-        step = self._existing(None)
+        step = self.resolve(None)
         check_same_model(self.config(step), to_json(config), str(self.directory))
         items = {
             "params": ocp.args.StandardRestore(state.params),
@@ -228,7 +228,7 @@ class Checkpoints:
         Raises:
           CheckpointError: there is no such checkpoint.
         """
-        step = self._existing(step)
+        step = self.resolve(step)
         with self._storage_errors("read"):
             stored = self._manager.item_metadata(step)
             item = "ema" if ema and stored.get("ema") is not None else "params"
@@ -239,7 +239,7 @@ class Checkpoints:
 
     def config(self, step: int | str | None = None) -> dict[str, Any]:
         """The configuration stored with a checkpoint, as plain JSON values."""
-        step = self._existing(step)
+        step = self.resolve(step)
         with self._storage_errors("read"):
             return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
 
@@ -270,7 +270,12 @@ class Checkpoints:
     def __exit__(self, *_: Any) -> None:
         self.close()
 
-    def _existing(self, step: int | str | None) -> int:
+    def resolve(self, step: int | str | None) -> int:
+        """The number of a checkpoint that is there: None is the latest; "best"; or that number.
+
+        Raises:
+          CheckpointError: there is no such checkpoint.
+        """
         found = self.steps
         if not found:
             raise CheckpointError(

@@ -20,9 +20,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax.linen.spmd import RulesFallback
 
 from dalle_jax.models.attention import Pattern, attend, attend_reference, attend_step
+from dalle_jax.parallel import constrain
 from dalle_jax.priors.layout import TokenLayout
 
 NORMS = ("layernorm", "rmsnorm")
@@ -265,7 +265,7 @@ class Block(nn.Module):
         """[B, S, D] to [B, S, D]."""
         x = x + self.drop(self.attention(self.attention_norm(x)), deterministic=not train)
         x = x + self.drop(self.mlp(self.mlp_norm(x)), deterministic=not train)
-        return nn.with_logical_constraint(x, ("batch", "length", "embed_act"), fallback=RulesFallback.RAISE_ERROR)
+        return constrain(x, "batch", "length", "embed_act")
 
     def prefill(self, x: jax.Array):
         y, kv = self.attention.prefill(self.attention_norm(x))

@@ -18,10 +18,10 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.linen.spmd import RulesFallback
 
 from dalle_jax.models.attention import Pattern, full_layers, sparse_layers
 from dalle_jax.models.transformer import TransformerOptions, Trunk, unstack
+from dalle_jax.parallel import constrain
 from dalle_jax.priors import sampling
 from dalle_jax.priors.layout import TokenLayout
 
@@ -144,7 +144,7 @@ class AutoregressiveModel(nn.Module):
     def embed(self, text: jax.Array, tokens: jax.Array, train: bool = False) -> jax.Array:
         """int32 [B, T] and [B, N] to the stream's states, [B, S, D]."""
         x = jnp.concatenate([self.embedding.text(text, train), self.embedding.image(tokens, train)], axis=1)
-        return nn.with_logical_constraint(x, ("batch", "length", "embed_act"), fallback=RulesFallback.RAISE_ERROR)
+        return constrain(x, "batch", "length", "embed_act")
 
     def logits(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
         """Stream states to (text logits float32 [B, T-1, text_vocab + 1], image logits float32 [B, N, V])."""

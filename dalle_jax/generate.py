@@ -1,0 +1,337 @@
+"""Captions to pictures from a trained workdir.
+
+    from dalle_jax import TextToImage
+    model = TextToImage.load("runs/prior-shapes")
+    images = model.generate("a red circle above a blue square", n=8, seed=0)     # uint8 [8, H, W, 3]
+
+Picture i of a seed is the same whatever else is drawn with it: `python -m dalle_jax.main --config=configs/generate.py`
+writes a manifest from which each one can be made again.
+
+    C captions    n candidates of each    B = C·n rows    N image tokens
+"""
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from dalle_jax import keys, priors, report
+from dalle_jax import workdir as workdirs
+from dalle_jax.checkpoint import Checkpoints
+from dalle_jax.data.text import TextModel
+from dalle_jax.errors import ConfigError, DataError
+from dalle_jax.models.tokenizer import ImageTokenizer
+from dalle_jax.options import from_config
+from dalle_jax.priors import TokenPrior
+from dalle_jax.priors.layout import TokenLayout
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are drawn; see `TokenPrior.sample`.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the most likely token.
+      top_k: keep the k most likely tokens; None for all.
+      top_p: keep the likeliest tokens that together hold this mass; None for all.
+      guidance: strength of classifier-free guidance; 0 for none.
+      steps: decoding steps, where the prior has a choice.
+    """
+
+    temperature: float = 1.0
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance: float = 0.0
+    steps: int | None = None
+
+    def __post_init__(self):
+        if self.temperature < 0:
+            raise ConfigError(f"temperature is {self.temperature}; expected 0 (greedy) or more.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k is {self.top_k}; expected 1 or more, or None for no limit.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}; expected a share in (0, 1], or None for no limit.")
+        if self.guidance < 0:
+            raise ConfigError(f"guidance is {self.guidance}; expected 0 (none) or more.")
+
+
+@dataclasses.dataclass(frozen=True)
+class TextToImage:
+    """A prior, its image tokenizer and its text model, ready to draw.
+
+    Attributes:
+      prior, params: the prior and its (averaged) parameters.
+      tokenizer, tokenizer_params: the image tokenizer.
+      text_model: captions to ids.
+      image_size: H = W, pixels.
+      workdir, step: where and from which checkpoint it was loaded.
+      rows_at_once: most pictures drawn in one go, which bounds the memory.
+    """
+
+    prior: TokenPrior
+    params: PyTree
+    tokenizer: ImageTokenizer
+    tokenizer_params: PyTree
+    text_model: TextModel
+    image_size: int
+    workdir: str = ""
+    step: int = 0
+    rows_at_once: int = 64
+
+    @classmethod
+    def load(cls, workdir: str, step: int | str | None = None, rows_at_once: int = 64) -> TextToImage:
+        """Reads a prior's workdir, local or "gs://…".
+
+        Args:
+          workdir: the directory of a finished or running training of a prior.
+          step: a checkpoint's step, "best", or None for the latest.
+          rows_at_once: most pictures drawn in one go.
+
+        Raises:
+          CheckpointError: where there is no such run or checkpoint, or the run is not a prior's.
+        """
+        config = workdirs.read_config(workdir)
+        if config.get("task") != "prior":
+            raise ConfigError(
+                f"{workdir} holds a training of task {config.get('task')!r}; pictures are generated from a prior's "
+                "workdir (python -m dalle_jax.main --config=configs/prior.py)."
+            )
+        tokenizer, tokenizer_params = workdirs.load_tokenizer(workdir)
+        text_model = workdirs.load_text_model(workdir)
+        size = config["data"]["image_size"]
+        layout = TokenLayout(
+            text_model.vocab_size, tokenizer.vocab_size, config["text"]["length"], *tokenizer.grid(size)
+        )
+        prior = priors.make(config["prior"], config["model"], layout)
+        with Checkpoints(workdir, read_only=True) as checkpoints:
+            params, step = checkpoints.restore_params(step), checkpoints.resolve(step)
+        return cls(prior, params, tokenizer, tokenizer_params, text_model, size, str(workdir), step, rows_at_once)
+
+    # -- pictures -------------------------------------------------------------------------------------------------
+
+    def generate(self, captions: str | Sequence[str], n: int = 1, seed: int = 0, **options) -> np.ndarray:
+        """Draws pictures for one caption, or for several.
+
+        Args:
+          captions: a caption, or a sequence of C.
+          n: pictures for each.
+          seed: picture i of a caption depends on (caption, seed, i) alone.
+          **options: fields of `SamplingOptions`.
+
+        Returns:
+          uint8 [n, H, W, 3] for one caption, [C, n, H, W, 3] for a sequence.
+
+        Raises:
+          DataError: an empty caption.
+        """
+        one = isinstance(captions, str)
+        text = self.encode_text([captions] if one else list(captions))
+        images = self._pictures(text, n, seed, SamplingOptions(**options))
+        return images[0] if one else images
+
+    def complete(
+        self, image: np.ndarray, rows: int, caption: str, n: int = 1, seed: int = 0, **options
+    ) -> np.ndarray:
+        """Keeps the top rows of the token grid and draws the rest (DALL-E, figure 2: image completion).
+
+        Args:
+          image: uint8 [H, W, 3].
+          rows: how many of the h token rows are given.
+          caption: what the whole picture shows.
+          n: completions.
+          seed, **options: as in `generate`.
+
+        Returns:
+          uint8 [n, H, W, 3]; the given tokens are unchanged.
+
+        Raises:
+          DataError: an empty caption, a picture of another size.
+          ConfigError: rows outside [0, h].
+        """
+        layout = self.prior.layout
+        if not 0 <= rows <= layout.height:
+            raise ConfigError(f"rows is {rows}; this model's token grid has {layout.height} rows: give 0 to {layout.height}.")
+        given = self.encode(image)
+        mask = np.arange(layout.image_length) < rows * layout.width
+        return self._pictures(self.encode_text([caption]), n, seed, SamplingOptions(**options), (given, mask))[0]
+
+    def inpaint(self, image: np.ndarray, mask: np.ndarray, caption: str, n: int = 1, seed: int = 0, **options):
+        """Draws the masked part of a picture anew. Needs a prior that can look at both sides of a gap.
+
+        Raises:
+          ConfigError: the autoregressive prior sees only what comes before; use `complete` with it.
+        """
+        raise ConfigError(
+            f"inpaint needs a prior that can draw a token given later ones; {self.workdir or 'this model'} holds an "
+            f"autoregressive one ({type(self.prior).__name__}), which sees earlier tokens only. Use complete() with it."
+        )
+
+    # -- tokens ---------------------------------------------------------------------------------------------------
+
+    def encode_text(self, captions: Sequence[str]) -> np.ndarray:
+        """Captions to padded ids, int32 [C, T]; captions longer than T tokens are cut.
+
+        Raises:
+          DataError: where there is no caption, or one is empty.
+        """
+        if not captions:
+            raise DataError("No caption was given; expected at least one.")
+        rows = []
+        for caption in captions:
+            ids, truncated = self.text_model.encode(caption, max_length=self.prior.layout.text_length)
+            if not ids:
+                raise DataError(f"The caption {caption!r} is empty; give a few words of what the picture should show.")
+            if truncated:
+                logging.warning("Caption cut to %d tokens: %r", self.prior.layout.text_length, caption)
+            rows.append(self.prior.layout.pad_text(ids))
+        return np.stack(rows)
+
+    def encode(self, image: np.ndarray) -> np.ndarray:
+        """A picture's tokens: uint8 [H, W, 3] to int32 [N].
+
+        Raises:
+          DataError: where it has another size or type.
+        """
+        image = np.asarray(image)
+        expected = (self.image_size, self.image_size, 3)
+        if image.shape != expected or image.dtype != np.uint8:
+            raise DataError(f"The picture is {image.dtype} {image.shape}; this model works on uint8 {expected}: resize it.")
+        tokens = _encode(self.tokenizer, self.tokenizer_params, image[None])
+        return np.asarray(tokens).reshape(-1)
+
+    def decode(self, tokens: np.ndarray) -> np.ndarray:
+        """Tokens to pictures: int32 [B, N] to uint8 [B, H, W, 3]."""
+        layout = self.prior.layout
+        grids = jnp.asarray(tokens).reshape(-1, layout.height, layout.width)
+        return report.to_uint8(_decode(self.tokenizer, self.tokenizer_params, grids))
+
+    # -- in chunks of one size: bounded memory, one compilation, and a chunk can be drawn again by itself ----------
+
+    def _chunk_shape(self, captions: int, n: int) -> tuple[int, int]:
+        """(captions, candidates of each) drawn in one go."""
+        candidates = min(n, self.rows_at_once)
+        return max(1, min(self.rows_at_once // candidates, captions)), candidates
+
+    def _chunk(self, text, n, seed, options, first_caption, first_candidate, known=None) -> np.ndarray:
+        """The chunk that starts there: uint8 [captions, candidates, H, W, 3]. Surplus rows repeat others."""
+        captions, candidates = self._chunk_shape(len(text), n)
+        some = np.resize(text[first_caption : first_caption + captions], (captions, text.shape[1]))
+        numbers = np.tile(first_candidate + np.arange(candidates), captions)
+        if known is not None:
+            known = tuple(jnp.broadcast_to(x, (len(numbers), x.shape[-1])) for x in known)
+        tokens = self.prior.sample(
+            self.params, jnp.asarray(some), row_keys(seed, numbers), known=known, **dataclasses.asdict(options)
+        )
+        images = self.decode(tokens)
+        return images.reshape(captions, candidates, *images.shape[1:])
+
+    def _pictures(self, text: np.ndarray, n: int, seed: int, options: SamplingOptions, known=None) -> np.ndarray:
+        """uint8 [C, n, H, W, 3]."""
+        if seed < 0 or n < 1:
+            raise ConfigError(f"seed is {seed} and n is {n}; expected seed ≥ 0 and n ≥ 1.")
+        captions, candidates = self._chunk_shape(len(text), n)
+        rows = []
+        for c in range(0, len(text), captions):
+            parts = [self._chunk(text, n, seed, options, c, j, known) for j in range(0, n, candidates)]
+            rows.append(np.concatenate(parts, axis=1)[: len(text) - c, :n])
+        return np.concatenate(rows)
+
+
+def row_keys(seed: int, numbers: np.ndarray) -> jax.Array:
+    """The key of each candidate, [B]: a function of (seed, its number) alone."""
+    key = keys.stream(jax.random.key(seed), "sample")
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(numbers, jnp.uint32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(tokenizer, params, images):
+    return tokenizer.encode(params, images)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(tokenizer, params, tokens):
+    return tokenizer.decode(params, tokens)
+
+
+# -- configs/generate.py ------------------------------------------------------------------------------------------
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Writes one PNG for each sample, a grid, and `manifest.json`.
+
+    Args:
+      config: see `configs/generate.py`.
+      workdir: where to write.
+    """
+    captions = read_captions(config)
+    model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once)
+    options = from_config(SamplingOptions, config.sampling, "sampling")
+    images = model.generate(captions, config.n, config.seed, **dataclasses.asdict(options))
+    out = epath.Path(workdir).expanduser()
+    entries = []
+    for i, caption in enumerate(captions):
+        for j in range(config.n):
+            name = f"{i:04d}-{j:03d}.png"
+            report.save_png(out / name, images[i, j])
+            entries.append({"file": name, "caption": caption, "caption_index": i, "index": j})
+    manifest = {
+        "workdir": model.workdir, "step": model.step, "seed": config.seed,
+        "sampling": dataclasses.asdict(options), "rows_at_once": config.rows_at_once, "captions": captions,
+        "n": config.n, "samples": entries,
+    }  # fmt: skip
+    (out / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    shown = min(config.n, 8)
+    report.save_png(out / "grid.png", report.grid([(c, images[i, :shown]) for i, c in enumerate(captions[:16])]))
+    print(f"{len(entries)} pictures, grid.png and manifest.json in {out}")
+
+
+def remake(manifest: str, file: str) -> np.ndarray:
+    """One picture of a manifest, made again: uint8 [H, W, 3], bit for bit on the same kind of device.
+
+    Args:
+      manifest: path of a `manifest.json`.
+      file: the sample's file name in it.
+
+    Raises:
+      DataError: where the manifest does not list that file.
+    """
+    record = json.loads(epath.Path(manifest).expanduser().read_text())
+    entry = next((sample for sample in record["samples"] if sample["file"] == file), None)
+    if entry is None:
+        raise DataError(f"{manifest} lists no sample {file!r}; it has {len(record['samples'])} samples.")
+    model = TextToImage.load(record["workdir"], record["step"], record["rows_at_once"])
+    text, n = model.encode_text(record["captions"]), record["n"]
+    captions, candidates = model._chunk_shape(len(text), n)
+    (c, i), (d, j) = divmod(entry["caption_index"], captions), divmod(entry["index"], candidates)
+    options = SamplingOptions(**record["sampling"])
+    return model._chunk(text, n, record["seed"], options, c * captions, d * candidates)[i, j]
+
+
+def read_captions(config: ConfigDict) -> list[str]:
+    """`config.prompts` (several are separated by "|"), or the lines of the file `config.prompts_file`.
+
+    Raises:
+      DataError: where neither or both are given, or the file is missing or empty.
+    """
+    if bool(config.prompts) == bool(config.prompts_file):
+        raise DataError("Give captions by --config.prompts='a red circle|a blue square' or by --config.prompts_file=FILE.")
+    if config.prompts:
+        return [part.strip() for part in config.prompts.split("|")]
+    path = epath.Path(config.prompts_file).expanduser()
+    if not path.exists():
+        raise DataError(f"There is no file of captions {path}.")
+    captions = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not captions:
+        raise DataError(f"{path} holds no caption; expected one a line.")
+    return captions
