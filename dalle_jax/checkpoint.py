@@ -16,7 +16,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import grain
 import jax
@@ -264,10 +264,10 @@ class Checkpoints:
         with self._storage_errors("write"):
             self._manager.close()
 
-    def __enter__(self) -> Checkpoints:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: Any) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def resolve(self, step: int | str | None) -> int:
@@ -293,7 +293,7 @@ class Checkpoints:
         folder = self.directory / str(step) / "data"
         path = folder / f"process_{jax.process_index()}-of-{jax.process_count()}.json"
         if not path.exists():  # another number of hosts: every host counts the same global batches
-            path = sorted(folder.glob("process_*.json"))[0]
+            path = min(folder.glob("process_*.json"))
         _DataState(data_iterator).set_state(path.read_text().encode())
 
     @contextmanager

@@ -47,7 +47,7 @@ class MetricWriter:
             kept = [line for line in _lines(path) if line["step"] <= start]
             with open(path, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in kept)
-            self._jsonl = open(path, "a", encoding="utf-8", buffering=1)
+            self._jsonl = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close())
             os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
             self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=start + 1 if start else None)
 
@@ -95,7 +95,7 @@ class Progress:
         self._paused = 0.0
         self._began = time.perf_counter()
         self._mark = (start, 0.0)
-        self._shown = -math.inf
+        self._shown = 0.0
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._began - self._paused

@@ -35,7 +35,7 @@ class OptimizerOptions:
       weight_decay: decoupled decay, multiplied by the step size as in AdamW.
       decay: which parameters decay: "kernels" (those whose name ends in "kernel": not gains, biases or embeddings)
         or "all".
-      clip_norm: largest global norm of the gradients; None: no clipping.
+      clip_norm: largest global norm of the gradients; 0: no clipping.
       accumulate_steps: slices of the batch whose gradients are averaged before the update.
     """
 
@@ -44,7 +44,7 @@ class OptimizerOptions:
     eps: float = 1e-8
     weight_decay: float = 0.0
     decay: str = "kernels"
-    clip_norm: float | None = None
+    clip_norm: float = 0.0
     accumulate_steps: int = 1
 
     def __post_init__(self):
@@ -52,14 +52,14 @@ class OptimizerOptions:
             raise ConfigError(f"optimizer.decay={self.decay!r}: expected 'kernels' or 'all'.")
         if self.accumulate_steps < 1:
             raise ConfigError(f"optimizer.accumulate_steps={self.accumulate_steps}: expected at least 1.")
-        if self.clip_norm is not None and self.clip_norm <= 0:
-            raise ConfigError(f"optimizer.clip_norm={self.clip_norm}: expected a positive number, or None for none.")
+        if self.clip_norm < 0:
+            raise ConfigError(f"optimizer.clip_norm={self.clip_norm}: expected a positive number, or 0 for no clipping.")
 
 
 def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
     """The transformation from gradients to the AdamW direction, to be multiplied by minus the step size."""
     return optax.chain(
-        optax.identity() if options.clip_norm is None else optax.clip_by_global_norm(options.clip_norm),
+        optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.eps),
         optax.add_decayed_weights(options.weight_decay, mask=lambda params: decay_mask(params, options)),
     )

@@ -1,4 +1,4 @@
-"""From sections of a configuration to typed options.
+"""From sections of a configuration to typed options, and what to say where that fails.
 
 `ConfigDict` stops here: whatever is built from a configuration takes a frozen dataclass.
 """
@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+import re
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from dalle_jax.errors import ConfigError
+from absl import flags
+
+from dalle_jax.errors import ConfigError, UserError
 
 T = TypeVar("T")
 
@@ -46,3 +50,33 @@ def from_config(cls: type[T], section: Mapping[str, Any], where: str) -> T:
     if missing:
         raise ConfigError(f"config.{where} lacks {', '.join(missing)}.")
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in section.items()})
+
+
+def explain_flag_error(error: Exception, argv: Sequence[str]) -> Exception:
+    """What to raise for an error that absl's or ml_collections' flag parsing raised.
+
+    Args:
+      error: the error.
+      argv: the command line.
+
+    Returns:
+      The `ConfigError` that a config file raised; else one that says in a line what is wrong with the command; the
+      error itself where the config file has a fault (its traceback is needed).
+    """
+    text, cause = str(error).replace("\\", ""), error
+    while cause is not None:  # a config file's own refusal, wrapped by the flag parser
+        found, cause = cause, cause.__cause__ or cause.__context__
+        if isinstance(found, UserError) and not str(found).startswith("Error whilst parsing"):
+            return found
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    if "Error whilst parsing config file" in text or not any(name in raised_in for name in ("absl", "ml_collections")):
+        return error
+    if isinstance(error, OSError):
+        given = next((arg for arg in argv if arg.startswith("--config=")), "--config")
+        return ConfigError(f"{given}: no such file; run from the repository's root, or give its whole path.")
+    if isinstance(error, (KeyError, AttributeError)) and (key := re.search(r"'(\w+)'", text)):
+        given = next((arg for arg in argv if f".{key[1]}" in arg), "The command")
+        near = re.search(r'Did you mean ("\w+")', text)
+        hint = f" (did you mean {near[1]}?)" if near else ""
+        return ConfigError(f"{given}: the configuration has no key {key[1]!r}{hint}.")
+    return ConfigError(" ".join(text.split()))

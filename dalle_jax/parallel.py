@@ -155,12 +155,12 @@ def to_mesh(batch: Any, sharding: NamedSharding) -> Any:
       The same tree of global `jax.Array`s.  The copy to the devices is asynchronous.
     """
 
+    if jax.process_count() == 1:
+        return jax.device_put(batch, sharding)
+
     def put(x: Any) -> jax.Array:
-        if isinstance(x, jax.Array) and x.sharding == sharding:
-            return x
-        if jax.process_count() == 1:
-            return jax.device_put(x, sharding)
-        return jax.make_array_from_process_local_data(sharding, np.asarray(x))
+        on_mesh_already = isinstance(x, jax.Array) and x.sharding == sharding
+        return x if on_mesh_already else jax.make_array_from_process_local_data(sharding, np.asarray(x))
 
     return jax.tree.map(put, batch)
 
@@ -223,7 +223,9 @@ def shardings_of(boxed: Any, mesh: Mesh) -> Any:
     Returns:
       A tree of `NamedSharding`s with the structure of the unboxed tree.
     """
-    is_box = lambda leaf: isinstance(leaf, nn.meta.AxisMetadata)  # noqa: E731
+
+    def is_box(leaf: Any) -> bool:
+        return isinstance(leaf, nn.meta.AxisMetadata)
 
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         if not is_box(leaf):

@@ -63,7 +63,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
         parallel.check_batch(mesh, config.batch_size, options.accumulate_steps)
         job = job or tasks.build(config, workdir)
         task = job.task
-        step_schedules = {**task.schedules, "learning_rate": schedules.make(config.schedules.learning_rate)}
+        step_schedules = {**task.schedules, "learning_rate": schedules.make(config.schedules.learning_rate, "learning_rate")}
         optimizer = optimizers.make_optimizer(options)
         logging.info("mesh: %s", parallel.describe(mesh))
 

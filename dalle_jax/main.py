@@ -1,0 +1,63 @@
+"""The command line: flags → config → job.
+
+    python -m dalle_jax.main --config=configs/prior.py[:variant] [--workdir=DIR] [--config.key=value ...]
+
+Exit status: 0 done (or stopped and saved), 1 a `UserError`, 2 a wrong flag or configuration.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from dalle_jax import compilation_cache
+from dalle_jax.errors import ConfigError, UserError
+from dalle_jax.options import explain_flag_error
+
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="What to do: configs/NAME.py[:variant].")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Where the run keeps its files (default: config.workdir).")
+
+# config.job → the module whose run(config, workdir) does it.
+JOBS = {
+    "train": "dalle_jax.stages",
+    "generate": "dalle_jax.generate",
+    "evaluate": "dalle_jax.evaluate",
+    "quickstart": "dalle_jax.quickstart",
+}
+
+
+def _parse(argv: list[str]) -> list[str]:
+    """Parses the flags; what the user got wrong becomes a `ConfigError` of one line."""
+    try:
+        rest = flags.FLAGS(argv)
+        if len(rest) > 1:
+            raise ConfigError(f"Unexpected argument {rest[1]!r}: options are written --name=value.")
+        if _CONFIG.value is None:
+            raise ConfigError("No --config given; begin with --config=configs/quickstart.py.")
+        if _CONFIG.value.job not in JOBS:  # (a file that could not be read says so here)
+            raise ConfigError(f"config.job={_CONFIG.value.job!r}: expected one of {', '.join(JOBS)}.")
+        return rest
+    except (flags.Error, LookupError, AttributeError, ValueError, TypeError, OSError) as error:
+        raise explain_flag_error(error, argv) from None
+
+
+def _run(_: list[str]) -> None:
+    config = _CONFIG.value
+    compilation_cache.enable()
+    importlib.import_module(JOBS[config.job]).run(config, _WORKDIR.value or config.workdir)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the command line `argv` (default: this process's); ends the process."""
+    try:
+        app.run(_run, argv=argv, flags_parser=_parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,119 @@
+"""A training small enough for tests of the loop: a two-layer net on seeded random regression data."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dalle_jax.parallel import constrain
+from dalle_jax.tasks import Job
+
+FEATURES, HIDDEN, TARGETS = 8, 16, 4
+
+
+def tiny_config(**changes: Any) -> ConfigDict:
+    """A whole training configuration; `changes` by dotted name, dots written as two underscores."""
+    config = ConfigDict(
+        {
+            "job": "train",
+            "task": "tiny",
+            "variant": "tiny",
+            "workdir": "",
+            "seed": 0,
+            "data": {"image_size": 8, "source": "random"},
+            "text": {"vocab_size": 16, "length": 4},
+            "model": {"hidden": HIDDEN, "remat": False},
+            "objective": {},
+            "optimizer": {"b1": 0.9, "b2": 0.95, "weight_decay": 0.01, "clip_norm": 1.0, "accumulate_steps": 1},
+            "schedules": {"learning_rate": {"kind": "constant", "value": 3e-2}},
+            "ema": {"decay": 0.9, "every": 1},
+            "mesh": {"data": 1, "fsdp": 1, "tensor": 1},
+            "batch_size": 16,
+            "steps": 10,
+            "cadence": {"log": 1, "eval": 5, "preview": 0, "checkpoint": 5},
+            "eval_batches": 2,
+            "keep": {"last": 2, "best": 1},
+            "max_nonfinite": 3,
+        }
+    )
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return config
+
+
+class TinyNet(nn.Module):
+    """[B, FEATURES] → [B, TARGETS], with the dimension names of a transformer's MLP."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        named = functools.partial(nn.with_logical_partitioning, nn.initializers.lecun_normal())
+        x = nn.gelu(nn.Dense(HIDDEN, kernel_init=named(("embed", "mlp")), name="up")(x))
+        return nn.Dense(TARGETS, kernel_init=named(("mlp", "embed")), name="down")(constrain(x, "batch", "mlp"))
+
+
+class TinyTask:
+    """Mean squared error, with dropout-like noise so that keys matter."""
+
+    best_metric = "error"
+
+    def __init__(self, noise: float = 0.1, poison: tuple[int, ...] = ()):
+        self.schedules = {"noise": lambda step: noise / (1.0 + step)}
+        self.frozen = {"offset": np.ones(TARGETS, np.float32)}
+        self.net = TinyNet()
+        self.poison = poison
+        self.evaluations: list[dict[str, float]] = []
+
+    def init(self, key):
+        return self.net.init(key, jnp.zeros((1, FEATURES)))["params"]
+
+    def loss(self, params, frozen, batch, key, step):
+        x = batch["x"] + self.schedules["noise"](step) * jax.random.normal(key, batch["x"].shape)
+        error = self.net.apply({"params": params}, x) + frozen["offset"][None] - batch["y"]
+        loss = jnp.mean(jnp.square(error))
+        poisoned = functools.reduce(jnp.logical_or, [step == at for at in self.poison], jnp.zeros((), bool))
+        return jnp.where(poisoned, jnp.nan, 1.0) * loss, {"mean_x": jnp.mean(batch["x"])}
+
+    def evaluate(self, params, frozen, batches, key):
+        errors = [
+            jnp.mean(jnp.square(self.net.apply({"params": params}, b["x"]) + frozen["offset"][None] - b["y"]))
+            for b in batches
+        ]
+        self.evaluations.append({"error": float(np.mean(errors)), "batches": len(errors)})
+        return self.evaluations[-1]
+
+    def preview(self, params, frozen, batch, key):
+        return np.zeros((4, 6, 3), np.uint8)
+
+
+def _example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    x = rng.standard_normal(FEATURES).astype(np.float32)
+    return {"x": x, "y": np.tanh(x[:TARGETS] * x[TARGETS:]), "index": np.int32(index)}
+
+
+def tiny_batches(batch_size: int, seed: int = 0) -> Any:
+    """Endless shuffled batches of 97 examples with fresh noise in every epoch, as a grain iterator."""
+    dataset = grain.MapDataset.range(97).seed(seed).shuffle().repeat().random_map(_example).batch(batch_size)
+    return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
+
+
+def tiny_job(config: ConfigDict, **task: Any) -> Job:
+    """A job of `TinyTask(**task)`; its evaluation has three batches."""
+
+    def eval_batches():
+        rngs = [np.random.default_rng(i) for i in range(3)]
+        for rng in rngs:
+            rows = [_example(i, rng) for i in range(config.batch_size)]
+            yield {**{k: np.stack([r[k] for r in rows]) for k in rows[0]}, "valid": np.ones(config.batch_size, bool)}
+
+    return Job(
+        task=TinyTask(**task),
+        train_batches=lambda: tiny_batches(config.batch_size, config.seed),
+        eval_batches=eval_batches,
+        data_counts=lambda: {"unreadable": 2},
+    )
