@@ -1,0 +1,40 @@
+"""How much of the codebook is in use.
+
+A dVAE trained with few updates tends to describe everything with a handful of codes; reconstructions then stop
+improving. Two figures show it: usage, the fraction of codes that occur at all, and perplexity, exp of the entropy of
+the codes' frequencies: V where all V codes are equally frequent, 1 where a single one is used.
+
+    V vocabulary
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def count(tokens: jax.Array, vocab_size: int, valid: jax.Array | None = None) -> jax.Array:
+    """How often each code occurs. Counts of several batches add up.
+
+    Args:
+      tokens: int32 [B, ...].
+      vocab_size: V.
+      valid: bool [B]; rows that count. None: all.
+
+    Returns:
+      float32 [V].
+    """
+    tokens = tokens.reshape(tokens.shape[0], -1)
+    weights = jnp.ones(tokens.shape, jnp.float32) if valid is None else jnp.broadcast_to(valid[:, None], tokens.shape)
+    return jnp.zeros((vocab_size,), jnp.float32).at[tokens].add(weights.astype(jnp.float32))
+
+
+def perplexity(counts: jax.Array) -> jax.Array:
+    """exp(entropy) of the frequencies, float [V] to a scalar between 1 and V (1 where nothing was counted)."""
+    frequencies = counts / jnp.maximum(counts.sum(), 1.0)
+    return jnp.exp(jnp.sum(jax.scipy.special.entr(frequencies)))
+
+
+def usage(counts: jax.Array) -> jax.Array:
+    """Fraction of codes that occur at least once, float [V] to a scalar in [0, 1]."""
+    return jnp.mean(counts > 0, dtype=jnp.float32)

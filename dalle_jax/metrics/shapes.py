@@ -1,0 +1,203 @@
+"""Reads scenes of coloured shapes back from pictures with fixed rules, and scores pictures against captions.
+
+The judge of `shapes_captions`: no learned model, numpy only.  A picture is explained three ways, as one object, as
+two above one another and as two beside one another, by laying the outline of every shape and size over every place
+where an object can be and fitting its colour by least squares; the way that explains the most of what differs from
+the background wins, so touching objects of one colour are told apart as well.  What no outline explains is not read
+as an object at all: a smear counts as wrong, not as the shape it resembles most.
+
+    B pictures, H, W their size, S = 32 the size they are read at, P = S² pixels, K outlines, C = 3 channels
+"""
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+import PIL.Image
+
+from dalle_jax.data.shapes_captions import drawing
+from dalle_jax.data.shapes_captions.scenes import BACKGROUNDS, COLORS, SHAPES, Object, Scene
+
+ATTRIBUTES = ("shape", "color", "size", "relation", "background")
+_NOTHING = Object(None, None)
+_READ_SIZE = 32
+_MIN_EXPLAINED = 0.5  # share of an object's surroundings that its outline has to explain
+_MIN_CONTRAST = 45.0  # distance in RGB between an object and its background
+
+
+def read_scene(image: np.ndarray) -> Scene:
+    """Reads one picture.
+
+    Args:
+      image: uint8 [H, W, 3], H = W.
+
+    Returns:
+      The scene, with the background and every attribute of each object set; no objects, or fewer than were meant,
+      where the picture shows nothing that looks like one.
+    """
+    return read_scenes(image[None])[0]
+
+
+def read_scenes(images: np.ndarray, *, chunk: int = 256) -> list[Scene]:
+    """Reads many pictures.
+
+    Args:
+      images: uint8 [B, H, W, 3], H = W.
+      chunk: how many to read at once.
+
+    Returns:
+      B scenes, as `read_scene`.
+
+    Raises:
+      ValueError: pictures of another shape or type.
+    """
+    images = np.asarray(images)
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.shape[1] != images.shape[2]:
+        raise ValueError(f"Pictures are {images.dtype} {images.shape}; expected uint8 [B, H, H, 3].")
+    return [scene for start in range(0, len(images), chunk) for scene in _read(images[start : start + chunk])]
+
+
+def score(images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
+    """Judges pictures by what their captions state.
+
+    Args:
+      images: uint8 [B, H, W, 3], H = W.
+      scenes: B scenes, None for what a caption leaves open.
+
+    Returns:
+      "caption_accuracy": share of the pictures that show the stated number of objects and every stated attribute;
+      "attribute_accuracy": share of all stated attributes that are right;
+      "shape", "color", "size", "relation", "background": the same for one attribute (nan where none is stated).
+      Objects are compared in the order that suits the picture better: where both are right but have changed places,
+      the relation is wrong, and nothing else.
+    """
+    if len(images) != len(scenes) or not scenes:
+        raise ValueError(f"{len(images)} pictures for {len(scenes)} scenes; expected as many, at least one.")
+    right: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
+    captions = []
+    for seen, stated in zip(read_scenes(images), scenes):
+        verdicts = _compare(seen, stated)
+        for name, verdict in verdicts:
+            right[name].append(verdict)
+        captions.append(len(seen.objects) == len(stated.objects) and all(verdict for _, verdict in verdicts))
+    everything = [verdict for verdicts in right.values() for verdict in verdicts]
+    return {
+        "caption_accuracy": float(np.mean(captions)),
+        "attribute_accuracy": float(np.mean(everything)),
+        **{name: float(np.mean(verdicts)) if verdicts else float("nan") for name, verdicts in right.items()},
+    }
+
+
+def _compare(seen: Scene, stated: Scene) -> list[tuple[str, bool]]:
+    """One (attribute, right or not) per stated attribute."""
+    found = (*seen.objects, _NOTHING, _NOTHING)[:2]
+    in_place, changed_places = (
+        [
+            (name, getattr(shown, name) == getattr(said, name))
+            for said, shown in zip(stated.objects, order)
+            for name in ("shape", "color", "size")
+            if getattr(said, name) is not None
+        ]
+        for order in (found, found[::-1])
+    )
+    has_changed = sum(right for _, right in changed_places) > sum(right for _, right in in_place)
+    verdicts = changed_places if has_changed else in_place
+    if stated.relation is not None:
+        verdicts.append(("relation", seen.relation == stated.relation and not has_changed))
+    if stated.background is not None:
+        verdicts.append(("background", seen.background == stated.background))
+    return verdicts
+
+
+def _nearest(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str:
+    distances = np.square(np.float32(list(palette.values())) - color).sum(-1)
+    return list(palette)[int(np.argmin(distances))]
+
+
+@functools.cache
+def _outlines(relation: str | None, index: int) -> tuple[list[tuple[str, str]], np.ndarray]:
+    """Every (shape, size) at every place where object `index` of a layout can be.
+
+    Returns:
+      K names, and float32 [K, P] coverages.
+    """
+    center = np.array(drawing.CENTERS[relation][index]) * _READ_SIZE
+    reach = {None: (3, 3), "above": (4, 2), "left of": (2, 4)}[relation]  # pixels; twice what the drawings use
+    names, masks = [], []
+    for size, extent in drawing.EXTENTS[len(drawing.CENTERS[relation])].items():
+        for shape in SHAPES:
+            for dx in range(-reach[0], reach[0] + 1):
+                for dy in range(-reach[1], reach[1] + 1):
+                    x, y = (center + (dx, dy)) / _READ_SIZE
+                    names.append((shape, size))
+                    masks.append(drawing.coverage(shape, x, y, extent, _READ_SIZE).ravel())
+    return names, np.stack(masks)
+
+
+def _read(images: np.ndarray) -> list[Scene]:
+    if images.shape[1] != _READ_SIZE:
+        images = np.stack([
+            np.asarray(PIL.Image.fromarray(image).resize((_READ_SIZE, _READ_SIZE), PIL.Image.Resampling.BOX))
+            for image in images
+        ])
+    pixels = images.astype(np.float32)
+    frame = np.ones((_READ_SIZE, _READ_SIZE), bool)
+    frame[2:-2, 2:-2] = False
+    backgrounds = np.median(pixels[:, frame], axis=1)  # [B, C]; objects touch the frame, but cover less than half
+    rest = (pixels - backgrounds[:, None, None]).reshape(len(images), -1, 3)  # [B, P, C]
+    fits = {relation: _fit(rest, relation) for relation in drawing.CENTERS}
+    scenes = []
+    for b in range(len(images)):
+        relation = max(fits, key=lambda candidate: fits[candidate][1][b])
+        found = [_object(*slot, rest[b], backgrounds[b]) for slot in fits[relation][0][b]]
+        objects = tuple(item for item in found if item is not None)
+        background = _nearest(backgrounds[b], BACKGROUNDS)
+        scenes.append(Scene(objects, relation if len(objects) == 2 else None, background))
+    return scenes
+
+
+def _fit(rest: np.ndarray, relation: str | None) -> tuple[list[list[tuple]], np.ndarray]:
+    """The best outlines of one layout.
+
+    Args:
+      rest: float32 [B, P, C], pictures less their background.
+      relation: which layout.
+
+    Returns:
+      per picture a list of (name, outline [P], share explained) per object, and the energy [B] explained in all.
+    """
+    batch = len(rest)
+    flat = rest.transpose(1, 0, 2).reshape(rest.shape[1], -1)  # [P, B·C]
+    slots, total = [[] for _ in range(batch)], np.zeros(batch, np.float32)
+    for index in range(len(drawing.CENTERS[relation])):
+        names, masks = _outlines(relation, index)
+        inner = (masks @ flat).reshape(len(masks), batch, 3)
+        explained = np.square(inner).sum(-1) / np.square(masks).sum(1)[:, None]  # [K, B]
+        best = explained.argmax(0)
+        half = _half(relation, index)
+        energy = np.square(rest[:, half]).sum((1, 2))
+        for b in range(batch):
+            share = explained[best[b], b] / max(energy[b], 1.0)
+            slots[b].append((names[best[b]], masks[best[b]], share))
+        total += explained[best, np.arange(batch)]
+    return slots, total
+
+
+def _half(relation: str | None, index: int) -> np.ndarray:
+    """bool [P]: the part of the picture that belongs to object `index` of a layout."""
+    part = np.zeros((_READ_SIZE, _READ_SIZE), bool)
+    half = slice(None) if relation is None else slice(index * _READ_SIZE // 2, (index + 1) * _READ_SIZE // 2)
+    if relation == "left of":
+        part[:, half] = True
+    else:
+        part[half] = True
+    return part.ravel()
+
+
+def _object(name: tuple[str, str], outline: np.ndarray, share: float, rest: np.ndarray, background: np.ndarray) -> Object | None:
+    """The object under an outline, or None where there is none."""
+    color = np.median(rest[outline > 0.99], axis=0)
+    if share < _MIN_EXPLAINED or np.linalg.norm(color) < _MIN_CONTRAST:
+        return None
+    return Object(_nearest(color + background, COLORS), *name)
