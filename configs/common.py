@@ -1,0 +1,63 @@
+"""Sections that several configs share."""
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def data(source: str, image_size: int, **options) -> ConfigDict:
+    """The `data` section, every key of `DataOptions` spelled out."""
+    section = ConfigDict({
+        "source": source,
+        "image_size": image_size,
+        "augment": "none",
+        "path": placeholder(str),  # the folder, where source is "folder"
+        "data_dir": placeholder(str),  # None: $DALLE_JAX_DATA or ~/.cache/dalle_jax/data
+        "image_key": "image",
+        "caption_key": "caption",
+        "builder_kwargs": {},
+        "train_split": "train",
+        "eval_split": "validation",
+        "cache": False,
+        "workers": 0,
+        "bpe_dropout": 0.0,
+    })
+    section.update(options)
+    return section
+
+
+def shapes(**options) -> ConfigDict:
+    """The embedded pictures of coloured shapes."""
+    return data("shapes_captions", 32, cache=True, **options)
+
+
+def emoji(**options) -> ConfigDict:
+    """The colour emoji of an installed font (Debian and Ubuntu: fonts-noto-color-emoji)."""
+    return data("emoji_captions", 64, cache=True, builder_kwargs={"image_size": 64}, **options)
+
+
+def folder(image_size: int, **options) -> ConfigDict:
+    """Pictures of one's own: --config.data.path=DIR, with name.png + name.txt, captions.jsonl or captions.csv."""
+    return data("folder", image_size, workers=2, train_split="train", eval_split="validation", **options)
+
+
+def schedule(kind: str, **numbers) -> dict:
+    """A section of `schedules` (dalle_jax/schedules.py has the kinds)."""
+    return {"kind": kind, **numbers}
+
+
+def run(config: ConfigDict, *, batch_size: int, steps: int, every: int, checkpoint: int | None = None) -> None:
+    """Mesh, batch, length and cadence: the end of each training config.
+
+    Args:
+      config: gets the keys.
+      every: steps between evaluations and previews.
+      checkpoint: steps between checkpoints; `every` where None.
+    """
+    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.batch_size = batch_size
+    config.steps = steps
+    config.cadence = ConfigDict(
+        {"log": max(1, min(50, steps // 20)), "eval": every, "preview": every, "checkpoint": checkpoint or every}
+    )
+    config.eval_batches = 8
+    config.keep = ConfigDict({"last": 1, "best": 0})
+    config.max_nonfinite = 20

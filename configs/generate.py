@@ -1,0 +1,32 @@
+"""Captions to pictures from a trained prior's workdir.
+
+    python -m dalle_jax.main --config=configs/generate.py --config.model_workdir=runs/prior-shapes \
+        --config.prompts="a red circle above a blue square|a large green cross" --config.n=4
+
+Writes one PNG a sample, `grid.png`, and `manifest.json`, from which `dalle_jax.generate.remake(manifest, file)` makes
+each picture again. Runs wherever the prior was trained; a laptop's CPU is enough for shapes and emoji.
+"""
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.job = "generate"
+    config.workdir = "runs/generated"  # where the pictures go
+    config.model_workdir = "runs/prior-shapes"  # the prior
+    config.step = placeholder(int)  # a checkpoint; None: the latest
+    config.seed = 0
+
+    config.prompts = ""  # captions, separated by "|"
+    config.prompts_file = ""  # or a file with one caption a line
+    config.n = 4  # pictures for each
+    config.sampling = ConfigDict({
+        "temperature": 1.0,
+        "top_k": placeholder(int),
+        "top_p": placeholder(float),
+        "guidance": 0.0,
+        "steps": placeholder(int),
+    })
+    config.rows_at_once = 64  # pictures drawn in one go: bounds the memory
+    return config

@@ -1,0 +1,76 @@
+"""The autoregressive prior over text and image tokens (DALL-E, stage two).
+
+    python -m dalle_jax.main --config=configs/prior.py                 # shapes: embedded data, a laptop's CPU
+    python -m dalle_jax.main --config=configs/prior.py:emoji           # the emoji of an installed font
+    python -m dalle_jax.main --config=configs/prior.py:folder --config.data.path=DIR --config.tokenizer.data.path=DIR
+    python -m dalle_jax.main --config=configs/prior.py:paper --config.data.path=DIR --config.tokenizer_from=DVAE_DIR
+
+Where the image tokenizer has not been trained, that is done first (`config.tokenizer` is its whole configuration).
+Run the same command again to go on after an interruption.
+
+Measured: see README.md (shapes) and experiments/results/emoji/. Not yet measured: folder, 2.8b, 5.6b, paper.
+"""
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from dalle_jax import config_files
+
+common = config_files.module(__file__, "common.py")
+schedule = common.schedule
+
+# name: (tokenizer's variant, data, text length, text vocabulary, width, depth, heads, batch, steps)
+VARIANTS = {
+    "shapes": ("shapes", common.shapes(), 24, 128, 192, 5, 6, 64, 1000),
+    "emoji": ("emoji", common.emoji(bpe_dropout=0.1), 24, 2048, 256, 8, 8, 32, 6000),
+    "folder": ("folder", common.folder(128, augment="prior", bpe_dropout=0.1), 64, 8192, 512, 12, 8, 64, 100_000),
+    "2.8b": ("paper", common.folder(256, augment="prior", bpe_dropout=0.1), 256, 16_384, 1920, 64, 30, 1024, 430_000),
+    "5.6b": ("paper", common.folder(256, augment="prior", bpe_dropout=0.1), 256, 16_384, 2688, 64, 42, 1024, 430_000),
+    "paper": ("paper", common.folder(256, augment="prior", bpe_dropout=0.1), 256, 16_384, 3968, 64, 62, 1024, 430_000),
+}
+
+
+def get_config(variant: str | None = None) -> ConfigDict:
+    variant, row = config_files.choose(VARIANTS, variant, __file__)
+    tokenizer, data, text_length, text_vocab, width, depth, heads, batch, steps = row
+    small = variant in ("shapes", "emoji")  # sized for a CPU, where float32 is the fast type
+
+    config = ConfigDict()
+    config.job = "train"
+    config.task = "prior"
+    config.variant = variant
+    config.workdir = f"runs/prior-{variant}"
+    config.seed = 0
+    config.tokenizer = config_files.module(__file__, "dvae.py").get_config(tokenizer)
+    config.tokenizer_from = placeholder(str)  # a workdir or an imported tokenizer to use instead
+
+    config.data = data
+    config.data_tokens = "once" if small else "each_batch"
+    config.text = ConfigDict({"vocab_size": text_vocab, "length": text_length, "path": placeholder(str)})
+
+    config.prior = "autoregressive"
+    config.model = ConfigDict({
+        "trunk": {
+            "width": width, "depth": depth, "heads": heads, "mlp_ratio": 4.0,
+            "norm": "layernorm", "activation": "gelu", "qk_norm": False, "positions": "learned", "dropout": 0.0,
+            "dtype": "float32" if small else "bfloat16", "remat": "none" if small else "full", "scan": not small,
+        },
+        "attention": "sparse",
+        "kernel": 11 if data.image_size == 256 else 3,
+        "wrap": True,
+        "tied_embeddings": not small,
+        "text_weight": 1 / 8,
+        "caption_drop": 0.1,
+    })  # fmt: skip
+
+    config.optimizer = ConfigDict({
+        "b1": 0.9, "b2": 0.96, "eps": 1e-8, "weight_decay": 4.5e-2, "decay": "kernels", "clip_norm": 4.0,
+        "accumulate_steps": 1,
+    })  # fmt: skip
+    if small:
+        rate = schedule("warmup_cosine", peak=2e-3, end=1e-5, warmup_steps=steps // 20, steps=steps)
+    else:  # the paper halves the step size five times on plateaus; see its appendix B.2
+        rate = schedule("warmup_constant", value=4.5e-4, warmup_steps=5000)
+    config.schedules = ConfigDict({"learning_rate": rate})
+    config.ema = ConfigDict({"decay": 0.99, "every": 1 if small else 25})
+    common.run(config, batch_size=batch, steps=steps, every=max(steps // 4, 1) if small else 5000)
+    return config

@@ -1,0 +1,24 @@
+"""The whole system, small, on a CPU: data, text model, dVAE, prior, pictures for unseen captions, and a report.
+
+    python -m dalle_jax.main --config=configs/quickstart.py
+
+Ends with `runs/quickstart/grid.png` and `report.json`. Run it again after an interruption and it goes on.
+README.md has its measured time and figures.
+"""
+from ml_collections import ConfigDict
+
+from dalle_jax import config_files
+
+
+def get_config() -> ConfigDict:
+    config = ConfigDict()
+    config.job = "quickstart"
+    config.workdir = "runs/quickstart"
+
+    config.prior = config_files.module(__file__, "prior.py").get_config("shapes")
+    config.prior.workdir = "runs/quickstart/prior"
+    config.prior.tokenizer.workdir = "runs/quickstart/dvae"
+
+    config.evaluate = config_files.module(__file__, "evaluate.py").get_config()
+    config.evaluate.model_workdir = config.prior.workdir
+    return config
