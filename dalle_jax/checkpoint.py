@@ -26,60 +26,11 @@ from etils import epath
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from dalle_jax.errors import CheckpointError, ConfigMismatch
+from dalle_jax.compatibility import check_same_model, to_json
+from dalle_jax.errors import CheckpointError, UserError
 from dalle_jax.train_step import TrainState
 
 PyTree = Any
-
-# Sections of the configuration that describe the parameters: they must not change between a checkpoint and its reader.
-MODEL_SECTIONS = ("task", "model", "text", "data.image_size")
-# ... except what only says how to compute.
-COMPUTE_KEYS = ("model.remat", "model.dtype")
-
-
-def to_json(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration as plain JSON values (tuples become lists)."""
-    plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
-    return json.loads(json.dumps(plain, default=str))
-
-
-def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} → {"a.b": 1}."""
-    flat: dict[str, Any] = {}
-    for key, value in config.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
-    return flat
-
-
-def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ between two configurations: {"a.b": (stored, given)}; an absent one is None."""
-    old, new = flatten(stored), flatten(given)
-    return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
-
-
-def check_same_model(stored: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:
-    """Checks that a checkpoint's configuration describes the model that is asked for.
-
-    Raises:
-      ConfigMismatch: it does not; names the keys.
-    """
-
-    def describes_model(key: str, values: tuple[Any, Any]) -> bool:
-        if key == "ema.decay":  # whether an average is stored at all
-            return bool(values[0]) != bool(values[1])
-        inside = any(key == section or key.startswith(f"{section}.") for section in MODEL_SECTIONS)
-        return inside and key not in COMPUTE_KEYS
-
-    changed = differences(stored, given)
-    wrong = {key: values for key, values in changed.items() if describes_model(key, values)}
-    if wrong:
-        listed = ", ".join(f"{key} (checkpoint: {old!r}, given: {new!r})" for key, (old, new) in wrong.items())
-        raise ConfigMismatch(
-            f"The checkpoint in {where} holds another model than the configuration asks for: {listed}. "
-            "Give the same values, or another --workdir to start afresh."
-        )
-    for key, (old, new) in changed.items():
-        logging.info("config.%s changed since the checkpoint: %r -> %r", key, old, new)
 
 
 class Checkpoints:
@@ -125,8 +76,11 @@ class Checkpoints:
                     read_only=read_only,
                     save_interval_steps=0 if read_only else 1,
                 ),
-                item_names=("params", "ema", "rest", "data", "config"),
-                item_handlers={"config": ocp.JsonCheckpointHandler()},
+                item_handlers={
+                    **{name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "rest")},
+                    "data": grain.checkpoint.CheckpointHandler(),
+                    "config": ocp.JsonCheckpointHandler(),
+                },
             )
 
     @property
@@ -201,14 +155,9 @@ class Checkpoints:
         }
         if state.ema is not None:
             items["ema"] = ocp.args.StandardRestore(state.ema)
-        with self._storage_errors("read"):
-            try:
-                restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-            except (ValueError, KeyError, FileNotFoundError) as error:
-                raise CheckpointError(
-                    f"The checkpoint {self.directory / str(step)} cannot be read into this model: {error}. It is damaged "
-                    "or was written by another version; delete it to go on from the one before, or give another --workdir."
-                ) from error
+        with self._reading(step):
+            self._check_shapes(step, state.params)
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
             self._restore_data(step, data_iterator)
         return state.replace(params=restored["params"], ema=restored.get("ema"), **restored["rest"])
 
@@ -289,6 +238,35 @@ class Checkpoints:
             raise CheckpointError(f"No checkpoint of step {step} in {self.directory}; there are {found}, or 'best'.")
         return int(step)
 
+    def _check_shapes(self, step: int, params: PyTree) -> None:
+        """Names the first parameter that the checkpoint and the model do not share."""
+
+        def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+            leaves = jax.tree_util.tree_leaves_with_path(tree)
+            return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
+
+        stored = self._manager.item_metadata(step)["params"]
+        if stored is None:
+            raise ValueError("it has no parameters")
+        old, new = shapes(stored.tree), shapes(params)
+        for name in sorted({*old, *new}):
+            if old.get(name) != new.get(name):
+                raise ValueError(f"parameter {name} is {old.get(name)} there, {new.get(name)} here")
+
+    @contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
+        with self._storage_errors("read"):
+            try:
+                yield
+            except (ValueError, KeyError, FileNotFoundError) as error:
+                if isinstance(error, UserError):
+                    raise
+                raise CheckpointError(
+                    f"The checkpoint {self.directory / str(step)} cannot be read into this model: {str(error)[:200]}. It "
+                    "is damaged or was written by another version; delete it to go on from the one before, or give "
+                    "another --workdir."
+                ) from error
+
     def _restore_data(self, step: int, data_iterator: Any) -> None:
         folder = self.directory / str(step) / "data"
         path = folder / f"process_{jax.process_index()}-of-{jax.process_count()}.json"
@@ -311,6 +289,14 @@ class Checkpoints:
                 f"Cannot {action} checkpoints in {self.directory}: {cause}. Checkpoints written before are intact. "
                 "Free space or mend access, then run the same command again: it goes on from the last one."
             ) from error
+
+
+def _not_from_orbax(record: Any) -> bool:
+    """Drops what orbax logs, with traceback, beside raising it: whoever waits for the write reports it once."""
+    return "/orbax/" not in record.pathname.replace("\\", "/") or record.levelno < 40
+
+
+logging.get_absl_logger().addFilter(_not_from_orbax)
 
 
 def _rest(state: TrainState) -> dict[str, PyTree]:

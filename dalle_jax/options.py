@@ -12,8 +12,6 @@ import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from absl import flags
-
 from dalle_jax.errors import ConfigError, UserError
 
 T = TypeVar("T")

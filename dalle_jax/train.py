@@ -27,7 +27,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dalle_jax import keys, optimizers, parallel, schedules, tasks
-from dalle_jax.checkpoint import Checkpoints, to_json
+from dalle_jax.checkpoint import Checkpoints
+from dalle_jax.compatibility import to_json
 from dalle_jax.errors import ConfigError, DataError, NonFiniteError, Preempted
 from dalle_jax.metric_writer import Mean, MetricWriter, Progress
 from dalle_jax.optimizers import AverageOptions, OptimizerOptions

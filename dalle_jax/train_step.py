@@ -83,7 +83,7 @@ def make_init(
         step=everywhere,
         params=params,
         ema=params if average.decay else None,
-        opt_state=optax.tree_map_params(
+        opt_state=optax.tree_utils.tree_map_params(
             optimizer, lambda _, sharding: sharding, shapes.opt_state, params, transform_non_params=lambda _: everywhere
         ),
         skipped=everywhere,
@@ -125,7 +125,7 @@ def make_train_step(
 
         key = keys.stream(key, "loss", state.step)
         grads, scalars = optimizers.accumulated_gradients(loss, state.params, batch, key, options.accumulate_steps)
-        gradient_norm = optax.global_norm(grads)
+        gradient_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(scalars["loss"]) & jnp.isfinite(gradient_norm)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
