@@ -1,14 +1,15 @@
 """Crops and resizes of the two stages, each a function of (picture, size, generator).
 
-Appendices A.2 and B.2 of Zero-Shot Text-to-Image Generation:
-  dvae   random square crop of the short side s, area resize to t ~ U[9/8, 12/8]·S, random S crop, horizontal flip;
-  prior  near-centred square crop (offset within 3/8 to 5/8 of the slack), area resize to t ~ U[1, 9/8]·S, random S
-         crop, and no flip, because captions mention left, right and text;
+Listings 1 and 2 in the appendix of Zero-Shot Text-to-Image Generation:
+  dvae   random square crop of the short side s, area resize to t ~ U[9/8, 12/8]·S, random S crop,
+         horizontal flip;
+  prior  near-centred square crop (offset within 3/8 to 5/8 of the slack), area resize to t ~ U[1, 9/8]·S,
+         random S crop, and no flip, because captions mention left, right and text;
   none   centred square crop, resized to S: evaluation, and small data sets drawn to size.
 
-As in the paper's listings t never exceeds the short side, so nothing is enlarged only to be cropped; a picture
-smaller than S, which the listings refuse, is enlarged to S.  The resize is a true area average (every source pixel
-counts by the area it covers), which Pillow's BOX filter is not at fractional ratios.
+As in the paper's listings t never exceeds the short side, so nothing is enlarged only to be cropped; a
+picture smaller than S, which the listings refuse, is enlarged to S.  The resize is a true area average (every
+source pixel counts by the area it covers), which Pillow's BOX filter is not at fractional ratios.
 
     S size asked for    s short side of the picture    t side after the resize
 """
@@ -79,7 +80,7 @@ def _square(image: np.ndarray, top: int, left: int) -> np.ndarray:
 
 
 def area_resize(image: np.ndarray, side: int) -> np.ndarray:
-    """Resizes by area averaging: each new pixel is the mean over the rectangle of the old picture that it covers.
+    """Resizes by area averaging: each new pixel is the mean over what it covers of the old picture.
 
     Args:
       image: uint8 [H, W, C].
@@ -90,8 +91,8 @@ def area_resize(image: np.ndarray, side: int) -> np.ndarray:
     """
     if image.shape[:2] == (side, side):
         return image
-    averaged = _average_rows(_average_rows(image.astype(np.float64), side).swapaxes(0, 1), side).swapaxes(0, 1)
-    return np.rint(averaged).astype(np.uint8)
+    averaged = _average_rows(image.astype(np.float64), side).swapaxes(0, 1)
+    return np.rint(_average_rows(averaged, side).swapaxes(0, 1)).astype(np.uint8)
 
 
 def _average_rows(image: np.ndarray, count: int) -> np.ndarray:

@@ -1,15 +1,16 @@
 """Turns positions of the global example order into batches: what one worker does for one batch.
 
 The order is a pure function.  Global position p of a run lies in epoch p // n at place p mod n; a seeded
-permutation per epoch says which example that is.  Batch k holds positions [k·B, (k+1)·B), of which host i takes the
-i-th of `process_count` equal stretches.  So any host, any worker, at any time, can make any batch: resuming needs
-only k, and neither the number of hosts nor of workers changes what is seen.
+permutation per epoch says which example that is.  Batch k holds positions [k·B, (k+1)·B), of which host i
+takes the i-th of `process_count` equal stretches.  So any host, any worker, at any time, can make any batch:
+resuming needs only k, and neither the number of hosts nor of workers changes what is seen.
 
-Unreadable examples must not shift that order, or hosts would drift apart.  In training the place of one is taken by
-the example half an epoch further on (then the next, …), which every host can name without asking; in evaluation its
-row is marked invalid.
+Unreadable examples must not shift that order, or hosts would drift apart.  In training the place of one is
+taken by the example half an epoch further on (then the next, …), which every host can name without asking; in
+evaluation its row is marked invalid.
 
-    B global batch    b = B / process_count rows on this host    n examples    S picture size    T text positions
+    B global batch    b = B / process_count rows on this host    n examples
+    S picture size    T text positions
 """
 from __future__ import annotations
 
@@ -19,7 +20,14 @@ import grain
 import numpy as np
 
 from dalle_jax.data.augment import augment
-from dalle_jax.data.sources import DataOptions, Record, Source, UnreadableExample, decode_captions, decode_image
+from dalle_jax.data.sources import (
+    DataOptions,
+    Record,
+    Source,
+    UnreadableExample,
+    decode_captions,
+    decode_image,
+)
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import DataError
 from dalle_jax.priors.layout import TokenLayout
@@ -44,8 +52,8 @@ class ExampleMaker:
     """Makes batch k.  Picklable, so that worker processes can hold one each."""
 
     def __init__(
-        self, source: Source, options: DataOptions, text_model: TextModel | None, layout: TokenLayout | None, *,
-        train: bool, batch_size: int, seed: int, process_index: int, process_count: int,
+        self, source: Source, options: DataOptions, text_model: TextModel | None, layout: TokenLayout | None,
+        *, train: bool, batch_size: int, seed: int, process_index: int, process_count: int,
     ):
         """Args are those of `Pipeline`, checked there."""
         self._source, self._options, self._text_model, self._layout = source, options, text_model, layout
@@ -54,7 +62,8 @@ class ExampleMaker:
         self._first_row = process_index * self._rows
         order = grain.MapDataset.range(len(source))
         if train:
-            # Hashed first: grain shuffles epoch e with seed + e, so seed 0's second epoch would be seed 1's first.
+            # Hashed first: grain shuffles epoch e with seed + e, so seed 0's second epoch would be seed 1's
+            # first.
             order = order.shuffle(seed=int(self._entropy(0, 0, "shuffle").generate_state(1)[0]))
         self._order = order
         self._cache: dict[int, _Decoded | UnreadableExample] | None = {} if options.cache else None
@@ -66,8 +75,9 @@ class ExampleMaker:
         """Makes this host's rows of batch `step`.
 
         Returns:
-          The batch: "image" uint8 [b, S, S, 3]; "text" int32 [b, T] where there is a text model; "index" int32 [b]
-          (the example's place in the source); in evaluation also "valid" bool [b].  And what is to be counted.
+          The batch: "image" uint8 [b, S, S, 3]; "text" int32 [b, T] where there is a text model; "index"
+          int32 [b] (the example's place in the source); in evaluation also "valid" bool [b].  And what is to
+          be counted.
 
         Raises:
           DataError: in training, where no readable example is found.
@@ -112,9 +122,10 @@ class ExampleMaker:
         if not self._train:
             return None
         reasons = sorted({note.reason for note in notes})
+        last, tried = notes[-1], len(set(notes))
         raise DataError(
-            f"{self._source.description}: nothing in it is readable ({len(set(notes))} examples tried, {count} in all: "
-            f"{', '.join(reasons)}). For instance {notes[-1].name}: {notes[-1].reason} {notes[-1].detail}".rstrip()
+            f"{self._source.description}: nothing in it is readable ({tried} examples tried, {count} in all: "
+            f"{', '.join(reasons)}). For instance {last.name}: {last.reason} {last.detail}".rstrip()
         )
 
     def _example(self, index: int, epoch: int, notes: list[Note]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -129,7 +140,8 @@ class ExampleMaker:
             return image, None
         chosen, seed, dropout = 0, None, options.bpe_dropout if self._train else 0.0
         if self._train and (dropout or len(captions) > 1):
-            chosen, seed = (int(word) for word in self._entropy(epoch, index, "text").generate_state(2, np.uint64))
+            words = self._entropy(epoch, index, "text").generate_state(2, np.uint64)
+            chosen, seed = int(words[0]), int(words[1])
         ids, truncated = self._text_model.encode(
             captions[chosen % len(captions)], max_length=self._layout.text_length, dropout=dropout, seed=seed
         )

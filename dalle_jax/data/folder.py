@@ -1,12 +1,12 @@
 """A folder of pictures with captions, as people have them on disk.
 
 The captions stand either beside the pictures (`cat.png` + `cat.txt`, one caption per line) or in one
-`captions.jsonl` or `captions.csv` at the top, whose rows name a file ("file", "file_name" or "image") and hold
-"caption" (one text) or "captions" (a list; in a CSV file, separated by "|").
+`captions.jsonl` or `captions.csv` at the top, whose rows name a file ("file", "file_name" or "image") and
+hold "caption" (one text) or "captions" (a list; in a CSV file, separated by "|").
 
-Splits: a sub-folder named like the split, with captions of its own, is that split.  Otherwise the folder is one set,
-of which a fixed twentieth (chosen by a hash of the names, so that it does not change as files are copied) is
-"validation", the rest "train"; "all" is everything.
+Splits: a sub-folder named like the split, with captions of its own, is that split.  Otherwise the folder is
+one set, of which a fixed twentieth (chosen by a hash of the names, so that it does not change as files are
+copied) is "validation", the rest "train"; "all" is everything.
 """
 from __future__ import annotations
 
@@ -108,14 +108,15 @@ def _csv_rows(content: str, table: epath.Path):
 
 
 def _entry(row, number: int, table: epath.Path) -> tuple[str, tuple[str | bytes, ...]]:
-    row_is_mapping = isinstance(row, dict)
-    file = next((row[key] for key in _FILE_KEYS if row.get(key)), None) if row_is_mapping else None
-    captions = (row.get("captions") or row.get("caption") or []) if row_is_mapping else None
-    captions = [captions] if isinstance(captions, str) else captions
-    if not isinstance(file, str) or not isinstance(captions, list) or not all(isinstance(c, str) for c in captions):
+    file, captions = None, []
+    if isinstance(row, dict):
+        file = next((row[key] for key in _FILE_KEYS if row.get(key)), None)
+        captions = row.get("captions") or row.get("caption") or []
+    captions = captions if isinstance(captions, list) else [captions]
+    if not isinstance(file, str) or not all(isinstance(caption, str) for caption in captions):
         raise DataError(
-            f"{table}, row {number}: expected a file ({', '.join(_FILE_KEYS)}) and 'caption' (a text) or 'captions' "
-            f"(a list of texts), found {row!r:.200}."
+            f"{table}, row {number}: expected a file ({', '.join(_FILE_KEYS)}) and 'caption' (a text) or "
+            f"'captions' (a list of texts), found {repr(row)[:200]}."
         )
     return file, tuple(_raw(caption) for caption in captions)
 
@@ -140,5 +141,6 @@ def _choose(entries: list, split: str, root: epath.Path) -> list:
         # A single picture cannot be divided: it is both.
         return [entry for i, entry in enumerate(entries) if i not in held_out] or entries
     raise DataError(
-        f"{root} has no split {split!r}: make a sub-folder of that name, or ask for 'train', 'validation' or 'all'."
+        f"{root} has no split {split!r}: make a sub-folder of that name, or ask for 'train', 'validation' or "
+        "'all'."
     )

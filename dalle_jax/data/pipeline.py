@@ -1,8 +1,9 @@
 """Batches from a source: shuffled by seed, sharded over hosts, resumable at any batch.
 
-grain runs the workers (threads, or processes where `workers` is set) over `ExampleMaker`, for which every batch is a
-pure function of its number (examples.py).  The state of an iterator is therefore that number and a description of
-the run it counts in: it is the same on every host, and a run may go on with another number of hosts or workers.
+grain runs the workers (threads, or processes where `workers` is set) over `ExampleMaker`, for which every
+batch is a pure function of its number (examples.py).  The state of an iterator is therefore that number and a
+description of the run it counts in: it is the same on every host, and a run may go on with another number of
+hosts or workers.
 
     B global batch    b = B / process_count rows on this host
 """
@@ -20,7 +21,14 @@ import numpy as np
 from absl import flags, logging
 
 from dalle_jax.data.examples import ExampleMaker, Note
-from dalle_jax.data.sources import DataOptions, Source, UnreadableExample, decode_captions, decode_image, open_source
+from dalle_jax.data.sources import (
+    DataOptions,
+    Source,
+    UnreadableExample,
+    decode_captions,
+    decode_image,
+    open_source,
+)
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
 from dalle_jax.priors.layout import TokenLayout
@@ -33,9 +41,9 @@ _TRIED_AT_START = 100
 class Pipeline:
     """The examples of one split as batches.
 
-    Iterate over it for batches: in training without end, every readable example once per epoch (epochs follow each
-    other inside a batch); in evaluation once, in order, the last batch padded.  Close an iterator that uses worker
-    processes (`close()`, or a `with` statement).
+    Iterate over it for batches: in training without end, every readable example once per epoch (epochs follow
+    each other inside a batch); in evaluation once, in order, the last batch padded.  Close an iterator that
+    uses worker processes (`close()`, or a `with` statement).
 
     Attributes:
       source: the source; `source[index]` gives the example behind a row of "index".
@@ -68,14 +76,15 @@ class Pipeline:
         process_count = jax.process_count() if process_count is None else process_count
         if batch_size < 1 or batch_size % process_count:
             raise ConfigError(
-                f"batch_size is {batch_size}, shared by {process_count} hosts: expected a positive multiple of that."
+                f"batch_size is {batch_size}, shared by {process_count} hosts: expected a multiple of that."
             )
         if seed < 0:
             raise ConfigError(f"seed is {seed}; expected 0 or more.")
         if text_model is not None and (layout is None or layout.text_vocab != text_model.vocab_size):
             raise ConfigError(
                 f"The text model has {text_model.vocab_size} ids, the prior was built for "
-                f"{layout.text_vocab if layout else 'none'}: give the text model that the prior was trained with."
+                f"{layout.text_vocab if layout else 'none'}: give the text model that the prior was trained "
+                "with."
             )
         self.source = open_source(options, split) if source is None else source
         self._train, self._options, self._batch_size = train, options, batch_size
@@ -96,8 +105,9 @@ class Pipeline:
     def __iter__(self) -> PipelineIterator:
         """A new iterator at the first batch: of numpy arrays, this host's b rows of each.
 
-        "image" uint8 [b, S, S, 3]; "text" int32 [b, T] where there is a text model; "index" int32 [b], the example's
-        place in the source; in evaluation "valid" bool [b], False where the row is padding or was unreadable.
+        "image" uint8 [b, S, S, 3]; "text" int32 [b, T] where there is a text model; "index" int32 [b], the
+        example's place in the source; in evaluation "valid" bool [b], False where the row is padding or was
+        unreadable.
         """
         last = _LAST_BATCH if self._train else len(self)
         return PipelineIterator(self._make, self._options.workers, last, self._run, self._tally)
@@ -111,17 +121,21 @@ class Pipeline:
         return self._tally.truncated()
 
     def metrics(self) -> dict[str, float]:
-        """The same for the log: {"data/skipped": …, "data/skipped_<reason>": …, "data/truncated_captions": …}."""
+        """For the log: {"data/skipped": …, "data/skipped_<reason>": …, "data/truncated_captions": …}."""
         skipped = self.skipped()
-        named = {f"data/skipped_{reason.replace(' ', '_')}": float(count) for reason, count in skipped.items()}
-        return {
-            "data/skipped": float(sum(skipped.values())), "data/truncated_captions": float(self.truncated()), **named,
+        named = {f"data/skipped_{reason.replace(' ', '_')}": float(n) for reason, n in skipped.items()}
+        totals = {
+            "data/skipped": float(sum(skipped.values())),
+            "data/truncated_captions": float(self.truncated()),
         }
+        return totals | named
 
     def _check_readable(self, with_captions: bool) -> None:
-        """Fails now, not after the model has been built, where the source starts with nothing readable at all."""
+        """Fails before a model is built where nothing sampled from the source is readable."""
         count = len(self.source)
-        tried = np.unique(np.linspace(0, count - 1, min(count, _TRIED_AT_START), dtype=np.int64)) if count else []
+        if not count:
+            raise DataError(f"{self.source.description}: it holds no examples.")
+        tried = np.unique(np.linspace(0, count - 1, min(count, _TRIED_AT_START), dtype=np.int64))
         error = None
         for index in tried:
             try:
@@ -135,8 +149,8 @@ class Pipeline:
                 self._tally.add((Note(error.reason, int(index), error.name, error.detail),))
         reasons = ", ".join(f"{reason}: {number}" for reason, number in self.skipped().items())
         raise DataError(
-            f"{self.source.description}: nothing in it is readable "
-            + (f"({len(tried)} of {count} examples tried; {reasons}; for instance {error})." if count else "(no examples).")
+            f"{self.source.description}: nothing in it is readable ({len(tried)} of {count} examples tried; "
+            f"{reasons}; for instance {error})."
         )
 
 
@@ -166,9 +180,10 @@ class PipelineIterator(Iterator[dict[str, np.ndarray]]):
     def _dataset(self, start: int) -> grain.IterDataset:
         batches = grain.MapDataset.range(start, self._last).map(self._make)
         if not self._workers:
-            # Two batches ahead: one may wait for the disk while the other decodes (Pillow frees the interpreter).
+            # Two batches ahead: one may wait for the disk while the other decodes (Pillow frees the
+            # interpreter).
             return batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
-        if not flags.FLAGS.is_parsed():  # in a notebook or a test; grain reads its flags before it starts a process
+        if not flags.FLAGS.is_parsed():  # in a notebook or a test; grain reads its flags to start a process
             flags.FLAGS.mark_as_parsed()
         ahead = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
         return ahead.mp_prefetch(
@@ -189,7 +204,9 @@ class PipelineIterator(Iterator[dict[str, np.ndarray]]):
             values = json.loads(state)
             delivered = values.pop("batches")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"The data state in the checkpoint cannot be read: {state!r:.200}.") from error
+            raise CheckpointError(
+                f"The checkpoint's place in the data cannot be read: {repr(state)[:200]}."
+            ) from error
         differing = [key for key in self._run if values.get(key) != self._run[key]]
         if differing:
             raise CheckpointError(
@@ -233,7 +250,9 @@ class _Tally:
             seen.add(note.index)
             if len(seen) <= _NAMED_PER_REASON:
                 more = " (further ones are counted only)" if len(seen) == _NAMED_PER_REASON else ""
-                logging.warning("%s: %s: %s %s%s", self._description, note.reason, note.name, note.detail, more)
+                logging.warning(
+                    "%s: %s: %s %s%s", self._description, note.reason, note.name, note.detail, more
+                )
 
     def skipped(self) -> dict[str, int]:
         return {reason: len(seen) for reason, seen in sorted(self._seen.items()) if reason != self._TRUNCATED}

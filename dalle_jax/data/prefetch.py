@@ -13,9 +13,9 @@ from dalle_jax.data.pipeline import PipelineIterator
 class prefetch_to_mesh(Iterator[dict[str, jax.Array]]):
     """Global arrays from this host's rows, `size` batches ahead of the step that uses them.
 
-    The copy to the device is asynchronous: a batch handed out now was sent off `size` batches ago.  `get_state`
-    tells the place after the last batch *handed out*, not after the last one read, so a checkpoint repeats nothing
-    and leaves nothing out.
+    The copy to the device is asynchronous: a batch handed out now was sent off `size` batches ago.
+    `get_state` tells the place after the last batch *handed out*, not after the last one read, so a
+    checkpoint repeats nothing and leaves nothing out.
     """
 
     def __init__(self, iterator: PipelineIterator, sharding: jax.sharding.NamedSharding, size: int = 2):

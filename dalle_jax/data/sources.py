@@ -1,8 +1,9 @@
 """Where pictures and captions come from: one random-access interface over every kind of source.
 
-A source yields `Record`s (encoded bytes, nothing decoded yet), because training on captions alone must not pay for
-decoding pictures, nor the image tokenizer for captions.  `source[i]` decodes everything and is strict: what cannot
-be read raises `UnreadableExample`, which carries the reason under which the pipeline counts it.
+A source yields `Record`s (encoded bytes, nothing decoded yet), because training on captions alone must not
+pay for decoding pictures, nor the image tokenizer for captions.  `source[i]` decodes everything and is
+strict: what cannot be read raises `UnreadableExample`, which carries the reason under which the pipeline
+counts it.
 
     H, W picture size
 """
@@ -31,7 +32,8 @@ class DataOptions:
     """What to read, and how to make examples of it.
 
     Attributes:
-      source: "shapes_captions", "emoji_captions", "folder", or any TFDS name ("coco_captions", "cub:1.0.0", …).
+      source: "shapes_captions", "emoji_captions", "folder", or any TFDS name ("coco_captions", "cub:1.0.0",
+      …).
       image_size: height and width of the pictures in a batch.
       augment: "none" (centre square, resized), "dvae" or "prior" (see augment.py); in training only.
       path: the folder, where source is "folder".
@@ -70,7 +72,7 @@ class DataOptions:
         if not 0.0 <= self.bpe_dropout < 1.0:
             raise ConfigError(f"data.bpe_dropout is {self.bpe_dropout}; expected a chance in [0, 1).")
         if self.source == "folder" and not self.path:
-            raise ConfigError("data.source is 'folder' but data.path is not set: give the folder with the pictures.")
+            raise ConfigError("data.source is 'folder' but data.path is not set: give the pictures' folder.")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DataOptions:
@@ -135,7 +137,8 @@ def decode_image(record: Record) -> np.ndarray:
     """
     if isinstance(record.image, np.ndarray):
         if record.image.dtype != np.uint8 or record.image.ndim != 3 or record.image.shape[-1] not in (1, 3):
-            raise UnreadableExample("unreadable image", record.name, f"{record.image.dtype} {record.image.shape}")
+            found = f"{record.image.dtype} {record.image.shape}"
+            raise UnreadableExample("unreadable image", record.name, found)
         return np.broadcast_to(record.image, (*record.image.shape[:2], 3))
     try:
         with PIL.Image.open(io.BytesIO(record.image)) as image:
@@ -144,8 +147,9 @@ def decode_image(record: Record) -> np.ndarray:
                 image = image.convert("RGBA")
                 image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
             return np.array(image.convert("RGB"))
-    except Exception as error:  # Pillow's decoders raise anything from OSError to SyntaxError on damaged bytes
-        raise UnreadableExample("unreadable image", record.name, f"{type(error).__name__}: {error}") from error
+    except Exception as error:  # Pillow raises anything from OSError to SyntaxError on damaged bytes
+        found = f"{type(error).__name__}: {error}"
+        raise UnreadableExample("unreadable image", record.name, found) from error
 
 
 def decode_captions(record: Record) -> list[str]:
@@ -260,7 +264,8 @@ class TfdsSource(Source):
             builder.download_and_prepare()
             if split.split("[")[0] not in builder.info.splits:
                 raise DataError(
-                    f"{options.source} has no split {split!r}; it has {', '.join(sorted(builder.info.splits))}."
+                    f"{options.source} has no split {split!r}; it has "
+                    f"{', '.join(sorted(builder.info.splits))}."
                 )
             features = builder.info.features
             for key in (options.image_key, options.caption_key):
@@ -275,9 +280,10 @@ class TfdsSource(Source):
         except DataError:
             raise
         except (tfds.core.DatasetNotFoundError, NotImplementedError, OSError, ImportError, AssertionError,
-                ValueError) as error:
+                TypeError, ValueError) as error:
             raise DataError(
-                f"The TFDS data set {options.source!r} (split {split!r}, in {data_dir}) cannot be opened: {error} "
+                f"The TFDS data set {options.source!r} (split {split!r}, in {data_dir}) cannot be opened: "
+                f"{error}. "
                 "Give a TFDS name with a picture and a caption feature, or 'folder' with data.path."
             ) from error
         self._image_key, self._caption_key = options.image_key.split("/"), options.caption_key.split("/")

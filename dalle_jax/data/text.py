@@ -1,11 +1,12 @@
 """Captions to ids and back: lower-cased byte-pair encoding with seeded BPE dropout.
 
-Section 2.2 of Zero-Shot Text-to-Image Generation: captions are lower-cased and BPE-encoded, and in training 10% of
-the merges are dropped (BPE dropout, Provilkov et al. 2020), so that the prior meets many spellings of a word.
+Section 2.2 of Zero-Shot Text-to-Image Generation: captions are lower-cased and BPE-encoded, and in training
+10% of the merges are dropped (BPE dropout, Provilkov et al. 2020), so that the prior meets many spellings of
+a word.
 
-sentencepiece trains and holds the vocabulary and does the plain encoding.  Its own dropout draws from one generator
-per thread that cannot be seeded per caption, so dropout walks the merges here, in Python: without it a resumed run
-could not repeat an interrupted one.  At dropout 0 both give the same ids (tested).
+sentencepiece trains and holds the vocabulary and does the plain encoding.  Its own dropout draws from one
+generator per thread that cannot be seeded per caption, so dropout walks the merges here, in Python: without
+it a resumed run could not repeat an interrupted one.  At dropout 0 both give the same ids (tested).
 
     T text positions    V text vocabulary
 """
@@ -24,7 +25,7 @@ from dalle_jax.errors import ConfigError, DataError
 
 _SPACE = "\u2581"  # what sentencepiece writes for the blank before a word
 _UNKNOWN = 0
-_NOT_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff" + _SPACE + "]")  # controls, halves of surrogate pairs
+_NOT_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff" + _SPACE + "]")  # controls, lone surrogates
 # More captions than this add nothing to the merge statistics but memory; a fixed sample is taken.
 _MAX_TRAINING_CAPTIONS = 1_000_000
 _MAX_TRAINING_LENGTH = 1000
@@ -67,8 +68,8 @@ class TextModel:
             self.vocab_size: int = self._processor.vocab_size()
         except RuntimeError as error:
             raise DataError(
-                f"The text model in {origin} cannot be read ({len(serialized)} bytes): it is not a sentencepiece "
-                "model, or it is damaged. Give the file that training wrote, or delete it to train a new one."
+                f"The text model in {origin} cannot be read ({len(serialized)} bytes): it is not a model of "
+                "sentencepiece, or it is damaged. Give the file that training wrote, or delete it to train anew."
             ) from error
         self._serialized = serialized
         # In a BPE model a piece's score is minus its rank among the merges: the highest goes first.
@@ -94,7 +95,7 @@ class TextModel:
             serialized = epath.Path(path).read_bytes()
         except OSError as error:
             raise DataError(
-                f"No text model at {path}: {error}. A training run writes `sentencepiece.model`; give that file."
+                f"No text model at {path}: {error}. Training writes `sentencepiece.model`; give that file."
             ) from error
         return cls(serialized, str(path))
 
@@ -106,7 +107,8 @@ class TextModel:
 
         Args:
           captions: the training captions, in any case.
-          vocab_size: the most ids to use.  A small corpus has fewer pieces to offer and gets a smaller vocabulary.
+          vocab_size: the most ids to use.  A small corpus has fewer pieces to offer and gets a smaller
+          vocabulary.
           path: where to write the model, as one file; nothing is written where it is None.
 
         Returns:
@@ -122,8 +124,8 @@ class TextModel:
                 "There is no caption to train the text model on: every caption given was empty. "
                 "Check the data source and its caption key."
             )
-        # Letters are never merged away, so a vocabulary crowded by rare ones (large multilingual corpora) has no
-        # room for words.  There the rarest twentieth of a percent of the text becomes <unk>.
+        # Letters are never merged away, so a vocabulary crowded by rare ones (large multilingual corpora) has
+        # no room for words.  There the rarest twentieth of a percent of the text becomes <unk>.
         letters = set().union(*sample) - {" "}
         coverage = 1.0 if len(letters) <= vocab_size // 4 or len(letters) < 256 else 0.9995
         written = io.BytesIO()
@@ -168,15 +170,15 @@ class TextModel:
         if dropout == 0.0:
             ids = self._processor.encode(text)
         elif seed is None or not 0.0 < dropout < 1.0:
-            raise ValueError(f"BPE dropout {dropout} with seed {seed}: it must lie in [0, 1) and needs a seed.")
+            raise ValueError(f"BPE dropout {dropout}, seed {seed}: it must lie in [0, 1) and needs a seed.")
         else:
             draw = random.Random(seed).random
-            ids = [i for word in text.split(" ") if word for i in self._encode_word(_SPACE + word, dropout, draw)]
-            ids = _join_unknown(ids)
+            words = [self._encode_word(_SPACE + word, dropout, draw) for word in text.split()]
+            ids = _join_unknown([i for word in words for i in word])
         return ids[:max_length], len(ids) > max_length
 
     def _encode_word(self, word: str, dropout: float, draw) -> list[int]:
-        """Merges letters, best rank first; each possible merge is dropped with a chance, at every step anew."""
+        """Merges letters, best rank first; at every step each possible merge is dropped by chance."""
         parts = list(word)
         while len(parts) > 1:
             best_rank, best = None, -1

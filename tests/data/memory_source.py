@@ -8,7 +8,7 @@ CAPTIONS = [f"a {('red', 'blue')[i % 2]} picture number {i % 7}" for i in range(
 
 
 class MemorySource(Source):
-    """`count` pictures, each filled with its own index, with two captions; those in `broken` cannot be read."""
+    """`count` pictures, each filled with its own index, with two captions; `broken` ones cannot be read."""
 
     description = "memory"
 

@@ -5,7 +5,7 @@ from dalle_jax.data.augment import area_resize, augment
 
 
 def coordinates(height, width):
-    """A picture whose red and green say where a pixel stood (to be read back after a crop without a resize)."""
+    """A picture whose red and green say where a pixel stood, to be read back after a crop."""
     rows, columns = np.mgrid[0:height, 0:width]
     return np.stack([rows, columns, np.zeros_like(rows)], -1).astype(np.uint8)
 
@@ -15,7 +15,8 @@ def brute_force_area(image, side):
     result = np.zeros((side, side, channels))
     for i in range(side):
         for j in range(side):
-            top, bottom, left, right = i * height / side, (i + 1) * height / side, j * width / side, (j + 1) * width / side
+            top, bottom = i * height / side, (i + 1) * height / side
+            left, right = j * width / side, (j + 1) * width / side
             total = 0.0
             for r in range(int(top), min(height, int(np.ceil(bottom)))):
                 for c in range(int(left), min(width, int(np.ceil(right)))):
@@ -26,7 +27,9 @@ def brute_force_area(image, side):
     return result
 
 
-@pytest.mark.parametrize("shape, side", [((7, 7), 3), ((9, 6), 4), ((5, 5), 8), ((6, 6), 3), ((10, 10), 9), ((1, 3), 2)])
+@pytest.mark.parametrize(
+    "shape, side", [((7, 7), 3), ((9, 6), 4), ((5, 5), 8), ((6, 6), 3), ((10, 10), 9), ((1, 3), 2)]
+)
 def test_area_resize_is_the_mean_over_the_area(shape, side):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
     resized = area_resize(image, side)

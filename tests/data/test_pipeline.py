@@ -31,10 +31,10 @@ def layout(model):
 def make(model, layout):
     """Pipeline over a memory source, with everything random switched on."""
 
-    def build(*, source=None, train=True, batch_size=8, seed=3, process=(0, 1), text=True, **options):
+    def build(*, source=None, train=True, batch_size=8, seed=3, process=(0, 1), **options):
         settings = {"augment": "dvae", "bpe_dropout": 0.2, "image_size": SIZE, **options}
         return Pipeline(
-            DataOptions(**settings), model if text else None, layout if text else None, split="train", train=train,
+            DataOptions(**settings), model, layout, split="train", train=train,
             batch_size=batch_size, seed=seed, process_index=process[0], process_count=process[1],
             source=MemorySource(side=12) if source is None else source,
         )
@@ -47,8 +47,7 @@ def take(iterator, count):
 
 
 def assert_same(ours, theirs):
-    assert len(ours) == len(theirs)
-    for a, b in zip(ours, theirs):
+    for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
         for key in a:
             np.testing.assert_array_equal(a[key], b[key], err_msg=key)
@@ -65,7 +64,7 @@ def test_batches_hold_what_they_say(make, layout):
     assert batch["image"].shape == (8, SIZE, SIZE, 3) and batch["image"].dtype == np.uint8
     assert batch["text"].shape == (8, 24) and batch["text"].dtype == np.int32
     assert batch["index"].shape == (8,) and batch["index"].dtype == np.int32
-    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["index"])  # picture and index belong together
+    np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["index"])
     assert (batch["text"] < layout.text_ids).all()
     np.testing.assert_array_equal(batch["text"][:, -1], layout.null_text()[-1])
 
@@ -73,7 +72,7 @@ def test_batches_hold_what_they_say(make, layout):
 def test_text_belongs_to_the_picture(make, model, layout):
     with iter(make(bpe_dropout=0.0)) as iterator:
         for batch in take(iterator, 10):
-            for index, text in zip(batch["index"], batch["text"]):
+            for index, text in zip(batch["index"], batch["text"], strict=True):
                 caption = model.decode(text[text < layout.text_vocab])
                 assert caption.removesuffix(" again") == CAPTIONS[index]
 
@@ -141,7 +140,10 @@ def test_hosts_together_give_the_global_batch(make, train):
         for host in range(hosts):
             with iter(make(train=train, source=source(), process=(host, hosts))) as iterator:
                 parts.append(take(iterator, 5))
-        joined = [{key: np.concatenate([p[key] for p in group]) for key in group[0]} for group in zip(*parts)]
+        joined = [
+            {key: np.concatenate([part[key] for part in group]) for key in group[0]}
+            for group in zip(*parts, strict=True)
+        ]
         assert_same(joined, expected)
 
 
@@ -169,7 +171,7 @@ def test_workers_change_nothing_and_resume(make):
 
     alone = pipeline(0)
     with iter(alone) as iterator:
-        expected = take(iterator, 11)
+        expected = take(iterator, 9)
     two = pipeline(2)
     with iter(two) as iterator:
         assert_same(take(iterator, 5), expected[:5])
@@ -177,11 +179,7 @@ def test_workers_change_nothing_and_resume(make):
     assert two.skipped() == alone.skipped() == {"missing file": 2}
     with iter(pipeline(1)) as iterator:
         iterator.set_state(state)
-        assert_same(take(iterator, 4), expected[5:9])
-        state = iterator.get_state()
-    with iter(pipeline(0)) as iterator:
-        iterator.set_state(state)
-        assert_same(take(iterator, 2), expected[9:])
+        assert_same(take(iterator, 4), expected[5:])
 
 
 def test_an_error_in_a_worker_is_the_same_error(make):
@@ -272,7 +270,7 @@ def test_unreadable_examples_are_replaced_in_training_and_marked_in_evaluation(m
 
 def test_one_readable_example_is_enough(make):
     with iter(make(source=MemorySource(side=12, broken=[i for i in range(37) if i != 20]))) as iterator:
-        assert set(indices(take(iterator, 6))) == {20}
+        assert set(indices(take(iterator, 3))) == {20}
 
 
 def test_truncated_captions_are_counted(make, model):
@@ -317,7 +315,8 @@ def test_a_folder_with_faults_is_counted_and_named(tmp_path, model, layout, capl
 
 def test_captions_do_not_matter_without_a_text_model(tmp_path):
     pipeline = Pipeline(
-        write_folder(tmp_path, broken=True), split="all", train=True, batch_size=4, process_index=0, process_count=1
+        write_folder(tmp_path, broken=True), split="all", train=True, batch_size=4, process_index=0,
+        process_count=1,
     )
     with iter(pipeline) as iterator:
         batches = take(iterator, 4)
@@ -332,7 +331,8 @@ def test_nothing_readable_is_an_error_at_once(tmp_path, model, layout):
     for train in (True, False):
         with pytest.raises(DataError, match="nothing in it is readable.*unreadable image: 2.*for instance"):
             Pipeline(
-                options, model, layout, split="all", train=train, batch_size=4, process_index=0, process_count=1
+                options, model, layout, split="all", train=train, batch_size=4, process_index=0,
+                process_count=1,
             )
 
 
@@ -340,7 +340,7 @@ def test_a_long_unreadable_stretch_ends_the_run(make):
     """Past the check at the start, training must not look for ever."""
     pipeline = make()
     pipeline._make._source.broken = set(range(37))
-    with iter(pipeline) as iterator, pytest.raises(DataError, match="nothing in it is readable .37 examples tried"):
+    with iter(pipeline) as iterator, pytest.raises(DataError, match="readable .37 examples tried"):
         next(iterator)
 
 
@@ -351,7 +351,7 @@ def test_settings_that_do_not_fit(make, model):
         make(seed=-1)
     with pytest.raises(DataError, match="no examples"):
         make(source=MemorySource(count=0))
-    with pytest.raises(ConfigError, match=f"text model has {model.vocab_size} ids, the prior was built for 5"):
+    with pytest.raises(ConfigError, match=f"model has {model.vocab_size} ids, the prior was built for 5"):
         Pipeline(
             DataOptions(), model, TokenLayout(5, 16, 24, 2, 2), split="train", train=True, batch_size=8,
             source=MemorySource(), process_index=0, process_count=1,

@@ -55,9 +55,10 @@ def test_jsonl(tmp_path, file_key):
 def test_csv(tmp_path):
     save(tmp_path / "x.png")
     with open(tmp_path / "captions.csv", "w", newline="") as file:
-        csv.writer(file).writerows([["file", "captions"], ["x.png", "one, with a comma|two"], ["gone.png", "three"]])
+        rows = [["file", "captions"], ["x.png", "one, a comma|two"], ["gone.png", "three"]]
+        csv.writer(file).writerows(rows)
     source = FolderSource(tmp_path)
-    assert source[0]["captions"] == ["one, with a comma", "two"]
+    assert source[0]["captions"] == ["one, a comma", "two"]
     assert reason(source, 1) == "missing file"
 
 
@@ -101,7 +102,8 @@ def test_transparency_lies_on_white_and_grey_becomes_rgb(tmp_path):
 def test_splits_of_a_folder(tmp_path):
     rows = [{"file": f"{i}.png", "caption": "x"} for i in range(60)]
     (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    names = {split: [e[0] for e in FolderSource(tmp_path, split)._entries] for split in ("train", "validation", "all")}
+    splits = ("train", "validation", "all")
+    names = {split: [e[0] for e in FolderSource(tmp_path, split)._entries] for split in splits}
     assert len(names["validation"]) == 3 and len(names["train"]) == 57
     assert sorted(names["train"] + names["validation"]) == sorted(names["all"])
     (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps(row) for row in rows[::-1]))
@@ -131,7 +133,8 @@ def test_options_from_config():
     assert DataOptions.from_config(config) == DataOptions(source="folder", path="/pictures", image_size=64)
     with pytest.raises(ConfigError, match="Unknown key data.imagesize; the keys of data are source"):
         DataOptions.from_config({"imagesize": 64})
-    for bad in ({"augment": "flip"}, {"image_size": 0}, {"workers": -1}, {"bpe_dropout": 1.0}, {"source": "folder"}):
+    bad_values = {"augment": "flip", "image_size": 0, "workers": -1, "bpe_dropout": 1.0, "source": "folder"}
+    for bad in ({key: value} for key, value in bad_values.items()):
         with pytest.raises(ConfigError, match="data."):
             DataOptions.from_config(bad)
 
