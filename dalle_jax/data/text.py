@@ -69,7 +69,7 @@ class TextModel:
         except RuntimeError as error:
             raise DataError(
                 f"The text model in {origin} cannot be read ({len(serialized)} bytes): it is not a model of "
-                "sentencepiece, or it is damaged. Give the file that training wrote, or delete it to train anew."
+                "sentencepiece, or it is damaged. Give the file that training wrote, or delete it."
             ) from error
         self._serialized = serialized
         # In a BPE model a piece's score is minus its rank among the merges: the highest goes first.
