@@ -10,6 +10,7 @@ import jax
 
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.dvae import DVAEOptions, DVAETokenizer
+from dalle_jax.options import from_config as options_from_config
 
 PyTree = Any
 
@@ -36,6 +37,9 @@ class ImageTokenizer(Protocol):
     def grid(self, image_size: int) -> tuple[int, int]:
         """Rows and columns of tokens of a square picture; ConfigError where they are not whole."""
 
+    def to_dict(self) -> dict[str, Any]:
+        """A description that JSON can hold, from which `from_dict` makes the same tokenizer (without parameters)."""
+
     def init(self, key: jax.Array) -> PyTree:
         """Fresh parameters, boxed with their logical names."""
 
@@ -46,13 +50,8 @@ class ImageTokenizer(Protocol):
         """int32 [B, h, w] to float32 [B, H, W, 3] in [0, 1]."""
 
 
-def to_dict(tokenizer: ImageTokenizer) -> dict[str, Any]:
-    """A description that JSON can hold, from which `from_dict` makes the same tokenizer (without parameters)."""
-    return {"kind": tokenizer.kind, **dataclasses.asdict(tokenizer.options)}
-
-
 def from_dict(description: Mapping[str, Any]) -> ImageTokenizer:
-    """The tokenizer of a description by `to_dict`.
+    """The tokenizer of a description made by `to_dict`.
 
     Raises:
       ConfigError: a kind or an option that this version does not know.
@@ -66,3 +65,16 @@ def from_dict(description: Mapping[str, Any]) -> ImageTokenizer:
     if unknown:
         raise ConfigError(f"Image tokenizer {kind!r} has no option {', '.join(unknown)}; was it saved by a newer version?")
     return tokenizer(options(**fields))
+
+
+def from_config(config: Mapping[str, Any]) -> ImageTokenizer:
+    """The tokenizer that a dVAE training configuration describes: its `model`, for pictures of `data.image_size`.
+
+    Args:
+      config: the configuration, or what was read back from a workdir's config.json.
+
+    Raises:
+      ConfigError: an option that does not exist, or sizes that do not fit each other.
+    """
+    model = {**dict(config["model"]), "image_size": config["data"]["image_size"]}
+    return DVAETokenizer(options_from_config(DVAEOptions, model, "model"))

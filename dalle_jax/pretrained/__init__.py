@@ -1,0 +1,1 @@
+"""Public weights turned into our parameters, without running any code that a file brings along."""

@@ -1,0 +1,238 @@
+"""Imports the published dVAE of DALL-E, or anything of its layout, as our parameters.
+
+    python -m dalle_jax.pretrained.openai_dvae --encoder=encoder.pkl --decoder=decoder.pkl --output=runs/openai-dvae
+
+The output is a folder that `config.tokenizer_from` of a prior's training accepts. Files may be safetensors, npz, or
+written by `torch.save`: a state dict, or a whole pickled module as OpenAI published them, which is read by
+`restricted_pickle` and never executed. Torch is not needed.
+
+Layout of the original: `blocks.input.w`, `blocks.group_1.block_1.res_path.conv_1.w`, `….id_path.w`,
+`blocks.output.conv.w`, each with a bias `.b`; convolution kernels are [out, in, height, width].
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import struct
+import zipfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from absl import app, flags
+from flax import linen as nn
+
+from dalle_jax.errors import ConfigError, PretrainedError, UserError
+from dalle_jax.models.dvae import DVAEOptions, DVAETokenizer
+from dalle_jax.pretrained import restricted_pickle
+
+PyTree = Any
+StateDict = Mapping[str, np.ndarray]
+
+# Classes of which a published module consists. They become inert records.
+_MODULE_CLASSES = frozenset(
+    {
+        "dall_e.encoder.Encoder",
+        "dall_e.encoder.EncoderBlock",
+        "dall_e.decoder.Decoder",
+        "dall_e.decoder.DecoderBlock",
+        "dall_e.utils.Conv2d",
+        "torch.nn.modules.activation.ReLU",
+        "torch.nn.modules.container.Sequential",
+        "torch.nn.modules.linear.Identity",
+        "torch.nn.modules.pooling.MaxPool2d",
+        "torch.nn.modules.upsampling.Upsample",
+    }
+)
+_SAFETENSORS_DTYPES = {
+    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
+}  # fmt: skip
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Reads the arrays of a file, whichever of the accepted formats it has (told by content, not by suffix).
+
+    Args:
+      path: safetensors, npz, or a file by `torch.save` (state dict, or a module of the `dall_e` package).
+
+    Returns:
+      Arrays by name, in the file's dtype.
+
+    Raises:
+      PretrainedError: no such file, an unknown or damaged format, or a pickle that asks for anything else.
+    """
+    try:
+        with open(path, "rb") as file:
+            head = file.read(9)
+            is_npz = zipfile.is_zipfile(file) and any(n.endswith(".npy") for n in zipfile.ZipFile(file).namelist())
+        if is_npz:
+            with np.load(path, allow_pickle=False) as arrays:
+                return dict(arrays)
+        if head[8:] == b"{":
+            return _read_safetensors(path)
+    except (OSError, ValueError, KeyError, TypeError, struct.error, zipfile.BadZipFile) as error:
+        raise PretrainedError(f"{path} cannot be read as weights: {error}") from error
+    content = restricted_pickle.load(path, _MODULE_CLASSES.__contains__)
+    if isinstance(content, restricted_pickle.Record):
+        return restricted_pickle.module_parameters(content)
+    if isinstance(content, Mapping) and all(isinstance(value, np.ndarray) for value in content.values()):
+        return dict(content)
+    raise PretrainedError(f"{path} holds a {type(content).__name__}: expected a state dict (name → tensor) or a module.")
+
+
+def _read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """The format is a length, a JSON header and the bytes of the arrays."""
+    with open(path, "rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        if length > os.path.getsize(path):
+            raise ValueError("its header is longer than the file")
+        header = json.loads(file.read(length))
+        data = file.read()
+    arrays = {}
+    for name, entry in header.items():
+        if name != "__metadata__":
+            start, end = entry["data_offsets"]
+            arrays[name] = np.frombuffer(data[start:end], _SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+    return arrays
+
+
+# -- from their layout to ours ------------------------------------------------------------------------------------
+
+
+def options_of(encoder: StateDict, decoder: StateDict, image_size: int = 256) -> DVAEOptions:
+    """Reads the sizes of the model off its arrays.
+
+    Args:
+      encoder, decoder: arrays by their original names.
+      image_size: side of the pictures it is to be used on; the files do not say.
+
+    Raises:
+      PretrainedError: arrays that the sizes cannot be read from.
+    """
+    blocks = [re.match(r"blocks\.group_(\d+)\.block_(\d+)\.", name) for name in encoder]
+    places = [(int(match[1]), int(match[2])) for match in blocks if match]
+    try:
+        vocab_size = encoder["blocks.output.conv.w"].shape[0]
+        hidden, _, in_kernel, _ = encoder["blocks.input.w"].shape
+        return DVAEOptions(
+            image_size=image_size,
+            vocab_size=vocab_size,
+            hidden=hidden,
+            groups=max(group for group, _ in places),
+            blocks_per_group=max(block for _, block in places),
+            codebook_dim=decoder["blocks.input.w"].shape[0],
+            in_kernel=in_kernel,
+        )
+    except (KeyError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise PretrainedError(
+            f"These are not the weights of a dVAE of DALL-E: {error} (expected 'blocks.input.w', "
+            "'blocks.group_1.block_1.…' and 'blocks.output.conv.w' in the encoder, 'blocks.input.w' in the decoder)."
+        ) from error
+
+
+def convert(encoder: StateDict, decoder: StateDict, options: DVAEOptions) -> PyTree:
+    """Renames and transposes the original arrays.
+
+    Args:
+      encoder, decoder: arrays by their original names.
+      options: sizes, as from `options_of`.
+
+    Returns:
+      Parameters of `DVAETokenizer(options)`, float32 numpy arrays.
+
+    Raises:
+      PretrainedError: an array that is missing, left over, or of another shape than the options ask for.
+    """
+    expected = nn.meta.unbox(jax.eval_shape(DVAETokenizer(options).init, jax.random.key(0)))
+    params: dict[str, Any] = {"codebook": {}, "encoder": {}, "decoder": {}}
+    for side, arrays in (("encoder", encoder), ("decoder", decoder)):
+        for name, array in arrays.items():
+            path = _our_path(side, name)
+            if path is None:
+                raise PretrainedError(f"The {side} has an array {name!r} of {array.shape} that a dVAE has no place for.")
+            # OIHW to HWIO; a kernel of 1x1 is a matrix [in, out] here. The codebook's "in" are the codes.
+            if path[-1] == "kernel" and array.ndim == 4:
+                array = array.transpose(2, 3, 1, 0)
+                array = array[0, 0] if array.shape[:2] == (1, 1) else array
+            node = params
+            for key in path[:-1]:
+                node = node.setdefault(key, {})
+            node[path[-1]] = np.asarray(array, np.float32)
+    given = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
+    wanted = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(expected)}
+    for path in sorted(given.keys() | wanted.keys()):
+        if given.get(path) != wanted.get(path):
+            raise PretrainedError(
+                f"The weights do not fit {options}: array {path} has shape {given.get(path)}, expected {wanted.get(path)}."
+            )
+    return params
+
+
+def _our_path(side: str, name: str) -> tuple[str, ...] | None:
+    """Where an array of the original goes in our tree; None where we have no such place."""
+    match = re.fullmatch(r"blocks\.(?:(input)|(output)\.conv|group_(\d+)\.block_(\d+)\.(.+))\.([wb])", name)
+    if not match:
+        return None
+    is_input, is_output, group, block, inner, kind = match.groups()
+    leaf = "kernel" if kind == "w" else "bias"
+    if is_input:
+        return ("codebook", leaf) if side == "decoder" else (side, "input", leaf)
+    if is_output:
+        return (side, "output", leaf)
+    convolution = re.fullmatch(r"res_path\.(conv_[1-4])|(id_path)", inner)
+    if not convolution:
+        return None
+    return (side, f"group_{group}_block_{block}", convolution[1] or "skip", leaf)
+
+
+def load(
+    encoder: str | os.PathLike, decoder: str | os.PathLike, image_size: int = 256
+) -> tuple[DVAETokenizer, PyTree]:
+    """The image tokenizer of two files.
+
+    Args:
+      encoder, decoder: files, see `read_state_dict`.
+      image_size: side of the pictures it is to be used on.
+
+    Returns:
+      The tokenizer and its float32 parameters.
+
+    Raises:
+      PretrainedError: files that cannot be read, or that are not the two halves of one dVAE.
+    """
+    arrays = read_state_dict(encoder), read_state_dict(decoder)
+    options = options_of(*arrays, image_size)
+    return DVAETokenizer(options), jax.tree.map(jnp.asarray, convert(*arrays, options))
+
+
+def main(argv: list[str]) -> None:
+    """Imports the files named by the flags."""
+    from dalle_jax import workdir  # not needed by `load`
+
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments {argv[1:]}.")
+    values = flags.FLAGS
+    try:
+        tokenizer, params = load(values.encoder, values.decoder, values.image_size)
+        workdir.save_tokenizer(values.output, tokenizer, params)
+    except UserError as error:
+        raise SystemExit(f"{error}") from error
+    print(f"{values.output}: {tokenizer.options}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("encoder", None, "File of the encoder's weights.", required=True)
+    flags.DEFINE_string("decoder", None, "File of the decoder's weights.", required=True)
+    flags.DEFINE_string("output", None, "Folder to write the image tokenizer into.", required=True)
+    flags.DEFINE_integer("image_size", 256, "Side of the pictures it is to be used on.")
+    app.run(main)

@@ -1,0 +1,303 @@
+"""Reads the arrays out of files written by `torch.save`, without torch and without trusting the file.
+
+A pickle is a program: unpickling it freely runs whatever its author wrote. This reader knows a short list of names
+that a file of weights may ask for: tensors, storages, containers, and the classes of network modules, which become
+inert records of their attributes. Any other name stops the reading.
+
+Both containers of `torch.save` are read: the zip archive (torch ≥ 1.6) and the sequence of pickles before it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import io
+import math
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Iterable
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from dalle_jax.errors import PretrainedError
+
+_DTYPES = {
+    "DoubleStorage": np.dtype("<f8"),
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "LongStorage": np.dtype("<i8"),
+    "IntStorage": np.dtype("<i4"),
+    "ShortStorage": np.dtype("<i2"),
+    "CharStorage": np.dtype("i1"),
+    "ByteStorage": np.dtype("u1"),
+    "BoolStorage": np.dtype("?"),
+}
+# First numbers of the older container.
+_LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+
+
+class Record:
+    """An object of a class that is not built: the names of its class and its attributes, nothing else.
+
+    Attributes:
+      qualified_name: "module.Class" as the file names it; set per class by the reader.
+      state: attributes, from the file.
+    """
+
+    qualified_name = ""
+    __slots__ = ("state",)
+
+    def __new__(cls, *arguments: Any):
+        record = super().__new__(cls)
+        record.state = {"arguments": arguments} if arguments else {}
+        return record
+
+    def __init__(self, *arguments: Any):
+        del arguments
+
+    def __setstate__(self, state: Any) -> None:
+        if not isinstance(state, dict):
+            raise pickle.UnpicklingError(f"the state of {self.qualified_name} is not a dictionary")
+        self.state = {**self.state, **state}
+
+
+@dataclasses.dataclass(eq=False)
+class _Storage:
+    """A flat array; in the older container its content comes after the objects that refer to it."""
+
+    dtype: np.dtype
+    numel: int
+    data: np.ndarray | None = None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Tensor:
+    """A view of a storage, turned into an array after all storages are there."""
+
+    storage: _Storage
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def array(self) -> np.ndarray:
+        numbers = (self.offset, *self.size, *self.stride)
+        if len(self.size) != len(self.stride) or any(type(n) is not int or n < 0 for n in numbers):
+            raise PretrainedError(f"Damaged file: a tensor of size {self.size} and strides {self.stride}.")
+        count = math.prod(self.size)
+        last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
+        if count > self.storage.numel or (count and last >= self.storage.numel):
+            raise PretrainedError(
+                f"Damaged file: a tensor of size {self.size} reaches beyond its storage of {self.storage.numel} numbers."
+            )
+        if not count:
+            return np.zeros(self.size, self.storage.dtype)
+        strides = tuple(step * self.storage.dtype.itemsize for step in self.stride)
+        return np.lib.stride_tricks.as_strided(self.storage.data[self.offset :], self.size, strides).copy()
+
+
+class _Function:
+    """A name from the file that may be called, and nothing more: it has no attributes a file could set."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]):
+        object.__setattr__(self, "_function", function)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._function(*arguments)
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a function has no state")
+
+
+def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> _Tensor:
+    del rest  # requires_grad, hooks, metadata
+    if not isinstance(storage, _Storage):
+        raise pickle.UnpicklingError("a tensor without a storage")
+    return _Tensor(storage, offset, tuple(size), tuple(stride))
+
+
+def _rebuild_parameter(data: Any, *rest: Any) -> _Tensor:
+    del rest  # requires_grad, hooks
+    if not isinstance(data, _Tensor):
+        raise pickle.UnpicklingError("a parameter that is not a tensor")
+    return data
+
+
+class RestrictedUnpickler(pickle.Unpickler):
+    """Unpickles tensors, containers and inert records; refuses every other name.
+
+    Args:
+      file: the pickle.
+      inert: whether an unlisted class, given as "module.Class", may become a `Record`.
+      load_storage: (storage class, key, number of elements) -> storage.
+    """
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        inert: Callable[[str], bool],
+        load_storage: Callable[[np.dtype, str, int], _Storage],
+    ):
+        super().__init__(file, encoding="utf-8")
+        self._inert, self._load_storage = inert, load_storage
+        self._records: dict[str, type[Record]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """What the name in the file stands for.
+
+        Raises:
+          PretrainedError: not on the list.
+        """
+        asked = f"{module}.{name}"
+        if asked == "collections.OrderedDict":
+            return collections.OrderedDict
+        if asked in ("builtins.set", "__builtin__.set"):
+            return _Function(set)
+        if asked == "torch._utils._rebuild_tensor_v2":
+            return _Function(_rebuild_tensor)
+        if asked == "torch._utils._rebuild_parameter":
+            return _Function(_rebuild_parameter)
+        if module in ("torch", "torch.storage") and name in _DTYPES:
+            return _DTYPES[name]
+        if asked == "torch.device" or self._inert(asked):
+            if asked not in self._records:
+                self._records[asked] = type(name.rpartition(".")[2], (Record,), {"qualified_name": asked, "__slots__": ()})
+            return self._records[asked]
+        raise PretrainedError(
+            f"The file asks for {asked!r}, which a file of weights has no need of, so reading stopped and nothing was "
+            "run. If you trust its origin, convert it to safetensors where it was made."
+        )
+
+    def persistent_load(self, pid: Any) -> Any:
+        """A storage, or (older container) a module class with its source text, which is dropped."""
+        if isinstance(pid, tuple) and pid and pid[0] == "module" and isinstance(pid[1], type):
+            return pid[1]
+        if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], np.dtype)):
+            raise pickle.UnpicklingError(f"an unknown reference {pid!r:.80}")
+        _, dtype, key, _, numel, *_ = pid
+        if type(numel) is not int or numel < 0:
+            raise pickle.UnpicklingError(f"a storage of {numel!r:.80} numbers")
+        return self._load_storage(dtype, str(key), numel)
+
+
+def load(path: str | os.PathLike, inert: Callable[[str], bool] = lambda name: False) -> Any:
+    """Reads a file written by `torch.save`.
+
+    Args:
+      path: the file.
+      inert: which classes, by "module.Class", become a `Record` instead of being refused.
+
+    Returns:
+      The object, with numpy arrays (in the file's dtype) in place of tensors, and `Record`s in place of modules.
+
+    Raises:
+      PretrainedError: no such file, not of this format, damaged, or a name that is not allowed.
+    """
+    try:
+        with open(path, "rb") as file:
+            if zipfile.is_zipfile(file):
+                return _resolve(_load_zip(file, inert), {})
+            file.seek(0)
+            return _resolve(_load_legacy(file, inert), {})
+    except PretrainedError as error:
+        raise PretrainedError(f"{path}: {error}") from error
+    except OSError as error:
+        raise PretrainedError(f"{path} cannot be read: {error}") from error
+    except Exception as error:  # a damaged or hostile pickle can make the unpickler fail in any way
+        raise PretrainedError(f"{path} is not a readable file of weights: {error}") from error
+
+
+def _load_zip(file: BinaryIO, inert: Callable[[str], bool]) -> Any:
+    with zipfile.ZipFile(file) as archive:
+        names = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
+        if len(names) != 1:
+            raise PretrainedError("It is a zip archive, but not one written by torch.save (no data.pkl).")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise PretrainedError("It is a compressed archive; torch.save never writes one.")
+        root = names[0].removesuffix("data.pkl")
+        if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
+            raise PretrainedError("It was written on a big-endian machine, which is not supported.")
+        storages: dict[str, _Storage] = {}
+
+        def load_storage(dtype: np.dtype, key: str, numel: int) -> _Storage:
+            if key not in storages:
+                # frombuffer raises where the entry is shorter than it says.
+                data = np.frombuffer(archive.read(f"{root}data/{key}"), dtype, count=numel)
+                storages[key] = _Storage(dtype, numel, data)
+            return storages[key]
+
+        return RestrictedUnpickler(io.BytesIO(archive.read(names[0])), inert, load_storage).load()
+
+
+def _load_legacy(file: BinaryIO, inert: Callable[[str], bool]) -> Any:
+    storages: dict[str, _Storage] = {}
+
+    def load_storage(dtype: np.dtype, key: str, numel: int) -> _Storage:
+        return storages.setdefault(key, _Storage(dtype, numel))
+
+    def unpickle() -> Any:
+        return RestrictedUnpickler(file, inert, load_storage).load()
+
+    if unpickle() != _LEGACY_MAGIC or unpickle() != _LEGACY_PROTOCOL or not unpickle().get("little_endian"):
+        raise PretrainedError("It is not of a format that torch.save writes (or of a big-endian machine).")
+    result = unpickle()
+    for key in unpickle():
+        storage = storages[key]
+        (numel,) = struct.unpack("<q", file.read(8))
+        size = storage.numel * storage.dtype.itemsize
+        content = file.read(size)
+        if numel != storage.numel or len(content) != size:
+            raise PretrainedError("Damaged file: it ends too early.")
+        storage.data = np.frombuffer(content, storage.dtype)
+    return result
+
+
+def _resolve(value: Any, done: dict[int, Any]) -> Any:
+    """The same structure with arrays in place of tensors; keeps shared and cyclic references."""
+    if id(value) in done:
+        return done[id(value)]
+    if isinstance(value, _Tensor):
+        done[id(value)] = value.array()
+    elif isinstance(value, dict):
+        done[id(value)] = result = {}
+        result.update((key, _resolve(item, done)) for key, item in value.items())
+    elif isinstance(value, list):
+        done[id(value)] = result = []
+        result.extend(_resolve(item, done) for item in value)
+    elif isinstance(value, tuple):
+        done[id(value)] = tuple(_resolve(item, done) for item in value)
+    elif isinstance(value, Record):
+        done[id(value)] = value
+        value.state = _resolve(value.state, done)
+    else:
+        return value
+    return done[id(value)]
+
+
+def module_parameters(module: Record) -> dict[str, np.ndarray]:
+    """The parameters of a pickled module tree under the names that its `state_dict()` would have.
+
+    Args:
+      module: a record that `load` made of a `torch.nn.Module`.
+
+    Raises:
+      PretrainedError: a record that is not such a module.
+    """
+
+    def walk(module: Any, prefix: str) -> Iterable[tuple[str, np.ndarray]]:
+        tables = [module.state.get(key) for key in ("_parameters", "_modules")] if isinstance(module, Record) else []
+        if len(tables) != 2 or not all(isinstance(table, dict) for table in tables):
+            raise PretrainedError(f"'{prefix or 'the root'}' is not a network module.")
+        for name, value in tables[0].items():
+            if isinstance(value, np.ndarray):
+                yield prefix + name, value
+        for name, child in tables[1].items():
+            yield from walk(child, f"{prefix}{name}.")
+
+    return dict(walk(module, ""))

@@ -1,0 +1,186 @@
+"""Training the image tokenizer: the dVAE's evidence lower bound (DALL-E, section 2.1 and appendix A.2).
+
+    loss = (−Σ ln f(pixels | code) + β Σ KL(q ‖ uniform)) / (H W 3)
+
+The decoder is trained on relaxed codes (Gumbel-softmax at temperature τ) but is used on true ones, the argmax. What
+the relaxation hides is measured as `relaxation_gap`: loss with true codes minus loss with relaxed ones, on the same
+pictures. Where it stays large, τ has not been low enough for long enough.
+
+    B rows    H, W picture    h, w grid    V vocabulary
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from dalle_jax import report, schedules
+from dalle_jax.data.pipeline import Pipeline
+from dalle_jax.data.sources import DataOptions
+from dalle_jax.metrics import codebook
+from dalle_jax.models import logit_laplace
+from dalle_jax.models.dvae import DVAETokenizer, gumbel_softmax, kl_to_uniform
+from dalle_jax.models.tokenizer import from_config
+from dalle_jax.tasks import Batch, Job, PyTree
+
+# True codes are decoded for every eighth row of a training batch only: enough for the log, cheap enough for each step.
+_PROBE_EVERY = 8
+_PREVIEW_COLUMNS = 8
+
+
+class DVAETask:
+    """The `Task` of the image tokenizer.
+
+    Attributes:
+      schedules: "temperature" and "kl_weight".
+      best_metric: "mse", of pictures decoded from tokens.
+      frozen: nothing.
+    """
+
+    best_metric = "mse"
+    frozen: PyTree = {}
+
+    def __init__(self, tokenizer: DVAETokenizer, temperature: optax.Schedule, kl_weight: optax.Schedule):
+        """
+        Args:
+          tokenizer: what is trained.
+          temperature: τ of the relaxation, by update.
+          kl_weight: β, by update.
+        """
+        self.tokenizer = tokenizer
+        self.schedules = {"temperature": temperature, "kl_weight": kl_weight}
+
+    def init(self, key: jax.Array) -> PyTree:
+        """See `Task.init`."""
+        return self.tokenizer.init(key)
+
+    def loss(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, step: jax.Array):
+        """See `Task.loss`. The batch needs "image", uint8 [B, H, W, 3]. Scalars:
+
+        reconstruction_nats: −ln f of the pixels given relaxed codes, nats per subpixel.
+        kl_nats: KL(q ‖ uniform), nats per grid position.
+        elbo: the bound itself (β = 1), nats per subpixel, higher is better.
+        codebook_perplexity, codebook_usage: of the batch's tokens.
+        psnr: of pictures decoded from tokens, dB (every eighth row).
+        relaxation_gap: loss with tokens minus loss with relaxed codes, nats per subpixel (every eighth row).
+        """
+        del frozen
+        images = batch["image"]
+        subpixels = images[0].size
+        logits = self.tokenizer.encode_logits(params, images)
+        codes = gumbel_softmax(logits, key, self.schedules["temperature"](step))
+        pixel_nats = _nats_per_row(images, *self.tokenizer.decode_maps(params, codes))
+        kl = jnp.sum(kl_to_uniform(logits), axis=(1, 2))
+        loss = jnp.mean(pixel_nats + self.schedules["kl_weight"](step) * kl / subpixels)
+
+        tokens = jnp.argmax(jax.lax.stop_gradient(logits), axis=-1)
+        counts = codebook.count(tokens, self.tokenizer.vocab_size)
+        probe = slice(None, None, _PROBE_EVERY)
+        true_nats, squared_error = self._decode(jax.lax.stop_gradient(params), images[probe], tokens[probe])
+        return loss, {
+            "reconstruction_nats": jnp.mean(pixel_nats),
+            "kl_nats": jnp.mean(kl) / tokens[0].size,
+            "elbo": -jnp.mean(pixel_nats + kl / subpixels),
+            "codebook_perplexity": codebook.perplexity(counts),
+            "codebook_usage": codebook.usage(counts),
+            "psnr": _decibels(jnp.mean(squared_error)),
+            "relaxation_gap": jnp.mean(true_nats - pixel_nats[probe]),
+        }
+
+    def _decode(self, params: PyTree, images: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Nats per subpixel and mean squared error (of [0, 1] pixels) of each row decoded from its tokens, [B] each."""
+        mean, log_scale = self.tokenizer.decode_maps(params, tokens)
+        error = logit_laplace.to_pixels(mean) - images.astype(jnp.float32) / 255
+        return _nats_per_row(images, mean, log_scale), jnp.mean(error**2, axis=(1, 2, 3))
+
+    def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
+        """See `Task.evaluate`. All figures are of pictures decoded from tokens, as they are used later.
+
+        mse, psnr: PSNR is of the mean squared error over all pictures, dB.
+        reconstruction_nats, kl_nats, elbo: as in `loss`.
+        codebook_perplexity, codebook_usage: over all the batches together.
+        """
+        del frozen, key
+        sums = [jax.device_get(self._measure(params, batch)) for batch in batches]
+        total = {name: np.sum([each[name] for each in sums], axis=0, dtype=np.float64) for name in sums[0]}
+        rows = max(float(total.pop("rows")), 1.0)
+        counts = jnp.asarray(total.pop("counts"), jnp.float32)
+        means = {name: float(value) / rows for name, value in total.items()}
+        return {
+            **means,
+            "psnr": float(_decibels(jnp.float32(means["mse"]))),
+            "codebook_perplexity": float(codebook.perplexity(counts)),
+            "codebook_usage": float(codebook.usage(counts)),
+        }
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _measure(self, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
+        """Sums over the valid rows of a batch: scalars, and the codes' counts [V]."""
+        images, valid = batch["image"], batch["valid"]
+        logits = self.tokenizer.encode_logits(params, images)
+        tokens = jnp.argmax(logits, axis=-1)
+        kl = jnp.sum(kl_to_uniform(logits), axis=(1, 2))
+        pixel_nats, squared_error = self._decode(params, images, tokens)
+        per_row = {
+            "mse": squared_error,
+            "reconstruction_nats": pixel_nats,
+            "kl_nats": kl / tokens[0].size,
+            "elbo": -(pixel_nats + kl / images[0].size),
+            "rows": jnp.ones(valid.shape),
+        }
+        sums = {name: jnp.sum(jnp.where(valid, value, 0.0)) for name, value in per_row.items()}
+        return {**sums, "counts": codebook.count(tokens, self.tokenizer.vocab_size, valid)}
+
+    def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
+        """Rows of real pictures, each above the row of its reconstructions from tokens."""
+        del frozen, key
+        real = jax.device_get(batch["image"][: 2 * _PREVIEW_COLUMNS])
+        shown = report.to_uint8(self._reconstruct(params, real))
+        starts = range(0, len(real), _PREVIEW_COLUMNS)
+        strips = [np.concatenate(rows[i : i + _PREVIEW_COLUMNS], axis=1) for i in starts for rows in (real, shown)]
+        strips = [np.pad(s, ((0, 0), (0, strips[0].shape[1] - s.shape[1]), (0, 0)), constant_values=255) for s in strips]
+        return np.concatenate(strips, axis=0)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _reconstruct(self, params: PyTree, images: jax.Array) -> jax.Array:
+        return self.tokenizer.decode(params, self.tokenizer.encode(params, images))
+
+
+def _nats_per_row(images: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
+    """−ln f in nats per subpixel of each row, [B], of uint8 images [B, H, W, 3] under μ and ln b of that shape."""
+    return -jnp.mean(logit_laplace.log_prob(logit_laplace.map_pixels(images), mean, log_scale), axis=(1, 2, 3))
+
+
+def _decibels(mean_squared_error: jax.Array) -> jax.Array:
+    """Peak signal-to-noise ratio of pixels in [0, 1]."""
+    return -10.0 * jnp.log10(jnp.maximum(mean_squared_error, 1e-10))
+
+
+def build_dvae(config: ConfigDict, workdir: str) -> Job:
+    """The job of `configs/dvae.py`.
+
+    Raises:
+      ConfigError: a wrong key, or sizes that do not fit each other.
+      DataError: data that cannot be opened.
+    """
+    del workdir
+    tokenizer = from_config(config)
+    temperature, kl_weight = (
+        schedules.make(config.schedules[name], name) for name in ("temperature", "kl_weight")
+    )
+    options = DataOptions.from_config(config.data)
+    pipeline = functools.partial(Pipeline, options, batch_size=config.batch_size)
+    training = pipeline(split=options.train_split, train=True, seed=config.seed)
+    evaluation = pipeline(split=options.eval_split, train=False)
+    return Job(
+        task=DVAETask(tokenizer, temperature, kl_weight),
+        train_batches=lambda: iter(training),
+        eval_batches=lambda: iter(evaluation),
+        data_counts=training.skipped,
+    )
