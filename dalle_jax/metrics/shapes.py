@@ -1,10 +1,11 @@
 """Reads scenes of coloured shapes back from pictures with fixed rules, and scores pictures against captions.
 
-The judge of `shapes_captions`: no learned model, numpy only.  A picture is explained three ways, as one object, as
-two above one another and as two beside one another, by laying the outline of every shape and size over every place
-where an object can be and fitting its colour by least squares; the way that explains the most of what differs from
-the background wins, so touching objects of one colour are told apart as well.  What no outline explains is not read
-as an object at all: a smear counts as wrong, not as the shape it resembles most.
+The judge of `shapes_captions`: no learned model, numpy only.  A picture is explained three ways, as one
+object, as two above one another and as two beside one another, by laying the outline of every shape and size
+over every place where an object can be and fitting its colour by least squares; the way that explains the
+most of what differs from the background wins, so touching objects of one colour are told apart as well.  What
+no outline explains is not read as an object at all: a smear counts as wrong, not as the shape it resembles
+most.
 
     B pictures, H, W their size, S = 32 the size they are read at, P = S² pixels, K outlines, C = 3 channels
 """
@@ -33,8 +34,8 @@ def read_scene(image: np.ndarray) -> Scene:
       image: uint8 [H, W, 3], H = W.
 
     Returns:
-      The scene, with the background and every attribute of each object set; no objects, or fewer than were meant,
-      where the picture shows nothing that looks like one.
+      The scene, with the background and every attribute of each object set; no objects, or fewer than were
+      meant, where the picture shows nothing that looks like one.
     """
     return read_scenes(image[None])[0]
 
@@ -53,7 +54,8 @@ def read_scenes(images: np.ndarray, *, chunk: int = 256) -> list[Scene]:
       ValueError: pictures of another shape or type.
     """
     images = np.asarray(images)
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or images.shape[1] != images.shape[2]:
+    square = images.ndim == 4 and images.shape[1] == images.shape[2] and images.shape[3] == 3
+    if images.dtype != np.uint8 or not square:
         raise ValueError(f"Pictures are {images.dtype} {images.shape}; expected uint8 [B, H, H, 3].")
     return [scene for start in range(0, len(images), chunk) for scene in _read(images[start : start + chunk])]
 
@@ -66,11 +68,11 @@ def score(images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
       scenes: B scenes, None for what a caption leaves open.
 
     Returns:
-      "caption_accuracy": share of the pictures that show the stated number of objects and every stated attribute;
+      "caption_accuracy": share of the pictures with the stated number of objects and all stated attributes;
       "attribute_accuracy": share of all stated attributes that are right;
-      "shape", "color", "size", "relation", "background": the same for one attribute (nan where none is stated).
-      Objects are compared in the order that suits the picture better: where both are right but have changed places,
-      the relation is wrong, and nothing else.
+      "shape", "color", "size", "relation", "background": the same for one attribute (nan: never stated).
+      Objects are compared in the order that suits the picture better: where both are right but have changed
+      places, the relation is wrong, and nothing else.
     """
     if len(images) != len(scenes) or not scenes:
         raise ValueError(f"{len(images)} pictures for {len(scenes)} scenes; expected as many, at least one.")
@@ -123,7 +125,8 @@ def _outlines(relation: str | None, index: int) -> tuple[list[tuple[str, str]], 
       K names, and float32 [K, P] coverages.
     """
     center = np.array(drawing.CENTERS[relation][index]) * _READ_SIZE
-    reach = {None: (3, 3), "above": (4, 2), "left of": (2, 4)}[relation]  # pixels; twice what the drawings use
+    # Pixels from the centre; twice what the drawings use.
+    reach = {None: (3, 3), "above": (4, 2), "left of": (2, 4)}[relation]
     names, masks = [], []
     for size, extent in drawing.EXTENTS[len(drawing.CENTERS[relation])].items():
         for shape in SHAPES:
@@ -144,7 +147,7 @@ def _read(images: np.ndarray) -> list[Scene]:
     pixels = images.astype(np.float32)
     frame = np.ones((_READ_SIZE, _READ_SIZE), bool)
     frame[2:-2, 2:-2] = False
-    backgrounds = np.median(pixels[:, frame], axis=1)  # [B, C]; objects touch the frame, but cover less than half
+    backgrounds = np.median(pixels[:, frame], axis=1)  # [B, C]; objects cover less than half of the frame
     rest = (pixels - backgrounds[:, None, None]).reshape(len(images), -1, 3)  # [B, P, C]
     fits = {relation: _fit(rest, relation) for relation in drawing.CENTERS}
     scenes = []
@@ -165,7 +168,7 @@ def _fit(rest: np.ndarray, relation: str | None) -> tuple[list[list[tuple]], np.
       relation: which layout.
 
     Returns:
-      per picture a list of (name, outline [P], share explained) per object, and the energy [B] explained in all.
+      per picture a list of (name, outline [P], share explained) per object, and the energy [B] explained.
     """
     batch = len(rest)
     flat = rest.transpose(1, 0, 2).reshape(rest.shape[1], -1)  # [P, B·C]
@@ -195,7 +198,9 @@ def _half(relation: str | None, index: int) -> np.ndarray:
     return part.ravel()
 
 
-def _object(name: tuple[str, str], outline: np.ndarray, share: float, rest: np.ndarray, background: np.ndarray) -> Object | None:
+def _object(
+    name: tuple[str, str], outline: np.ndarray, share: float, rest: np.ndarray, background: np.ndarray
+) -> Object | None:
     """The object under an outline, or None where there is none."""
     color = np.median(rest[outline > 0.99], axis=0)
     if share < _MIN_EXPLAINED or np.linalg.norm(color) < _MIN_CONTRAST:

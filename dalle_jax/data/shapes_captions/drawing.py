@@ -1,8 +1,8 @@
 """Draws scenes: flat colours, edges antialiased by supersampling.
 
-Lengths are fractions of the picture's side, so a scene looks the same at every size.  A large object fills nearly
-the whole picture, or nearly its half of the picture where there are two, because pictures that are mostly
-background teach a small dVAE a handful of codes.
+Lengths are fractions of the picture's side, so a scene looks the same at every size.  A large object fills
+nearly the whole picture, or nearly its half of the picture where there are two, because pictures that are
+mostly background teach a small dVAE a handful of codes.
 
     H, W picture size
 """
@@ -60,17 +60,15 @@ def coverage(shape: str, x: float, y: float, extent: float, image_size: int) -> 
       float32 [H, W] in [0, 1].
     """
     mask = np.zeros((image_size, image_size), np.float32)
-    (left, right), (top, bottom) = (
-        (max(math.floor((center - extent) * image_size), 0), min(math.ceil((center + extent) * image_size), image_size))
-        for center in (x, y)
-    )
+    left, top = (max(math.floor((at - extent) * image_size), 0) for at in (x, y))
+    right, bottom = (min(math.ceil((at + extent) * image_size), image_size) for at in (x, y))
 
-    def samples(first: int, last: int, center: float) -> np.ndarray:  # [samples, pixels]
+    def samples(first: int, last: int, at: float) -> np.ndarray:  # [samples, pixels]
         ticks = (np.arange(_SAMPLES, dtype=np.float32)[:, None] + 0.5) / _SAMPLES
-        return ((np.arange(first, last, dtype=np.float32) + ticks) / image_size - center) / extent
+        return ((np.arange(first, last, dtype=np.float32) + ticks) / image_size - at) / extent
 
-    inside = _inside(shape, samples(left, right, x)[None, :, None, :], samples(top, bottom, y)[:, None, :, None])
-    mask[top:bottom, left:right] = inside.reshape(_SAMPLES**2, bottom - top, right - left).mean(0, dtype=np.float32)
+    u, v = samples(left, right, x)[None, :, None, :], samples(top, bottom, y)[:, None, :, None]
+    mask[top:bottom, left:right] = _inside(shape, u, v).mean((0, 1), dtype=np.float32)
     return mask
 
 

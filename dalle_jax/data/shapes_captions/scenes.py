@@ -1,7 +1,7 @@
 """Scenes of coloured shapes: what a caption says, how it says it, and which combinations training never sees.
 
-This is the data set's own idea of the zero-shot test of the DALL-E paper (Ramesh et al. 2021, section 3): captions
-whose parts were all seen, in combinations that were not.  Two kinds of combination are held out:
+This is the data set's own idea of the zero-shot test of the DALL-E paper (Ramesh et al. 2021, section 3):
+captions whose parts were all seen, in combinations that were not.  Two kinds of combination are held out:
 
   * five of the forty (colour, shape) pairs, one per shape, each of another colour: `HELD_OUT_PAIRS`;
   * a tenth of the whole combinations (colour, shape, relation, colour, shape) of the other pairs, chosen by a
@@ -99,13 +99,13 @@ def draw_scene(rng: np.random.Generator, *, held_out: bool) -> tuple[Scene, Scen
 
     Args:
       rng: where the choices come from.
-      held_out: draw a held-out combination, half of them by an unseen (colour, shape) pair and half of them by an
-        unseen combination of two seen pairs; otherwise draw a combination of the training split.
+      held_out: draw a held-out combination, half of them by an unseen (colour, shape) pair and half of them
+        by an unseen combination of two seen pairs; otherwise draw a combination of the training split.
 
     Returns:
       shown: the scene with every attribute set.
-      stated: the same with None for what the caption leaves open: all sizes (of objects drawn large) in two fifths
-        of the captions, the background in one fifth.
+      stated: the same with None for what the caption leaves open: all sizes (of objects drawn large) in two
+        fifths of the captions, the background in one fifth.
     """
     pairs, relation = _draw_held_out_pairs(rng) if held_out else _draw_seen_pairs(rng)
     background = str(rng.choice(list(BACKGROUNDS)))
@@ -147,7 +147,9 @@ def _draw_held_out_pairs(rng) -> tuple[list[tuple[str, str]], str | None]:
 
 
 _ONE = ("{a} on {bg}", "on {bg}, there is {a}", "{a}, {bg}", "{bg} with {a}")
-_TWO = ("{a} {rel} {b} on {bg}", "on {bg}, {a} is {rel} {b}", "{a} {rel} {b}, {bg}", "{bg} with {a} {rel} {b}")
+_TWO = (
+    "{a} {rel} {b} on {bg}", "on {bg}, {a} is {rel} {b}", "{a} {rel} {b}, {bg}", "{bg} with {a} {rel} {b}",
+)
 _ONE_OPEN = ("{a}", "there is {a}", "a picture of {a}")
 _TWO_OPEN = ("{a} {rel} {b}", "{a} is {rel} {b}", "a picture of {a} {rel} {b}")
 

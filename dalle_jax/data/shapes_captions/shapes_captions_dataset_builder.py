@@ -4,8 +4,8 @@
     validation  seen combinations, unseen pictures
     heldout     combinations that training never sees (see scenes.py)
 
-Example i of a split is a pure function of (seed, split, i, image_size), so a longer training split begins with
-the shorter one.
+Example i of a split is a pure function of (seed, split, i, image_size), so a longer training split begins
+with the shorter one.
 """
 from __future__ import annotations
 
@@ -52,11 +52,15 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, *, config: ShapesConfig | None = None, file_format: str = "array_record", data_dir=None,
-                 version=None, **options: Any):
-        super().__init__(
-            config=config or ShapesConfig(**options), file_format=file_format, data_dir=data_dir, version=version
-        )
+    def __init__(
+        self, *, config: ShapesConfig | None = None, file_format: str = "array_record", data_dir=None,
+        version=None, **options: Any,
+    ):
+        config = config or ShapesConfig(**options)
+        super().__init__(config=config, file_format=file_format, data_dir=data_dir, version=version)
+
+    def _create_builder_config(self, builder_config, version):
+        return builder_config  # TFDS would warn, at every opening, of all not listed in advance
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.image_size
