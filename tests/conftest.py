@@ -1,12 +1,20 @@
 """Settings of every test: eight simulated CPU devices, exact float32, no silent rank promotion.
 
-JAX reads these when it is imported, so they are set here, before any test module is collected.  Set
-JAX_COMPILATION_CACHE_DIR to keep compiled programs between runs of the suite.
+JAX reads these when it is imported, so they are set here, before any test module is collected.  Compiled programs are
+kept for the session, because many tests train the same small model; set JAX_COMPILATION_CACHE_DIR to keep them between
+sessions too.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("DALLE_JAX_TEST_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dalle_jax_tests_xla_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

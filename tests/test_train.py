@@ -181,13 +181,31 @@ def test_scalars_are_fetched_one_step_late(tmp_path, monkeypatch):
 
 
 def test_state_is_donated(tmp_path, monkeypatch):
+    """The old state's memory is used again, and a checkpoint that is still being written does not suffer from it."""
     seen = []
-    original = train_module.Checkpoints.save
-    monkeypatch.setattr(
-        train_module.Checkpoints, "save", lambda self, step, state, *rest: (seen.append(state), original(self, step, state, *rest))
-    )
-    run(tmp_path, steps=4, cadence__checkpoint=2)
-    assert [state.params["up"]["kernel"].is_deleted() for state in seen] == [True, False]
+    original = train_module.make_train_step
+
+    def spied(*args):
+        lower = original(*args).lower
+
+        def lowered(state, *rest):
+            seen.append(state)
+            return lower(state, *rest)
+
+        return type("Step", (), {"lower": staticmethod(lowered)})()
+
+    monkeypatch.setattr(train_module, "make_train_step", spied)
+    run(tmp_path, steps=2)
+    assert all(x.is_deleted() for x in jax.tree.leaves((seen[0].params, seen[0].opt_state, seen[0].ema)))
+
+
+def test_checkpoint_is_of_its_step(uninterrupted, tmp_path):
+    """Written while the training went on, and yet the same as that of a run which ended there."""
+    ended = run(tmp_path, steps=5)
+    with Checkpoints(str(uninterrupted[0]), read_only=True) as checkpoints:
+        assert checkpoints.steps == [5, 10]
+        assert_states_equal(checkpoints.restore_params(5, ema=False), ended.params)
+        assert_states_equal(checkpoints.restore_params(5), ended.ema)
 
 
 @pytest.mark.parametrize(
