@@ -50,10 +50,10 @@ def _run(_: list[str]) -> None:
     importlib.import_module(JOBS[config.job]).run(config, _WORKDIR.value or config.workdir)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Runs the command line `argv` (default: this process's); ends the process."""
+def main() -> None:
+    """Runs this process's command line, and ends the process."""
     try:
-        app.run(_run, argv=argv, flags_parser=_parse)
+        app.run(_run, flags_parser=_parse)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)

@@ -52,8 +52,8 @@ class TinyNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        named = functools.partial(nn.with_logical_partitioning, nn.initializers.lecun_normal())
-        x = nn.gelu(nn.Dense(HIDDEN, kernel_init=named(("embed", "mlp")), name="up")(x))
+        named = functools.partial(nn.with_logical_partitioning, nn.initializers.lecun_uniform())
+        x = nn.relu(nn.Dense(HIDDEN, kernel_init=named(("embed", "mlp")), name="up")(x))
         return nn.Dense(TARGETS, kernel_init=named(("mlp", "embed")), name="down")(constrain(x, "batch", "mlp"))
 
 
@@ -73,19 +73,20 @@ class TinyTask:
         return self.net.init(key, jnp.zeros((1, FEATURES)))["params"]
 
     def loss(self, params, frozen, batch, key, step):
-        x = batch["x"] + self.schedules["noise"](step) * jax.random.normal(key, batch["x"].shape)
+        x = batch["x"] + self.schedules["noise"](step) * jax.random.uniform(key, batch["x"].shape)
         error = self.net.apply({"params": params}, x) + frozen["offset"][None] - batch["y"]
         loss = jnp.mean(jnp.square(error))
         poisoned = functools.reduce(jnp.logical_or, [step == at for at in self.poison], jnp.zeros((), bool))
         return jnp.where(poisoned, jnp.nan, 1.0) * loss, {"mean_x": jnp.mean(batch["x"])}
 
     def evaluate(self, params, frozen, batches, key):
-        errors = [
-            jnp.mean(jnp.square(self.net.apply({"params": params}, b["x"]) + frozen["offset"][None] - b["y"]))
-            for b in batches
-        ]
+        errors = [self._error(params, frozen, batch["x"], batch["y"]) for batch in batches]
         self.evaluations.append({"error": float(np.mean(errors)), "batches": len(errors)})
         return self.evaluations[-1]
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _error(self, params, frozen, x, y):
+        return jnp.mean(jnp.square(self.net.apply({"params": params}, x) + frozen["offset"][None] - y))
 
     def preview(self, params, frozen, batch, key):
         return np.zeros((4, 6, 3), np.uint8)

@@ -1,0 +1,120 @@
+"""The command line: dispatch, and one clear line for whatever is wrong."""
+
+import os
+import subprocess
+import sys
+import textwrap
+import types
+
+import pytest
+from absl import flags
+
+from dalle_jax import main as main_module
+from dalle_jax.errors import CheckpointError, Preempted
+
+# ml_collections reads config files by a function that importlib deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text(
+        textwrap.dedent("""
+            from ml_collections import ConfigDict
+            from dalle_jax.errors import ConfigError
+
+            def get_config(variant="small"):
+                if variant not in ("small", "large"):
+                    raise ConfigError(f"a.py has no variant {variant!r}; it has: small, large.")
+                return ConfigDict({"job": "train", "steps": 3, "workdir": "runs/a", "model": {"width": 3}})
+        """)
+    )
+    return path
+
+
+@pytest.fixture
+def command(monkeypatch, config_file, capsys):
+    """Runs a command line in this process; gives (exit status, stderr, the calls of the job)."""
+    calls = []
+
+    def run(*argv, job=lambda config, workdir: calls.append((config, workdir))):
+        monkeypatch.setitem(sys.modules, "fake_job", types.SimpleNamespace(run=job))
+        monkeypatch.setitem(main_module.JOBS, "train", "fake_job")
+        monkeypatch.setattr(sys, "argv", ["main", *argv])
+        flags.FLAGS.unparse_flags()
+        for name in [name for name in flags.FLAGS if name.startswith("config.")]:
+            delattr(flags.FLAGS, name)
+        flags.FLAGS["config"].unparse()
+        flags.FLAGS["workdir"].unparse()
+        with pytest.raises(SystemExit) as stopped:
+            main_module.main()
+        return stopped.value.code or 0, capsys.readouterr().err, calls
+
+    yield run
+    flags.FLAGS.unparse_flags()
+
+
+def test_dispatches_with_overrides(command, config_file):
+    code, _, calls = command(f"--config={config_file}:large", "--config.model.width=7", "--workdir=here")
+    ((config, workdir),) = calls
+    assert code == 0 and workdir == "here" and config.model.width == 7 and config.steps == 3
+    assert config.is_locked
+    assert command(f"--config={config_file}")[2][-1][1] == "runs/a"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--config=FILE", "--config.modle.width=3"], 'no key \'modle\' (did you mean "model"?)'),
+        (["--config=FILE", "--config.model.widht=3"], '--config.model.widht=3: the configuration has no key \'widht\''),
+        (["--config=FILE", "--config.zzz=3"], "no key 'zzz'."),
+        (["--config=FILE", "--config.steps=many"], "--config.steps=many"),
+        (["--config=FILE", "--config.job=dance"], "config.job='dance': expected one of train, generate"),
+        (["--config=FILE:huge"], "a.py has no variant 'huge'; it has: small, large."),
+        (["--config=nowhere.py"], "--config=nowhere.py: no such file"),
+        (["--config=nowhere.py", "--config.steps=3"], "--config=nowhere.py: no such file"),
+        (["--config=FILE", "extra"], "Unexpected argument 'extra'"),
+        (["--wrkdir=x"], "Did you mean: workdir"),
+        ([], "No --config given"),
+    ],
+)
+def test_one_clear_line(command, config_file, arguments, words):
+    code, error, calls = command(*(argument.replace("FILE", str(config_file)) for argument in arguments))
+    assert code == 2 and not calls
+    assert words in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_errors_of_the_job(command, config_file):
+    def fails(*_):
+        raise CheckpointError("The disk is full.")
+
+    code, error, _ = command(f"--config={config_file}", job=fails)
+    assert (code, error) == (1, "error: The disk is full.\n")
+
+
+def test_preempted(command, config_file):
+    def stops(*_):
+        raise Preempted("saved")
+
+    assert command(f"--config={config_file}", job=stops)[0] == 0
+
+
+def test_bugs_keep_their_traceback(command, config_file):
+    def fails(*_):
+        raise KeyError("a bug")
+
+    with pytest.raises(KeyError, match="a bug"):
+        command(f"--config={config_file}", job=fails)
+    config_file.write_text("x = {}['k']\n")
+    with pytest.raises(KeyError, match="k"):
+        command(f"--config={config_file}")
+
+
+def test_a_real_process(config_file):
+    root = os.path.dirname(os.path.dirname(__file__))
+    command = [sys.executable, "-m", "dalle_jax.main", f"--config={config_file}", "--config.stps=4"]
+    environment = {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert done.stderr == 'error: --config.stps=4: the configuration has no key \'stps\' (did you mean "steps"?).\n'
