@@ -54,6 +54,13 @@ def test_held_out_pairs_are_one_per_shape_in_five_colors():
     assert len({color for color, _ in scenes.HELD_OUT_PAIRS}) == len(scenes.HELD_OUT_PAIRS) == 5
 
 
+def test_a_tenth_of_the_wholes_of_seen_pairs_is_held_out():
+    seen = set(itertools.product(scenes.COLORS, scenes.SHAPES)) - set(scenes.HELD_OUT_PAIRS)
+    for relation in scenes.RELATIONS:
+        wholes = [Scene((Object(*a), Object(*b)), relation) for a, b in itertools.product(seen, seen)]
+        assert 0.08 < np.mean([scenes.is_held_out(scene) for scene in wholes]) < 0.12
+
+
 def read_caption(caption):
     """A parser of its own for what a caption states, in words."""
     words = re.sub(r"[^a-z ]", " ", caption).split()
@@ -71,18 +78,21 @@ def read_caption(caption):
 
 
 def test_captions_state_exactly_the_stored_scene():
-    captions = set()
+    captions, all_stated = set(), []
     for index in range(1500):
         rng = np.random.default_rng([6, index])
         shown, stated = scenes.draw_scene(rng, held_out=index % 2 == 0)
         caption = scenes.write_caption(rng, stated)
         captions.add(caption)
+        all_stated.append(stated)
         assert read_caption(caption) == stated
         for said, drawn in zip(stated.objects, shown.objects):
             assert said in (drawn, dataclasses.replace(drawn, size=None))
             assert said.size is not None or drawn.size == "large"
         assert stated.relation == shown.relation and stated.background in (None, shown.background)
     assert len(captions) > 1000
+    assert 0.3 < np.mean([scene.objects[0].size is None for scene in all_stated]) < 0.5
+    assert 0.1 < np.mean([scene.background is None for scene in all_stated]) < 0.3
     for word in ("below", "right of", "to the left of"):
         assert any(word in caption for caption in captions)
 

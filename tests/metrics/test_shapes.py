@@ -58,11 +58,17 @@ def test_touching_objects_of_one_color_are_two():
         assert shapes.read_scene(render(scene)) == scene
 
 
+def faint_circle():
+    mask = drawing.coverage("circle", 0.5, 0.5, 0.45, 32)[..., None]
+    return np.rint(128 + mask * [30.0, 0.0, 0.0]).astype(np.uint8)
+
+
 @pytest.mark.parametrize("image", [
     np.full((32, 32, 3), 128, np.uint8),
     np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8),
     np.broadcast_to(np.linspace(0, 255, 32).astype(np.uint8)[:, None], (32, 32, 3)),
-], ids=["blank", "noise", "stripes"])
+    faint_circle(),
+], ids=["blank", "noise", "stripes", "faint"])
 def test_what_looks_like_no_object_is_not_read_as_one(image):
     assert shapes.read_scene(image).objects == ()
 
