@@ -18,7 +18,15 @@ from tiny_job import tiny_config, tiny_job
 
 from dalle_jax import train as train_module
 from dalle_jax.checkpoint import Checkpoints
-from dalle_jax.errors import CheckpointError, ConfigError, ConfigMismatch, DataError, MeshError, NonFiniteError, Preempted
+from dalle_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    ConfigMismatch,
+    DataError,
+    MeshError,
+    NonFiniteError,
+    Preempted,
+)
 from dalle_jax.metric_writer import read_metrics
 from dalle_jax.train import train
 
@@ -53,6 +61,7 @@ def test_learns_and_writes_everything(uninterrupted):
     assert {f"train/{name}" for name in names} <= set(read_metrics(str(workdir))[0])
     assert series(workdir, "train/noise")[3] == pytest.approx(0.1 / 3)  # the schedule at the step it was used
     assert series(workdir, "train/left_out/unreadable")[10] == 2
+    assert len(set(series(workdir, "train/drawn").values())) == 10  # every step has a key of its own
     assert list(series(workdir, "eval/error")) == [5, 10]
     assert series(workdir, "eval/batches")[10] == 2  # config.eval_batches, of three
     assert json.loads((workdir / "config.json").read_text())["model"] == {"hidden": 16, "remat": False}
@@ -83,7 +92,7 @@ def test_resumed_equals_uninterrupted(uninterrupted, tmp_path):
         file.write(json.dumps({"step": 7, "train/loss": -1.0}) + '\n{"step": 8, "train/l')
     resumed = run(tmp_path)
     assert_states_equal(resumed, state)
-    for name in ("train/loss", "train/mean_x", "eval/error"):
+    for name in ("train/loss", "train/mean_x", "train/drawn", "eval/error"):
         assert series(tmp_path, name) == series(workdir, name)
 
 
