@@ -299,10 +299,6 @@ class DVAETokenizer:
         """Rows and columns of tokens of a square picture; ConfigError where they are not whole."""
         return self.options.grid(image_size)
 
-    def to_dict(self) -> dict[str, Any]:
-        """A description for JSON; `models.tokenizer.from_dict` makes the same tokenizer of it."""
-        return {"kind": self.kind, **dataclasses.asdict(self.options)}
-
     def init(self, key: jax.Array) -> PyTree:
         """Fresh parameters, boxed with their logical names."""
         side = self.downsample

@@ -37,9 +37,6 @@ class ImageTokenizer(Protocol):
     def grid(self, image_size: int) -> tuple[int, int]:
         """Rows and columns of tokens of a square picture; ConfigError where they are not whole."""
 
-    def to_dict(self) -> dict[str, Any]:
-        """A description that JSON can hold, from which `from_dict` makes the same tokenizer (without parameters)."""
-
     def init(self, key: jax.Array) -> PyTree:
         """Fresh parameters, boxed with their logical names."""
 
@@ -48,6 +45,11 @@ class ImageTokenizer(Protocol):
 
     def decode(self, params: PyTree, tokens: jax.Array) -> jax.Array:
         """int32 [B, h, w] to float32 [B, H, W, 3] in [0, 1]."""
+
+
+def to_dict(tokenizer: ImageTokenizer) -> dict[str, Any]:
+    """A description that JSON can hold, from which `from_dict` makes the same tokenizer (without parameters)."""
+    return {"kind": tokenizer.kind, **dataclasses.asdict(tokenizer.options)}
 
 
 def from_dict(description: Mapping[str, Any]) -> ImageTokenizer:
