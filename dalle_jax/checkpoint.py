@@ -14,6 +14,7 @@ from __future__ import annotations
 import errno
 import json
 import math
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self
@@ -31,6 +32,11 @@ from dalle_jax.errors import CheckpointError, UserError
 from dalle_jax.train_step import TrainState
 
 PyTree = Any
+
+_INTACT = (
+    "Checkpoints written before are intact. Free space or mend access, then run the same command again: it goes on "
+    "from the last one."
+)
 
 
 class Checkpoints:
@@ -120,6 +126,7 @@ class Checkpoints:
         """
         if step in self._manager.all_steps():
             return
+        self._check_space(state)
         items = {
             "params": ocp.args.StandardSave(state.params),
             "rest": ocp.args.StandardSave(_rest(state)),
@@ -238,6 +245,20 @@ class Checkpoints:
             raise CheckpointError(f"No checkpoint of step {step} in {self.directory}; there are {found}, or 'best'.")
         return int(step)
 
+    def _check_space(self, state: TrainState) -> None:
+        """Refuses to begin what cannot fit: cheaper and clearer than an error from the middle of it."""
+        if "://" in str(self.directory):
+            return
+        arrays = jax.tree.leaves(state)
+        here = sum(shard.data.nbytes for x in arrays for shard in x.addressable_shards if shard.replica_id == 0)
+        needed = here + (len(arrays) << 12) + (1 << 20)  # each array is a file; metadata and configuration beside them
+        free = shutil.disk_usage(self.directory).free
+        if free < needed:
+            raise CheckpointError(
+                f"Cannot write checkpoints in {self.directory}: no space left on the device (a checkpoint needs "
+                f"{needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free). {_INTACT}"
+            )
+
     def _check_shapes(self, step: int, params: PyTree) -> None:
         """Names the first parameter that the checkpoint and the model do not share."""
 
@@ -286,14 +307,13 @@ class Checkpoints:
             if cause is None:
                 raise
             raise CheckpointError(
-                f"Cannot {action} checkpoints in {self.directory}: {cause}. Checkpoints written before are intact. "
-                "Free space or mend access, then run the same command again: it goes on from the last one."
+                f"Cannot {action} checkpoints in {self.directory}: {cause}. {_INTACT}"
             ) from error
 
 
 def _not_from_orbax(record: Any) -> bool:
-    """Drops what orbax logs, with traceback, beside raising it: whoever waits for the write reports it once."""
-    return "/orbax/" not in record.pathname.replace("\\", "/") or record.levelno < 40
+    """Drops what orbax logs: dozens of lines for each save, and every error that it also raises."""
+    return "/orbax/" not in record.pathname.replace("\\", "/")
 
 
 logging.get_absl_logger().addFilter(_not_from_orbax)

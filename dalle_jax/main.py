@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dalle_jax import compilation_cache
@@ -44,7 +45,14 @@ def _parse(argv: list[str]) -> list[str]:
         raise explain_flag_error(error, argv) from None
 
 
+def _worth_reading(record: Any) -> bool:
+    """Our own news, and everybody's warnings."""
+    return record.levelno >= 30 or "dalle_jax" in record.pathname
+
+
 def _run(_: list[str]) -> None:
+    logging.get_absl_handler().addFilter(_worth_reading)
+    logging.get_absl_handler().setFormatter(None)  # the message alone
     config = _CONFIG.value
     compilation_cache.enable()
     importlib.import_module(JOBS[config.job]).run(config, _WORKDIR.value or config.workdir)

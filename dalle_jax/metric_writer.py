@@ -17,8 +17,13 @@ from typing import Any, TextIO
 import jax
 import numpy as np
 from PIL import Image
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2
+from tensorboardX.proto.summary_pb2 import Summary
 
 from dalle_jax.errors import UserError
+
+_FLUSH_SECONDS = 10.0
 
 
 class MetricWriter:
@@ -39,8 +44,6 @@ class MetricWriter:
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        from tensorboardX import SummaryWriter  # imported here: only the process that writes needs it
-
         self._workdir = workdir
         path = os.path.join(workdir, "metrics.jsonl")
         with _disk_errors(path):
@@ -49,7 +52,7 @@ class MetricWriter:
                 file.writelines(json.dumps(line) + "\n" for line in kept)
             self._jsonl = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close())
             os.makedirs(os.path.join(workdir, "samples"), exist_ok=True)
-            self._board = SummaryWriter(os.path.join(workdir, "tensorboard"), purge_step=start + 1 if start else None)
+            self._board = _TensorBoard(os.path.join(workdir, "tensorboard"), start)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes scalars of one step."""
@@ -59,8 +62,7 @@ class MetricWriter:
         finite = {name: value if math.isfinite(value) else None for name, value in plain.items()}
         with _disk_errors(self._jsonl.name):
             self._jsonl.write(json.dumps({"step": step, **finite}) + "\n")
-            for name, value in plain.items():
-                self._board.add_scalar(name, value, step)
+            self._board.write(step, [Summary.Value(tag=name, simple_value=value) for name, value in plain.items()])
 
     def picture(self, step: int, name: str, picture: np.ndarray) -> None:
         """Writes a picture, uint8 [H, W, 3]."""
@@ -69,7 +71,11 @@ class MetricWriter:
         path = os.path.join(self._workdir, "samples", f"{name}_{step:07d}.png")
         with _disk_errors(path):
             Image.fromarray(picture).save(path)
-            self._board.add_image(name, picture, step, dataformats="HWC")
+            with open(path, "rb") as file:
+                encoded = file.read()
+            height, width, _ = picture.shape
+            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
+            self._board.write(step, [Summary.Value(tag=name, image=image)])
 
     def close(self) -> None:
         """Flushes and closes the files."""
@@ -77,6 +83,28 @@ class MetricWriter:
             with _disk_errors(self._jsonl.name):
                 self._jsonl.close()
                 self._board.close()
+
+
+class _TensorBoard:
+    """An event file written in this thread, so that a full disk is noticed where it can be told."""
+
+    def __init__(self, folder: str, start: int):
+        os.makedirs(folder, exist_ok=True)
+        # The suffix keeps two runs of one second apart; the first event hides steps that will be written again.
+        self._events = EventsWriter(os.path.join(folder, "events"), f".{os.getpid()}.{start}")
+        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._events.write_event(event_pb2.Event(wall_time=time.time(), step=start + 1, session_log=log))
+        self._flushed = time.monotonic()
+
+    def write(self, step: int, values: list[Summary.Value]) -> None:
+        event = event_pb2.Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        self._events.write_event(event)
+        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
+            self._events.flush()
+            self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        self._events.close()
 
 
 class Progress:

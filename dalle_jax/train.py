@@ -18,7 +18,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from dalle_jax import keys, optimizers, parallel, schedules, tasks
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.compatibility import to_json
-from dalle_jax.errors import ConfigError, DataError, NonFiniteError, Preempted
+from dalle_jax.errors import ConfigError, DataError, NonFiniteError, Preempted, UserError
 from dalle_jax.metric_writer import Mean, MetricWriter, Progress
 from dalle_jax.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.options import from_config
@@ -74,11 +74,11 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
         cleanup.enter_context(parallel.on_mesh(mesh))
         init, abstract_state = make_init(task, optimizer, average, mesh, config.seed)
         batches = job.train_batches()
-        cleanup.callback(getattr(batches, "close", lambda: None))
+        cleanup.push(_closing(getattr(batches, "close", lambda: None)))
         checkpoints = Checkpoints(
             workdir, keep_last=config.keep.last, keep_best=config.keep.best, best_metric=task.best_metric
         )
-        cleanup.callback(checkpoints.close)
+        cleanup.push(_closing(checkpoints.close))
         if checkpoints.latest_step is not None:
             state = checkpoints.restore(abstract_state, batches, config)
         else:
@@ -89,7 +89,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
 
         # ------------------------------------------------------------------------------------ what the run reports
         writer, mean, progress = MetricWriter(workdir, start=start), Mean(), Progress(start, total, config.batch_size)
-        cleanup.callback(writer.close)
+        cleanup.push(_closing(writer.close))
         if start:
             progress.note(f"{workdir}: {'going on from' if start < total else 'complete:'} step {start} of {total}")
         queued: list[tuple[int, dict[str, jax.Array]]] = []  # steps on their way, whose scalars were not fetched yet
@@ -194,6 +194,19 @@ def _check(config: ConfigDict, workdir: str) -> None:
         epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"Cannot use {workdir!r} as the workdir: {error.strerror}. Give another --workdir.") from error
+
+
+def _closing(close: Callable[[], None]) -> Callable[..., None]:
+    """An exit callback; what goes wrong while closing after an error would only hide that error."""
+
+    def leave(_: Any, error: BaseException | None, __: Any) -> None:
+        try:
+            close()
+        except UserError:
+            if error is None:
+                raise
+
+    return leave
 
 
 def _next(batches: Iterator[Any]) -> Any:

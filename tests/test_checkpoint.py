@@ -122,6 +122,15 @@ def test_model_of_another_shape(tmp_path):
             checkpoints.restore(other, tiny_batches(4), tiny_config())
 
 
+def test_too_little_space(tmp_path, monkeypatch):
+    usage = type("Usage", (), {"free": 1 << 19})
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        with pytest.raises(CheckpointError, match=r"no space left on the device \(a checkpoint needs 1.1 MiB, 0.5 MiB are free\)"):
+            checkpoints.save(1, initial()[0], tiny_batches(4), tiny_config())
+        assert checkpoints.steps == []
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -70,7 +70,7 @@ def test_learns_and_writes_everything(uninterrupted):
 
 
 @pytest.mark.parametrize(
-    "mesh", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}, {"data": 2, "tensor": 4}]
+    "mesh", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
 )
 def test_sharded_equals_unsharded(uninterrupted, tmp_path, mesh):
     workdir, state = uninterrupted
