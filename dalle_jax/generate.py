@@ -162,7 +162,7 @@ class TextToImage:
         layout = self.prior.layout
         if not 0 <= rows <= layout.height:
             raise ConfigError(f"rows is {rows}; this model's token grid has {layout.height} rows: give 0 to {layout.height}.")
-        given = self.encode(image)
+        given = self.encode(np.asarray(image)[None])
         mask = np.arange(layout.image_length) < rows * layout.width
         return self._pictures(self.encode_text([caption]), n, seed, SamplingOptions(**options), (given, mask))[0]
 
@@ -197,18 +197,20 @@ class TextToImage:
             rows.append(self.prior.layout.pad_text(ids))
         return np.stack(rows)
 
-    def encode(self, image: np.ndarray) -> np.ndarray:
-        """A picture's tokens: uint8 [H, W, 3] to int32 [N].
+    def encode(self, images: np.ndarray) -> np.ndarray:
+        """The tokens of pictures: uint8 [B, H, W, 3] to int32 [B, N].
 
         Raises:
-          DataError: where it has another size or type.
+          DataError: where they have another size or type.
         """
-        image = np.asarray(image)
+        images = np.asarray(images)
         expected = (self.image_size, self.image_size, 3)
-        if image.shape != expected or image.dtype != np.uint8:
-            raise DataError(f"The picture is {image.dtype} {image.shape}; this model works on uint8 {expected}: resize it.")
-        tokens = _encode(self.tokenizer, self.tokenizer_params, image[None])
-        return np.asarray(tokens).reshape(-1)
+        if images.shape[1:] != expected or images.dtype != np.uint8:
+            raise DataError(
+                f"The picture is {images.dtype} {images.shape[1:]}; this model works on uint8 {expected}: resize it."
+            )
+        tokens = _encode(self.tokenizer, self.tokenizer_params, images)
+        return np.asarray(tokens).reshape(len(images), -1)
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """Tokens to pictures: int32 [B, N] to uint8 [B, H, W, 3]."""

@@ -62,7 +62,7 @@ def save_tokenizer(workdir: epath.PathLike, tokenizer: ImageTokenizer, params: P
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.msgpack").write_bytes(flax.serialization.msgpack_serialize(jax.device_get(params)))
     # Written last: its presence says that the rest is whole.
-    (folder / "options.json").write_text(json.dumps(tokenizer.to_dict(), indent=2) + "\n")
+    (folder / "options.json").write_text(json.dumps(tokenizers.to_dict(tokenizer), indent=2) + "\n")
 
 
 def load_tokenizer(workdir: epath.PathLike) -> tuple[ImageTokenizer, PyTree]:

@@ -21,6 +21,7 @@ class TokenPrior(Protocol):
     """p(image tokens | text), trained by `loss` and drawn from by `sample`."""
 
     layout: TokenLayout
+    name: str  # its section in reports
     any_order: bool  # whether a token can be drawn given later ones (inpainting)
 
     def init(self, key: jax.Array) -> Params:

@@ -196,6 +196,7 @@ class AutoregressivePrior:
 
     layout: TokenLayout
     options: AutoregressiveOptions = AutoregressiveOptions()
+    name = "autoregressive"
     any_order = False
 
     @property
