@@ -283,7 +283,8 @@ class Checkpoints:
                 if isinstance(error, UserError):
                     raise
                 raise CheckpointError(
-                    f"The checkpoint {self.directory / str(step)} cannot be read into this model: {str(error)[:200]}. It "
+                    f"The checkpoint {self.directory / str(step)} cannot be read into this model: "
+                    f"{' '.join(str(error).split())[:200]}. It "
                     "is damaged or was written by another version; delete it to go on from the one before, or give "
                     "another --workdir."
                 ) from error
