@@ -14,7 +14,7 @@ when a run is resumed.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -37,6 +37,7 @@ class OptimizerOptions:
         or "all".
       clip_norm: largest global norm of the gradients; 0: no clipping.
       accumulate_steps: slices of the batch whose gradients are averaged before the update.
+      scales: factors on the step size, by the first name of a parameter's path ({"encoder": 0.02}); 1 elsewhere.
     """
 
     b1: float = 0.9
@@ -46,6 +47,7 @@ class OptimizerOptions:
     decay: str = "kernels"
     clip_norm: float = 0.0
     accumulate_steps: int = 1
+    scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         if self.decay not in ("kernels", "all"):
@@ -62,7 +64,19 @@ def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
         optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.eps),
         optax.add_decayed_weights(options.weight_decay, mask=lambda params: decay_mask(params, options)),
+        optax.stateless(lambda updates, _: _scaled(updates, options.scales)),
     )
+
+
+def _scaled(updates: PyTree, scales: Mapping[str, float]) -> PyTree:
+    """The updates times the factor of their part of the model.
+
+    Raises:
+      ConfigError: a name that no part of the model has.
+    """
+    if unknown := sorted(set(scales) - set(updates)):
+        raise ConfigError(f"optimizer.scales names {unknown[0]!r}; the model's parts are {', '.join(updates)}.")
+    return {name: jax.tree.map(lambda u: u * scales.get(name, 1.0), part) for name, part in updates.items()}
 
 
 def decay_mask(params: PyTree, options: OptimizerOptions) -> PyTree:

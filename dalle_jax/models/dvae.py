@@ -47,6 +47,8 @@ class DVAEOptions:
       stem_factor: s, side of the pixel blocks that become channels before anything else; 1: none (the paper).
       logit_scale: factor on the initial encoder's output layer; 1: the paper.
       codebook_scale: factor on the initial codebook; 1: the paper, which draws it from N(0, 1/√V).
+      min_log_scale: floor under ln b; None: none (the paper). Drawings without noise have flat areas, whose
+        likelihood grows without bound as b shrinks, until edges, where b is large, weigh nothing in the loss.
       dtype: of the activations inside the blocks; parameters, logits and pixel distributions are float32.
     """
 
@@ -60,12 +62,13 @@ class DVAEOptions:
     stem_factor: int = 1
     logit_scale: float = 1.0
     codebook_scale: float = 1.0
+    min_log_scale: float | None = None
     dtype: str = "float32"
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.name != "dtype" and value <= 0:
+            if field.name not in ("dtype", "min_log_scale") and value <= 0:
                 raise ConfigError(f"dVAE: {field.name}={value}: expected a positive number.")
         if self.dtype not in ("float32", "bfloat16"):
             raise ConfigError(f"dVAE: dtype={self.dtype!r}: expected 'float32' or 'bfloat16'.")
@@ -194,19 +197,30 @@ class Encoder(nn.Module):
 
     options: DVAEOptions
 
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """float32 [B, H, W, 3] to float32 [B, h, w, V]."""
+    def setup(self):
         o = self.options
-        x = space_to_depth(x, o.stem_factor)
-        x = convolution(o.hidden, o.in_kernel, o.dtype, "input")(x)
+        self.input = convolution(o.hidden, o.in_kernel, o.dtype, None)
+        self.blocks = {
+            name: Block(o.hidden * 2**group, (3, 3, 3, 1), o, name=name)
+            for group in range(o.groups)
+            for name in (f"group_{group + 1}_block_{block + 1}" for block in range(o.blocks_per_group))
+        }
+        self.output = convolution(o.vocab_size, 1, "float32", None, scale=o.logit_scale, out_axis="codebook")
+
+    def features(self, x: jax.Array) -> jax.Array:
+        """What the output layer reads: float32 [B, H, W, 3] to [B, h, w, F]."""
+        o = self.options
+        x = self.input(space_to_depth(x, o.stem_factor))
         for group in range(o.groups):
             for block in range(o.blocks_per_group):
-                x = Block(o.hidden * 2**group, (3, 3, 3, 1), o, name=f"group_{group + 1}_block_{block + 1}")(x)
+                x = self.blocks[f"group_{group + 1}_block_{block + 1}"](x)
             if group < o.groups - 1:
                 x = max_pool(x)
-        output = convolution(o.vocab_size, 1, "float32", "output", scale=o.logit_scale, out_axis="codebook")
-        return output(nn.relu(x))
+        return nn.relu(x)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float32 [B, H, W, 3] to float32 [B, h, w, V]."""
+        return self.output(self.features(x))
 
 
 class Codebook(nn.Module):
@@ -262,6 +276,10 @@ class DVAE(nn.Module):
     def encode_logits(self, images: jax.Array) -> jax.Array:
         """Pictures as `map_pixels` gives them, float32 [B, H, W, 3], to logits, float32 [B, h, w, V]."""
         return self.encoder(images)
+
+    def encode_features(self, images: jax.Array) -> jax.Array:
+        """The same up to the output layer's input, [B, h, w, F]."""
+        return self.encoder.features(images)
 
     def decode_maps(self, codes: jax.Array) -> jax.Array:
         """One-hot or relaxed codes, float32 [B, h, w, V], to (μ, ln b), float32 [B, H, W, 6]."""
@@ -324,7 +342,8 @@ class DVAETokenizer:
         """
         method = "decode_tokens" if jnp.issubdtype(codes.dtype, jnp.integer) else "decode_maps"
         mean, log_scale = jnp.split(self.module.apply({"params": params}, codes, method=method), 2, axis=-1)
-        return mean, log_scale
+        floor = self.options.min_log_scale
+        return mean, log_scale if floor is None else jnp.maximum(log_scale, floor)
 
     def encode(self, params: PyTree, images: jax.Array) -> jax.Array:
         """Tokens: the most likely code at each position, without noise.

@@ -11,27 +11,51 @@ pictures. Where it stays large, τ has not been low enough for long enough.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import itertools
 from collections.abc import Iterable
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from dalle_jax import report, schedules
+from dalle_jax import keys, report, schedules
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources import DataOptions
+from dalle_jax.errors import ConfigError
 from dalle_jax.metrics import codebook
 from dalle_jax.models import logit_laplace
 from dalle_jax.models.dvae import DVAETokenizer, gumbel_softmax, kl_to_uniform
+from dalle_jax.models.kmeans_init import kmeans_init
 from dalle_jax.models.tokenizer import from_config
+from dalle_jax.options import from_config as from_section
 from dalle_jax.tasks import Batch, Job, PyTree
 
 # True codes are decoded for every eighth row of a training batch only: enough for the log, cheap enough for each step.
 _PROBE_EVERY = 8
 _PREVIEW_COLUMNS = 8
+_START_PICTURES = 512  # for the clusters of "kmeans"
+
+
+@dataclasses.dataclass(frozen=True)
+class ObjectiveOptions:
+    """How the codes begin.
+
+    Attributes:
+      init: "paper", or "kmeans": from clusters of patches, for runs of a few thousand updates (models/kmeans_init.py).
+      kmeans_sharpness: how sure the first codes are; see `kmeans_init`.
+    """
+
+    init: str = "paper"
+    kmeans_sharpness: float = 10.0
+
+    def __post_init__(self):
+        if self.init not in ("paper", "kmeans"):
+            raise ConfigError(f"objective.init is {self.init!r}; expected 'paper' or 'kmeans'.")
 
 
 class DVAETask:
@@ -46,19 +70,33 @@ class DVAETask:
     best_metric = "mse"
     frozen: PyTree = {}
 
-    def __init__(self, tokenizer: DVAETokenizer, temperature: optax.Schedule, kl_weight: optax.Schedule):
+    def __init__(
+        self,
+        tokenizer: DVAETokenizer,
+        temperature: optax.Schedule,
+        kl_weight: optax.Schedule,
+        start_from: tuple[np.ndarray, float] | None = None,
+    ):
         """
         Args:
           tokenizer: what is trained.
           temperature: τ of the relaxation, by update.
           kl_weight: β, by update.
+          start_from: pictures of the training split, uint8 [n, H, W, 3], and a sharpness: start from clusters of
+            their patches (`kmeans_init`). None starts as the paper does.
         """
-        self.tokenizer = tokenizer
+        self.tokenizer, self._start_from = tokenizer, start_from
         self.schedules = {"temperature": temperature, "kl_weight": kl_weight}
 
     def init(self, key: jax.Array) -> PyTree:
         """See `Task.init`."""
-        return self.tokenizer.init(key)
+        boxed = self.tokenizer.init(key)
+        if self._start_from is None:
+            return boxed
+        images, sharpness = self._start_from
+        key = keys.stream(key, "kmeans")
+        params = kmeans_init(self.tokenizer, nn.meta.unbox(boxed), images, key, sharpness=sharpness)
+        return nn.meta.replace_boxed(boxed, params)
 
     def loss(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, step: jax.Array):
         """See `Task.loss`. The batch needs "image", uint8 [B, H, W, 3]. Scalars:
@@ -171,6 +209,7 @@ def build_dvae(config: ConfigDict, workdir: str) -> Job:
     """
     del workdir
     tokenizer = from_config(config)
+    objective = from_section(ObjectiveOptions, config.objective, "objective")
     temperature, kl_weight = (
         schedules.make(config.schedules[name], name) for name in ("temperature", "kl_weight")
     )
@@ -178,8 +217,12 @@ def build_dvae(config: ConfigDict, workdir: str) -> Job:
     pipeline = functools.partial(Pipeline, options, batch_size=config.batch_size)
     training = pipeline(split=options.train_split, train=True, seed=config.seed)
     evaluation = pipeline(split=options.eval_split, train=False)
+    start_from = None
+    if objective.init == "kmeans":
+        batches = itertools.islice(iter(pipeline(split=options.train_split, train=True, seed=config.seed)), 1 + _START_PICTURES // config.batch_size)
+        start_from = np.concatenate([batch["image"] for batch in batches])[:_START_PICTURES], objective.kmeans_sharpness
     return Job(
-        task=DVAETask(tokenizer, temperature, kl_weight),
+        task=DVAETask(tokenizer, temperature, kl_weight, start_from),
         train_batches=lambda: iter(training),
         eval_batches=lambda: iter(evaluation),
         data_counts=training.skipped,

@@ -1,0 +1,86 @@
+"""The image tokenizer: a discrete VAE trained by Gumbel-softmax relaxation (DALL-E, stage one).
+
+    python -m dalle_jax.main --config=configs/dvae.py                  # shapes: embedded data, a laptop's CPU
+    python -m dalle_jax.main --config=configs/dvae.py:emoji            # the emoji of an installed font
+    python -m dalle_jax.main --config=configs/dvae.py:folder --config.data.path=DIR
+    python -m dalle_jax.main --config=configs/dvae.py:paper --config.data.path=DIR
+
+`paper` is the published size, its numbers those of appendix A. `shapes` and `emoji` have a space-to-depth stem, and
+start their codes from clusters of patches (dalle_jax/models/kmeans_init.py): a few thousand updates are too few for
+the paper's start. Their encoder then moves slowly (`optimizer.scales`) while the decoder learns what the codes mean.
+
+Measured: see README.md (shapes) and experiments/results/emoji/. Not yet measured: folder, paper.
+"""
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from dalle_jax import config_files
+
+common = config_files.module(__file__, "common.py")
+schedule = common.schedule
+
+# name: (data, model, batch, steps)
+VARIANTS = {
+    "shapes": (
+        common.shapes(),
+        {"vocab_size": 1024, "hidden": 128, "groups": 1, "blocks_per_group": 2, "codebook_dim": 128, "in_kernel": 1,
+         "stem_factor": 4, "dtype": "float32"},
+        32, 900,
+    ),
+    "emoji": (
+        common.emoji(),
+        {"vocab_size": 1024, "hidden": 192, "groups": 1, "blocks_per_group": 2, "codebook_dim": 192, "in_kernel": 1,
+         "stem_factor": 8, "dtype": "float32"},
+        32, 6000,
+    ),
+    "folder": (
+        common.folder(128, augment="dvae"),
+        {"vocab_size": 8192, "hidden": 128, "groups": 4, "blocks_per_group": 2, "codebook_dim": 128, "in_kernel": 7,
+         "stem_factor": 1, "dtype": "bfloat16"},
+        64, 300_000,
+    ),
+    "paper": (
+        common.folder(256, augment="dvae"),
+        {"vocab_size": 8192, "hidden": 256, "groups": 4, "blocks_per_group": 2, "codebook_dim": 128, "in_kernel": 7,
+         "stem_factor": 1, "dtype": "bfloat16"},
+        512, 3_000_000,
+    ),
+}  # fmt: skip
+
+
+def get_config(variant: str | None = None) -> ConfigDict:
+    variant, (data, model, batch, steps) = config_files.choose(VARIANTS, variant, __file__)
+    small = variant in ("shapes", "emoji")
+
+    config = ConfigDict()
+    config.job = "train"
+    config.task = "dvae"
+    config.variant = variant
+    config.workdir = f"runs/dvae-{variant}"
+    config.seed = 0
+
+    config.data = data
+    config.model = ConfigDict(
+        {**model, "logit_scale": 1.0, "codebook_scale": 1.0, "min_log_scale": -1.5 if small else placeholder(float)}
+    )
+    config.objective = ConfigDict({"init": "kmeans" if small else "paper", "kmeans_sharpness": 10.0})
+
+    config.optimizer = ConfigDict({
+        "b1": 0.9, "b2": 0.99 if small else 0.999, "eps": 1e-8, "weight_decay": 1e-4, "decay": "kernels",
+        "clip_norm": 1.0 if small else 0.0, "accumulate_steps": 1, "scales": {"encoder": 0.02} if small else {},
+    })  # fmt: skip
+    if small:
+        config.schedules = ConfigDict({
+            "learning_rate": schedule("warmup_cosine", peak=1e-2, end=1e-4, warmup_steps=50, steps=steps),
+            "temperature": schedule("cosine", start=0.25, end=1 / 16, steps=steps // 2),
+            "kl_weight": schedule("constant", value=0.05),
+        })
+    else:
+        config.schedules = ConfigDict({
+            "learning_rate": schedule("cosine", start=1e-4, end=1.25e-6, steps=min(1_200_000, steps)),
+            "temperature": schedule("cosine", start=1.0, end=1 / 16, steps=min(150_000, steps // 2)),
+            "kl_weight": schedule("cosine", start=0.0, end=6.6, steps=5000),
+        })
+    config.ema = ConfigDict({"decay": 0.99 if small else 0.999, "every": 1})
+    common.run(config, batch_size=batch, steps=steps, every=max(steps // 4, 1) if small else 5000)
+    return config
