@@ -29,10 +29,10 @@ from dalle_jax import workdir as workdirs
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import ConfigError, DataError
+from dalle_jax.layout import TokenLayout
 from dalle_jax.models.tokenizer import ImageTokenizer
 from dalle_jax.options import from_config
 from dalle_jax.priors import TokenPrior
-from dalle_jax.priors.layout import TokenLayout
 
 PyTree = Any
 

@@ -30,7 +30,7 @@ from dalle_jax.data.sources import (
 )
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import DataError
-from dalle_jax.priors.layout import TokenLayout
+from dalle_jax.layout import TokenLayout
 
 # A source of which this many examples in a row are unreadable is given up on.
 _MAX_SUBSTITUTES = 1000

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.priors.layout import TokenLayout
+from dalle_jax.layout import TokenLayout
 
 NEG = -1e30  # a finite "minus infinity": a row with nothing to read gives zeros' average, never NaN
 

@@ -21,9 +21,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dalle_jax.layout import TokenLayout
 from dalle_jax.models.attention import Pattern, attend, attend_reference, attend_step
 from dalle_jax.parallel import constrain
-from dalle_jax.priors.layout import TokenLayout
 
 NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = {"gelu": (jax.nn.gelu, False), "geglu": (jax.nn.gelu, True), "swiglu": (jax.nn.silu, True)}

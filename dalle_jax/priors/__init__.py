@@ -1,4 +1,4 @@
-"""The priors over (text, image) tokens: the protocol that both heads speak, and the layout of their stream.
+"""The priors over (text, image) tokens: the protocol that both heads speak.
 
     B rows    C captions (B = C·n, the n candidates of a caption side by side)    T text    N image tokens
 """
@@ -10,9 +10,9 @@ from typing import Any, Protocol
 import jax
 
 from dalle_jax.errors import ConfigError
+from dalle_jax.layout import TokenLayout
 from dalle_jax.models.transformer import TransformerOptions
 from dalle_jax.options import from_config
-from dalle_jax.priors.layout import TokenLayout
 
 Params = Any
 

@@ -19,11 +19,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from dalle_jax.layout import TokenLayout
 from dalle_jax.models.attention import Pattern, full_layers, sparse_layers
 from dalle_jax.models.transformer import TransformerOptions, Trunk, unstack
 from dalle_jax.parallel import constrain
 from dalle_jax.priors import sampling
-from dalle_jax.priors.layout import TokenLayout
 
 ATTENTION = ("sparse", "full")
 

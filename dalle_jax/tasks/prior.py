@@ -19,9 +19,9 @@ from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources import DataOptions, open_source
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import ConfigError
+from dalle_jax.layout import TokenLayout
 from dalle_jax.models.tokenizer import ImageTokenizer
 from dalle_jax.priors import TokenPrior
-from dalle_jax.priors.layout import TokenLayout
 from dalle_jax.tasks import Batch, Job
 
 PyTree = Any

@@ -14,7 +14,7 @@ from dalle_jax.data.prefetch import prefetch_to_mesh
 from dalle_jax.data.sources import DataOptions
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
-from dalle_jax.priors.layout import TokenLayout
+from dalle_jax.layout import TokenLayout
 
 
 @pytest.fixture(scope="module")
