@@ -31,7 +31,7 @@ def shapes(**options) -> ConfigDict:
 
 def emoji(**options) -> ConfigDict:
     """The colour emoji of an installed font (Debian and Ubuntu: fonts-noto-color-emoji)."""
-    return data("emoji_captions", 64, cache=True, builder_kwargs={"image_size": 64}, **options)
+    return data("emoji_captions", 32, cache=True, builder_kwargs={"image_size": 32}, **options)
 
 
 def folder(image_size: int, **options) -> ConfigDict:

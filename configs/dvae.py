@@ -29,9 +29,9 @@ VARIANTS = {
     ),
     "emoji": (
         common.emoji(),
-        {"vocab_size": 1024, "hidden": 192, "groups": 1, "blocks_per_group": 2, "codebook_dim": 192, "in_kernel": 1,
-         "stem_factor": 8, "dtype": "float32"},
-        32, 6000,
+        {"vocab_size": 1024, "hidden": 160, "groups": 1, "blocks_per_group": 2, "codebook_dim": 160, "in_kernel": 1,
+         "stem_factor": 4, "dtype": "float32"},
+        32, 2500,
     ),
     "folder": (
         common.folder(128, augment="dvae"),
