@@ -1,0 +1,107 @@
+"""Runs every config for a few steps, as a user would from the command line, and fails where one fails.
+
+    python experiments/short_runs.py [--only NAME] [--workdir DIR]
+
+The sizes of `2.8b`, `5.6b` and `paper` do not fit a small machine: their parameters are counted without making them
+(tests/priors/test_autoregressive.py); here their data path and command line run with a model of one-digit width.
+"""
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = ["steps=2", "cadence.eval=2", "cadence.preview=2", "cadence.checkpoint=2", "eval_batches=1", "batch_size=4"]
+SMALL_DVAE = ["model.vocab_size=32", "model.hidden=8", "model.codebook_dim=8"]
+SMALL_TRUNK = ["model.trunk.width=16", "model.trunk.depth=5", "model.trunk.heads=2", "text.length=16", "text.vocab_size=300"]
+FEW = ["data.builder_kwargs={'num_train': 64, 'num_validation': 8, 'num_heldout': 8}"]
+
+
+def under(prefix: str, options: list[str]) -> list[str]:
+    return [f"{prefix}{option}" for option in options]
+
+
+def make_folder(path: Path, size: int, count: int = 24) -> Path:
+    """A folder of small pictures with captions, as a user's own data would be."""
+    path.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(0)
+    for i in range(count):
+        colour = rng.integers(0, 255, 3)
+        Image.fromarray(np.full((size, size, 3), colour, np.uint8)).save(path / f"{i}.png")
+        (path / f"{i}.txt").write_text(f"a plain picture number {i} of colour {colour[0]} {colour[1]} {colour[2]}\n")
+    return path
+
+
+def commands(work: Path, emoji: bool) -> dict[str, list[str]]:
+    """Name → config and its overrides; the order matters, later ones use the workdirs of earlier ones."""
+    folder, big = make_folder(work / "folder", 64), make_folder(work / "big", 256)
+    runs = {
+        "dvae": ["dvae.py", *STEPS, *SMALL_DVAE],
+        "dvae:folder": ["dvae.py:folder", *STEPS, *SMALL_DVAE, f"data.path={folder}", "data.image_size=64", "data.workers=0"],
+        "dvae:paper": ["dvae.py:paper", *STEPS, *SMALL_DVAE, f"data.path={big}", "data.workers=0"],
+        "prior": ["prior.py", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae"],
+        "prior:folder": [
+            "prior.py:folder", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:folder", f"data.path={folder}",
+            "data.image_size=64", "data.workers=1",
+        ],
+    }  # fmt: skip
+    for size in ("2.8b", "5.6b", "paper"):
+        runs[f"prior:{size}"] = [
+            f"prior.py:{size}", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:paper", f"data.path={big}",
+            "data.workers=0", "data.image_size=64", "ema.every=1",
+        ]  # fmt: skip
+    if emoji:
+        runs["dvae:emoji"] = ["dvae.py:emoji", *STEPS, *SMALL_DVAE]
+        runs["prior:emoji"] = ["prior.py:emoji", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:emoji"]
+    runs["generate"] = ["generate.py", f"model_workdir={work}/prior", "prompts=a red circle|two shapes", "n=2"]
+    runs["evaluate"] = ["evaluate.py", f"model_workdir={work}/prior", "count=8", "rows_at_once=4"]
+    runs["quickstart"] = [
+        "quickstart.py", *under("prior.tokenizer.", STEPS + SMALL_DVAE), *under("prior.", STEPS + SMALL_TRUNK),
+        "evaluate.count=8", "evaluate.rows_at_once=4",
+    ]  # fmt: skip
+    return runs
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", help="run this one alone")
+    parser.add_argument("--workdir", default=None)
+    arguments = parser.parse_args()
+    work = Path(arguments.workdir or tempfile.mkdtemp()).resolve()
+
+    from dalle_jax.data.emoji_captions import Builder as Emoji  # only to ask whether its font is here
+    from dalle_jax.errors import DataError
+
+    try:
+        Emoji()
+        emoji = True
+    except DataError as error:
+        print(f"emoji left out: {error}")
+        emoji = False
+    runs = commands(work, emoji)
+    if arguments.only:
+        runs = {arguments.only: runs[arguments.only]}
+    failed = []
+    for name, (config, *options) in runs.items():
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "dalle_jax.main", f"--config=configs/{config}", f"--workdir={work / name}"]
+        done = subprocess.run(
+            [*command, *under("--config.", options)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        print(f"{name:14} {'ok' if done.returncode == 0 else 'FAILED'}  {time.perf_counter() - start:.0f} s", flush=True)
+        if done.returncode:
+            print(done.stdout[-3000:], flush=True)
+            failed.append(name)
+    print(f"{len(runs) - len(failed)} passed, {len(failed)} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
