@@ -20,8 +20,8 @@ schedule = common.schedule
 
 # name: (tokenizer's variant, data, text length, text vocabulary, width, depth, heads, batch, steps)
 VARIANTS = {
-    "shapes": ("shapes", common.shapes(), 24, 128, 192, 5, 6, 64, 700),
-    "emoji": ("emoji", common.emoji(bpe_dropout=0.1), 24, 1024, 256, 6, 8, 32, 3000),
+    "shapes": ("shapes", common.shapes(), 20, 300, 128, 5, 4, 32, 1200),
+    "emoji": ("emoji", common.emoji(bpe_dropout=0.1), 20, 1024, 192, 6, 6, 32, 2500),
     "folder": ("folder", common.folder(128, augment="prior", bpe_dropout=0.1), 64, 8192, 512, 12, 8, 64, 100_000),
     "2.8b": ("paper", common.folder(256, augment="prior", bpe_dropout=0.1), 256, 16_384, 1920, 64, 30, 1024, 430_000),
     "5.6b": ("paper", common.folder(256, augment="prior", bpe_dropout=0.1), 256, 16_384, 2688, 64, 42, 1024, 430_000),
@@ -67,7 +67,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         "accumulate_steps": 1,
     })  # fmt: skip
     if small:
-        rate = schedule("warmup_cosine", peak=2e-3, end=1e-5, warmup_steps=steps // 20, steps=steps)
+        rate = schedule("warmup_cosine", peak=3e-3, end=1e-5, warmup_steps=steps // 20, steps=steps)
     else:  # the paper halves the step size five times on plateaus; see its appendix B.2
         rate = schedule("warmup_constant", value=4.5e-4, warmup_steps=5000)
     config.schedules = ConfigDict({"learning_rate": rate})
