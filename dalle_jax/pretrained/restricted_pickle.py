@@ -115,6 +115,18 @@ class _Function:
         raise pickle.UnpicklingError("a function has no state")
 
 
+class _StorageType:
+    """The class of a storage, as a dtype. Not a bare `np.dtype`: that has a `__setstate__`, which a file could call."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, dtype: np.dtype):
+        self.dtype = dtype
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a storage class has no state")
+
+
 def _rebuild_tensor(storage: Any, offset: Any, size: Any, stride: Any, *rest: Any) -> _Tensor:
     del rest  # requires_grad, hooks, metadata
     if not isinstance(storage, _Storage):
@@ -164,7 +176,7 @@ class RestrictedUnpickler(pickle.Unpickler):
         if asked == "torch._utils._rebuild_parameter":
             return _Function(_rebuild_parameter)
         if module in ("torch", "torch.storage") and name in _DTYPES:
-            return _DTYPES[name]
+            return _StorageType(_DTYPES[name])
         if asked == "torch.device" or self._inert(asked):
             if asked not in self._records:
                 self._records[asked] = type(name.rpartition(".")[2], (Record,), {"qualified_name": asked, "__slots__": ()})
@@ -178,12 +190,12 @@ class RestrictedUnpickler(pickle.Unpickler):
         """A storage, or (older container) a module class with its source text, which is dropped."""
         if isinstance(pid, tuple) and pid and pid[0] == "module" and isinstance(pid[1], type):
             return pid[1]
-        if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], np.dtype)):
+        if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], _StorageType)):
             raise pickle.UnpicklingError(f"an unknown reference {pid!r:.80}")
-        _, dtype, key, _, numel, *_ = pid
+        _, storage_type, key, _, numel, *_ = pid
         if type(numel) is not int or numel < 0:
             raise pickle.UnpicklingError(f"a storage of {numel!r:.80} numbers")
-        return self._load_storage(dtype, str(key), numel)
+        return self._load_storage(storage_type.dtype, str(key), numel)
 
 
 def load(path: str | os.PathLike, inert: Callable[[str], bool] = lambda name: False) -> Any:

@@ -37,7 +37,7 @@ def measure() -> dict[str, dict[str, float]]:
         key = jax.random.fold_in(jax.random.key(1), step)
         (loss, scalars), grads = jax.value_and_grad(task.loss, has_aux=True)(params, {}, batch, key, step)
         updates, opt_state = optimizer.update(grads, opt_state)
-        scalars = {"loss": loss, **scalars, "gradient_norm": optax.global_norm(grads)}
+        scalars = {"loss": loss, **scalars, "gradient_norm": optax.tree.norm(grads)}
         return optax.apply_updates(params, updates), opt_state, scalars
 
     opt_state, measured = optimizer.init(params), {}
