@@ -89,7 +89,7 @@ def kmeans_init(
     variance = jnp.maximum(spread, 1e-6) / sharpness
 
     projection = jax.random.normal(projection_key, (centres.shape[1], tokenizer.options.codebook_dim))
-    vectors = (centres - centres.mean(0)) @ projection
+    vectors = (centres - centres.mean(0, keepdims=True)) @ projection
     encoder, codebook = params["encoder"], params["codebook"]
     output = {"kernel": centres.T / variance, "bias": -jnp.sum(centres**2, axis=1) / (2 * variance)}
     return {

@@ -1,0 +1,274 @@
+"""The trunk: scan and remat change nothing but how it runs, and each block choice does what its name says."""
+
+import dataclasses
+import functools
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.layout import TokenLayout
+from dalle_jax.models.attention import Column, Row, full_layers, sparse_layers
+from dalle_jax.models.transformer import (
+    MLP,
+    Attention,
+    Norm,
+    TransformerOptions,
+    Trunk,
+    rotary_angles,
+    rotate,
+    stacking,
+    unstack,
+)
+
+LAYOUT = TokenLayout(text_vocab=9, image_vocab=9, text_length=3, height=3, width=4)
+OPTIONS = TransformerOptions(width=16, depth=4, heads=2, dtype="float32")
+PATTERNS = (Row(), Column(), Row(), Column())  # a scan of two steps, two layers in each
+STATES = jax.random.normal(jax.random.key(7), (2, LAYOUT.length, 16))
+
+
+def trunk(**changes):
+    return Trunk(dataclasses.replace(OPTIONS, **changes), LAYOUT, PATTERNS)
+
+
+def made(module, *inputs):
+    """Parameters of the module's shapes, drawn by numpy: gains around one, nothing zero."""
+    inputs = (*inputs, False) if isinstance(module, Trunk) else inputs
+    shapes = nn.meta.unbox(jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs)))["params"]
+    rng = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        around = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return (around + 0.2 * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@pytest.fixture(scope="module")
+def params():
+    """Of the scanned trunk."""
+    return made(trunk(), STATES)
+
+
+def loss_and_gradients(params, *, stacked=True, **changes):
+    def loss(params):
+        used = params if stacked else unstack(params, PATTERNS)
+        out = trunk(**changes).apply({"params": used}, STATES, False)
+        return jnp.square(out * jnp.arange(16.0).reshape(1, 1, 16)).mean(), out
+
+    traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(params)
+    (_, out), grads = traced.lower().compile()(params)
+    return str(traced.jaxpr), out, grads
+
+
+def assert_same(ours, expected):
+    np.testing.assert_allclose(ours[1], expected[1], atol=1e-5)
+    for (path, a), b in zip(jax.tree.leaves_with_path(ours[2]), jax.tree.leaves(expected[2]), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4, err_msg=jax.tree_util.keystr(path))
+
+
+# -- scan and remat -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def plain(params):
+    """The scanned trunk without remat: (jaxpr, output, gradients)."""
+    return loss_and_gradients(params)
+
+
+def test_scan_equals_unrolled(params, plain):
+    unrolled = loss_and_gradients(params, stacked=False, scan=False)
+    assert_same(unrolled, plain)
+    assert "scan[" in plain[0] and "scan[" not in unrolled[0]
+
+
+def test_remat_equals_no_remat(params, plain):
+    ours = loss_and_gradients(params, remat="full")
+    assert_same(ours, plain)
+    assert "remat" in ours[0] and "remat" not in plain[0]
+
+
+def test_remat_of_unrolled_layers(params, plain):
+    ours = loss_and_gradients(params, stacked=False, scan=False, remat="dots")
+    assert_same(ours, plain)
+    assert ours[0].count("remat") >= 4
+
+
+def test_stacking():
+    assert stacking(sparse_layers(64)) == (4, 15)  # and three rows and the convolutional one by themselves
+    assert stacking(sparse_layers(9)) == (4, 2)
+    assert stacking(full_layers(12)) == (1, 12)
+    assert stacking(sparse_layers(5)) == (0, 0)
+    assert stacking(full_layers(1)) == (0, 0)
+
+
+def test_layout_of_the_parameters(params):
+    assert set(params) == {"units", "final_norm"}
+    assert params["units"]["layer_1"]["attention"]["qkv"]["kernel"].shape == (2, 16, 3, 2, 8)
+    flat = unstack(params, PATTERNS)
+    assert set(flat) == {*(f"layer_{i}" for i in range(4)), "final_norm"}
+    for i in range(4):  # layer 2·r + j is slice r of the unit's layer j
+        np.testing.assert_array_equal(
+            flat[f"layer_{i}"]["mlp"]["up"]["kernel"], params["units"][f"layer_{i % 2}"]["mlp"]["up"]["kernel"][i // 2]
+        )
+    assert unstack(flat, PATTERNS) is flat
+    leftover = jax.eval_shape(
+        lambda: Trunk(dataclasses.replace(OPTIONS, depth=9), LAYOUT, sparse_layers(9)).init(jax.random.key(0), STATES, False)
+    )["params"]
+    assert set(leftover) == {"units", "layer_8", "final_norm"}
+    assert set(leftover["units"]) == {"layer_0", "layer_1", "layer_2", "layer_3"}
+
+
+def test_one_pattern_for_each_layer():
+    with pytest.raises(ValueError, match="3 attention patterns for 4 layers"):
+        Trunk(OPTIONS, LAYOUT, PATTERNS[:3]).init(jax.random.key(0), STATES, False)
+
+
+# -- block choices ------------------------------------------------------------------------------------------------
+
+
+def test_layer_norm_and_rms_norm():
+    x = np.random.default_rng(0).normal(2.0, 3.0, (2, 5, 16)).astype(np.float32)
+    p = made(Norm("layernorm", "float32"), x)
+    z = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+    ours = Norm("layernorm", "float32").apply({"params": p}, x)
+    np.testing.assert_allclose(ours, z * p["norm"]["scale"] + p["norm"]["bias"], atol=1e-5)
+    p = made(Norm("rmsnorm", "float32"), x)
+    assert set(p["norm"]) == {"scale"}
+    ours = Norm("rmsnorm", "float32").apply({"params": p}, x)
+    np.testing.assert_allclose(ours, x / np.sqrt(np.square(x).mean(-1, keepdims=True)) * p["norm"]["scale"], atol=1e-4)
+
+
+def test_norms_are_float32_inside():
+    x = (30 + np.random.default_rng(0).normal(size=(1, 2, 64))).astype(np.float32)
+    params = {"norm": {"scale": np.ones(64, np.float32), "bias": np.zeros(64, np.float32)}}
+    ours = Norm("layernorm", "bfloat16").apply({"params": params}, x)
+    assert ours.dtype == jnp.bfloat16
+    z = (x - x.mean(-1, keepdims=True)) / x.std(-1, keepdims=True)
+    np.testing.assert_allclose(np.asarray(ours, np.float32), z, atol=0.02)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "geglu", "swiglu"])
+def test_activations(activation):
+    module = MLP(dataclasses.replace(OPTIONS, activation=activation, mlp_ratio=2.5))
+    x = np.random.default_rng(0).normal(size=(1, 3, 16)).astype(np.float32)
+    p = made(module, x)
+
+    def dense(name, y):
+        return y @ p[name]["kernel"] + p[name]["bias"]
+
+    up = np.asarray(dense("up", x), np.float64)
+    assert up.shape[-1] == 40
+    if activation == "swiglu":
+        hidden = up / (1 + np.exp(-up))
+    else:  # exact, not the tanh approximation
+        hidden = up * 0.5 * (1 + np.vectorize(math.erf)(up / math.sqrt(2)))
+    if activation != "gelu":
+        hidden = hidden * dense("gate", x)
+    assert ("gate" in p) == (activation != "gelu")
+    np.testing.assert_allclose(module.apply({"params": p}, x), dense("down", hidden.astype(np.float32)), atol=1e-5)
+
+
+def test_qk_norm_makes_scores_independent_of_the_size_of_queries_and_keys():
+    def outputs(qk_norm):
+        module = Attention(dataclasses.replace(OPTIONS, qk_norm=qk_norm), LAYOUT, Row())
+        p = made(module, STATES)
+        larger = {**p, "qkv": {"kernel": p["qkv"]["kernel"] * np.array([5, 5, 1], np.float32)[:, None, None]}}
+        apply = jax.jit(lambda q: module.apply({"params": q}, STATES))
+        return apply(p), apply(larger)
+
+    np.testing.assert_allclose(*outputs(True), atol=1e-5)
+    assert np.abs(np.subtract(*outputs(False))).max() > 1e-2
+
+
+def test_pre_norm_block():
+    """A block adds to its input what its branches make of the normalised input: branches at zero leave it alone."""
+    one = Trunk(dataclasses.replace(OPTIONS, depth=1), LAYOUT, (Row(),))
+    p = made(one, STATES)
+    for branch, last in (("attention", "out"), ("mlp", "down")):
+        p["layer_0"][branch][last] = jax.tree.map(np.zeros_like, p["layer_0"][branch][last])
+    expected = Norm("layernorm", "float32").apply({"params": p["final_norm"]}, STATES)
+    ours = jax.jit(lambda p: one.apply({"params": p}, STATES, False))(p)
+    np.testing.assert_allclose(ours, expected, atol=1e-6)
+
+
+# -- rotary positions ---------------------------------------------------------------------------------------------
+
+
+def test_rotary_scores_depend_on_the_difference_of_coordinates():
+    layout = TokenLayout(9, 9, 4, 5, 5)
+    angles = rotary_angles(layout, 8)
+    assert angles.shape == (layout.length, 4) and angles.dtype == np.float32
+    q, k = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)
+    everywhere = lambda x: rotate(jnp.broadcast_to(x, (1, layout.length, 1, 8)), angles)[0, :, 0]  # noqa: E731
+    scores = np.asarray(everywhere(q) @ everywhere(k).T)
+    at = lambda row, column: 4 + 5 * row + column  # noqa: E731
+    for dr, dc in ((0, 1), (2, 0), (1, 3), (2, -1)):
+        same = [
+            scores[at(r + dr, c + dc), at(r, c)] for r in range(5 - dr) for c in range(max(0, -dc), 5 - max(0, dc))
+        ]
+        np.testing.assert_allclose(same, same[0], rtol=1e-4, atol=1e-5)
+    assert abs(scores[at(1, 0), at(0, 0)] - scores[at(0, 1), at(0, 0)]) > 1e-2
+    np.testing.assert_allclose(scores[3, 2], scores[1, 0], rtol=1e-4)  # of text positions
+    np.testing.assert_allclose(np.diag(scores), q @ k, rtol=1e-4, atol=1e-5)
+
+
+def test_rotary_matters():
+    """Without positions in the embedding, attention that rotates tells two equal tokens apart by where they stand."""
+    module = functools.partial(Attention, layout=LAYOUT, pattern=Row())
+    x = STATES.at[:, 5].set(STATES[:, 4])
+    swapped = x.at[:, 6].set(x[:, 7]).at[:, 7].set(x[:, 6])
+    moved = []
+    for positions in ("learned", "rotary"):
+        attention = module(dataclasses.replace(OPTIONS, positions=positions))
+        p = made(attention, x)
+        apply = jax.jit(lambda x, p=p, attention=attention: attention.apply({"params": p}, x))
+        # Position 9 reads both 6 and 7: only where they stand differs.
+        moved.append(np.abs(apply(x)[:, 9] - apply(swapped)[:, 9]).max())
+    assert moved[0] < 1e-6 < 1e-3 < moved[1]
+
+
+# -- numbers and options ------------------------------------------------------------------------------------------
+
+
+def test_bfloat16_activations_float32_parameters():
+    module = trunk(dtype="bfloat16")
+    params = jax.eval_shape(lambda: nn.meta.unbox(module.init(jax.random.key(0), STATES, False)))["params"]
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(params)} == {"float32"}
+    x = STATES.astype(jnp.bfloat16)
+    assert jax.eval_shape(lambda p: module.apply({"params": p}, x, False), params).dtype == jnp.bfloat16
+
+
+def test_dropout_acts_in_training_only(params, plain):
+    module = trunk(dropout=0.5)
+
+    @functools.partial(jax.jit, static_argnums=1)
+    def apply(key, train):
+        return module.apply({"params": params}, STATES, train, rngs={"dropout": key})
+
+    np.testing.assert_allclose(apply(jax.random.key(0), False), plain[1], atol=1e-5)
+    assert np.abs(apply(jax.random.key(0), True) - apply(jax.random.key(1), True)).max() > 1e-2
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"norm": "batchnorm"}, "model.norm is 'batchnorm'; expected one of layernorm, rmsnorm"),
+        ({"activation": "relu"}, "model.activation is 'relu'; expected one of gelu, geglu, swiglu"),
+        ({"positions": "none"}, "model.positions is 'none'; expected one of learned, rotary"),
+        ({"remat": "some"}, "model.remat is 'some'; expected one of none, full, dots"),
+        ({"heads": 3}, "width 16 is not a multiple of heads 3"),
+        ({"positions": "rotary", "head_dim": 6}, "divisible by 4, not 6"),
+    ],
+)
+def test_refused_options(changes, words):
+    with pytest.raises(ValueError, match=words):
+        dataclasses.replace(OPTIONS, **changes)
+
+
+def test_sizes_that_follow():
+    assert OPTIONS.size_per_head == 8 and OPTIONS.hidden == 64
+    assert dataclasses.replace(OPTIONS, heads=3, head_dim=4).size_per_head == 4

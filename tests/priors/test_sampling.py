@@ -1,0 +1,124 @@
+"""Filters against sorting, guidance, and the law of the draws."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dalle_jax.priors import sampling
+
+# Few distinct values, so that ties are common.
+LOGITS = st.lists(st.sampled_from([-4.0, -1.5, -1.0, 0.0, 0.5, 2.0, 3.25]), min_size=8, max_size=8)
+filter_k = jax.jit(lambda x, k: sampling.filter_logits(x, top_k=k))
+filter_p = jax.jit(lambda x, p: sampling.filter_logits(x, top_p=p))
+filter_both = jax.jit(lambda x, k, p: sampling.filter_logits(x, top_k=k, top_p=p))
+
+
+def kept_by_k(row, k):
+    """All that reach the k-th largest: ties with it are kept."""
+    return row >= np.sort(row)[::-1][min(k, len(row)) - 1]
+
+
+def kept_by_p(row, p):
+    """The shortest head of the sorted row that holds p, and ties with its last one."""
+    weights = np.exp(row - row.max(), where=np.isfinite(row), out=np.zeros(len(row)))
+    weights /= weights.sum()
+    order = np.argsort(-row, kind="stable")
+    head = int(np.searchsorted(np.cumsum(weights[order]), p - 1e-9)) + 1
+    return row >= row[order[min(head, len(row)) - 1]]
+
+
+def assert_kept(filtered, row, kept):
+    np.testing.assert_array_equal(filtered, np.where(kept, row, -np.inf))
+
+
+@settings(deadline=None, max_examples=100)
+@given(LOGITS, st.integers(1, 12))
+def test_top_k_against_sorting(row, k):
+    row = np.float32(row)
+    assert_kept(filter_k(row[None], k)[0], row, kept_by_k(row, k))
+
+
+@settings(deadline=None, max_examples=200)
+@given(LOGITS, st.floats(0.02, 0.98))
+def test_top_p_against_sorting(row, p):
+    row = np.float32(row)
+    weights = np.exp(row - row.max()) / np.exp(row - row.max()).sum()
+    heads = np.cumsum(np.sort(weights)[::-1])
+    if np.abs(heads - p).min() < 1e-5:  # rounding decides
+        return
+    assert_kept(filter_p(row[None], p)[0], row, kept_by_p(row, p))
+
+
+def test_rows_are_filtered_by_themselves_and_values_of_any_kind_are_ordered():
+    rng = np.random.default_rng(0)
+    rows = np.concatenate([rng.normal(0, 10, (6, 50)), -1e-30 * rng.random((1, 50)), 1e30 * rng.normal(size=(1, 50))])
+    rows = rows.astype(np.float32)
+    filtered = filter_k(rows, 7)
+    for ours, row in zip(filtered, rows):
+        assert_kept(ours, row, kept_by_k(row, 7))
+    assert (np.isfinite(filtered).sum(1) == 7).all()
+
+
+def test_ties_with_the_last_one_kept_are_kept():
+    row = np.float32([1, 3, 3, 3, 0])
+    assert np.isfinite(filter_k(row[None], 2)[0]).tolist() == [False, True, True, True, False]
+    assert np.isfinite(filter_p(row[None], 0.4)[0]).tolist() == [False, True, True, True, False]
+
+
+def test_ends_of_the_range():
+    row = np.float32(np.random.default_rng(0).normal(size=(3, 9)))
+    np.testing.assert_array_equal(filter_p(row, 1.0), row)
+    np.testing.assert_array_equal(filter_k(row, 9), row)
+    np.testing.assert_array_equal(filter_k(row, 1000), row)
+    for one in (filter_k(row, 1), filter_p(row, 1e-6)):
+        np.testing.assert_array_equal(np.isfinite(one), row == row.max(1, keepdims=True))
+    np.testing.assert_array_equal(sampling.filter_logits(row), row)
+
+
+def test_top_p_is_a_share_of_what_top_k_left():
+    row = np.log(np.float32([0.4, 0.3, 0.2, 0.1]))
+    # Of the first two, 0.4 / 0.7 = 0.57 is the first one's share.
+    assert np.isfinite(filter_both(row[None], 2, 0.55)[0]).tolist() == [True, False, False, False]
+    assert np.isfinite(filter_p(row[None], 0.55)[0]).tolist() == [True, True, False, False]
+
+
+def test_guidance():
+    conditional, null = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
+    np.testing.assert_allclose(sampling.guide(conditional, null, 0.0), conditional, rtol=1e-6)
+    np.testing.assert_allclose(sampling.guide(conditional, null, 2.0), 3 * conditional - 2 * null, rtol=1e-5)
+    np.testing.assert_allclose(sampling.guide(null, null, 5.0), null, rtol=1e-5, atol=1e-6)
+
+
+def test_temperature_zero_takes_the_largest():
+    logits = np.random.default_rng(0).normal(size=(64, 20)).astype(np.float32)
+    tokens = sampling.draw(logits, jax.random.split(jax.random.key(0), 64), jnp.float32(0))
+    assert tokens.dtype == jnp.int32
+    np.testing.assert_array_equal(tokens, logits.argmax(1))
+
+
+def test_a_draw_depends_on_its_own_key_and_logits_alone():
+    logits = np.random.default_rng(0).normal(size=(16, 20)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0), 16)
+    tokens = np.asarray(sampling.draw(logits, keys, jnp.float32(1)))
+    backwards = np.asarray(sampling.draw(logits[::-1], keys[::-1], jnp.float32(1)))
+    np.testing.assert_array_equal(backwards[::-1], tokens)
+    assert [int(sampling.draw(logits[i : i + 1], keys[i : i + 1], jnp.float32(1))[0]) for i in (0, 7)] == [
+        tokens[0],
+        tokens[7],
+    ]
+
+
+def test_draws_follow_the_distribution():
+    wanted = np.array([0.5, 0.25, 0.15, 0.08, 0.02, 0.0])
+    with np.errstate(divide="ignore"):
+        logits = np.log(wanted).astype(np.float32)
+    count = 8000
+    tokens = sampling.draw(
+        jnp.broadcast_to(logits, (count, 6)), jax.random.split(jax.random.key(3), count), jnp.float32(1)
+    )
+    found = np.bincount(tokens, minlength=6)
+    assert found[5] == 0, "what was filtered out is never drawn"
+    chi_square = (np.square(found - count * wanted)[:5] / (count * wanted[:5])).sum()
+    assert chi_square < 18.5, found  # 4 degrees of freedom: exceeded once in a thousand
