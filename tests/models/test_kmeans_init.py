@@ -1,0 +1,93 @@
+"""The dVAE's start from clusters of patches."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.metrics import codebook
+from dalle_jax.models.dvae import DVAEOptions, DVAETokenizer
+from dalle_jax.models.kmeans_init import kmeans, kmeans_init
+
+TOKENIZER = DVAETokenizer(
+    DVAEOptions(
+        image_size=16, vocab_size=12, hidden=16, groups=1, blocks_per_group=2, codebook_dim=8, in_kernel=1, stem_factor=4
+    )
+)
+
+
+def test_separate_clusters_are_found():
+    rng = np.random.default_rng(0)
+    centres = 20 * rng.normal(size=(6, 5))
+    features = (centres[:, None] + 0.1 * rng.normal(size=(6, 40, 5))).reshape(-1, 5).astype(np.float32)
+    found, spread = jax.jit(kmeans, static_argnums=1)(rng.permutation(features), 6, jax.random.key(0))
+    distances = np.linalg.norm(np.asarray(found)[:, None] - centres[None], axis=-1)
+    assert sorted(distances.argmin(1).tolist()) == list(range(6)), "one centre for each cluster"
+    assert distances.min(1).max() < 0.1
+    np.testing.assert_allclose(spread, 5 * 0.1**2, rtol=0.2)
+
+
+def test_fewer_kinds_of_feature_than_centres():
+    features = jnp.asarray(np.repeat(np.eye(3, dtype=np.float32), 10, axis=0))
+    found, spread = jax.jit(kmeans, static_argnums=1)(features, 5, jax.random.key(0))
+    assert np.isfinite(found).all() and float(spread) < 1e-6
+
+
+@pytest.fixture(scope="module")
+def started():
+    """Parameters before and after, and the pictures: blocks of 4×4 pixels in twelve colours."""
+    rng = np.random.default_rng(0)
+    colours = rng.integers(0, 256, (12, 3), np.uint8)
+    images = colours[rng.integers(0, 12, (32, 4, 4))].repeat(4, axis=1).repeat(4, axis=2)
+    before = jax.jit(lambda key: nn.meta.unbox(TOKENIZER.init(key)))(jax.random.key(0))
+    after = jax.jit(lambda p, key: kmeans_init(TOKENIZER, p, images, key, sharpness=10.0))(before, jax.random.key(1))
+    return before, after, images
+
+
+def test_every_code_is_used_from_the_start(started):
+    before, after, images = started
+
+    def used(params):
+        count = codebook.count(TOKENIZER.encode(params, images), 12)
+        return float(codebook.perplexity(count)), float(codebook.usage(count))
+
+    perplexity, usage = used(after)
+    assert usage == 1.0 and perplexity > 10.0
+    assert used(before)[0] < 8.0
+
+
+def test_a_code_stands_for_a_colour(started):
+    _, params, images = started
+    tokens = np.asarray(TOKENIZER.encode(params, images))
+    pairs = {(int(token), *pixel) for token, pixel in zip(tokens.ravel(), images[:, ::4, ::4].reshape(-1, 3).tolist())}
+    assert len(pairs) == 12
+
+
+def test_nothing_else_changes(started):
+    before, after, _ = started
+    assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
+    changed = {
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for (path, a), b in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after))
+        if not np.array_equal(a, b)
+    }
+    branches = {name.rsplit("/", 2)[0] for name in changed if "conv_4" in name}
+    assert changed == {
+        "encoder/output/kernel", "encoder/output/bias", "codebook/kernel",
+        *(f"{branch}/conv_4/kernel" for branch in branches),
+    }  # fmt: skip
+    assert len(branches) == 2 and all(branch.startswith("encoder/group_") for branch in branches)
+    assert all(np.abs(leaf).max() == 0 for path, leaf in jax.tree.leaves_with_path(after) if "conv_4" in str(path)
+               and "encoder" in str(path))  # fmt: skip
+
+
+def test_codes_that_look_alike_are_near_each_other_for_the_decoder(started):
+    _, params, images = started
+    tokens, pixels = np.asarray(TOKENIZER.encode(params, images)).ravel(), images[:, ::4, ::4].reshape(-1, 3)
+    colours = np.stack([pixels[tokens == code][0] for code in range(12)]).astype(np.float64)
+    vectors = np.asarray(params["codebook"]["kernel"], np.float64)
+    np.testing.assert_allclose(vectors.std(), 1.0, rtol=1e-3)
+    upper = np.triu_indices(12, 1)
+    apart = lambda x: np.linalg.norm(x[:, None] - x[None], axis=-1)[upper]  # noqa: E731
+    assert np.corrcoef(apart(colours), apart(vectors))[0, 1] > 0.5

@@ -1,0 +1,103 @@
+"""Every config file and variant loads, and its sections are ones that the code takes."""
+
+import pathlib
+
+import jax
+import optax
+import pytest
+
+from dalle_jax import config_files, optimizers, parallel, priors, schedules
+from dalle_jax.data.sources import DataOptions
+from dalle_jax.errors import ConfigError
+from dalle_jax.generate import SamplingOptions
+from dalle_jax.layout import TokenLayout
+from dalle_jax.models import tokenizer
+from dalle_jax.options import from_config
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+TRAININGS = ("dvae", "prior")
+
+
+def load(name):
+    return config_files.module(CONFIGS / "any", f"{name}.py")
+
+
+ROWS = [(name, variant) for name in TRAININGS for variant in load(name).VARIANTS]
+
+
+def check_training(config):
+    data = config.data.copy_and_resolve_references()
+    if data.source == "folder":
+        data.path = "somewhere"
+    options = DataOptions.from_config(data)
+    for name, section in config.schedules.items():
+        schedule = schedules.make(section, name)
+        assert float(schedule(0)) >= 0 and float(schedule(config.steps)) >= 0
+    assert isinstance(
+        optimizers.make_optimizer(from_config(optimizers.OptimizerOptions, config.optimizer, "optimizer")),
+        optax.GradientTransformation,
+    )
+    from_config(optimizers.AverageOptions, config.ema, "ema")
+    parallel.check_batch(parallel.make_mesh(**config.mesh), config.batch_size, config.optimizer.accumulate_steps)
+    assert config.workdir == f"runs/{config.task}-{config.variant}"
+    assert set(config.cadence) == {"log", "eval", "preview", "checkpoint"} and set(config.keep) == {"last", "best"}
+    return options
+
+
+@pytest.mark.parametrize("name, variant", ROWS, ids=[":".join(row) for row in ROWS])
+def test_trainings(name, variant):
+    config = load(name).get_config(variant)
+    assert (config.job, config.task, config.variant) == ("train", name, variant)
+    options = check_training(config)
+    images = tokenizer.from_config(config if name == "dvae" else config.tokenizer)
+    grid = images.grid(options.image_size)
+    if name == "prior":
+        inner = check_training(config.tokenizer)
+        assert inner.image_size == options.image_size, "the tokenizer is trained at the prior's picture size"
+        layout = TokenLayout(config.text.vocab_size, images.vocab_size, config.text.length, *grid)
+        prior = priors.make(config.prior, config.model, layout)
+        jax.eval_shape(prior.init, jax.random.key(0))
+        assert config.data_tokens == "each_batch" or options.augment == "none"
+    else:
+        jax.eval_shape(images.init, jax.random.key(0))
+
+
+def test_the_papers_numbers():
+    dvae, prior = load("dvae").get_config("paper"), load("prior").get_config("paper")
+    assert (dvae.data.image_size, dvae.model.vocab_size, dvae.batch_size) == (256, 8192, 512)
+    rate, tau, kl = (schedules.make(dvae.schedules[k], k) for k in ("learning_rate", "temperature", "kl_weight"))
+    assert [float(s(0)) for s in (rate, tau, kl)] == pytest.approx([1e-4, 1.0, 0.0])
+    assert float(rate(1_200_000)) == pytest.approx(1.25e-6, rel=1e-4)
+    assert float(tau(150_000)) == pytest.approx(1 / 16, rel=1e-4) and float(kl(5000)) == pytest.approx(6.6, rel=1e-4)
+    trunk, optimizer = prior.model.trunk, prior.optimizer
+    assert (trunk.width, trunk.depth, trunk.heads, prior.model.kernel, prior.text.length) == (3968, 64, 62, 11, 256)
+    assert (optimizer.b2, optimizer.weight_decay, optimizer.clip_norm) == (0.96, 4.5e-2, 4.0)
+    assert prior.data.augment == "prior" and prior.data.bpe_dropout == 0.1 and prior.batch_size == 1024
+    assert float(schedules.make(prior.schedules.learning_rate, "learning_rate")(5000)) == pytest.approx(4.5e-4)
+
+
+@pytest.mark.parametrize("name", ["generate", "evaluate"])
+def test_jobs_on_a_trained_workdir(name):
+    config = load(name).get_config()
+    assert config.job == name
+    assert from_config(SamplingOptions, config.sampling, "sampling") == SamplingOptions()
+    assert config.model_workdir == load("prior").get_config().workdir
+
+
+def test_quickstart_is_the_default_prior_and_its_evaluation():
+    config = load("quickstart").get_config()
+    assert config.job == "quickstart" and config.prior.variant == "shapes"
+    assert config.evaluate.model_workdir == config.prior.workdir and config.evaluate.count >= 256
+    assert config.evaluate.split == "heldout"
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_unknown_variants(name):
+    with pytest.raises(ConfigError, match=f"{name}.py has no variant 'emojis' .did you mean \"emoji\".*shapes, emoji"):
+        load(name).get_config("emojis")
+    assert load(name).get_config().variant == "shapes", "the first one is the default"
+
+
+def test_a_missing_config_file():
+    with pytest.raises(ConfigError, match="There is no config file .*nowhere.py: run from the repository's root"):
+        load("nowhere")
