@@ -3,7 +3,7 @@
 A pattern is one small frozen object. `mask(layout)` is the truth: which key each query may read. All that makes
 it fast is derived from that mask and tested against it, forward and backward:
 
-  * `attend_groups` (training) splits the image into groups of queries that share their image keys: a row and the rows
+  * `attend` (training) splits the image into groups of queries that share their image keys: a row and the rows
     before it, or a column. One float32 softmax spans the group's image keys and the text.
   * the decode cache keeps only the image positions that a later query can still read: a ring of the last W+1
     positions for row layers, the window for convolutional ones, the grid for column ones, of which a step reads
@@ -27,7 +27,6 @@ import numpy as np
 
 from dalle_jax.layout import TokenLayout
 
-DENSE_UP_TO = 64  # image tokens; below, many small products cost more than one that is mostly masked
 NEG = -1e30  # a finite "minus infinity": a row with nothing to read gives zeros' average, never NaN
 
 
@@ -281,20 +280,6 @@ def attend_reference(q: jax.Array, k: jax.Array, v: jax.Array, mask: np.ndarray)
 
 
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, layout: TokenLayout) -> jax.Array:
-    """Attention of the whole stream under a pattern, by the faster way: dense on small grids, else by groups.
-
-    Args:
-      q, k, v: [B, S, H, K].
-
-    Returns:
-      [B, S, H, K] in v's dtype.
-    """
-    if layout.image_length <= DENSE_UP_TO:
-        return attend_reference(q, k, v, pattern.mask(layout))
-    return attend_groups(q, k, v, pattern, layout)
-
-
-def attend_groups(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, layout: TokenLayout) -> jax.Array:
     """Attention of the whole stream under a pattern; its cost follows the pattern, not S².
 
     Args:

@@ -11,7 +11,7 @@ from dalle_jax.models.attention import (
     Convolutional,
     Full,
     Row,
-    attend_groups,
+    attend,
     attend_reference,
     full_layers,
     group_mask,
@@ -161,7 +161,7 @@ def test_fast_attention_equals_the_reference_forward_and_backward(grid):
     def fast():
         results = []
         for pattern in patterns:
-            out, back = jax.vjp(lambda *x, p=pattern: attend_groups(*x, p, layout), q, k, v)
+            out, back = jax.vjp(lambda *x, p=pattern: attend(*x, p, layout), q, k, v)
             results.append((out, *back(cotangent)))
         return results
 
