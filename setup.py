@@ -9,6 +9,7 @@ CORE = [
     "etils[epath]",
     "flax>=0.12",
     "grain>=0.2.12",
+    "importlib_resources",  # tensorflow-datasets imports it without asking for it
     "jax>=0.8",
     "ml-collections>=1.0",
     "numpy>=1.26",
