@@ -1,0 +1,44 @@
+"""The prior of the benchmarks: the sizes of the peers' transformer, with the paper's sparse attention."""
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from dalle_jax.layout import TokenLayout
+from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+
+
+def build(*, smoke: bool, attention: str = "sparse") -> AutoregressivePrior:
+    """The prior, float32 throughout. attention: "sparse" or "full"; smoke: tiny sizes."""
+    if smoke:
+        layout = TokenLayout(text_vocab=64, image_vocab=128, text_length=8, height=4, width=4)
+        sizes = dict(width=32, depth=3, heads=2)
+    else:
+        layout = TokenLayout(text_vocab=4096, image_vocab=8192, text_length=64, height=32, width=32)
+        sizes = dict(width=512, depth=8, heads=8)
+    trunk = TransformerOptions(activation="geglu", dtype="float32", **sizes)
+    return AutoregressivePrior(layout, AutoregressiveOptions(trunk=trunk, attention=attention))
+
+
+def random_params(prior: AutoregressivePrior):
+    """Parameters as training starts from."""
+    return nn.meta.unbox(jax.jit(prior.init)(jax.random.key(0)))
+
+
+def random_text(prior: AutoregressivePrior, batch: int) -> np.ndarray:
+    """int32 [B, T] without padding."""
+    layout = prior.layout
+    return np.random.default_rng(0).integers(0, layout.text_vocab, (batch, layout.text_length), dtype=np.int32)
+
+
+def shape(prior: AutoregressivePrior, batch: int) -> dict:
+    """What the line reports under "shape"."""
+    layout, trunk = prior.layout, prior.options.trunk
+    return {
+        "width": trunk.width, "depth": trunk.depth, "heads": trunk.heads, "head_dim": trunk.size_per_head,
+        "activation": trunk.activation, "text": layout.text_length, "text_vocab": layout.text_vocab,
+        "image_tokens": [layout.height, layout.width], "image_vocab": layout.image_vocab, "batch": batch,
+        "attention": [type(p).__name__.lower() for p in prior.options.patterns], "dtype": trunk.dtype,
+    }  # fmt: skip
