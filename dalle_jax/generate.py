@@ -17,6 +17,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -28,7 +29,7 @@ from dalle_jax import keys, priors, report
 from dalle_jax import workdir as workdirs
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.data.text import TextModel
-from dalle_jax.errors import ConfigError, DataError
+from dalle_jax.errors import CheckpointError, ConfigError, DataError
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models.tokenizer import ImageTokenizer
 from dalle_jax.options import from_config
@@ -99,7 +100,9 @@ class TextToImage:
           rows_at_once: most pictures drawn in one go.
 
         Raises:
-          CheckpointError: where there is no such run or checkpoint, or the run is not a prior's.
+          CheckpointError: where there is no such run or checkpoint, or its parameters do not fit the text model or the
+            image tokenizer beside them.
+          ConfigError: where the run is not a prior's.
         """
         config = workdirs.read_config(workdir)
         if config.get("task") != "prior":
@@ -116,6 +119,7 @@ class TextToImage:
         prior = priors.make(config["prior"], config["model"], layout)
         with Checkpoints(workdir, read_only=True) as checkpoints:
             params, step = checkpoints.restore_params(step), checkpoints.resolve(step)
+        _check_fit(prior, params, workdir)
         return cls(prior, params, tokenizer, tokenizer_params, text_model, size, str(workdir), step, rows_at_once)
 
     # -- pictures -------------------------------------------------------------------------------------------------
@@ -248,6 +252,22 @@ class TextToImage:
             parts = [self._chunk(text, n, seed, options, c, j, known) for j in range(0, n, candidates)]
             rows.append(np.concatenate(parts, axis=1)[: len(text) - c, :n])
         return np.concatenate(rows)
+
+
+def _check_fit(prior: TokenPrior, params: PyTree, workdir: str) -> None:
+    """Refuses parameters of another shape than the text model, the image tokenizer and the configuration ask for."""
+    expected = nn.meta.unbox(jax.eval_shape(prior.init, jax.random.key(0)))
+    given, asked = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in jax.tree.leaves_with_path(tree)}
+        for tree in (params, expected)
+    )
+    wrong = next((name for name in sorted({*given, *asked}) if given.get(name) != asked.get(name)), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{workdir}: the prior's parameter {wrong} is {given.get(wrong)}, but its text model "
+            f"({prior.layout.text_vocab} ids) and image tokenizer ({prior.layout.image_vocab} codes) ask for "
+            f"{asked.get(wrong)}: put back the text/ and image_tokenizer/ that it was trained with."
+        )
 
 
 def row_keys(seed: int, numbers: np.ndarray) -> jax.Array:

@@ -1,0 +1,331 @@
+"""The whole way in small: trainings in order, then pictures, manifests, completion and evaluation from the workdir."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle_jax import TextToImage, config_files, evaluate, generate, report, stages
+from dalle_jax import workdir as workdirs
+from dalle_jax.data.shapes_captions.scenes import Scene
+from dalle_jax.data.text import TextModel
+from dalle_jax.errors import CheckpointError, ConfigError, DataError
+from dalle_jax.generate import SamplingOptions
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs" / "any"
+CAPTION = "a red circle above a blue square"
+
+
+def tiny_prior(folder, data_dir):
+    """configs/prior.py in very small: pictures of 16 pixels, 4×4 tokens, three steps of each training."""
+    config = config_files.module(CONFIGS, "prior.py").get_config("shapes")
+    shapes = {
+        "image_size": 16, "data_dir": str(data_dir),
+        "builder_kwargs": {"image_size": 16, "num_train": 64, "num_validation": 16, "num_heldout": 16},
+    }  # fmt: skip
+    run = {
+        "batch_size": 16, "steps": 3, "eval_batches": 1,
+        "cadence": {"log": 1, "eval": 3, "preview": 3, "checkpoint": 3},
+    }  # fmt: skip
+    config.update({"workdir": str(folder / "prior"), "data": shapes, **run})
+    config.update({
+        "text": {"vocab_size": 64, "length": 20},
+        "model": {"trunk": {"width": 16, "depth": 2, "heads": 2}},
+        "mesh": {"data": 1},
+    })  # fmt: skip
+    config.tokenizer.update({"workdir": str(folder / "dvae"), "data": shapes, **run})
+    config.tokenizer.update({
+        "model": {"vocab_size": 16, "hidden": 16, "blocks_per_group": 1, "codebook_dim": 8}, "mesh": {"data": 1},
+    })  # fmt: skip
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A finished training of the tiny prior."""
+
+    config: Any
+    workdir: str
+    params: Any
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The prior, trained from nothing."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = tiny_prior(folder, tmp_path_factory.mktemp("data"))
+    state = stages.run(config, config.workdir)
+    assert int(state.step) == 3
+    return Trained(config, config.workdir, jax.device_get(state.params))
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    # Chunks of two rows: nearly every call below is the same compiled program.
+    return TextToImage.load(trained.workdir, rows_at_once=2)
+
+
+@pytest.fixture(scope="module")
+def picture():
+    blocks = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+    return blocks.repeat(4, axis=0).repeat(4, axis=1)
+
+
+# -- trainings in order -------------------------------------------------------------------------------------------
+
+
+def test_a_prior_trains_its_tokenizer_first(trained):
+    config, workdir = trained.config, trained.workdir
+    inner = config.tokenizer.workdir
+    assert workdirs.is_complete(inner, config.tokenizer) and workdirs.read_config(inner)["task"] == "dvae"
+    assert workdirs.has_tokenizer(workdir), "a prior's workdir is all that generation needs"
+    _, frozen = workdirs.load_tokenizer(workdir)
+    _, own = workdirs.load_tokenizer(inner)
+    assert jax.tree.all(jax.tree.map(np.array_equal, frozen, own))
+    names = {"config.json", "checkpoints", "metrics.jsonl", "tensorboard", "samples", "text", "image_tokenizer"}
+    assert names <= {path.name for path in pathlib.Path(workdir).iterdir()}
+    rows = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    seen = set().union(*rows)
+    assert {"train/image_nats", "train/text_nats", "eval/image_nats", "train/learning_rate"} <= seen
+    assert next((pathlib.Path(workdir) / "samples").rglob("*.png"))
+
+
+def test_the_same_command_again_trains_nothing(trained, capsys):
+    config, workdir = trained.config, trained.workdir
+    before = {p: p.stat().st_mtime_ns for p in pathlib.Path(config.tokenizer.workdir).rglob("*") if p.is_file()}
+    assert int(stages.run(config, workdir).step) == 3
+    assert "complete" in "".join(capsys.readouterr())
+    assert before == {p: p.stat().st_mtime_ns for p in pathlib.Path(config.tokenizer.workdir).rglob("*") if p.is_file()}
+
+
+def test_another_runs_tokenizer_and_tokens_of_each_batch(trained, tmp_path):
+    """The same training, with the tokenizer taken from elsewhere and the pictures encoded batch by batch."""
+    config = trained.config.copy_and_resolve_references()
+    config.update({"tokenizer_from": trained.workdir, "data_tokens": "each_batch", "workdir": str(tmp_path / "second")})
+    config.tokenizer.workdir = str(tmp_path / "untouched")
+    state = stages.run(config, config.workdir)
+    assert workdirs.has_tokenizer(config.workdir) and not (tmp_path / "untouched").exists()
+    for (path, a), b in zip(jax.tree.leaves_with_path(state.params), jax.tree.leaves(trained.params)):
+        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+    config.tokenizer_from, config.workdir = str(tmp_path / "nowhere"), str(tmp_path / "third")
+    with pytest.raises(CheckpointError, match="nowhere is not the workdir of a training"):
+        stages.run(config, config.workdir)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"data_tokens": "twice"}, "data_tokens is 'twice'; expected 'once' or 'each_batch'"),
+        ({"data": {"augment": "prior"}}, "data_tokens is 'once' but config.data.augment is 'prior'"),
+        ({"data": {"image_size": 18}}, "18 pixels"),
+        ({"text": {"vocab_size": 30}}, r"has \d+ ids but config.text.vocab_size is 30"),
+        ({"prior": "diffusion"}, "config.prior is 'diffusion'"),
+    ],
+    ids=lambda x: str(x)[:30],
+)
+def test_configurations_that_do_not_fit_the_workdir(trained, changes, words):
+    config = trained.config.copy_and_resolve_references()
+    config.update(changes)
+    with pytest.raises(ConfigError, match=words):
+        stages.run(config, trained.workdir)
+
+
+# -- pictures -----------------------------------------------------------------------------------------------------
+
+
+def test_generate(model):
+    images = model.generate(CAPTION, n=4, seed=1)
+    assert images.shape == (4, 16, 16, 3) and images.dtype == np.uint8
+    both = model.generate([CAPTION, "a green star"], n=2, seed=1)
+    assert both.shape == (2, 2, 16, 16, 3)
+    np.testing.assert_array_equal(both[0], images[:2])
+    assert (model.generate(CAPTION, n=4, seed=2) != images).any()
+    assert model.step == 3 and model.image_size == 16
+
+
+def test_a_picture_is_the_same_whatever_else_is_drawn(trained, model):
+    """Picture i of (caption, seed): for any n, among any captions, in chunks of any size."""
+    many = model.generate(CAPTION, n=6, seed=5)  # in three chunks
+    np.testing.assert_array_equal(model.generate(CAPTION, n=1, seed=5), many[:1])
+    among = model.generate(["a green star", CAPTION, "a small cross"], n=2, seed=5)
+    np.testing.assert_array_equal(among[1], many[:2])
+    larger = TextToImage.load(trained.workdir, rows_at_once=64)
+    np.testing.assert_array_equal(larger.generate(CAPTION, n=6, seed=5), many)
+    assert len({image.tobytes() for image in many}) > 3
+
+
+def test_complete_keeps_the_given_rows(model, picture):
+    given = model.encode(picture[None])
+    for rows in (0, 2, 4):
+        drawn = drawn_tokens(model, lambda rows=rows: model.complete(picture, rows, CAPTION, n=2, seed=0))
+        np.testing.assert_array_equal(drawn[:, : 4 * rows], np.tile(given[:, : 4 * rows], (len(drawn), 1)))
+    whole = model.complete(picture, 4, CAPTION, n=2)
+    np.testing.assert_array_equal(whole, model.decode(given).repeat(2, axis=0))
+    np.testing.assert_array_equal(model.complete(picture, 0, CAPTION, n=2), model.generate(CAPTION, n=2))
+
+
+def drawn_tokens(model, call):
+    """The tokens that `call` decodes."""
+    seen = []
+    decode = TextToImage.decode
+
+    def watched(self, tokens):
+        seen.append(np.asarray(tokens))
+        return decode(self, tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextToImage, "decode", watched)
+        call()
+    return np.concatenate(seen)
+
+
+def test_sampling_options_reach_the_sampler(model):
+    greedy = model.generate(CAPTION, n=4, temperature=0)
+    assert (greedy == greedy[0]).all()
+    np.testing.assert_array_equal(model.generate(CAPTION, n=2, top_k=1), greedy[:2])
+    np.testing.assert_array_equal(model.generate(CAPTION, n=2, top_p=1e-6), greedy[:2])
+    assert (model.generate(CAPTION, n=2, top_k=9, guidance=30.0) != model.generate(CAPTION, n=2, top_k=9)).any()
+
+
+# -- errors -------------------------------------------------------------------------------------------------------
+
+
+def test_refused_calls(model, picture):
+    for caption in ("", "  "):
+        with pytest.raises(DataError, match="is empty; give a few words"):
+            model.generate(caption)
+    with pytest.raises(DataError, match="No caption was given"):
+        model.generate([])
+    with pytest.raises(DataError, match=r"uint8 \(8, 16, 3\); this model works on uint8 \(16, 16, 3\): resize it"):
+        model.complete(picture[:8], 1, CAPTION)
+    with pytest.raises(DataError, match="float32"):
+        model.complete(picture.astype(np.float32), 1, CAPTION)
+    for rows in (-1, 5):
+        with pytest.raises(ConfigError, match=f"rows is {rows}; this model's token grid has 4 rows: give 0 to 4"):
+            model.complete(picture, rows, CAPTION)
+    with pytest.raises(ConfigError, match="Use complete.. with it"):
+        model.inpaint(picture, np.ones((16, 16), bool), CAPTION)
+    for wrong in ({"seed": -1}, {"n": 0}):
+        with pytest.raises(ConfigError, match="expected seed ≥ 0 and n ≥ 1"):
+            model.generate(CAPTION, **wrong)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"guidance": -2.0}, "guidance is -2.0"),
+    ],
+)
+def test_refused_sampling_options(options, words):
+    with pytest.raises(ConfigError, match=words):
+        SamplingOptions(**options)
+
+
+def test_wrong_workdirs(trained, tmp_path):
+    with pytest.raises(CheckpointError, match="is not the workdir of a training: it has no config.json"):
+        TextToImage.load(str(tmp_path))
+    with pytest.raises(ConfigError, match="holds a training of task 'dvae'"):
+        TextToImage.load(trained.config.tokenizer.workdir)
+    with pytest.raises(CheckpointError, match="17"):
+        TextToImage.load(trained.workdir, step=17)
+
+
+def test_a_text_model_of_another_vocabulary(trained, tmp_path):
+    workdir = pathlib.Path(shutil.copytree(trained.workdir, tmp_path / "copy"))
+    workdirs.text_model_path(workdir).unlink()
+    TextModel.train(["red blue green circle square"] * 3, 30, workdirs.text_model_path(workdir))
+    ids = workdirs.load_text_model(workdir).vocab_size
+    with pytest.raises(CheckpointError, match=rf"its text model \({ids} ids\).*put back the text/"):
+        TextToImage.load(str(workdir))
+    config = trained.config.copy_and_resolve_references()
+    config.steps = 4
+    with pytest.raises(CheckpointError, match="embedding/text is .* there, .* here"):
+        stages.run(config, str(workdir))
+
+
+def test_captions_of_a_job(tmp_path):
+    config = config_files.module(CONFIGS, "generate.py").get_config()
+    with pytest.raises(DataError, match="Give captions by --config.prompts"):
+        generate.read_captions(config)
+    config.prompts = " a red circle | a star"
+    assert generate.read_captions(config) == ["a red circle", "a star"]
+    config.prompts_file = str(tmp_path / "captions.txt")
+    with pytest.raises(DataError, match="Give captions by"):
+        generate.read_captions(config)
+    config.prompts = ""
+    with pytest.raises(DataError, match="There is no file of captions"):
+        generate.read_captions(config)
+    (tmp_path / "captions.txt").write_text("\n")
+    with pytest.raises(DataError, match="holds no caption"):
+        generate.read_captions(config)
+    (tmp_path / "captions.txt").write_text("a red circle\n\na star \n")
+    assert generate.read_captions(config) == ["a red circle", "a star"]
+
+
+# -- jobs ---------------------------------------------------------------------------------------------------------
+
+
+def test_every_picture_of_a_manifest_can_be_made_again(trained, tmp_path):
+    config = config_files.module(CONFIGS, "generate.py").get_config()
+    config.update({"model_workdir": trained.workdir, "prompts": f"{CAPTION}|a green star|a small cross", "n": 3, "seed": 4})
+    config.update({"rows_at_once": 2, "sampling": {"temperature": 0.8, "top_k": 9, "guidance": 1.0}})
+    generate.run(config, str(tmp_path))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert len(manifest["samples"]) == 9 and manifest["step"] == 3 and manifest["seed"] == 4
+    assert manifest["samples"][4] == {
+        "file": "0001-001.png", "caption": "a green star", "caption_index": 1, "index": 1,
+    }  # fmt: skip
+    assert (tmp_path / "grid.png").exists()
+    for name in ("0000-000.png", "0001-002.png", "0002-001.png"):
+        stored = np.asarray(Image.open(tmp_path / name))
+        np.testing.assert_array_equal(generate.remake(str(tmp_path / "manifest.json"), name), stored)
+    with pytest.raises(DataError, match="lists no sample 'x.png'; it has 9 samples"):
+        generate.remake(str(tmp_path / "manifest.json"), "x.png")
+
+
+def test_evaluation_of_a_workdir(trained, model, tmp_path):
+    config = config_files.module(CONFIGS, "evaluate.py").get_config()
+    config.update({"model_workdir": trained.workdir, "count": 5, "rows_at_once": 2})
+    figures = evaluate.run(config, str(tmp_path))
+    written = json.loads((tmp_path / "report.json").read_text())
+    assert written.keys() == figures.keys() >= {"dvae", "autoregressive", "samples", "split", "step", "device", "seed"}
+    assert written["dvae"].keys() >= {"psnr", "codebook_perplexity", "codebook_usage"}
+    assert written["autoregressive"].keys() >= {
+        "caption_accuracy", "attribute_accuracy", "image_nats_per_token", "seconds_per_image",
+    }  # fmt: skip
+    assert (written["samples"], written["split"], written["step"]) == (5, "heldout", 3)
+    assert np.asarray(Image.open(tmp_path / "grid.png")).ndim == 3
+
+    examples = evaluate.read_examples(workdirs.read_config(trained.workdir)["data"], "heldout", 5)  # in batches of two, each counts once
+    assert isinstance(examples.scenes[0], Scene)
+    images = model.decode(model.encode(examples.images)).astype(float)
+    error = np.square((images - examples.images) / 255).mean((1, 2, 3))
+    np.testing.assert_allclose(figures["dvae"]["psnr"], (-10 * np.log10(error)).mean(), rtol=1e-5)
+    text, tokens = model.encode_text(examples.captions), model.encode(examples.images)
+    _, scalars = model.prior.loss(model.params, text, tokens, jax.random.key(0), train=False)
+    np.testing.assert_allclose(figures["autoregressive"]["image_nats_per_token"], scalars["image_nats"], rtol=1e-5)
+
+
+def test_too_few_examples(trained):
+    data = workdirs.read_config(trained.workdir)["data"]
+    with pytest.raises(DataError, match="16 readable examples, 99 are asked for: lower config.count"):
+        evaluate.read_examples(data, "heldout", 99)
+
+
+def test_the_grid_of_an_evaluation():
+    images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
+    examples = evaluate.Examples(images, ["a"] * 6, None)
+    assert evaluate.grid(examples, images, images, "title", rows=2).shape[0] < report.grid(
+        [("a", [image] * 3) for image in images]
+    ).shape[0]
