@@ -1,4 +1,4 @@
-"""Golden numbers of one prior update. After a change that is meant to alter them: `python tests/golden/make_prior.py`."""
+"""Golden numbers of one prior update. After a change meant to alter them: `python tests/golden/make_prior.py`."""
 
 from __future__ import annotations
 

@@ -12,9 +12,10 @@ from dalle_jax.models.kmeans_init import kmeans, kmeans_init
 
 TOKENIZER = DVAETokenizer(
     DVAEOptions(
-        image_size=16, vocab_size=12, hidden=16, groups=1, blocks_per_group=2, codebook_dim=8, in_kernel=1, stem_factor=4
+        image_size=16, vocab_size=12, hidden=16, groups=1, blocks_per_group=2, codebook_dim=8, in_kernel=1,
+        stem_factor=4,
     )
-)
+)  # fmt: skip
 
 
 def test_separate_clusters_are_found():

@@ -27,8 +27,8 @@ T, N, V = LAYOUT.text_length, LAYOUT.image_length, LAYOUT.image_vocab
 
 
 def make(trunk=None, layout=LAYOUT, **options):
-    trunk = TransformerOptions(**{"width": 16, "depth": 5, "heads": 2, "dtype": "float32", "scan": False, **(trunk or {})})
-    return AutoregressivePrior(layout, AutoregressiveOptions(trunk, **{"kernel": 3, **options}))
+    sizes = {"width": 16, "depth": 5, "heads": 2, "dtype": "float32", "scan": False, **(trunk or {})}
+    return AutoregressivePrior(layout, AutoregressiveOptions(TransformerOptions(**sizes), **{"kernel": 3, **options}))
 
 
 def drawn(prior, scale=0.3):
@@ -52,7 +52,9 @@ def rows(count, seed=0, layout=LAYOUT):
 
 SPARSE = make()
 EVERY_CHOICE = make(
-    {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "qk_norm": True}, wrap=False, tied_embeddings=True
+    {"positions": "rotary", "norm": "rmsnorm", "activation": "swiglu", "qk_norm": True},
+    wrap=False,
+    tied_embeddings=True,
 )
 # Scanned: (row, column, row, row) twice, and the convolutional layer.
 DEEP = make({"depth": 9, "scan": True})
@@ -345,7 +347,9 @@ def test_golden_prior_update():
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
-@pytest.mark.parametrize("variant, billions, tolerance", [("paper", 12.0, 0.02), ("5.6b", 5.6, 0.04), ("2.8b", 2.8, 0.04)])
+@pytest.mark.parametrize(
+    "variant, billions, tolerance", [("paper", 12.0, 0.02), ("5.6b", 5.6, 0.04), ("2.8b", 2.8, 0.04)]
+)
 def test_published_sizes(variant, billions, tolerance):
     config = config_files.module(CONFIGS / "any", "prior.py").get_config(variant)
     layout = TokenLayout(config.text.vocab_size, config.tokenizer.model.vocab_size, config.text.length, 32, 32)
