@@ -33,5 +33,5 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["dalle_jax", "dalle_jax.*"]),
     install_requires=CORE,
-    extras_require={"test": TEST, "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},
+    extras_require={"test": TEST, "plots": ["matplotlib"], "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},
 )

@@ -26,7 +26,7 @@ def data(source: str, image_size: int, **options) -> ConfigDict:
 
 def shapes(**options) -> ConfigDict:
     """The embedded pictures of coloured shapes."""
-    return data("shapes_captions", 32, cache=True, **options)
+    return data("shapes_captions", 32, cache=True, builder_kwargs={"num_train": 24_576}, **options)
 
 
 def emoji(**options) -> ConfigDict:

@@ -25,13 +25,13 @@ VARIANTS = {
         common.shapes(),
         {"vocab_size": 1024, "hidden": 128, "groups": 1, "blocks_per_group": 2, "codebook_dim": 128, "in_kernel": 1,
          "stem_factor": 4, "dtype": "float32"},
-        32, 600,
+        32, 150,
     ),
     "emoji": (
         common.emoji(),
         {"vocab_size": 1024, "hidden": 160, "groups": 1, "blocks_per_group": 2, "codebook_dim": 160, "in_kernel": 1,
          "stem_factor": 4, "dtype": "float32"},
-        32, 2000,
+        32, 1000,
     ),
     "folder": (
         common.folder(128, augment="dvae"),

@@ -20,8 +20,8 @@ schedule = common.schedule
 
 # name: (tokenizer's variant, data, text length, text vocabulary, width, depth, heads, batch, steps)
 VARIANTS = {
-    "shapes": ("shapes", common.shapes(), 20, 300, 128, 5, 4, 8, 4500),
-    "emoji": ("emoji", common.emoji(bpe_dropout=0.1), 20, 1024, 192, 6, 6, 8, 12_000),
+    "shapes": ("shapes", common.shapes(), 20, 300, 128, 5, 4, 4, 4500),
+    "emoji": ("emoji", common.emoji(bpe_dropout=0.1), 20, 1024, 192, 6, 6, 8, 8000),
     "folder": ("folder", common.folder(128, augment="prior", bpe_dropout=0.1), 64, 8192, 512, 12, 8, 64, 100_000),
     "2.8b": ("paper", common.folder(256, augment="prior", bpe_dropout=0.1), 256, 16_384, 1920, 64, 30, 1024, 430_000),
     "5.6b": ("paper", common.folder(256, augment="prior", bpe_dropout=0.1), 256, 16_384, 2688, 64, 42, 1024, 430_000),
@@ -51,7 +51,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.model = ConfigDict({
         "trunk": {
             "width": width, "depth": depth, "heads": heads, "mlp_ratio": 4.0,
-            "norm": "rmsnorm" if small else "layernorm", "activation": "gelu", "qk_norm": small, "positions": "learned", "dropout": 0.0,
+            "norm": "rmsnorm" if small else "layernorm", "activation": "gelu_tanh" if small else "gelu",
+            "qk_norm": small, "positions": "learned", "dropout": 0.0,
             "dtype": "float32" if small else "bfloat16", "remat": "none" if small else "full", "scan": not small,
         },
         "attention": "sparse",
@@ -64,7 +65,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     })  # fmt: skip
 
     config.optimizer = ConfigDict({
-        "b1": 0.9, "b2": 0.96, "eps": 1e-8, "weight_decay": 4.5e-2, "decay": "kernels", "clip_norm": 4.0,
+        "b1": 0.9, "b2": 0.98 if small else 0.96, "eps": 1e-8, "weight_decay": 4.5e-2, "decay": "kernels", "clip_norm": 4.0,
         "accumulate_steps": 1,
     })  # fmt: skip
     if small:

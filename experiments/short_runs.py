@@ -20,6 +20,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ["steps=2", "cadence.eval=2", "cadence.preview=2", "cadence.checkpoint=2", "eval_batches=1", "batch_size=4"]
 SMALL_DVAE = ["model.vocab_size=32", "model.hidden=8", "model.codebook_dim=8"]
+PATCHES = ["model.vocab_size=32", "model.hidden=96", "model.codebook_dim=96"]  # the k-means start needs the width
 SMALL_TRUNK = ["model.trunk.width=16", "model.trunk.depth=5", "model.trunk.heads=2", "text.length=16", "text.vocab_size=300"]
 FEW = ["data.builder_kwargs={'num_train': 64, 'num_validation': 8, 'num_heldout': 8}"]
 
@@ -43,7 +44,7 @@ def commands(work: Path, emoji: bool) -> dict[str, list[str]]:
     """Name → config and its overrides; the order matters, later ones use the workdirs of earlier ones."""
     folder, big = make_folder(work / "folder", 64), make_folder(work / "big", 256)
     runs = {
-        "dvae": ["dvae.py", *STEPS, *SMALL_DVAE],
+        "dvae": ["dvae.py", *STEPS, *PATCHES],
         "dvae:folder": ["dvae.py:folder", *STEPS, *SMALL_DVAE, f"data.path={folder}", "data.image_size=64", "data.workers=0"],
         "dvae:paper": ["dvae.py:paper", *STEPS, *SMALL_DVAE, f"data.path={big}", "data.workers=0"],
         "prior": ["prior.py", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae"],
@@ -58,12 +59,12 @@ def commands(work: Path, emoji: bool) -> dict[str, list[str]]:
             "data.workers=0", "data.image_size=64", "ema.every=1",
         ]  # fmt: skip
     if emoji:
-        runs["dvae:emoji"] = ["dvae.py:emoji", *STEPS, *SMALL_DVAE]
+        runs["dvae:emoji"] = ["dvae.py:emoji", *STEPS, *PATCHES]
         runs["prior:emoji"] = ["prior.py:emoji", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:emoji"]
     runs["generate"] = ["generate.py", f"model_workdir={work}/prior", "prompts=a red circle|two shapes", "n=2"]
     runs["evaluate"] = ["evaluate.py", f"model_workdir={work}/prior", "count=8", "rows_at_once=4"]
     runs["quickstart"] = [
-        "quickstart.py", *under("prior.tokenizer.", STEPS + SMALL_DVAE), *under("prior.", STEPS + SMALL_TRUNK),
+        "quickstart.py", *under("prior.tokenizer.", STEPS + PATCHES), *under("prior.", STEPS + SMALL_TRUNK),
         "evaluate.count=8", "evaluate.rows_at_once=4",
     ]  # fmt: skip
     return runs

@@ -26,7 +26,12 @@ from dalle_jax.models.attention import Pattern, attend, attend_reference, attend
 from dalle_jax.parallel import constrain
 
 NORMS = ("layernorm", "rmsnorm")
-ACTIVATIONS = {"gelu": (jax.nn.gelu, False), "geglu": (jax.nn.gelu, True), "swiglu": (jax.nn.silu, True)}
+ACTIVATIONS = {
+    "gelu": (functools.partial(jax.nn.gelu, approximate=False), False),
+    "gelu_tanh": (functools.partial(jax.nn.gelu, approximate=True), False),
+    "geglu": (functools.partial(jax.nn.gelu, approximate=False), True),
+    "swiglu": (jax.nn.silu, True),
+}
 POSITIONS = ("learned", "rotary")
 REMAT = {
     "none": None,
@@ -46,7 +51,8 @@ class TransformerOptions:
       head_dim: K; 0 means width / heads.
       mlp_ratio: F / D.
       norm: "layernorm" or "rmsnorm", before each branch.
-      activation: "gelu" (exact), "geglu" or "swiglu"; the last two have a gate, and so two input matrices.
+      activation: "gelu" (exact), "gelu_tanh" (its usual approximation), "geglu" or "swiglu"; the last two have a gate,
+        and so two input matrices.
       qk_norm: RMS-normalise queries and keys, with a learned gain.
       positions: "learned" (text position; image row + column) or "rotary" (the same coordinates, rotated into q, k).
       dropout: on the embeddings and on each branch's output.
@@ -259,8 +265,6 @@ class MLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         o = self.options
         activation, gated = ACTIVATIONS[o.activation]
-        if o.activation in ("gelu", "geglu"):
-            activation = functools.partial(activation, approximate=False)
         up = functools.partial(Dense, (o.width,), (o.hidden,), ("embed", "mlp"), o.dtype, ("mlp",))
         hidden = activation(up(name="up")(x))
         if gated:

@@ -38,7 +38,7 @@ from dalle_jax.tasks import Batch, Job, PyTree
 # True codes are decoded for every eighth row of a training batch only: enough for the log, cheap enough for each step.
 _PROBE_EVERY = 8
 _PREVIEW_COLUMNS = 8
-_START_PICTURES = 512  # for the clusters of "kmeans"
+_START_PICTURES = 1024  # for the clusters of "kmeans"
 
 
 @dataclasses.dataclass(frozen=True)

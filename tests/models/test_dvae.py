@@ -30,7 +30,7 @@ SMALL = DVAEOptions(
 
 def make(options=SMALL, seed=0):
     made = DVAETokenizer(options)
-    return made, nn.meta.unbox(made.init(jax.random.key(seed)))
+    return made, nn.meta.unbox(jax.jit(made.init)(jax.random.key(seed)))
 
 
 def pictures(rows=2, size=16, seed=0):
@@ -116,9 +116,9 @@ def test_shapes_and_dtypes(changes, downsample):
     made, params = make(dataclasses.replace(SMALL, **changes))
     assert made.downsample == downsample
     side = 16 // downsample
-    logits = made.encode_logits(params, pictures())
-    tokens = made.encode(params, pictures())
-    images = made.decode(params, tokens)
+    logits = jax.jit(made.encode_logits)(params, pictures())
+    tokens = jax.jit(made.encode)(params, pictures())
+    images = jax.jit(made.decode)(params, tokens)
     assert (logits.shape, logits.dtype) == ((2, side, side, 24), jnp.float32)
     assert (tokens.shape, tokens.dtype) == ((2, side, side), jnp.int32)
     assert (images.shape, images.dtype) == ((2, 16, 16, 3), jnp.float32)
@@ -129,18 +129,19 @@ def test_shapes_and_dtypes(changes, downsample):
 def test_bfloat16_keeps_logits_and_maps_in_float32():
     made, params = make()
     half = DVAETokenizer(dataclasses.replace(SMALL, dtype="bfloat16"))
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(half.init(jax.random.key(0))))
-    logits, maps = half.encode_logits(params, pictures()), half.decode_maps(params, jnp.zeros((2, 4, 4), jnp.int32))
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(jax.eval_shape(half.init, jax.random.key(0))))
+    logits = jax.jit(half.encode_logits)(params, pictures())
+    maps = jax.jit(half.decode_maps)(params, jnp.zeros((2, 4, 4), jnp.int32))
     assert logits.dtype == maps[0].dtype == maps[1].dtype == jnp.float32
-    exact = made.encode_logits(params, pictures())
+    exact = jax.jit(made.encode_logits)(params, pictures())
     assert 0 < jnp.abs(logits - exact).max() < 0.05 * jnp.abs(exact).max()
 
 
 def test_larger_pictures_than_trained_on():
     made, params = make()
-    tokens = made.encode(params, np.zeros((1, 32, 24, 3), np.uint8))
+    tokens = jax.jit(made.encode)(params, np.zeros((1, 32, 24, 3), np.uint8))
     assert tokens.shape == (1, 8, 6)
-    assert made.decode(params, tokens).shape == (1, 32, 24, 3)
+    assert jax.jit(made.decode)(params, tokens).shape == (1, 32, 24, 3)
 
 
 # -- invariants ---------------------------------------------------------------------------------------------------
@@ -150,7 +151,8 @@ def test_tokens_decode_as_their_one_hot_codes():
     made, params = make()
     params["codebook"]["bias"] = jnp.arange(6.0)
     tokens = jax.random.randint(jax.random.key(0), (2, 4, 4), 0, 24)
-    for ours, expected in zip(made.decode_maps(params, tokens), made.decode_maps(params, jax.nn.one_hot(tokens, 24))):
+    decode = jax.jit(made.decode_maps)
+    for ours, expected in zip(decode(params, tokens), decode(params, jax.nn.one_hot(tokens, 24))):
         np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
@@ -223,7 +225,8 @@ def test_description_survives_json():
 
 
 def test_from_config_takes_the_image_size_from_the_data():
-    config = {"data": {"image_size": 16}, "model": {k: v for k, v in dataclasses.asdict(SMALL).items() if k != "image_size"}}
+    model = {name: value for name, value in dataclasses.asdict(SMALL).items() if name != "image_size"}
+    config = {"data": {"image_size": 16}, "model": model}
     assert tokenizer.from_config(config).options == SMALL
     with pytest.raises(ConfigError, match=r"config.model has no key 'hiden'.*hidden"):
         tokenizer.from_config({"data": {"image_size": 16}, "model": {"hiden": 3}})

@@ -150,7 +150,7 @@ def test_norms_are_float32_inside():
     np.testing.assert_allclose(np.asarray(ours, np.float32), z, atol=0.02)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "geglu", "swiglu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "geglu", "swiglu"])
 def test_activations(activation):
     module = MLP(dataclasses.replace(OPTIONS, activation=activation, mlp_ratio=2.5))
     x = np.random.default_rng(0).normal(size=(1, 3, 16)).astype(np.float32)
@@ -163,11 +163,13 @@ def test_activations(activation):
     assert up.shape[-1] == 40
     if activation == "swiglu":
         hidden = up / (1 + np.exp(-up))
+    elif activation == "gelu_tanh":
+        hidden = up * 0.5 * (1 + np.tanh(math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)))
     else:  # exact, not the tanh approximation
         hidden = up * 0.5 * (1 + np.vectorize(math.erf)(up / math.sqrt(2)))
-    if activation != "gelu":
+    assert ("gate" in p) == (activation in ("geglu", "swiglu"))
+    if "gate" in p:
         hidden = hidden * dense("gate", x)
-    assert ("gate" in p) == (activation != "gelu")
     np.testing.assert_allclose(module.apply({"params": p}, x), dense("down", hidden.astype(np.float32)), atol=1e-5)
 
 

@@ -174,7 +174,7 @@ def test_preview_has_each_picture_above_its_reconstruction(task, params):
 
 def test_overfitting_one_batch_exceeds_25_decibels():
     steps, images = 200, pictures(2)  # 32 patches, each of a colour of its own
-    options = dataclasses.replace(OPTIONS, vocab_size=48, hidden=32, codebook_dim=32, in_kernel=1, min_log_scale=-2.0)
+    options = dataclasses.replace(OPTIONS, vocab_size=48, hidden=96, codebook_dim=96, in_kernel=1, min_log_scale=-2.0)
     temperature, kl_weight = schedules.Cosine(0.25, 1 / 16, steps // 2), schedules.Constant(0.05)
     task = DVAETask(DVAETokenizer(options), temperature, kl_weight, start_from=(images, 10.0))
     optimizer = optax.chain(

@@ -50,7 +50,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     Features: `image` (PNG), `caption`, `scene` (what the caption states, as `Scene.to_json`).
     """
 
-    VERSION = tfds.core.Version("1.0.0")
+    VERSION = tfds.core.Version("2.0.0")
 
     def __init__(
         self, *, config: ShapesConfig | None = None, file_format: str = "array_record", data_dir=None,
@@ -111,4 +111,4 @@ def make_example(seed: int, split: str, index: int, image_size: int) -> tuple[np
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
     shown, stated = scenes.draw_scene(rng, held_out=split == "heldout")
     caption = scenes.write_caption(rng, stated)
-    return drawing.draw(rng, shown, image_size), caption, stated
+    return drawing.draw(shown, image_size), caption, stated

@@ -1,0 +1,87 @@
+"""What a trained prior does on its own data: a grid of seen and held-out captions, the curves, the figures.
+
+    pip install -e '.[plots]'
+    python experiments/training_report.py --workdir=runs/prior-emoji --output=experiments/results/emoji
+
+Writes `grid.png` (real, reconstructed and generated pictures, captions of the training split above those that were held
+out), `curves.png` (validation and training, dVAE and prior) and `report.json` (the figures of both splits).
+"""
+from __future__ import annotations
+
+import argparse
+import json
+
+import matplotlib
+import numpy as np
+from etils import epath
+
+from dalle_jax import evaluate, report
+from dalle_jax import workdir as workdirs
+from dalle_jax.generate import SamplingOptions, TextToImage
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt  # noqa: E402
+
+PANELS = {  # title: (metric, unit)
+    "dVAE: PSNR of argmax tokens": ("psnr", "dB"),
+    "dVAE: codebook perplexity": ("codebook_perplexity", "codes"),
+    "Prior: image tokens": ("image_nats", "nats per token"),
+    "Prior: text tokens": ("text_nats", "nats per token"),
+}
+
+
+def read_metrics(workdir: str) -> list[dict]:
+    """Lines of `metrics.jsonl`."""
+    path = epath.Path(workdir).expanduser() / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def curves(tokenizer: list[dict], prior: list[dict], path: epath.Path) -> None:
+    """One panel a measure: the training split in grey, validation in colour."""
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3), layout="constrained")
+    for axis, (title, (name, unit)) in zip(axes, PANELS.items()):
+        lines = tokenizer if title.startswith("dVAE") else prior
+        for split, color in (("train", "0.7"), ("eval", "tab:blue")):
+            points = [(line["step"], line[f"{split}/{name}"]) for line in lines if f"{split}/{name}" in line]
+            if points:
+                axis.plot(*zip(*points), color=color, label={"train": "training", "eval": "validation"}[split])
+        axis.set(title=title, xlabel="update", ylabel=unit)
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.savefig(path, dpi=100)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", required=True, help="of a trained prior")
+    parser.add_argument("--tokenizer_workdir", help="of its dVAE's training; default: as the prior's config names it")
+    parser.add_argument("--output", required=True)
+    parser.add_argument("--count", type=int, default=128, help="captions of each split that the figures are over")
+    parser.add_argument("--rows", type=int, default=12, help="captions of each split in the grid")
+    parser.add_argument("--samples", type=int, default=3, help="samples of each caption in the grid")
+    parser.add_argument("--guidance", type=float, default=0.0)
+    parser.add_argument("--temperature", type=float, default=1.0)
+    args = parser.parse_args()
+
+    config = workdirs.read_config(args.workdir)
+    model = TextToImage.load(args.workdir)
+    sampling = SamplingOptions(guidance=args.guidance, temperature=args.temperature)
+    figures, rows = {"workdir": args.workdir, "step": model.step, "guidance": args.guidance, "temperature": args.temperature}, []
+    for name, split in (("seen", config["data"]["train_split"]), ("held out", "heldout")):
+        examples = evaluate.read_examples(config["data"], split, args.count)
+        figures[name], reconstructed, generated = evaluate.measure(model, examples, sampling)
+        shown = np.linspace(0, args.count - 1, args.rows).astype(int)
+        more = model.generate([examples.captions[i] for i in shown], args.samples, guidance=args.guidance, temperature=args.temperature)
+        for i, samples in zip(shown, more):
+            rows.append((f"{name}: {examples.captions[i]}", [examples.images[i], reconstructed[i], *samples]))
+    out = epath.Path(args.output)
+    columns = ("real", "dVAE", *["generated"] * args.samples)
+    report.save_png(out / "grid.png", report.grid(rows, columns, picture_size=96, blocks=2))
+    report.save_json(out / "report.json", figures | {"device": evaluate.device()})
+    tokenizer = args.tokenizer_workdir or config["tokenizer"]["workdir"]
+    curves(read_metrics(tokenizer), read_metrics(args.workdir), out / "curves.png")
+    print(report.table(figures))
+
+
+if __name__ == "__main__":
+    main()
