@@ -21,4 +21,5 @@ def get_config() -> ConfigDict:
 
     config.evaluate = config_files.module(__file__, "evaluate.py").get_config()
     config.evaluate.model_workdir = config.prior.workdir
+    config.evaluate.sampling.temperature = 0.5  # a prior this small leaves some mass on wrong tokens
     return config
