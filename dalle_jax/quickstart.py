@@ -1,6 +1,7 @@
 """The whole system in one go: every training in turn, then pictures for unseen captions, a grid and a report."""
 from __future__ import annotations
 
+import dataclasses
 import os
 import platform
 import time
@@ -49,6 +50,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     figures |= {
         "samples": len(examples.captions),
         "split": config.evaluate.split,
+        "sampling": dataclasses.asdict(options),
         "seconds": seconds,
         "wall_seconds": time.perf_counter() - start,  # of this run: what an interrupted one did before is not in it
         "resumed": resumed,
