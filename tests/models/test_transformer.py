@@ -259,7 +259,7 @@ def test_dropout_acts_in_training_only(params, plain):
     "changes, words",
     [
         ({"norm": "batchnorm"}, "model.norm is 'batchnorm'; expected one of layernorm, rmsnorm"),
-        ({"activation": "relu"}, "model.activation is 'relu'; expected one of gelu, geglu, swiglu"),
+        ({"activation": "relu"}, "model.activation is 'relu'; expected one of gelu, gelu_tanh, geglu, swiglu"),
         ({"positions": "none"}, "model.positions is 'none'; expected one of learned, rotary"),
         ({"remat": "some"}, "model.remat is 'some'; expected one of none, full, dots"),
         ({"heads": 3}, "width 16 is not a multiple of heads 3"),
