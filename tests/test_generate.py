@@ -41,7 +41,7 @@ def tiny_prior(folder, data_dir):
     })  # fmt: skip
     config.tokenizer.update({"workdir": str(folder / "dvae"), "data": shapes, **run})
     config.tokenizer.update({
-        "model": {"vocab_size": 16, "hidden": 16, "blocks_per_group": 1, "codebook_dim": 8}, "mesh": {"data": 1},
+        "model": {"vocab_size": 16, "hidden": 96, "blocks_per_group": 1, "codebook_dim": 96}, "mesh": {"data": 1},
     })  # fmt: skip
     return config
 

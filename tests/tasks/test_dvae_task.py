@@ -197,7 +197,7 @@ def test_overfitting_one_batch_exceeds_25_decibels():
     fresh = jax.jit(lambda key: nn.meta.unbox(task.init(key)))(jax.random.key(0))
     untrained = task.evaluate(fresh, {}, [batch(2)], jax.random.key(0))
     measured = task.evaluate(train(jax.random.key(0)), {}, [batch(2)], jax.random.key(0))
-    assert untrained["psnr"] < 23.0 and measured["psnr"] > 25.0, (untrained, measured)
+    assert measured["psnr"] > max(25.0, untrained["psnr"] + 5.0), (untrained, measured)
 
 
 # -- from a configuration -----------------------------------------------------------------------------------------
