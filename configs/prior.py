@@ -8,7 +8,7 @@
 Where the image tokenizer has not been trained, that is done first (`config.tokenizer` is its whole configuration).
 Run the same command again to go on after an interruption.
 
-Measured: see README.md (shapes) and experiments/results/emoji/. Measured: see README.md and experiments/results/. Not yet: folder, 2.8b, 5.6b, paper.
+Measured: shapes and emoji, see README.md and experiments/results/. Not yet measured: folder, 2.8b, 5.6b, paper.
 """
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
