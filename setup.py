@@ -1,4 +1,5 @@
 """Installs dalle_jax. Tool settings are in pyproject.toml."""
+
 from pathlib import Path
 
 from setuptools import find_packages, setup

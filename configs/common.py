@@ -1,25 +1,28 @@
 """Sections that several configs share."""
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 
 def data(source: str, image_size: int, **options) -> ConfigDict:
     """The `data` section, every key of `DataOptions` spelled out."""
-    section = ConfigDict({
-        "source": source,
-        "image_size": image_size,
-        "augment": "none",
-        "path": placeholder(str),  # the folder, where source is "folder"
-        "data_dir": placeholder(str),  # None: $DALLE_JAX_DATA or ~/.cache/dalle_jax/data
-        "image_key": "image",
-        "caption_key": "caption",
-        "builder_kwargs": {},
-        "train_split": "train",
-        "eval_split": "validation",
-        "cache": False,
-        "workers": 0,
-        "bpe_dropout": 0.0,
-    })
+    section = ConfigDict(
+        {
+            "source": source,
+            "image_size": image_size,
+            "augment": "none",
+            "path": placeholder(str),  # the folder, where source is "folder"
+            "data_dir": placeholder(str),  # None: $DALLE_JAX_DATA or ~/.cache/dalle_jax/data
+            "image_key": "image",
+            "caption_key": "caption",
+            "builder_kwargs": {},
+            "train_split": "train",
+            "eval_split": "validation",
+            "cache": False,
+            "workers": 0,
+            "bpe_dropout": 0.0,
+        }
+    )
     section.update(options)
     return section
 

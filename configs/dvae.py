@@ -11,6 +11,7 @@ the paper's start. Their encoder then moves slowly (`optimizer.scales`) while th
 
 Measured: see README.md (shapes) and experiments/results/emoji/. Not yet measured: folder, paper.
 """
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -70,17 +71,21 @@ def get_config(variant: str | None = None) -> ConfigDict:
         "clip_norm": 1.0 if small else 0.0, "accumulate_steps": 1, "scales": {"encoder": 0.02} if small else {},
     })  # fmt: skip
     if small:
-        config.schedules = ConfigDict({
-            "learning_rate": schedule("warmup_cosine", peak=1e-2, end=1e-4, warmup_steps=50, steps=steps),
-            "temperature": schedule("cosine", start=0.25, end=1 / 16, steps=steps // 2),
-            "kl_weight": schedule("constant", value=0.05),
-        })
+        config.schedules = ConfigDict(
+            {
+                "learning_rate": schedule("warmup_cosine", peak=1e-2, end=1e-4, warmup_steps=50, steps=steps),
+                "temperature": schedule("cosine", start=0.25, end=1 / 16, steps=steps // 2),
+                "kl_weight": schedule("constant", value=0.05),
+            }
+        )
     else:
-        config.schedules = ConfigDict({
-            "learning_rate": schedule("cosine", start=1e-4, end=1.25e-6, steps=min(1_200_000, steps)),
-            "temperature": schedule("cosine", start=1.0, end=1 / 16, steps=min(150_000, steps // 2)),
-            "kl_weight": schedule("cosine", start=0.0, end=6.6, steps=5000),
-        })
+        config.schedules = ConfigDict(
+            {
+                "learning_rate": schedule("cosine", start=1e-4, end=1.25e-6, steps=min(1_200_000, steps)),
+                "temperature": schedule("cosine", start=1.0, end=1 / 16, steps=min(150_000, steps // 2)),
+                "kl_weight": schedule("cosine", start=0.0, end=6.6, steps=5000),
+            }
+        )
     config.ema = ConfigDict({"decay": 0.99 if small else 0.999, "every": 1})
     common.run(config, batch_size=batch, steps=steps, every=max(steps // 4, 1) if small else 5000)
     return config

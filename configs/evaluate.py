@@ -5,6 +5,7 @@
 Writes `report.json` and `grid.png`: the tokenizer's PSNR and codebook use, the prior's nats per token and seconds per
 picture, and, on the embedded shapes, whether the pictures show what the captions say.
 """
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -19,12 +20,14 @@ def get_config() -> ConfigDict:
 
     config.split = "heldout"
     config.count = 256  # captions, one sample each
-    config.sampling = ConfigDict({
-        "temperature": 1.0,
-        "top_k": placeholder(int),
-        "top_p": placeholder(float),
-        "guidance": 0.0,
-        "steps": placeholder(int),
-    })
+    config.sampling = ConfigDict(
+        {
+            "temperature": 1.0,
+            "top_k": placeholder(int),
+            "top_p": placeholder(float),
+            "guidance": 0.0,
+            "steps": placeholder(int),
+        }
+    )
     config.rows_at_once = 64
     return config

@@ -6,6 +6,7 @@
 Writes one PNG a sample, `grid.png`, and `manifest.json`, from which `dalle_jax.generate.remake(manifest, file)` makes
 each picture again. Runs wherever the prior was trained; a laptop's CPU is enough for shapes and emoji.
 """
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
@@ -21,12 +22,14 @@ def get_config() -> ConfigDict:
     config.prompts = ""  # captions, separated by "|"
     config.prompts_file = ""  # or a file with one caption a line
     config.n = 4  # pictures for each
-    config.sampling = ConfigDict({
-        "temperature": 1.0,
-        "top_k": placeholder(int),
-        "top_p": placeholder(float),
-        "guidance": 0.0,
-        "steps": placeholder(int),
-    })
+    config.sampling = ConfigDict(
+        {
+            "temperature": 1.0,
+            "top_k": placeholder(int),
+            "top_p": placeholder(float),
+            "guidance": 0.0,
+            "steps": placeholder(int),
+        }
+    )
     config.rows_at_once = 64  # pictures drawn in one go: bounds the memory
     return config

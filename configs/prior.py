@@ -10,6 +10,7 @@ Run the same command again to go on after an interruption.
 
 Measured: shapes and emoji, see README.md and experiments/results/. Not yet measured: folder, 2.8b, 5.6b, paper.
 """
+
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 

@@ -5,6 +5,7 @@
 Ends with `runs/quickstart/grid.png` and `report.json`. Run it again after an interruption and it goes on.
 README.md has its measured time and figures.
 """
+
 from ml_collections import ConfigDict
 
 from dalle_jax import config_files

@@ -1,8 +1,9 @@
 """DALL-E in JAX/Flax, TPU-first: text in, pictures out.
 
-    from dalle_jax import TextToImage
-    images = TextToImage.load("runs/prior-shapes").generate("a red circle above a blue square", n=8, seed=0)
+from dalle_jax import TextToImage
+images = TextToImage.load("runs/prior-shapes").generate("a red circle above a blue square", n=8, seed=0)
 """
+
 from typing import Any
 
 __version__ = "0.1.0"

@@ -66,10 +66,12 @@ class Checkpoints:
             value = metrics.get(best_metric, math.nan)
             return math.inf if math.isnan(value) else value
 
-        keep = policies.AnyPreservationPolicy([
-            policies.LatestN(max(keep_last, 1)),
-            policies.BestN(n=keep_best, get_metric_fn=best, reverse=True, keep_checkpoints_without_metrics=False),
-        ])
+        keep = policies.AnyPreservationPolicy(
+            [
+                policies.LatestN(max(keep_last, 1)),
+                policies.BestN(n=keep_best, get_metric_fn=best, reverse=True, keep_checkpoints_without_metrics=False),
+            ]
+        )
         with self._storage_errors("open"):
             self._manager = ocp.CheckpointManager(
                 self.directory,
@@ -189,8 +191,12 @@ class Checkpoints:
             stored = self._manager.item_metadata(step)
             item = "ema" if ema and stored.get("ema") is not None else "params"
             sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-            abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), stored[item].tree)
-            restored = self._manager.restore(step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)}))
+            abstract = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), stored[item].tree
+            )
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
+            )
         return restored[item]
 
     def config(self, step: int | str | None = None) -> dict[str, Any]:
@@ -307,9 +313,7 @@ class Checkpoints:
             cause = _storage_cause(error)
             if cause is None:
                 raise
-            raise CheckpointError(
-                f"Cannot {action} checkpoints in {self.directory}: {cause}. {_INTACT}"
-            ) from error
+            raise CheckpointError(f"Cannot {action} checkpoints in {self.directory}: {cause}. {_INTACT}") from error
 
 
 def _not_from_orbax(record: Any) -> bool:
@@ -337,7 +341,13 @@ def _storage_cause(error: BaseException | None) -> str | None:
         "Read-only file system": "read-only file system",
     }
     while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        if isinstance(error, OSError) and error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+            errno.EACCES,
+            errno.EROFS,
+        ):
             return (error.strerror or str(error)).lower()
         for text, meaning in texts.items():
             if text.lower() in str(error).lower():

@@ -1,4 +1,5 @@
 """Config files that other config files build on: `configs/prior.py` holds the config of its image tokenizer."""
+
 from __future__ import annotations
 
 import importlib.util

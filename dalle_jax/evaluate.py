@@ -1,7 +1,8 @@
 """Measures of a trained prior's workdir: its tokenizer, its likelihood, and what its pictures show.
 
-    B pictures    H, W their size    N image tokens
+B pictures    H, W their size    N image tokens
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -62,7 +63,9 @@ def read_examples(data: dict[str, Any], split: str, count: int) -> Examples:
         except DataError:  # the training has counted and named it
             continue
     if len(found) < count:
-        raise DataError(f"{source.description} has {len(found)} readable examples, {count} are asked for: lower config.count.")
+        raise DataError(
+            f"{source.description} has {len(found)} readable examples, {count} are asked for: lower config.count."
+        )
     images = np.stack([augment(example["image"], options.image_size, "none", None) for example in found])
     scenes = None
     if "scene" in found[0]["extra"]:
@@ -84,7 +87,9 @@ def measure(model: TextToImage, examples: Examples, options: SamplingOptions, se
     """
     # The last one repeats: every batch has the compiled size.
     step = min(model.rows_at_once, len(examples.images))
-    batches = [np.minimum(np.arange(i, i + step), len(examples.images) - 1) for i in range(0, len(examples.images), step)]
+    batches = [
+        np.minimum(np.arange(i, i + step), len(examples.images) - 1) for i in range(0, len(examples.images), step)
+    ]
     text = model.encode_text(examples.captions)
     tokens, reconstructed, nats = [], [], []
     for rows in batches:
@@ -124,7 +129,9 @@ def _nats(prior, params, text, tokens, valid) -> jax.Array:
     return scalars["image_nats"]
 
 
-def grid(examples: Examples, reconstructed: np.ndarray, generated: np.ndarray, title: str, rows: int = 16) -> np.ndarray:
+def grid(
+    examples: Examples, reconstructed: np.ndarray, generated: np.ndarray, title: str, rows: int = 16
+) -> np.ndarray:
     """Captions beside the real, the reconstructed and the generated picture: uint8 [H', W', 3]."""
     rows = min(rows, len(examples.captions))
     shown = [(examples.captions[i], [examples.images[i], reconstructed[i], generated[i]]) for i in range(rows)]
@@ -151,7 +158,9 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         "sampling": dataclasses.asdict(options), "seed": config.seed, "device": device(),
     }  # fmt: skip
     out = epath.Path(workdir).expanduser()
-    report.save_png(out / "grid.png", grid(examples, reconstructed, generated, f"{model.workdir}: {config.split} captions"))
+    report.save_png(
+        out / "grid.png", grid(examples, reconstructed, generated, f"{model.workdir}: {config.split} captions")
+    )
     report.save_json(out / "report.json", figures)
     print(report.table(figures) + f"\n{out / 'grid.png'}\n{out / 'report.json'}")
     return figures

@@ -9,6 +9,7 @@ writes a manifest from which each one can be made again.
 
     C captions    n candidates of each    B = C·n rows    N image tokens
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -144,9 +145,7 @@ class TextToImage:
         images = self._pictures(text, n, seed, SamplingOptions(**options))
         return images[0] if one else images
 
-    def complete(
-        self, image: np.ndarray, rows: int, caption: str, n: int = 1, seed: int = 0, **options
-    ) -> np.ndarray:
+    def complete(self, image: np.ndarray, rows: int, caption: str, n: int = 1, seed: int = 0, **options) -> np.ndarray:
         """Keeps the top rows of the token grid and draws the rest (DALL-E, figure 2: image completion).
 
         Args:
@@ -165,7 +164,9 @@ class TextToImage:
         """
         layout = self.prior.layout
         if not 0 <= rows <= layout.height:
-            raise ConfigError(f"rows is {rows}; this model's token grid has {layout.height} rows: give 0 to {layout.height}.")
+            raise ConfigError(
+                f"rows is {rows}; this model's token grid has {layout.height} rows: give 0 to {layout.height}."
+            )
         given = self.encode(np.asarray(image)[None])
         mask = np.arange(layout.image_length) < rows * layout.width
         return self._pictures(self.encode_text([caption]), n, seed, SamplingOptions(**options), (given, mask))[0]
@@ -347,7 +348,9 @@ def read_captions(config: ConfigDict) -> list[str]:
       DataError: where neither or both are given, or the file is missing or empty.
     """
     if bool(config.prompts) == bool(config.prompts_file):
-        raise DataError("Give captions by --config.prompts='a red circle|a blue square' or by --config.prompts_file=FILE.")
+        raise DataError(
+            "Give captions by --config.prompts='a red circle|a blue square' or by --config.prompts_file=FILE."
+        )
     if config.prompts:
         return [part.strip() for part in config.prompts.split("|")]
     path = epath.Path(config.prompts_file).expanduser()

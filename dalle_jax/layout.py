@@ -6,6 +6,7 @@ to, never masked. Everything that needs an offset, a length or a special id asks
 
     T text length    h, w grid    N = h·w image tokens    S = T + N
 """
+
 from __future__ import annotations
 
 import dataclasses

@@ -18,7 +18,9 @@ from dalle_jax import compilation_cache
 from dalle_jax.errors import ConfigError, UserError
 from dalle_jax.options import explain_flag_error
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="What to do: configs/NAME.py[:variant].")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", lock_config=True, help_string="What to do: configs/NAME.py[:variant]."
+)
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where the run keeps its files (default: config.workdir).")
 
 # config.job → the module whose run(config, workdir) does it.

@@ -55,7 +55,9 @@ class OptimizerOptions:
         if self.accumulate_steps < 1:
             raise ConfigError(f"optimizer.accumulate_steps={self.accumulate_steps}: expected at least 1.")
         if self.clip_norm < 0:
-            raise ConfigError(f"optimizer.clip_norm={self.clip_norm}: expected a positive number, or 0 for no clipping.")
+            raise ConfigError(
+                f"optimizer.clip_norm={self.clip_norm}: expected a positive number, or 0 for no clipping."
+            )
 
 
 def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
@@ -143,7 +145,9 @@ class AverageOptions:
 
     def __post_init__(self):
         if not 0.0 <= self.decay < 1.0 or self.every < 1:
-            raise ConfigError(f"ema.decay={self.decay}, ema.every={self.every}: expected 0 <= decay < 1 and every >= 1.")
+            raise ConfigError(
+                f"ema.decay={self.decay}, ema.every={self.every}: expected 0 <= decay < 1 and every >= 1."
+            )
 
 
 def update_average(average: PyTree, params: PyTree, step: jax.Array, options: AverageOptions) -> PyTree:

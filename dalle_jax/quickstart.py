@@ -1,4 +1,5 @@
 """The whole system in one go: every training in turn, then pictures for unseen captions, a grid and a report."""
+
 from __future__ import annotations
 
 import dataclasses

@@ -1,4 +1,5 @@
 """Pictures and tables for people: grids of captioned pictures, and a run's figures as text and JSON."""
+
 from __future__ import annotations
 
 import json

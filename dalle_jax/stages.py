@@ -2,6 +2,7 @@
 
 `configs/prior.py` holds the whole configuration of its tokenizer, so that one command works on a fresh machine.
 """
+
 from __future__ import annotations
 
 from absl import logging

@@ -64,7 +64,10 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
         parallel.check_batch(mesh, config.batch_size, options.accumulate_steps)
         job = job or tasks.build(config, workdir)
         task = job.task
-        step_schedules = {**task.schedules, "learning_rate": schedules.make(config.schedules.learning_rate, "learning_rate")}
+        step_schedules = {
+            **task.schedules,
+            "learning_rate": schedules.make(config.schedules.learning_rate, "learning_rate"),
+        }
         optimizer = optimizers.make_optimizer(options)
         logging.info("mesh: %s", parallel.describe(mesh))
 
@@ -193,7 +196,9 @@ def _check(config: ConfigDict, workdir: str) -> None:
     try:
         epath.Path(workdir).mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"Cannot use {workdir!r} as the workdir: {error.strerror}. Give another --workdir.") from error
+        raise ConfigError(
+            f"Cannot use {workdir!r} as the workdir: {error.strerror}. Give another --workdir."
+        ) from error
 
 
 def _closing(close: Callable[[], None]) -> Callable[..., None]:

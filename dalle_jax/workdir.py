@@ -7,6 +7,7 @@
 
 Directories may be local or remote ("gs://…").
 """
+
 from __future__ import annotations
 
 import json

@@ -5,6 +5,7 @@
 The sizes of `2.8b`, `5.6b` and `paper` do not fit a small machine: their parameters are counted without making them
 (tests/priors/test_autoregressive.py); here their data path and command line run with a model of one-digit width.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -21,7 +22,13 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = ["steps=2", "cadence.eval=2", "cadence.preview=2", "cadence.checkpoint=2", "eval_batches=1", "batch_size=4"]
 SMALL_DVAE = ["model.vocab_size=32", "model.hidden=8", "model.codebook_dim=8"]
 PATCHES = ["model.vocab_size=32", "model.hidden=96", "model.codebook_dim=96"]  # the k-means start needs the width
-SMALL_TRUNK = ["model.trunk.width=16", "model.trunk.depth=5", "model.trunk.heads=2", "text.length=16", "text.vocab_size=300"]
+SMALL_TRUNK = [
+    "model.trunk.width=16",
+    "model.trunk.depth=5",
+    "model.trunk.heads=2",
+    "text.length=16",
+    "text.vocab_size=300",
+]
 FEW = ["data.builder_kwargs={'num_train': 64, 'num_validation': 8, 'num_heldout': 8}"]
 
 
@@ -94,9 +101,15 @@ def main() -> int:
         start = time.perf_counter()
         command = [sys.executable, "-m", "dalle_jax.main", f"--config=configs/{config}", f"--workdir={work / name}"]
         done = subprocess.run(
-            [*command, *under("--config.", options)], cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            [*command, *under("--config.", options)],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
-        print(f"{name:14} {'ok' if done.returncode == 0 else 'FAILED'}  {time.perf_counter() - start:.0f} s", flush=True)
+        print(
+            f"{name:14} {'ok' if done.returncode == 0 else 'FAILED'}  {time.perf_counter() - start:.0f} s", flush=True
+        )
         if done.returncode:
             print(done.stdout[-3000:], flush=True)
             failed.append(name)

@@ -107,7 +107,10 @@ def test_damaged_checkpoint(tmp_path):
         checkpoints.save(4, state, tiny_batches(4), tiny_config())
     for file in (tmp_path / "checkpoints" / "4" / "params").rglob("manifest.ocdbt"):
         file.unlink()
-    with Checkpoints(str(tmp_path)) as checkpoints, pytest.raises(CheckpointError, match="cannot be read into this model"):
+    with (
+        Checkpoints(str(tmp_path)) as checkpoints,
+        pytest.raises(CheckpointError, match="cannot be read into this model"),
+    ):
         checkpoints.restore(abstract, tiny_batches(4), tiny_config())
 
 
@@ -126,7 +129,9 @@ def test_too_little_space(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 1 << 19})
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
     with Checkpoints(str(tmp_path)) as checkpoints:
-        with pytest.raises(CheckpointError, match=r"no space left on the device \(a checkpoint needs 1.1 MiB, 0.5 MiB are free\)"):
+        with pytest.raises(
+            CheckpointError, match=r"no space left on the device \(a checkpoint needs 1.1 MiB, 0.5 MiB are free\)"
+        ):
             checkpoints.save(1, initial()[0], tiny_batches(4), tiny_config())
         assert checkpoints.steps == []
 
@@ -135,7 +140,7 @@ def test_too_little_space(tmp_path, monkeypatch):
     "error",
     [
         OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)),
-        ValueError("RESOURCE_EXHAUSTED: Error writing \"x\": [OS error 28: ENOSPC No space left on device]"),
+        ValueError('RESOURCE_EXHAUSTED: Error writing "x": [OS error 28: ENOSPC No space left on device]'),
     ],
 )
 def test_full_disk(tmp_path, monkeypatch, error):

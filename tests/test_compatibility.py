@@ -15,7 +15,9 @@ def test_differences_of_configurations():
 def test_same_model():
     stored = to_json(tiny_config())
     check_same_model(stored, to_json(tiny_config(steps=99, batch_size=8, model__remat=True)), "x")
-    with pytest.raises(ConfigMismatch, match=r"model.hidden \(checkpoint: 16, given: 32\).*text.length .*another --workdir"):
+    with pytest.raises(
+        ConfigMismatch, match=r"model.hidden \(checkpoint: 16, given: 32\).*text.length .*another --workdir"
+    ):
         check_same_model(stored, to_json(tiny_config(model__hidden=32, text__length=5)), "x")
     with pytest.raises(ConfigMismatch, match="data.image_size"):
         check_same_model(stored, to_json(tiny_config(data__image_size=16)), "x")

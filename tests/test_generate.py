@@ -278,7 +278,9 @@ def test_captions_of_a_job(tmp_path):
 
 def test_every_picture_of_a_manifest_can_be_made_again(trained, tmp_path):
     config = config_files.module(CONFIGS, "generate.py").get_config()
-    config.update({"model_workdir": trained.workdir, "prompts": f"{CAPTION}|a green star|a small cross", "n": 3, "seed": 4})
+    config.update(
+        {"model_workdir": trained.workdir, "prompts": f"{CAPTION}|a green star|a small cross", "n": 3, "seed": 4}
+    )
     config.update({"rows_at_once": 2, "sampling": {"temperature": 0.8, "top_k": 9, "guidance": 1.0}})
     generate.run(config, str(tmp_path))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
@@ -307,7 +309,9 @@ def test_evaluation_of_a_workdir(trained, model, tmp_path):
     assert (written["samples"], written["split"], written["step"]) == (5, "heldout", 3)
     assert np.asarray(Image.open(tmp_path / "grid.png")).ndim == 3
 
-    examples = evaluate.read_examples(workdirs.read_config(trained.workdir)["data"], "heldout", 5)  # in batches of two, each counts once
+    examples = evaluate.read_examples(
+        workdirs.read_config(trained.workdir)["data"], "heldout", 5
+    )  # in batches of two, each counts once
     assert isinstance(examples.scenes[0], Scene)
     images = model.decode(model.encode(examples.images)).astype(float)
     error = np.square((images - examples.images) / 255).mean((1, 2, 3))
@@ -326,6 +330,7 @@ def test_too_few_examples(trained):
 def test_the_grid_of_an_evaluation():
     images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
     examples = evaluate.Examples(images, ["a"] * 6, None)
-    assert evaluate.grid(examples, images, images, "title", rows=2).shape[0] < report.grid(
-        [("a", [image] * 3) for image in images]
-    ).shape[0]
+    assert (
+        evaluate.grid(examples, images, images, "title", rows=2).shape[0]
+        < report.grid([("a", [image] * 3) for image in images]).shape[0]
+    )

@@ -66,8 +66,8 @@ def test_dispatches_with_overrides(command, config_file):
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--config=FILE", "--config.modle.width=3"], 'no key \'modle\' (did you mean "model"?)'),
-        (["--config=FILE", "--config.model.widht=3"], '--config.model.widht=3: the configuration has no key \'widht\''),
+        (["--config=FILE", "--config.modle.width=3"], "no key 'modle' (did you mean \"model\"?)"),
+        (["--config=FILE", "--config.model.widht=3"], "--config.model.widht=3: the configuration has no key 'widht'"),
         (["--config=FILE", "--config.zzz=3"], "no key 'zzz'."),
         (["--config=FILE", "--config.steps=many"], "--config.steps=many"),
         (["--config=FILE", "--config.job=dance"], "config.job='dance': expected one of train, generate"),
@@ -117,4 +117,4 @@ def test_a_real_process(config_file):
     environment = {**os.environ, "PYTHONPATH": root}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 2
-    assert done.stderr == 'error: --config.stps=4: the configuration has no key \'stps\' (did you mean "steps"?).\n'
+    assert done.stderr == "error: --config.stps=4: the configuration has no key 'stps' (did you mean \"steps\"?).\n"

@@ -96,7 +96,7 @@ def test_average():
         (lambda: OptimizerOptions(clip_norm=-1.0), "clip_norm=-1.0"),
         (lambda: AverageOptions(decay=1.0), "decay=1.0"),
         (lambda: AverageOptions(decay=0.9, every=0), "every=0"),
-        (lambda: from_config(OptimizerOptions, {"weigth_decay": 0.1}, "optimizer"), "did you mean \"weight_decay\""),
+        (lambda: from_config(OptimizerOptions, {"weigth_decay": 0.1}, "optimizer"), 'did you mean "weight_decay"'),
     ],
 )
 def test_refuses(make, words):

@@ -69,9 +69,7 @@ def test_learns_and_writes_everything(uninterrupted):
     assert list((workdir / "tensorboard").glob("events*"))
 
 
-@pytest.mark.parametrize(
-    "mesh", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}]
-)
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
 def test_sharded_equals_unsharded(uninterrupted, tmp_path, mesh):
     workdir, state = uninterrupted
     sharded = run(tmp_path, **{f"mesh__{axis}": size for axis, size in mesh.items()})
@@ -117,7 +115,9 @@ def test_accumulation_equals_the_large_batch(tmp_path):
     slices = run(tmp_path / "4", noise=0.0, mesh__data=2, optimizer__accumulate_steps=4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), slices.params, whole.params)
     np.testing.assert_allclose(
-        list(series(tmp_path / "4", "train/loss").values()), list(series(tmp_path / "1", "train/loss").values()), atol=1e-5
+        list(series(tmp_path / "4", "train/loss").values()),
+        list(series(tmp_path / "1", "train/loss").values()),
+        atol=1e-5,
     )
 
 
@@ -286,6 +286,7 @@ def test_full_disk_while_saving(tmp_path, monkeypatch):
 
     def save(self, step, *rest):
         if step == 10:
+
             def full(*_, **__):
                 raise OSError(28, "No space left on device")
 

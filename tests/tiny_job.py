@@ -77,7 +77,10 @@ class TinyTask:
         error = self.net.apply({"params": params}, x) + frozen["offset"][None] - batch["y"]
         loss = jnp.mean(jnp.square(error))
         poisoned = functools.reduce(jnp.logical_or, [step == at for at in self.poison], jnp.zeros((), bool))
-        return jnp.where(poisoned, jnp.nan, 1.0) * loss, {"mean_x": jnp.mean(batch["x"]), "drawn": jax.random.uniform(key)}
+        return jnp.where(poisoned, jnp.nan, 1.0) * loss, {
+            "mean_x": jnp.mean(batch["x"]),
+            "drawn": jax.random.uniform(key),
+        }
 
     def evaluate(self, params, frozen, batches, key):
         errors = [self._error(params, frozen, batch["x"], batch["y"]) for batch in batches]

@@ -13,6 +13,7 @@ source pixel counts by the area it covers), which Pillow's BOX filter is not at 
 
     S size asked for    s short side of the picture    t side after the resize
 """
+
 from __future__ import annotations
 
 import numpy as np

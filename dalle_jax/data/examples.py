@@ -12,6 +12,7 @@ evaluation its row is marked invalid.
     B global batch    b = B / process_count rows on this host    n examples
     S picture size    T text positions
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -52,8 +53,17 @@ class ExampleMaker:
     """Makes batch k.  Picklable, so that worker processes can hold one each."""
 
     def __init__(
-        self, source: Source, options: DataOptions, text_model: TextModel | None, layout: TokenLayout | None,
-        *, train: bool, batch_size: int, seed: int, process_index: int, process_count: int,
+        self,
+        source: Source,
+        options: DataOptions,
+        text_model: TextModel | None,
+        layout: TokenLayout | None,
+        *,
+        train: bool,
+        batch_size: int,
+        seed: int,
+        process_index: int,
+        process_count: int,
     ):
         """Args are those of `Pipeline`, checked there."""
         self._source, self._options, self._text_model, self._layout = source, options, text_model, layout

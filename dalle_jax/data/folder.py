@@ -8,6 +8,7 @@ Splits: a sub-folder named like the split, with captions of its own, is that spl
 one set, of which a fixed twentieth (chosen by a hash of the names, so that it does not change as files are
 copied) is "validation", the rest "train"; "all" is everything.
 """
+
 from __future__ import annotations
 
 import csv
@@ -48,9 +49,7 @@ class FolderSource(Source):
         self.description = f"{root} ({split})"
         entries = _entries(root)
         if not entries:
-            raise DataError(
-                f"{root} holds no pictures ({', '.join(_PICTURES)}) and no captions.jsonl or captions.csv."
-            )
+            raise DataError(f"{root} holds no pictures ({', '.join(_PICTURES)}) and no captions.jsonl or captions.csv.")
         self._entries = _choose(entries, split, root)
 
     def __len__(self) -> int:
@@ -141,6 +140,5 @@ def _choose(entries: list, split: str, root: epath.Path) -> list:
         # A single picture cannot be divided: it is both.
         return [entry for i, entry in enumerate(entries) if i not in held_out] or entries
     raise DataError(
-        f"{root} has no split {split!r}: make a sub-folder of that name, or ask for 'train', 'validation' or "
-        "'all'."
+        f"{root} has no split {split!r}: make a sub-folder of that name, or ask for 'train', 'validation' or 'all'."
     )

@@ -7,6 +7,7 @@ hosts or workers.
 
     B global batch    b = B / process_count rows on this host
 """
+
 from __future__ import annotations
 
 import collections
@@ -50,9 +51,18 @@ class Pipeline:
     """
 
     def __init__(
-        self, options: DataOptions, text_model: TextModel | None = None, layout: TokenLayout | None = None, *,
-        split: str, train: bool, batch_size: int, seed: int = 0, process_index: int | None = None,
-        process_count: int | None = None, source: Source | None = None,
+        self,
+        options: DataOptions,
+        text_model: TextModel | None = None,
+        layout: TokenLayout | None = None,
+        *,
+        split: str,
+        train: bool,
+        batch_size: int,
+        seed: int = 0,
+        process_index: int | None = None,
+        process_count: int | None = None,
+        source: Source | None = None,
     ):
         """Opens the source and checks that something in it can be read.
 
@@ -89,13 +99,23 @@ class Pipeline:
         self.source = open_source(options, split) if source is None else source
         self._train, self._options, self._batch_size = train, options, batch_size
         self._run = {
-            "batch_size": batch_size, "seed": seed, "examples": len(self.source), "train": train,
+            "batch_size": batch_size,
+            "seed": seed,
+            "examples": len(self.source),
+            "train": train,
         }
         self._tally = _Tally(self.source.description)
         self._check_readable(text_model is not None)
         self._make = ExampleMaker(
-            self.source, options, text_model, layout, train=train, batch_size=batch_size, seed=seed,
-            process_index=process_index, process_count=process_count,
+            self.source,
+            options,
+            text_model,
+            layout,
+            train=train,
+            batch_size=batch_size,
+            seed=seed,
+            process_index=process_index,
+            process_count=process_count,
         )
 
     def __len__(self) -> int:
@@ -186,9 +206,7 @@ class PipelineIterator(Iterator[dict[str, np.ndarray]]):
         if not flags.FLAGS.is_parsed():  # in a notebook or a test; grain reads its flags to start a process
             flags.FLAGS.mark_as_parsed()
         ahead = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-        return ahead.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
-        )
+        return ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2))
 
     def get_state(self) -> bytes:
         """The place after the last delivered batch, as JSON; equal on every host."""
@@ -204,9 +222,7 @@ class PipelineIterator(Iterator[dict[str, np.ndarray]]):
             values = json.loads(state)
             delivered = values.pop("batches")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"The checkpoint's place in the data cannot be read: {repr(state)[:200]}."
-            ) from error
+            raise CheckpointError(f"The checkpoint's place in the data cannot be read: {repr(state)[:200]}.") from error
         differing = [key for key in self._run if values.get(key) != self._run[key]]
         if differing:
             raise CheckpointError(
@@ -250,9 +266,7 @@ class _Tally:
             seen.add(note.index)
             if len(seen) <= _NAMED_PER_REASON:
                 more = " (further ones are counted only)" if len(seen) == _NAMED_PER_REASON else ""
-                logging.warning(
-                    "%s: %s: %s %s%s", self._description, note.reason, note.name, note.detail, more
-                )
+                logging.warning("%s: %s: %s %s%s", self._description, note.reason, note.name, note.detail, more)
 
     def skipped(self) -> dict[str, int]:
         return {reason: len(seen) for reason, seen in sorted(self._seen.items()) if reason != self._TRUNCATED}

@@ -1,4 +1,5 @@
 """Moves host batches to the devices ahead of time, without losing count of what the training has seen."""
+
 from __future__ import annotations
 
 import collections
@@ -43,9 +44,7 @@ class prefetch_to_mesh(Iterator[dict[str, jax.Array]]):
         return batch
 
     def _send(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return {
-            name: jax.make_array_from_process_local_data(self._sharding, rows) for name, rows in batch.items()
-        }
+        return {name: jax.make_array_from_process_local_data(self._sharding, rows) for name, rows in batch.items()}
 
     def get_state(self) -> bytes:
         """The place after the last batch handed out; see `PipelineIterator.get_state`."""

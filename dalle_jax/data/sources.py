@@ -7,6 +7,7 @@ counts it.
 
     H, W picture size
 """
+
 from __future__ import annotations
 
 import abc
@@ -213,7 +214,9 @@ class Source(abc.ABC):
             raise IndexError(f"Example {index} of {len(self)} in {self.description}.")
         record = self.record(index)
         return {
-            "image": decode_image(record), "captions": decode_captions(record), "name": record.name,
+            "image": decode_image(record),
+            "captions": decode_captions(record),
+            "name": record.name,
             "extra": dict(record.extra),
         }
 
@@ -264,8 +267,7 @@ class TfdsSource(Source):
             builder.download_and_prepare()
             if split.split("[")[0] not in builder.info.splits:
                 raise DataError(
-                    f"{options.source} has no split {split!r}; it has "
-                    f"{', '.join(sorted(builder.info.splits))}."
+                    f"{options.source} has no split {split!r}; it has {', '.join(sorted(builder.info.splits))}."
                 )
             features = builder.info.features
             for key in (options.image_key, options.caption_key):
@@ -279,8 +281,15 @@ class TfdsSource(Source):
             self._records = builder.as_data_source(split, decoders=decoders)
         except DataError:
             raise
-        except (tfds.core.DatasetNotFoundError, NotImplementedError, OSError, ImportError, AssertionError,
-                TypeError, ValueError) as error:
+        except (
+            tfds.core.DatasetNotFoundError,
+            NotImplementedError,
+            OSError,
+            ImportError,
+            AssertionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise DataError(
                 f"The TFDS data set {options.source!r} (split {split!r}, in {data_dir}) cannot be opened: "
                 f"{error}. "

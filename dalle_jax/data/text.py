@@ -10,6 +10,7 @@ it a resumed run could not repeat an interrupted one.  At dropout 0 both give th
 
     T text positions    V text vocabulary
 """
+
 from __future__ import annotations
 
 import io
@@ -74,7 +75,8 @@ class TextModel:
         self._serialized = serialized
         # In a BPE model a piece's score is minus its rank among the merges: the highest goes first.
         self._pieces = {
-            self._processor.id_to_piece(i): (-self._processor.get_score(i), i) for i in range(self.vocab_size)
+            self._processor.id_to_piece(i): (-self._processor.get_score(i), i)
+            for i in range(self.vocab_size)
             if not self._processor.is_unknown(i) and not self._processor.is_control(i)
         }
 
@@ -100,9 +102,7 @@ class TextModel:
         return cls(serialized, str(path))
 
     @classmethod
-    def train(
-        cls, captions: Iterable[str], vocab_size: int, path: str | epath.PathLike | None = None
-    ) -> TextModel:
+    def train(cls, captions: Iterable[str], vocab_size: int, path: str | epath.PathLike | None = None) -> TextModel:
         """Learns a vocabulary; the same captions in the same order give the same model.
 
         Args:
@@ -131,9 +131,19 @@ class TextModel:
         written = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=iter(sample), model_writer=written, model_type="bpe", vocab_size=vocab_size,
-                hard_vocab_limit=False, character_coverage=coverage, normalization_rule_name="identity",
-                unk_id=_UNKNOWN, bos_id=-1, eos_id=-1, pad_id=-1, num_threads=1, minloglevel=2,
+                sentence_iterator=iter(sample),
+                model_writer=written,
+                model_type="bpe",
+                vocab_size=vocab_size,
+                hard_vocab_limit=False,
+                character_coverage=coverage,
+                normalization_rule_name="identity",
+                unk_id=_UNKNOWN,
+                bos_id=-1,
+                eos_id=-1,
+                pad_id=-1,
+                num_threads=1,
+                minloglevel=2,
             )
         except RuntimeError as error:
             raise ConfigError(

@@ -9,6 +9,7 @@ most.
 
     B pictures, H, W their size, S = 32 the size they are read at, P = S² pixels, K outlines, C = 3 channels
 """
+
 from __future__ import annotations
 
 import functools
@@ -140,10 +141,12 @@ def _outlines(relation: str | None, index: int) -> tuple[list[tuple[str, str]], 
 
 def _read(images: np.ndarray) -> list[Scene]:
     if images.shape[1] != _READ_SIZE:
-        images = np.stack([
-            np.asarray(PIL.Image.fromarray(image).resize((_READ_SIZE, _READ_SIZE), PIL.Image.Resampling.BOX))
-            for image in images
-        ])
+        images = np.stack(
+            [
+                np.asarray(PIL.Image.fromarray(image).resize((_READ_SIZE, _READ_SIZE), PIL.Image.Resampling.BOX))
+                for image in images
+            ]
+        )
     pixels = images.astype(np.float32)
     frame = np.ones((_READ_SIZE, _READ_SIZE), bool)
     frame[2:-2, 2:-2] = False

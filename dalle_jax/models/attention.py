@@ -15,6 +15,7 @@ row ends is a field (`Convolutional.wrap`).
     B batch    S = T + N sequence    T text    N = h·w image tokens    H heads    K head size
     G groups of queries    Q queries in a group    L image keys of a group or of a decode cache
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -295,7 +296,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, layout: T
     grid = lambda x: x[:, t:].reshape(x.shape[0], layout.height, layout.width, *x.shape[2:])
     groups = functools.partial(pattern.group_keys, layout=layout)
     image = _attend_groups(
-        pattern.group_queries(grid(q)), groups(grid(k)), groups(grid(v)), k[:, :t], v[:, :t], group_mask(pattern, layout)
+        pattern.group_queries(grid(q)),
+        groups(grid(k)),
+        groups(grid(v)),
+        k[:, :t],
+        v[:, :t],
+        group_mask(pattern, layout),
     )
     return jnp.concatenate([text, pattern.ungroup(image, layout)], axis=1)
 

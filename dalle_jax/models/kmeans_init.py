@@ -13,6 +13,7 @@ its output layer at reading μ back: untrained, the dVAE is a vector quantiser o
 
     n features    F their width    V vocabulary    D width of a code's vector    P = 3 s² numbers in a patch
 """
+
 from __future__ import annotations
 
 import jax

@@ -65,7 +65,9 @@ def from_dict(description: Mapping[str, Any]) -> ImageTokenizer:
     tokenizer, options = _KINDS[kind]
     unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(options)})
     if unknown:
-        raise ConfigError(f"Image tokenizer {kind!r} has no option {', '.join(unknown)}; was it saved by a newer version?")
+        raise ConfigError(
+            f"Image tokenizer {kind!r} has no option {', '.join(unknown)}; was it saved by a newer version?"
+        )
     return tokenizer(options(**fields))
 
 

@@ -10,6 +10,7 @@ the layout of `scan=False`.
 
     B batch    S = T + N sequence    D width    H heads    K head size    F hidden width of the MLP
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -101,7 +102,9 @@ def stacking(patterns: tuple[Pattern, ...]) -> tuple[int, int]:
     best = (0, 0)
     for unit in range(1, 5):
         repeats = 0
-        while patterns[repeats * unit : (repeats + 1) * unit] == patterns[:unit] and (repeats + 1) * unit <= len(patterns):
+        while patterns[repeats * unit : (repeats + 1) * unit] == patterns[:unit] and (repeats + 1) * unit <= len(
+            patterns
+        ):
             repeats += 1
         if repeats > 1 and unit * repeats > best[0] * best[1]:
             best = (unit, repeats)
@@ -331,7 +334,9 @@ class Trunk(nn.Module):
     def setup(self):
         o = self.options
         if len(self.patterns) != o.depth:
-            raise ValueError(f"{len(self.patterns)} attention patterns for {o.depth} layers; there must be one for each.")
+            raise ValueError(
+                f"{len(self.patterns)} attention patterns for {o.depth} layers; there must be one for each."
+            )
         unit, repeats = stacking(self.patterns) if o.scan else (0, 0)
         remat = REMAT[o.remat]
         if repeats:
@@ -342,9 +347,7 @@ class Trunk(nn.Module):
             )(o, self.layout, self.patterns[:unit])  # fmt: skip
         block = Block if remat is None else nn.remat(Block, policy=remat, static_argnums=(2,))
         self.scanned = unit * repeats
-        self.layers = [
-            block(o, self.layout, self.patterns[i], name=f"layer_{i}") for i in range(self.scanned, o.depth)
-        ]
+        self.layers = [block(o, self.layout, self.patterns[i], name=f"layer_{i}") for i in range(self.scanned, o.depth)]
         self.final_norm = Norm(o.norm, o.dtype)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:

@@ -85,7 +85,9 @@ def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
         return restricted_pickle.module_parameters(content)
     if isinstance(content, Mapping) and all(isinstance(value, np.ndarray) for value in content.values()):
         return dict(content)
-    raise PretrainedError(f"{path} holds a {type(content).__name__}: expected a state dict (name → tensor) or a module.")
+    raise PretrainedError(
+        f"{path} holds a {type(content).__name__}: expected a state dict (name → tensor) or a module."
+    )
 
 
 def _read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -159,7 +161,9 @@ def convert(encoder: StateDict, decoder: StateDict, options: DVAEOptions) -> PyT
         for name, array in arrays.items():
             path = _our_path(side, name)
             if path is None:
-                raise PretrainedError(f"The {side} has an array {name!r} of {array.shape} that a dVAE has no place for.")
+                raise PretrainedError(
+                    f"The {side} has an array {name!r} of {array.shape} that a dVAE has no place for."
+                )
             # OIHW to HWIO; a kernel of 1x1 is a matrix [in, out] here. The codebook's "in" are the codes.
             if path[-1] == "kernel" and array.ndim == 4:
                 array = array.transpose(2, 3, 1, 0)
@@ -195,9 +199,7 @@ def _our_path(side: str, name: str) -> tuple[str, ...] | None:
     return (side, f"group_{group}_block_{block}", convolution[1] or "skip", leaf)
 
 
-def load(
-    encoder: str | os.PathLike, decoder: str | os.PathLike, image_size: int = 256
-) -> tuple[DVAETokenizer, PyTree]:
+def load(encoder: str | os.PathLike, decoder: str | os.PathLike, image_size: int = 256) -> tuple[DVAETokenizer, PyTree]:
     """The image tokenizer of two files.
 
     Args:

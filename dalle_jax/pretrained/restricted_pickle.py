@@ -179,7 +179,9 @@ class RestrictedUnpickler(pickle.Unpickler):
             return _StorageType(_DTYPES[name])
         if asked == "torch.device" or self._inert(asked):
             if asked not in self._records:
-                self._records[asked] = type(name.rpartition(".")[2], (Record,), {"qualified_name": asked, "__slots__": ()})
+                self._records[asked] = type(
+                    name.rpartition(".")[2], (Record,), {"qualified_name": asked, "__slots__": ()}
+                )
             return self._records[asked]
         raise PretrainedError(
             f"The file asks for {asked!r}, which a file of weights has no need of, so reading stopped and nothing was "

@@ -1,7 +1,8 @@
 """The priors over (text, image) tokens: the protocol that both heads speak.
 
-    B rows    C captions (B = C·n, the n candidates of a caption side by side)    T text    N image tokens
+B rows    C captions (B = C·n, the n candidates of a caption side by side)    T text    N image tokens
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping

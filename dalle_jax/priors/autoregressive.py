@@ -10,6 +10,7 @@ Not settled by the paper, and so chosen here: no start token (the first text tok
 
     B rows    C captions    T text    N image tokens    D width    V image vocabulary    H heads    K head size
 """
+
 from __future__ import annotations
 
 import dataclasses

@@ -5,6 +5,7 @@ p free to change without compiling anew. Tokens tied with the last one kept are 
 
     B rows    V vocabulary
 """
+
 from __future__ import annotations
 
 import jax

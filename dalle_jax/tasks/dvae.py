@@ -182,7 +182,9 @@ class DVAETask:
         shown = report.to_uint8(self._reconstruct(params, real))
         starts = range(0, len(real), _PREVIEW_COLUMNS)
         strips = [np.concatenate(rows[i : i + _PREVIEW_COLUMNS], axis=1) for i in starts for rows in (real, shown)]
-        strips = [np.pad(s, ((0, 0), (0, strips[0].shape[1] - s.shape[1]), (0, 0)), constant_values=255) for s in strips]
+        strips = [
+            np.pad(s, ((0, 0), (0, strips[0].shape[1] - s.shape[1]), (0, 0)), constant_values=255) for s in strips
+        ]
         return np.concatenate(strips, axis=0)
 
     @functools.partial(jax.jit, static_argnums=0)
@@ -210,16 +212,17 @@ def build_dvae(config: ConfigDict, workdir: str) -> Job:
     del workdir
     tokenizer = from_config(config)
     objective = from_section(ObjectiveOptions, config.objective, "objective")
-    temperature, kl_weight = (
-        schedules.make(config.schedules[name], name) for name in ("temperature", "kl_weight")
-    )
+    temperature, kl_weight = (schedules.make(config.schedules[name], name) for name in ("temperature", "kl_weight"))
     options = DataOptions.from_config(config.data)
     pipeline = functools.partial(Pipeline, options, batch_size=config.batch_size)
     training = pipeline(split=options.train_split, train=True, seed=config.seed)
     evaluation = pipeline(split=options.eval_split, train=False)
     start_from = None
     if objective.init == "kmeans":
-        batches = itertools.islice(iter(pipeline(split=options.train_split, train=True, seed=config.seed)), 1 + _START_PICTURES // config.batch_size)
+        batches = itertools.islice(
+            iter(pipeline(split=options.train_split, train=True, seed=config.seed)),
+            1 + _START_PICTURES // config.batch_size,
+        )
         start_from = np.concatenate([batch["image"] for batch in batches])[:_START_PICTURES], objective.kmeans_sharpness
     return Job(
         task=DVAETask(tokenizer, temperature, kl_weight, start_from),

@@ -1,7 +1,8 @@
 """Training a prior over (text, image) tokens, with a frozen image tokenizer (DALL-E, section 2.2).
 
-    B rows    T text    N = h·w image tokens
+B rows    T text    N = h·w image tokens
 """
+
 from __future__ import annotations
 
 import functools

@@ -7,6 +7,7 @@ peak_rss_mb (of the whole process, compilation included) and run_rss_mb (residen
 other_cores (cores that everything else on the machine used during the runs: above 0.15 the figure means little),
 threads, jax, device.
 """
+
 from __future__ import annotations
 
 import argparse

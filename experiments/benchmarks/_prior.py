@@ -1,4 +1,5 @@
 """The prior of the benchmarks: the sizes of the peers' transformer, with the paper's sparse attention."""
+
 from __future__ import annotations
 
 import flax.linen as nn

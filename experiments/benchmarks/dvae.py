@@ -4,6 +4,7 @@ Random weights, float32. Encoding and decoding: full size at 256x256, batch 1 an
 The training step is the one that `train.py` runs (ELBO with its logged metrics, AdamW), at 64x64, batch 16: the small
 size, and the same behind a space-to-depth stem, as the small configs use it.
 """
+
 import sys
 
 import _measure as m  # first: it limits the threads

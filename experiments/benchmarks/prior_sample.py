@@ -3,6 +3,7 @@
 Random weights, float32, top-k half the vocabulary, one caption a row; batch 1 and 8. `guided` adds guidance, which
 runs every row twice; `candidates` draws eight pictures of one caption, which share its text cache.
 """
+
 import sys
 
 import _measure as m  # first: it limits the threads

@@ -4,6 +4,7 @@ Random weights and tokens, float32, batch 2. `row_column` has the paper's attent
 convolutional); `dense` is the same model with dense causal attention. No gradient clipping and no moving average, as
 the peers.
 """
+
 import sys
 
 import _measure as m  # first: it limits the threads

@@ -1,4 +1,5 @@
 """A source for tests, in a module of its own: worker processes import it, and should import little."""
+
 import numpy as np
 
 from dalle_jax.data.sources import Record, Source, UnreadableExample

@@ -1,4 +1,5 @@
 """Emoji: their names, the splits, drawing with a font, and the TFDS builder without TensorFlow."""
+
 import itertools
 import sys
 
@@ -18,25 +19,35 @@ ALIKE = [item for item in names.split_emoji(ALL, (), seed=0)["validation"] if it
 
 def test_names_have_their_punctuation_again():
     assert {
-        "woman firefighter: dark skin tone", "red apple", "man: medium-light skin tone, red hair",
-        "flag: brazil", "flag: england", "keycap: 1",
-        "family: woman, boy", "kiss: man, man, light skin tone, dark skin tone",
-        "kiss mark", "firefighter: medium skin tone", "woman and man holding hands: dark skin tone",
+        "woman firefighter: dark skin tone",
+        "red apple",
+        "man: medium-light skin tone, red hair",
+        "flag: brazil",
+        "flag: england",
+        "keycap: 1",
+        "family: woman, boy",
+        "kiss: man, man, light skin tone, dark skin tone",
+        "kiss mark",
+        "firefighter: medium skin tone",
+        "woman and man holding hands: dark skin tone",
     } <= set(BY_NAME)
     assert len(BY_NAME) == len(ALL) > 3600
     assert all(name == name.lower() and "_" not in name for name in BY_NAME)
 
 
-@pytest.mark.parametrize("name, expected", [
-    ("woman firefighter: dark skin tone", ("firefighter", "woman", "dark")),
-    ("firefighter: dark skin tone", ("firefighter", "person", "dark")),
-    ("men wrestling", ("wrestling", "man", "")),
-    ("man: medium-light skin tone, red hair", ("red hair", "man", "medium-light")),
-    ("person: medium skin tone", ("adult", "person", "medium")),
-    ("woman and man holding hands: dark skin tone", ("", "", "dark")),
-    ("handshake: light skin tone, dark skin tone", ("", "", "several")),
-    ("red apple", ("", "", "")),
-])
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("woman firefighter: dark skin tone", ("firefighter", "woman", "dark")),
+        ("firefighter: dark skin tone", ("firefighter", "person", "dark")),
+        ("men wrestling", ("wrestling", "man", "")),
+        ("man: medium-light skin tone, red hair", ("red hair", "man", "medium-light")),
+        ("person: medium skin tone", ("adult", "person", "medium")),
+        ("woman and man holding hands: dark skin tone", ("", "", "dark")),
+        ("handshake: light skin tone, dark skin tone", ("", "", "several")),
+        ("red apple", ("", "", "")),
+    ],
+)
 def test_names_come_apart(name, expected):
     item = BY_NAME[name]
     assert (item.role, item.gender, item.tone) == expected

@@ -34,8 +34,15 @@ def make(model, layout):
     def build(*, source=None, train=True, batch_size=8, seed=3, process=(0, 1), **options):
         settings = {"augment": "dvae", "bpe_dropout": 0.2, "image_size": SIZE, **options}
         return Pipeline(
-            DataOptions(**settings), model, layout, split="train", train=train,
-            batch_size=batch_size, seed=seed, process_index=process[0], process_count=process[1],
+            DataOptions(**settings),
+            model,
+            layout,
+            split="train",
+            train=train,
+            batch_size=batch_size,
+            seed=seed,
+            process_index=process[0],
+            process_count=process[1],
             source=MemorySource(side=12) if source is None else source,
         )
 
@@ -260,9 +267,7 @@ def test_unreadable_examples_are_replaced_in_training_and_marked_in_evaluation(m
     assert (counts[broken] == 0).all()
     assert (np.delete(counts, broken) >= 8).all()  # every readable example still once per epoch
     assert pipeline.skipped() == {"missing file": 4}
-    assert pipeline.metrics() == {
-        "data/skipped": 4.0, "data/skipped_missing_file": 4.0, "data/truncated_captions": 0.0
-    }
+    assert pipeline.metrics() == {"data/skipped": 4.0, "data/skipped_missing_file": 4.0, "data/truncated_captions": 0.0}
     with iter(make(train=False, source=MemorySource(broken=broken))) as iterator:
         valid = np.concatenate([batch["valid"] for batch in iterator])
     assert np.flatnonzero(~valid).tolist() == [*broken, 37, 38, 39]
@@ -276,8 +281,16 @@ def test_one_readable_example_is_enough(make):
 def test_truncated_captions_are_counted(make, model):
     short = TokenLayout(model.vocab_size, 16, 3, 2, 2)
     pipeline = Pipeline(
-        DataOptions(image_size=SIZE), model, short, split="train", train=True, batch_size=8, seed=0,
-        process_index=0, process_count=1, source=MemorySource(count=10),
+        DataOptions(image_size=SIZE),
+        model,
+        short,
+        split="train",
+        train=True,
+        batch_size=8,
+        seed=0,
+        process_index=0,
+        process_count=1,
+        source=MemorySource(count=10),
     )
     with iter(pipeline) as iterator:
         batch = take(iterator, 5)[0]
@@ -315,7 +328,11 @@ def test_a_folder_with_faults_is_counted_and_named(tmp_path, model, layout, capl
 
 def test_captions_do_not_matter_without_a_text_model(tmp_path):
     pipeline = Pipeline(
-        write_folder(tmp_path, broken=True), split="all", train=True, batch_size=4, process_index=0,
+        write_folder(tmp_path, broken=True),
+        split="all",
+        train=True,
+        batch_size=4,
+        process_index=0,
         process_count=1,
     )
     with iter(pipeline) as iterator:
@@ -331,7 +348,13 @@ def test_nothing_readable_is_an_error_at_once(tmp_path, model, layout):
     for train in (True, False):
         with pytest.raises(DataError, match="nothing in it is readable.*unreadable image: 2.*for instance"):
             Pipeline(
-                options, model, layout, split="all", train=train, batch_size=4, process_index=0,
+                options,
+                model,
+                layout,
+                split="all",
+                train=train,
+                batch_size=4,
+                process_index=0,
                 process_count=1,
             )
 
@@ -353,6 +376,13 @@ def test_settings_that_do_not_fit(make, model):
         make(source=MemorySource(count=0))
     with pytest.raises(ConfigError, match=f"model has {model.vocab_size} ids, the prior was built for 5"):
         Pipeline(
-            DataOptions(), model, TokenLayout(5, 16, 24, 2, 2), split="train", train=True, batch_size=8,
-            source=MemorySource(), process_index=0, process_count=1,
+            DataOptions(),
+            model,
+            TokenLayout(5, 16, 24, 2, 2),
+            split="train",
+            train=True,
+            batch_size=8,
+            source=MemorySource(),
+            process_index=0,
+            process_count=1,
         )

@@ -1,4 +1,5 @@
 """The embedded shapes: what is held out, what captions say, and the TFDS builder without TensorFlow."""
+
 import dataclasses
 import itertools
 import re
@@ -48,7 +49,9 @@ def test_every_attribute_value_is_seen_in_every_role():
 def test_every_color_of_every_shape_is_seen_in_every_place():
     seen = [shown for shown, _ in draw_scenes(8000, False)]
     for relation, index in ((None, 0), ("above", 0), ("above", 1), ("left of", 0), ("left of", 1)):
-        pairs = {(scene.objects[index].color, scene.objects[index].shape) for scene in seen if scene.relation == relation}
+        pairs = {
+            (scene.objects[index].color, scene.objects[index].shape) for scene in seen if scene.relation == relation
+        }
         assert pairs == set(itertools.product(scenes.COLORS, scenes.SHAPES))
 
 
@@ -141,7 +144,9 @@ def test_builder_needs_no_tensorflow(tmp_path):
     builder = tfds.builder("shapes_captions", data_dir=tmp_path, file_format="array_record", **options)
     builder.download_and_prepare()
     assert {name: split.num_examples for name, split in builder.info.splits.items()} == {
-        "train": 20, "validation": 4, "heldout": 6,
+        "train": 20,
+        "validation": 4,
+        "heldout": 6,
     }
     for split in ("train", "validation", "heldout"):
         source = builder.as_data_source(split)

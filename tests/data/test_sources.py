@@ -73,7 +73,10 @@ def test_what_is_wrong_with_an_example_has_a_name(tmp_path):
     (tmp_path / "4.txt").unlink()
     source = FolderSource(tmp_path)
     assert [reason(source, i) for i in range(4)] == [
-        "unreadable image", "undecodable text", "empty caption", "empty caption"
+        "unreadable image",
+        "undecodable text",
+        "empty caption",
+        "empty caption",
     ]
     assert source[4]["captions"] == ["fine"]
     assert list(source.captions()) == ["fine", "fine"]  # of 1 and 5: a damaged picture spoils no caption

@@ -20,7 +20,14 @@ PATH = pathlib.Path(__file__).with_name("dvae.json")
 def measure() -> dict[str, dict[str, float]]:
     """Loss and scalars of a small dVAE on seeded pictures, before and after one Adam update."""
     options = DVAEOptions(
-        image_size=16, vocab_size=32, hidden=16, groups=2, blocks_per_group=1, codebook_dim=8, in_kernel=3, stem_factor=2
+        image_size=16,
+        vocab_size=32,
+        hidden=16,
+        groups=2,
+        blocks_per_group=1,
+        codebook_dim=8,
+        in_kernel=3,
+        stem_factor=2,
     )
     task = DVAETask(
         DVAETokenizer(options),

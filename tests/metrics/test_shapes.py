@@ -1,4 +1,5 @@
 """The reader of shapes: right on real pictures, robust to what a dVAE does to them, strict with smears."""
+
 import dataclasses
 
 import numpy as np
@@ -47,7 +48,9 @@ def test_blur_and_noise_leave_pictures_readable(blur, noise):
 def test_every_color_reads_on_every_background():
     scenes = [
         Scene((Object(color, shape, "small"),), None, background)
-        for background in BACKGROUNDS for color in COLORS for shape in SHAPES
+        for background in BACKGROUNDS
+        for color in COLORS
+        for shape in SHAPES
     ]
     assert shapes.read_scenes(np.stack([render(scene) for scene in scenes])) == scenes
 
@@ -63,12 +66,16 @@ def faint_circle():
     return np.rint(128 + mask * [30.0, 0.0, 0.0]).astype(np.uint8)
 
 
-@pytest.mark.parametrize("image", [
-    np.full((32, 32, 3), 128, np.uint8),
-    np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8),
-    np.broadcast_to(np.linspace(0, 255, 32).astype(np.uint8)[:, None], (32, 32, 3)),
-    faint_circle(),
-], ids=["blank", "noise", "stripes", "faint"])
+@pytest.mark.parametrize(
+    "image",
+    [
+        np.full((32, 32, 3), 128, np.uint8),
+        np.random.default_rng(0).integers(0, 256, (32, 32, 3)).astype(np.uint8),
+        np.broadcast_to(np.linspace(0, 255, 32).astype(np.uint8)[:, None], (32, 32, 3)),
+        faint_circle(),
+    ],
+    ids=["blank", "noise", "stripes", "faint"],
+)
 def test_what_looks_like_no_object_is_not_read_as_one(image):
     assert shapes.read_scene(image).objects == ()
 
@@ -82,16 +89,20 @@ def change(index, **attributes):
     return dataclasses.replace(BASE, objects=tuple(objects))
 
 
-@pytest.mark.parametrize("shown, wrong", [
-    (BASE, {}),
-    (change(0, shape="diamond"), {"shape": 0.5}),
-    (change(1, color="green"), {"color": 0.5}),
-    (change(1, size="large"), {"size": 0.5}),
-    (dataclasses.replace(BASE, relation="left of"), {"relation": 0.0}),
-    (dataclasses.replace(BASE, objects=BASE.objects[::-1]), {"relation": 0.0}),
-    (dataclasses.replace(BASE, background="white"), {"background": 0.0}),
-    (Scene(BASE.objects[:1], None, "gray"), {"shape": 0.5, "color": 0.5, "size": 0.5, "relation": 0.0}),
-], ids=["right", "shape", "color", "size", "relation", "places", "background", "missing"])
+@pytest.mark.parametrize(
+    "shown, wrong",
+    [
+        (BASE, {}),
+        (change(0, shape="diamond"), {"shape": 0.5}),
+        (change(1, color="green"), {"color": 0.5}),
+        (change(1, size="large"), {"size": 0.5}),
+        (dataclasses.replace(BASE, relation="left of"), {"relation": 0.0}),
+        (dataclasses.replace(BASE, objects=BASE.objects[::-1]), {"relation": 0.0}),
+        (dataclasses.replace(BASE, background="white"), {"background": 0.0}),
+        (Scene(BASE.objects[:1], None, "gray"), {"shape": 0.5, "color": 0.5, "size": 0.5, "relation": 0.0}),
+    ],
+    ids=["right", "shape", "color", "size", "relation", "places", "background", "missing"],
+)
 def test_each_mistake_counts_against_its_attribute(shown, wrong):
     scores = shapes.score(render(shown)[None], [BASE])
     for name in shapes.ATTRIBUTES:

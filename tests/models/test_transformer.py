@@ -208,9 +208,7 @@ def test_rotary_scores_depend_on_the_difference_of_coordinates():
     scores = np.asarray(everywhere(q) @ everywhere(k).T)
     at = lambda row, column: 4 + 5 * row + column  # noqa: E731
     for dr, dc in ((0, 1), (2, 0), (1, 3), (2, -1)):
-        same = [
-            scores[at(r + dr, c + dc), at(r, c)] for r in range(5 - dr) for c in range(max(0, -dc), 5 - max(0, dc))
-        ]
+        same = [scores[at(r + dr, c + dc), at(r, c)] for r in range(5 - dr) for c in range(max(0, -dc), 5 - max(0, dc))]
         np.testing.assert_allclose(same, same[0], rtol=1e-4, atol=1e-5)
     different = [scores[at(r, c), at(0, 0)] for r, c in ((0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (0, 2))]
     assert np.diff(np.sort(different)).min() > 1e-3

@@ -69,9 +69,7 @@ def test_same_outputs_as_the_package(sizes, pixels):
     np.testing.assert_allclose(logits, channels_last(their_logits), atol=1e-4)
     np.testing.assert_allclose(maps, channels_last(their_maps), atol=1e-4)
     np.testing.assert_array_equal(tokenizer.encode(params, images), their_tokens.numpy())
-    np.testing.assert_allclose(
-        tokenizer.decode(params, their_tokens.numpy()), channels_last(their_images), atol=1e-4
-    )
+    np.testing.assert_allclose(tokenizer.decode(params, their_tokens.numpy()), channels_last(their_images), atol=1e-4)
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -84,11 +82,19 @@ def random_arrays(seed=0):
     sides = {"encoder": {}, "decoder": {}}
     for path, leaf in jax.tree.leaves_with_path(params):
         side, *inner, kind = (key.key for key in path)
-        where = "blocks.input" if side == "codebook" else {"input": "blocks.input", "output": "blocks.output.conv"}.get(inner[0])
+        where = (
+            "blocks.input"
+            if side == "codebook"
+            else {"input": "blocks.input", "output": "blocks.output.conv"}.get(inner[0])
+        )
         if where is None:
             group, block = inner[0].split("_")[1], inner[0].split("_")[3]
-            where = f"blocks.group_{group}.block_{block}." + ("id_path" if inner[1] == "skip" else f"res_path.{inner[1]}")
-        shape = leaf.shape if kind == "bias" else (*leaf.shape[::-1][:2], *(leaf.shape[:2] if leaf.ndim == 4 else (1, 1)))
+            where = f"blocks.group_{group}.block_{block}." + (
+                "id_path" if inner[1] == "skip" else f"res_path.{inner[1]}"
+            )
+        shape = (
+            leaf.shape if kind == "bias" else (*leaf.shape[::-1][:2], *(leaf.shape[:2] if leaf.ndim == 4 else (1, 1)))
+        )
         name = f"{where}.{'b' if kind == 'bias' else 'w'}"
         sides["decoder" if side == "codebook" else side][name] = rng.normal(size=shape).astype(np.float32)
     return sides["encoder"], sides["decoder"], options

@@ -364,7 +364,7 @@ def test_refused_configurations():
     assert priors.make("autoregressive", ConfigDict({"trunk": trunk, "kernel": 3}), LAYOUT).options.kernel == 3
     with pytest.raises(ConfigError, match="config.prior is 'diffusion'; expected one of autoregressive"):
         priors.make("diffusion", {"trunk": trunk}, LAYOUT)
-    with pytest.raises(ConfigError, match='model.trunk has no key \'widht\' .did you mean "width"'):
+    with pytest.raises(ConfigError, match="model.trunk has no key 'widht' .did you mean \"width\""):
         priors.make("autoregressive", {"trunk": {"widht": 16}}, LAYOUT)
     with pytest.raises(ConfigError, match="model has no key 'kernl'"):
         priors.make("autoregressive", {"trunk": trunk, "kernl": 3}, LAYOUT)

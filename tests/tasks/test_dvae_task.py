@@ -26,9 +26,7 @@ OPTIONS = DVAEOptions(
 
 
 def make_task(temperature=0.5, kl_weight=3.0, options=OPTIONS):
-    return DVAETask(
-        DVAETokenizer(options), schedules.Constant(temperature), schedules.Cosine(0.0, kl_weight, 10)
-    )
+    return DVAETask(DVAETokenizer(options), schedules.Constant(temperature), schedules.Cosine(0.0, kl_weight, 10))
 
 
 @pytest.fixture(scope="module")

@@ -5,6 +5,7 @@ parts become white.
 
     H, W picture size
 """
+
 from __future__ import annotations
 
 import pathlib

@@ -1,9 +1,10 @@
 """Real pictures on any machine: the colour emoji of an installed font, captioned with their Unicode names.
 
-    train       everything else
-    validation  a random tenth: emoji that training never sees at all
-    heldout     combinations of role, gender and skin tone that training never sees (see names.py)
+train       everything else
+validation  a random tenth: emoji that training never sees at all
+heldout     combinations of role, gender and skin tone that training never sees (see names.py)
 """
+
 from __future__ import annotations
 
 import collections
@@ -53,8 +54,13 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("1.0.0")
 
     def __init__(
-        self, *, config: EmojiConfig | None = None, file_format: str = "array_record", data_dir=None,
-        version=None, **options: Any,
+        self,
+        *,
+        config: EmojiConfig | None = None,
+        file_format: str = "array_record",
+        data_dir=None,
+        version=None,
+        **options: Any,
     ):
         config = config or EmojiConfig(**options)
         super().__init__(config=config, file_format=file_format, data_dir=data_dir, version=version)
@@ -67,11 +73,13 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
-            features=tfds.features.FeaturesDict({
-                "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
-                "caption": tfds.features.Sequence(tfds.features.Text()),
-                **{key: tfds.features.Text() for key in ("name", "sequence", "role", "gender", "tone")},
-            }),
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
+                    "caption": tfds.features.Sequence(tfds.features.Text()),
+                    **{key: tfds.features.Text() for key in ("name", "sequence", "role", "gender", "tone")},
+                }
+            ),
             metadata=tfds.core.MetadataDict(),
             supervised_keys=None,
         )
@@ -96,11 +104,14 @@ class Builder(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self, items: list[names.Emoji], pictures: dict[str, bytes]):
         for item in items:
-            yield item.sequence, {
-                "image": io.BytesIO(pictures[item.sequence]),  # an array would make TFDS import TensorFlow
-                "caption": list(item.captions()),
-                **{key: getattr(item, key) for key in ("name", "sequence", "role", "gender", "tone")},
-            }
+            yield (
+                item.sequence,
+                {
+                    "image": io.BytesIO(pictures[item.sequence]),  # an array would make TFDS import TensorFlow
+                    "caption": list(item.captions()),
+                    **{key: getattr(item, key) for key in ("name", "sequence", "role", "gender", "tone")},
+                },
+            )
 
 
 def _png(picture: PIL.Image.Image, image_size: int) -> bytes:

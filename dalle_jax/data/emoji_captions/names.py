@@ -9,6 +9,7 @@ genders and in every tone, each gender loses one tone, a different one per gende
 asks for a woman firefighter with dark skin of a model that has seen women firefighters, firefighters with
 dark skin and women with dark skin, but never the three at once.
 """
+
 from __future__ import annotations
 
 import collections
@@ -21,7 +22,12 @@ import emoji
 
 TONES = ("light", "medium-light", "medium", "medium-dark", "dark")
 GENDERS = {
-    "man": "man", "men": "man", "woman": "woman", "women": "woman", "person": "person", "people": "person",
+    "man": "man",
+    "men": "man",
+    "woman": "woman",
+    "women": "woman",
+    "person": "person",
+    "people": "person",
 }
 _TONE = re.compile(r"_(medium-light|medium-dark|light|medium|dark)_skin_tone")
 _HAIR = re.compile(r"^(man|woman|person)_(red_hair|curly_hair|white_hair|blond_hair|bald|beard)$")
@@ -77,7 +83,8 @@ def all_emoji() -> list[Emoji]:
     # "firefighter" is the person beside "man firefighter" and "woman firefighter"
     found = [
         dataclasses.replace(item, role=item.base, gender="person")
-        if not item.role and genders.get(item.base, set()) & {"man", "woman"} else item
+        if not item.role and genders.get(item.base, set()) & {"man", "woman"}
+        else item
         for item in found
     ]
     return sorted(found, key=lambda item: item.sequence)

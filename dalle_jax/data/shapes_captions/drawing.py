@@ -6,6 +6,7 @@ mostly background teach a small dVAE a handful of codes.
 
     H, W picture size
 """
+
 from __future__ import annotations
 
 import math

@@ -7,6 +7,7 @@ backgrounds and phrasings are never part of the choice, and every colour of ever
 alone, above, below, left and right: an image token is one symbol for a patch, so a prior cannot make a patch that
 no training picture holds, and to ask for one would test the tokens, not the composition.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -121,7 +122,10 @@ def _draw_pairs(rng: np.random.Generator, held_out: bool) -> tuple[list[tuple[st
 
 _ONE = ("{a} on {bg}", "on {bg}, there is {a}", "{a}, {bg}", "{bg} with {a}")
 _TWO = (
-    "{a} {rel} {b} on {bg}", "on {bg}, {a} is {rel} {b}", "{a} {rel} {b}, {bg}", "{bg} with {a} {rel} {b}",
+    "{a} {rel} {b} on {bg}",
+    "on {bg}, {a} is {rel} {b}",
+    "{a} {rel} {b}, {bg}",
+    "{bg} with {a} {rel} {b}",
 )
 _ONE_OPEN = ("{a}", "there is {a}", "a picture of {a}")
 _TWO_OPEN = ("{a} {rel} {b}", "{a} is {rel} {b}", "a picture of {a} {rel} {b}")

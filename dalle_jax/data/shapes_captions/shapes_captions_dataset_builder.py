@@ -7,6 +7,7 @@
 Example i of a split is a pure function of (seed, split, i, image_size), so a longer training split begins
 with the shorter one.
 """
+
 from __future__ import annotations
 
 import dataclasses
@@ -53,8 +54,13 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     VERSION = tfds.core.Version("2.0.0")
 
     def __init__(
-        self, *, config: ShapesConfig | None = None, file_format: str = "array_record", data_dir=None,
-        version=None, **options: Any,
+        self,
+        *,
+        config: ShapesConfig | None = None,
+        file_format: str = "array_record",
+        data_dir=None,
+        version=None,
+        **options: Any,
     ):
         config = config or ShapesConfig(**options)
         super().__init__(config=config, file_format=file_format, data_dir=data_dir, version=version)
@@ -67,11 +73,13 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         return tfds.core.DatasetInfo(
             builder=self,
             description=__doc__,
-            features=tfds.features.FeaturesDict({
-                "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
-                "caption": tfds.features.Text(),
-                "scene": tfds.features.Text(),
-            }),
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
+                    "caption": tfds.features.Text(),
+                    "scene": tfds.features.Text(),
+                }
+            ),
             supervised_keys=None,
             disable_shuffling=True,
         )
