@@ -22,7 +22,7 @@ CORE = [
     "tensorflow-datasets>=4.9.9",
     "tqdm",
 ]
-TEST = ["hypothesis", "pytest>=8", "ruff", "safetensors"]
+TEST = ["hypothesis", "pytest>=8", "pytest-xdist>=3.6", "ruff", "safetensors"]
 
 setup(
     name="dalle_jax",

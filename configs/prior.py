@@ -66,8 +66,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
     })  # fmt: skip
 
     config.optimizer = ConfigDict({
-        "b1": 0.9, "b2": 0.98 if small else 0.96, "eps": 1e-8, "weight_decay": 4.5e-2, "decay": "kernels", "clip_norm": 4.0,
-        "accumulate_steps": 1,
+        "b1": 0.9, "b2": 0.98 if small else 0.96, "eps": 1e-8, "weight_decay": 4.5e-2, "decay": "kernels",
+        "clip_norm": 4.0, "accumulate_steps": 1,
     })  # fmt: skip
     if small:
         rate = schedule("warmup_cosine", peak=3e-3, end=1e-5, warmup_steps=steps // 20, steps=steps)

@@ -241,7 +241,8 @@ class Checkpoints:
         found = self.steps
         if not found:
             raise CheckpointError(
-                f"No checkpoint in {self.directory}: expected the workdir of a training run. Train first, or check the path."
+                f"No checkpoint in {self.directory}: expected the workdir of a training run. "
+                "Train first, or check the path."
             )
         if step is None:
             return found[-1]

@@ -78,7 +78,7 @@ def _scaled(updates: PyTree, scales: Mapping[str, float]) -> PyTree:
     """
     if unknown := sorted(set(scales) - set(updates)):
         raise ConfigError(f"optimizer.scales names {unknown[0]!r}; the model's parts are {', '.join(updates)}.")
-    return {name: jax.tree.map(lambda u: u * scales.get(name, 1.0), part) for name, part in updates.items()}
+    return {name: optax.tree.scale(scales.get(name, 1.0), part) for name, part in updates.items()}
 
 
 def decay_mask(params: PyTree, options: OptimizerOptions) -> PyTree:

@@ -94,7 +94,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh) -> Iterator[Mesh]:
-    """Context in which `constrain` (and linen's own constraints) lay activations out on `mesh`; elsewhere it is a no-op."""
+    """Context in which `constrain` (and linen's own constraints) lay activations out on `mesh`; elsewhere no-ops."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield mesh
 
@@ -138,8 +138,8 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate_steps: int = 1) -> None:
     shards = batch_shards(mesh) * accumulate_steps
     if batch_size % shards:
         raise MeshError(
-            f"batch_size={batch_size} cannot be split over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} devices"
-            f" in {accumulate_steps} accumulation step(s): give a multiple of {shards}, or another config.mesh."
+            f"batch_size={batch_size} cannot be split over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} "
+            f"devices in {accumulate_steps} accumulation step(s): give a multiple of {shards}, or another config.mesh."
         )
 
 

@@ -29,6 +29,7 @@ from ml_collections import ConfigDict
 from dalle_jax import keys, optimizers, parallel, schedules, tasks
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.compatibility import to_json
+from dalle_jax.data.prefetch import prefetch_to_mesh
 from dalle_jax.errors import ConfigError, DataError, NonFiniteError, Preempted, UserError
 from dalle_jax.metric_writer import Mean, MetricWriter, Progress
 from dalle_jax.optimizers import AverageOptions, OptimizerOptions
@@ -76,8 +77,9 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
         #   2. fresh parameters
         cleanup.enter_context(parallel.on_mesh(mesh))
         init, abstract_state = make_init(task, optimizer, average, mesh, config.seed)
-        batches = job.train_batches()
-        cleanup.push(_closing(getattr(batches, "close", lambda: None)))
+        rows, everywhere = parallel.batch_sharding(mesh), parallel.replicated(mesh)
+        batches = prefetch_to_mesh(job.train_batches(), rows)
+        cleanup.push(_closing(batches.close))
         checkpoints = Checkpoints(
             workdir, keep_last=config.keep.last, keep_best=config.keep.best, best_metric=task.best_metric
         )
@@ -118,7 +120,6 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
                     writer.scalars(step, {f"train/{name}": value for name, value in values.items()})
 
         # ------------------------------------------------------------------------------ what it computes beside steps
-        rows, everywhere = parallel.batch_sharding(mesh), parallel.replicated(mesh)
         frozen = jax.device_put(task.frozen, everywhere)
         key = jax.device_put(jax.random.key(config.seed), everywhere)
 
@@ -170,7 +171,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
             if last:
                 break
 
-            batch = parallel.to_mesh(_next(batches), rows)
+            batch = _next(batches)
             if update is None:
                 with progress.pause():
                     update = compile_update(batch)

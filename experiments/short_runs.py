@@ -9,6 +9,7 @@ The sizes of `2.8b`, `5.6b` and `paper` do not fit a small machine: their parame
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import subprocess
 import sys
 import tempfile
@@ -29,7 +30,6 @@ SMALL_TRUNK = [
     "text.length=16",
     "text.vocab_size=300",
 ]
-FEW = ["data.builder_kwargs={'num_train': 64, 'num_validation': 8, 'num_heldout': 8}"]
 
 
 def under(prefix: str, options: list[str]) -> list[str]:
@@ -47,34 +47,54 @@ def make_folder(path: Path, size: int, count: int = 24) -> Path:
     return path
 
 
-def commands(work: Path, emoji: bool) -> dict[str, list[str]]:
-    """Name → config and its overrides; the order matters, later ones use the workdirs of earlier ones."""
+def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
+    """Chains of name → config and its overrides: a run may use the workdirs of earlier ones of its chain."""
     folder, big = make_folder(work / "folder", 64), make_folder(work / "big", 256)
-    runs = {
+    shapes = {
         "dvae": ["dvae.py", *STEPS, *PATCHES],
-        "dvae:folder": ["dvae.py:folder", *STEPS, *SMALL_DVAE, f"data.path={folder}", "data.image_size=64", "data.workers=0"],
-        "dvae:paper": ["dvae.py:paper", *STEPS, *SMALL_DVAE, f"data.path={big}", "data.workers=0"],
         "prior": ["prior.py", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae"],
+        "generate": ["generate.py", f"model_workdir={work}/prior", "prompts=a red circle|two shapes", "n=2"],
+        "evaluate": ["evaluate.py", f"model_workdir={work}/prior", "count=8", "rows_at_once=4"],
+        "quickstart": [
+            "quickstart.py", *under("prior.tokenizer.", STEPS + PATCHES), *under("prior.", STEPS + SMALL_TRUNK),
+            "evaluate.count=8", "evaluate.rows_at_once=4",
+        ],
+    }  # fmt: skip
+    own_pictures = {
+        "dvae:folder": [
+            "dvae.py:folder", *STEPS, *SMALL_DVAE, f"data.path={folder}", "data.image_size=64", "data.workers=0",
+        ],
         "prior:folder": [
             "prior.py:folder", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:folder", f"data.path={folder}",
             "data.image_size=64", "data.workers=1",
         ],
     }  # fmt: skip
+    published = {"dvae:paper": ["dvae.py:paper", *STEPS, *SMALL_DVAE, f"data.path={big}", "data.workers=0"]}
     for size in ("2.8b", "5.6b", "paper"):
-        runs[f"prior:{size}"] = [
+        published[f"prior:{size}"] = [
             f"prior.py:{size}", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:paper", f"data.path={big}",
             "data.workers=0", "data.image_size=64", "ema.every=1",
         ]  # fmt: skip
+    chains = [shapes, published, own_pictures]
     if emoji:
-        runs["dvae:emoji"] = ["dvae.py:emoji", *STEPS, *PATCHES]
-        runs["prior:emoji"] = ["prior.py:emoji", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:emoji"]
-    runs["generate"] = ["generate.py", f"model_workdir={work}/prior", "prompts=a red circle|two shapes", "n=2"]
-    runs["evaluate"] = ["evaluate.py", f"model_workdir={work}/prior", "count=8", "rows_at_once=4"]
-    runs["quickstart"] = [
-        "quickstart.py", *under("prior.tokenizer.", STEPS + PATCHES), *under("prior.", STEPS + SMALL_TRUNK),
-        "evaluate.count=8", "evaluate.rows_at_once=4",
-    ]  # fmt: skip
-    return runs
+        chains.append({
+            "dvae:emoji": ["dvae.py:emoji", *STEPS, *PATCHES],
+            "prior:emoji": ["prior.py:emoji", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:emoji"],
+        })  # fmt: skip
+    return chains
+
+
+def run(name: str, line: list[str], work: Path) -> bool:
+    """One run as a user would start it; says how it ended."""
+    start, (config, *options) = time.perf_counter(), line
+    command = [sys.executable, "-m", "dalle_jax.main", f"--config=configs/{config}", f"--workdir={work / name}"]
+    command += under("--config.", options)
+    done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    ok = done.returncode == 0
+    print(f"{name:14} {'ok' if ok else 'FAILED'}  {time.perf_counter() - start:.0f} s", flush=True)
+    if not ok:
+        print(done.stdout[-3000:], flush=True)
+    return ok
 
 
 def main() -> int:
@@ -93,28 +113,15 @@ def main() -> int:
     except DataError as error:
         print(f"emoji left out: {error}")
         emoji = False
-    runs = commands(work, emoji)
+    chains = commands(work, emoji)
     if arguments.only:
-        runs = {arguments.only: runs[arguments.only]}
-    failed = []
-    for name, (config, *options) in runs.items():
-        start = time.perf_counter()
-        command = [sys.executable, "-m", "dalle_jax.main", f"--config=configs/{config}", f"--workdir={work / name}"]
-        done = subprocess.run(
-            [*command, *under("--config.", options)],
-            cwd=ROOT,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        print(
-            f"{name:14} {'ok' if done.returncode == 0 else 'FAILED'}  {time.perf_counter() - start:.0f} s", flush=True
-        )
-        if done.returncode:
-            print(done.stdout[-3000:], flush=True)
-            failed.append(name)
-    print(f"{len(runs) - len(failed)} passed, {len(failed)} failed")
-    return 1 if failed else 0
+        chains = [{name: chain[name] for name in chain if name == arguments.only} for chain in chains]
+    # Two chains at a time: a run waits for its imports and compilations most of the time, on one core.
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        ended = pool.map(lambda chain: [run(name, line, work) for name, line in chain.items()], chains)
+        results = [ok for chain in ended for ok in chain]
+    print(f"{sum(results)} passed, {len(results) - sum(results)} failed")
+    return 0 if results and all(results) else 1
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     pip install -e '.[plots]'
     python experiments/training_report.py --workdir=runs/prior-emoji --output=experiments/results/emoji
 
-Writes `grid.png` (real, reconstructed and generated pictures, captions of the training split above those that were held
-out), `curves.png` (validation and training, dVAE and prior) and `report.json` (the figures of both splits).
+Writes `grid.png` (real, reconstructed and generated pictures; captions of the training split on the left, held-out ones
+on the right), `curves.png` (validation and training, dVAE and prior) and `report.json` (the figures of both splits).
 """
 
 from __future__ import annotations
@@ -66,18 +66,13 @@ def main() -> None:
 
     config = workdirs.read_config(args.workdir)
     model = TextToImage.load(args.workdir)
-    sampling = SamplingOptions(guidance=args.guidance, temperature=args.temperature)
-    figures, rows = (
-        {"workdir": args.workdir, "step": model.step, "guidance": args.guidance, "temperature": args.temperature},
-        [],
-    )
+    sampling = {"guidance": args.guidance, "temperature": args.temperature}
+    figures, rows = {"workdir": args.workdir, "step": model.step, **sampling}, []
     for name, split in (("seen", config["data"]["train_split"]), ("held out", "heldout")):
         examples = evaluate.read_examples(config["data"], split, args.count)
-        figures[name], reconstructed, generated = evaluate.measure(model, examples, sampling)
+        figures[name], reconstructed, generated = evaluate.measure(model, examples, SamplingOptions(**sampling))
         shown = np.linspace(0, args.count - 1, args.rows).astype(int)
-        more = model.generate(
-            [examples.captions[i] for i in shown], args.samples, guidance=args.guidance, temperature=args.temperature
-        )
+        more = model.generate([examples.captions[i] for i in shown], args.samples, **sampling)
         for i, samples in zip(shown, more):
             rows.append((f"{name}: {examples.captions[i]}", [examples.images[i], reconstructed[i], *samples]))
     out = epath.Path(args.output)

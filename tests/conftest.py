@@ -2,7 +2,7 @@
 
 JAX reads these when it is imported, so they are set here, before any test module is collected.  Compiled programs are
 kept for the session, because many tests train the same small model; set JAX_COMPILATION_CACHE_DIR to keep them between
-sessions too.
+sessions too.  Each worker process has a folder of its own there: JAX does not write its entries atomically.
 """
 
 import atexit
@@ -17,4 +17,6 @@ os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dalle_jax_tests_xla_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+elif worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], worker)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")

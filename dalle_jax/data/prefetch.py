@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator
+from typing import Any
 
 import jax
-import numpy as np
 
-from dalle_jax.data.pipeline import PipelineIterator
+from dalle_jax import parallel
 
 
 class prefetch_to_mesh(Iterator[dict[str, jax.Array]]):
@@ -19,16 +19,17 @@ class prefetch_to_mesh(Iterator[dict[str, jax.Array]]):
     checkpoint repeats nothing and leaves nothing out.
     """
 
-    def __init__(self, iterator: PipelineIterator, sharding: jax.sharding.NamedSharding, size: int = 2):
+    def __init__(self, iterator: Iterator[dict[str, Any]], sharding: jax.sharding.NamedSharding, size: int = 2):
         """Starts nothing yet: the first batch asked for does.
 
         Args:
-          iterator: of host batches, each array with this host's rows first.
+          iterator: of host batches, each array with this host's rows; with `get_state()` and `set_state()`, see
+            `tasks.Job.train_batches`.
           sharding: of the leading axis of every array, over all hosts.
           size: how many batches to keep on the devices beside the one in use; 0 sends each when asked for.
         """
         self._iterator, self._sharding, self._size = iterator, sharding, size
-        self._sent: collections.deque[tuple[dict[str, jax.Array], bytes]] = collections.deque()
+        self._sent: collections.deque[tuple[dict[str, jax.Array], Any]] = collections.deque()
         self._state = iterator.get_state()
 
     def __next__(self) -> dict[str, jax.Array]:
@@ -37,21 +38,18 @@ class prefetch_to_mesh(Iterator[dict[str, jax.Array]]):
                 batch = next(self._iterator)
             except StopIteration:
                 break
-            self._sent.append((self._send(batch), self._iterator.get_state()))
+            self._sent.append((parallel.to_mesh(batch, self._sharding), self._iterator.get_state()))
         if not self._sent:
             raise StopIteration
         batch, self._state = self._sent.popleft()
         return batch
 
-    def _send(self, batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-        return {name: jax.make_array_from_process_local_data(self._sharding, rows) for name, rows in batch.items()}
-
-    def get_state(self) -> bytes:
-        """The place after the last batch handed out; see `PipelineIterator.get_state`."""
+    def get_state(self) -> Any:
+        """The iterator's state after the last batch handed out."""
         return self._state
 
-    def set_state(self, state: bytes | str) -> None:
-        """Drops what was sent ahead and goes to the place; see `PipelineIterator.set_state`."""
+    def set_state(self, state: Any) -> None:
+        """Drops what was sent ahead and goes to the place that `get_state` told."""
         self._iterator.set_state(state)
         self._sent.clear()
         self._state = self._iterator.get_state()
@@ -62,4 +60,4 @@ class prefetch_to_mesh(Iterator[dict[str, jax.Array]]):
     def close(self) -> None:
         """Ends the workers behind the iterator."""
         self._sent.clear()
-        self._iterator.close()
+        getattr(self._iterator, "close", lambda: None)()

@@ -126,7 +126,7 @@ def _outlines(relation: str | None, index: int) -> tuple[list[tuple[str, str]], 
       K names, and float32 [K, P] coverages.
     """
     center = np.array(drawing.CENTERS[relation][index]) * _READ_SIZE
-    # Pixels from the centre; twice what the drawings use.
+    # Pixels from the centre. The drawings are centred; generated objects may stand a little off.
     reach = {None: (3, 3), "above": (4, 2), "left of": (2, 4)}[relation]
     names, masks = [], []
     for size, extent in drawing.EXTENTS[len(drawing.CENTERS[relation])].items():

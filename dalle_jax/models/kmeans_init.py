@@ -8,8 +8,9 @@ initialisation, random functions of a patch, are clustered, and
     logits_k = −|f − c_k|² / (2 s²) = (c_k · f − |c_k|²/2) / s² + (the same for all k)
 
 so that each code starts as the posterior of one cluster. A code's vector starts as (max(m, 0), max(−m, 0), r), m the
-mean μ of its cluster's pixels and r a random projection of its centre; the decoder's residual branches start at zero and
-its output layer at reading μ back: untrained, the dVAE is a vector quantiser of patches, and training goes on from there.
+mean μ of its cluster's pixels and r a random projection of its centre; the decoder's residual branches start at zero
+and its output layer at reading μ back: untrained, the dVAE is a vector quantiser of patches, and training goes on from
+there.
 
     n features    F their width    V vocabulary    D width of a code's vector    P = 3 s² numbers in a patch
 """
@@ -116,8 +117,8 @@ def check_sizes(options: DVAEOptions) -> None:
     if options.groups != 1 or options.codebook_dim != options.hidden or options.hidden < needed:
         raise ConfigError(
             f"objective.init='kmeans' with groups={options.groups}, hidden={options.hidden}, codebook_dim="
-            f"{options.codebook_dim}, stem_factor={options.stem_factor}: expected one group, and hidden = codebook_dim of "
-            f"at least 6 * stem_factor² = {needed}; or use init='paper'."
+            f"{options.codebook_dim}, stem_factor={options.stem_factor}: expected one group, and hidden = codebook_dim "
+            f"of at least 6 * stem_factor² = {needed}; or use init='paper'."
         )
 
 

@@ -15,15 +15,17 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models.attention import Pattern, attend, attend_reference, attend_step
+from dalle_jax.models.dense import Dense
+from dalle_jax.models.rotary import rotary_angles, rotate
 from dalle_jax.parallel import constrain
 
 NORMS = ("layernorm", "rmsnorm")
@@ -111,80 +113,7 @@ def stacking(patterns: tuple[Pattern, ...]) -> tuple[int, int]:
     return best
 
 
-# -- positions ----------------------------------------------------------------------------------------------------
-
-
-def rotary_angles(layout: TokenLayout, head_dim: int) -> np.ndarray:
-    """Angles of each position, float32 [S, K/2]: a quarter of K for each of two coordinates.
-
-    Text has (position, 0); the image has (T + row, column), so that a text distance never equals an image one by row.
-    """
-    text = np.stack([np.arange(layout.text_length), np.zeros(layout.text_length)], -1)
-    rows, columns = np.divmod(np.arange(layout.image_length), layout.width)
-    image = np.stack([layout.text_length + rows, columns], -1)
-    rates = 10000.0 ** (-np.arange(head_dim // 4) / (head_dim // 4))
-    angles = np.concatenate([text, image])[:, :, None] * rates
-    return angles.reshape(layout.length, head_dim // 2).astype(np.float32)
-
-
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates [..., S, H, K] by angles [S, K/2], pairing k with k + K/2."""
-    a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
-    shape = (1,) * (a.ndim - 3) + cos.shape[:1] + (1,) + cos.shape[2:]
-    cos, sin = cos.reshape(shape), sin.reshape(shape)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1).astype(x.dtype)
-
-
 # -- modules ------------------------------------------------------------------------------------------------------
-
-
-def rows_product(x: jax.Array, kernel: jax.Array, **kwargs) -> jax.Array:
-    """One position per row: x [B, D] times a kernel stored [outputs, D], as kernel · xᵀ; gives [B, outputs].
-
-    A decode step is bound by reading its kernels. In this order XLA's CPU backend reads them as they lie; in the usual
-    one it first repacks them (twice the time at 8 rows) or stays on one core (at 1 row). The barriers keep XLA from
-    turning the order around.
-    """
-    barrier = jax.lax.optimization_barrier
-    return barrier(jax.lax.dot(kernel, barrier(x.T), **kwargs)).T
-
-
-class Dense(nn.Module):
-    """A dense layer over one or more trailing axes, named for sharding. [..., *inputs] to [..., *outputs] in `dtype`.
-
-    An input with one leading axis only is a decode step: see `rows_product` and `outputs_first`.
-
-    Attributes:
-      inputs, outputs: shapes of the contracted and of the new axes.
-      names: logical axis names of the kernel, [*inputs, *outputs].
-      bias: logical axis names of the bias, [*outputs]; empty for none.
-      scale: variance of the output for an input of variance 1, at initialisation.
-    """
-
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
-    names: tuple[str | None, ...]
-    dtype: Any
-    bias: tuple[str | None, ...] = ()
-    scale: float = 1.0
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        axes = tuple(range(len(self.inputs)))
-        init = nn.initializers.normal((self.scale / np.prod(self.inputs)) ** 0.5)
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.names), (*self.inputs, *self.outputs))
-        if x.ndim == 1 + len(axes):
-            rows = kernel.astype(self.dtype).reshape(np.prod(self.inputs), -1).T
-            y = rows_product(x.astype(self.dtype).reshape(len(x), -1), rows).reshape(-1, *self.outputs)
-        else:
-            contract = (tuple(range(x.ndim - len(axes), x.ndim)), axes)
-            y = jax.lax.dot_general(x.astype(self.dtype), kernel.astype(self.dtype), (contract, ((), ())))
-        if self.bias:
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.bias)
-            bias = self.param("bias", zeros, self.outputs).astype(self.dtype)
-            y = y + bias.reshape((1,) * (y.ndim - bias.ndim) + bias.shape)
-        return y
 
 
 class Norm(nn.Module):
@@ -392,26 +321,5 @@ def unstack(params, patterns: tuple[Pattern, ...]):
     flat = {name: sub for name, sub in params.items() if name != "units"}
     for r in range(repeats):
         for j in range(unit):
-            flat[f"layer_{r * unit + j}"] = jax.tree.map(lambda x: x[r], params["units"][f"layer_{j}"])
+            flat[f"layer_{r * unit + j}"] = jax.tree.map(operator.itemgetter(r), params["units"][f"layer_{j}"])
     return flat
-
-
-def outputs_first(params, dtype):
-    """Every dense kernel of the trunk laid out [*outputs, *inputs] in memory, in `dtype`, as `rows_product` reads it.
-
-    Returns:
-      The stored parameters, and a function that gives them the shapes the modules expect: call it inside the decode
-      loop, where it costs nothing.
-    """
-
-    def store(path, x):
-        if path[-1].key != "kernel":
-            return x
-        inputs = np.prod(x.shape[: 2 if path[-2].key == "out" else 1])
-        return jax.lax.optimization_barrier(x.astype(dtype).reshape(inputs, -1).T)
-
-    def restore(stored):
-        shaped = lambda path, x, rows: rows.T.reshape(x.shape) if path[-1].key == "kernel" else rows
-        return jax.tree_util.tree_map_with_path(shaped, params, stored)
-
-    return jax.tree_util.tree_map_with_path(store, params), restore

@@ -177,7 +177,8 @@ def convert(encoder: StateDict, decoder: StateDict, options: DVAEOptions) -> PyT
     for path in sorted(given.keys() | wanted.keys()):
         if given.get(path) != wanted.get(path):
             raise PretrainedError(
-                f"The weights do not fit {options}: array {path} has shape {given.get(path)}, expected {wanted.get(path)}."
+                f"The weights do not fit {options}: array {path} has shape {given.get(path)}, "
+                f"expected {wanted.get(path)}."
             )
     return params
 

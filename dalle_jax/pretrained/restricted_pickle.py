@@ -92,7 +92,8 @@ class _Tensor:
         last = self.offset + sum((n - 1) * step for n, step in zip(self.size, self.stride, strict=True))
         if count > self.storage.numel or (count and last >= self.storage.numel):
             raise PretrainedError(
-                f"Damaged file: a tensor of size {self.size} reaches beyond its storage of {self.storage.numel} numbers."
+                f"Damaged file: a tensor of size {self.size} reaches beyond its storage of {self.storage.numel} "
+                "numbers."
             )
         if not count:
             return np.zeros(self.size, self.storage.dtype)

@@ -22,7 +22,8 @@ import jax.numpy as jnp
 
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models.attention import Pattern, full_layers, sparse_layers
-from dalle_jax.models.transformer import TransformerOptions, Trunk, outputs_first, rows_product, unstack
+from dalle_jax.models.dense import outputs_first, rows_product
+from dalle_jax.models.transformer import TransformerOptions, Trunk, unstack
 from dalle_jax.parallel import constrain
 from dalle_jax.priors import sampling
 

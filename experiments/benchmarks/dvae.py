@@ -8,15 +8,14 @@ size, and the same behind a space-to-depth stem, as the small configs use it.
 import sys
 
 import _measure as m  # first: it limits the threads
+import _training
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dalle_jax import optimizers, parallel, train_step
 from dalle_jax.models.dvae import DVAEOptions, DVAETokenizer
-from dalle_jax.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.tasks.dvae import DVAETask
 
 FULL = dict(hidden=256, blocks_per_group=2, vocab_size=8192)
@@ -51,31 +50,8 @@ def infer(kind: str, sizes: dict, size: int, batch: int, default_runs: int, runs
 def train(sizes: dict, size: int, batch: int, default_runs: int, runs: int, smoke: bool) -> dict:
     tokenizer, images, shape = build(sizes, size, batch, smoke)
     task = DVAETask(tokenizer, optax.constant_schedule(0.9), optax.constant_schedule(0.0))
-    options, average = OptimizerOptions(), AverageOptions()
-    optimizer, mesh = optimizers.make_optimizer(options), parallel.make_mesh()
-    schedules = {"learning_rate": optax.constant_schedule(1e-3), **task.schedules}
-    with parallel.on_mesh(mesh):
-        init, abstract = train_step.make_init(task, optimizer, average, mesh, seed=0)
-        state, key, rows = init(), jax.random.key(1), {"image": images}
-        step = train_step.make_train_step(task, optimizer, options, average, schedules, abstract)
-        program, compile_s = m.compiled(step, state, {}, rows, key)
-        losses = []
-
-        def once():
-            nonlocal state
-            state, scalars = program(state, {}, rows, key)
-            losses.append(scalars["loss"])
-            return scalars["loss"]
-
-        line = m.measure(once, runs or default_runs, inner=1 if smoke else 5)
-    return line | {
-        "compile_s": round(compile_s, 2),
-        "images_per_s": round(len(images) / line["median_ms"] * 1e3, 2),
-        "first_loss": round(float(losses[0]), 4),
-        "last_loss": round(float(losses[-1]), 4),
-        "params": m.count(state.params),
-        "shape": shape,
-    }
+    line = _training.time_step(task, {"image": images}, task.schedules, runs or default_runs, inner=1 if smoke else 5)
+    return line | {"images_per_s": round(len(images) / line["median_ms"] * 1e3, 2), "shape": shape}
 
 
 def inference(*args):

@@ -12,14 +12,13 @@ import pytest
 
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models.attention import Column, Row, full_layers, sparse_layers
+from dalle_jax.models.rotary import rotary_angles, rotate
 from dalle_jax.models.transformer import (
     MLP,
     Attention,
     Norm,
     TransformerOptions,
     Trunk,
-    rotary_angles,
-    rotate,
     stacking,
     unstack,
 )

@@ -2,12 +2,11 @@
 
 import dataclasses
 import functools
-import importlib.util
-import json
 import math
 import pathlib
 
 import flax.linen as nn
+import golden_updates
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -330,15 +329,7 @@ def test_overfitting_one_batch():
 
 
 def test_golden_prior_update():
-    script = pathlib.Path(__file__).parents[1] / "golden" / "make_prior.py"
-    spec = importlib.util.spec_from_file_location("make_prior", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    golden, measured = json.loads(module.PATH.read_text()), module.measure()
-    for moment, scalars in golden.items():
-        assert scalars.keys() == measured[moment].keys()
-        for name, value in scalars.items():
-            np.testing.assert_allclose(measured[moment][name], value, rtol=1e-3, atol=1e-5, err_msg=f"{moment} {name}")
+    golden_updates.check("prior")
 
 
 # -- from a configuration -----------------------------------------------------------------------------------------

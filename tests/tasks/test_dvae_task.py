@@ -1,11 +1,9 @@
 """The dVAE's loss and measures against plain numpy, one golden update, and learning on one batch."""
 
 import dataclasses
-import importlib.util
-import json
-import pathlib
 
 import flax.linen as nn
+import golden_updates
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -121,15 +119,7 @@ def test_true_codes_are_measured_but_not_trained_on(task, params):
 
 
 def test_golden_update():
-    script = pathlib.Path(__file__).parents[1] / "golden" / "make_dvae.py"
-    spec = importlib.util.spec_from_file_location("make_dvae", script)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    golden, measured = json.loads(module.PATH.read_text()), module.measure()
-    for moment, scalars in golden.items():
-        assert scalars.keys() == measured[moment].keys()
-        for name, value in scalars.items():
-            np.testing.assert_allclose(measured[moment][name], value, rtol=1e-3, atol=1e-5, err_msg=f"{moment} {name}")
+    golden_updates.check("dvae")
 
 
 # -- measures -----------------------------------------------------------------------------------------------------
