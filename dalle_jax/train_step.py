@@ -89,7 +89,9 @@ def make_init(
         skipped=everywhere,
         skipped_in_row=everywhere,
     )
-    return jax.jit(init, out_shardings=shardings), parallel.abstract(shapes, shardings)
+    # Runs once: on a CPU, optimising its hundreds of small draws would take minutes. The numbers stay the same.
+    quick = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
+    return jax.jit(init, out_shardings=shardings, compiler_options=quick), parallel.abstract(shapes, shardings)
 
 
 def make_train_step(

@@ -272,6 +272,9 @@ def test_data_that_ends(tmp_path):
                 raise StopIteration
             return {"x": np.ones((16, 8), np.float32), "y": np.ones((16, 4), np.float32)}
 
+        def get_state(self):
+            return self.batches
+
         def close(self):
             self.closed = True
 
