@@ -337,8 +337,7 @@ def test_sigterm_of_a_process(uninterrupted, tmp_path):
     """A real process: SIGTERM → saved, status 0; the same command goes on to the same end."""
     workdir, state = uninterrupted
     script = textwrap.dedent("""
-        import os, sys, time
-        os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+        import sys, time
         from tiny_job import tiny_config, tiny_job
         from dalle_jax.train import train
         import dataclasses
