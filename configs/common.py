@@ -64,3 +64,12 @@ def run(config: ConfigDict, *, batch_size: int, steps: int, every: int, checkpoi
     config.eval_batches = 8
     config.keep = ConfigDict({"last": 1, "best": 0})
     config.max_nonfinite = 20
+
+
+def sampling() -> ConfigDict:
+    """How tokens are drawn: the fields of `dalle_jax.priors.sampling.SamplingOptions`; None: the prior's own."""
+    return ConfigDict({
+        "temperature": 1.0, "final_temperature": placeholder(float), "top_k": placeholder(int),
+        "top_p": placeholder(float), "guidance": 0.0, "steps": placeholder(int), "order": placeholder(str),
+        "choice_temperature": placeholder(float),
+    })  # fmt: skip

@@ -9,6 +9,10 @@ picture, and, on the embedded shapes, whether the pictures show what the caption
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from dalle_jax import config_files
+
+common = config_files.module(__file__, "common.py")
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -20,14 +24,6 @@ def get_config() -> ConfigDict:
 
     config.split = "heldout"
     config.count = 256  # captions, one sample each
-    config.sampling = ConfigDict(
-        {
-            "temperature": 1.0,
-            "top_k": placeholder(int),
-            "top_p": placeholder(float),
-            "guidance": 0.0,
-            "steps": placeholder(int),
-        }
-    )
+    config.sampling = common.sampling()
     config.rows_at_once = 64
     return config

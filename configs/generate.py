@@ -10,6 +10,10 @@ each picture again. Runs wherever the prior was trained; a laptop's CPU is enoug
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from dalle_jax import config_files
+
+common = config_files.module(__file__, "common.py")
+
 
 def get_config() -> ConfigDict:
     config = ConfigDict()
@@ -21,15 +25,8 @@ def get_config() -> ConfigDict:
 
     config.prompts = ""  # captions, separated by "|"
     config.prompts_file = ""  # or a file with one caption a line
+    config.negative = ""  # a caption that guidance leads away from
     config.n = 4  # pictures for each
-    config.sampling = ConfigDict(
-        {
-            "temperature": 1.0,
-            "top_k": placeholder(int),
-            "top_p": placeholder(float),
-            "guidance": 0.0,
-            "steps": placeholder(int),
-        }
-    )
+    config.sampling = common.sampling()
     config.rows_at_once = 64  # pictures drawn in one go: bounds the memory
     return config

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -113,7 +114,11 @@ def measure(model: TextToImage, examples: Examples, options: SamplingOptions, se
     start = time.perf_counter()
     generated = model.generate(examples.captions, seed=seed, **knobs)[:, 0]
     seconds = time.perf_counter() - start
-    prior = {"image_nats_per_token": float(np.average(nats, weights=sizes)), "seconds_per_image": seconds / count}
+    prior = {
+        "image_nats_per_token": float(np.average(nats, weights=sizes)),
+        "steps": model.prior.decoding_steps(options.steps),
+        "seconds_per_image": seconds / count,
+    }
 
     if examples.scenes is not None:
         dvae["caption_accuracy"] = shapes.score(reconstructed, examples.scenes)["caption_accuracy"]
@@ -129,13 +134,18 @@ def _nats(prior, params, text, tokens, valid) -> jax.Array:
     return scalars["image_nats"]
 
 
-def grid(
-    examples: Examples, reconstructed: np.ndarray, generated: np.ndarray, title: str, rows: int = 16
-) -> np.ndarray:
-    """Captions beside the real, the reconstructed and the generated picture: uint8 [H', W', 3]."""
+def grid(examples: Examples, columns: Sequence[tuple[str, np.ndarray]], title: str, rows: int = 16) -> np.ndarray:
+    """Captions beside their pictures: uint8 [H', W', 3].
+
+    Args:
+      examples: for the captions.
+      columns: heading and pictures, uint8 [B, H, W, 3], of each column.
+      title: over everything.
+      rows: at most so many captions.
+    """
     rows = min(rows, len(examples.captions))
-    shown = [(examples.captions[i], [examples.images[i], reconstructed[i], generated[i]]) for i in range(rows)]
-    return report.grid(shown, ("real", "reconstructed", "generated"), title=title, blocks=2 if rows > 4 else 1)
+    shown = [(examples.captions[i], [images[i] for _, images in columns]) for i in range(rows)]
+    return report.grid(shown, [name for name, _ in columns], title=title, blocks=2 if rows > 4 else 1)
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -158,9 +168,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         "sampling": dataclasses.asdict(options), "seed": config.seed, "device": device(),
     }  # fmt: skip
     out = epath.Path(workdir).expanduser()
-    report.save_png(
-        out / "grid.png", grid(examples, reconstructed, generated, f"{model.workdir}: {config.split} captions")
-    )
+    columns = [("real", examples.images), ("reconstructed", reconstructed), ("generated", generated)]
+    report.save_png(out / "grid.png", grid(examples, columns, f"{model.workdir}: {config.split} captions"))
     report.save_json(out / "report.json", figures)
     print(report.table(figures) + f"\n{out / 'grid.png'}\n{out / 'report.json'}")
     return figures

@@ -30,46 +30,19 @@ from dalle_jax import keys, priors, report
 from dalle_jax import workdir as workdirs
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.data.text import TextModel
+from dalle_jax.editing import Editing
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models.tokenizer import ImageTokenizer
 from dalle_jax.options import from_config
 from dalle_jax.priors import TokenPrior
+from dalle_jax.priors.sampling import SamplingOptions
 
 PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingOptions:
-    """How tokens are drawn; see `TokenPrior.sample`.
-
-    Attributes:
-      temperature: divides the logits; 0 takes the most likely token.
-      top_k: keep the k most likely tokens; None for all.
-      top_p: keep the likeliest tokens that together hold this mass; None for all.
-      guidance: strength of classifier-free guidance; 0 for none.
-      steps: decoding steps, where the prior has a choice.
-    """
-
-    temperature: float = 1.0
-    top_k: int | None = None
-    top_p: float | None = None
-    guidance: float = 0.0
-    steps: int | None = None
-
-    def __post_init__(self):
-        if self.temperature < 0:
-            raise ConfigError(f"temperature is {self.temperature}; expected 0 (greedy) or more.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k is {self.top_k}; expected 1 or more, or None for no limit.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}; expected a share in (0, 1], or None for no limit.")
-        if self.guidance < 0:
-            raise ConfigError(f"guidance is {self.guidance}; expected 0 (none) or more.")
-
-
-@dataclasses.dataclass(frozen=True)
-class TextToImage:
+class TextToImage(Editing):
     """A prior, its image tokenizer and its text model, ready to draw.
 
     Attributes:
@@ -132,7 +105,7 @@ class TextToImage:
           captions: a caption, or a sequence of C.
           n: pictures for each.
           seed: picture i of a caption depends on (caption, seed, i) alone.
-          **options: fields of `SamplingOptions`.
+          **options: fields of `SamplingOptions`, and `negative`: a caption that guidance leads away from.
 
         Returns:
           uint8 [n, H, W, 3] for one caption, [C, n, H, W, 3] for a sequence.
@@ -140,47 +113,17 @@ class TextToImage:
         Raises:
           DataError: an empty caption.
         """
+        _check_count(n, seed)
+        negative, options = _parse(options)
         one = isinstance(captions, str)
         text = self.encode_text([captions] if one else list(captions))
-        images = self._pictures(text, n, seed, SamplingOptions(**options))
+        many, candidates = self._chunk_shape(len(text), n)
+        rows = []
+        for c in range(0, len(text), many):
+            parts = [self._chunk(text, n, seed, options, negative, c, j) for j in range(0, n, candidates)]
+            rows.append(np.concatenate(parts, axis=1)[: len(text) - c, :n])
+        images = np.concatenate(rows)
         return images[0] if one else images
-
-    def complete(self, image: np.ndarray, rows: int, caption: str, n: int = 1, seed: int = 0, **options) -> np.ndarray:
-        """Keeps the top rows of the token grid and draws the rest (DALL-E, figure 2: image completion).
-
-        Args:
-          image: uint8 [H, W, 3].
-          rows: how many of the h token rows are given.
-          caption: what the whole picture shows.
-          n: completions.
-          seed, **options: as in `generate`.
-
-        Returns:
-          uint8 [n, H, W, 3]; the given tokens are unchanged.
-
-        Raises:
-          DataError: an empty caption, a picture of another size.
-          ConfigError: rows outside [0, h].
-        """
-        layout = self.prior.layout
-        if not 0 <= rows <= layout.height:
-            raise ConfigError(
-                f"rows is {rows}; this model's token grid has {layout.height} rows: give 0 to {layout.height}."
-            )
-        given = self.encode(np.asarray(image)[None])
-        mask = np.arange(layout.image_length) < rows * layout.width
-        return self._pictures(self.encode_text([caption]), n, seed, SamplingOptions(**options), (given, mask))[0]
-
-    def inpaint(self, image: np.ndarray, mask: np.ndarray, caption: str, n: int = 1, seed: int = 0, **options):
-        """Draws the masked part of a picture anew. Needs a prior that can look at both sides of a gap.
-
-        Raises:
-          ConfigError: the autoregressive prior sees only what comes before; use `complete` with it.
-        """
-        raise ConfigError(
-            f"inpaint needs a prior that can draw a token given later ones; {self.workdir or 'this model'} holds an "
-            f"autoregressive one ({type(self.prior).__name__}), which sees earlier tokens only. Use complete() with it."
-        )
 
     # -- tokens ---------------------------------------------------------------------------------------------------
 
@@ -220,8 +163,11 @@ class TextToImage:
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """Tokens to pictures: int32 [B, N] to uint8 [B, H, W, 3]."""
         layout = self.prior.layout
-        grids = jnp.asarray(tokens).reshape(-1, layout.height, layout.width)
-        return report.to_uint8(_decode(self.tokenizer, self.tokenizer_params, grids))
+        return self.decode_grid(jnp.asarray(tokens).reshape(-1, layout.height, layout.width))
+
+    def decode_grid(self, tokens: np.ndarray) -> np.ndarray:
+        """Token grids of any size to pictures: int32 [B, h', w'] to uint8 [B, H', W', 3]."""
+        return report.to_uint8(_decode(self.tokenizer, self.tokenizer_params, jnp.asarray(tokens)))
 
     # -- in chunks of one size: bounded memory, one compilation, and a chunk can be drawn again by itself ----------
 
@@ -230,29 +176,46 @@ class TextToImage:
         candidates = min(n, self.rows_at_once)
         return max(1, min(self.rows_at_once // candidates, captions)), candidates
 
-    def _chunk(self, text, n, seed, options, first_caption, first_candidate, known=None) -> np.ndarray:
+    def _chunk(self, text, n, seed, options, negative, first_caption, first_candidate) -> np.ndarray:
         """The chunk that starts there: uint8 [captions, candidates, H, W, 3]. Surplus rows repeat others."""
         captions, candidates = self._chunk_shape(len(text), n)
         some = np.resize(text[first_caption : first_caption + captions], (captions, text.shape[1]))
         numbers = np.tile(first_candidate + np.arange(candidates), captions)
-        if known is not None:
-            known = tuple(jnp.broadcast_to(x, (len(numbers), x.shape[-1])) for x in known)
-        tokens = self.prior.sample(
-            self.params, jnp.asarray(some), row_keys(seed, numbers), known=known, **dataclasses.asdict(options)
-        )
-        images = self.decode(tokens)
+        images = self.decode(self._sample(some, row_keys(seed, numbers), options, negative))
         return images.reshape(captions, candidates, *images.shape[1:])
 
-    def _pictures(self, text: np.ndarray, n: int, seed: int, options: SamplingOptions, known=None) -> np.ndarray:
-        """uint8 [C, n, H, W, 3]."""
-        if seed < 0 or n < 1:
-            raise ConfigError(f"seed is {seed} and n is {n}; expected seed ≥ 0 and n ≥ 1.")
-        captions, candidates = self._chunk_shape(len(text), n)
-        rows = []
-        for c in range(0, len(text), captions):
-            parts = [self._chunk(text, n, seed, options, c, j, known) for j in range(0, n, candidates)]
-            rows.append(np.concatenate(parts, axis=1)[: len(text) - c, :n])
-        return np.concatenate(rows)
+    def _sample(self, text, keys, options: SamplingOptions, negative: str | None, known=None) -> jax.Array:
+        """int32 [B, N]."""
+        away = None if negative is None else self.encode_text([negative])
+        return self.prior.sample(
+            self.params, jnp.asarray(text), keys, known=known, negative=away, **dataclasses.asdict(options)
+        )
+
+    def _draw(self, caption: str, n: int, seed: int, options, known, window: int = 0) -> np.ndarray:
+        """Tokens of n pictures of one caption beside known ones, (int32 [n, N], bool [n, N]): int32 [n, N]."""
+        _check_count(n, seed)
+        negative, options = _parse(options)
+        text, rows = self.encode_text([caption]), min(n, self.rows_at_once)
+        parts = []
+        for first in range(0, n, rows):
+            numbers = np.minimum(first + np.arange(rows), n - 1)  # surplus rows repeat the last
+            given = tuple(jnp.asarray(x[numbers]) for x in known)
+            parts.append(np.asarray(self._sample(text, row_keys(seed, numbers, window), options, negative, given)))
+        return np.concatenate(parts)[:n]
+
+
+def _check_count(n: int, seed: int) -> None:
+    if seed < 0 or n < 1:
+        raise ConfigError(f"seed is {seed} and n is {n}; expected seed ≥ 0 and n ≥ 1.")
+
+
+def _parse(options: dict[str, Any]) -> tuple[str | None, SamplingOptions]:
+    """Keyword arguments of a drawing method: the negative caption, and the sampling options."""
+    known = {field.name for field in dataclasses.fields(SamplingOptions)} | {"negative"}
+    if unknown := sorted(set(options) - known):
+        raise ConfigError(f"There is no sampling option {unknown[0]!r}; expected some of {', '.join(sorted(known))}.")
+    options = dict(options)
+    return options.pop("negative", None), SamplingOptions(**options)
 
 
 def _check_fit(prior: TokenPrior, params: PyTree, workdir: str) -> None:
@@ -271,9 +234,9 @@ def _check_fit(prior: TokenPrior, params: PyTree, workdir: str) -> None:
         )
 
 
-def row_keys(seed: int, numbers: np.ndarray) -> jax.Array:
-    """The key of each candidate, [B]: a function of (seed, its number) alone."""
-    key = keys.stream(jax.random.key(seed), "sample")
+def row_keys(seed: int, numbers: np.ndarray, window: int = 0) -> jax.Array:
+    """The key of each candidate, [B]: a function of (seed, its number, the window of a canvas) alone."""
+    key = keys.stream(jax.random.key(seed), "sample", window)
     return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(numbers, jnp.uint32))
 
 
@@ -300,7 +263,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     captions = read_captions(config)
     model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once)
     options = from_config(SamplingOptions, config.sampling, "sampling")
-    images = model.generate(captions, config.n, config.seed, **dataclasses.asdict(options))
+    images = model.generate(
+        captions, config.n, config.seed, negative=config.negative or None, **dataclasses.asdict(options)
+    )
     out = epath.Path(workdir).expanduser()
     entries = []
     for i, caption in enumerate(captions):
@@ -310,7 +275,8 @@ def run(config: ConfigDict, workdir: str) -> None:
             entries.append({"file": name, "caption": caption, "caption_index": i, "index": j})
     manifest = {
         "workdir": model.workdir, "step": model.step, "seed": config.seed,
-        "sampling": dataclasses.asdict(options), "rows_at_once": config.rows_at_once, "captions": captions,
+        "sampling": dataclasses.asdict(options), "negative": config.negative or None,
+        "rows_at_once": config.rows_at_once, "captions": captions,
         "n": config.n, "samples": entries,
     }  # fmt: skip
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
@@ -338,7 +304,7 @@ def remake(manifest: str, file: str) -> np.ndarray:
     captions, candidates = model._chunk_shape(len(text), n)
     (c, i), (d, j) = divmod(entry["caption_index"], captions), divmod(entry["index"], candidates)
     options = SamplingOptions(**record["sampling"])
-    return model._chunk(text, n, record["seed"], options, c * captions, d * candidates)[i, j]
+    return model._chunk(text, n, record["seed"], options, record.get("negative"), c * captions, d * candidates)[i, j]
 
 
 def read_captions(config: ConfigDict) -> list[str]:

@@ -176,18 +176,18 @@ class Progress:
 
 
 class Mean:
-    """Running mean of scalars over the steps between two log lines; a value that is not finite is left out."""
+    """Running mean of scalars, over the steps between two log lines or over batches; what is not finite is left out."""
 
     def __init__(self):
         self._sums: dict[str, list[float]] = {}
 
-    def add(self, scalars: Mapping[str, Any]) -> None:
-        """Adds the scalars of one step."""
+    def add(self, scalars: Mapping[str, Any], weight: float = 1.0) -> None:
+        """Adds the scalars of one step, or of a batch of `weight` rows."""
         for name, value in scalars.items():
             total = self._sums.setdefault(name, [0.0, 0.0])
             if math.isfinite(value):
-                total[0] += float(value)
-                total[1] += 1
+                total[0] += float(value) * weight
+                total[1] += weight
 
     def take(self) -> dict[str, float]:
         """The means so far (nan: no finite value); starts anew."""

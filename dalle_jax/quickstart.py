@@ -58,7 +58,8 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         "device": f"{evaluate.device()}, {os.cpu_count()} cores, {platform.machine()}",
     }
     title = "Captions held out of training" if config.evaluate.split == "heldout" else config.evaluate.split
-    report.save_png(out / "grid.png", evaluate.grid(examples, reconstructed, generated, title))
+    columns = [("real", examples.images), ("reconstructed", reconstructed), ("generated", generated)]
+    report.save_png(out / "grid.png", evaluate.grid(examples, columns, title))
     report.save_json(out / "report.json", figures)
     print(f"\n{report.table(figures)}\n\n{out / 'grid.png'}\n{out / 'report.json'}")
     return figures

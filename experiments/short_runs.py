@@ -53,6 +53,8 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
     shapes = {
         "dvae": ["dvae.py", *STEPS, *PATCHES],
         "prior": ["prior.py", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae"],
+        "maskgit": ["maskgit.py", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae"],
+        "generate:maskgit": ["generate.py", f"model_workdir={work}/maskgit", "prompts=a red circle", "sampling.steps=3"],
         "generate": ["generate.py", f"model_workdir={work}/prior", "prompts=a red circle|two shapes", "n=2"],
         "evaluate": ["evaluate.py", f"model_workdir={work}/prior", "count=8", "rows_at_once=4"],
         "quickstart": [
@@ -70,16 +72,18 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
         ],
     }  # fmt: skip
     published = {"dvae:paper": ["dvae.py:paper", *STEPS, *SMALL_DVAE, f"data.path={big}", "data.workers=0"]}
-    for size in ("2.8b", "5.6b", "paper"):
-        published[f"prior:{size}"] = [
-            f"prior.py:{size}", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:paper", f"data.path={big}",
+    for name in ("prior:2.8b", "prior:5.6b", "prior:paper", "maskgit:paper", "maskgit:3b"):
+        published[name] = [
+            name.replace(":", ".py:"), *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:paper", f"data.path={big}",
             "data.workers=0", "data.image_size=64", "ema.every=1",
         ]  # fmt: skip
+    own_pictures["maskgit:folder"] = ["maskgit.py:folder", *own_pictures["prior:folder"][1:]]
     chains = [shapes, published, own_pictures]
     if emoji:
         chains.append({
             "dvae:emoji": ["dvae.py:emoji", *STEPS, *PATCHES],
             "prior:emoji": ["prior.py:emoji", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:emoji"],
+            "maskgit:emoji": ["maskgit.py:emoji", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:emoji"],
         })  # fmt: skip
     return chains
 

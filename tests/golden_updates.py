@@ -6,6 +6,7 @@ They stand in `golden/*.json`. After a change that is meant to alter them: `pyth
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 from collections.abc import Callable
 
@@ -19,6 +20,7 @@ from dalle_jax.layout import TokenLayout
 from dalle_jax.models.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.models.transformer import TransformerOptions
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.priors.maskgit import MaskGITOptions, MaskGITPrior
 from dalle_jax.tasks.dvae import DVAETask
 
 FOLDER = pathlib.Path(__file__).with_name("golden")
@@ -46,18 +48,28 @@ def dvae() -> tuple[Callable, Callable]:
     return task.init, lambda params, key, step: task.loss(params, {}, batch, key, step)
 
 
+LAYOUT = TokenLayout(text_vocab=12, image_vocab=16, text_length=5, height=3, width=4)
+TRUNK = TransformerOptions(width=16, depth=3, heads=2, dtype="float32")
+
+
 def prior() -> tuple[Callable, Callable]:
-    """`init(key)` and `loss(params, key, step)` of a small autoregressive prior on random captions and tokens."""
-    layout = TokenLayout(text_vocab=12, image_vocab=16, text_length=5, height=3, width=4)
-    trunk = TransformerOptions(width=16, depth=3, heads=2, dtype="float32")
-    prior = AutoregressivePrior(layout, AutoregressiveOptions(trunk, kernel=3, caption_drop=0.25))
+    """The same of a small autoregressive prior on random captions and tokens."""
+    return _prior(AutoregressivePrior(LAYOUT, AutoregressiveOptions(TRUNK, kernel=3, caption_drop=0.25)))
+
+
+def maskgit() -> tuple[Callable, Callable]:
+    """The same of a small MaskGIT prior on the same captions and tokens."""
+    return _prior(MaskGITPrior(LAYOUT, MaskGITOptions(TRUNK, caption_drop=0.25)))
+
+
+def _prior(prior) -> tuple[Callable, Callable]:
     rng = np.random.default_rng(0)
-    text = np.stack([layout.pad_text(rng.integers(0, 12, n)) for n in (2, 5, 3, 4, 1, 0, 3, 2)])
+    text = np.stack([LAYOUT.pad_text(rng.integers(0, 12, n)) for n in (2, 5, 3, 4, 1, 0, 3, 2)])
     tokens = rng.integers(0, 16, (8, 12), dtype=np.int32)
     return prior.init, lambda params, key, step: prior.loss(params, text, tokens, key, train=True)
 
 
-MODELS = {"dvae": dvae, "prior": prior}
+MODELS = {"dvae": dvae, "prior": prior, "maskgit": maskgit}
 
 
 def measure(name: str) -> dict[str, dict[str, float]]:
@@ -77,7 +89,8 @@ def measure(name: str) -> dict[str, dict[str, float]]:
     opt_state, measured = optimizer.init(params), {}
     for step, moment in enumerate(("before", "after")):
         params, opt_state, scalars = update(params, opt_state, step)
-        measured[moment] = {key: float(value) for key, value in scalars.items()}
+        scalars = {key: float(value) for key, value in scalars.items()}
+        measured[moment] = {key: value for key, value in scalars.items() if math.isfinite(value)}  # nan: nothing there
     return measured
 
 

@@ -13,7 +13,7 @@ Deviation: none in the masks. Figure 11's convolutional corner is not settled by
 row ends is a field (`Convolutional.wrap`).
 
     B batch    S = T + N sequence    T text    N = h·w image tokens    H heads    K head size
-    G groups of queries    Q queries in a group    L image keys of a group or of a decode cache
+    G groups of queries    Q queries in a group    L image keys of a group or of a decode cache (`decode_cache.py`)
 """
 
 from __future__ import annotations
@@ -49,6 +49,10 @@ class Pattern(Protocol):
 
     def ungroup(self, x: jax.Array, layout: TokenLayout) -> jax.Array:
         """[B, G, Q, H, K] back to [B, N, H, K]."""
+
+
+class CausalPattern(Pattern, Protocol):
+    """A pattern in which nobody reads what comes later: tokens can be decoded one by one."""
 
     def cache(self, layout: TokenLayout) -> RingCache | ColumnCache:
         """What decoding must remember of the image, and how to read it."""
@@ -105,24 +109,21 @@ class _RasterGroups:
         return x.reshape(x.shape[0], layout.image_length, *x.shape[3:])
 
     def cache(self, layout: TokenLayout) -> RingCache:
-        slots = min(self._reach(layout) + 1, layout.image_length)
-        image = self.mask(layout)[layout.text_length :, layout.text_length :]
-        last_row = range(layout.image_length - layout.width, layout.image_length)
-        allowed = tuple(tuple(bool(p >= o and image[p, p - o]) for o in range(slots)) for p in last_row)
-        return RingCache(slots, allowed)
+        return _ring(self, layout, self._reach(layout))
 
 
-@dataclasses.dataclass(frozen=True)
-class Full(_RasterGroups):
-    """Dense causal attention."""
+def _ring(pattern: Pattern, layout: TokenLayout, reach: int) -> RingCache:
+    """The cache of a pattern that never reads further back than `reach` image positions."""
+    slots = min(reach + 1, layout.image_length)
+    image = pattern.mask(layout)[layout.text_length :, layout.text_length :]
+    last_row = range(layout.image_length - layout.width, layout.image_length)
+    allowed = tuple(tuple(bool(p >= o and image[p, p - o]) for o in range(slots)) for p in last_row)
+    return RingCache(slots, allowed)
 
-    def mask(self, layout: TokenLayout) -> np.ndarray:
-        return _causal_stream(layout, _offsets(layout) >= 0)
 
-    def _reach(self, layout: TokenLayout) -> int:
-        return layout.image_length - 1
+class _OneGroup:
+    """One group holds the whole image: for dense patterns, where a group per row would repeat the keys h times."""
 
-    # One group holds the whole image: a group per row would repeat the keys h times.
     def groups(self, layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
         everything = np.arange(layout.image_length)[None]
         return everything, everything
@@ -132,6 +133,30 @@ class Full(_RasterGroups):
 
     def group_keys(self, x: jax.Array, layout: TokenLayout) -> jax.Array:
         return self.group_queries(x)
+
+    def ungroup(self, x: jax.Array, layout: TokenLayout) -> jax.Array:
+        return x.reshape(x.shape[0], layout.image_length, *x.shape[3:])
+
+
+@dataclasses.dataclass(frozen=True)
+class Full(_OneGroup):
+    """Dense causal attention."""
+
+    def mask(self, layout: TokenLayout) -> np.ndarray:
+        return _causal_stream(layout, _offsets(layout) >= 0)
+
+    def cache(self, layout: TokenLayout) -> RingCache:
+        return _ring(self, layout, layout.image_length - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bidirectional(_OneGroup):
+    """The image reads everything, the text reads the text: its states stay while the image changes (MaskGIT)."""
+
+    def mask(self, layout: TokenLayout) -> np.ndarray:
+        mask = np.ones((layout.length, layout.length), bool)
+        mask[: layout.text_length, layout.text_length :] = False
+        return mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,17 +260,25 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, layout: T
     text_mask = pattern.mask(layout)[:t, :t]
     text = attend_reference(q[:, :t], k[:, :t], v[:, :t], text_mask)
 
-    grid = lambda x: x[:, t:].reshape(x.shape[0], layout.height, layout.width, *x.shape[2:])
+    image = attend_image(q[:, t:], k[:, t:], v[:, t:], k[:, :t], v[:, :t], pattern, layout)
+    return jnp.concatenate([text, image], axis=1)
+
+
+def attend_image(q, k, v, text_k, text_v, pattern: Pattern, layout: TokenLayout) -> jax.Array:
+    """The image part of `attend`.
+
+    Args:
+      q, k, v: [B, N, H, K].
+      text_k, text_v: [B, T, H, K].
+
+    Returns:
+      [B, N, H, K] in v's dtype.
+    """
+    grid = lambda x: x.reshape(x.shape[0], layout.height, layout.width, *x.shape[2:])
     groups = functools.partial(pattern.group_keys, layout=layout)
-    image = _attend_groups(
-        pattern.group_queries(grid(q)),
-        groups(grid(k)),
-        groups(grid(v)),
-        k[:, :t],
-        v[:, :t],
-        group_mask(pattern, layout),
-    )
-    return jnp.concatenate([text, pattern.ungroup(image, layout)], axis=1)
+    mask = group_mask(pattern, layout)
+    image = _attend_groups(pattern.group_queries(grid(q)), groups(grid(k)), groups(grid(v)), text_k, text_v, mask)
+    return pattern.ungroup(image, layout)
 
 
 def group_mask(pattern: Pattern, layout: TokenLayout) -> np.ndarray:
@@ -302,6 +335,11 @@ def sparse_layers(depth: int, kernel: int = 11, wrap: bool = True) -> tuple[Patt
     the last is convolutional."""
     body = [Column() if i % 4 == 1 else Row() for i in range(depth - 1)]
     return (*body, Convolutional(kernel, wrap))
+
+
+def bidirectional_layers(depth: int) -> tuple[Pattern, ...]:
+    """Every layer reads text and image whole (MaskGIT)."""
+    return (Bidirectional(),) * depth
 
 
 def full_layers(depth: int) -> tuple[Pattern, ...]:

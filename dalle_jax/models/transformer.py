@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.layout import TokenLayout
-from dalle_jax.models.attention import Pattern, attend, attend_reference, attend_step
+from dalle_jax.models.attention import Pattern, attend, attend_image, attend_reference, attend_step
 from dalle_jax.models.dense import Dense
 from dalle_jax.models.rotary import rotary_angles, rotate
 from dalle_jax.parallel import constrain
@@ -134,7 +134,8 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of one pattern, in three uses: the whole stream, its text alone, one image position."""
+    """Multi-head attention of one pattern, in four uses: the whole stream; its text alone, and after that one image
+    position or all of them."""
 
     options: TransformerOptions
     layout: TokenLayout
@@ -177,6 +178,12 @@ class Attention(nn.Module):
         q, k, v = self._heads(x, self._angles(slice(0, t)))
         out = self.out(attend_reference(q, k, v, self.pattern.mask(self.layout)[:t, :t]))
         return out, (k.swapaxes(1, 2), v.swapaxes(1, 2))
+
+    def refine(self, x: jax.Array, text) -> jax.Array:
+        """All image positions, [C·n, N, D], against each other and their caption's (keys, values)."""
+        q, k, v = self._heads(x, self._angles(slice(self.layout.text_length, None)))
+        rows = lambda y: jnp.repeat(y.swapaxes(1, 2), x.shape[0] // y.shape[0], axis=0)
+        return self.out(attend_image(q, k, v, *map(rows, text), self.pattern, self.layout))
 
     def step(self, x: jax.Array, text, cache, position: jax.Array):
         """One image position, [C·n, D], against its caption's (keys, values) and its cache, which it joins."""
@@ -228,6 +235,10 @@ class Block(nn.Module):
         y, kv = self.attention.prefill(self.attention_norm(x))
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), kv
+
+    def refine(self, x: jax.Array, text) -> jax.Array:
+        x = x + self.attention.refine(self.attention_norm(x), text)
+        return x + self.mlp(self.mlp_norm(x))
 
     def step(self, x: jax.Array, text, cache, position: jax.Array):
         y, cache = self.attention.step(self.attention_norm(x), text, cache, position)
@@ -303,6 +314,12 @@ class Trunk(nn.Module):
             x, kv = layer.prefill(x)
             text.append(kv)
         return self.final_norm(x), text
+
+    def refine(self, x: jax.Array, text) -> jax.Array:
+        """All image positions at once: states [C·n, N, D], beside the text's keys and values from `prefill`."""
+        for layer, kv in zip(self.layers, text):
+            x = layer.refine(x, kv)
+        return self.final_norm(x)
 
     def step(self, x: jax.Array, text, caches, position: jax.Array):
         """One image position: states [C·n, D], int32 []; returns the states and the caches with it written."""

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
+import optax
 
 from dalle_jax.errors import ConfigError
 from dalle_jax.layout import TokenLayout
@@ -24,6 +25,7 @@ class TokenPrior(Protocol):
     layout: TokenLayout
     name: str  # its section in reports
     any_order: bool  # whether a token can be drawn given later ones (inpainting)
+    schedules: Mapping[str, optax.Schedule]  # that its loss depends on, by name; see `Task.schedules`
 
     def init(self, key: jax.Array) -> Params:
         """Fresh parameters, boxed with their logical axis names."""
@@ -37,6 +39,7 @@ class TokenPrior(Protocol):
         *,
         train: bool,
         valid: jax.Array | None = None,
+        step: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """The mean loss of a batch.
 
@@ -46,10 +49,14 @@ class TokenPrior(Protocol):
           key: for dropout, dropped captions and masks.
           train: whether those apply.
           valid: bool [B], rows that count; None for all.
+          step: int32 [], updates before this one, for `schedules`; None outside training.
 
         Returns:
-          float32 [], and float32 scalars by name, `image_nats` (per image token) among them.
+          float32 [], and float32 scalars by name, `image_nats` (per image token) among them; nan: nothing to measure.
         """
+
+    def decoding_steps(self, steps: int | None) -> int:
+        """How many times `sample` runs the model over the image, told `steps`."""
 
     def sample(
         self,
@@ -58,11 +65,8 @@ class TokenPrior(Protocol):
         keys: jax.Array,
         *,
         known: tuple[jax.Array, jax.Array] | None = None,
-        guidance: float = 0.0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        steps: int | None = None,
+        negative: jax.Array | None = None,
+        **options,
     ) -> jax.Array:
         """Draws image tokens.
 
@@ -71,10 +75,8 @@ class TokenPrior(Protocol):
           keys: [B] keys, one for each row, B a multiple of C. A row depends on its own key alone, not on the batch
             it was drawn in, nor on the number of devices.
           known: (tokens int32 [B, N], mask bool [B, N]): where the mask is True the token comes back unchanged.
-          guidance: s in (1 + s)·conditional - s·null logits; 0 does without the null branch.
-          temperature: divides the logits; 0 takes the most likely token.
-          top_k: keep the k most likely tokens. top_p: keep the likeliest tokens that together hold this mass.
-          steps: number of decoding steps, for priors that have a choice.
+          negative: int32 [C, T] or [1, T], what guidance leads away from; None: the empty caption.
+          **options: fields of `sampling.SamplingOptions`: temperature, top_k, top_p, guidance, steps, and so on.
 
         Returns:
           int32 [B, N], in [0, image_vocab).
@@ -85,16 +87,19 @@ def make(kind: str, model: Mapping[str, Any], layout: TokenLayout) -> TokenPrior
     """Builds a prior from a configuration.
 
     Args:
-      kind: `config.prior`, "autoregressive".
+      kind: `config.prior`, "autoregressive" or "maskgit".
       model: `config.model`, fields of the prior's options and, under "trunk", of `TransformerOptions`.
       layout: of its stream.
 
     Raises:
       ConfigError: an unknown kind, or a key or value that the options refuse.
     """
-    from dalle_jax.priors import autoregressive  # here, not above: the heads import this package's protocol
+    from dalle_jax.priors import autoregressive, maskgit  # here, not above: the heads import this package's protocol
 
-    known = {"autoregressive": (autoregressive.AutoregressivePrior, autoregressive.AutoregressiveOptions)}
+    known = {
+        "autoregressive": (autoregressive.AutoregressivePrior, autoregressive.AutoregressiveOptions),
+        "maskgit": (maskgit.MaskGITPrior, maskgit.MaskGITOptions),
+    }
     if kind not in known:
         raise ConfigError(f"config.prior is {kind!r}; expected one of {', '.join(known)}.")
     prior, options = known[kind]

@@ -8,6 +8,9 @@ averaged over its own tokens.
 Not settled by the paper, and so chosen here: no start token (the first text token is given, not predicted);
 `tied_embeddings` reuses the image and text embeddings as heads (the 12-billion size counts them once).
 
+With `order="random"` the image tokens follow in any order, each position told which cell it predicts next (RandAR,
+arXiv 2412.01827; RAR, arXiv 2411.00776). The share of random orders may fall to zero during training, as in RAR.
+
     B rows    C captions    T text    N image tokens    D width    V image vocabulary    H heads    K head size
 """
 
@@ -19,15 +22,20 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import optax
 
 from dalle_jax.layout import TokenLayout
-from dalle_jax.models.attention import Pattern, full_layers, sparse_layers
-from dalle_jax.models.dense import outputs_first, rows_product
+from dalle_jax.models.attention import CausalPattern, full_layers, sparse_layers
+from dalle_jax.models.dense import outputs_first
 from dalle_jax.models.transformer import TransformerOptions, Trunk, unstack
 from dalle_jax.parallel import constrain
-from dalle_jax.priors import sampling
+from dalle_jax.priors import orders, sampling
+from dalle_jax.priors.embedding import StreamEmbedding, project
+from dalle_jax.priors.losses import cross_entropy, mean_over
+from dalle_jax.priors.sampling import SamplingOptions
 
 ATTENTION = ("sparse", "full")
+ORDERS = ("raster", "random")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,6 +51,8 @@ class AutoregressiveOptions:
       embedding_scale: standard deviation of the embeddings at initialisation.
       text_weight: share of the text in the loss, 1/8 in the paper.
       caption_drop: share of captions emptied in training, for guidance.
+      order: "raster", or "random": with "full" attention and learned positions only.
+      anneal_start, anneal_end: updates between which the share of random orders falls from 1 to 0; 0, 0 keeps it at 1.
     """
 
     trunk: TransformerOptions = TransformerOptions()
@@ -53,103 +63,90 @@ class AutoregressiveOptions:
     embedding_scale: float = 0.02
     text_weight: float = 1 / 8
     caption_drop: float = 0.1
+    order: str = "raster"
+    anneal_start: int = 0
+    anneal_end: int = 0
 
     def __post_init__(self):
-        if self.attention not in ATTENTION:
-            raise ValueError(f"model.attention is {self.attention!r}; expected one of {', '.join(ATTENTION)}.")
+        for name, known in (("attention", ATTENTION), ("order", ORDERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"model.{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}.")
         for name in ("text_weight", "caption_drop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1].")
+        if self.order == "random" and (self.attention != "full" or self.trunk.positions != "learned"):
+            raise ValueError(
+                f"model.order is 'random' with attention={self.attention!r} and trunk.positions="
+                f"{self.trunk.positions!r}: tokens in any order need attention='full' and positions='learned'."
+            )
+        if not 0 <= self.anneal_start <= self.anneal_end:
+            raise ValueError(
+                f"model.anneal_start is {self.anneal_start} and anneal_end {self.anneal_end}; expected 0 ≤ start ≤ end."
+            )
 
     @property
-    def patterns(self) -> tuple[Pattern, ...]:
+    def patterns(self) -> tuple[CausalPattern, ...]:
         depth = self.trunk.depth
         return sparse_layers(depth, self.kernel, self.wrap) if self.attention == "sparse" else full_layers(depth)
 
 
-class StreamEmbedding(nn.Module):
-    """Token and position embeddings of both parts, and the heads that read the states back as logits."""
+class AutoregressiveEmbedding(StreamEmbedding):
+    """Adds the heads that read the states back as logits, and "which cell comes next".
+
+    Attributes:
+      tied: the heads are the embeddings, transposed.
+      any_order: whether a position is told which cell it predicts.
+    """
+
+    tied: bool
+    any_order: bool
+
+    def setup(self):
+        super().setup()
+        if not self.tied:
+            self.text_head = self.table("text_head_kernel", self.layout.text_vocab + 1, scale=0.02)
+            self.image_head = self.table("image_head_kernel", self.layout.image_vocab, scale=0.02)
+        if self.any_order:
+            self.next_rows = self.table("next_rows", self.layout.height, "positions")
+            self.next_columns = self.table("next_columns", self.layout.width, "positions")
+
+    def next_cell(self, cells: jax.Array) -> jax.Array:
+        """int32 [...] to [..., D]."""
+        x = self.next_rows[cells // self.layout.width] + self.next_columns[cells % self.layout.width]
+        return x.astype(self.trunk.dtype)
+
+    def text_logits(self, x: jax.Array) -> jax.Array:
+        """[..., D] to float32 [..., text_vocab + 1]."""
+        if not self.tied:
+            return project(x, self.text_head)
+        # Tied: "padding here" is the mean padding embedding, so that all of them are trained by it.
+        words, padding = jnp.split(self.text_table, [self.layout.text_vocab])
+        return project(x, jnp.concatenate([words, padding.mean(0, keepdims=True)]))
+
+    def image_logits(self, x: jax.Array) -> jax.Array:
+        """[..., D] to float32 [..., V]."""
+        return project(x, self.image_table if self.tied else self.image_head)
+
+
+class AutoregressiveModel(nn.Module):
+    """Embeddings, trunk and heads. `cells`, int32 [B, N], is the order of the image tokens; None: raster."""
 
     options: AutoregressiveOptions
     layout: TokenLayout
 
     def setup(self):
         o, lay = self.options, self.layout
-        width = o.trunk.width
+        self.embedding = AutoregressiveEmbedding(
+            o.trunk, lay, o.embedding_scale, lay.image_vocab, o.tied_embeddings, o.order == "random"
+        )
+        self.trunk = Trunk(o.trunk, lay, o.patterns)
 
-        def table_of(name: str, rows: int, axis: str, scale: float = o.embedding_scale) -> jax.Array:
-            table = nn.with_logical_partitioning(nn.initializers.normal(scale), (axis, "embed"))
-            return self.param(name, table, (rows, width))
-
-        self.text_table = table_of("text", lay.text_ids, "vocab")
-        self.image_table = table_of("image", lay.image_vocab, "vocab")
-        if o.trunk.positions == "learned":
-            self.text_positions = table_of("text_positions", lay.text_length, "positions")
-            self.rows = table_of("rows", lay.height, "positions")
-            self.columns = table_of("columns", lay.width, "positions")
-        if not o.tied_embeddings:
-            self.text_head = table_of("text_head_kernel", lay.text_vocab + 1, "vocab", 0.02)
-            self.image_head = table_of("image_head_kernel", lay.image_vocab, "vocab", 0.02)
-        self.drop = nn.Dropout(o.trunk.dropout)
-
-    def _cast(self, x: jax.Array, train: bool) -> jax.Array:
-        return self.drop(x, deterministic=not train).astype(self.options.trunk.dtype)
-
-    def text(self, text: jax.Array, train: bool = False) -> jax.Array:
-        """int32 [B, T] to [B, T, D]."""
-        x = self.text_table[text]
-        if self.options.trunk.positions == "learned":
-            x = x + self.text_positions[None]
-        return self._cast(x, train)
-
-    def image(self, tokens: jax.Array, train: bool = False) -> jax.Array:
-        """int32 [B, N] to [B, N, D]."""
-        x = self.image_table[tokens]
-        if self.options.trunk.positions == "learned":
-            x = x + (self.rows[:, None] + self.columns[None]).reshape(1, self.layout.image_length, -1)
-        return self._cast(x, train)
-
-    def image_at(self, tokens: jax.Array, position: jax.Array) -> jax.Array:
-        """int32 [B] at one image position, int32 [], to [B, D]."""
-        x = self.image_table[tokens]
-        if self.options.trunk.positions == "learned":
-            x = x + (self.rows[position // self.layout.width] + self.columns[position % self.layout.width])[None]
-        return self._cast(x, False)
-
-    def text_logits(self, x: jax.Array) -> jax.Array:
-        """[..., D] to float32 [..., text_vocab + 1]."""
-        if not self.options.tied_embeddings:
-            return _project(x, self.text_head)
-        # Tied: "padding here" is the mean padding embedding, so that all of them are trained by it.
-        words, padding = jnp.split(self.text_table, [self.layout.text_vocab])
-        return _project(x, jnp.concatenate([words, padding.mean(0, keepdims=True)]))
-
-    def image_logits(self, x: jax.Array) -> jax.Array:
-        """[..., D] to float32 [..., V]."""
-        return _project(x, self.image_table if self.options.tied_embeddings else self.image_head)
-
-
-def _project(x: jax.Array, table: jax.Array) -> jax.Array:
-    if x.ndim == 2:
-        return rows_product(x, table.astype(x.dtype), preferred_element_type=jnp.float32)
-    contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, table.astype(x.dtype), contract, preferred_element_type=jnp.float32)
-
-
-class AutoregressiveModel(nn.Module):
-    """Embeddings, trunk and heads."""
-
-    options: AutoregressiveOptions
-    layout: TokenLayout
-
-    def setup(self):
-        o = self.options
-        self.embedding = StreamEmbedding(o, self.layout)
-        self.trunk = Trunk(o.trunk, self.layout, o.patterns)
-
-    def embed(self, text: jax.Array, tokens: jax.Array, train: bool = False) -> jax.Array:
-        """int32 [B, T] and [B, N] to the stream's states, [B, S, D]."""
-        x = jnp.concatenate([self.embedding.text(text, train), self.embedding.image(tokens, train)], axis=1)
+    def embed(self, text: jax.Array, tokens: jax.Array, train: bool = False, cells=None) -> jax.Array:
+        """int32 [B, T] and [B, N], in the order of `cells`, to the stream's states, [B, S, D]."""
+        x = [self.embedding.text(text, train), self.embedding.image(tokens, train, cells)]
+        x = jnp.concatenate(x, axis=1)
+        if cells is not None:
+            x = x + jnp.pad(self.embedding.next_cell(cells), ((0, 0), (self.layout.text_length - 1, 1), (0, 0)))
         return constrain(x, "batch", "length", "embed_act")
 
     def logits(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
@@ -158,37 +155,34 @@ class AutoregressiveModel(nn.Module):
         x = self.trunk(x, train)
         return self.embedding.text_logits(x[:, : t - 1]), self.embedding.image_logits(x[:, t - 1 : -1])
 
-    def __call__(self, text: jax.Array, tokens: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, text: jax.Array, tokens: jax.Array, train: bool = False, cells=None):
         """int32 [B, T] and [B, N] to the logits of `logits`."""
-        return self.logits(self.embed(text, tokens, train), train)
+        return self.logits(self.embed(text, tokens, train, cells), train)
 
-    def prefill(self, text: jax.Array):
-        """int32 [C, T] to the first image token's logits, float32 [C, V], and each layer's text keys and values."""
-        x, cache = self.trunk.prefill(self.embedding.text(text))
+    def prefill(self, text: jax.Array, first=None):
+        """int32 [C, T] to the first image token's logits, float32 [C, V], and each layer's text keys and values.
+
+        `first`, int32 [C], is the first cell, where the order is free.
+        """
+        x = self.embedding.text(text)
+        if first is not None:
+            x = x.at[:, -1].add(self.embedding.next_cell(first))
+        x, cache = self.trunk.prefill(x)
         return self.embedding.image_logits(x[:, -1]), cache
 
     def init_cache(self, rows: int):
         return self.trunk.init_cache(rows)
 
-    def step(self, tokens: jax.Array, position: jax.Array, text, caches):
-        """The token at `position`, int32 [B], to the logits of the one after it, float32 [B, V], and the caches."""
-        x, caches = self.trunk.step(self.embedding.image_at(tokens, position), text, caches, position)
+    def step(self, tokens: jax.Array, index: jax.Array, cells: jax.Array, following: jax.Array, text, caches):
+        """The `index`-th image token, int32 [B], to the logits of the one after it, float32 [B, V], and the caches.
+
+        It stands at `cells`, int32 [B]; the one after it at `following`, int32 [B].
+        """
+        x = self.embedding.image_at(tokens, cells)
+        if self.options.order == "random":
+            x = x + self.embedding.next_cell(following)
+        x, caches = self.trunk.step(x, text, caches, index)
         return self.embedding.image_logits(x), caches
-
-
-def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """-ln softmax(logits)[targets], in float32. [..., V] and int32 [...] to float32 [...].
-
-    Picks by comparison, not by gather: the gather's gradient is a scatter over all logits.
-    """
-    classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    picked = jnp.where(classes == targets[..., None], logits, 0).sum(-1)
-    return jax.nn.logsumexp(logits, axis=-1) - picked
-
-
-def _mean_over(rows: jax.Array, weights: jax.Array) -> jax.Array:
-    """Weighted mean of [B] by [B]; 0 where all weights are 0."""
-    return (rows * weights).sum() / jnp.maximum(weights.sum(), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +197,19 @@ class AutoregressivePrior:
     layout: TokenLayout
     options: AutoregressiveOptions = AutoregressiveOptions()
     name = "autoregressive"
-    any_order = False
+
+    @property
+    def any_order(self) -> bool:
+        return self.options.order == "random"
+
+    @property
+    def schedules(self) -> dict[str, optax.Schedule]:
+        o = self.options
+        if o.order == "raster":
+            return {}
+        if not o.anneal_end:
+            return {"random_orders": optax.constant_schedule(1.0)}
+        return {"random_orders": optax.linear_schedule(1.0, 0.0, max(o.anneal_end - o.anneal_start, 1), o.anneal_start)}
 
     @property
     def model(self) -> AutoregressiveModel:
@@ -212,47 +218,62 @@ class AutoregressivePrior:
     def init(self, key: jax.Array):
         text = jnp.zeros((1, self.layout.text_length), jnp.int32)
         tokens = jnp.zeros((1, self.layout.image_length), jnp.int32)
-        return self.model.init(key, text, tokens)["params"]
+        cells = tokens if self.any_order else None
+        return self.model.init(key, text, tokens, cells=cells)["params"]
 
-    def loss(self, params, text: jax.Array, tokens: jax.Array, key: jax.Array, *, train: bool, valid=None):
-        """See `TokenPrior.loss`. Dropped captions do not count in the text loss."""
+    def loss(self, params, text: jax.Array, tokens: jax.Array, key: jax.Array, *, train: bool, valid=None, step=None):
+        """See `TokenPrior.loss`. Dropped captions do not count in the text loss. Evaluation is in raster order once
+        the share of random orders is to fall to zero, otherwise in random ones."""
+        rows = text.shape[0]
         drop_key, dropout_key = jax.random.split(key)
         rate = self.options.caption_drop if train else 0.0
-        dropped = jax.random.bernoulli(drop_key, rate, (text.shape[0], 1))
+        dropped = jax.random.bernoulli(drop_key, rate, (rows, 1))
         given = jnp.where(dropped, jnp.asarray(self.layout.null_text())[None], text)
+        cells = None
+        if self.any_order:
+            share = 0.0 if self.options.anneal_end else 1.0
+            if train and step is not None:
+                share = self.schedules["random_orders"](step)
+            cells = orders.mixed(jax.random.fold_in(key, 2), rows, self.layout, share)
+            tokens = jnp.take_along_axis(tokens, cells, axis=1)
         text_logits, image_logits = self.model.apply(
-            {"params": params}, given, tokens, train, rngs={"dropout": dropout_key}
+            {"params": params}, given, tokens, train, cells, rngs={"dropout": dropout_key}
         )
-        counted = jnp.ones(text.shape[0]) if valid is None else valid.astype(jnp.float32)
+        counted = jnp.ones(rows) if valid is None else valid.astype(jnp.float32)
         text_rows = cross_entropy(text_logits, self.layout.text_targets(text[:, 1:])).mean(-1)
-        text_nats = _mean_over(text_rows, counted * ~dropped[:, 0])
-        image_nats = _mean_over(cross_entropy(image_logits, tokens).mean(-1), counted)
+        text_nats = mean_over(text_rows, counted * ~dropped[:, 0])
+        image_nats = mean_over(cross_entropy(image_logits, tokens).mean(-1), counted)
         weight = self.options.text_weight
         loss = weight * text_nats + (1 - weight) * image_nats
         return loss, {"text_nats": text_nats, "image_nats": image_nats}
 
-    def sample(
-        self, params, text, keys, *, known=None, guidance=0.0, temperature=1.0, top_k=None, top_p=None, steps=None
-    ) -> jax.Array:
-        """See `TokenPrior.sample`. One jitted loop over the N positions.
+    def decoding_steps(self, steps: int | None) -> int:
+        return self.layout.image_length
+
+    def sample(self, params, text, keys, *, known=None, negative=None, **options) -> jax.Array:
+        """See `TokenPrior.sample`. One jitted loop over the N positions; `order` is "raster" or, where the prior was
+        trained for it, "random" or "halton": given tokens then come first, so that every other one sees them.
 
         Raises:
-          ValueError: where the rows are not a multiple of the captions, or `steps` is given.
+          ValueError: where the rows are not a multiple of the captions, or an option is another prior's.
         """
-        if steps is not None:
-            raise ValueError(f"steps={steps}: the autoregressive prior takes one step a token; leave steps out.")
-        captions, rows = text.shape[0], keys.shape[0]
-        if rows % captions:
-            raise ValueError(f"{rows} keys for {captions} captions: expected the same number of candidates for each.")
-        knobs = {"temperature": jnp.float32(temperature)}
-        knobs |= {"guidance": jnp.float32(guidance)} if guidance else {}
-        knobs |= {"top_k": jnp.float32(top_k)} if top_k is not None else {}
-        knobs |= {"top_p": jnp.float32(top_p)} if top_p is not None else {}
-        return _decode(self, params, text, keys, known, knobs)
+        options = SamplingOptions(**options)
+        for name in ("steps", "choice_temperature"):
+            if getattr(options, name) is not None:
+                raise ValueError(
+                    f"{name}={getattr(options, name)}: the autoregressive prior takes one step a token; leave it out."
+                )
+        order = options.order or ("raster" if self.options.anneal_end or not self.any_order else "random")
+        if order not in (orders.NAMES if self.any_order else ("raster",)):
+            expected = ", ".join(orders.NAMES) if self.any_order else "raster, as it was trained"
+            raise ValueError(f"order={order!r}: this prior draws in the order {expected}.")
+        return _decode(
+            self, order, params, text, keys, known, sampling.knobs(self.layout, text, keys, options, negative)
+        )
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(prior: AutoregressivePrior, params, text, keys, known, knobs) -> jax.Array:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _decode(prior: AutoregressivePrior, order: str, params, text, keys, known, knobs) -> jax.Array:
     """`sample`, traced: which knobs are set is static, their values are not."""
     layout, o = prior.layout, prior.options
     # Each layer's weights in one piece, cut out of the scan's stack once and not at every token.
@@ -261,38 +282,43 @@ def _decode(prior: AutoregressivePrior, params, text, keys, known, knobs) -> jax
     model = AutoregressiveModel(flat, layout)
     bound = functools.partial(model.apply, {"params": params})
     rows, length = keys.shape[0], layout.image_length
-    candidates = rows // text.shape[0]
+    cells = orders.cells(order, keys, layout)  # [B, N]
+    first = None
+    if prior.any_order:
+        if known is not None:
+            cells = orders.given_first(cells, known[1])
+        text, first = jnp.repeat(text, rows // text.shape[0], axis=0), cells[:, 0]  # each row has its own first cell
     guided = "guidance" in knobs
     if guided:  # the null branch is more captions, with text and caches of its own
-        text = jnp.concatenate([text, jnp.broadcast_to(jnp.asarray(layout.null_text()), text.shape)])
+        negative = jnp.repeat(knobs["negative"], text.shape[0] // knobs["negative"].shape[0], axis=0)
+        text = jnp.concatenate([text, negative])
+    twice = (lambda x: jnp.concatenate([x, x])) if guided else (lambda x: x)
 
-    def choose(logits, position):
+    def choose(logits, index):
         if guided:
             logits = sampling.guide(logits[:rows], logits[rows:], knobs["guidance"])
-        temperature = knobs["temperature"]
-        logits = logits / jnp.where(temperature > 0, temperature, 1.0)
-        logits = sampling.filter_logits(logits, top_k=knobs.get("top_k"), top_p=knobs.get("top_p"))
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, position)
-        token = sampling.draw(logits, step_keys, jnp.where(temperature > 0, 1.0, 0.0))
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
+        token = sampling.choose(logits, step_keys, knobs, index / max(length - 1, 1))
         if known is not None:
-            given, mask = (jax.lax.dynamic_index_in_dim(x, position, axis=1, keepdims=False) for x in known)
+            given, mask = (jnp.take_along_axis(x, cells[:, index][:, None], axis=1)[:, 0] for x in known)
             token = jnp.where(mask, given.astype(jnp.int32), token)
         return token
 
-    first, text_cache = bound(text, method="prefill")
+    logits, text_cache = bound(text, None if first is None else twice(first), method="prefill")
+    candidates = twice(keys).shape[0] // text.shape[0]
     caches = bound(candidates * text.shape[0], method="init_cache")
-
     trunk, restore = outputs_first(params["trunk"], o.trunk.dtype)
 
-    def body(carry, position):
+    def body(carry, index):
         logits, caches = carry
         stored = {"params": params | {"trunk": restore(trunk)}}
-        token = choose(logits, position)
-        fed = jnp.concatenate([token, token]) if guided else token
-        logits, caches = model.apply(stored, fed, position, text_cache, caches, method="step")
+        token = choose(logits, index)
+        here, following = twice(cells[:, index]), twice(cells[:, index + 1])
+        logits, caches = model.apply(stored, twice(token), index, here, following, text_cache, caches, method="step")
         return (logits, caches), token
 
-    start = (jnp.repeat(first, candidates, axis=0), caches)
+    start = (jnp.repeat(logits, candidates, axis=0), caches)
     (logits, _), tokens = jax.lax.scan(body, start, jnp.arange(length - 1))
     last = choose(logits, jnp.int32(length - 1))
-    return jnp.concatenate([tokens.T, last[:, None]], axis=1)
+    tokens = jnp.concatenate([tokens.T, last[:, None]], axis=1)
+    return orders.to_raster(tokens, cells) if prior.any_order else tokens

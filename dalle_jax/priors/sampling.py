@@ -1,15 +1,89 @@
-"""From logits to tokens: temperature, top-k, top-p, guidance, and one key for each row.
+"""From logits to tokens: the sampling options, temperature, top-k, top-p, guidance, and one key for each row.
 
 Both filters search for their threshold bit by bit instead of sorting: 32 passes over the logits, exact, with k and
 p free to change without compiling anew. Tokens tied with the last one kept are kept.
 
-    B rows    V vocabulary
+    B rows    C captions    T text    V vocabulary
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
+
+from dalle_jax.errors import ConfigError
+from dalle_jax.layout import TokenLayout
+
+Knobs = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamplingOptions:
+    """How tokens are drawn.
+
+    Attributes:
+      temperature: divides the logits; 0 takes the most likely token.
+      final_temperature: the temperature at the last step, to which it moves linearly; None: the same throughout.
+      top_k: keep the k most likely tokens; None for all.
+      top_p: keep the likeliest tokens that together hold this mass; None for all.
+      guidance: s in (1 + s)·conditional - s·null logits; 0 does without the null branch.
+      steps: decoding steps, where the prior has a choice; None for its own.
+      order: in which tokens are decided, where the prior has a choice; None for its own.
+      choice_temperature: randomness of MaskGIT's choice of what to keep; None for its own.
+    """
+
+    temperature: float = 1.0
+    final_temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance: float = 0.0
+    steps: int | None = None
+    order: str | None = None
+    choice_temperature: float | None = None
+
+    def __post_init__(self):
+        for name in ("temperature", "final_temperature", "choice_temperature"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ConfigError(f"{name} is {value}; expected 0 (greedy) or more.")
+        if self.top_k is not None and self.top_k < 1:
+            raise ConfigError(f"top_k is {self.top_k}; expected 1 or more, or None for no limit.")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ConfigError(f"top_p is {self.top_p}; expected a share in (0, 1], or None for no limit.")
+        if self.guidance < 0:
+            raise ConfigError(f"guidance is {self.guidance}; expected 0 (none) or more.")
+        if self.steps is not None and self.steps < 1:
+            raise ConfigError(f"steps is {self.steps}; expected 1 or more, or None for the prior's own.")
+
+
+def knobs(layout: TokenLayout, text: jax.Array, keys: jax.Array, options: SamplingOptions, negative=None) -> Knobs:
+    """What a compiled decoder takes: which of them are there is static, their values are not.
+
+    Args:
+      layout: of the stream.
+      text: int32 [C, T].
+      keys: [B] keys.
+      options: checked numbers.
+      negative: int32 [C, T] or [1, T], what guidance leads away from; None: the empty caption.
+
+    Raises:
+      ValueError: where B is not a multiple of C, or there is a negative caption and no guidance.
+    """
+    captions, rows = text.shape[0], keys.shape[0]
+    if rows % captions:
+        raise ValueError(f"{rows} keys for {captions} captions: expected the same number of candidates for each.")
+    if negative is not None and not options.guidance:
+        raise ValueError("A negative caption does nothing without guidance: give guidance > 0.")
+    found = {"temperature": jnp.float32(options.temperature)}
+    for name in ("final_temperature", "top_k", "top_p"):
+        if getattr(options, name) is not None:
+            found[name] = jnp.float32(getattr(options, name))
+    if options.guidance:
+        null = jnp.asarray(layout.null_text())[None] if negative is None else jnp.asarray(negative, jnp.int32)
+        found |= {"guidance": jnp.float32(options.guidance), "negative": jnp.broadcast_to(null, text.shape)}
+    return found
 
 
 def _ordered_bits(x: jax.Array) -> jax.Array:
@@ -20,7 +94,7 @@ def _ordered_bits(x: jax.Array) -> jax.Array:
 
 
 def _keep_at_least(x: jax.Array, weights: jax.Array, enough: jax.Array) -> jax.Array:
-    """The largest `x` whose weights together reach `enough`, as a bool mask [B, V]."""
+    """The largest `x` whose weights together reach `enough`, as a bool mask [..., V]."""
     bits = _ordered_bits(x)
 
     def refine(i, threshold):
@@ -36,12 +110,12 @@ def filter_logits(logits: jax.Array, *, top_k: jax.Array | None = None, top_p: j
     """Sets what is filtered out to -inf.
 
     Args:
-      logits: float32 [B, V].
+      logits: float32 [..., V].
       top_k: keep the k largest of each row (all, where k ≥ V).
       top_p: then keep the smallest set of the largest whose probability reaches p.
 
     Returns:
-      float32 [B, V].
+      float32 [..., V].
     """
     if top_k is not None:
         k = jnp.clip(jnp.asarray(top_k, jnp.float32), 1, logits.shape[-1])
@@ -58,19 +132,39 @@ def guide(conditional: jax.Array, null: jax.Array, scale: jax.Array) -> jax.Arra
     return (1 + scale) * conditional - scale * null
 
 
+def choose(logits: jax.Array, keys: jax.Array, knobs: Knobs, progress: jax.Array | float) -> jax.Array:
+    """Draws tokens under `knobs`.
+
+    Args:
+      logits: float32 [B, ..., V].
+      keys: [B] keys, of this step.
+      knobs: from `knobs`.
+      progress: 0 at the first step, 1 at the last.
+
+    Returns:
+      int32 [B, ...].
+    """
+    temperature = knobs["temperature"]
+    if "final_temperature" in knobs:
+        temperature = temperature + (knobs["final_temperature"] - temperature) * progress
+    logits = logits / jnp.where(temperature > 0, temperature, 1.0)
+    logits = filter_logits(logits, top_k=knobs.get("top_k"), top_p=knobs.get("top_p"))
+    return draw(logits, keys, jnp.where(temperature > 0, 1.0, 0.0))
+
+
 def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array) -> jax.Array:
     """One token a row, each from its own key; temperature 0 takes the largest logit.
 
     Args:
-      logits: float32 [B, V].
+      logits: float32 [B, ..., V].
       keys: [B] keys.
       temperature: float32 [].
 
     Returns:
-      int32 [B].
+      int32 [B, ...].
     """
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[-1:]))(keys)
+    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
     scores = logits + temperature * noise
     # The first of the largest, as argmax gives it, in two plain reductions: half the time of XLA's on a CPU.
-    classes = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
+    classes = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
     return jnp.where(scores < scores.max(-1, keepdims=True), scores.shape[-1], classes).min(-1)

@@ -21,6 +21,7 @@ from dalle_jax.data.sources import DataOptions, open_source
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import ConfigError
 from dalle_jax.layout import TokenLayout
+from dalle_jax.metric_writer import Mean
 from dalle_jax.models.tokenizer import ImageTokenizer
 from dalle_jax.priors import TokenPrior
 from dalle_jax.tasks import Batch, Job
@@ -32,7 +33,7 @@ class PriorTask:
     """The `Task` of either prior.
 
     Attributes:
-      schedules: none beside the step size.
+      schedules: the prior's.
       best_metric: "image_nats", nats per image token on the evaluation split.
       frozen: {"tokenizer": its parameters}, and "tokens", int32 [examples, N], where the training split was encoded
         beforehand.
@@ -58,7 +59,7 @@ class PriorTask:
           preview_rows: captions in the preview.
         """
         self.prior, self.tokenizer, self._text_model, self._preview_rows = prior, tokenizer, text_model, preview_rows
-        self.schedules: dict = {}
+        self.schedules = dict(prior.schedules)
         self.frozen = {"tokenizer": tokenizer_params}
         if tokens is not None:
             self.frozen["tokens"] = jnp.asarray(tokens, jnp.int32)
@@ -72,24 +73,20 @@ class PriorTask:
 
     def loss(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, step: jax.Array):
         """See `Task.loss`; the metrics are the prior's."""
-        del step
         if "tokens" in frozen:
             tokens = frozen["tokens"][batch["index"]]
         else:
             tokens = self._encode(frozen, batch["image"])
-        return self.prior.loss(params, batch["text"], tokens, key, train=True)
+        return self.prior.loss(params, batch["text"], tokens, key, train=True, step=step)
 
     def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
         """Means of the prior's metrics over the valid rows."""
-        totals: dict[str, float] = {}
-        rows = 0.0
+        mean = Mean()
         for i, batch in enumerate(batches):
             scalars = jax.device_get(self._measure(params, frozen, batch, keys.stream(key, "batch", i)))
-            count = float(scalars.pop("rows"))
-            rows += count
-            for name, value in scalars.items():
-                totals[name] = totals.get(name, 0.0) + float(value) * count
-        return {name: total / max(rows, 1.0) for name, total in totals.items()}
+            rows = float(scalars.pop("rows"))
+            mean.add(scalars, weight=rows)
+        return mean.take()
 
     @functools.partial(jax.jit, static_argnums=0)
     def _measure(self, params, frozen, batch, key):

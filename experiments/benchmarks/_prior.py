@@ -8,33 +8,37 @@ import numpy as np
 
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.priors import TokenPrior
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.priors.maskgit import MaskGITOptions, MaskGITPrior
 
 
-def build(*, smoke: bool, attention: str = "sparse") -> AutoregressivePrior:
-    """The prior, float32 throughout. attention: "sparse" or "full"; smoke: tiny sizes."""
+def build(*, smoke: bool, attention: str = "sparse", kind: str = "autoregressive", side: int = 32):
+    """The prior, float32 throughout. attention: "sparse" or "full"; smoke: tiny sizes; side: of the token grid."""
     if smoke:
         layout = TokenLayout(text_vocab=64, image_vocab=128, text_length=8, height=4, width=4)
         sizes = dict(width=32, depth=3, heads=2)
     else:
-        layout = TokenLayout(text_vocab=4096, image_vocab=8192, text_length=64, height=32, width=32)
+        layout = TokenLayout(text_vocab=4096, image_vocab=8192, text_length=64, height=side, width=side)
         sizes = dict(width=512, depth=8, heads=8)
     trunk = TransformerOptions(activation="geglu", dtype="float32", **sizes)
+    if kind == "maskgit":
+        return MaskGITPrior(layout, MaskGITOptions(trunk=trunk))
     return AutoregressivePrior(layout, AutoregressiveOptions(trunk=trunk, attention=attention))
 
 
-def random_params(prior: AutoregressivePrior):
+def random_params(prior: TokenPrior):
     """Parameters as training starts from."""
     return nn.meta.unbox(jax.jit(prior.init)(jax.random.key(0)))
 
 
-def random_text(prior: AutoregressivePrior, batch: int) -> np.ndarray:
+def random_text(prior: TokenPrior, batch: int) -> np.ndarray:
     """int32 [B, T] without padding."""
     layout = prior.layout
     return np.random.default_rng(0).integers(0, layout.text_vocab, (batch, layout.text_length), dtype=np.int32)
 
 
-def shape(prior: AutoregressivePrior, batch: int) -> dict:
+def shape(prior: TokenPrior, batch: int) -> dict:
     """What the line reports under "shape"."""
     layout, trunk = prior.layout, prior.options.trunk
     return {

@@ -5,48 +5,23 @@ import functools
 import math
 import pathlib
 
-import flax.linen as nn
-import golden_updates
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from ml_collections import ConfigDict
+from prior_cases import LAYOUT, N, T, V, autoregressive, loss_of, params_of, rows
 
-from dalle_jax import config_files, parallel, priors
+from dalle_jax import config_files, priors
 from dalle_jax.errors import ConfigError
 from dalle_jax.layout import TokenLayout
-from dalle_jax.models.transformer import TransformerOptions, unstack
+from dalle_jax.models.transformer import unstack
 from dalle_jax.priors import sampling
-from dalle_jax.priors.autoregressive import AutoregressiveModel, AutoregressiveOptions, AutoregressivePrior
-
-LAYOUT = TokenLayout(text_vocab=10, image_vocab=16, text_length=4, height=3, width=4)
-T, N, V = LAYOUT.text_length, LAYOUT.image_length, LAYOUT.image_vocab
+from dalle_jax.priors.autoregressive import AutoregressiveModel
 
 
-def make(trunk=None, layout=LAYOUT, **options):
-    sizes = {"width": 16, "depth": 5, "heads": 2, "dtype": "float32", "scan": False, **(trunk or {})}
-    return AutoregressivePrior(layout, AutoregressiveOptions(TransformerOptions(**sizes), **{"kernel": 3, **options}))
-
-
-def drawn(prior, scale=0.3):
-    """Parameters of the prior's shapes, drawn by numpy: large enough for every input to matter."""
-    rng = np.random.default_rng(2)
-    shapes = nn.meta.unbox(jax.eval_shape(prior.init, jax.random.key(0)))
-
-    def draw(path, leaf):
-        around = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
-        return (around + scale * rng.normal(size=leaf.shape)).astype(np.float32)
-
-    return jax.tree_util.tree_map_with_path(draw, shapes)
-
-
-def rows(count, seed=0, layout=LAYOUT):
-    rng = np.random.default_rng(seed)
-    captions = [rng.integers(0, layout.text_vocab, rng.integers(1, layout.text_length + 1)) for _ in range(count)]
-    tokens = rng.integers(0, layout.image_vocab, (count, layout.image_length), dtype=np.int32)
-    return np.stack([layout.pad_text(ids) for ids in captions]), tokens
+def make(trunk=None, **options):
+    return autoregressive({"depth": 5, **(trunk or {})}, **options)
 
 
 SPARSE = make()
@@ -58,11 +33,6 @@ EVERY_CHOICE = make(
 # Scanned: (row, column, row, row) twice, and the convolutional layer.
 DEEP = make({"depth": 9, "scan": True})
 FULL = make({"depth": 2, "scan": True}, attention="full")
-
-
-@functools.cache
-def params_of(prior):
-    return drawn(prior)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -125,7 +95,8 @@ def test_cached_decoding_equals_the_full_forward(prior, guided):
         first, text_cache = bound(text, method="prefill")
 
         def step(caches, position):
-            logits, caches = bound(tokens[:, position], position, text_cache, caches, method="step")
+            here, following = (jnp.full(len(tokens), p) for p in (position, position + 1))
+            logits, caches = bound(tokens[:, position], position, here, following, text_cache, caches, method="step")
             return caches, logits
 
         later = jax.lax.scan(step, bound(len(tokens), method="init_cache"), jnp.arange(N - 1))[1]
@@ -178,51 +149,7 @@ def test_samples_are_what_the_full_forward_would_draw(knobs):
     assert len(np.unique(tokens)) > 3
 
 
-def test_everything_known_comes_back():
-    text, given = rows(2)
-    known = (given, np.ones((2, N), bool))
-    tokens = DEEP.sample(params_of(DEEP), text, jax.random.split(jax.random.key(0), 2), known=known)
-    np.testing.assert_array_equal(tokens, given)
-
-
-# -- a sample is its own key's ------------------------------------------------------------------------------------
-
-
-def test_a_sample_depends_on_its_own_key_alone():
-    """The same tokens at batch 1, at batch 8, and on eight devices."""
-    text, _ = rows(8)
-    keys = jax.random.split(jax.random.key(0), 8)
-    params = params_of(SPARSE)
-    together = np.asarray(SPARSE.sample(params, text, keys))
-    for i in (0, 3, 7):
-        np.testing.assert_array_equal(SPARSE.sample(params, text[i : i + 1], keys[i : i + 1])[0], together[i])
-    mesh = parallel.make_mesh(data=8)
-    spread = parallel.batch_sharding(mesh)
-    with parallel.on_mesh(mesh):
-        placed = jax.device_put(params, parallel.replicated(mesh))
-        shared = SPARSE.sample(placed, jax.device_put(text, spread), jax.device_put(keys, spread))
-    assert len(shared.sharding.device_set) == 8
-    np.testing.assert_array_equal(shared, together)
-    assert len(np.unique(together, axis=0)) == 8
-
-
-def test_candidates_share_their_captions_text():
-    text, _ = rows(2)
-    keys = jax.random.split(jax.random.key(0), 8)
-    shared = SPARSE.sample(params_of(SPARSE), text, keys)
-    np.testing.assert_array_equal(shared, SPARSE.sample(params_of(SPARSE), text.repeat(4, axis=0), keys))
-    with pytest.raises(ValueError, match="8 keys for 3 captions"):
-        SPARSE.sample(params_of(SPARSE), rows(3)[0], keys)
-    with pytest.raises(ValueError, match="leave steps out"):
-        SPARSE.sample(params_of(SPARSE), text, keys, steps=4)
-
-
 # -- loss ---------------------------------------------------------------------------------------------------------
-
-
-@functools.partial(jax.jit, static_argnums=(0, 5))
-def loss_of(prior, params, text, tokens, key, train, valid=None):
-    return prior.loss(params, text, tokens, key, train=train, valid=valid)
 
 
 def nats(logits, targets):
@@ -248,88 +175,6 @@ def test_loss_is_an_eighth_text_and_seven_eighths_image():
     _, scalars = loss_of(SPARSE, params, text, tokens, jax.random.key(0), False, valid)
     np.testing.assert_allclose(scalars["text_nats"], of_text[::2].mean(), rtol=1e-5)
     np.testing.assert_allclose(scalars["image_nats"], of_image[::2].mean(), rtol=1e-5)
-
-
-def test_dropped_captions():
-    text, tokens = rows(4)
-    other, _ = rows(4, seed=9)
-    params, key = params_of(SPARSE), jax.random.key(0)
-    always = dataclasses.replace(SPARSE, options=dataclasses.replace(SPARSE.options, caption_drop=1.0))
-    losses = [loss_of(always, params, t, tokens, key, True) for t in (text, other)]
-    assert losses[0] == losses[1], "a dropped caption must not reach the loss"
-    assert losses[0][1]["text_nats"] == 0
-    null = np.tile(LAYOUT.null_text(), (4, 1))
-    np.testing.assert_allclose(
-        losses[0][1]["image_nats"], loss_of(SPARSE, params, null, tokens, key, False)[1]["image_nats"], rtol=1e-5
-    )
-    measured = [loss_of(always, params, t, tokens, key, False)[0] for t in (text, other)]
-    assert measured[0] != measured[1], "captions are dropped in training only"
-
-
-def test_sharded_loss_equals_the_loss_on_one_device():
-    prior = make({"depth": 3})
-    text, tokens = rows(8)
-    params, key = params_of(prior), jax.random.key(0)
-
-    def loss(params, text, tokens):
-        return prior.loss(params, text, tokens, key, train=True)[0]
-
-    expected = jax.jit(jax.value_and_grad(loss))(params, text, tokens)
-    boxed = jax.eval_shape(prior.init, key)
-    for sizes in ((8, 1, 1), (2, 2, 2), (1, 4, 2)):
-        mesh = parallel.make_mesh(*sizes)
-        with parallel.on_mesh(mesh):
-            placed = jax.device_put(params, parallel.shardings_of(boxed, mesh))
-            batch = jax.device_put((text, tokens), parallel.batch_sharding(mesh))
-            ours = jax.jit(jax.value_and_grad(loss))(placed, *batch)
-        np.testing.assert_allclose(ours[0], expected[0], rtol=1e-5)
-        for a, b in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(expected[1])):
-            np.testing.assert_allclose(a, b, atol=2e-5)
-        if sizes[2] > 1:
-            assert placed["trunk"]["layer_0"]["mlp"]["up"]["kernel"].addressable_shards[0].data.size < 16 * 64
-
-
-def test_bfloat16_inside_float32_outside():
-    prior = make({"dtype": "bfloat16", "depth": 9, "scan": True})
-    boxed = jax.eval_shape(prior.init, jax.random.key(0))
-    assert {str(x.dtype) for x in jax.tree.leaves(boxed)} == {"float32"}
-    text, tokens = rows(2)
-
-    def outputs(method):
-        return jax.eval_shape(
-            lambda p: prior.model.apply({"params": p}, text, tokens, method=method), nn.meta.unbox(boxed)
-        )
-
-    assert outputs("embed").dtype == jnp.bfloat16
-    assert {x.dtype for x in outputs("__call__")} == {jnp.dtype("float32")}
-
-
-def test_overfitting_one_batch():
-    prior = make({"width": 32, "depth": 2}, caption_drop=0.0)
-    text, tokens = rows(4)
-    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 10, 120, 1e-4))
-
-    @jax.jit
-    def train(key):
-        def update(carry, step):
-            params, opt_state = carry
-            loss = lambda p: prior.loss(p, text, tokens, jax.random.fold_in(key, step), train=True)  # noqa: E731
-            (_, scalars), grads = jax.value_and_grad(loss, has_aux=True)(params)
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), scalars["image_nats"]
-
-        params = nn.meta.unbox(prior.init(key))
-        return jax.lax.scan(update, (params, optimizer.init(params)), jnp.arange(120))[1]
-
-    image_nats = train(jax.random.key(0))
-    assert image_nats[0] > 2.5 and image_nats[-1] < 0.05, image_nats[-1]
-
-
-# -- golden numbers -----------------------------------------------------------------------------------------------
-
-
-def test_golden_prior_update():
-    golden_updates.check("prior")
 
 
 # -- from a configuration -----------------------------------------------------------------------------------------

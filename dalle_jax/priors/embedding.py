@@ -1,0 +1,79 @@
+"""Embeddings of the stream "text, then image grid" that both priors share (DALL-E, section 2.2).
+
+A text position is token + position, an image position token + row + column; padding has an id of its own at each text
+position (`TokenLayout`).
+
+    B rows    T text    N image tokens    D width    V classes
+"""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle_jax.layout import TokenLayout
+from dalle_jax.models.dense import rows_product
+from dalle_jax.models.transformer import TransformerOptions
+
+
+class StreamEmbedding(nn.Module):
+    """Token and position embeddings of both parts.
+
+    Attributes:
+      trunk: of the transformer that reads them.
+      layout: of the stream.
+      scale: standard deviation at initialisation.
+      image_ids: rows of the image embedding: the image vocabulary, and one more where there is a mask id.
+    """
+
+    trunk: TransformerOptions
+    layout: TokenLayout
+    scale: float
+    image_ids: int
+
+    def setup(self):
+        lay = self.layout
+        self.text_table = self.table("text", lay.text_ids)
+        self.image_table = self.table("image", self.image_ids)
+        if self.trunk.positions == "learned":
+            self.text_positions = self.table("text_positions", lay.text_length, "positions")
+            self.rows = self.table("rows", lay.height, "positions")
+            self.columns = self.table("columns", lay.width, "positions")
+        self.drop = nn.Dropout(self.trunk.dropout)
+
+    def table(self, name: str, rows: int, axis: str = "vocab", scale: float | None = None) -> jax.Array:
+        """A parameter, float32 [rows, D]."""
+        init = nn.initializers.normal(self.scale if scale is None else scale)
+        return self.param(name, nn.with_logical_partitioning(init, (axis, "embed")), (rows, self.trunk.width))
+
+    def cast(self, x: jax.Array, train: bool) -> jax.Array:
+        return self.drop(x, deterministic=not train).astype(self.trunk.dtype)
+
+    def text(self, text: jax.Array, train: bool = False) -> jax.Array:
+        """int32 [B, T] to [B, T, D]."""
+        x = self.text_table[text]
+        if self.trunk.positions == "learned":
+            x = x + self.text_positions[None]
+        return self.cast(x, train)
+
+    def image(self, tokens: jax.Array, train: bool = False, cells: jax.Array | None = None) -> jax.Array:
+        """int32 [B, N] to [B, N, D]; `cells`, int32 [B, N], says which stands where (None: raster order)."""
+        x = self.image_table[tokens]
+        if self.trunk.positions == "learned" and cells is None:
+            x = x + (self.rows[:, None] + self.columns[None]).reshape(1, self.layout.image_length, -1)
+        elif self.trunk.positions == "learned":
+            x = x + self.rows[cells // self.layout.width] + self.columns[cells % self.layout.width]
+        return self.cast(x, train)
+
+    def image_at(self, tokens: jax.Array, cells: jax.Array) -> jax.Array:
+        """int32 [B] at one cell each, int32 [B], to [B, D]."""
+        return self.image(tokens[:, None], cells=cells[:, None])[:, 0]
+
+
+def project(x: jax.Array, table: jax.Array) -> jax.Array:
+    """States to logits: [..., D] and [V, D] to float32 [..., V]. Two axes are a decode step: see `rows_product`."""
+    if x.ndim == 2:
+        return rows_product(x, table.astype(x.dtype), preferred_element_type=jnp.float32)
+    contract = (((x.ndim - 1,), (1,)), ((), ()))
+    return jax.lax.dot_general(x, table.astype(x.dtype), contract, preferred_element_type=jnp.float32)

@@ -1,0 +1,231 @@
+"""The MaskGIT prior: a bidirectional transformer that refines all image tokens at once (arXiv 2202.04200).
+
+Training masks some of a picture's tokens and predicts them from the rest and the caption; decoding starts with all of
+them masked and uncovers more in each of a few steps. The masked-token head is dense, GELU, norm, then the image
+embedding, transposed, and a bias for each token. Guidance rises linearly over the steps (Muse, arXiv 2301.00704,
+section 2.7).
+
+Deviations: pre-norm blocks, as in the other prior (the reference is post-norm BERT); a caption instead of a class,
+computed once: text positions do not read the image.
+
+    B rows    C captions    T text    N image tokens    D width    V image vocabulary
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from dalle_jax.layout import TokenLayout
+from dalle_jax.models.attention import Pattern, bidirectional_layers
+from dalle_jax.models.dense import Dense
+from dalle_jax.models.transformer import Norm, TransformerOptions, Trunk, unstack
+from dalle_jax.parallel import constrain
+from dalle_jax.priors import masking, sampling
+from dalle_jax.priors.embedding import StreamEmbedding, project
+from dalle_jax.priors.losses import cross_entropy, mean_over, uniform_cross_entropy
+from dalle_jax.priors.sampling import SamplingOptions
+
+BUCKETS = 4  # of the share of masked tokens, for the log
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskGITOptions:
+    """What the prior adds to its trunk.
+
+    Attributes:
+      trunk: sizes and choices of the transformer.
+      tied_embeddings: the head is the image embedding, transposed.
+      embedding_scale: standard deviation of the embeddings at initialisation.
+      mask_schedule: γ, see `masking.masked_share`; the same in training and decoding.
+      label_smoothing: share of the target spread over the vocabulary.
+      unmasked_weight: of the unmasked positions in the loss; a masked one counts 1.
+      caption_drop: share of captions emptied in training, for guidance.
+      steps: T, decoding steps where `sample` is not told.
+      order: of unmasking, see `masking.unmasking_order`.
+      choice_temperature: τ of the order "confidence".
+    """
+
+    trunk: TransformerOptions = TransformerOptions()
+    tied_embeddings: bool = True
+    embedding_scale: float = 0.02
+    mask_schedule: str = "cosine"
+    label_smoothing: float = 0.1
+    unmasked_weight: float = 0.0
+    caption_drop: float = 0.1
+    steps: int = 8
+    order: str = "confidence"
+    choice_temperature: float = 4.5
+
+    def __post_init__(self):
+        masking.check_schedule(self.mask_schedule)
+        if self.order not in masking.ORDERS:
+            raise ValueError(f"model.order is {self.order!r}; expected one of {', '.join(masking.ORDERS)}.")
+        if self.steps < 1:
+            raise ValueError(f"model.steps is {self.steps}; expected at least 1.")
+        for name in ("label_smoothing", "unmasked_weight", "caption_drop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1].")
+
+    @property
+    def patterns(self) -> tuple[Pattern, ...]:
+        return bidirectional_layers(self.trunk.depth)
+
+
+class MaskGITModel(nn.Module):
+    """Embeddings, trunk and the masked-token head."""
+
+    options: MaskGITOptions
+    layout: TokenLayout
+
+    def setup(self):
+        o, trunk = self.options, self.options.trunk
+        self.embedding = StreamEmbedding(trunk, self.layout, o.embedding_scale, self.layout.image_vocab + 1)
+        self.trunk = Trunk(trunk, self.layout, o.patterns)
+        self.head = Dense((trunk.width,), (trunk.width,), ("embed", None), trunk.dtype, (None,))
+        self.head_norm = Norm(trunk.norm, trunk.dtype)
+        if not o.tied_embeddings:
+            table = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+            self.image_head = self.param("image_head_kernel", table, (self.layout.image_vocab, trunk.width))
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
+        self.image_bias = self.param("image_bias", zeros, (self.layout.image_vocab,))
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        """Image states [B, N, D] to float32 [B, N, V]."""
+        v = self.layout.image_vocab
+        table = self.embedding.image_table[:v] if self.options.tied_embeddings else self.image_head
+        x = self.head_norm(jax.nn.gelu(self.head(x), approximate=False))
+        return project(x, table) + self.image_bias[None, None]
+
+    def __call__(self, text: jax.Array, ids: jax.Array, train: bool = False) -> jax.Array:
+        """int32 [B, T] and [B, N] (with `layout.mask_id` where masked) to logits, float32 [B, N, V]."""
+        x = jnp.concatenate([self.embedding.text(text, train), self.embedding.image(ids, train)], axis=1)
+        x = self.trunk(constrain(x, "batch", "length", "embed_act"), train)
+        return self._logits(x[:, self.layout.text_length :])
+
+    def prefill(self, text: jax.Array):
+        """int32 [C, T] to each layer's text keys and values."""
+        return self.trunk.prefill(self.embedding.text(text))[1]
+
+    def refine(self, ids: jax.Array, text) -> jax.Array:
+        """int32 [C·n, N] (with `layout.mask_id`) beside the captions of `prefill` to logits, float32 [C·n, N, V]."""
+        return self._logits(self.trunk.refine(self.embedding.image(ids), text))
+
+
+@dataclasses.dataclass(frozen=True)
+class MaskGITPrior:
+    """The `TokenPrior` that draws all tokens in a few steps.
+
+    Attributes:
+      layout: of the stream.
+      options: of the model, its loss and its decoding.
+    """
+
+    layout: TokenLayout
+    options: MaskGITOptions = MaskGITOptions()
+    name = "maskgit"
+    any_order = True
+    schedules = {}
+
+    @property
+    def model(self) -> MaskGITModel:
+        return MaskGITModel(self.options, self.layout)
+
+    def init(self, key: jax.Array):
+        text = jnp.zeros((1, self.layout.text_length), jnp.int32)
+        tokens = jnp.zeros((1, self.layout.image_length), jnp.int32)
+        return self.model.init(key, text, tokens)["params"]
+
+    def mask_ratios(self, key: jax.Array, rows: int, *, train: bool) -> jax.Array:
+        """r of each row, float32 [B]: U(0, 1), each its own draw; in evaluation one in each of B equal parts."""
+        drawn = jax.random.uniform(key, (rows,))
+        return drawn if train else (jnp.arange(rows) + drawn) / rows
+
+    def loss(self, params, text: jax.Array, tokens: jax.Array, key: jax.Array, *, train: bool, valid=None, step=None):
+        """See `TokenPrior.loss`. `image_nats` is the mean over masked tokens, without smoothing: not a likelihood."""
+        o, lay, rows = self.options, self.layout, text.shape[0]
+        drop_key, dropout_key, ratio_key, mask_key = jax.random.split(key, 4)
+        dropped = jax.random.bernoulli(drop_key, o.caption_drop if train else 0.0, (rows, 1))
+        given = jnp.where(dropped, jnp.asarray(lay.null_text())[None], text)
+        counts = masking.training_counts(
+            o.mask_schedule, self.mask_ratios(ratio_key, rows, train=train), lay.image_length
+        )
+        masked = masking.random_mask(mask_key, counts, lay.image_length)
+        ids = jnp.where(masked, lay.mask_id, tokens)
+        logits = self.model.apply({"params": params}, given, ids, train, rngs={"dropout": dropout_key})
+
+        nats = cross_entropy(logits, tokens)
+        smooth = (1 - o.label_smoothing) * nats + o.label_smoothing * uniform_cross_entropy(logits)
+        counted = jnp.ones(rows) if valid is None else valid.astype(jnp.float32)
+        weights = jnp.where(masked, 1.0, o.unmasked_weight) * counted[:, None]
+        masked = masked * counted[:, None]
+        share = counts / lay.image_length
+        scalars = {
+            "image_nats": mean_over(nats, masked),
+            "image_accuracy": mean_over(logits.argmax(-1) == tokens, masked),
+        }
+        for i in range(BUCKETS):
+            inside = (share > i / BUCKETS) & (share <= (i + 1) / BUCKETS)
+            name = f"image_nats_masked_{100 * i // BUCKETS}_{100 * (i + 1) // BUCKETS}"
+            weight = masked * inside[:, None]
+            scalars[name] = jnp.where(weight.sum() > 0, mean_over(nats, weight), jnp.nan)
+        return mean_over(smooth, weights), scalars
+
+    def decoding_steps(self, steps: int | None) -> int:
+        return steps or self.options.steps
+
+    def sample(self, params, text, keys, *, known=None, negative=None, **options) -> jax.Array:
+        """See `TokenPrior.sample`."""
+        return self.trajectory(params, text, keys, known=known, negative=negative, **options)[0]
+
+    def trajectory(self, params, text, keys, *, known=None, negative=None, **options) -> tuple[jax.Array, jax.Array]:
+        """`sample`, with what stood there after each step.
+
+        Returns:
+          int32 [B, N], and int32 [steps, B, N] with `layout.mask_id` where a token was still masked.
+        """
+        options, o = SamplingOptions(**options), self.options
+        choice = o.choice_temperature if options.choice_temperature is None else options.choice_temperature
+        order = masking.unmasking_order(options.order or o.order, self.layout, choice)
+        knobs = sampling.knobs(self.layout, text, keys, options, negative)
+        return _decode(self, self.decoding_steps(options.steps), order, params, text, keys, known, knobs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _decode(prior: MaskGITPrior, steps: int, order: masking.UnmaskingOrder, params, text, keys, known, knobs):
+    """`trajectory`, traced: steps, order and which knobs are set are static, their values are not."""
+    layout, o = prior.layout, prior.options
+    params = params | {"trunk": unstack(params["trunk"], o.patterns)}
+    flat = dataclasses.replace(o, trunk=dataclasses.replace(o.trunk, scan=False, remat="none"))
+    bound = functools.partial(MaskGITModel(flat, layout).apply, {"params": params})
+    rows, shape = keys.shape[0], (keys.shape[0], layout.image_length)
+    guided = "guidance" in knobs  # the null branch is more captions
+    text_cache = bound(jnp.concatenate([text, knobs["negative"]]) if guided else text, method="prefill")
+
+    ids = jnp.full(shape, layout.mask_id, jnp.int32)
+    if known is not None:
+        given, mask = (jnp.broadcast_to(x, shape) for x in known)
+        ids = jnp.where(mask, given.astype(jnp.int32), ids)
+    at_start = (ids == layout.mask_id).sum(-1)
+
+    def body(ids, t):
+        unknown, ratio = ids == layout.mask_id, (t + 1) / steps
+        logits = bound(jnp.concatenate([ids, ids]) if guided else ids, text_cache, method="refine")
+        if guided:
+            logits = sampling.guide(logits[:rows], logits[rows:], knobs["guidance"] * ratio)
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
+        draw_keys, noise_keys = jax.vmap(lambda key: jax.random.split(key), out_axes=1)(step_keys)
+        drawn = sampling.choose(logits, draw_keys, knobs, t / max(steps - 1, 1))
+        surprise = cross_entropy(logits, drawn)
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (layout.image_length,)))(noise_keys)
+        scores = jnp.where(unknown, order.scores(-surprise, noise, ratio), jnp.inf)
+        left = masking.still_masked(o.mask_schedule, t, steps, at_start, unknown.sum(-1))
+        masked = unknown & (masking.ranks(scores) < left[:, None])
+        ids = jnp.where(masked, layout.mask_id, jnp.where(unknown, drawn, ids))
+        return ids, ids
+
+    return jax.lax.scan(body, ids, jnp.arange(steps))

@@ -1,0 +1,233 @@
+"""The MaskGIT prior: what it reads, its loss, and its decoding against a plain numpy one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from prior_cases import LAYOUT, N, T, V, changed, loss_of, maskgit, params_of, rows
+
+from dalle_jax.errors import ConfigError
+from dalle_jax.priors import make
+from dalle_jax.priors.maskgit import MaskGITModel
+
+PRIOR = maskgit()
+MASK = LAYOUT.mask_id
+
+
+# -- what it reads ------------------------------------------------------------------------------------------------
+
+
+def test_image_reads_everything_and_text_only_text():
+    params, (text, tokens) = params_of(PRIOR), rows(1)
+    bound = {"params": params}
+    parts = [
+        PRIOR.model.apply(bound, text, method=lambda model, x: model.embedding.text(x)),
+        PRIOR.model.apply(bound, tokens, method=lambda model, x: model.embedding.image(x)),
+    ]
+    states = lambda x: PRIOR.model.apply(bound, x, method=lambda model, x: model.trunk(x, False))[0].sum(-1)
+    jacobian = jax.jit(jax.jacobian(states))(jnp.concatenate(parts, axis=1))
+    depends = np.any(np.asarray(jacobian)[:, 0] != 0, axis=-1)  # [position, position it reads]
+    assert depends[T:].all(), "image positions read everything"
+    assert depends[:T, :T].all() and not depends[:T, T:].any(), "text positions read the text"
+
+
+def test_refining_beside_cached_text_is_the_whole_forward():
+    """With two candidates a caption; the text is computed once for each."""
+    text, tokens = rows(2)
+    ids = np.where(np.random.default_rng(0).random((4, N)) < 0.5, MASK, np.tile(tokens, (2, 1)))
+    params = params_of(PRIOR)
+
+    @jax.jit
+    def refined(params):
+        cache = PRIOR.model.apply({"params": params}, text, method="prefill")
+        return PRIOR.model.apply({"params": params}, ids, cache, method="refine")
+
+    expected = jax.jit(PRIOR.model.apply)({"params": params}, text.repeat(2, axis=0), ids)
+    np.testing.assert_allclose(refined(params), expected, atol=1e-4)
+    assert np.asarray(expected).std() > 0.3
+
+
+# -- loss ---------------------------------------------------------------------------------------------------------
+
+
+def spied(prior, key, train=True, count=8):
+    """The ids that the loss feeds to the model, and its tokens."""
+    (text, tokens), params = rows(count), params_of(prior)
+    seen = []
+    original = MaskGITModel.__call__
+
+    def spy(self, text, ids, train=False):
+        seen.append(ids)
+        return original(self, text, ids, train)
+
+    MaskGITModel.__call__ = spy
+    try:
+        prior.loss(params, text, tokens, key, train=train)
+    finally:
+        MaskGITModel.__call__ = original
+    return np.asarray(seen[0]), tokens
+
+
+def test_masks_are_each_rows_own():
+    ids, tokens = spied(PRIOR, jax.random.key(0), count=64)
+    masked = ids == MASK
+    np.testing.assert_array_equal(ids[~masked], tokens[~masked])
+    assert masked.any(1).all() and len(np.unique(masked, axis=0)) > 40
+    assert len(np.unique(masked.sum(1))) > 8
+    assert (masked[:8] != masked[8:16]).any(), "two devices of eight rows"
+    other, _ = spied(PRIOR, jax.random.key(1), count=64)
+    assert (other != ids).any()
+    evaluated, _ = spied(PRIOR, jax.random.key(0), train=False, count=64)
+    shares = np.sort((evaluated == MASK).mean(1))
+    assert shares[0] <= 1 / N and shares[-1] >= 1 - 1 / N, "evaluation covers all ratios evenly"
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.25])
+def test_loss_against_numpy(weight):
+    prior = changed(PRIOR, unmasked_weight=weight, label_smoothing=0.1)
+    key = jax.random.key(3)
+    ids, tokens = spied(prior, key, train=False)
+    text, _ = rows(8)
+    logits = np.asarray(prior.model.apply({"params": params_of(prior)}, text, ids), np.float64)
+    logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    nats = -np.take_along_axis(logp, tokens[..., None], -1)[..., 0]
+    masked = ids == MASK
+    weights = np.where(masked, 1.0, weight)
+    smooth = 0.9 * nats - 0.1 * logp.mean(-1)
+    loss, scalars = loss_of(prior, params_of(prior), text, tokens, key, False)
+    np.testing.assert_allclose(loss, (smooth * weights).sum() / weights.sum(), rtol=1e-5)
+    np.testing.assert_allclose(scalars["image_nats"], nats[masked].mean(), rtol=1e-5)
+    np.testing.assert_allclose(scalars["image_accuracy"], (logits.argmax(-1) == tokens)[masked].mean(), rtol=1e-5)
+    share = masked.mean(1)
+    for low in (0, 25, 50, 75):
+        inside = (share > low / 100) & (share <= low / 100 + 0.25)
+        expected = nats[inside][masked[inside]].mean() if inside.any() else np.nan
+        np.testing.assert_allclose(scalars[f"image_nats_masked_{low}_{low + 25}"], expected, rtol=1e-5)
+
+
+def test_what_stands_under_the_mask_cannot_be_seen():
+    """The embedding of a token that stands under masks alone has no gradient at all."""
+    key = jax.random.key(0)
+    # Untied, so that the image embedding is an input only: rows that stand under masks alone have no gradient.
+    untied = changed(PRIOR, tied_embeddings=False)
+    ids, tokens = spied(untied, key, count=2)
+    text, _ = rows(2)
+    grads = jax.jit(jax.grad(lambda p: untied.loss(p, text, tokens, key, train=True)[0]))(params_of(untied))
+    touched = np.flatnonzero(np.any(np.asarray(grads["embedding"]["image"]) != 0, axis=1))
+    np.testing.assert_array_equal(touched, np.unique(ids))
+    assert set(np.unique(tokens)) - set(touched), "a token that stands under masks alone"
+
+
+# -- decoding -----------------------------------------------------------------------------------------------------
+
+
+def numpy_decode(logits_of, steps, token_noise, choice_noise, ids, tau=4.5, guidance=None):
+    """MaskGIT's decoding as FACTS tells it, a row and a position at a time. ids: int [B, N], MASK where unknown."""
+    ids = ids.copy()
+    at_start = [(row == MASK).sum() for row in ids]
+    for t in range(steps):
+        ratio = (t + 1) / steps
+        logits = logits_of(ids, ratio)
+        for b, row in enumerate(ids):
+            unknown = [i for i in range(N) if row[i] == MASK]
+            if not unknown:
+                continue
+            drawn, confidence = {}, {}
+            for i in unknown:
+                drawn[i] = int(np.argmax(logits[b, i] + token_noise[t][b, i]))
+                z = logits[b, i].astype(np.float64)
+                logp = z[drawn[i]] - np.log(np.exp(z).sum())
+                confidence[i] = logp + tau * (1 - ratio) * choice_noise[t][b, i]
+            left = max(1, min(len(unknown) - 1, int(np.floor(at_start[b] * np.cos(np.pi * ratio / 2) + 1e-3))))
+            if t == steps - 1:
+                left = 0
+            again = sorted(unknown, key=lambda i: (confidence[i], i))[:left]
+            for i in unknown:
+                row[i] = MASK if i in again else drawn[i]
+    return ids
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+def test_decoding_agrees_with_a_plain_decoder(guidance):
+    """The same logits and noise, with known tokens, another number in each row."""
+    steps, params = 5, params_of(PRIOR)
+    text, given = rows(4)
+    known = np.random.default_rng(1).random((4, N)) < np.array([[0.0], [0.3], [0.8], [1.0]])
+    keys = jax.random.split(jax.random.key(7), 4)
+    forward = functools.partial(jax.jit(PRIOR.model.apply), {"params": params})
+    null = np.tile(LAYOUT.null_text(), (4, 1))
+
+    def logits_of(ids, ratio):
+        logits, scale = np.asarray(forward(text, ids)), guidance * ratio
+        return (1 + scale) * logits - scale * np.asarray(forward(null, ids)) if guidance else logits
+
+    pairs = [
+        [jax.random.split(jax.random.fold_in(key, t)) for key in keys] for t in range(steps)
+    ]  # one for the tokens, one for the choice
+    token_noise = [np.stack([jax.random.gumbel(pair[0], (N, V)) for pair in step]) for step in pairs]
+    choice_noise = [np.stack([jax.random.gumbel(pair[1], (N,)) for pair in step]) for step in pairs]
+    expected = numpy_decode(logits_of, steps, token_noise, choice_noise, np.where(known, given, MASK))
+    ours = PRIOR.sample(params, text, keys, known=(given, known), steps=steps, guidance=guidance)
+    np.testing.assert_array_equal(ours, expected)
+
+
+@pytest.mark.parametrize("order", ["confidence", "random", "halton"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_trajectory_uncovers_every_position_once(order, dtype):
+    prior = changed(PRIOR, {"dtype": dtype})
+    text, given = rows(3)
+    known = np.zeros((3, N), bool)
+    known[1, :5], known[2] = True, True
+    keys = jax.random.split(jax.random.key(0), 3)
+    tokens, steps = prior.trajectory(params_of(prior), text, keys, known=(given, known), steps=6, order=order)
+    tokens, steps = np.asarray(tokens), np.asarray(steps)
+    assert steps.shape == (6, 3, N)
+    np.testing.assert_array_equal(steps[-1], tokens)
+    before = np.where(known, given, MASK)
+    for after in steps:
+        settled = before != MASK
+        np.testing.assert_array_equal(after[settled], before[settled])
+        before = after
+    masked = (steps == MASK).sum(-1)
+    assert masked[-1].tolist() == [0, 0, 0] and (masked[:, 2] == 0).all()
+    counts = -np.diff(np.concatenate([[(np.where(known, 0, 1)).sum(1)], masked]), axis=0)
+    assert (counts[:, :2] >= 1).all(), "every step fixes some, in rows with 12 and 7 unknown"
+
+
+def test_equal_confidences_do_not_under_mask():
+    """A model that knows nothing: all logits alike, nothing random, so every confidence is the same."""
+    params = jax.tree.map(np.zeros_like, params_of(PRIOR))
+    text, _ = rows(2)
+    _, steps = PRIOR.trajectory(
+        params, text, jax.random.split(jax.random.key(0), 2), steps=4, temperature=0.0, choice_temperature=0.0
+    )
+    masked = (np.asarray(steps) == MASK).sum(-1)
+    expected = [int(N * np.cos(np.pi * (t + 1) / 8)) for t in range(3)] + [0]
+    np.testing.assert_array_equal(masked, np.array([expected, expected]).T)
+
+
+def test_one_step_and_more_steps_than_tokens():
+    text, _ = rows(2)
+    keys = jax.random.split(jax.random.key(0), 2)
+    for steps in (1, 3 * N):
+        tokens = np.asarray(PRIOR.sample(params_of(PRIOR), text, keys, steps=steps))
+        assert 0 <= tokens.min() and tokens.max() < V
+
+
+# -- from a configuration -----------------------------------------------------------------------------------------
+
+
+def test_refused_configurations():
+    trunk = {"width": 16, "depth": 2, "heads": 2}
+    assert make("maskgit", {"trunk": trunk}, LAYOUT).options.steps == 8
+    for model, match in (
+        ({"mask_schedule": "sine"}, "cosine, linear"),
+        ({"order": "raster"}, "confidence, random, halton"),
+        ({"steps": 0}, "at least 1"),
+        ({"label_smoothing": 2.0}, "label_smoothing is 2.0"),
+        ({"kernel": 3}, "kernel"),
+    ):
+        with pytest.raises(ConfigError, match=match):
+            make("maskgit", {"trunk": trunk, **model}, LAYOUT)

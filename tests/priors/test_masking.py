@@ -1,0 +1,154 @@
+"""How many tokens are masked, and which: exact counts, ties, orders."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dalle_jax.layout import TokenLayout
+from dalle_jax.priors import masking, orders
+
+SCHEDULES = [*masking.SCHEDULES, "pow2", "pow3", "pow0.5"]
+every_schedule = pytest.mark.parametrize("name", SCHEDULES)
+
+# From the reference code and the paper's figure, in float64: γ(r) for n tokens.
+GAMMA = {
+    "cosine": lambda r, n: np.cos(np.pi * r / 2),
+    "linear": lambda r, n: 1 - r,
+    "log": lambda r, n: -np.log2(np.maximum(r, 1e-300)) / np.log2(n),
+    "exp": lambda r, n: 1 - 2.0 ** (-np.log2(n) * (1 - r)),
+    "arccos": lambda r, n: np.arccos(r) / (np.pi / 2),
+    "pow2": lambda r, n: 1 - r**2,
+    "pow3": lambda r, n: 1 - r**3,
+    "pow0.5": lambda r, n: 1 - np.sqrt(r),
+}
+
+
+def uncovered(name, steps, unknown):
+    """Newly fixed tokens of each step, int [steps, rows]."""
+    now, fixed = np.array(unknown), []
+    for t in range(steps):
+        left = np.asarray(masking.still_masked(name, jnp.int32(t), steps, jnp.array(unknown), jnp.array(now)))
+        fixed.append(now - left)
+        now = left
+    return np.array(fixed)
+
+
+@every_schedule
+def test_share_is_the_formula_and_falls(name):
+    ratio = np.linspace(0, 1, 101)
+    for count in (16, 256, 1024):
+        share = np.asarray(masking.masked_share(name, ratio, count))
+        np.testing.assert_allclose(share, np.clip(GAMMA[name](ratio, count), 1e-6, 1), atol=1e-5)
+        assert (np.diff(share) <= 0).all() and share[0] > 0.9 and share[-1] < 1e-3
+
+
+def test_step_counts_of_the_paper():
+    assert uncovered("cosine", 8, [256])[:, 0].tolist() == [5, 15, 24, 31, 39, 45, 48, 49]
+
+
+@settings(max_examples=60, deadline=None, database=None)
+@given(st.sampled_from(SCHEDULES), st.integers(1, 40), st.lists(st.integers(0, 300), min_size=1, max_size=4))
+def test_every_token_is_uncovered_once(name, steps, unknown):
+    """Each row by its own count; while tokens last, each step but the last fixes one or more and leaves one or more."""
+    fixed = uncovered(name, steps, unknown)
+    assert (fixed >= 0).all() and (fixed.sum(0) == unknown).all()
+    before = np.array(unknown) - fixed.cumsum(0) + fixed
+    for t in range(steps - 1):
+        more = before[t] > 1
+        assert (fixed[t][more] >= 1).all() and (before[t] - fixed[t] >= 1)[before[t] > 0].all()
+    # Exactly ⌊n·γ⌋ stay, wherever neither bound is in the way (and float32 does not decide).
+    for t in range(steps - 1):
+        for row, n in enumerate(unknown):
+            planned = n * np.clip(GAMMA[name]((t + 1) / steps, max(n, 2)), 1e-6, 1)
+            if abs(planned - round(planned)) > 1e-2 and 1 <= int(planned) <= before[t, row] - 1:
+                assert before[t, row] - fixed[t, row] == int(planned)
+
+
+@every_schedule
+def test_training_counts(name):
+    ratio = np.linspace(0, 1, 51)
+    counts = np.asarray(masking.training_counts(name, ratio, 64))
+    np.testing.assert_array_equal(
+        counts, np.maximum(1, np.floor(64 * np.clip(GAMMA[name](ratio, 64), 1e-6, 1) + 1e-3)).astype(int)
+    )
+    assert counts.min() == 1 and counts.max() >= 63
+
+
+def test_drawn_ratios_follow_the_schedule():
+    """The histogram of masked shares is that of γ(U(0, 1))."""
+    ratio = jax.random.uniform(jax.random.key(0), (20_000,))
+    share = np.asarray(masking.training_counts("cosine", ratio, 256)) / 256
+    for edge in (0.2, 0.5, 0.8, 0.95):
+        np.testing.assert_allclose((share <= edge).mean(), 1 - np.arccos(edge) * 2 / np.pi, atol=0.02)
+
+
+def test_random_masks_are_exact_uniform_and_differ():
+    counts = jnp.arange(1, 65)
+    mask = np.asarray(masking.random_mask(jax.random.key(0), counts, 64))
+    np.testing.assert_array_equal(mask.sum(1), counts)
+    many = np.asarray(masking.random_mask(jax.random.key(1), jnp.full(4000, 16), 64))
+    assert len(np.unique(many, axis=0)) > 3990
+    np.testing.assert_allclose(many.mean(0), 0.25, atol=0.03)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ranks_under_ties(dtype):
+    equal = jnp.zeros((2, 9), dtype)
+    np.testing.assert_array_equal(masking.ranks(equal), np.tile(np.arange(9), (2, 1)))
+    some = jnp.array([[3.0, 1.0, 3.0, jnp.inf, 1.0, 2.0]], dtype)
+    np.testing.assert_array_equal(masking.ranks(some), [[3, 0, 4, 5, 1, 2]])
+
+
+def test_the_choices_temperature_falls_linearly():
+    confidence, noise = jnp.zeros((1, 4)), jnp.ones((1, 4))
+    order = masking.Confidence(4.5)
+    steps = [float(order.scores(confidence, noise, (t + 1) / 8)[0, 0]) for t in range(8)]
+    np.testing.assert_allclose(steps, 4.5 * (1 - (np.arange(8) + 1) / 8), atol=1e-6)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (1, 7), (5, 3), (8, 8), (16, 16), (32, 32)])
+def test_halton_covers_every_cell_once_and_spreads(grid):
+    cells = orders.halton(*grid)
+    assert sorted(cells) == list(range(grid[0] * grid[1]))
+    if grid == (16, 16):  # a quarter of the cells: about four in each of sixteen tiles
+        row, column = np.divmod(cells[:64], 16)
+        assert set(np.bincount(4 * (row // 4) + column // 4, minlength=16)) <= {3, 4, 5}
+    layout = TokenLayout(2, 2, 1, *grid)
+    nothing = jnp.zeros((2, len(cells)))
+    scores = np.asarray(masking.unmasking_order("halton", layout, 1.0).scores(nothing, nothing, 0.5))
+    np.testing.assert_array_equal(np.argsort(-scores, axis=1), np.tile(cells, (2, 1)))
+
+
+def test_cell_orders():
+    layout = TokenLayout(2, 2, 1, 4, 5)
+    keys = jax.random.split(jax.random.key(0), 3)
+    for name in orders.NAMES:
+        cells = np.asarray(orders.cells(name, keys, layout))
+        np.testing.assert_array_equal(np.sort(cells, axis=1), np.tile(np.arange(20), (3, 1)))
+        tokens = 100 + cells
+        np.testing.assert_array_equal(orders.to_raster(tokens, cells), np.tile(100 + np.arange(20), (3, 1)))
+    scattered = orders.cells("random", keys, layout)
+    assert len(np.unique(scattered, axis=0)) == 3
+    known = np.random.default_rng(0).random((3, 20)) < 0.4
+    front = np.asarray(orders.given_first(scattered, known))
+    for row, cells in enumerate(front):
+        count = known[row].sum()
+        assert known[row, cells[:count]].all() and not known[row, cells[count:]].any()
+        kept = [c for c in np.asarray(scattered[row]) if not known[row, c]]
+        assert cells[count:].tolist() == kept, "the others keep their order"
+
+
+def test_the_share_of_random_orders():
+    layout = TokenLayout(2, 2, 1, 4, 4)
+    raster = lambda share: (np.asarray(orders.mixed(jax.random.key(0), 400, layout, share)) == np.arange(16)).all(1)
+    assert raster(0.0).all() and not raster(1.0).any()
+    np.testing.assert_allclose(raster(0.25).mean(), 0.75, atol=0.06)
+
+
+@pytest.mark.parametrize("name", ["pow", "pow-1", "sine", ""])
+def test_unknown_schedules_are_refused(name):
+    with pytest.raises(ValueError, match="cosine, linear"):
+        masking.check_schedule(name)
