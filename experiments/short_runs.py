@@ -54,7 +54,7 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
         "dvae": ["dvae.py", *STEPS, *PATCHES],
         "prior": ["prior.py", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae"],
         "maskgit": ["maskgit.py", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae"],
-        "generate:maskgit": ["generate.py", f"model_workdir={work}/maskgit", "prompts=a red circle", "sampling.steps=3"],
+        "generate:maskgit": ["generate.py", f"model_workdir={work}/maskgit", "prompts=a star", "sampling.steps=3"],
         "generate": ["generate.py", f"model_workdir={work}/prior", "prompts=a red circle|two shapes", "n=2"],
         "evaluate": ["evaluate.py", f"model_workdir={work}/prior", "count=8", "rows_at_once=4"],
         "quickstart": [
