@@ -296,6 +296,7 @@ def test_every_picture_of_a_manifest_can_be_made_again(trained, tmp_path):
         generate.remake(str(tmp_path / "manifest.json"), "x.png")
 
 
+@pytest.mark.slow
 def test_evaluation_of_a_workdir(trained, model, tmp_path):
     config = config_files.module(CONFIGS, "evaluate.py").get_config()
     config.update({"model_workdir": trained.workdir, "count": 5, "rows_at_once": 2})

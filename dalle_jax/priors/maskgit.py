@@ -45,6 +45,7 @@ class MaskGITOptions:
       label_smoothing: share of the target spread over the vocabulary.
       unmasked_weight: of the unmasked positions in the loss; a masked one counts 1.
       caption_drop: share of captions emptied in training, for guidance.
+      local_layers: so many layers, the first ones, read only a token's eight neighbours and the text.
       steps: T, decoding steps where `sample` is not told.
       order: of unmasking, see `masking.unmasking_order`.
       choice_temperature: τ of the order "confidence".
@@ -57,6 +58,7 @@ class MaskGITOptions:
     label_smoothing: float = 0.1
     unmasked_weight: float = 0.0
     caption_drop: float = 0.1
+    local_layers: int = 0
     steps: int = 8
     order: str = "confidence"
     choice_temperature: float = 4.5
@@ -67,13 +69,15 @@ class MaskGITOptions:
             raise ValueError(f"model.order is {self.order!r}; expected one of {', '.join(masking.ORDERS)}.")
         if self.steps < 1:
             raise ValueError(f"model.steps is {self.steps}; expected at least 1.")
+        if not 0 <= self.local_layers <= self.trunk.depth:
+            raise ValueError(f"model.local_layers is {self.local_layers}; expected 0 to {self.trunk.depth}, the depth.")
         for name in ("label_smoothing", "unmasked_weight", "caption_drop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1].")
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
-        return bidirectional_layers(self.trunk.depth)
+        return bidirectional_layers(self.trunk.depth, self.local_layers)
 
 
 class MaskGITModel(nn.Module):

@@ -110,7 +110,12 @@ def test_upsample_repeats_and_max_pool_halves():
 
 @pytest.mark.parametrize(
     ("changes", "downsample"),
-    [({}, 4), ({"stem_factor": 1}, 2), ({"groups": 1, "stem_factor": 4}, 4), ({"groups": 3, "blocks_per_group": 2}, 8)],
+    [
+        ({}, 4),
+        ({"stem_factor": 1}, 2),
+        ({"groups": 1, "stem_factor": 4}, 4),
+        pytest.param({"groups": 3, "blocks_per_group": 2}, 8, marks=pytest.mark.slow),
+    ],
 )
 def test_shapes_and_dtypes(changes, downsample):
     made, params = make(dataclasses.replace(SMALL, **changes))

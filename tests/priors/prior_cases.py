@@ -17,7 +17,7 @@ T, N, V = LAYOUT.text_length, LAYOUT.image_length, LAYOUT.image_vocab
 
 
 def trunk_of(**changes):
-    return TransformerOptions(**{"width": 16, "depth": 3, "heads": 2, "dtype": "float32", "scan": False, **changes})
+    return TransformerOptions(**{"width": 16, "depth": 2, "heads": 2, "dtype": "float32", "scan": False, **changes})
 
 
 def autoregressive(trunk=None, **options):
