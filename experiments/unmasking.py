@@ -1,6 +1,6 @@
 """What a MaskGIT prior does, to look at: its unmasking as a strip and an animation, and edits of pictures as a grid.
 
-    python experiments/unmasking.py --workdir=runs/quickstart/maskgit --output=runs/quickstart/unmasking
+    python experiments/unmasking.py --workdir=runs/maskgit-shapes --output=runs/unmasking
 
 Writes `strip.png` and `unmasking.gif` (a caption a row, a decoding step a column; cells still masked are grey), and
 `edits.png` (held-out pictures with their right half inpainted, their canvas extended to the right, and a third of
