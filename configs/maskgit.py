@@ -21,7 +21,7 @@ autoregressive = config_files.module(__file__, "prior.py")
 
 # name: (variant of prior.py, width, depth, heads, dropout, batch, steps)
 VARIANTS = {
-    "shapes": ("shapes", 128, 4, 4, 0.0, 4, 4000),
+    "shapes": ("shapes", 128, 4, 4, 0.0, 16, 1800),
     "emoji": ("emoji", 192, 6, 6, 0.0, 4, 5000),
     "folder": ("folder", 512, 12, 8, 0.1, 64, 100_000),
     "paper": ("paper", 768, 24, 16, 0.1, 256, 500_000),
@@ -42,13 +42,16 @@ def get_config(variant: str | None = None) -> ConfigDict:
     trunk.update({"width": width, "depth": depth, "heads": heads, "dropout": dropout})
     config.model = ConfigDict({
         "trunk": trunk,
+        "head": "linear" if small else "mlm",
         "tied_embeddings": not small,
-        "embedding_scale": config.model.embedding_scale,
+        "embedding_scale": 1.0 if small else 0.02,
+        "head_scale": 0.5 if small else 0.02,
+        "codebook_init": small,
+        "neighbour_kernel": 3 if small else 0,
         "mask_schedule": "cosine",
         "label_smoothing": 0.0 if small else 0.1,
         "unmasked_weight": 0.0,
         "caption_drop": config.model.caption_drop,
-        "local_layers": 0,
         "steps": 8 if small else 18,
         "order": "confidence",
         "choice_temperature": 4.5,
@@ -57,7 +60,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     if not small:
         rate = common.schedule("warmup_constant", value=1e-4, warmup_steps=5000)
     else:
-        rate = common.schedule("warmup_cosine", peak=3e-3, end=1e-5, warmup_steps=steps // 20, steps=steps)
+        rate = common.schedule("warmup_cosine", peak=2e-3, end=1e-5, warmup_steps=steps // 20, steps=steps)
     config.schedules = ConfigDict({"learning_rate": rate})
     common.run(config, batch_size=batch, steps=steps, every=max(steps // 4, 1) if small else 5000)
     if small:

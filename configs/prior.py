@@ -61,6 +61,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
         "wrap": True,
         "tied_embeddings": not small,
         "embedding_scale": 0.3 if small else 0.02,
+        "head_scale": 0.3 if small else 0.02,
+        "codebook_init": small,
         "text_weight": 1 / 8,
         "caption_drop": 0.05 if variant == "shapes" else 0.1,
     })  # fmt: skip

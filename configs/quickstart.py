@@ -1,4 +1,4 @@
-"""The whole system, small, on a CPU: data, text model, dVAE, prior, pictures for unseen captions, and a report.
+"""The whole system, small, on a CPU: data, text model, dVAE, both priors, pictures for unseen captions, and a report.
 
     python -m dalle_jax.main --config=configs/quickstart.py
 
@@ -20,7 +20,12 @@ def get_config() -> ConfigDict:
     config.prior.workdir = "runs/quickstart/prior"
     config.prior.tokenizer.workdir = "runs/quickstart/dvae"
 
+    config.maskgit = config_files.module(__file__, "maskgit.py").get_config("shapes")
+    config.maskgit.workdir = "runs/quickstart/maskgit"
+    config.maskgit.tokenizer_from = config.prior.workdir
+
     config.evaluate = config_files.module(__file__, "evaluate.py").get_config()
     config.evaluate.model_workdir = config.prior.workdir
     config.evaluate.sampling.temperature = 0.5  # a prior this small leaves some mass on wrong tokens
+    config.maskgit_sampling = config.evaluate.sampling.copy_and_resolve_references()
     return config

@@ -171,15 +171,19 @@ class Editing:
         rows = np.broadcast_to(~cells.reshape(len(cells), -1), (n, given.shape[1]))
         known = (np.broadcast_to(given, rows.shape), rows)
         tokens = self._draw(caption, n, seed, options, known)
-        f = self.image_size // self.prior.layout.height
-        pixels = changed.repeat(f, axis=1).repeat(f, axis=2)[..., None]
-        return np.where(pixels, self.decode(tokens), image[None])
+        return np.where(pixels_of(changed, self.image_size)[..., None], self.decode(tokens), image[None])
 
 
 def marked_cells(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """The cells that hold a marked pixel: [H, W] to bool [h, w]."""
     blocks = np.asarray(mask).astype(bool).reshape(height, mask.shape[0] // height, width, mask.shape[1] // width)
     return blocks.any((1, 3))
+
+
+def pixels_of(cells: np.ndarray, size: int) -> np.ndarray:
+    """Marked cells to marked pixels: bool [..., h, w] to [..., size, size]."""
+    cell = size // cells.shape[-1]
+    return cells.repeat(cell, axis=-2).repeat(cell, axis=-1)
 
 
 def dilated(cells: np.ndarray, by: int) -> np.ndarray:

@@ -17,6 +17,7 @@ from PIL import Image
 
 from dalle_jax import evaluate, report
 from dalle_jax import workdir as workdirs
+from dalle_jax.editing import pixels_of
 from dalle_jax.generate import TextToImage, row_keys
 
 GREY = 190
@@ -31,8 +32,7 @@ def trajectory(model: TextToImage, captions: list[str], seed: int, steps: int) -
     tokens = np.asarray(tokens)
     masked = (tokens == layout.mask_id).reshape(*tokens.shape[:2], layout.height, layout.width)
     images = model.decode(np.where(tokens == layout.mask_id, 0, tokens).reshape(-1, layout.image_length))
-    cell = model.image_size // layout.height
-    grey = masked.repeat(cell, axis=2).repeat(cell, axis=3)[..., None]
+    grey = pixels_of(masked, model.image_size)[..., None]
     return np.where(grey, GREY, images.reshape(*tokens.shape[:2], *images.shape[1:])).astype(np.uint8)
 
 

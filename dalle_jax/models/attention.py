@@ -151,25 +151,11 @@ class Full(_OneGroup):
 
 @dataclasses.dataclass(frozen=True)
 class Bidirectional(_OneGroup):
-    """The image reads everything, the text reads the text: its states stay while the image changes (MaskGIT).
-
-    Attributes:
-      kernel: of the image, read only the kernel×kernel cells around the token; 0 for all of it.
-    """
-
-    kernel: int = 0
-
-    def __post_init__(self):
-        if self.kernel and (self.kernel < 1 or self.kernel % 2 == 0):
-            raise ValueError(f"A neighbourhood's kernel is {self.kernel}; it must be odd and positive, or 0 for all.")
+    """The image reads everything, the text reads the text: its states stay while the image changes (MaskGIT)."""
 
     def mask(self, layout: TokenLayout) -> np.ndarray:
-        t, half = layout.text_length, self.kernel // 2
         mask = np.ones((layout.length, layout.length), bool)
-        mask[:t, t:] = False
-        if self.kernel:
-            row, column = np.divmod(np.arange(layout.image_length), layout.width)
-            mask[t:, t:] = (np.abs(row[:, None] - row) <= half) & (np.abs(column[:, None] - column) <= half)
+        mask[: layout.text_length, layout.text_length :] = False
         return mask
 
 
@@ -349,11 +335,6 @@ def sparse_layers(depth: int, kernel: int = 11, wrap: bool = True) -> tuple[Patt
     the last is convolutional."""
     body = [Column() if i % 4 == 1 else Row() for i in range(depth - 1)]
     return (*body, Convolutional(kernel, wrap))
-
-
-def bidirectional_layers(depth: int, local: int = 0, kernel: int = 3) -> tuple[Pattern, ...]:
-    """Layers that read text and image whole (MaskGIT), after `local` ones that read neighbours only."""
-    return (Bidirectional(kernel),) * local + (Bidirectional(),) * (depth - local)
 
 
 def full_layers(depth: int) -> tuple[Pattern, ...]:

@@ -361,3 +361,7 @@ class DVAETokenizer:
         """Tokens, int32 [B, h, w], to pictures, float32 [B, H, W, 3] in [0, 1]."""
         mean, _ = self.decode_maps(params, tokens)
         return logit_laplace.to_pixels(mean)
+
+    def codebook(self, params: PyTree) -> jax.Array:
+        """What the decoder reads for each token: float32 [V, codebook_dim]."""
+        return params["codebook"]["kernel"]

@@ -46,6 +46,9 @@ class ImageTokenizer(Protocol):
     def decode(self, params: PyTree, tokens: jax.Array) -> jax.Array:
         """int32 [B, h, w] to float32 [B, H, W, 3] in [0, 1]."""
 
+    def codebook(self, params: PyTree) -> jax.Array:
+        """A vector for each token, near where tokens decode alike: float32 [V, C]."""
+
 
 def to_dict(tokenizer: ImageTokenizer) -> dict[str, Any]:
     """A description that JSON can hold, from which `from_dict` makes the same tokenizer (without parameters)."""

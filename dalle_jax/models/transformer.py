@@ -340,3 +340,15 @@ def unstack(params, patterns: tuple[Pattern, ...]):
         for j in range(unit):
             flat[f"layer_{r * unit + j}"] = jax.tree.map(operator.itemgetter(r), params["units"][f"layer_{j}"])
     return flat
+
+
+def for_decoding(params, options):
+    """A prior's parameters and options with each layer's weights in one piece: cut out of the scan's stack once, and
+    not at every step.
+
+    Args:
+      params: with the trunk's under "trunk".
+      options: a dataclass with a `trunk`, and its `patterns`.
+    """
+    flat = dataclasses.replace(options, trunk=dataclasses.replace(options.trunk, scan=False, remat="none"))
+    return params | {"trunk": unstack(params["trunk"], options.patterns)}, flat

@@ -27,8 +27,12 @@ class TokenPrior(Protocol):
     any_order: bool  # whether a token can be drawn given later ones (inpainting)
     schedules: Mapping[str, optax.Schedule]  # that its loss depends on, by name; see `Task.schedules`
 
-    def init(self, key: jax.Array) -> Params:
-        """Fresh parameters, boxed with their logical axis names."""
+    def init(self, key: jax.Array, codebook: jax.Array | None = None) -> Params:
+        """Fresh parameters, boxed with their logical axis names.
+
+        Args:
+          codebook: the tokenizer's, float [V, C], for options with `codebook_init`; None: random entries all the same.
+        """
 
     def loss(
         self,

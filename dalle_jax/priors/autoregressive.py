@@ -27,11 +27,11 @@ import optax
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models.attention import CausalPattern, full_layers, sparse_layers
 from dalle_jax.models.dense import outputs_first
-from dalle_jax.models.transformer import TransformerOptions, Trunk, unstack
+from dalle_jax.models.transformer import TransformerOptions, Trunk, for_decoding
 from dalle_jax.parallel import constrain
 from dalle_jax.priors import orders, sampling
-from dalle_jax.priors.embedding import StreamEmbedding, project
-from dalle_jax.priors.losses import cross_entropy, mean_over
+from dalle_jax.priors.embedding import StreamEmbedding, project, start_from_codebook
+from dalle_jax.priors.losses import cross_entropy, drop_captions, mean_over
 from dalle_jax.priors.sampling import SamplingOptions
 
 ATTENTION = ("sparse", "full")
@@ -49,6 +49,8 @@ class AutoregressiveOptions:
       wrap: whether the convolutional window runs on across row ends.
       tied_embeddings: the heads are the embeddings, transposed.
       embedding_scale: standard deviation of the embeddings at initialisation.
+      head_scale: the same of heads that are not tied.
+      codebook_init: image embedding and head start as the tokenizer's codebook, see `start_from_codebook`.
       text_weight: share of the text in the loss, 1/8 in the paper.
       caption_drop: share of captions emptied in training, for guidance.
       order: "raster", or "random": with "full" attention and learned positions only.
@@ -61,6 +63,8 @@ class AutoregressiveOptions:
     wrap: bool = True
     tied_embeddings: bool = False
     embedding_scale: float = 0.02
+    head_scale: float = 0.02
+    codebook_init: bool = False
     text_weight: float = 1 / 8
     caption_drop: float = 0.1
     order: str = "raster"
@@ -91,21 +95,18 @@ class AutoregressiveOptions:
 
 
 class AutoregressiveEmbedding(StreamEmbedding):
-    """Adds the heads that read the states back as logits, and "which cell comes next".
+    """Adds the text head, and "which cell comes next".
 
     Attributes:
-      tied: the heads are the embeddings, transposed.
       any_order: whether a position is told which cell it predicts.
     """
 
-    tied: bool
     any_order: bool
 
     def setup(self):
         super().setup()
         if not self.tied:
-            self.text_head = self.table("text_head_kernel", self.layout.text_vocab + 1, scale=0.02)
-            self.image_head = self.table("image_head_kernel", self.layout.image_vocab, scale=0.02)
+            self.text_head = self.table("text_head_kernel", self.layout.text_vocab + 1, scale=self.head_scale)
         if self.any_order:
             self.next_rows = self.table("next_rows", self.layout.height, "positions")
             self.next_columns = self.table("next_columns", self.layout.width, "positions")
@@ -123,10 +124,6 @@ class AutoregressiveEmbedding(StreamEmbedding):
         words, padding = jnp.split(self.text_table, [self.layout.text_vocab])
         return project(x, jnp.concatenate([words, padding.mean(0, keepdims=True)]))
 
-    def image_logits(self, x: jax.Array) -> jax.Array:
-        """[..., D] to float32 [..., V]."""
-        return project(x, self.image_table if self.tied else self.image_head)
-
 
 class AutoregressiveModel(nn.Module):
     """Embeddings, trunk and heads. `cells`, int32 [B, N], is the order of the image tokens; None: raster."""
@@ -137,7 +134,7 @@ class AutoregressiveModel(nn.Module):
     def setup(self):
         o, lay = self.options, self.layout
         self.embedding = AutoregressiveEmbedding(
-            o.trunk, lay, o.embedding_scale, lay.image_vocab, o.tied_embeddings, o.order == "random"
+            o.trunk, lay, o.embedding_scale, o.head_scale, lay.image_vocab, o.tied_embeddings, o.order == "random"
         )
         self.trunk = Trunk(o.trunk, lay, o.patterns)
 
@@ -215,20 +212,21 @@ class AutoregressivePrior:
     def model(self) -> AutoregressiveModel:
         return AutoregressiveModel(self.options, self.layout)
 
-    def init(self, key: jax.Array):
+    def init(self, key: jax.Array, codebook=None):
+        """See `TokenPrior.init`."""
         text = jnp.zeros((1, self.layout.text_length), jnp.int32)
         tokens = jnp.zeros((1, self.layout.image_length), jnp.int32)
         cells = tokens if self.any_order else None
-        return self.model.init(key, text, tokens, cells=cells)["params"]
+        params = self.model.init(key, text, tokens, cells=cells)["params"]
+        start = codebook is not None and self.options.codebook_init
+        return start_from_codebook(params, codebook, key) if start else params
 
     def loss(self, params, text: jax.Array, tokens: jax.Array, key: jax.Array, *, train: bool, valid=None, step=None):
         """See `TokenPrior.loss`. Dropped captions do not count in the text loss. Evaluation is in raster order once
         the share of random orders is to fall to zero, otherwise in random ones."""
         rows = text.shape[0]
         drop_key, dropout_key = jax.random.split(key)
-        rate = self.options.caption_drop if train else 0.0
-        dropped = jax.random.bernoulli(drop_key, rate, (rows, 1))
-        given = jnp.where(dropped, jnp.asarray(self.layout.null_text())[None], text)
+        given, dropped = drop_captions(drop_key, text, self.options.caption_drop if train else 0.0, self.layout)
         cells = None
         if self.any_order:
             share = 0.0 if self.options.anneal_end else 1.0
@@ -241,7 +239,7 @@ class AutoregressivePrior:
         )
         counted = jnp.ones(rows) if valid is None else valid.astype(jnp.float32)
         text_rows = cross_entropy(text_logits, self.layout.text_targets(text[:, 1:])).mean(-1)
-        text_nats = mean_over(text_rows, counted * ~dropped[:, 0])
+        text_nats = mean_over(text_rows, counted * ~dropped)
         image_nats = mean_over(cross_entropy(image_logits, tokens).mean(-1), counted)
         weight = self.options.text_weight
         loss = weight * text_nats + (1 - weight) * image_nats
@@ -276,9 +274,7 @@ class AutoregressivePrior:
 def _decode(prior: AutoregressivePrior, order: str, params, text, keys, known, knobs) -> jax.Array:
     """`sample`, traced: which knobs are set is static, their values are not."""
     layout, o = prior.layout, prior.options
-    # Each layer's weights in one piece, cut out of the scan's stack once and not at every token.
-    params = params | {"trunk": unstack(params["trunk"], o.patterns)}
-    flat = dataclasses.replace(o, trunk=dataclasses.replace(o.trunk, scan=False, remat="none"))
+    params, flat = for_decoding(params, o)
     model = AutoregressiveModel(flat, layout)
     bound = functools.partial(model.apply, {"params": params})
     rows, length = keys.shape[0], layout.image_length

@@ -1,9 +1,9 @@
-"""Embeddings of the stream "text, then image grid" that both priors share (DALL-E, section 2.2).
+"""Embeddings of the stream "text, then image grid" that both priors share (DALL-E, section 2.2), and the image head.
 
 A text position is token + position, an image position token + row + column; padding has an id of its own at each text
 position (`TokenLayout`).
 
-    B rows    T text    N image tokens    D width    V classes
+    B rows    T text    N image tokens    D width    V image vocabulary    C width of the tokenizer's codebook
 """
 
 from __future__ import annotations
@@ -24,18 +24,24 @@ class StreamEmbedding(nn.Module):
       trunk: of the transformer that reads them.
       layout: of the stream.
       scale: standard deviation at initialisation.
+      head_scale: that of heads that are tables of their own.
       image_ids: rows of the image embedding: the image vocabulary, and one more where there is a mask id.
+      tied: the image head is the image embedding, transposed.
     """
 
     trunk: TransformerOptions
     layout: TokenLayout
     scale: float
+    head_scale: float
     image_ids: int
+    tied: bool
 
     def setup(self):
         lay = self.layout
         self.text_table = self.table("text", lay.text_ids)
         self.image_table = self.table("image", self.image_ids)
+        if not self.tied:
+            self.image_head = self.table("image_head_kernel", lay.image_vocab, scale=self.head_scale)
         if self.trunk.positions == "learned":
             self.text_positions = self.table("text_positions", lay.text_length, "positions")
             self.rows = self.table("rows", lay.height, "positions")
@@ -57,9 +63,13 @@ class StreamEmbedding(nn.Module):
             x = x + self.text_positions[None]
         return self.cast(x, train)
 
+    def image_tokens(self, tokens: jax.Array) -> jax.Array:
+        """int32 [B, N] to float32 [B, N, D], without positions."""
+        return self.image_table[tokens]
+
     def image(self, tokens: jax.Array, train: bool = False, cells: jax.Array | None = None) -> jax.Array:
         """int32 [B, N] to [B, N, D]; `cells`, int32 [B, N], says which stands where (None: raster order)."""
-        x = self.image_table[tokens]
+        x = self.image_tokens(tokens)
         if self.trunk.positions == "learned" and cells is None:
             x = x + (self.rows[:, None] + self.columns[None]).reshape(1, self.layout.image_length, -1)
         elif self.trunk.positions == "learned":
@@ -70,6 +80,10 @@ class StreamEmbedding(nn.Module):
         """int32 [B] at one cell each, int32 [B], to [B, D]."""
         return self.image(tokens[:, None], cells=cells[:, None])[:, 0]
 
+    def image_logits(self, x: jax.Array) -> jax.Array:
+        """[..., D] to float32 [..., V]."""
+        return project(x, self.image_table[: self.layout.image_vocab] if self.tied else self.image_head)
+
 
 def project(x: jax.Array, table: jax.Array) -> jax.Array:
     """States to logits: [..., D] and [V, D] to float32 [..., V]. Two axes are a decode step: see `rows_product`."""
@@ -77,3 +91,31 @@ def project(x: jax.Array, table: jax.Array) -> jax.Array:
         return rows_product(x, table.astype(x.dtype), preferred_element_type=jnp.float32)
     contract = (((x.ndim - 1,), (1,)), ((), ()))
     return jax.lax.dot_general(x, table.astype(x.dtype), contract, preferred_element_type=jnp.float32)
+
+
+def start_from_codebook(params, codebook: jax.Array, key: jax.Array):
+    """Initial parameters in which tokens that decode to alike pixels are alike from the start.
+
+    The image embedding and, where it is not tied, the image head become the codebook's vectors, centred, turned by a
+    random rotation into the prior's width, and scaled to the entries they replace. Not in the papers, whose priors see
+    enough pictures to find out.
+
+    Args:
+      params: of a model whose `embedding` is a `StreamEmbedding`, boxed.
+      codebook: float [V, C], see `ImageTokenizer.codebook`.
+
+    Returns:
+      The parameters with the entries of the V tokens replaced; the mask id's stays.
+    """
+    tables = dict(params["embedding"])
+    vocab, inner = codebook.shape
+    width = tables["image"].unbox().shape[1]
+    vectors = codebook.astype(jnp.float32) - codebook.mean(0, keepdims=True)
+    side = max(inner, width)
+    vectors = vectors @ jnp.linalg.qr(jax.random.normal(key, (side, side)))[0][:inner, :width]
+    vectors = vectors / jnp.maximum(vectors.std(), 1e-6)
+    for name in ("image", "image_head_kernel"):
+        if name in tables:
+            table = tables[name].unbox()
+            tables[name] = tables[name].replace_boxed(table.at[:vocab].set(vectors * table.std()))
+    return {**params, "embedding": tables}

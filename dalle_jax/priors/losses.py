@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from dalle_jax.layout import TokenLayout
+
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """-ln softmax(logits)[targets]. [..., V] and int32 [...] to float32 [...].
@@ -24,3 +26,9 @@ def uniform_cross_entropy(logits: jax.Array) -> jax.Array:
 def mean_over(values: jax.Array, weights: jax.Array) -> jax.Array:
     """Weighted mean of two arrays of one shape; 0 where all weights are 0."""
     return (values * weights).sum() / jnp.maximum(weights.sum(), 1)
+
+
+def drop_captions(key: jax.Array, text: jax.Array, rate: float, layout: TokenLayout) -> tuple[jax.Array, jax.Array]:
+    """Empties a share of the captions, for guidance: int32 [B, T] to the same, and bool [B], which were emptied."""
+    dropped = jax.random.bernoulli(key, rate, (text.shape[0], 1))
+    return jnp.where(dropped, jnp.asarray(layout.null_text())[None], text), dropped[:, 0]

@@ -1,12 +1,13 @@
 """The MaskGIT prior: a bidirectional transformer that refines all image tokens at once (arXiv 2202.04200).
 
 Training masks some of a picture's tokens and predicts them from the rest and the caption; decoding starts with all of
-them masked and uncovers more in each of a few steps. The masked-token head is dense, GELU, norm, then the image
-embedding, transposed, and a bias for each token. Guidance rises linearly over the steps (Muse, arXiv 2301.00704,
+them masked and uncovers more in each of a few steps. The paper's masked-token head is dense, GELU, norm, then the
+image embedding, transposed, and a bias for each token. Guidance rises linearly over the steps (Muse, arXiv 2301.00704,
 section 2.7).
 
 Deviations: pre-norm blocks, as in the other prior (the reference is post-norm BERT); a caption instead of a class,
-computed once: text positions do not read the image.
+computed once: text positions do not read the image. Where pictures are few, three options learn far faster than the
+paper's model: `codebook_init`, `neighbour_kernel`, and the head "linear".
 
     B rows    C captions    T text    N image tokens    D width    V image vocabulary
 """
@@ -21,15 +22,16 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.layout import TokenLayout
-from dalle_jax.models.attention import Pattern, bidirectional_layers
+from dalle_jax.models.attention import Bidirectional, Pattern
 from dalle_jax.models.dense import Dense
-from dalle_jax.models.transformer import Norm, TransformerOptions, Trunk, unstack
+from dalle_jax.models.transformer import Norm, TransformerOptions, Trunk, for_decoding
 from dalle_jax.parallel import constrain
 from dalle_jax.priors import masking, sampling
-from dalle_jax.priors.embedding import StreamEmbedding, project
-from dalle_jax.priors.losses import cross_entropy, mean_over, uniform_cross_entropy
+from dalle_jax.priors.embedding import StreamEmbedding, start_from_codebook
+from dalle_jax.priors.losses import cross_entropy, drop_captions, mean_over, uniform_cross_entropy
 from dalle_jax.priors.sampling import SamplingOptions
 
+HEADS = ("mlm", "linear")
 BUCKETS = 4  # of the share of masked tokens, for the log
 
 
@@ -39,26 +41,32 @@ class MaskGITOptions:
 
     Attributes:
       trunk: sizes and choices of the transformer.
-      tied_embeddings: the head is the image embedding, transposed.
+      head: "mlm" (the paper's) or "linear" (the last product and the bias alone).
+      tied_embeddings: the head's product is with the image embedding, transposed.
       embedding_scale: standard deviation of the embeddings at initialisation.
+      head_scale: the same of heads that are not tied.
+      codebook_init: image embedding and head start as the tokenizer's codebook, see `start_from_codebook`.
+      neighbour_kernel: side of the square of tokens that each token's embedding is mixed from; 0: itself alone.
       mask_schedule: γ, see `masking.masked_share`; the same in training and decoding.
       label_smoothing: share of the target spread over the vocabulary.
       unmasked_weight: of the unmasked positions in the loss; a masked one counts 1.
       caption_drop: share of captions emptied in training, for guidance.
-      local_layers: so many layers, the first ones, read only a token's eight neighbours and the text.
       steps: T, decoding steps where `sample` is not told.
       order: of unmasking, see `masking.unmasking_order`.
       choice_temperature: τ of the order "confidence".
     """
 
     trunk: TransformerOptions = TransformerOptions()
+    head: str = "mlm"
     tied_embeddings: bool = True
     embedding_scale: float = 0.02
+    head_scale: float = 0.02
+    codebook_init: bool = False
+    neighbour_kernel: int = 0
     mask_schedule: str = "cosine"
     label_smoothing: float = 0.1
     unmasked_weight: float = 0.0
     caption_drop: float = 0.1
-    local_layers: int = 0
     steps: int = 8
     order: str = "confidence"
     choice_temperature: float = 4.5
@@ -69,15 +77,52 @@ class MaskGITOptions:
             raise ValueError(f"model.order is {self.order!r}; expected one of {', '.join(masking.ORDERS)}.")
         if self.steps < 1:
             raise ValueError(f"model.steps is {self.steps}; expected at least 1.")
-        if not 0 <= self.local_layers <= self.trunk.depth:
-            raise ValueError(f"model.local_layers is {self.local_layers}; expected 0 to {self.trunk.depth}, the depth.")
+        if self.head not in HEADS:
+            raise ValueError(f"model.head is {self.head!r}; expected one of {', '.join(HEADS)}.")
+        if self.neighbour_kernel < 0 or (self.neighbour_kernel and self.neighbour_kernel % 2 == 0):
+            raise ValueError(
+                f"model.neighbour_kernel is {self.neighbour_kernel}; expected an odd number, or 0 for none."
+            )
         for name in ("label_smoothing", "unmasked_weight", "caption_drop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1].")
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
-        return bidirectional_layers(self.trunk.depth, self.local_layers)
+        return (Bidirectional(),) * self.trunk.depth
+
+
+class MaskGITEmbedding(StreamEmbedding):
+    """Adds the mixing of neighbours: a convolution of each channel by itself over the grid of image embeddings, beside
+    the embedding itself (a positional encoding generator, arXiv 2102.10882).
+
+    Attributes:
+      kernel: side of its square; 0 for none.
+    """
+
+    kernel: int
+
+    def setup(self):
+        super().setup()
+        if self.kernel:
+            # The taps' sum has variance 2, whatever the kernel: neighbours weigh about as much as the token itself.
+            init = nn.with_logical_partitioning(nn.initializers.normal(1.5 / self.kernel), (None, None, "embed"))
+            self.neighbours = self.param("neighbours_kernel", init, (self.kernel, self.kernel, self.trunk.width))
+
+    def image_tokens(self, tokens: jax.Array) -> jax.Array:
+        """See `StreamEmbedding.image_tokens`; what lies outside of the grid is zero."""
+        x = super().image_tokens(tokens)
+        if not self.kernel:
+            return x
+        height, width, half = self.layout.height, self.layout.width, self.kernel // 2
+        grid = x.reshape(-1, height, width, x.shape[-1])
+        padded = jnp.pad(grid, ((0, 0), (half, half), (half, half), (0, 0)))
+        # Shifted sums, not a convolution: XLA's gradient of a depthwise one is slow, on CPUs above all.
+        for row in range(self.kernel):
+            for column in range(self.kernel):
+                tap = self.neighbours[row, column][None, None, None]
+                grid = grid + padded[:, row : row + height, column : column + width] * tap
+        return grid.reshape(x.shape)
 
 
 class MaskGITModel(nn.Module):
@@ -88,22 +133,27 @@ class MaskGITModel(nn.Module):
 
     def setup(self):
         o, trunk = self.options, self.options.trunk
-        self.embedding = StreamEmbedding(trunk, self.layout, o.embedding_scale, self.layout.image_vocab + 1)
+        self.embedding = MaskGITEmbedding(
+            trunk,
+            self.layout,
+            o.embedding_scale,
+            o.head_scale,
+            self.layout.image_vocab + 1,
+            o.tied_embeddings,
+            o.neighbour_kernel,
+        )
         self.trunk = Trunk(trunk, self.layout, o.patterns)
-        self.head = Dense((trunk.width,), (trunk.width,), ("embed", None), trunk.dtype, (None,))
-        self.head_norm = Norm(trunk.norm, trunk.dtype)
-        if not o.tied_embeddings:
-            table = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
-            self.image_head = self.param("image_head_kernel", table, (self.layout.image_vocab, trunk.width))
+        if o.head == "mlm":
+            self.head = Dense((trunk.width,), (trunk.width,), ("embed", None), trunk.dtype, (None,))
+            self.head_norm = Norm(trunk.norm, trunk.dtype)
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
         self.image_bias = self.param("image_bias", zeros, (self.layout.image_vocab,))
 
     def _logits(self, x: jax.Array) -> jax.Array:
         """Image states [B, N, D] to float32 [B, N, V]."""
-        v = self.layout.image_vocab
-        table = self.embedding.image_table[:v] if self.options.tied_embeddings else self.image_head
-        x = self.head_norm(jax.nn.gelu(self.head(x), approximate=False))
-        return project(x, table) + self.image_bias[None, None]
+        if self.options.head == "mlm":
+            x = self.head_norm(jax.nn.gelu(self.head(x), approximate=False))
+        return self.embedding.image_logits(x) + self.image_bias[None, None]
 
     def __call__(self, text: jax.Array, ids: jax.Array, train: bool = False) -> jax.Array:
         """int32 [B, T] and [B, N] (with `layout.mask_id` where masked) to logits, float32 [B, N, V]."""
@@ -139,10 +189,13 @@ class MaskGITPrior:
     def model(self) -> MaskGITModel:
         return MaskGITModel(self.options, self.layout)
 
-    def init(self, key: jax.Array):
+    def init(self, key: jax.Array, codebook=None):
+        """See `TokenPrior.init`."""
         text = jnp.zeros((1, self.layout.text_length), jnp.int32)
         tokens = jnp.zeros((1, self.layout.image_length), jnp.int32)
-        return self.model.init(key, text, tokens)["params"]
+        params = self.model.init(key, text, tokens)["params"]
+        start = codebook is not None and self.options.codebook_init
+        return start_from_codebook(params, codebook, key) if start else params
 
     def mask_ratios(self, key: jax.Array, rows: int, *, train: bool) -> jax.Array:
         """r of each row, float32 [B]: U(0, 1), each its own draw; in evaluation one in each of B equal parts."""
@@ -153,8 +206,7 @@ class MaskGITPrior:
         """See `TokenPrior.loss`. `image_nats` is the mean over masked tokens, without smoothing: not a likelihood."""
         o, lay, rows = self.options, self.layout, text.shape[0]
         drop_key, dropout_key, ratio_key, mask_key = jax.random.split(key, 4)
-        dropped = jax.random.bernoulli(drop_key, o.caption_drop if train else 0.0, (rows, 1))
-        given = jnp.where(dropped, jnp.asarray(lay.null_text())[None], text)
+        given, _ = drop_captions(drop_key, text, o.caption_drop if train else 0.0, lay)
         counts = masking.training_counts(
             o.mask_schedule, self.mask_ratios(ratio_key, rows, train=train), lay.image_length
         )
@@ -203,8 +255,7 @@ class MaskGITPrior:
 def _decode(prior: MaskGITPrior, steps: int, order: masking.UnmaskingOrder, params, text, keys, known, knobs):
     """`trajectory`, traced: steps, order and which knobs are set are static, their values are not."""
     layout, o = prior.layout, prior.options
-    params = params | {"trunk": unstack(params["trunk"], o.patterns)}
-    flat = dataclasses.replace(o, trunk=dataclasses.replace(o.trunk, scan=False, remat="none"))
+    params, flat = for_decoding(params, o)
     bound = functools.partial(MaskGITModel(flat, layout).apply, {"params": params})
     rows, shape = keys.shape[0], (keys.shape[0], layout.image_length)
     guided = "guidance" in knobs  # the null branch is more captions

@@ -65,7 +65,7 @@ class PriorTask:
             self.frozen["tokens"] = jnp.asarray(tokens, jnp.int32)
 
     def init(self, key: jax.Array) -> PyTree:
-        return self.prior.init(key)
+        return self.prior.init(key, self.tokenizer.codebook(self.frozen["tokenizer"]))
 
     def _encode(self, frozen: PyTree, images: jax.Array) -> jax.Array:
         tokens = self.tokenizer.encode(frozen["tokenizer"], images)

@@ -32,6 +32,7 @@ PRIORS = {
     "autoregressive": autoregressive(),
     "any order": autoregressive(attention="full", order="random"),
     "maskgit": maskgit(),
+    "maskgit, small data": maskgit(head="linear", tied_embeddings=False, neighbour_kernel=3),
 }
 
 

@@ -49,6 +49,28 @@ def test_refining_beside_cached_text_is_the_whole_forward():
     assert np.asarray(expected).std() > 0.3
 
 
+def test_neighbours_are_a_depthwise_convolution_beside_the_token():
+    """Against lax's grouped convolution; it sees tokens and no positions."""
+    prior = changed(PRIOR, neighbour_kernel=3)
+    params, ids = params_of(prior), rows(2)[1]
+    table, kernel = (params["embedding"][name] for name in ("image", "neighbours_kernel"))
+    grid = table[ids].reshape(2, LAYOUT.height, LAYOUT.width, -1)
+    mixed = jax.lax.conv_general_dilated(
+        grid, kernel[:, :, None], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        feature_group_count=grid.shape[-1],
+    )  # fmt: skip
+    ours = prior.model.apply({"params": params}, ids, method=lambda model, x: model.embedding.image_tokens(x))
+    np.testing.assert_allclose(ours, (grid + mixed).reshape(ours.shape), atol=1e-5)
+
+
+def test_linear_head_is_one_product():
+    prior = changed(PRIOR, head="linear", tied_embeddings=False)
+    params, states = params_of(prior), jax.random.normal(jax.random.key(0), (2, N, 16))
+    logits = prior.model.apply({"params": params}, states, method=lambda model, x: model._logits(x))
+    expected = states @ params["embedding"]["image_head_kernel"].T + params["image_bias"][None, None]
+    np.testing.assert_allclose(logits, expected, atol=1e-5)
+
+
 # -- loss ---------------------------------------------------------------------------------------------------------
 
 

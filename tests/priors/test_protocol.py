@@ -14,7 +14,7 @@ from prior_cases import LAYOUT, PRIORS, N, T, V, changed, loss_of, params_of, ro
 from dalle_jax import parallel
 from dalle_jax.errors import ConfigError
 
-SLOW = ("any order",)
+SLOW = ("any order", "maskgit, small data")
 every_prior = pytest.mark.parametrize(
     "prior", [pytest.param(p, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, p in PRIORS.items()]
 )
@@ -114,6 +114,33 @@ def test_a_fresh_models_loss_is_that_of_guessing(prior):
     params = nn.meta.unbox(jax.jit(prior.init)(jax.random.key(0)))
     _, scalars = loss_of(prior, params, text, tokens, jax.random.key(1), False)
     np.testing.assert_allclose(scalars["image_nats"], np.log(V), rtol=0.02)
+
+
+@every_prior
+@pytest.mark.parametrize("inner", [7, 24])
+def test_starting_from_the_tokenizers_codebook(prior, inner):
+    """Image embedding and untied head hold the codebook, turned and scaled; the mask id and the rest are as without."""
+    fresh = changed(prior, codebook_init=True, tied_embeddings=False)
+    codebook = np.random.default_rng(0).normal(3.0, 5.0, (V, inner)).astype(np.float32)
+    codebook[:, 3:] = 3.0  # of rank 3: survives a rotation into 16 dimensions
+    init = lambda codebook: nn.meta.unbox(jax.jit(fresh.init)(jax.random.key(0), codebook))
+    random, ours = init(None), init(codebook)
+    flat = lambda tree: {jax.tree_util.keystr(path, simple=True): x for path, x in jax.tree.leaves_with_path(tree)}
+    random, ours = flat(random), flat(ours)
+    tables = ("embeddingimage", "embeddingimage_head_kernel")
+    for name in ours:
+        if name not in tables:
+            np.testing.assert_array_equal(ours[name], random[name])
+    np.testing.assert_array_equal(ours[tables[0]][V:], random[tables[0]][V:])
+    distances = lambda x: np.linalg.norm(np.asarray(x)[:V, None] - np.asarray(x)[None, :V], axis=-1)
+    for name in tables:
+        scale = np.linalg.norm(ours[name][:V]) / np.linalg.norm(codebook - codebook.mean(0))
+        np.testing.assert_allclose(np.asarray(ours[name][:V]).std(), np.asarray(random[name]).std(), rtol=1e-3)
+        if inner <= 16:  # an isometry
+            expected = distances(codebook) * scale
+            np.testing.assert_allclose(distances(ours[name]), expected, rtol=1e-3, atol=1e-4)
+        else:  # cut off: near stays near
+            assert np.corrcoef(distances(ours[name]).ravel(), distances(codebook).ravel())[0, 1] > 0.8
 
 
 @every_prior
