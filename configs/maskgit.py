@@ -21,7 +21,7 @@ autoregressive = config_files.module(__file__, "prior.py")
 
 # name: (variant of prior.py, width, depth, heads, dropout, batch, steps)
 VARIANTS = {
-    "shapes": ("shapes", 128, 4, 4, 0.0, 16, 1800),
+    "shapes": ("shapes", 128, 5, 4, 0.0, 4, 7000),
     "emoji": ("emoji", 192, 6, 6, 0.0, 4, 5000),
     "folder": ("folder", 512, 12, 8, 0.1, 64, 100_000),
     "paper": ("paper", 768, 24, 16, 0.1, 256, 500_000),
@@ -29,8 +29,9 @@ VARIANTS = {
 }
 
 
-def get_config(variant: str | None = None) -> ConfigDict:
-    variant, (base, width, depth, heads, dropout, batch, steps) = config_files.choose(VARIANTS, variant, __file__)
+def get_config(variant: str | None = None, steps: int | None = None) -> ConfigDict:
+    variant, (base, width, depth, heads, dropout, batch, usual) = config_files.choose(VARIANTS, variant, __file__)
+    steps = steps or usual
     small = variant in ("shapes", "emoji")  # sized for a CPU
 
     config = autoregressive.get_config(base)

@@ -21,7 +21,7 @@ schedule = common.schedule
 
 # name: (tokenizer's variant, data, text length, text vocabulary, width, depth, heads, batch, steps)
 VARIANTS = {
-    "shapes": ("shapes", common.shapes(), 20, 300, 128, 5, 4, 4, 6000),
+    "shapes": ("shapes", common.shapes(), 20, 300, 128, 5, 4, 4, 4000),
     "emoji": ("emoji", common.emoji(bpe_dropout=0.1), 20, 1024, 192, 6, 6, 4, 5000),
     "folder": ("folder", common.folder(128, augment="prior", bpe_dropout=0.1), 64, 8192, 512, 12, 8, 64, 100_000),
     "2.8b": ("paper", common.folder(256, augment="prior", bpe_dropout=0.1), 256, 16_384, 1920, 64, 30, 1024, 430_000),
@@ -44,6 +44,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.tokenizer = config_files.module(__file__, "dvae.py").get_config(tokenizer)
     config.tokenizer_from = placeholder(str)  # a workdir or an imported tokenizer to use instead
 
+    config.start_from = placeholder(str)  # another prior's workdir: its parameters where they fit, and its tokens
     config.data = data
     config.data_tokens = "once" if small else "each_batch"
     config.text = ConfigDict({"vocab_size": text_vocab, "length": text_length, "path": placeholder(str)})

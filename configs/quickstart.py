@@ -20,12 +20,14 @@ def get_config() -> ConfigDict:
     config.prior.workdir = "runs/quickstart/prior"
     config.prior.tokenizer.workdir = "runs/quickstart/dvae"
 
-    config.maskgit = config_files.module(__file__, "maskgit.py").get_config("shapes")
+    # The bidirectional prior starts from the autoregressive one's trunk and embeddings: it needs half the updates.
+    config.maskgit = config_files.module(__file__, "maskgit.py").get_config("shapes", steps=3500)
     config.maskgit.workdir = "runs/quickstart/maskgit"
-    config.maskgit.tokenizer_from = config.prior.workdir
+    config.maskgit.start_from = config.prior.workdir
 
     config.evaluate = config_files.module(__file__, "evaluate.py").get_config()
     config.evaluate.model_workdir = config.prior.workdir
     config.evaluate.sampling.temperature = 0.5  # a prior this small leaves some mass on wrong tokens
     config.maskgit_sampling = config.evaluate.sampling.copy_and_resolve_references()
+    config.maskgit_sampling.choice_temperature = 1.0
     return config

@@ -33,7 +33,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     config = config.copy_and_resolve_references()
     tokenizer, evaluation = config.prior.tokenizer, config.evaluate
     tokenizer.workdir, config.prior.workdir = str(out / "dvae"), str(out / "prior")
-    config.maskgit.workdir, config.maskgit.tokenizer_from = str(out / "maskgit"), config.prior.workdir
+    config.maskgit.workdir, config.maskgit.start_from = str(out / "maskgit"), config.prior.workdir
     resumed = (out / "dvae" / "config.json").exists()
 
     seconds = {}

@@ -19,12 +19,17 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     Args:
       config: a training configuration. With a section `tokenizer` (a training configuration of its own), the frozen
         tokenizer is taken from, in this order: `workdir` itself; `config.tokenizer_from`, a workdir or a folder that
-        the importers of `dalle_jax.pretrained` wrote; `config.tokenizer.workdir`, after training it there.
+        the importers of `dalle_jax.pretrained` wrote; `config.tokenizer.workdir`, after training it there. With
+        `start_from`, the workdir of another prior, tokenizer and text model are that one's unless others are named.
       workdir: directory of the run.
 
     Returns:
       The final state.
     """
+    if config.get("start_from"):
+        config = config.copy_and_resolve_references()
+        config.tokenizer_from = config.tokenizer_from or config.start_from
+        config.text.path = config.text.path or str(workdirs.text_model_path(config.start_from))
     if "tokenizer" in config and not workdirs.has_tokenizer(workdir):
         source = config.tokenizer_from or config.tokenizer.workdir
         if not config.tokenizer_from and not workdirs.is_complete(source, config.tokenizer):

@@ -36,6 +36,7 @@ from dalle_jax.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.options import from_config
 from dalle_jax.tasks import Job
 from dalle_jax.train_step import TrainState, make_init, make_train_step
+from dalle_jax.warm_start import warm_start
 
 
 def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainState:
@@ -74,7 +75,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
 
         # ------------------------------------------------------------ the state: shapes, their layout, then either
         #   1. the latest checkpoint in workdir (state and data iterator), whatever mesh it was written on, or
-        #   2. fresh parameters
+        #   2. fresh parameters, or those of config.start_from where they fit
         cleanup.enter_context(parallel.on_mesh(mesh))
         init, abstract_state = make_init(task, optimizer, average, mesh, config.seed)
         rows, everywhere = parallel.batch_sharding(mesh), parallel.replicated(mesh)
@@ -88,6 +89,8 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
             state = checkpoints.restore(abstract_state, batches, config)
         else:
             state = init()
+            if config.get("start_from"):
+                state = warm_start(state, config.start_from)
         start = int(state.step)
         if jax.process_index() == 0:
             (epath.Path(workdir) / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")

@@ -59,6 +59,7 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
         "evaluate": ["evaluate.py", f"model_workdir={work}/prior", "count=8", "rows_at_once=4"],
         "quickstart": [
             "quickstart.py", *under("prior.tokenizer.", STEPS + PATCHES), *under("prior.", STEPS + SMALL_TRUNK),
+            *under("maskgit.", STEPS + SMALL_TRUNK),
             "evaluate.count=8", "evaluate.rows_at_once=4",
         ],
     }  # fmt: skip

@@ -134,7 +134,7 @@ class AutoregressiveModel(nn.Module):
     def setup(self):
         o, lay = self.options, self.layout
         self.embedding = AutoregressiveEmbedding(
-            o.trunk, lay, o.embedding_scale, o.head_scale, lay.image_vocab, o.tied_embeddings, o.order == "random"
+            o.trunk, lay, o.embedding_scale, o.head_scale, o.tied_embeddings, o.order == "random"
         )
         self.trunk = Trunk(o.trunk, lay, o.patterns)
 

@@ -25,7 +25,6 @@ class StreamEmbedding(nn.Module):
       layout: of the stream.
       scale: standard deviation at initialisation.
       head_scale: that of heads that are tables of their own.
-      image_ids: rows of the image embedding: the image vocabulary, and one more where there is a mask id.
       tied: the image head is the image embedding, transposed.
     """
 
@@ -33,13 +32,12 @@ class StreamEmbedding(nn.Module):
     layout: TokenLayout
     scale: float
     head_scale: float
-    image_ids: int
     tied: bool
 
     def setup(self):
         lay = self.layout
         self.text_table = self.table("text", lay.text_ids)
-        self.image_table = self.table("image", self.image_ids)
+        self.image_table = self.table("image", lay.image_vocab)
         if not self.tied:
             self.image_head = self.table("image_head_kernel", lay.image_vocab, scale=self.head_scale)
         if self.trunk.positions == "learned":
@@ -82,7 +80,7 @@ class StreamEmbedding(nn.Module):
 
     def image_logits(self, x: jax.Array) -> jax.Array:
         """[..., D] to float32 [..., V]."""
-        return project(x, self.image_table[: self.layout.image_vocab] if self.tied else self.image_head)
+        return project(x, self.image_table if self.tied else self.image_head)
 
 
 def project(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -105,10 +103,10 @@ def start_from_codebook(params, codebook: jax.Array, key: jax.Array):
       codebook: float [V, C], see `ImageTokenizer.codebook`.
 
     Returns:
-      The parameters with the entries of the V tokens replaced; the mask id's stays.
+      The parameters with those two replaced.
     """
     tables = dict(params["embedding"])
-    vocab, inner = codebook.shape
+    inner = codebook.shape[1]
     width = tables["image"].unbox().shape[1]
     vectors = codebook.astype(jnp.float32) - codebook.mean(0, keepdims=True)
     side = max(inner, width)
@@ -117,5 +115,5 @@ def start_from_codebook(params, codebook: jax.Array, key: jax.Array):
     for name in ("image", "image_head_kernel"):
         if name in tables:
             table = tables[name].unbox()
-            tables[name] = tables[name].replace_boxed(table.at[:vocab].set(vectors * table.std()))
+            tables[name] = tables[name].replace_boxed(vectors * table.std())
     return {**params, "embedding": tables}

@@ -93,8 +93,8 @@ class MaskGITOptions:
 
 
 class MaskGITEmbedding(StreamEmbedding):
-    """Adds the mixing of neighbours: a convolution of each channel by itself over the grid of image embeddings, beside
-    the embedding itself (a positional encoding generator, arXiv 2102.10882).
+    """Adds the mask's embedding and the mixing of neighbours: a convolution of each channel by itself over the grid of
+    image embeddings, beside the embedding itself (a positional encoding generator, arXiv 2102.10882).
 
     Attributes:
       kernel: side of its square; 0 for none.
@@ -104,6 +104,7 @@ class MaskGITEmbedding(StreamEmbedding):
 
     def setup(self):
         super().setup()
+        self.mask = self.table("mask", 1, "positions")
         if self.kernel:
             # The taps' sum has variance 2, whatever the kernel: neighbours weigh about as much as the token itself.
             init = nn.with_logical_partitioning(nn.initializers.normal(1.5 / self.kernel), (None, None, "embed"))
@@ -111,7 +112,9 @@ class MaskGITEmbedding(StreamEmbedding):
 
     def image_tokens(self, tokens: jax.Array) -> jax.Array:
         """See `StreamEmbedding.image_tokens`; what lies outside of the grid is zero."""
-        x = super().image_tokens(tokens)
+        vocab = self.layout.image_vocab
+        x = super().image_tokens(jnp.minimum(tokens, vocab - 1))
+        x = jnp.where((tokens == vocab)[..., None], self.mask[0][None, None], x)
         if not self.kernel:
             return x
         height, width, half = self.layout.height, self.layout.width, self.kernel // 2
@@ -134,13 +137,7 @@ class MaskGITModel(nn.Module):
     def setup(self):
         o, trunk = self.options, self.options.trunk
         self.embedding = MaskGITEmbedding(
-            trunk,
-            self.layout,
-            o.embedding_scale,
-            o.head_scale,
-            self.layout.image_vocab + 1,
-            o.tied_embeddings,
-            o.neighbour_kernel,
+            trunk, self.layout, o.embedding_scale, o.head_scale, o.tied_embeddings, o.neighbour_kernel
         )
         self.trunk = Trunk(trunk, self.layout, o.patterns)
         if o.head == "mlm":
