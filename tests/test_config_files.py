@@ -85,8 +85,12 @@ def test_jobs_on_a_trained_workdir(name):
     assert config.model_workdir == load("prior").get_config().workdir
 
 
-def test_quickstart_is_the_default_prior_and_its_evaluation():
+def test_quickstart_is_the_default_priors_and_their_evaluation():
     config = load("quickstart").get_config()
+    trunk, bidirectional = config.prior.model.trunk, config.maskgit.model.trunk
+    assert config.maskgit.start_from == config.prior.workdir and trunk == bidirectional, "the trunk is taken over whole"
+    assert config.maskgit.schedules.learning_rate.steps == config.maskgit.steps
+    assert from_config(SamplingOptions, config.maskgit_sampling, "sampling").steps in (None, 8)
     assert config.job == "quickstart" and config.prior.variant == "shapes"
     assert config.evaluate.model_workdir == config.prior.workdir and config.evaluate.count >= 256
     assert config.evaluate.split == "heldout"

@@ -6,13 +6,15 @@ import pathlib
 import shutil
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax import TextToImage, config_files, evaluate, generate, report, stages
+from dalle_jax import TextToImage, config_files, evaluate, generate, report, stages, tasks
 from dalle_jax import workdir as workdirs
+from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.data.shapes_captions.scenes import Scene
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
@@ -117,6 +119,37 @@ def test_another_runs_tokenizer_and_tokens_of_each_batch(trained, tmp_path):
     config.tokenizer_from, config.workdir = str(tmp_path / "nowhere"), str(tmp_path / "third")
     with pytest.raises(CheckpointError, match="nowhere is not the workdir of a training"):
         stages.run(config, config.workdir)
+
+
+def test_a_prior_starts_with_its_tokenizers_codebook(trained):
+    """Tokens whose codes lie near each other have embeddings near each other before any update."""
+    init = tasks.build(trained.config, trained.workdir).task.init
+    fresh = nn.meta.unbox(jax.jit(init)(jax.random.key(0)))["embedding"]["image"]
+    _, params = workdirs.load_tokenizer(trained.workdir)
+    distances = lambda x: np.linalg.norm(np.asarray(x)[:, None] - np.asarray(x)[None], axis=-1).ravel()
+    codes = distances(params["codebook"]["kernel"])
+    assert np.corrcoef(distances(fresh), codes)[0, 1] > 0.6
+
+
+def test_maskgit_starts_from_the_autoregressive_prior(trained, tmp_path):
+    """One line swaps the prior and one more says where from: tokenizer, text model, trunk and embeddings are its."""
+    config = config_files.module(CONFIGS, "maskgit.py").get_config("shapes", steps=1)
+    for section in ("data", "text", "mesh"):
+        config[section].update(trained.config[section])
+    config.model.trunk.update(trained.config.model.trunk)
+    config.update({"batch_size": 16, "eval_batches": 1, "start_from": trained.workdir, "workdir": str(tmp_path)})
+    config.schedules.learning_rate = {"kind": "constant", "value": 0.0}
+    state = stages.run(config, config.workdir)
+    _, theirs = workdirs.load_tokenizer(trained.workdir)
+    jax.tree.map(np.testing.assert_array_equal, workdirs.load_tokenizer(tmp_path)[1], theirs)
+    assert workdirs.text_model_path(tmp_path).read_bytes() == workdirs.text_model_path(trained.workdir).read_bytes()
+    with Checkpoints(trained.workdir, read_only=True) as checkpoints:
+        before = checkpoints.restore_params()
+    jax.tree.map(np.testing.assert_array_equal, state.params["trunk"], before["trunk"])
+    shared = set(before["embedding"]) - {"text_head_kernel"}
+    assert shared < set(state.params["embedding"])
+    for name in shared:
+        np.testing.assert_array_equal(state.params["embedding"][name], before["embedding"][name])
 
 
 @pytest.mark.parametrize(

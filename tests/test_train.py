@@ -29,6 +29,7 @@ from dalle_jax.errors import (
 )
 from dalle_jax.metric_writer import read_metrics
 from dalle_jax.train import train
+from dalle_jax.warm_start import warm_start
 
 
 def run(workdir, *, noise=0.1, poison=(), **changes):
@@ -259,6 +260,29 @@ def test_refuses_another_model(uninterrupted):
     assert (workdir / "config.json").read_bytes() == before
 
 
+def test_starts_from_another_runs_parameters(uninterrupted, tmp_path):
+    """The other run's average, where name and shape agree, in parameters and average; read once, when fresh."""
+    other, theirs = uninterrupted
+
+    def started(name, start_from, **changes):
+        config = tiny_config(schedules__learning_rate__value=0.0, cadence__checkpoint=1, **changes)
+        config.start_from = start_from
+        return train(config, str(tmp_path / name), tiny_job(config))
+
+    same = started("same", str(other), steps=1)
+    for ours in (same.params, same.ema):
+        assert_states_equal(jax.device_get(ours), jax.device_get(theirs.ema))
+    assert int(same.step) == 1 and int(started("same", str(other), steps=2).step) == 2
+    wider = started("wider", str(other), steps=1, model__hidden=32)
+    own = run(tmp_path / "own", steps=1, model__hidden=32, schedules__learning_rate__value=0.0)
+    np.testing.assert_array_equal(wider.params["up"]["kernel"], own.params["up"]["kernel"])
+    np.testing.assert_array_equal(wider.params["down"]["bias"], theirs.ema["down"]["bias"])
+    with pytest.raises(ConfigError, match="none of its parameters has the name and shape"):
+        warm_start(same.replace(params={"other": same.params}), str(other))
+    with pytest.raises(CheckpointError, match="nowhere"):
+        started("missing", str(tmp_path / "nowhere"), steps=1)
+
+
 def test_data_that_ends(tmp_path):
     config = tiny_config()
     job = tiny_job(config)
@@ -340,6 +364,7 @@ def test_sigterm_of_a_process(uninterrupted, tmp_path):
         import sys, time
         from tiny_job import tiny_config, tiny_job
         from dalle_jax.train import train
+from dalle_jax.warm_start import warm_start
         import dataclasses
 
         def data_counts():

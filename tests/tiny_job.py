@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from dalle_jax.parallel import constrain
 from dalle_jax.tasks import Job
@@ -27,6 +28,7 @@ def tiny_config(**changes: Any) -> ConfigDict:
             "variant": "tiny",
             "workdir": "",
             "seed": 0,
+            "start_from": placeholder(str),
             "data": {"image_size": 8, "source": "random"},
             "text": {"vocab_size": 16, "length": 4},
             "model": {"hidden": HIDDEN, "remat": False},

@@ -152,12 +152,16 @@ class TextModel:
             ) from error
         model = cls(written.getvalue())
         if path is not None:
-            target = epath.Path(path)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            unfinished = target.with_name(target.name + ".unfinished")
-            unfinished.write_bytes(model._serialized)
-            unfinished.replace(target)  # a full disk must not leave half a vocabulary under the real name
+            model.save(path)
         return model
+
+    def save(self, path: str | epath.PathLike) -> None:
+        """Writes the model as one file, local or remote; makes its folder where needed."""
+        target = epath.Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = target.with_name(target.name + ".unfinished")
+        unfinished.write_bytes(self._serialized)
+        unfinished.replace(target)  # a full disk must not leave half a vocabulary under the real name
 
     def encode(
         self, text: str, *, max_length: int, dropout: float = 0.0, seed: int | None = None
