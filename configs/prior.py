@@ -21,7 +21,7 @@ schedule = common.schedule
 
 # name: (tokenizer's variant, data, text length, text vocabulary, width, depth, heads, batch, steps)
 VARIANTS = {
-    "shapes": ("shapes", common.shapes(), 20, 300, 128, 5, 4, 4, 4000),
+    "shapes": ("shapes", common.shapes(), 20, 300, 128, 5, 4, 4, 6000),
     "emoji": ("emoji", common.emoji(bpe_dropout=0.1), 20, 1024, 192, 6, 6, 4, 5000),
     "folder": ("folder", common.folder(128, augment="prior", bpe_dropout=0.1), 64, 8192, 512, 12, 8, 64, 100_000),
     "2.8b": ("paper", common.folder(256, augment="prior", bpe_dropout=0.1), 256, 16_384, 1920, 64, 30, 1024, 430_000),
@@ -62,8 +62,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
         "wrap": True,
         "tied_embeddings": not small,
         "embedding_scale": 0.3 if small else 0.02,
-        "head_scale": 0.3 if small else 0.02,
-        "codebook_init": small,
+        "head_scale": 0.02,
+        "codebook_init": False,
         "text_weight": 1 / 8,
         "caption_drop": 0.05 if variant == "shapes" else 0.1,
     })  # fmt: skip

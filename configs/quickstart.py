@@ -20,8 +20,8 @@ def get_config() -> ConfigDict:
     config.prior.workdir = "runs/quickstart/prior"
     config.prior.tokenizer.workdir = "runs/quickstart/dvae"
 
-    # The bidirectional prior starts from the autoregressive one's trunk and embeddings: it needs half the updates.
-    config.maskgit = config_files.module(__file__, "maskgit.py").get_config("shapes", steps=3500)
+    # It starts from the autoregressive prior's trunk and embeddings, and so needs a fraction of the updates.
+    config.maskgit = config_files.module(__file__, "maskgit.py").get_config("shapes", steps=2800)
     config.maskgit.workdir = "runs/quickstart/maskgit"
     config.maskgit.start_from = config.prior.workdir
 

@@ -1,16 +1,14 @@
-"""AdamW or Muon with clipping, gradients accumulated over slices of the batch, and the average of the parameters.
+"""AdamW with clipping, gradients accumulated over slices of the batch, and the average of the parameters.
 
-Three choices that differ from the usual optax recipe:
+Two choices that differ from the usual optax recipe:
 
 - The step size is not part of the transformation: `train_step.py` evaluates every schedule, this one included, at
   `state.step`, so that what is logged is what was used, also after skipped updates.
-- Muon (Keller Jordan 2024; arXiv 2502.16982) is AdamW but for the trunk's matrices: the step size, the clipping and the
-  decay are shared, and `muon` says how large its updates are where Adam's are about 0.2 to 1.
 - Accumulation runs inside one compiled step (a scan over slices of the batch) instead of over several steps: one
   step is one update, whatever the memory of the device.
 
-The structure of the optimizer's state does not depend on the options (but for whether there is Muon), so that clipping
-or weight decay can change when a run is resumed.
+The structure of the optimizer's state does not depend on the options, so that clipping or weight decay can change
+when a run is resumed.
 """
 
 from __future__ import annotations
@@ -22,7 +20,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-import optax.contrib
 
 from dalle_jax.errors import ConfigError
 
@@ -38,7 +35,6 @@ class OptimizerOptions:
       weight_decay: decoupled decay, multiplied by the step size as in AdamW.
       decay: which parameters decay: "kernels" (those whose name ends in "kernel": not gains, biases or embeddings)
         or "all".
-      muon: root mean square of the updates of the trunk's matrices, orthogonalised as in Muon; 0: AdamW for all.
       clip_norm: largest global norm of the gradients; 0: no clipping.
       accumulate_steps: slices of the batch whose gradients are averaged before the update.
       scales: factors on the step size, by the first name of a parameter's path ({"encoder": 0.02}); 1 elsewhere.
@@ -49,7 +45,6 @@ class OptimizerOptions:
     eps: float = 1e-8
     weight_decay: float = 0.0
     decay: str = "kernels"
-    muon: float = 0.0
     clip_norm: float = 0.0
     accumulate_steps: int = 1
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
@@ -59,24 +54,17 @@ class OptimizerOptions:
             raise ConfigError(f"optimizer.decay={self.decay!r}: expected 'kernels' or 'all'.")
         if self.accumulate_steps < 1:
             raise ConfigError(f"optimizer.accumulate_steps={self.accumulate_steps}: expected at least 1.")
-        for name, none in (("clip_norm", "no clipping"), ("muon", "AdamW for all parameters")):
-            if getattr(self, name) < 0:
-                raise ConfigError(
-                    f"optimizer.{name}={getattr(self, name)}: expected a positive number, or 0 for {none}."
-                )
+        if self.clip_norm < 0:
+            raise ConfigError(
+                f"optimizer.clip_norm={self.clip_norm}: expected a positive number, or 0 for no clipping."
+            )
 
 
 def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
-    """The transformation from gradients to the direction of AdamW or Muon, to be multiplied by minus the step size."""
-    direction = optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.eps)
-    if options.muon:
-        muon = optax.contrib.muon(
-            -1.0, consistent_rms=options.muon, muon_weight_dimension_numbers=muon_matrices
-        )  # -1: the direction itself
-        direction = optax.partition({True: muon, False: direction}, _are_muon)
+    """The transformation from gradients to the AdamW direction, to be multiplied by minus the step size."""
     return optax.chain(
         optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity(),
-        direction,
+        optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.eps),
         optax.add_decayed_weights(options.weight_decay, mask=lambda params: decay_mask(params, options)),
         optax.stateless(lambda updates, _: _scaled(updates, options.scales)),
     )
@@ -91,28 +79,6 @@ def _scaled(updates: PyTree, scales: Mapping[str, float]) -> PyTree:
     if unknown := sorted(set(scales) - set(updates)):
         raise ConfigError(f"optimizer.scales names {unknown[0]!r}; the model's parts are {', '.join(updates)}.")
     return {name: optax.tree.scale(scales.get(name, 1.0), part) for name, part in updates.items()}
-
-
-def muon_matrices(params: PyTree) -> PyTree:
-    """Which axes of which parameters Muon orthogonalises as one matrix: the kernels of the trunk's layers.
-
-    Axes in front are so many matrices: repeats of a scanned layer, and query, key and value.
-    """
-
-    def axes(path: Any, x: jax.Array) -> optax.contrib.MuonDimensionNumbers | None:
-        names = [getattr(key, "key", None) for key in path]
-        if "trunk" not in names or names[-1] != "kernel":
-            return None
-        inputs, outputs = {"qkv": ((-4,), (-2, -1)), "out": ((-3, -2), (-1,))}.get(names[-2], ((-2,), (-1,)))
-        of = lambda where: tuple(x.ndim + axis for axis in where)  # noqa: E731
-        return optax.contrib.MuonDimensionNumbers(of(inputs), of(outputs))
-
-    return jax.tree_util.tree_map_with_path(axes, params)
-
-
-def _are_muon(params: PyTree) -> PyTree:
-    axes = muon_matrices(params)
-    return jax.tree.map(lambda x: x is not None, axes, is_leaf=lambda x: not isinstance(x, dict))
 
 
 def decay_mask(params: PyTree, options: OptimizerOptions) -> PyTree:

@@ -123,7 +123,9 @@ def test_another_runs_tokenizer_and_tokens_of_each_batch(trained, tmp_path):
 
 def test_a_prior_starts_with_its_tokenizers_codebook(trained):
     """Tokens whose codes lie near each other have embeddings near each other before any update."""
-    init = tasks.build(trained.config, trained.workdir).task.init
+    config = trained.config.copy_and_resolve_references()
+    config.model.codebook_init = True
+    init = tasks.build(config, trained.workdir).task.init
     fresh = nn.meta.unbox(jax.jit(init)(jax.random.key(0)))["embedding"]["image"]
     _, params = workdirs.load_tokenizer(trained.workdir)
     distances = lambda x: np.linalg.norm(np.asarray(x)[:, None] - np.asarray(x)[None], axis=-1).ravel()
@@ -135,8 +137,8 @@ def test_maskgit_starts_from_the_autoregressive_prior(trained, tmp_path):
     """One line swaps the prior and one more says where from: tokenizer, text model, trunk and embeddings are its."""
     config = config_files.module(CONFIGS, "maskgit.py").get_config("shapes", steps=1)
     for section in ("data", "text", "mesh"):
-        config[section].update(trained.config[section])
-    config.model.trunk.update(trained.config.model.trunk)
+        config[section] = trained.config[section].copy_and_resolve_references()
+    config.model.trunk = trained.config.model.trunk.copy_and_resolve_references()
     config.update({"batch_size": 16, "eval_batches": 1, "start_from": trained.workdir, "workdir": str(tmp_path)})
     config.schedules.learning_rate = {"kind": "constant", "value": 0.0}
     state = stages.run(config, config.workdir)

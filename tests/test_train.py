@@ -273,10 +273,10 @@ def test_starts_from_another_runs_parameters(uninterrupted, tmp_path):
     for ours in (same.params, same.ema):
         assert_states_equal(jax.device_get(ours), jax.device_get(theirs.ema))
     assert int(same.step) == 1 and int(started("same", str(other), steps=2).step) == 2
-    wider = started("wider", str(other), steps=1, model__hidden=32)
-    own = run(tmp_path / "own", steps=1, model__hidden=32, schedules__learning_rate__value=0.0)
-    np.testing.assert_array_equal(wider.params["up"]["kernel"], own.params["up"]["kernel"])
-    np.testing.assert_array_equal(wider.params["down"]["bias"], theirs.ema["down"]["bias"])
+    wider = same.replace(params={**same.params, "up": {"kernel": jnp.ones((8, 32)), "bias": jnp.ones(32)}})
+    mixed = warm_start(wider.replace(params=jax.tree.map(jnp.ones_like, wider.params)), str(other))
+    np.testing.assert_array_equal(mixed.params["up"]["kernel"], np.ones((8, 32)))
+    assert_states_equal(jax.device_get(mixed.params["down"]), jax.device_get(theirs.ema["down"]))
     with pytest.raises(ConfigError, match="none of its parameters has the name and shape"):
         warm_start(same.replace(params={"other": same.params}), str(other))
     with pytest.raises(CheckpointError, match="nowhere"):
