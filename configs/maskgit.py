@@ -11,8 +11,8 @@ done first. `paper` has the paper's size (24 layers of 768), `3b` that of Muse's
 Where an autoregressive prior of the same trunk is there already, `--config.start_from=runs/prior-shapes` takes over its
 parameters, tokenizer and text model: far fewer updates are needed (the quickstart does so).
 
-Measured on `shapes`, two CPU cores, captions held out of training, 8 steps: 7,000 updates from scratch, 6 minutes, 0.62 of
-the captions right; 3,500 from the autoregressive prior, 3 to 5 minutes, 0.98. Not yet measured: the others.
+Measured on `shapes`, two CPU cores, captions held out of training, 8 steps: 7,000 updates from scratch, 6 minutes, 0.62
+of the captions right; 3,500 from the autoregressive prior, 5 minutes, 0.98. Not yet measured: the others.
 """
 
 from ml_collections import ConfigDict

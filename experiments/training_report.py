@@ -1,10 +1,10 @@
-"""What a trained prior does on its own data: a grid of seen and held-out captions, the curves, the figures.
+"""What trained priors do on their own data: a grid of seen and held-out captions, the curves, the figures.
 
     pip install -e '.[plots]'
-    python experiments/training_report.py --workdir=runs/prior-emoji --output=experiments/results/emoji
+    python experiments/training_report.py --workdir runs/prior-emoji runs/maskgit-emoji --output=experiments/results/emoji
 
 Writes `grid.png` (real, reconstructed and generated pictures; captions of the training split on the left, held-out ones
-on the right), `curves.png` (validation and training, dVAE and prior) and `report.json` (the figures of both splits).
+on the right), `curves.png` (validation and training, dVAE and priors) and `report.json` (the figures of both splits).
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ def read_metrics(workdir: str) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def curves(tokenizer: list[dict], prior: list[dict], path: epath.Path) -> None:
-    """One panel a measure: the training split in grey, validation in colour."""
+def curves(tokenizer: list[dict], priors: dict[str, list[dict]], path: epath.Path) -> None:
+    """One panel a measure: the training split in grey, validation in colour, a colour for each prior."""
     figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3), layout="constrained")
     for axis, (title, (name, unit)) in zip(axes, PANELS.items()):
-        lines = tokenizer if title.startswith("dVAE") else prior
-        for split, color in (("train", "0.7"), ("eval", "tab:blue")):
-            points = [(line["step"], line[f"{split}/{name}"]) for line in lines if f"{split}/{name}" in line]
-            if points:
-                axis.plot(*zip(*points), color=color, label={"train": "training", "eval": "validation"}[split])
+        runs = {"validation": tokenizer} if title.startswith("dVAE") else priors
+        for number, (run, lines) in enumerate(runs.items()):
+            for split, color, label in (("train", "0.7", None if number else "training"), ("eval", f"C{number}", run)):
+                points = [(line["step"], line[f"{split}/{name}"]) for line in lines if f"{split}/{name}" in line]
+                if points:
+                    axis.plot(*zip(*points), color=color, label=label)
         axis.set(title=title, xlabel="update", ylabel=unit)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
@@ -54,33 +55,39 @@ def curves(tokenizer: list[dict], prior: list[dict], path: epath.Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", required=True, help="of a trained prior")
-    parser.add_argument("--tokenizer_workdir", help="of its dVAE's training; default: as the prior's config names it")
+    parser.add_argument("--workdir", required=True, nargs="+", help="of trained priors over the same tokens")
+    parser.add_argument(
+        "--tokenizer_workdir", help="of their dVAE's training; default: as the first prior's config says"
+    )
     parser.add_argument("--output", required=True)
     parser.add_argument("--count", type=int, default=128, help="captions of each split that the figures are over")
     parser.add_argument("--rows", type=int, default=12, help="captions of each split in the grid")
-    parser.add_argument("--samples", type=int, default=3, help="samples of each caption in the grid")
+    parser.add_argument("--samples", type=int, default=2, help="samples of each caption and prior in the grid")
     parser.add_argument("--guidance", type=float, default=0.0)
     parser.add_argument("--temperature", type=float, default=1.0)
     args = parser.parse_args()
 
-    config = workdirs.read_config(args.workdir)
-    model = TextToImage.load(args.workdir)
+    config = workdirs.read_config(args.workdir[0])
+    models = [TextToImage.load(workdir) for workdir in args.workdir]
     sampling = {"guidance": args.guidance, "temperature": args.temperature}
-    figures, rows = {"workdir": args.workdir, "step": model.step, **sampling}, []
+    figures, rows = {"runs": {model.prior.name: [model.workdir, model.step] for model in models}, **sampling}, []
     for name, split in (("seen", config["data"]["train_split"]), ("held out", "heldout")):
         examples = evaluate.read_examples(config["data"], split, args.count)
-        figures[name], reconstructed, generated = evaluate.measure(model, examples, SamplingOptions(**sampling))
-        shown = np.linspace(0, args.count - 1, args.rows).astype(int)
-        more = model.generate([examples.captions[i] for i in shown], args.samples, **sampling)
-        for i, samples in zip(shown, more):
-            rows.append((f"{name}: {examples.captions[i]}", [examples.images[i], reconstructed[i], *samples]))
+        shown, figures[name], samples = np.linspace(0, args.count - 1, args.rows).astype(int), {}, []
+        for model in models:
+            measured, reconstructed, _ = evaluate.measure(model, examples, SamplingOptions(**sampling))
+            figures[name] |= measured
+            samples.append(model.generate([examples.captions[i] for i in shown], args.samples, **sampling))
+        for number, i in enumerate(shown):
+            drawn = [image for of_model in samples for image in of_model[number]]
+            rows.append((f"{name}: {examples.captions[i]}", [examples.images[i], reconstructed[i], *drawn]))
     out = epath.Path(args.output)
-    columns = ("real", "dVAE", *["generated"] * args.samples)
+    columns = ("real", "dVAE", *(model.prior.name for model in models for _ in range(args.samples)))
     report.save_png(out / "grid.png", report.grid(rows, columns, picture_size=96, blocks=2))
     report.save_json(out / "report.json", figures | {"device": evaluate.device()})
     tokenizer = args.tokenizer_workdir or config["tokenizer"]["workdir"]
-    curves(read_metrics(tokenizer), read_metrics(args.workdir), out / "curves.png")
+    priors = {model.prior.name: read_metrics(workdir) for model, workdir in zip(models, args.workdir)}
+    curves(read_metrics(tokenizer), priors, out / "curves.png")
     print(report.table(figures))
 
 
