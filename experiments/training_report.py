@@ -1,7 +1,7 @@
 """What trained priors do on their own data: a grid of seen and held-out captions, the curves, the figures.
 
     pip install -e '.[plots]'
-    python experiments/training_report.py --workdir runs/prior-emoji runs/maskgit-emoji --output=experiments/results/emoji
+    python experiments/training_report.py --workdir runs/prior-emoji runs/maskgit-emoji --output=DIR
 
 Writes `grid.png` (real, reconstructed and generated pictures; captions of the training split on the left, held-out ones
 on the right), `curves.png` (validation and training, dVAE and priors) and `report.json` (the figures of both splits).
