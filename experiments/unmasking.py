@@ -51,7 +51,7 @@ def edits(model: TextToImage, images: np.ndarray, captions: list[str], seed: int
         square[top : top + size] = wide
         half, varied = model.inpaint(image, right, caption, **knobs)[0], model.vary(image, 1 / 3, caption, **knobs)[0]
         swapped = model.inpaint(image, np.ones((size, size), bool), other, **knobs)[0]
-        rows.append((f"{caption} → {other}", [image, half, square, varied, swapped]))
+        rows.append((f"{caption}; the other: {other}", [image, half, square, varied, swapped]))
     return rows
 
 

@@ -364,7 +364,6 @@ def test_sigterm_of_a_process(uninterrupted, tmp_path):
         import sys, time
         from tiny_job import tiny_config, tiny_job
         from dalle_jax.train import train
-from dalle_jax.warm_start import warm_start
         import dataclasses
 
         def data_counts():
