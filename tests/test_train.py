@@ -17,6 +17,7 @@ from PIL import Image
 from tiny_job import tiny_config, tiny_job
 
 from dalle_jax import train as train_module
+from dalle_jax import train_step
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.errors import (
     CheckpointError,
@@ -190,8 +191,11 @@ def test_scalars_are_fetched_one_step_late(tmp_path, monkeypatch):
     assert events == ["queue", "queue", "fetch", "queue", "fetch", "queue", "fetch", "queue", "fetch", "fetch"]
 
 
-def test_state_is_donated(tmp_path, monkeypatch):
-    """The old state's memory is used again, and a checkpoint that is still being written does not suffer from it."""
+@pytest.mark.parametrize("donated", [True, False])
+def test_state_is_donated(tmp_path, monkeypatch, donated):
+    """The old state's memory is used again, except on a CPU."""
+    if donated:
+        monkeypatch.setattr(train_step, "donates", lambda mesh: True)
     seen = []
     original = train_module.make_train_step
 
@@ -206,13 +210,17 @@ def test_state_is_donated(tmp_path, monkeypatch):
 
     monkeypatch.setattr(train_module, "make_train_step", spied)
     run(tmp_path, steps=2)
-    assert all(x.is_deleted() for x in jax.tree.leaves((seen[0].params, seen[0].opt_state, seen[0].ema)))
+    state = (seen[0].params, seen[0].opt_state, seen[0].ema)
+    assert all(x.is_deleted() == donated for x in jax.tree.leaves(state))
 
 
-def test_checkpoint_is_of_its_step(uninterrupted, tmp_path):
-    """Written while the training went on, and yet the same as that of a run which ended there."""
-    ended = run(tmp_path, steps=5)
-    with Checkpoints(str(uninterrupted[0]), read_only=True) as checkpoints:
+@pytest.mark.parametrize("donated", [True, False])
+def test_checkpoint_is_of_its_step(tmp_path, monkeypatch, donated):
+    """Written while the training went on, in the same memory or not, and yet that of a run which ended there."""
+    monkeypatch.setattr(train_step, "donates", lambda mesh: donated)
+    run(tmp_path / "longer")
+    ended = run(tmp_path / "ended", steps=5)
+    with Checkpoints(str(tmp_path / "longer"), read_only=True) as checkpoints:
         assert checkpoints.steps == [5, 10]
         assert_states_equal(checkpoints.restore_params(5, ema=False), ended.params)
         assert_states_equal(checkpoints.restore_params(5), ended.ema)
