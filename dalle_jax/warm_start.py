@@ -27,18 +27,13 @@ def warm_start(state: TrainState, workdir: str) -> TrainState:
       CheckpointError: there is no checkpoint.
     """
     with Checkpoints(str(workdir), read_only=True) as checkpoints:
-        given = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(checkpoints.restore_params())}
-    fresh = []
-
-    def choose(path, x: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path)
-        if name not in given or given[name].shape != x.shape:
-            fresh.append(jax.tree_util.keystr(path, simple=True, separator="/"))
-            return x
-        return jax.device_put(given[name].astype(x.dtype), x.sharding)
-
-    params = jax.tree_util.tree_map_with_path(choose, state.params)
-    total = len(jax.tree.leaves(params))
+        given = _by_name(checkpoints.restore_params())
+    own = _by_name(state.params)
+    fresh = [name for name, x in own.items() if name not in given or given[name].shape != x.shape]
+    chosen = [
+        x if name in fresh else jax.device_put(given[name].astype(x.dtype), x.sharding) for name, x in own.items()
+    ]
+    params, total = jax.tree.unflatten(jax.tree.structure(state.params), chosen), len(chosen)
     if len(fresh) == total:
         raise ConfigError(
             f"config.start_from={workdir!r}: none of its parameters has the name and shape of one of this model's. "
@@ -48,3 +43,7 @@ def warm_start(state: TrainState, workdir: str) -> TrainState:
         "%d of %d parameters from %s; fresh: %s", total - len(fresh), total, workdir, ", ".join(fresh) or "none"
     )
     return state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
+
+
+def _by_name(params) -> dict[str, jax.Array]:
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(params)}

@@ -4,6 +4,7 @@
     <workdir>/text/sentencepiece.model           the text model
     <workdir>/image_tokenizer/options.json       the frozen image tokenizer: what it is,
     <workdir>/image_tokenizer/params.msgpack     and its parameters
+    <workdir>/tokens-….npy                       for training alone: the split's tokens, where they are made once
 
 Directories may be local or remote ("gs://…").
 """

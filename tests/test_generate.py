@@ -16,9 +16,11 @@ from dalle_jax import TextToImage, config_files, evaluate, generate, report, sta
 from dalle_jax import workdir as workdirs
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.data.shapes_captions.scenes import Scene
+from dalle_jax.data.sources import DataOptions
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
 from dalle_jax.generate import SamplingOptions
+from dalle_jax.tasks import prior as prior_task
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs" / "any"
 CAPTION = "a red circle above a blue square"
@@ -119,6 +121,34 @@ def test_another_runs_tokenizer_and_tokens_of_each_batch(trained, tmp_path):
     config.tokenizer_from, config.workdir = str(tmp_path / "nowhere"), str(tmp_path / "third")
     with pytest.raises(CheckpointError, match="nowhere is not the workdir of a training"):
         stages.run(config, config.workdir)
+
+
+def test_the_training_splits_tokens_are_made_once(trained, tmp_path, monkeypatch):
+    """A run that goes on, and one that starts from it, read them; another tokenizer has others."""
+    options = DataOptions.from_config(trained.config.data)
+    tokenizer, params = workdirs.load_tokenizer(trained.workdir)
+    (file,) = pathlib.Path(trained.workdir).glob("tokens-*")
+    encode = prior_task.encode_split
+    np.testing.assert_array_equal(np.load(file), encode(options, "train", tokenizer, params))
+
+    encoded = []
+    monkeypatch.setattr(prior_task, "encode_split", lambda *args: encoded.append(args) or encode(*args))
+    get = lambda params, options, *folders: prior_task.tokens_of_split(options, "train", tokenizer, params, folders)
+    kept = get(params, options, tmp_path, trained.workdir)
+    np.testing.assert_array_equal(kept, np.load(file))
+    assert not encoded and not list(tmp_path.iterdir())
+    other = jax.tree.map(lambda x: -x, params)
+    for _ in range(2):
+        assert (get(other, options, tmp_path, trained.workdir) != kept).any()
+    assert len(encoded) == 1 and len(list(tmp_path.iterdir())) == 1
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "a.png")
+    changing = DataOptions(source="folder", path=str(folder), image_size=16)
+    for _ in range(2):
+        get(params, changing, tmp_path)
+    assert len(encoded) == 3, "the pictures of a folder may have changed"
 
 
 def test_a_prior_starts_with_its_tokenizers_codebook(trained):

@@ -181,9 +181,11 @@ class Source(abc.ABC):
 
     Attributes:
       description: what this is, for messages.
+      identity: a text that no other examples have, where these can never change; else None.
     """
 
     description: str
+    identity: str | None = None
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -279,6 +281,8 @@ class TfdsSource(Source):
                 for part in reversed(options.image_key.split("/")):
                     decoders = {part: decoders}
             self._records = builder.as_data_source(split, decoders=decoders)
+            sizes = {name: (part.num_bytes, part.shard_lengths) for name, part in builder.info.splits.items()}
+            self.identity = f"{builder.data_path} {split} {sizes}"
         except DataError:
             raise
         except (

@@ -6,12 +6,16 @@ B rows    T text    N = h·w image tokens
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from ml_collections import ConfigDict
 
 from dalle_jax import keys, priors, report
@@ -22,6 +26,7 @@ from dalle_jax.data.text import TextModel
 from dalle_jax.errors import ConfigError
 from dalle_jax.layout import TokenLayout
 from dalle_jax.metric_writer import Mean
+from dalle_jax.models import tokenizer as tokenizers
 from dalle_jax.models.tokenizer import ImageTokenizer
 from dalle_jax.priors import TokenPrior
 from dalle_jax.tasks import Batch, Job
@@ -123,6 +128,35 @@ def encode_split(options: DataOptions, split: str, tokenizer: ImageTokenizer, pa
     return rows
 
 
+def tokens_of_split(
+    options: DataOptions, split: str, tokenizer: ImageTokenizer, params: PyTree, folders: Sequence[epath.PathLike]
+) -> np.ndarray:
+    """What `encode_split` makes, kept in a file where the source's examples cannot change.
+
+    Args:
+      folders: where such a file may be; the first one gets it.
+    """
+    identity = open_source(options, split).identity
+    if identity is None:
+        return encode_split(options, split, tokenizer, params)
+    what = [identity, options.image_size, options.image_key, tokenizers.to_dict(tokenizer)]
+    digest = hashlib.sha256(json.dumps(what).encode())
+    for leaf in jax.tree.leaves(params):
+        digest.update(np.asarray(leaf).tobytes())
+    paths = [epath.Path(folder).expanduser() / f"tokens-{digest.hexdigest()[:16]}.npy" for folder in folders]
+    found = next((path for path in paths if path.exists()), None)
+    if found:
+        return np.load(io.BytesIO(found.read_bytes()))
+    tokens = encode_split(options, split, tokenizer, params)
+    if jax.process_index() == 0:
+        written = io.BytesIO()
+        np.save(written, tokens)
+        unfinished = paths[0].with_suffix(".unfinished")
+        unfinished.write_bytes(written.getvalue())
+        unfinished.replace(paths[0])
+    return tokens
+
+
 def build_prior(config: ConfigDict, workdir: str) -> Job:
     """The job of `configs/prior.py`. `workdir` must hold a frozen image tokenizer (see `stages.run`).
 
@@ -141,7 +175,8 @@ def build_prior(config: ConfigDict, workdir: str) -> Job:
                 f"config.data_tokens is 'once' but config.data.augment is {options.augment!r}: tokens of augmented "
                 "pictures differ from epoch to epoch. Set data.augment to 'none' or data_tokens to 'each_batch'."
             )
-        tokens = encode_split(options, options.train_split, tokenizer, params)
+        folders = [workdir, *([config.start_from] if config.get("start_from") else [])]
+        tokens = tokens_of_split(options, options.train_split, tokenizer, params, folders)
     elif config.data_tokens != "each_batch":
         raise ConfigError(f"config.data_tokens is {config.data_tokens!r}; expected 'once' or 'each_batch'.")
     pipeline = functools.partial(Pipeline, options, text_model, layout, batch_size=config.batch_size)
