@@ -155,6 +155,9 @@ def choose(logits: jax.Array, keys: jax.Array, knobs: Knobs, progress: jax.Array
 def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array) -> jax.Array:
     """One token a row, each from its own key; temperature 0 takes the largest logit.
 
+    Where the cumulative probability first exceeds a uniform number: one random number a token. Gumbel noise would take
+    one for each class, a third of a MaskGIT prior's time on a CPU.
+
     Args:
       logits: float32 [B, ..., V].
       keys: [B] keys.
@@ -163,8 +166,12 @@ def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array) -> jax.Arra
     Returns:
       int32 [B, ...].
     """
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    scores = logits + temperature * noise
-    # The first of the largest, as argmax gives it, in two plain reductions: half the time of XLA's on a CPU.
-    classes = jax.lax.broadcasted_iota(jnp.int32, scores.shape, scores.ndim - 1)
-    return jnp.where(scores < scores.max(-1, keepdims=True), scores.shape[-1], classes).min(-1)
+    vocab, top = logits.shape[-1], logits.max(-1, keepdims=True)
+    classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
+    first = lambda where: jnp.where(where, classes, vocab).min(-1)
+    uniform = jax.vmap(lambda key: jax.random.uniform(key, logits.shape[1:-1]))(keys)[..., None]
+    weights = jnp.exp(logits - top)
+    reached = jnp.cumsum(weights, axis=-1)
+    # Sums that differ by rounding alone must not let in what has no weight, nor leave nothing.
+    drawn = first((reached > uniform * reached[..., -1:]) & (weights > 0))
+    return jnp.where((temperature > 0) & (drawn < vocab), drawn, first(~(logits < top)))

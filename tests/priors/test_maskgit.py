@@ -159,8 +159,9 @@ def numpy_decode(logits_of, steps, token_noise, choice_noise, ids, tau=4.5, guid
                 continue
             drawn, confidence = {}, {}
             for i in unknown:
-                drawn[i] = int(np.argmax(logits[b, i] + token_noise[t][b, i]))
                 z = logits[b, i].astype(np.float64)
+                reached = np.cumsum(np.exp(z))
+                drawn[i] = int(np.searchsorted(reached, token_noise[t][b, i] * reached[-1], side="right"))
                 logp = z[drawn[i]] - np.log(np.exp(z).sum())
                 confidence[i] = logp + tau * (1 - ratio) * choice_noise[t][b, i]
             left = max(1, min(len(unknown) - 1, int(np.floor(at_start[b] * np.cos(np.pi * ratio / 2) + 1e-3))))
@@ -189,7 +190,7 @@ def test_decoding_agrees_with_a_plain_decoder(guidance):
     pairs = [
         [jax.random.split(jax.random.fold_in(key, t)) for key in keys] for t in range(steps)
     ]  # one for the tokens, one for the choice
-    token_noise = [np.stack([jax.random.gumbel(pair[0], (N, V)) for pair in step]) for step in pairs]
+    token_noise = [np.stack([jax.random.uniform(pair[0], (N,)) for pair in step]) for step in pairs]
     choice_noise = [np.stack([jax.random.gumbel(pair[1], (N,)) for pair in step]) for step in pairs]
     expected = numpy_decode(logits_of, steps, token_noise, choice_noise, np.where(known, given, MASK))
     ours = PRIOR.sample(params, text, keys, known=(given, known), steps=steps, guidance=guidance)

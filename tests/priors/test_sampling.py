@@ -122,3 +122,15 @@ def test_draws_follow_the_distribution():
     assert found[5] == 0, "what was filtered out is never drawn"
     chi_square = (np.square(found - count * wanted)[:5] / (count * wanted[:5])).sum()
     assert chi_square < 18.5, found  # 4 degrees of freedom: exceeded once in a thousand
+
+
+def test_half_of_a_large_vocabulary_filtered_out():
+    """Sums over thousands of classes are rounded; no draw falls on what has no weight, or outside."""
+    logits = np.random.default_rng(0).normal(size=(256, 32, 4096)).astype(np.float32) * 4
+    logits[..., 1::2] = -np.inf
+    tokens = np.asarray(jax.jit(sampling.draw)(logits, jax.random.split(jax.random.key(0), 256), jnp.float32(1)))
+    assert tokens.shape == (256, 32) and (tokens % 2 == 0).all() and tokens.min() >= 0 and tokens.max() < 4096
+    weights = np.exp(logits.astype(np.float64)).reshape(-1, 4096)
+    drawn = np.take_along_axis(weights / weights.sum(1, keepdims=True), tokens.reshape(-1, 1), 1)
+    wanted = (np.square(weights).sum(1) / np.square(weights.sum(1))).mean()  # of a drawn class's probability
+    assert abs(drawn.mean() - wanted) < 4 * drawn.std() / len(drawn) ** 0.5
