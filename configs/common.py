@@ -11,7 +11,7 @@ def data(source: str, image_size: int, **options) -> ConfigDict:
             "source": source,
             "image_size": image_size,
             "augment": "none",
-            "path": placeholder(str),  # the folder, where source is "folder"
+            "path": placeholder(str),  # one's own files: DataOptions.path says for which sources
             "data_dir": placeholder(str),  # None: $DALLE_JAX_DATA or ~/.cache/dalle_jax/data
             "image_key": "image",
             "caption_key": "caption",
@@ -40,6 +40,21 @@ def emoji(**options) -> ConfigDict:
 def folder(image_size: int, **options) -> ConfigDict:
     """Pictures of one's own: --config.data.path=DIR, with name.png + name.txt, captions.jsonl or captions.csv."""
     return data("folder", image_size, workers=2, train_split="train", eval_split="validation", **options)
+
+
+def tar_shards(image_size: int, **options) -> ConfigDict:
+    """Image–caption tar shards of one's own (img2dataset, WebDataset): --config.data.path=DIR."""
+    return data("tar_shards", image_size, workers=2, **options)
+
+
+def coco(image_size: int = 256, **options) -> ConfigDict:
+    """MS-COCO's captions: --config.data.path=DIR with the official files, or TFDS's `coco_captions` in data_dir."""
+    return data("coco_captions", image_size, caption_key="captions/text", workers=2, **options)
+
+
+def cub(image_size: int = 256, **options) -> ConfigDict:
+    """CUB-200-2011 with ten captions a picture: --config.data.path=DIR with the official files."""
+    return data("cub_captions", image_size, eval_split="test", workers=2, **options)
 
 
 def schedule(kind: str, **numbers) -> dict:

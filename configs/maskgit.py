@@ -3,10 +3,14 @@
     python -m dalle_jax.main --config=configs/maskgit.py               # shapes: embedded data, a laptop's CPU
     python -m dalle_jax.main --config=configs/maskgit.py:emoji         # the emoji of an installed font
     python -m dalle_jax.main --config=configs/maskgit.py:folder --config.data.path=DIR --config.tokenizer.data.path=DIR
+    python -m dalle_jax.main --config=configs/maskgit.py:coco --config.data.path=DIR --config.tokenizer.data.path=DIR
+    python -m dalle_jax.main --config=configs/maskgit.py:cub --config.data.path=DIR --config.tokenizer.data.path=DIR
     python -m dalle_jax.main --config=configs/maskgit.py:paper --config.data.path=DIR --config.tokenizer_from=DVAE_DIR
 
 Data, text, image tokenizer and loop are those of `prior.py`; where the image tokenizer has not been trained, that is
-done first. `paper` has the paper's size (24 layers of 768), `3b` that of Muse's base model; both over 32x32 tokens.
+done first. `paper` and `coco` have the paper's size (24 layers of 768), `3b` that of Muse's base model, `cub` that of its
+`prior.py:cub`; all over 32x32 tokens. A masked prior is scored on two thirds of the tokens of a picture at a time, and
+each time on others: `coco` and `cub` train for twice as long as the autoregressive ones.
 
 Where an autoregressive prior of the same trunk is there already, `--config.start_from=runs/prior-shapes` takes over its
 parameters, tokenizer and text model: far fewer updates are needed (the quickstart does so).
@@ -27,6 +31,8 @@ VARIANTS = {
     "shapes": ("shapes", 128, 5, 4, 0.0, 4, 7000),
     "emoji": ("emoji", 192, 6, 6, 0.0, 4, 5000),
     "folder": ("folder", 512, 12, 8, 0.1, 64, 100_000),
+    "coco": ("coco", 768, 24, 12, 0.1, 64, 200_000),
+    "cub": ("cub", 512, 12, 8, 0.1, 64, 40_000),
     "paper": ("paper", 768, 24, 16, 0.1, 256, 500_000),
     "3b": ("paper", 2048, 48, 16, 0.1, 512, 1_000_000),
 }

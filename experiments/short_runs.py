@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import tiny_copies
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -79,7 +80,7 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
             "data.workers=0", "data.image_size=64", "ema.every=1",
         ]  # fmt: skip
     own_pictures["maskgit:folder"] = ["maskgit.py:folder", *own_pictures["prior:folder"][1:]]
-    chains = [shapes, published, own_pictures]
+    chains = [shapes, published, own_pictures, on_own_copy("coco", work), on_own_copy("cub", work)]
     if emoji:
         chains.append({
             "dvae:emoji": ["dvae.py:emoji", *STEPS, *PATCHES],
@@ -87,6 +88,18 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
             "maskgit:emoji": ["maskgit.py:emoji", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:emoji"],
         })  # fmt: skip
     return chains
+
+
+def on_own_copy(name: str, work: Path) -> dict[str, list[str]]:
+    """The trainings on one of the paper's data sets, here a tiny copy in the official layout."""
+    copy = getattr(tiny_copies, name)(work / f"tiny_{name}")
+    data = [f"data.path={copy}", f"data.data_dir={work}/data", "data.image_size=64", "data.workers=0"]
+    prior = [*STEPS, *SMALL_TRUNK, *data, f"tokenizer_from={work}/dvae:{name}", "ema.every=1"]
+    return {
+        f"dvae:{name}": [f"dvae.py:{name}", *STEPS, *SMALL_DVAE, *data],
+        f"prior:{name}": [f"prior.py:{name}", *prior],
+        f"maskgit:{name}": [f"maskgit.py:{name}", *prior],
+    }
 
 
 def run(name: str, line: list[str], work: Path) -> bool:

@@ -24,6 +24,7 @@ from absl import flags, logging
 from dalle_jax.data.examples import ExampleMaker, Note
 from dalle_jax.data.sources import (
     DataOptions,
+    LeftOut,
     Source,
     UnreadableExample,
     decode_captions,
@@ -104,7 +105,7 @@ class Pipeline:
             "examples": len(self.source),
             "train": train,
         }
-        self._tally = _Tally(self.source.description)
+        self._tally = _Tally(self.source.description, self.source.left_out)
         self._check_readable(text_model is not None)
         self._make = ExampleMaker(
             self.source,
@@ -133,7 +134,10 @@ class Pipeline:
         return PipelineIterator(self._make, self._options.workers, last, self._run, self._tally)
 
     def skipped(self) -> dict[str, int]:
-        """How many different examples have been skipped so far on this host, by reason."""
+        """How many different examples have been skipped so far on this host, by reason.
+
+        What the source says it lacks (`Source.left_out`) is counted from the start.
+        """
         return self._tally.skipped()
 
     def truncated(self) -> int:
@@ -254,9 +258,12 @@ class _Tally:
 
     _TRUNCATED = "truncated caption"
 
-    def __init__(self, description: str):
-        self._description = description
+    def __init__(self, description: str, left_out: tuple[LeftOut, ...]):
+        self._description, self._left_out = description, left_out
         self._seen: dict[str, set[int]] = collections.defaultdict(set)
+        for found in left_out:
+            names = ", ".join(found.names) + (", …" if found.count > len(found.names) else "")
+            logging.warning("%s: %s: %d left out when it was made: %s", description, found.reason, found.count, names)
 
     def add(self, notes: tuple[Note, ...]) -> None:
         for note in notes:
@@ -269,7 +276,9 @@ class _Tally:
                 logging.warning("%s: %s: %s %s%s", self._description, note.reason, note.name, note.detail, more)
 
     def skipped(self) -> dict[str, int]:
-        return {reason: len(seen) for reason, seen in sorted(self._seen.items()) if reason != self._TRUNCATED}
+        counts = collections.Counter({found.reason: found.count for found in self._left_out})
+        counts.update({reason: len(seen) for reason, seen in self._seen.items() if reason != self._TRUNCATED})
+        return dict(sorted(counts.items()))
 
     def truncated(self) -> int:
         return len(self._seen.get(self._TRUNCATED, ()))

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-import importlib
 import io
-import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -24,7 +22,6 @@ import PIL.ImageOps
 
 from dalle_jax.errors import ConfigError, DataError
 
-EMBEDDED = ("shapes_captions", "emoji_captions")
 _AUGMENTS = ("none", "dvae", "prior")
 
 
@@ -33,11 +30,13 @@ class DataOptions:
     """What to read, and how to make examples of it.
 
     Attributes:
-      source: "shapes_captions", "emoji_captions", "folder", or any TFDS name ("coco_captions", "cub:1.0.0",
-      …).
+      source: "shapes_captions", "emoji_captions", "folder", "tar_shards", "coco_captions", "cub_captions", or any
+      other TFDS name ("name:1.0.0", …).
       image_size: height and width of the pictures in a batch.
       augment: "none" (centre square, resized), "dvae" or "prior" (see augment.py); in training only.
-      path: the folder, where source is "folder".
+      path: the folder of pictures, where source is "folder"; the folder (or a glob) of shards, where it is
+      "tar_shards"; the user's own copy of the data set, where it is "coco_captions" or "cub_captions" and has not
+      been prepared before (TFDS's `manual_dir`).
       data_dir: where TFDS keeps its data; None means $DALLE_JAX_DATA or ~/.cache/dalle_jax/data.
       image_key: the TFDS feature that holds the picture; "a/b" reaches into a nested feature.
       caption_key: the TFDS feature that holds the caption or captions, in the same notation.
@@ -72,8 +71,9 @@ class DataOptions:
             raise ConfigError(f"data.workers is {self.workers}; expected 0 (no processes) or more.")
         if not 0.0 <= self.bpe_dropout < 1.0:
             raise ConfigError(f"data.bpe_dropout is {self.bpe_dropout}; expected a chance in [0, 1).")
-        if self.source == "folder" and not self.path:
-            raise ConfigError("data.source is 'folder' but data.path is not set: give the pictures' folder.")
+        if self.source in ("folder", "tar_shards") and not self.path:
+            held = "pictures" if self.source == "folder" else "shards"
+            raise ConfigError(f"data.source is {self.source!r} but data.path is not set: give the {held}' folder.")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> DataOptions:
@@ -108,6 +108,21 @@ class UnreadableExample(DataError):
 
     def __reduce__(self):
         return UnreadableExample, (self.reason, self.name, self.detail)
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftOut:
+    """What a data set lacks since it was made, because the files that it was made from were damaged.
+
+    Attributes:
+      reason: the heading under which it is counted, a few words.
+      count: how many examples, or files of many, were left out.
+      names: the first of them, with what was found.
+    """
+
+    reason: str
+    count: int
+    names: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,10 +197,12 @@ class Source(abc.ABC):
     Attributes:
       description: what this is, for messages.
       identity: a text that no other examples have, where these can never change; else None.
+      left_out: what is known to be missing in it.
     """
 
     description: str
     identity: str | None = None
+    left_out: tuple[LeftOut, ...] = ()
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -236,7 +253,7 @@ def open_source(options: DataOptions, split: str) -> Source:
 
     Args:
       options: what to read.
-      split: which part of it ("train", "validation", "heldout", "train[:90%]", …).
+      split: which part of it ("train", "validation", "heldout", "train[:90%]", "val+test", …).
 
     Returns:
       The source.
@@ -248,103 +265,6 @@ def open_source(options: DataOptions, split: str) -> Source:
         from dalle_jax.data import folder
 
         return folder.FolderSource(options.path, split)
-    return TfdsSource(options, split)
+    from dalle_jax.data import tfds_source  # TFDS takes a second to import; folders do without it
 
-
-class TfdsSource(Source):
-    """A TFDS data set with a picture and a caption feature, stored as ArrayRecord (no TensorFlow)."""
-
-    def __init__(self, options: DataOptions, split: str):
-        import tensorflow_datasets as tfds  # takes a second to import; folders do without it
-
-        if options.source in EMBEDDED:
-            importlib.import_module(f"dalle_jax.data.{options.source}")
-        data_dir = options.data_dir or os.environ.get("DALLE_JAX_DATA") or "~/.cache/dalle_jax/data"
-        data_dir = data_dir if "://" in data_dir else os.path.expanduser(data_dir)
-        self.description = f"{options.source} ({split})"
-        try:
-            builder = tfds.builder(
-                options.source, data_dir=data_dir, file_format="array_record", **options.builder_kwargs
-            )
-            builder.download_and_prepare()
-            if split.split("[")[0] not in builder.info.splits:
-                raise DataError(
-                    f"{options.source} has no split {split!r}; it has {', '.join(sorted(builder.info.splits))}."
-                )
-            features = builder.info.features
-            for key in (options.image_key, options.caption_key):
-                _feature(features, key, options.source)
-            # Pictures stay encoded here, so that damaged ones can be counted instead of ending the run.
-            decoders = None
-            if isinstance(_feature(features, options.image_key, options.source), tfds.features.Image):
-                decoders = tfds.decode.SkipDecoding()
-                for part in reversed(options.image_key.split("/")):
-                    decoders = {part: decoders}
-            self._records = builder.as_data_source(split, decoders=decoders)
-            sizes = {name: (part.num_bytes, part.shard_lengths) for name, part in builder.info.splits.items()}
-            self.identity = f"{builder.data_path} {split} {sizes}"
-        except DataError:
-            raise
-        except (
-            tfds.core.DatasetNotFoundError,
-            NotImplementedError,
-            OSError,
-            ImportError,
-            AssertionError,
-            TypeError,
-            ValueError,
-        ) as error:
-            raise DataError(
-                f"The TFDS data set {options.source!r} (split {split!r}, in {data_dir}) cannot be opened: "
-                f"{error}. "
-                "Give a TFDS name with a picture and a caption feature, or 'folder' with data.path."
-            ) from error
-        self._image_key, self._caption_key = options.image_key.split("/"), options.caption_key.split("/")
-
-    def __len__(self) -> int:
-        return len(self._records)
-
-    def record(self, index: int) -> Record:
-        name = f"{self.description} #{index}"
-        try:
-            example = self._records[index]
-        except Exception as error:  # the reader and the parser raise their own kinds on damaged records
-            raise UnreadableExample("unreadable record", name, f"{type(error).__name__}: {error}") from error
-        image = _lookup(example, self._image_key)
-        captions = _lookup(example, self._caption_key)
-        if isinstance(captions, (str, bytes)):
-            captions = (captions,)
-        taken = {self._image_key[0], self._caption_key[0]}
-        extra = {key: _as_text(value) for key, value in example.items() if key not in taken}
-        return Record(image, tuple(captions), name, extra)
-
-
-def _feature(features, key: str, source: str):
-    """The TFDS feature under "a/b"; a clear error names what there is."""
-    found = features
-    for part in key.split("/"):
-        found = getattr(found, "feature", found)  # a Sequence of dicts reads as the dict
-        try:
-            found = found[part]
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{source} has no feature {key!r}; it has {', '.join(sorted(features))}. "
-                "Set data.image_key and data.caption_key to the picture and the caption."
-            ) from error
-    return found
-
-
-def _lookup(example, path: list[str]):
-    for part in path:
-        example = example[part]
-    return example
-
-
-def _as_text(value):
-    """Bytes as str where they are UTF-8; everything else as it is."""
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError:
-            return value
-    return value
+    return tfds_source.TfdsSource(options, split)
