@@ -8,7 +8,7 @@
     python -m dalle_jax.main --config=configs/maskgit.py:paper --config.data.path=DIR --config.tokenizer_from=DVAE_DIR
 
 Data, text, image tokenizer and loop are those of `prior.py`; where the image tokenizer has not been trained, that is
-done first. `paper` and `coco` have the paper's size (24 layers of 768), `3b` that of Muse's base model, `cub` that of its
+done first. `paper` and `coco` have the paper's size (24 layers of 768), `3b` that of Muse's base model, `cub` that of
 `prior.py:cub`; all over 32x32 tokens. A masked prior is scored on two thirds of the tokens of a picture at a time, and
 each time on others: `coco` and `cub` train for twice as long as the autoregressive ones.
 

@@ -11,8 +11,8 @@ Where the image tokenizer has not been trained, that is done first (`config.toke
 Run the same command again to go on after an interruption.
 
 `coco` and `cub` learn the paper's evaluation sets on one GPU or one TPU host: 64 text positions (their captions are a
-sentence each), the paper's 32x32 tokens and attention, and a width and length that fit the number of pictures: 82,783
-with five captions each, seen 77 times, or 5,994 with ten, seen 213 times. A dVAE trained on more pictures than CUB's, the
+sentence each), the paper's 32x32 tokens and attention, and a width and length for so many pictures: 82,783 with five
+captions each, seen 77 times, or 5,994 with ten, seen 213 times. A dVAE trained on more pictures than CUB's, the
 published one for instance, can stand in: `--config.tokenizer_from=DIR`.
 
 Measured: shapes and emoji, see README.md and experiments/results/. Not yet measured: folder, coco, cub, 2.8b, 5.6b,

@@ -106,3 +106,19 @@ def test_unknown_variants(name):
 def test_a_missing_config_file():
     with pytest.raises(ConfigError, match="There is no config file .*nowhere.py: run from the repository's root"):
         load("nowhere")
+
+
+def test_the_papers_data_sets():
+    """What the other configs are built on: names and keys of COCO, CUB and tar shards."""
+    common = load("common")
+    for section, source, image_size, caption_key, splits in (
+        (common.coco(), "coco_captions", 256, "captions/text", ("train", "validation")),
+        (common.cub(224), "cub_captions", 224, "caption", ("train", "test")),
+        (common.tar_shards(64, path="DIR"), "tar_shards", 64, "caption", ("train", "validation")),
+    ):
+        options = DataOptions.from_config(section)
+        assert (options.source, options.image_size, options.caption_key) == (source, image_size, caption_key)
+        assert (options.train_split, options.eval_split) == splits
+    for name in TRAININGS:
+        for variant in ("coco", "cub"):
+            assert load(name).get_config(variant).data.image_size == 256
