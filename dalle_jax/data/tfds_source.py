@@ -118,8 +118,9 @@ def _prepare(options: DataOptions, data_dir: str) -> tfds.core.DatasetBuilder:
     if source == "tar_shards":
         arguments["path"] = options.path
     builder = tfds.builder(source, data_dir=data_dir, file_format="array_record", **arguments)
-    own_copy = tfds.download.DownloadConfig(manual_dir=options.path) if options.path else None
-    builder.download_and_prepare(download_config=own_copy)
+    # TFDS would ask its public bucket first, over the network, though that has nothing in this format.
+    download = tfds.download.DownloadConfig(manual_dir=options.path, try_download_gcs=False)
+    builder.download_and_prepare(download_config=download)
     return builder
 
 

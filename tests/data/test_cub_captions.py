@@ -36,7 +36,7 @@ def test_official_division(tmp_path, copy):
     assert "tensorflow" not in sys.modules
     example = test[2]  # the sixth row
     assert example["captions"] == [tiny_copies.caption(5, version) for version in range(10)]
-    assert example["extra"]["file"] == "002.Laysan_Albatross/Laysan_Albatross_0006_796005.jpg" in example["name"]
+    assert example["extra"]["file"] == "002.Laysan_Albatross/Laysan_Albatross_0002_796001.jpg" in example["name"]
     assert example["extra"]["species"] == "002.Laysan_Albatross"
     np.testing.assert_array_equal(example["extra"]["bounding_box"], [6.0, 2.0, 40.0, 30.0])
     assert test.record(2).image == tiny_copies.picture(5)
