@@ -1,1 +1,1 @@
-"""Data: the two embedded TFDS builders, other sources, the grain pipeline, augmentations and the text model."""
+"""Data: the TFDS builders, other sources, the grain pipeline, augmentations and the text model."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
+from tensorflow_datasets.core.dataset_builder import ShardBasedBuilder  # tfds.core has it from 4.9.10 on
 
 from dalle_jax.errors import DataError
 
@@ -35,7 +36,7 @@ class ReadOnce:
         return content
 
 
-class OwnCopyBuilder(tfds.core.ShardBasedBuilder, skip_registration=True):
+class OwnCopyBuilder(ShardBasedBuilder, skip_registration=True):
     """Base of the builders over a user's own files; keyword arguments are those of `CONFIG`.
 
     What is damaged is left out, counted and named: in the log, and by split in `info.metadata["left_out"]`. Pictures
