@@ -179,5 +179,6 @@ def test_a_prior_of_any_order_edits_too(model, picture):
     free = dataclasses.replace(model, prior=any_order, params=params)
     mask = np.zeros((SIZE, SIZE), bool)
     mask[:CELL, :CELL] = True
-    out = free.inpaint(picture, mask, CAPTION, n=2)
-    assert (out[:, 2 * CELL :] == picture[2 * CELL :]).all() and (out[0] != out[1]).any()
+    out = free.inpaint(picture, mask, CAPTION, n=6)
+    assert (out[:, 2 * CELL :] == picture[2 * CELL :]).all()
+    assert len({image.tobytes() for image in out}) > 1, "several tokens of this random decoder look alike, not all"
