@@ -22,7 +22,8 @@ CORE = [
     "tensorflow-datasets>=4.9.9",
     "tqdm",
 ]
-TEST = ["hypothesis", "pytest>=8", "pytest-xdist>=3.6", "ruff", "safetensors"]
+CLIP = ["tokenizers"]  # the captions of published CLIP weights
+TEST = ["hypothesis", "pytest>=8", "pytest-xdist>=3.6", "ruff", "safetensors", *CLIP]
 
 setup(
     name="dalle_jax",
@@ -34,5 +35,5 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["dalle_jax", "dalle_jax.*"]),
     install_requires=CORE,
-    extras_require={"test": TEST, "plots": ["matplotlib"], "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},
+    extras_require={"test": TEST, "clip": CLIP, "plots": ["matplotlib"], "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},
 )

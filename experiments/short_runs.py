@@ -24,6 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = ["steps=2", "cadence.eval=2", "cadence.preview=2", "cadence.checkpoint=2", "eval_batches=1", "batch_size=4"]
 SMALL_DVAE = ["model.vocab_size=32", "model.hidden=8", "model.codebook_dim=8"]
 PATCHES = ["model.vocab_size=32", "model.hidden=96", "model.codebook_dim=96"]  # the k-means start needs the width
+SMALL_CLIP = [
+    *(f"model.{tower}_{size}" for tower in ("image", "text") for size in ("width=16", "depth=1", "heads=2")),
+    "text.vocab_size=300",
+]
 SMALL_TRUNK = [
     "model.trunk.width=16",
     "model.trunk.depth=5",
@@ -57,6 +61,7 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
         "maskgit": ["maskgit.py", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae"],
         "generate:maskgit": ["generate.py", f"model_workdir={work}/maskgit", "prompts=a star", "sampling.steps=3"],
         "generate": ["generate.py", f"model_workdir={work}/prior", "prompts=a red circle|two shapes", "n=2"],
+        "clip": ["clip.py", *STEPS, *SMALL_CLIP],
         "evaluate": ["evaluate.py", f"model_workdir={work}/prior", "count=8", "rows_at_once=4"],
         "quickstart": [
             "quickstart.py", *under("prior.tokenizer.", STEPS + PATCHES), *under("prior.", STEPS + SMALL_TRUNK),
@@ -72,6 +77,12 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
             "prior.py:folder", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:folder", f"data.path={folder}",
             "data.image_size=64", "data.workers=1",
         ],
+        "clip:folder": [
+            "clip.py:folder", *STEPS, *SMALL_CLIP, f"data.path={folder}", "data.image_size=64", "data.workers=0",
+        ],
+        "clip:vit_b32": [
+            "clip.py:vit_b32", *STEPS, *SMALL_CLIP, f"data.path={folder}", "data.image_size=64", "data.workers=0",
+        ],
     }  # fmt: skip
     published = {"dvae:paper": ["dvae.py:paper", *STEPS, *SMALL_DVAE, f"data.path={big}", "data.workers=0"]}
     for name in ("prior:2.8b", "prior:5.6b", "prior:paper", "maskgit:paper", "maskgit:3b"):
@@ -85,6 +96,7 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
         chains.append({
             "dvae:emoji": ["dvae.py:emoji", *STEPS, *PATCHES],
             "prior:emoji": ["prior.py:emoji", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:emoji"],
+            "clip:emoji": ["clip.py:emoji", *STEPS, *SMALL_CLIP],
             "maskgit:emoji": ["maskgit.py:emoji", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:emoji"],
         })  # fmt: skip
     return chains

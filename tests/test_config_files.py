@@ -11,11 +11,11 @@ from dalle_jax.data.sources import DataOptions
 from dalle_jax.errors import ConfigError
 from dalle_jax.generate import SamplingOptions
 from dalle_jax.layout import TokenLayout
-from dalle_jax.models import tokenizer
+from dalle_jax.models import clip, tokenizer
 from dalle_jax.options import from_config
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
-TRAININGS = {"dvae": "dvae", "prior": "prior", "maskgit": "prior"}  # config file: its task
+TRAININGS = {"dvae": "dvae", "prior": "prior", "maskgit": "prior", "clip": "clip"}  # config file: its task
 
 
 def load(name):
@@ -49,6 +49,12 @@ def test_trainings(name, variant):
     config = load(name).get_config(variant)
     assert (config.job, config.task, config.variant) == ("train", TRAININGS[name], variant)
     options = check_training(config, name)
+    if name == "clip":
+        sizes = clip.from_config(config, config.text.vocab_size)
+        assert config.optimizer.accumulate_steps == 1
+        assert (sizes == clip.CLIPOptions(dtype="bfloat16")) == (variant == "vit_b32"), "the published size"
+        jax.eval_shape(clip.CLIP(sizes).init, jax.random.key(0))
+        return
     images = tokenizer.from_config(config if name == "dvae" else config.tokenizer)
     grid = images.grid(options.image_size)
     if name != "dvae":

@@ -12,24 +12,20 @@ Layout of the original: `blocks.input.w`, `blocks.group_1.block_1.res_path.conv_
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import struct
-import zipfile
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from absl import app, flags
 from flax import linen as nn
 
 from dalle_jax.errors import ConfigError, PretrainedError, UserError
 from dalle_jax.models.dvae import DVAEOptions, DVAETokenizer
-from dalle_jax.pretrained import restricted_pickle
+from dalle_jax.pretrained import state_dict
 
 PyTree = Any
 StateDict = Mapping[str, np.ndarray]
@@ -49,62 +45,6 @@ _MODULE_CLASSES = frozenset(
         "torch.nn.modules.upsampling.Upsample",
     }
 )
-_SAFETENSORS_DTYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-}  # fmt: skip
-
-
-# -- files --------------------------------------------------------------------------------------------------------
-
-
-def read_state_dict(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads the arrays of a file, whichever of the accepted formats it has (told by content, not by suffix).
-
-    Args:
-      path: safetensors, npz, or a file by `torch.save` (state dict, or a module of the `dall_e` package).
-
-    Returns:
-      Arrays by name, in the file's dtype.
-
-    Raises:
-      PretrainedError: no such file, an unknown or damaged format, or a pickle that asks for anything else.
-    """
-    try:
-        with open(path, "rb") as file:
-            head = file.read(9)
-            is_npz = zipfile.is_zipfile(file) and any(n.endswith(".npy") for n in zipfile.ZipFile(file).namelist())
-        if is_npz:
-            with np.load(path, allow_pickle=False) as arrays:
-                return dict(arrays)
-        if head[8:] == b"{":
-            return _read_safetensors(path)
-    except (OSError, ValueError, KeyError, TypeError, struct.error, zipfile.BadZipFile) as error:
-        raise PretrainedError(f"{path} cannot be read as weights: {error}") from error
-    content = restricted_pickle.load(path, _MODULE_CLASSES.__contains__)
-    if isinstance(content, restricted_pickle.Record):
-        return restricted_pickle.module_parameters(content)
-    if isinstance(content, Mapping) and all(isinstance(value, np.ndarray) for value in content.values()):
-        return dict(content)
-    raise PretrainedError(
-        f"{path} holds a {type(content).__name__}: expected a state dict (name → tensor) or a module."
-    )
-
-
-def _read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The format is a length, a JSON header and the bytes of the arrays."""
-    with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > os.path.getsize(path):
-            raise ValueError("its header is longer than the file")
-        header = json.loads(file.read(length))
-        data = file.read()
-    arrays = {}
-    for name, entry in header.items():
-        if name != "__metadata__":
-            start, end = entry["data_offsets"]
-            arrays[name] = np.frombuffer(data[start:end], _SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
-    return arrays
-
 
 # -- from their layout to ours ------------------------------------------------------------------------------------
 
@@ -204,7 +144,7 @@ def load(encoder: str | os.PathLike, decoder: str | os.PathLike, image_size: int
     """The image tokenizer of two files.
 
     Args:
-      encoder, decoder: files, see `read_state_dict`.
+      encoder, decoder: files, see `state_dict.read`.
       image_size: side of the pictures it is to be used on.
 
     Returns:
@@ -213,7 +153,7 @@ def load(encoder: str | os.PathLike, decoder: str | os.PathLike, image_size: int
     Raises:
       PretrainedError: files that cannot be read, or that are not the two halves of one dVAE.
     """
-    arrays = read_state_dict(encoder), read_state_dict(decoder)
+    arrays = state_dict.read(encoder, _MODULE_CLASSES), state_dict.read(decoder, _MODULE_CLASSES)
     options = options_of(*arrays, image_size)
     return DVAETokenizer(options), jax.tree.map(jnp.asarray, convert(*arrays, options))
 

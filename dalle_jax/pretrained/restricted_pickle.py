@@ -4,7 +4,8 @@ A pickle is a program: unpickling it freely runs whatever its author wrote. This
 that a file of weights may ask for: tensors, storages, containers, and the classes of network modules, which become
 inert records of their attributes. Any other name stops the reading.
 
-Both containers of `torch.save` are read: the zip archive (torch ≥ 1.6) and the sequence of pickles before it.
+Both containers of `torch.save` are read: the zip archive (torch ≥ 1.6) and the sequence of pickles before it. So are
+the modules of `torch.jit.save`, whose classes are part of the file: they too become records.
 """
 
 from __future__ import annotations
@@ -39,6 +40,13 @@ _DTYPES = {
 }
 # First numbers of the older container.
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+# What classes that a file of `torch.jit.save` defines itself are called.
+_SCRIPTED = "__torch__."
+# Its marks on values: which type a container has.
+_TYPE_MARKS = {
+    f"torch.jit._pickle.{name}"
+    for name in ("restore_type_tag", "build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
+}
 
 
 class Record:
@@ -142,6 +150,11 @@ def _rebuild_parameter(data: Any, *rest: Any) -> _Tensor:
     return data
 
 
+def _marked(value: Any, *mark: Any) -> Any:
+    del mark
+    return value
+
+
 class RestrictedUnpickler(pickle.Unpickler):
     """Unpickles tensors, containers and inert records; refuses every other name.
 
@@ -176,9 +189,11 @@ class RestrictedUnpickler(pickle.Unpickler):
             return _Function(_rebuild_tensor)
         if asked == "torch._utils._rebuild_parameter":
             return _Function(_rebuild_parameter)
+        if asked in _TYPE_MARKS:
+            return _Function(_marked)
         if module in ("torch", "torch.storage") and name in _DTYPES:
             return _StorageType(_DTYPES[name])
-        if asked == "torch.device" or self._inert(asked):
+        if asked == "torch.device" or asked.startswith(_SCRIPTED) or self._inert(asked):
             if asked not in self._records:
                 self._records[asked] = type(
                     name.rpartition(".")[2], (Record,), {"qualified_name": asked, "__slots__": ()}
@@ -233,9 +248,10 @@ def _load_zip(file: BinaryIO, inert: Callable[[str], bool]) -> Any:
         names = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
         if len(names) != 1:
             raise PretrainedError("It is a zip archive, but not one written by torch.save (no data.pkl).")
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
-            raise PretrainedError("It is a compressed archive; torch.save never writes one.")
         root = names[0].removesuffix("data.pkl")
+        read = [entry for entry in archive.infolist() if entry.filename.startswith((names[0], f"{root}data/"))]
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in read):  # (the code of a scripted module may be)
+            raise PretrainedError("It is a compressed archive; torch.save never writes one.")
         if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
             raise PretrainedError("It was written on a big-endian machine, which is not supported.")
         storages: dict[str, _Storage] = {}
@@ -305,14 +321,23 @@ def module_parameters(module: Record) -> dict[str, np.ndarray]:
       PretrainedError: a record that is not such a module.
     """
 
+    def tables(module: Any) -> tuple[dict, dict] | None:
+        if not isinstance(module, Record):
+            return None
+        if module.qualified_name.startswith(_SCRIPTED):  # parameters, children and all else side by side
+            return module.state, {name: value for name, value in module.state.items() if isinstance(value, Record)}
+        both = module.state.get("_parameters"), module.state.get("_modules")
+        return both if all(isinstance(table, dict) for table in both) else None
+
     def walk(module: Any, prefix: str) -> Iterable[tuple[str, np.ndarray]]:
-        tables = [module.state.get(key) for key in ("_parameters", "_modules")] if isinstance(module, Record) else []
-        if len(tables) != 2 or not all(isinstance(table, dict) for table in tables):
+        found = tables(module)
+        if found is None:
             raise PretrainedError(f"'{prefix or 'the root'}' is not a network module.")
-        for name, value in tables[0].items():
+        parameters, children = found
+        for name, value in parameters.items():
             if isinstance(value, np.ndarray):
                 yield prefix + name, value
-        for name, child in tables[1].items():
+        for name, child in children.items():
             yield from walk(child, f"{prefix}{name}.")
 
     return dict(walk(module, ""))

@@ -1,7 +1,7 @@
 """What one training optimises: the `Task` protocol, and the `Job` that `train.py` runs.
 
-`train.py` knows nothing about images, text or models.  A task module (`dvae.py`, `prior.py`) turns a configuration
-into a `Job`: the task, and its batches.
+`train.py` knows nothing about images, text or models.  A task module (`dvae.py`, `prior.py`, `clip.py`) turns a
+configuration into a `Job`: the task, and its batches.
 
 B is the global batch size.
 """
@@ -83,6 +83,7 @@ class Job:
 _BUILDERS = {
     "dvae": ("dalle_jax.tasks.dvae", "build_dvae"),
     "prior": ("dalle_jax.tasks.prior", "build_prior"),
+    "clip": ("dalle_jax.tasks.clip", "build_clip"),
 }
 
 

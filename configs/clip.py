@@ -1,0 +1,70 @@
+"""CLIP, which says how well a picture suits a caption (arXiv 2103.00020): the reranker, and a judge.
+
+    python -m dalle_jax.main --config=configs/clip.py                  # shapes: embedded data, a laptop's CPU
+    python -m dalle_jax.main --config=configs/clip.py:emoji            # the emoji of an installed font
+    python -m dalle_jax.main --config=configs/clip.py:folder --config.data.path=DIR
+    python -m dalle_jax.main --config=configs/clip.py:vit_b32 --config.data.path=DIR
+
+`vit_b32` has the size of OpenAI's ViT-B/32 (151,277,313 parameters with a full text vocabulary) and its numbers. To use
+published weights instead: `python -m dalle_jax.pretrained.clip`. The batch is compared as a whole, over all devices;
+`optimizer.accumulate_steps` must stay 1.
+
+Not yet measured: all.
+"""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from dalle_jax import config_files
+
+common = config_files.module(__file__, "common.py")
+schedule = common.schedule
+
+# name: (data, text length, text vocabulary, patch, image (width, depth, heads), text (…), embedding, batch, steps)
+VARIANTS = {
+    "shapes": (common.shapes(), 20, 300, 8, (96, 3, 4), (96, 3, 4), 96, 256, 300),
+    "emoji": (common.emoji(bpe_dropout=0.1), 20, 1024, 4, (128, 4, 4), (128, 3, 4), 128, 128, 1000),
+    "folder": (
+        common.folder(128, augment="prior", bpe_dropout=0.1), 64, 8192, 16, (384, 8, 6), (384, 6, 6), 256, 512, 50_000,
+    ),
+    "vit_b32": (
+        common.folder(224, augment="prior"), 76, 49_407, 32, (768, 12, 12), (512, 12, 8), 512, 32_768, 390_000,
+    ),
+}  # fmt: skip
+
+
+def get_config(variant: str | None = None) -> ConfigDict:
+    variant, row = config_files.choose(VARIANTS, variant, __file__)
+    data, text_length, text_vocab, patch, image, text, embed_dim, batch, steps = row
+    small = variant in ("shapes", "emoji")  # sized for a CPU, where float32 is the fast type
+
+    config = ConfigDict()
+    config.job = "train"
+    config.task = "clip"
+    config.variant = variant
+    config.workdir = f"runs/clip-{variant}"
+    config.seed = 0
+
+    config.data = data
+    config.text = ConfigDict({"vocab_size": text_vocab, "length": text_length, "path": placeholder(str)})
+
+    config.model = ConfigDict({
+        "patch": patch,
+        "image_width": image[0], "image_depth": image[1], "image_heads": image[2],
+        "text_width": text[0], "text_depth": text[1], "text_heads": text[2],
+        "embed_dim": embed_dim,
+        "activation": "quick_gelu",
+        "dtype": "float32" if small else "bfloat16",
+    })  # fmt: skip
+
+    config.optimizer = ConfigDict({
+        "b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2, "decay": "kernels",
+        "clip_norm": 1.0 if small else 0.0, "accumulate_steps": 1,
+    })  # fmt: skip
+    rate = (
+        {"peak": 2e-3, "end": 2e-5, "warmup_steps": 20} if small else {"peak": 5e-4, "end": 0.0, "warmup_steps": 2000}
+    )
+    config.schedules = ConfigDict({"learning_rate": schedule("warmup_cosine", steps=steps, **rate)})
+    config.ema = ConfigDict({"decay": 0.0, "every": 1})
+    common.run(config, batch_size=batch, steps=steps, every=max(steps // 4, 1) if small else 1000)
+    return config

@@ -1,0 +1,313 @@
+"""CLIP: a picture and a caption as unit vectors that lie near each other where the two belong together.
+
+Learning Transferable Visual Models From Natural Language Supervision (arXiv 2103.00020), sections 2.3 and 2.4, in the
+shape of OpenAI's ViT models: a vision transformer with a class token and a norm before and after its blocks, a causal
+text transformer read at the end token, both projected without bias into one space.
+
+One rule for captions of either origin, our own text model's or OpenAI's byte pairs: the caption is read at its *first*
+`end_id`, and since the text tower is causal, what follows it changes nothing.
+
+The factor on the similarities is stored as its logarithm and limited to 100 where it is used (`CLIP.scale`), not where
+it is stored; see `limited`.
+
+    B batch    H, W picture    S sequence    D width    K head size    T text positions    E embedding
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax.errors import ConfigError
+from dalle_jax.models.attention import attend_reference
+from dalle_jax.models.dense import Dense
+from dalle_jax.models.dvae import space_to_depth
+from dalle_jax.models.transformer import Norm
+from dalle_jax.options import from_config as options_from_config
+from dalle_jax.parallel import constrain
+
+PyTree = Any
+
+# Of the pixels that OpenAI trained on, in [0, 1].
+MEAN = (0.48145466, 0.4578275, 0.40821073)
+STD = (0.26862954, 0.26130258, 0.27577711)
+INITIAL_LOG_SCALE = math.log(1 / 0.07)
+MAX_LOG_SCALE = math.log(100)
+_MLP_RATIO = 4
+ACTIVATIONS = {
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPOptions:
+    """Sizes of both towers; the defaults are ViT-B/32's.
+
+    Attributes:
+      image_size: H = W of the pictures that the image tower sees.
+      patch: side of its patches, in pixels.
+      image_width, image_depth, image_heads: D, number of blocks and of attention heads of the image tower.
+      text_width, text_depth, text_heads: those of the text tower.
+      embed_dim: E.
+      text_length: T, the end token included.
+      text_vocab: kinds of text token, the end token included.
+      end_id: the token that ends a caption.
+      activation: "quick_gelu" (OpenAI's) or "gelu" (exact).
+      dtype: of the activations. Parameters, norms, softmax, embeddings and losses are float32 in any case.
+    """
+
+    image_size: int = 224
+    patch: int = 32
+    image_width: int = 768
+    image_depth: int = 12
+    image_heads: int = 12
+    text_width: int = 512
+    text_depth: int = 12
+    text_heads: int = 8
+    embed_dim: int = 512
+    text_length: int = 77
+    text_vocab: int = 49_408
+    end_id: int = 49_407
+    activation: str = "quick_gelu"
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        if self.image_size % self.patch:
+            raise ConfigError(f"Pictures of {self.image_size} pixels cannot be cut into patches of {self.patch}.")
+        for tower in ("image", "text"):
+            width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
+            if width % heads:
+                raise ConfigError(f"model.{tower}_width is {width}; expected a multiple of {tower}_heads={heads}.")
+        if self.activation not in ACTIVATIONS:
+            raise ConfigError(f"model.activation is {self.activation!r}; expected one of {', '.join(ACTIVATIONS)}.")
+        if not 0 <= self.end_id < self.text_vocab:
+            raise ConfigError(f"The end token {self.end_id} lies outside the vocabulary of {self.text_vocab}.")
+
+    @property
+    def patches(self) -> int:
+        """Number of patches of a picture."""
+        return (self.image_size // self.patch) ** 2
+
+
+def from_config(config: Mapping[str, Any], text_vocab: int) -> CLIPOptions:
+    """The sizes that a configuration describes, for a text model without an end token of its own.
+
+    Args:
+      config: of a CLIP training, or what was read back from a workdir's config.json.
+      text_vocab: ids of the text model; the end token is the one after them.
+
+    Raises:
+      ConfigError: an option that does not exist, or sizes that do not fit each other.
+    """
+    sizes = {
+        "image_size": config["data"]["image_size"],
+        "text_length": config["text"]["length"] + 1,
+        "text_vocab": text_vocab + 1,
+        "end_id": text_vocab,
+    }
+    return options_from_config(CLIPOptions, {**dict(config["model"]), **sizes}, "model")
+
+
+# -- pictures as the image tower sees them ------------------------------------------------------------------------
+
+
+def preprocess(images: jax.Array | np.ndarray, size: int) -> jax.Array:
+    """Pictures of any size as the image tower takes them: the short side resized to `size` (bicubic, antialiased),
+    the middle square cut out, OpenAI's mean and deviation.
+
+    Args:
+      images: uint8, or float in [0, 1], [B, H, W, 3].
+      size: side of the result.
+
+    Returns:
+      float32 [B, size, size, 3].
+    """
+    x = jnp.asarray(images)
+    x = x.astype(jnp.float32) / 255 if x.dtype == jnp.uint8 else x.astype(jnp.float32)
+    height, width = x.shape[1:3]
+    if (height, width) != (size, size):
+        short = min(height, width)
+        height, width = size * height // short, size * width // short
+        x = jnp.clip(jax.image.resize(x, (x.shape[0], height, width, 3), "cubic", antialias=True), 0, 1)
+        top, left = round((height - size) / 2), round((width - size) / 2)
+        x = x[:, top : top + size, left : left + size]
+    return (x - jnp.float32(MEAN)[None, None, None]) / jnp.float32(STD)[None, None, None]
+
+
+# -- modules ------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + mlp(norm(x)), with biases throughout. [B, S, D] to [B, S, D].
+
+    Attributes:
+      width, heads: D and number of heads.
+      depth: number of blocks of the tower, which scales what each adds at initialisation.
+      activation: a key of `ACTIVATIONS`.
+      causal: whether a position sees only itself and those before it.
+    """
+
+    width: int
+    heads: int
+    depth: int
+    activation: str
+    causal: bool
+    dtype: str
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        d, hidden, heads = self.width, self.width * _MLP_RATIO, (self.heads, self.width // self.heads)
+        names = ("heads", "kv")
+        norm = lambda name: Norm("layernorm", self.dtype, name=name)
+        qkv = Dense((d,), (3, *heads), ("embed", None, *names), self.dtype, (None, *names), name="qkv")
+        q, k, v = jnp.moveaxis(qkv(norm("attention_norm")(x)), -3, 0)
+        mask = np.ones((x.shape[1],) * 2, bool)
+        y = attend_reference(q, k, v, np.tril(mask) if self.causal else mask)
+        x = x + Dense(heads, (d,), (*names, "embed"), self.dtype, (None,), 0.5 / self.depth, name="out")(y)
+        y = Dense((d,), (hidden,), ("embed", "mlp"), self.dtype, ("mlp",), 0.5, name="up")(norm("mlp_norm")(x))
+        y = ACTIVATIONS[self.activation](y)
+        x = x + Dense((hidden,), (d,), ("mlp", "embed"), self.dtype, (None,), 2.0 / self.depth, name="down")(y)
+        return constrain(x, "batch", "length", "embed_act")
+
+
+class ImageTower(nn.Module):
+    """Pictures from `preprocess`, [B, H, W, 3], to float32 [B, E], not yet of length one."""
+
+    options: CLIPOptions
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        o = self.options
+        b, d = images.shape[0], o.image_width
+        patches = space_to_depth(images, o.patch).reshape(b, o.patches, -1)
+        x = Dense((patches.shape[-1],), (d,), (None, "embed"), o.dtype, name="patch")(patches)
+        table = lambda name, names, shape: self.param(
+            name, nn.with_logical_partitioning(nn.initializers.normal(d**-0.5), names), shape
+        )
+        first = jnp.broadcast_to(table("class_token", ("embed",), (d,)).astype(x.dtype)[None, None], (b, 1, d))
+        x = jnp.concatenate([first, x], axis=1)
+        x = x + table("positions", ("positions", "embed"), (1 + o.patches, d)).astype(x.dtype)[None]
+        x = Norm("layernorm", o.dtype, name="norm_before")(x)
+        for i in range(o.image_depth):
+            x = Block(d, o.image_heads, o.image_depth, o.activation, False, o.dtype, name=f"block_{i}")(x)
+        x = Norm("layernorm", "float32", name="norm_after")(x[:, :1])
+        return Dense((d,), (o.embed_dim,), ("embed", None), "float32", name="projection")(x)[:, 0]
+
+
+class TextTower(nn.Module):
+    """Captions, int32 [B, T] with an end token in each, to float32 [B, E], not yet of length one."""
+
+    options: CLIPOptions
+
+    @nn.compact
+    def __call__(self, text: jax.Array) -> jax.Array:
+        o, d = self.options, self.options.text_width
+        table = lambda name, scale, names, rows: self.param(
+            name, nn.with_logical_partitioning(nn.initializers.normal(scale), names), (rows, d)
+        )
+        x = table("tokens", 0.02, ("text_vocab", "embed"), o.text_vocab)[text]
+        x = (x + table("positions", 0.01, ("positions", "embed"), o.text_length)[None]).astype(o.dtype)
+        for i in range(o.text_depth):
+            x = Block(d, o.text_heads, o.text_depth, o.activation, True, o.dtype, name=f"block_{i}")(x)
+        end = jnp.argmax(text == o.end_id, axis=1)  # the first of them
+        x = jnp.take_along_axis(x, end[:, None, None], axis=1)
+        x = Norm("layernorm", "float32", name="norm_after")(x)
+        return Dense((d,), (o.embed_dim,), ("embed", None), "float32", name="projection")(x)[:, 0]
+
+
+class TwoTowers(nn.Module):
+    """Both towers and the factor on their similarities."""
+
+    options: CLIPOptions
+
+    def setup(self):
+        self.image, self.text = ImageTower(self.options), TextTower(self.options)
+        self.logit_scale = self.param("logit_scale", nn.initializers.constant(INITIAL_LOG_SCALE), ())
+
+    def encode_image(self, images: jax.Array) -> jax.Array:
+        """float32 [B, H, W, 3] to unit vectors, float32 [B, E]."""
+        return _unit(self.image(images))
+
+    def encode_text(self, text: jax.Array) -> jax.Array:
+        """int32 [B, T] to unit vectors, float32 [B, E]."""
+        return _unit(self.text(text))
+
+    def __call__(self, images: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Both; makes every parameter."""
+        return self.encode_image(images), self.encode_text(text)
+
+
+def _unit(x: jax.Array) -> jax.Array:
+    return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-12))
+
+
+@jax.custom_vjp
+def limited(log_scale: jax.Array) -> jax.Array:
+    """min(x, ln 100). Beyond the limit only a gradient that leads back passes, so that x neither grows on nor stays."""
+    return jnp.minimum(log_scale, MAX_LOG_SCALE)
+
+
+def _limited_backward(log_scale, gradient):
+    return (jnp.where((log_scale > MAX_LOG_SCALE) & (gradient < 0), 0.0, gradient),)
+
+
+limited.defvjp(lambda x: (limited(x), x), _limited_backward)
+
+
+# -- as pure functions --------------------------------------------------------------------------------------------
+
+
+class CLIP:
+    """Pictures and captions to unit vectors. Pure functions of the parameters.
+
+    Args:
+      options: sizes.
+    """
+
+    def __init__(self, options: CLIPOptions):
+        self.options = options
+        self.module = TwoTowers(options)
+
+    def init(self, key: jax.Array) -> PyTree:
+        """Fresh parameters, boxed with their logical names."""
+        o = self.options
+        images, text = jnp.zeros((1, o.image_size, o.image_size, 3)), jnp.full((1, o.text_length), o.end_id, jnp.int32)
+        return self.module.init(key, images, text)["params"]
+
+    def encode_image(self, params: PyTree, images: jax.Array | np.ndarray) -> jax.Array:
+        """Pictures to unit vectors.
+
+        Args:
+          params: parameters.
+          images: uint8, or float in [0, 1], [B, H, W, 3] of any size; see `preprocess`.
+
+        Returns:
+          float32 [B, E].
+        """
+        images = preprocess(images, self.options.image_size)
+        return self.module.apply({"params": params}, images, method="encode_image")
+
+    def encode_text(self, params: PyTree, text: jax.Array | np.ndarray) -> jax.Array:
+        """Captions to unit vectors.
+
+        Args:
+          params: parameters.
+          text: int32 [B, T], each row with an `end_id`; the first one is where the caption is read.
+
+        Returns:
+          float32 [B, E].
+        """
+        return self.module.apply({"params": params}, jnp.asarray(text), method="encode_text")
+
+    def scale(self, params: PyTree) -> jax.Array:
+        """The factor on the similarities, float32 scalar, at most 100."""
+        return jnp.exp(limited(params["logit_scale"]))

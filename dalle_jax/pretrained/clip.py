@@ -1,0 +1,260 @@
+"""Imports published CLIP weights: OpenAI's own files, open_clip's, or Hugging Face's.
+
+    python -m dalle_jax.pretrained.clip --weights=ViT-B-32.pt --vocabulary=bpe_simple_vocab_16e6.txt.gz \
+        --output=runs/openai-clip
+
+The output is a folder that `dalle_jax.clip.ClipScorer.load` reads. The weights may be safetensors, npz, or written by
+`torch.save` or `torch.jit.save`, read by `restricted_pickle` and never executed; torch is not needed. The vocabulary is
+the user's own file as well, see `data.byte_pairs`. Towers other than vision transformers are refused.
+
+Layouts: OpenAI and open_clip write `visual.conv1.weight`, `visual.transformer.resblocks.0.attn.in_proj_weight`,
+`transformer.resblocks.0.mlp.c_fc.weight`, …; Hugging Face `vision_model.encoder.layers.0.self_attn.q_proj.weight`, ….
+Matrices are [out, in], except for both projections of the first layout.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from flax import linen as nn
+
+from dalle_jax.compatibility import wrong_parameter
+from dalle_jax.errors import ConfigError, PretrainedError, UserError
+from dalle_jax.models.clip import ACTIVATIONS, CLIP, CLIPOptions
+from dalle_jax.pretrained import state_dict
+
+PyTree = Any
+StateDict = Mapping[str, np.ndarray]
+
+_HEAD_DIM = 64  # of all published models
+# Of OpenAI's files, and buffers of the others: no parameters.
+_NOT_PARAMETERS = re.compile(r"input_resolution|context_length|vocab_size|(.*\.)?(attn_mask|position_ids)")
+
+# Hugging Face's names in OpenAI's words, apart from the three matrices of an attention layer.
+_OPENAI_NAMES = (
+    (r"vision_model\.embeddings\.class_embedding", "visual.class_embedding"),
+    (r"vision_model\.embeddings\.patch_embedding\.weight", "visual.conv1.weight"),
+    (r"vision_model\.embeddings\.position_embedding\.weight", "visual.positional_embedding"),
+    (r"vision_model\.pre_layrnorm\.", "visual.ln_pre."),
+    (r"vision_model\.post_layernorm\.", "visual.ln_post."),
+    (r"visual_projection\.weight", "visual.proj"),
+    (r"text_model\.embeddings\.token_embedding\.", "token_embedding."),
+    (r"text_model\.embeddings\.position_embedding\.weight", "positional_embedding"),
+    (r"text_model\.final_layer_norm\.", "ln_final."),
+    (r"text_projection\.weight", "text_projection"),
+    (r"vision_model\.encoder\.layers\.", "visual.transformer.resblocks."),
+    (r"text_model\.encoder\.layers\.", "transformer.resblocks."),
+    (r"(.*)\.self_attn\.out_proj\.", r"\1.attn.out_proj."),
+    (r"(.*)\.layer_norm([12])\.", r"\1.ln_\2."),
+    (r"(.*)\.mlp\.fc1\.", r"\1.mlp.c_fc."),
+    (r"(.*)\.mlp\.fc2\.", r"\1.mlp.c_proj."),
+)
+# OpenAI's names in ours: within a tower, and within one of its blocks.
+_TOWER = {
+    "visual.class_embedding": "image/class_token",
+    "visual.positional_embedding": "image/positions",
+    "visual.conv1.weight": "image/patch/kernel",
+    "visual.ln_pre": "image/norm_before/norm",
+    "visual.ln_post": "image/norm_after/norm",
+    "visual.proj": "image/projection/kernel",
+    "token_embedding.weight": "text/tokens",
+    "positional_embedding": "text/positions",
+    "ln_final": "text/norm_after/norm",
+    "text_projection": "text/projection/kernel",
+    "logit_scale": "logit_scale",
+}
+_BLOCK = {
+    "ln_1": "attention_norm/norm",
+    "ln_2": "mlp_norm/norm",
+    "attn.in_proj": "qkv",
+    "attn.out_proj": "out",
+    "mlp.c_fc": "up",
+    "mlp.c_proj": "down",
+}
+
+
+def openai_names(arrays: StateDict) -> dict[str, np.ndarray]:
+    """Any of the layouts as OpenAI's, without what is no parameter.
+
+    Raises:
+      PretrainedError: an attention layer of Hugging Face's layout that is not whole.
+    """
+    plain = {name.removeprefix("module."): array for name, array in arrays.items()}
+    plain = {name: array for name, array in plain.items() if not _NOT_PARAMETERS.fullmatch(name)}
+    if not any(name.startswith("vision_model.") for name in plain):
+        return plain
+    renamed = {}
+    for name, array in plain.items():
+        if found := re.fullmatch(r"(.*)\.self_attn\.([qkv])_proj\.(weight|bias)", name):
+            layer, which, kind = found.groups()
+            try:
+                parts = [plain[f"{layer}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
+            except KeyError as error:
+                raise PretrainedError(f"The weights have {name!r} but not {error}.") from error
+            if which != "q":  # all three at the first
+                continue
+            name, array = f"{layer}.attn.in_proj_{kind}", np.concatenate(parts)
+        for pattern, words in _OPENAI_NAMES:
+            name = re.sub(f"^{pattern}", words, name)
+        renamed[name] = array.T if name in ("visual.proj", "text_projection") else array
+    return renamed
+
+
+def options_of(arrays: StateDict, activation: str = "quick_gelu", head_dim: int = _HEAD_DIM) -> CLIPOptions:
+    """Reads the sizes of the model off its arrays.
+
+    Args:
+      arrays: by OpenAI's names, as from `openai_names`.
+      activation: "quick_gelu" or "gelu"; the arrays do not say.
+      head_dim: size of an attention head; nor that.
+
+    Raises:
+      PretrainedError: arrays that the sizes cannot be read from.
+    """
+    try:
+        image_width, _, patch, _ = arrays["visual.conv1.weight"].shape
+        places = len(arrays["visual.positional_embedding"]) - 1
+        text_vocab, text_width = arrays["token_embedding.weight"].shape
+        depths = [
+            1 + max(int(found[1]) for name in arrays if (found := re.match(rf"{prefix}\.resblocks\.(\d+)\.", name)))
+            for prefix in (r"visual\.transformer", "transformer")
+        ]
+        return CLIPOptions(
+            image_size=round(places**0.5) * patch,
+            patch=patch,
+            image_width=image_width,
+            image_depth=depths[0],
+            image_heads=image_width // head_dim,
+            text_width=text_width,
+            text_depth=depths[1],
+            text_heads=text_width // head_dim,
+            embed_dim=arrays["text_projection"].shape[1],
+            text_length=len(arrays["positional_embedding"]),
+            text_vocab=text_vocab,
+            end_id=text_vocab - 1,
+            activation=activation,
+        )
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise PretrainedError(
+            f"These are not the weights of a CLIP with a vision transformer: {error} (expected 'visual.conv1.weight' "
+            "or 'vision_model.embeddings.patch_embedding.weight', 'token_embedding.weight' and the like)."
+        ) from error
+
+
+def convert(arrays: StateDict, options: CLIPOptions) -> PyTree:
+    """Renames, transposes and reshapes the original arrays.
+
+    Args:
+      arrays: by OpenAI's names, as from `openai_names`.
+      options: sizes, as from `options_of`.
+
+    Returns:
+      Parameters of `CLIP(options)`, float32 numpy arrays.
+
+    Raises:
+      PretrainedError: an array that is missing, left over, or of another shape than the options ask for.
+    """
+    params: dict[str, Any] = {}
+    for name, array in arrays.items():
+        path = _our_path(name)
+        if path is None:
+            raise PretrainedError(f"The weights have an array {name!r} of {array.shape} that CLIP has no place for.")
+        heads = options.image_heads if path[0] == "image" else options.text_heads
+        node = params
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = np.asarray(_our_shape(path, np.asarray(array, np.float32), heads))
+    expected = nn.meta.unbox(jax.eval_shape(CLIP(options).init, jax.random.key(0)))
+    if wrong := wrong_parameter(params, expected):
+        name, given, asked = wrong
+        raise PretrainedError(f"The weights do not fit {options}: array {name} has shape {given}, expected {asked}.")
+    return params
+
+
+def _our_path(name: str) -> tuple[str, ...] | None:
+    """Where an array of the original goes in our tree; None where we have no such place."""
+    if name in _TOWER:
+        return tuple(_TOWER[name].split("/"))
+    block = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", name)
+    inner, kind = (block[3], block[4]) if block else (name.rpartition(".")[0], name.rpartition(".")[2])
+    place = (_BLOCK if block else _TOWER).get(inner)
+    if place is None or kind not in ("weight", "bias"):
+        return None
+    leaf = "bias" if kind == "bias" else "scale" if place.endswith("norm") else "kernel"
+    where = ("image" if block[1] else "text", f"block_{block[2]}") if block else ()
+    return (*where, *place.split("/"), leaf)
+
+
+def _our_shape(path: tuple[str, ...], array: np.ndarray, heads: int) -> np.ndarray:
+    """An array in our layout; one of a wrong size comes back as it is, to be refused by name."""
+    layer, leaf = path[-2:] if len(path) > 1 else ("", path[0])
+    try:
+        if layer == "patch":  # [D, 3, p, p]
+            return array.transpose(2, 3, 1, 0).reshape(-1, array.shape[0])
+        if leaf == "kernel" and layer != "projection":
+            array = array.T
+        if layer == "qkv":
+            return array.reshape(*array.shape[:-1], 3, heads, -1)
+        if layer == "out" and leaf == "kernel":
+            return array.reshape(heads, -1, array.shape[-1])
+    except ValueError:
+        pass
+    return array
+
+
+def load(weights: str | os.PathLike, activation: str = "quick_gelu", head_dim: int = _HEAD_DIM) -> tuple[CLIP, PyTree]:
+    """The model of a file.
+
+    Args:
+      weights: see `state_dict.read`.
+      activation, head_dim: see `options_of`.
+
+    Returns:
+      The model and its float32 parameters.
+
+    Raises:
+      PretrainedError: a file that cannot be read, or that is not such a CLIP.
+    """
+    arrays = openai_names(state_dict.read(weights))
+    options = options_of(arrays, activation, head_dim)
+    return CLIP(options), jax.tree.map(jnp.asarray, convert(arrays, options))
+
+
+def main(argv: list[str]) -> None:
+    """Imports the files named by the flags."""
+    from dalle_jax.clip import ClipScorer  # not needed by `load`
+    from dalle_jax.data.byte_pairs import BytePairs
+
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments {argv[1:]}.")
+    values = flags.FLAGS
+    try:
+        vocabulary = BytePairs(values.vocabulary)
+        clip, params = load(values.weights, values.activation, values.head_dim)
+        if vocabulary.end_id != clip.options.end_id:
+            raise PretrainedError(
+                f"{values.vocabulary} ends captions by id {vocabulary.end_id}, but the weights have "
+                f"{clip.options.text_vocab} tokens, of which the last ends them: give the vocabulary of these weights."
+            )
+        ClipScorer(clip, params, vocabulary).save(values.output)
+    except UserError as error:
+        raise SystemExit(f"{error}") from error
+    print(f"{values.output}: {clip.options}")
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("weights", None, "File of the weights.", required=True)
+    flags.DEFINE_string("vocabulary", None, "File or folder of the vocabulary.", required=True)
+    flags.DEFINE_string("output", None, "Folder to write the CLIP into.", required=True)
+    flags.DEFINE_enum("activation", "quick_gelu", list(ACTIVATIONS), "gelu: open_clip's models without '-quickgelu'.")
+    flags.DEFINE_integer("head_dim", _HEAD_DIM, "Size of an attention head.")
+    app.run(main)

@@ -1,0 +1,169 @@
+"""Training CLIP: pictures and captions told apart within a batch (arXiv 2103.00020, section 2.3 and figure 3).
+
+    loss = ½ (cross-entropy of each picture over the batch's captions + of each caption over its pictures)
+
+The batch is the global one: every picture meets the captions of all devices and hosts, and the loss is that of one
+device with the whole batch. A slice of it would be another, easier problem, so gradients are not accumulated here.
+
+    B rows    T text positions    E embedding    n evaluation examples
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dalle_jax import report
+from dalle_jax import workdir as workdirs
+from dalle_jax.data.pipeline import Pipeline
+from dalle_jax.data.sources import DataOptions, open_source
+from dalle_jax.data.text import TextModel
+from dalle_jax.errors import ConfigError
+from dalle_jax.layout import TokenLayout
+from dalle_jax.metrics.retrieval import AMONG, retrieval
+from dalle_jax.models import clip as models
+from dalle_jax.models.clip import CLIP
+from dalle_jax.parallel import constrain
+from dalle_jax.tasks import Batch, Job
+
+PyTree = Any
+
+_PREVIEW_ROWS, _PREVIEW_MATCHES = 6, 4
+
+
+def contrastive_loss(
+    images: jax.Array, captions: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The symmetric loss of matching rows.
+
+    Args:
+      images, captions: unit vectors, float32 [B, E]; row i of both belongs together.
+      scale: factor on their similarities.
+
+    Returns:
+      Mean loss, float32 scalar, and "image_to_text_accuracy", "text_to_image_accuracy": how often the own partner is
+      the nearest of the batch.
+    """
+    logits = scale * jnp.matmul(images, captions.T, precision=jax.lax.Precision.HIGHEST)
+    logits = constrain(logits, "batch", None)
+    own = jnp.diagonal(logits)
+    nats = [jax.nn.logsumexp(logits, axis=axis) - own for axis in (1, 0)]
+    right = [jnp.argmax(logits, axis=axis) == jnp.arange(len(logits)) for axis in (1, 0)]
+    loss = jnp.mean(nats[0] + nats[1]) / 2
+    return loss, {"image_to_text_accuracy": jnp.mean(right[0]), "text_to_image_accuracy": jnp.mean(right[1])}
+
+
+_loss = jax.jit(contrastive_loss)
+
+
+class CLIPTask:
+    """The `Task` of CLIP.
+
+    Attributes:
+      schedules: none.
+      best_metric: "loss", on the evaluation split.
+      frozen: nothing.
+    """
+
+    schedules: dict[str, Any] = {}
+    best_metric = "loss"
+    frozen: PyTree = {}
+
+    def __init__(self, clip: CLIP, text_model: TextModel):
+        """
+        Args:
+          clip: what is trained; its `end_id` is the first id after the text model's.
+          text_model: turns ids back into captions, for the preview.
+        """
+        self.clip, self._text_model = clip, text_model
+
+    def init(self, key: jax.Array) -> PyTree:
+        """See `Task.init`."""
+        return self.clip.init(key)
+
+    def with_end(self, text: jax.Array) -> jax.Array:
+        """Padded ids of a `TokenLayout`, int32 [B, T - 1], to CLIP's, int32 [B, T]: its end token follows the caption
+        and fills what is left."""
+        end = self.clip.options.end_id
+        return jnp.pad(jnp.minimum(text, end), ((0, 0), (0, 1)), constant_values=end)
+
+    def loss(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, step: jax.Array):
+        """See `Task.loss`. The batch needs "image", uint8 [B, H, W, 3], and "text", int32 [B, T - 1]. Scalars: the
+        accuracies of `contrastive_loss`, and "logit_scale", the factor on the similarities."""
+        del frozen, key, step
+        images = self.clip.encode_image(params, batch["image"])
+        captions = self.clip.encode_text(params, self.with_end(batch["text"]))
+        scale = self.clip.scale(params)
+        loss, scalars = contrastive_loss(images, captions, scale)
+        return loss, {**scalars, "logit_scale": scale}
+
+    def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
+        """See `Task.evaluate`. Over consecutive groups of 64 examples, whatever the batch: "loss", their mean loss,
+        and the figures of `metrics.retrieval`."""
+        del frozen, key
+        parts = []
+        for batch in batches:
+            *made, valid = jax.device_get(self._features(params, batch))
+            parts.append([x[valid] for x in made])
+        images, captions, text = (np.concatenate(column) for column in zip(*parts))
+        figures = retrieval(images, captions, text)
+        among = min(AMONG, len(images))
+        scale = jax.device_get(self.clip.scale(params))
+        losses = [
+            float(_loss(images[i : i + among], captions[i : i + among], scale)[0])
+            for i in range(0, len(images) - among + 1, among)
+        ]
+        return {"loss": float(np.mean(losses)), **figures}
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def _features(self, params: PyTree, batch: Batch) -> tuple[jax.Array, ...]:
+        """Unit vectors of pictures and captions, float32 [B, E] each, text int32 [B, T - 1] and valid bool [B]; whole
+        on every device."""
+        images = self.clip.encode_image(params, batch["image"])
+        captions = self.clip.encode_text(params, self.with_end(batch["text"]))
+        whole = (images, captions, batch["text"], batch["valid"])
+        return tuple(constrain(x, *[None] * x.ndim) for x in whole)
+
+    def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
+        """Captions of the first rows, each beside its picture and the pictures of the batch that suit it best."""
+        del frozen, key
+        images, captions, text, _ = jax.device_get(self._features(params, batch))
+        pictures = jax.device_get(batch["image"])
+        best = np.argsort(-captions @ images.T, axis=1)[:, :_PREVIEW_MATCHES]
+        shown = []
+        for i in range(min(_PREVIEW_ROWS, len(text))):
+            caption = self._text_model.decode([token for token in text[i].tolist() if token < self.clip.options.end_id])
+            shown.append((caption, [pictures[i], *pictures[best[i]]]))
+        return report.grid(shown, ("its picture", *["best matches"] * best.shape[1]))
+
+
+def build_clip(config: ConfigDict, workdir: str) -> Job:
+    """The job of `configs/clip.py`.
+
+    Raises:
+      ConfigError: a wrong key, sizes that do not fit each other, or gradients that are to be accumulated.
+    """
+    if (steps := config.optimizer.accumulate_steps) > 1:
+        raise ConfigError(
+            f"config.optimizer.accumulate_steps={steps}: the contrastive loss compares all rows of a batch, and slices "
+            "of it would be smaller batches with another loss. Set it to 1, and batch_size to what the devices hold."
+        )
+    options = DataOptions.from_config(config.data)
+    text_model = workdirs.ensure_text_model(config.text, open_source(options, options.train_split).captions(), workdir)
+    clip = CLIP(models.from_config(config, text_model.vocab_size))
+    layout = TokenLayout(text_model.vocab_size, 1, config.text.length, 1, 1)  # only its text part is used
+    pipeline = functools.partial(Pipeline, options, text_model, layout, batch_size=config.batch_size)
+    training = pipeline(split=options.train_split, train=True, seed=config.seed)
+    evaluation = pipeline(split=options.eval_split, train=False)
+    return Job(
+        task=CLIPTask(clip, text_model),
+        train_batches=lambda: iter(training),
+        eval_batches=lambda: iter(evaluation),
+        data_counts=training.skipped,
+    )

@@ -1,0 +1,95 @@
+"""OpenAI's byte pairs: the same ids as open_clip's own reader, from each of the three kinds of file."""
+
+import builtins
+import gzip
+import pathlib
+
+import pytest
+
+from dalle_jax.data import byte_pairs
+from dalle_jax.data.byte_pairs import BytePairs
+from dalle_jax.errors import DataError
+
+CAPTIONS = [
+    "a photo of a cat",
+    "A   PHOTO of\ta\nCat!!",
+    "it's 1984: don't they'll we've I'm you're he'd",
+    "naïve café, 東京の猫 🐈 straße",
+    "x" * 300,
+    "ends with <|endoftext|> inside",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def open_clip():
+    pytest.importorskip("torch", reason="open_clip needs torch")
+    return pytest.importorskip("open_clip", reason="needs open_clip_torch, which brings the vocabulary along")
+
+
+@pytest.fixture(scope="module")
+def official(open_clip):
+    pytest.importorskip("tokenizers", reason="needs tokenizers (pip install tokenizers)")
+    return pathlib.Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+
+
+@pytest.fixture(scope="module")
+def model(official):
+    return BytePairs(official)
+
+
+def test_the_same_ids_as_open_clip(open_clip, model):
+    theirs = open_clip.tokenizer.SimpleTokenizer(context_length=77)
+    assert model.end_id == 49_407
+    for caption in CAPTIONS:
+        ids, truncated = model.encode(caption, max_length=10_000)
+        assert ids == ([49_406, *theirs.encode(caption)] if caption else []) and not truncated, caption
+    rows = theirs(CAPTIONS[:4]).tolist()
+    for caption, row in zip(CAPTIONS[:4], rows):
+        ids, _ = model.encode(caption, max_length=76)
+        assert [*ids, 49_407] == row[: len(ids) + 1]
+
+
+def test_long_captions_are_cut(model):
+    whole, _ = model.encode(CAPTIONS[2], max_length=100)
+    ids, truncated = model.encode(CAPTIONS[2], max_length=5)
+    assert truncated and ids == whole[:5]
+
+
+def test_all_kinds_of_file_are_the_same(model, official, tmp_path):
+    model.save(tmp_path / "tokenizer.json")
+    vocab, pairs = byte_pairs._read_merges(byte_pairs.epath.Path(official))
+    import json
+
+    (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in pairs) + "\n")
+    for path in (tmp_path / "tokenizer.json", tmp_path):
+        other = BytePairs(path)
+        for caption in CAPTIONS:
+            assert other.encode(caption, max_length=77) == model.encode(caption, max_length=77)
+
+
+def test_files_that_are_something_else(tmp_path):
+    pytest.importorskip("tokenizers", reason="needs tokenizers (pip install tokenizers)")
+    with pytest.raises(DataError, match="none.json cannot be read .*give OpenAI's bpe_simple_vocab_16e6.txt.gz"):
+        BytePairs(tmp_path / "none.json")
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(DataError, match="other.json cannot be read"):
+        BytePairs(tmp_path / "other.json")
+    (tmp_path / "other.gz").write_bytes(gzip.compress(b"no merges\nhere at all"))
+    with pytest.raises(DataError, match="other.gz cannot be read"):
+        BytePairs(tmp_path / "other.gz")
+    with pytest.raises(DataError, match="cannot be read"):
+        BytePairs(tmp_path)
+
+
+def test_without_the_package(tmp_path, monkeypatch):
+    def refuse(name, *rest):
+        if name == "tokenizers":
+            raise ImportError(name)
+        return real(name, *rest)
+
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", refuse)
+    with pytest.raises(DataError, match=r"need the package `tokenizers`: pip install -e '.\[clip\]'"):
+        BytePairs(tmp_path / "tokenizer.json")

@@ -1,0 +1,323 @@
+"""Our CLIP equals open_clip's and Hugging Face's with the same random weights; every file format gives the same."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from dalle_jax.clip import ClipScorer
+from dalle_jax.errors import PretrainedError
+from dalle_jax.models.clip import CLIP, CLIPOptions, preprocess
+from dalle_jax.pretrained import clip as importer
+
+
+def needs(package, pip):
+    missing = not (importlib.util.find_spec("torch") and importlib.util.find_spec(package))
+    return pytest.mark.skipif(missing, reason=f"needs torch and {package} (pip install torch==2.13.0 {pip})")
+
+
+needs_open_clip = needs("open_clip", "open_clip_torch==3.3.0")
+needs_transformers = needs("transformers", "transformers")
+SMALL = CLIPOptions(
+    image_size=32, patch=8, image_width=64, image_depth=3, image_heads=4, text_width=48, text_depth=2, text_heads=3,
+    embed_dim=24, text_length=9, text_vocab=50, end_id=49,
+)  # fmt: skip
+
+
+def inputs(options, rows=3):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (rows, options.image_size, options.image_size, 3), np.uint8)
+    text = rng.integers(0, options.end_id, (rows, options.text_length), np.int32)
+    text[:, 0] = options.end_id - 1
+    for row, end in zip(text, (options.text_length - 1, 4, 2)):
+        row[end] = options.end_id
+        row[end + 1 :] = 0
+    return images, text
+
+
+def shake(model, seed=0):
+    """Random weights in every parameter, norms and biases included, so that each one shows in the outputs."""
+    import torch
+
+    torch.manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2 and name != "logit_scale":
+            parameter.data += torch.randn_like(parameter) * 0.1
+    return model.eval()
+
+
+def check_parity(theirs, arrays, options, head_dim):
+    """`theirs(pictures [B, 3, H, W], text)` gives unit vectors; ours are of `arrays`, their state dict."""
+    import torch
+
+    images, text = inputs(options)
+    with torch.no_grad():
+        pixels = torch.tensor(np.asarray(preprocess(images, options.image_size))).permute(0, 3, 1, 2)
+        expected = [x.numpy() for x in theirs(pixels, torch.tensor(text, dtype=torch.long))]
+    arrays = importer.openai_names(arrays)
+    assert importer.options_of(arrays, options.activation, head_dim) == options
+    clip, params = CLIP(options), importer.convert(arrays, options)
+    ours = jax.jit(clip.encode_image)(params, images), jax.jit(clip.encode_text)(params, text)
+    for made, wanted in zip(ours, expected):
+        assert np.abs(wanted).max() > 2 / options.embed_dim**0.5 and np.abs(wanted[0] - wanted[1]).max() > 1e-2
+        np.testing.assert_allclose(made, wanted, atol=1e-4)
+    return max(np.abs(made - wanted).max() for made, wanted in zip(ours, expected))
+
+
+def state(model):
+    return {name: tensor.detach().numpy() for name, tensor in model.state_dict().items()}
+
+
+# -- open_clip ----------------------------------------------------------------------------------------------------
+
+
+def open_clip_model(options):
+    import open_clip
+
+    vision = open_clip.CLIPVisionCfg(
+        layers=options.image_depth, width=options.image_width, head_width=options.image_width // options.image_heads,
+        patch_size=options.patch, image_size=options.image_size,
+    )  # fmt: skip
+    text = open_clip.CLIPTextCfg(
+        context_length=options.text_length, vocab_size=options.text_vocab, width=options.text_width,
+        heads=options.text_heads, layers=options.text_depth,
+    )  # fmt: skip
+    return shake(open_clip.model.CLIP(options.embed_dim, vision, text, quick_gelu=options.activation == "quick_gelu"))
+
+
+def check_open_clip(model, options, head_dim):
+    run = lambda pixels, text: (model.encode_image(pixels, normalize=True), model.encode_text(text, normalize=True))
+    return check_parity(run, state(model), options, head_dim)
+
+
+@needs_open_clip
+@pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
+def test_same_vectors_as_open_clip(activation):
+    import dataclasses
+
+    options = dataclasses.replace(SMALL, activation=activation)
+    check_open_clip(open_clip_model(options), options, 16)
+
+
+@needs_open_clip
+@pytest.mark.slow
+def test_same_vectors_as_open_clip_at_full_size():
+    import open_clip
+
+    model = shake(open_clip.create_model("ViT-B-32-quickgelu", pretrained=None))
+    check_open_clip(model, CLIPOptions(), 64)
+
+
+# -- Hugging Face -------------------------------------------------------------------------------------------------
+
+
+def transformers_model(options, hidden_act="quick_gelu"):
+    import transformers
+
+    vision = {
+        "hidden_size": options.image_width, "intermediate_size": 4 * options.image_width, "patch_size": options.patch,
+        "num_hidden_layers": options.image_depth, "num_attention_heads": options.image_heads,
+        "image_size": options.image_size, "hidden_act": hidden_act,
+    }  # fmt: skip
+    text = {
+        "hidden_size": options.text_width, "intermediate_size": 4 * options.text_width,
+        "num_hidden_layers": options.text_depth, "num_attention_heads": options.text_heads,
+        "vocab_size": options.text_vocab, "max_position_embeddings": options.text_length, "hidden_act": hidden_act,
+        "eos_token_id": options.end_id, "bos_token_id": options.end_id - 1, "pad_token_id": options.end_id,
+    }  # fmt: skip
+    config = transformers.CLIPConfig(text_config=text, vision_config=vision, projection_dim=options.embed_dim)
+    return shake(transformers.CLIPModel(config))
+
+
+def check_transformers(model, options, head_dim):
+    def run(pixels, text):
+        made = model(input_ids=text, pixel_values=pixels)
+        return made.image_embeds, made.text_embeds
+
+    return check_parity(run, state(model), options, head_dim)
+
+
+@needs_transformers
+def test_same_vectors_as_transformers():
+    check_transformers(transformers_model(SMALL), SMALL, 16)
+
+
+@needs_transformers
+@pytest.mark.slow
+def test_same_vectors_as_transformers_at_full_size():
+    options = CLIPOptions()
+    check_transformers(transformers_model(options), options, 64)
+
+
+# -- files --------------------------------------------------------------------------------------------------------
+
+
+def random_arrays(options=SMALL):
+    """A state dict by OpenAI's names, without torch."""
+    rng, o = np.random.default_rng(0), options
+    shapes = {
+        "logit_scale": (), "positional_embedding": (o.text_length, o.text_width),
+        "token_embedding.weight": (o.text_vocab, o.text_width), "text_projection": (o.text_width, o.embed_dim),
+        "visual.class_embedding": (o.image_width,), "visual.positional_embedding": (1 + o.patches, o.image_width),
+        "visual.conv1.weight": (o.image_width, 3, o.patch, o.patch), "visual.proj": (o.image_width, o.embed_dim),
+    }  # fmt: skip
+    norms = {"ln_final": o.text_width, "visual.ln_pre": o.image_width, "visual.ln_post": o.image_width}
+    for prefix, d, depth in (
+        ("visual.transformer.resblocks", o.image_width, o.image_depth),
+        ("transformer.resblocks", o.text_width, o.text_depth),
+    ):
+        for i in range(depth):
+            block = f"{prefix}.{i}"
+            norms |= {f"{block}.ln_1": d, f"{block}.ln_2": d}
+            shapes |= {f"{block}.attn.in_proj_weight": (3 * d, d), f"{block}.attn.in_proj_bias": (3 * d,)}
+            for name, out, inner in (("attn.out_proj", d, d), ("mlp.c_fc", 4 * d, d), ("mlp.c_proj", d, 4 * d)):
+                shapes |= {f"{block}.{name}.weight": (out, inner), f"{block}.{name}.bias": (out,)}
+    shapes |= {f"{name}.{kind}": (d,) for name, d in norms.items() for kind in ("weight", "bias")}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+def hugging_face_names(arrays):
+    """The same arrays in the other layout, written down apart from the importer's table."""
+    towers = {"visual.transformer.resblocks": "vision_model", "transformer.resblocks": "text_model"}
+    plain = {
+        "logit_scale": "logit_scale", "text_projection": "text_projection.weight",
+        "visual.proj": "visual_projection.weight",
+        "positional_embedding": "text_model.embeddings.position_embedding.weight",
+        "token_embedding.weight": "text_model.embeddings.token_embedding.weight",
+        "visual.class_embedding": "vision_model.embeddings.class_embedding",
+        "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+        "visual.conv1.weight": "vision_model.embeddings.patch_embedding.weight",
+        "ln_final": "text_model.final_layer_norm", "visual.ln_pre": "vision_model.pre_layrnorm",
+        "visual.ln_post": "vision_model.post_layernorm",
+    }  # fmt: skip
+    inner = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj", "mlp.c_fc": "mlp.fc1",
+             "mlp.c_proj": "mlp.fc2"}  # fmt: skip
+    made = {
+        "text_model.embeddings.position_ids": np.arange(9)[None],
+        "vision_model.embeddings.position_ids": np.zeros(1),
+    }
+    for name, array in arrays.items():
+        tower = next((prefix for prefix in towers if name.startswith(prefix)), None)
+        stem, _, kind = name.rpartition(".")
+        if tower is None:
+            new = plain.get(name) or f"{plain[stem]}.{kind}"
+            made[new] = array.T if name in ("text_projection", "visual.proj") else array
+            continue
+        number, _, part = name.removeprefix(tower + ".").partition(".")
+        layer = f"{towers[tower]}.encoder.layers.{number}"
+        if "in_proj" in part:
+            for letter, third in zip("qkv", np.split(array, 3)):
+                made[f"{layer}.self_attn.{letter}_proj.{part.rpartition('_')[2]}"] = third
+        else:
+            made[f"{layer}.{inner[part.rpartition('.')[0]]}.{kind}"] = array
+    return made
+
+
+def same(left, right):
+    assert jax.tree.structure(left) == jax.tree.structure(right)
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+@pytest.fixture(scope="module")
+def expected():
+    return importer.convert(random_arrays(), SMALL)
+
+
+@pytest.mark.parametrize("layout", ["openai", "hugging face"])
+@pytest.mark.parametrize("kind", ["npz", "safetensors"])
+def test_plain_files(tmp_path, expected, kind, layout):
+    arrays, path = random_arrays(), tmp_path / "weights"
+    arrays = hugging_face_names(arrays) if layout == "hugging face" else arrays
+    if kind == "npz":
+        with open(path, "wb") as file:
+            np.savez(file, **arrays)
+    else:
+        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        pytest.importorskip("safetensors.numpy").save_file(contiguous, path)
+    clip, params = importer.load(path, head_dim=16)
+    assert clip.options == SMALL
+    same(params, expected)
+
+
+@pytest.mark.parametrize("kind", ["state dict", "checkpoint", "scripted"])
+def test_files_by_torch(tmp_path, expected, kind):
+    torch = pytest.importorskip("torch", reason="torch writes the files of this test")
+    tensors, path = {name: torch.tensor(array) for name, array in random_arrays().items()}, tmp_path / "weights.pt"
+    if kind == "scripted":  # as OpenAI publishes it: modules within modules, and the program beside them
+        root = torch.nn.Module()
+        for name, tensor in tensors.items():
+            *parents, leaf = name.split(".")
+            node = root
+            for parent in parents:
+                if not hasattr(node, parent):
+                    node.add_module(parent, torch.nn.Module())
+                node = getattr(node, parent)
+            node.register_parameter(leaf, torch.nn.Parameter(tensor))
+        root.register_buffer("input_resolution", torch.tensor(32))
+        torch.jit.save(torch.jit.script(root), path)
+    else:
+        wrapped = {"epoch": 3, "state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}}
+        torch.save(wrapped if kind == "checkpoint" else tensors, path)
+    same(importer.load(path, head_dim=16)[1], expected)
+
+
+def test_weights_that_do_not_fit():
+    arrays = random_arrays()
+    for name, changed, words in [
+        ("ln_final.bias", None, r"text/norm_after/norm/bias has shape None, expected \(48,\)"),
+        ("visual.ln_post.weight", np.zeros(5), r"image/norm_after/norm/scale has shape \(5,\), expected \(64,\)"),
+        ("transformer.resblocks.0.attn.in_proj_weight", np.zeros((5, 48)), r"block_0/qkv/kernel has shape \(48, 5\)"),
+        ("visual.layer1.weight", np.zeros(3), r"'visual.layer1.weight' of \(3,\) that CLIP has no place for"),
+    ]:
+        wrong = {**arrays, name: changed}
+        if changed is None:
+            del wrong[name]
+        with pytest.raises(PretrainedError, match=words):
+            importer.convert(wrong, SMALL)
+    with pytest.raises(PretrainedError, match="not the weights of a CLIP with a vision transformer: 'visual.conv1"):
+        importer.options_of({"weight": np.zeros(3)})
+    halved = hugging_face_names(arrays)
+    del halved["text_model.encoder.layers.1.self_attn.k_proj.bias"]
+    with pytest.raises(PretrainedError, match="q_proj.bias' but not .*k_proj.bias"):
+        importer.openai_names(halved)
+
+
+def small_vocabulary(path):
+    """A `tokenizer.json` of 50 tokens: two words spelled by letters, and the two special ones last."""
+    from dalle_jax.data import byte_pairs
+
+    letters = "abcdefghijklmnopqrstuvw"
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "re", "red</w>", "<|startoftext|>", "<|endoftext|>"]
+    made = byte_pairs._from_merges({token: i for i, token in enumerate(tokens)}, [("r", "e"), ("re", "d</w>")])
+    path.write_text(made.to_str())
+    return path
+
+
+def test_the_command_writes_a_folder_that_the_scorer_reads(tmp_path, expected):
+    pytest.importorskip("tokenizers", reason="the vocabulary of published weights needs tokenizers")
+    np.savez(tmp_path / "weights.npz", **random_arrays())
+    vocabulary = small_vocabulary(tmp_path / "tokenizer.json")
+    command = [sys.executable, "-m", "dalle_jax.pretrained.clip", f"--weights={tmp_path}/weights.npz", "--head_dim=16"]
+    done = subprocess.run(
+        [*command, f"--vocabulary={vocabulary}", f"--output={tmp_path}/imported"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    scorer = ClipScorer.load(tmp_path / "imported")
+    assert scorer.clip.options == SMALL
+    same(scorer.params, expected)
+    assert scorer.encode_text(["Red bed"]).tolist() == [[48, 47, 1, 4, 26, 49, 49, 49, 49]]
+    scores = scorer.score(inputs(SMALL)[0], ["red", "bed", "red"])
+    assert np.isfinite(scores).all() and scores.shape == (3,)
+
+    small = json.loads(vocabulary.read_text())
+    small["model"]["vocab"]["<|endoftext|>"] = 77
+    small["added_tokens"] = []
+    vocabulary.write_text(json.dumps(small))
+    done = subprocess.run(
+        [*command, f"--vocabulary={vocabulary}", f"--output={tmp_path}/other"], capture_output=True, text=True
+    )
+    assert done.returncode == 1 and "ends captions by id 77" in done.stderr and "Traceback" not in done.stderr
