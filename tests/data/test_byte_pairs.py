@@ -2,9 +2,11 @@
 
 import builtins
 import gzip
+import json
 import pathlib
 
 import pytest
+from torchvision_on_cpu import import_torchvision
 
 from dalle_jax.data import byte_pairs
 from dalle_jax.data.byte_pairs import BytePairs
@@ -23,7 +25,7 @@ CAPTIONS = [
 
 @pytest.fixture(scope="module")
 def open_clip():
-    pytest.importorskip("torch", reason="open_clip needs torch")
+    import_torchvision()
     return pytest.importorskip("open_clip", reason="needs open_clip_torch, which brings the vocabulary along")
 
 
@@ -59,8 +61,6 @@ def test_long_captions_are_cut(model):
 def test_all_kinds_of_file_are_the_same(model, official, tmp_path):
     model.save(tmp_path / "tokenizer.json")
     vocab, pairs = byte_pairs._read_merges(byte_pairs.epath.Path(official))
-    import json
-
     (tmp_path / "vocab.json").write_text(json.dumps(vocab))
     (tmp_path / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(pair) for pair in pairs) + "\n")
     for path in (tmp_path / "tokenizer.json", tmp_path):

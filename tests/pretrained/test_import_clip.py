@@ -1,5 +1,6 @@
 """Our CLIP equals open_clip's and Hugging Face's with the same random weights; every file format gives the same."""
 
+import dataclasses
 import importlib.util
 import json
 import subprocess
@@ -8,6 +9,7 @@ import sys
 import jax
 import numpy as np
 import pytest
+from torchvision_on_cpu import import_torchvision
 
 from dalle_jax.clip import ClipScorer
 from dalle_jax.errors import PretrainedError
@@ -15,13 +17,10 @@ from dalle_jax.models.clip import CLIP, CLIPOptions, preprocess
 from dalle_jax.pretrained import clip as importer
 
 
-def needs(package, pip):
-    missing = not (importlib.util.find_spec("torch") and importlib.util.find_spec(package))
-    return pytest.mark.skipif(missing, reason=f"needs torch and {package} (pip install torch==2.13.0 {pip})")
-
-
-needs_open_clip = needs("open_clip", "open_clip_torch==3.3.0")
-needs_transformers = needs("transformers", "transformers")
+needs_transformers = pytest.mark.skipif(
+    not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")),
+    reason="needs torch and transformers (pip install torch==2.13.0 transformers==5.23.0)",
+)
 SMALL = CLIPOptions(
     image_size=32, patch=8, image_width=64, image_depth=3, image_heads=4, text_width=48, text_depth=2, text_heads=3,
     embed_dim=24, text_length=9, text_vocab=50, end_id=49,
@@ -75,9 +74,13 @@ def state(model):
 # -- open_clip ----------------------------------------------------------------------------------------------------
 
 
-def open_clip_model(options):
-    import open_clip
+@pytest.fixture
+def open_clip():
+    import_torchvision()
+    return pytest.importorskip("open_clip", reason="needs open_clip_torch==3.3.0")
 
+
+def open_clip_model(open_clip, options):
     vision = open_clip.CLIPVisionCfg(
         layers=options.image_depth, width=options.image_width, head_width=options.image_width // options.image_heads,
         patch_size=options.patch, image_size=options.image_size,
@@ -94,20 +97,14 @@ def check_open_clip(model, options, head_dim):
     return check_parity(run, state(model), options, head_dim)
 
 
-@needs_open_clip
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
-def test_same_vectors_as_open_clip(activation):
-    import dataclasses
-
+def test_same_vectors_as_open_clip(open_clip, activation):
     options = dataclasses.replace(SMALL, activation=activation)
-    check_open_clip(open_clip_model(options), options, 16)
+    check_open_clip(open_clip_model(open_clip, options), options, 16)
 
 
-@needs_open_clip
 @pytest.mark.slow
-def test_same_vectors_as_open_clip_at_full_size():
-    import open_clip
-
+def test_same_vectors_as_open_clip_at_full_size(open_clip):
     model = shake(open_clip.create_model("ViT-B-32-quickgelu", pretrained=None))
     check_open_clip(model, CLIPOptions(), 64)
 
