@@ -23,7 +23,7 @@ CORE = [
     "tqdm",
 ]
 CLIP = ["tokenizers"]  # the captions of published CLIP weights
-TEST = ["hypothesis", "pytest>=8", "pytest-xdist>=3.6", "ruff", "safetensors", *CLIP]
+TEST = ["hypothesis", "pytest>=8", "pytest-xdist>=3.6", "ruff", "safetensors", "scikit-image>=0.24", *CLIP]
 
 setup(
     name="dalle_jax",

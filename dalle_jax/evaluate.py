@@ -23,7 +23,7 @@ from dalle_jax.data.shapes_captions.scenes import Scene
 from dalle_jax.data.sources import DataOptions, open_source
 from dalle_jax.errors import DataError
 from dalle_jax.generate import SamplingOptions, TextToImage
-from dalle_jax.metrics import codebook, shapes
+from dalle_jax.metrics import codebook, pictures, shapes
 from dalle_jax.options import from_config
 
 
@@ -92,19 +92,19 @@ def measure(model: TextToImage, examples: Examples, options: SamplingOptions, se
         np.minimum(np.arange(i, i + step), len(examples.images) - 1) for i in range(0, len(examples.images), step)
     ]
     text = model.encode_text(examples.captions)
-    tokens, reconstructed, nats = [], [], []
+    tokens, reconstructed, nats, quality = [], [], [], pictures.empty()
     for rows in batches:
-        batch = model.encode(examples.images[rows])
-        tokens.append(batch)
-        reconstructed.append(model.decode(batch))
-        nats.append(_nats(model.prior, model.params, text[rows], batch, jnp.arange(step) < len(np.unique(rows))))
+        valid = np.arange(step) < len(np.unique(rows))
+        tokens.append(model.encode(examples.images[rows]))
+        reconstructed.append(model.decode(tokens[-1]))
+        quality = pictures.add(quality, examples.images[rows], reconstructed[-1], valid)
+        nats.append(_nats(model.prior, model.params, text[rows], tokens[-1], jnp.asarray(valid)))
     count = len(examples.images)
     tokens, reconstructed = (np.concatenate(x)[:count] for x in (tokens, reconstructed))
     sizes = np.array([len(np.unique(rows)) for rows in batches])
     used = codebook.count(jnp.asarray(tokens), model.tokenizer.vocab_size)
-    error = np.square((reconstructed.astype(np.float64) - examples.images) / 255).mean((1, 2, 3))
     dvae = {
-        "psnr": float(np.mean(-10 * np.log10(np.maximum(error, 1e-10)))),
+        "psnr": pictures.compute(quality)["psnr"],
         "codebook_perplexity": float(codebook.perplexity(used)),
         "codebook_usage": float(codebook.usage(used)),
     }

@@ -1,0 +1,243 @@
+"""Inception-v3 as FID and the Inception score use it: pictures to pool features and class logits. Inference only.
+
+The network of Szegedy et al. (arXiv 1512.00567) as it was published for TensorFlow in December 2015, which differs from
+the usual one: 1008 classes; average pooling inside the blocks leaves the padding out of the average; the last block
+pools by maximum. Batch normalisation is folded into the convolutions before it (`pretrained/inception.py`).
+
+Modules have the names that the PyTorch ports gave them. Everything is float32 at full precision on every device: FID
+sees the difference.
+
+What comes before the network is part of a result's protocol (`RESIZES`). Neither filter smooths before it makes a
+picture smaller.
+
+    B batch    H, W picture    C channels
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dalle_jax.errors import ConfigError
+
+PyTree = Any
+
+SIZE = 299  # of the network's input
+WIDTH = 2048  # of the pool features
+CLASSES = 1008
+RESIZES = {
+    "bilinear_tf1": "pixel i of the result lies at i·H/299; then (x − 128) / 128. The original FID, and torch-fidelity",
+    "bilinear_half_pixel": "pixel i lies at (i + ½)·H/299 − ½; then x / 127.5 − 1. pytorch-fid",
+}
+
+
+class Features(NamedTuple):
+    """What the network says of a batch.
+
+    Attributes:
+      pool: float32 [B, 2048], average over the last feature map; FID's features.
+      logits: float32 [B, 1008].
+      unbiased_logits: the same without the last layer's bias; the Inception score's.
+    """
+
+    pool: jax.Array
+    logits: jax.Array
+    unbiased_logits: jax.Array
+
+
+@jax.jit(static_argnames="resize")
+def extract(params: PyTree, images: jax.Array, resize: str = "bilinear_tf1") -> Features:
+    """Features of pictures of any size.
+
+    Args:
+      params: of `Inception`, as from `pretrained.inception.load`.
+      images: uint8 [B, H, W, 3].
+      resize: a key of `RESIZES`.
+
+    Raises:
+      ConfigError: another `resize`.
+      ValueError: pictures of another kind.
+    """
+    return Inception().apply({"params": params}, preprocess(images, resize))
+
+
+# -- pictures to the network's input ------------------------------------------------------------------------------
+
+
+def preprocess(images: jax.Array, resize: str = "bilinear_tf1") -> jax.Array:
+    """uint8 [B, H, W, 3] to float32 [B, 299, 299, 3], about [-1, 1]. Arguments and errors as `extract`."""
+    if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[3] != 3:
+        raise ValueError(f"Pictures are {images.dtype} {images.shape}; expected uint8 [B, H, W, 3].")
+    rows, columns = (resize_matrix(size, SIZE, resize) for size in images.shape[1:3])
+    product = lambda form, *arrays: jnp.einsum(form, *arrays, precision=jax.lax.Precision.HIGHEST)
+    x = product("qw,bhwc->bhqc", columns, images.astype(jnp.float32))
+    x = product("ph,bhqc->bpqc", rows, x)
+    return (x - 128) / 128 if resize == "bilinear_tf1" else x / 127.5 - 1
+
+
+def resize_matrix(size: int, target: int, resize: str) -> np.ndarray:
+    """Bilinear interpolation along one axis, float32 [target, size]; each row holds one or two weights, of sum 1.
+
+    Raises:
+      ConfigError: a `resize` that is not in `RESIZES`.
+    """
+    if resize not in RESIZES:
+        raise ConfigError(f"resize={resize!r}: expected one of {', '.join(RESIZES)}.")
+    i = np.arange(target)
+    half = 0.0 if resize == "bilinear_tf1" else 0.5
+    position = np.clip((i + half) * (size / target) - half, 0, size - 1)
+    low = np.floor(position).astype(int)
+    matrix = np.zeros((target, size))
+    matrix[i, low] = 1 - (position - low)
+    matrix[i, np.minimum(low + 1, size - 1)] += position - low
+    return matrix.astype(np.float32)
+
+
+# -- modules ------------------------------------------------------------------------------------------------------
+
+
+def convolution(
+    features: int, name: str, kernel: tuple[int, int] = (1, 1), stride: int = 1, padding: str = "SAME"
+) -> Callable[[jax.Array], jax.Array]:
+    """A convolution, its normalisation folded in, and a ReLU."""
+    layer = nn.Conv(features, kernel, stride, padding, precision=jax.lax.Precision.HIGHEST, name=name)
+    return lambda x: nn.relu(layer(x))
+
+
+def average_pool(x: jax.Array) -> jax.Array:
+    """Mean over 3 x 3 places, as many of them as there are: [B, H, W, C] to the same."""
+    return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
+
+
+def max_pool(x: jax.Array, stride: int = 2, padding: str = "VALID") -> jax.Array:
+    """Maximum over 3 x 3 places: [B, H, W, C] to about half the size, or the same with stride 1 and padding "SAME"."""
+    return nn.max_pool(x, (3, 3), (stride, stride), padding)
+
+
+class BlockA(nn.Module):
+    """On the 35 x 35 grid: [B, 35, 35, C] to [B, 35, 35, 224 + pooled]."""
+
+    pooled: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        single = convolution(64, "branch1x1")(x)
+        wide = convolution(48, "branch5x5_1")(x)
+        wide = convolution(64, "branch5x5_2", (5, 5))(wide)
+        double = convolution(64, "branch3x3dbl_1")(x)
+        double = convolution(96, "branch3x3dbl_2", (3, 3))(double)
+        double = convolution(96, "branch3x3dbl_3", (3, 3))(double)
+        pooled = convolution(self.pooled, "branch_pool")(average_pool(x))
+        return jnp.concatenate([single, wide, double, pooled], axis=-1)
+
+
+class BlockB(nn.Module):
+    """From the 35 x 35 to the 17 x 17 grid: [B, 35, 35, C] to [B, 17, 17, 480 + C]."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        single = convolution(384, "branch3x3", (3, 3), 2, "VALID")(x)
+        double = convolution(64, "branch3x3dbl_1")(x)
+        double = convolution(96, "branch3x3dbl_2", (3, 3))(double)
+        double = convolution(96, "branch3x3dbl_3", (3, 3), 2, "VALID")(double)
+        return jnp.concatenate([single, double, max_pool(x)], axis=-1)
+
+
+class BlockC(nn.Module):
+    """On the 17 x 17 grid, kernels of 7 one axis at a time: [B, 17, 17, 768] to the same; `width` between them."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        row, column = (1, 7), (7, 1)
+        single = convolution(192, "branch1x1")(x)
+        once = convolution(self.width, "branch7x7_1")(x)
+        once = convolution(self.width, "branch7x7_2", row)(once)
+        once = convolution(192, "branch7x7_3", column)(once)
+        twice = convolution(self.width, "branch7x7dbl_1")(x)
+        twice = convolution(self.width, "branch7x7dbl_2", column)(twice)
+        twice = convolution(self.width, "branch7x7dbl_3", row)(twice)
+        twice = convolution(self.width, "branch7x7dbl_4", column)(twice)
+        twice = convolution(192, "branch7x7dbl_5", row)(twice)
+        pooled = convolution(192, "branch_pool")(average_pool(x))
+        return jnp.concatenate([single, once, twice, pooled], axis=-1)
+
+
+class BlockD(nn.Module):
+    """From the 17 x 17 to the 8 x 8 grid: [B, 17, 17, C] to [B, 8, 8, 512 + C]."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        small = convolution(192, "branch3x3_1")(x)
+        small = convolution(320, "branch3x3_2", (3, 3), 2, "VALID")(small)
+        large = convolution(192, "branch7x7x3_1")(x)
+        large = convolution(192, "branch7x7x3_2", (1, 7))(large)
+        large = convolution(192, "branch7x7x3_3", (7, 1))(large)
+        large = convolution(192, "branch7x7x3_4", (3, 3), 2, "VALID")(large)
+        return jnp.concatenate([small, large, max_pool(x)], axis=-1)
+
+
+class BlockE(nn.Module):
+    """On the 8 x 8 grid: [B, 8, 8, C] to [B, 8, 8, 2048].
+
+    Attributes:
+      pool: what the last branch begins with: the average, or (the network's last block) the maximum.
+    """
+
+    pool: Callable[[jax.Array], jax.Array]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        row, column = (1, 3), (3, 1)
+        single = convolution(320, "branch1x1")(x)
+        once = convolution(384, "branch3x3_1")(x)
+        once = convolution(384, "branch3x3_2a", row)(once), convolution(384, "branch3x3_2b", column)(once)
+        twice = convolution(448, "branch3x3dbl_1")(x)
+        twice = convolution(384, "branch3x3dbl_2", (3, 3))(twice)
+        twice = convolution(384, "branch3x3dbl_3a", row)(twice), convolution(384, "branch3x3dbl_3b", column)(twice)
+        pooled = convolution(192, "branch_pool")(self.pool(x))
+        return jnp.concatenate([single, *once, *twice, pooled], axis=-1)
+
+
+class Classifier(nn.Module):
+    """The last layer: [B, 2048] to logits without and with its bias, each [B, 1008]."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (WIDTH, CLASSES))
+        bias = self.param("bias", nn.initializers.zeros, (CLASSES,))
+        logits = jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
+        return logits, logits + bias[None]
+
+
+class Inception(nn.Module):
+    """The whole network."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> Features:
+        """Preprocessed pictures, float32 [B, 299, 299, 3], to `Features`."""
+        x = convolution(32, "Conv2d_1a_3x3", (3, 3), 2, "VALID")(x)
+        x = convolution(32, "Conv2d_2a_3x3", (3, 3), 1, "VALID")(x)
+        x = max_pool(convolution(64, "Conv2d_2b_3x3", (3, 3))(x))
+        x = convolution(80, "Conv2d_3b_1x1")(x)
+        x = max_pool(convolution(192, "Conv2d_4a_3x3", (3, 3), 1, "VALID")(x))
+        x = BlockA(32, name="Mixed_5b")(x)
+        x = BlockA(64, name="Mixed_5c")(x)
+        x = BlockA(64, name="Mixed_5d")(x)
+        x = BlockB(name="Mixed_6a")(x)
+        x = BlockC(128, name="Mixed_6b")(x)
+        x = BlockC(160, name="Mixed_6c")(x)
+        x = BlockC(160, name="Mixed_6d")(x)
+        x = BlockC(192, name="Mixed_6e")(x)
+        x = BlockD(name="Mixed_7a")(x)
+        x = BlockE(average_pool, name="Mixed_7b")(x)
+        x = BlockE(lambda x: max_pool(x, 1, "SAME"), name="Mixed_7c")(x)
+        pool = x.mean((1, 2))
+        unbiased_logits, logits = Classifier(name="fc")(pool)
+        return Features(pool, logits, unbiased_logits)

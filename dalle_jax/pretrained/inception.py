@@ -1,0 +1,99 @@
+"""Imports the weights of FID's Inception-v3 as parameters of `models/inception.py`.
+
+They are the user's to fetch: `pt_inception-2015-12-05-6726825d.pth`, published by the project pytorch-fid (release
+"fid_weights"); `weights-inception-2015-12-05-6726825d.pth` by torch-fidelity holds the same. Any file with arrays of
+these names will do, as safetensors, npz, or by `torch.save` (torch is not needed):
+
+    Mixed_5b.branch5x5_1.conv.weight                                       [out, in, height, width]
+    Mixed_5b.branch5x5_1.bn.{weight,bias,running_mean,running_var}         [out]
+    fc.{weight,bias}                                                       [1008, 2048], [1008]
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from dalle_jax.errors import PretrainedError
+from dalle_jax.models.inception import SIZE, Inception
+from dalle_jax.pretrained import state_dict
+
+PyTree = Any
+
+FILE = "pt_inception-2015-12-05-6726825d.pth"
+_EPSILON = 1e-3  # of the batch normalisation
+
+
+def load(path: str | os.PathLike | None) -> PyTree:
+    """The parameters of `Inception`.
+
+    Args:
+      path: the file; None where the user has named none.
+
+    Returns:
+      float32 arrays.
+
+    Raises:
+      PretrainedError: no file, one that cannot be read, or one of another network.
+    """
+    if path is None or not os.path.exists(path):
+        given = "config.inception is not set" if path is None else f"There is no file {os.fspath(path)!r}"
+        raise PretrainedError(
+            f"{given}: FID and the Inception score need the weights of Inception-v3. Fetch {FILE}, which "
+            "the project pytorch-fid publishes (github.com/mseitzer/pytorch-fid, release 'fid_weights'), and give it as "
+            "--config.inception=PATH."
+        )
+    try:
+        return jax.tree.map(jnp.asarray, convert(state_dict.read(path)))
+    except PretrainedError as error:
+        raise PretrainedError(
+            f"config.inception={os.fspath(path)!r} is not FID's Inception-v3: {error} Expected {FILE}."
+        ) from error
+
+
+def convert(arrays: Mapping[str, np.ndarray]) -> PyTree:
+    """Transposes the original arrays, and folds each batch normalisation into the convolution before it.
+
+    Args:
+      arrays: by their original names; counters of batches (`….num_batches_tracked`) are ignored.
+
+    Returns:
+      Parameters of `Inception`, float32 numpy arrays.
+
+    Raises:
+      PretrainedError: an array that is missing, of another shape, or left over: the first of them.
+    """
+    left = {name: array for name, array in arrays.items() if not name.endswith(".num_batches_tracked")}
+
+    def take(name: str, *shape: int) -> np.ndarray:
+        array = left.pop(name, None)
+        if array is None:
+            raise PretrainedError(f"array {name!r} is missing.")
+        if array.shape != shape:
+            raise PretrainedError(f"array {name!r} has shape {array.shape}, expected {shape}.")
+        return array.astype(np.float64)
+
+    expected = jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
+    flat = traverse_util.flatten_dict(expected, sep=".")
+    params = {}
+    for name in (key.removesuffix(".kernel") for key in flat if key.endswith(".kernel")):
+        *window, inputs, outputs = flat[f"{name}.kernel"].shape
+        if window:
+            kernel = take(f"{name}.conv.weight", outputs, inputs, *window).transpose(2, 3, 1, 0)
+            gain, shift, mean, variance = (
+                take(f"{name}.bn.{kind}", outputs) for kind in ("weight", "bias", "running_mean", "running_var")
+            )
+            gain = gain / np.sqrt(variance + _EPSILON)
+            kernel, bias = kernel * gain, shift - mean * gain
+        else:
+            kernel, bias = take(f"{name}.weight", outputs, inputs).T, take(f"{name}.bias", outputs)
+        params[f"{name}.kernel"], params[f"{name}.bias"] = kernel.astype(np.float32), bias.astype(np.float32)
+    if left:
+        raise PretrainedError(f"array {min(left)!r} has no place in it.")
+    return traverse_util.unflatten_dict(params, sep=".")

@@ -1,0 +1,132 @@
+"""The Fréchet distance against scipy's matrix root, a closed form for few pictures, and torch-fidelity."""
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dalle_jax.errors import DataError
+from dalle_jax.metrics import frechet
+
+
+def features(count, width, seed=0, offset=0.0):
+    """Correlated features, some directions much stronger than others."""
+    rng = np.random.default_rng(seed)
+    mixing = rng.normal(size=(width, width)) * np.geomspace(1, 1e-2, width)
+    return (rng.normal(size=(count, width)) @ mixing + offset + rng.normal(size=width)).astype(np.float32)
+
+
+def statistics(rows, name="test", batch=None):
+    stats = frechet.empty(rows.shape[1], name)
+    for start in range(0, len(rows), batch or len(rows)):
+        stats = frechet.add(stats, rows[start : start + (batch or len(rows))])
+    return stats
+
+
+def test_statistics_are_those_of_numpy():
+    rows = features(50, 7)
+    stats = statistics(rows, batch=16)
+    assert stats.count == 50
+    np.testing.assert_allclose(stats.mean, rows.mean(0, dtype=np.float64), rtol=1e-12)
+    np.testing.assert_allclose(stats.covariance, np.cov(rows.astype(np.float64), rowvar=False), rtol=1e-10)
+
+
+def test_distance_is_that_of_the_matrix_root():
+    linalg = pytest.importorskip("scipy.linalg")
+    a, b = features(300, 12, 1), features(200, 12, 2)
+    covariances = [np.cov(rows.astype(np.float64), rowvar=False) for rows in (a, b)]
+    delta = a.mean(0, dtype=np.float64) - b.mean(0, dtype=np.float64)
+    expected = delta @ delta + np.trace(sum(covariances) - 2 * linalg.sqrtm(covariances[0] @ covariances[1]).real)
+    assert expected > 1
+    np.testing.assert_allclose(frechet.distance(statistics(a), statistics(b)), expected, rtol=1e-9)
+    np.testing.assert_allclose(frechet.distance(statistics(b), statistics(a)), expected, rtol=1e-9)
+
+
+def test_fewer_pictures_than_features():
+    """For centred X [n, D], tr (S1 S2)^½ is the sum of the singular values of X1 X2ᵀ / √((n1 − 1)(n2 − 1))."""
+    a, b = (features(count, 64, seed).astype(np.float64) for count, seed in ((20, 1), (9, 2)))
+    x, y = (rows - rows.mean(0) for rows in (a, b))
+    shared = np.linalg.svd(x @ y.T / np.sqrt(19 * 8), compute_uv=False).sum()
+    expected = np.square(a.mean(0) - b.mean(0)).sum() + np.square(x).sum() / 19 + np.square(y).sum() / 8 - 2 * shared
+    np.testing.assert_allclose(frechet.distance(statistics(a), statistics(b)), expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("offset", [0, 1000], ids=["", "far from zero"])
+@pytest.mark.parametrize(("count", "width"), [(300, 32), (20, 96)], ids=["many", "few"])
+def test_a_set_is_at_distance_zero_from_itself_in_any_order(count, width, offset):
+    rows = features(count, width, offset=offset)
+    shuffled = np.random.default_rng(3).permutation(rows)
+    whole = statistics(rows)
+    assert np.trace(whole.covariance) > 10
+    assert frechet.distance(whole, whole) < 1e-6
+    assert frechet.distance(whole, statistics(shuffled, batch=7)) < 1e-6
+
+
+def test_halves_merged_equal_the_whole():
+    rows, other = features(101, 24), statistics(features(60, 24, 1))
+    whole = statistics(rows)
+    merged = frechet.merge(statistics(rows[:40]), statistics(rows[40:], batch=13))
+    assert merged.count == whole.count
+    np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-12)
+    np.testing.assert_allclose(merged.scatter, whole.scatter, rtol=1e-10, atol=1e-9)
+    assert frechet.distance(merged, whole) < 1e-6
+    np.testing.assert_allclose(frechet.distance(merged, other), frechet.distance(whole, other), rtol=1e-10)
+    nothing = frechet.empty(24, "test")
+    assert frechet.merge(nothing, whole) is whole and frechet.merge(whole, nothing) is whole
+
+
+def test_far_means_cancel_nothing():
+    rows = np.random.default_rng(0).normal(size=(500, 4))
+    far = statistics(rows + 1e6, batch=50)
+    np.testing.assert_allclose(far.covariance, np.cov(rows, rowvar=False), rtol=1e-8, atol=1e-9)
+
+
+def test_sharded_and_filled_up_batches():
+    rows = features(30, 16)
+    mesh = jax.make_mesh((8,), ("data",))
+    filled = np.concatenate([rows, np.full((2, 16), 1e9, np.float32)])
+    valid = np.arange(32) < 30
+    sharded, sharded_valid = (jax.device_put(x, NamedSharding(mesh, PartitionSpec("data"))) for x in (filled, valid))
+    whole = statistics(rows)
+    for stats in (
+        frechet.add(frechet.empty(16, "test"), filled, valid),
+        frechet.add(frechet.empty(16, "test"), sharded, sharded_valid),
+        frechet.add(whole, filled, np.zeros(32, bool)),
+    ):
+        assert stats.count == 30
+        np.testing.assert_array_equal(stats.scatter, whole.scatter)
+
+
+def test_agrees_with_torch_fidelity():
+    pytest.importorskip("torch_fidelity", reason="needs torch, torchvision and torch-fidelity==0.4.0 (--no-deps)")
+    import torch
+    from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+
+    for counts in ((400, 300), (40, 50)):
+        a, b = features(counts[0], 64, 1), features(counts[1], 64, 2)
+        theirs = [fid_features_to_statistics(torch.tensor(rows, dtype=torch.float64)) for rows in (a, b)]
+        expected = fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
+        np.testing.assert_allclose(frechet.distance(statistics(a), statistics(b)), expected, rtol=1e-3)
+
+
+def test_the_name_says_which_features():
+    stats = statistics(features(10, 4), "clip")
+    assert frechet.compute(stats, stats).keys() == {"fid_clip"}
+    few = frechet.add(frechet.empty(2048), np.eye(3, 2048))
+    assert frechet.compute(few, few).keys() == {"fid"}
+    with pytest.raises(ValueError, match="2048 wide, given 512"):
+        frechet.empty(512)
+
+
+def test_what_cannot_be_measured():
+    stats = statistics(features(10, 4), "clip")
+    with pytest.raises(ValueError, match="do not compare"):
+        frechet.distance(stats, statistics(features(10, 4), "other"))
+    with pytest.raises(DataError, match="between 10 and 1 pictures"):
+        frechet.distance(stats, statistics(features(1, 4), "clip"))
+    with pytest.raises(ValueError, match=r"\(10, 5\); expected \[B, 4\]"):
+        frechet.add(stats, features(10, 5))
+    with pytest.raises(ValueError, match="not finite"):
+        frechet.add(stats, np.full((2, 4), np.nan))
+    with pytest.raises(ValueError, match=r"expected bool \(10,\)"):
+        frechet.add(stats, features(10, 4), np.ones(9, bool))
