@@ -45,8 +45,8 @@ def load(path: str | os.PathLike | None) -> PyTree:
     if path is None or not os.path.exists(path):
         given = "config.inception is not set" if path is None else f"There is no file {os.fspath(path)!r}"
         raise PretrainedError(
-            f"{given}: FID and the Inception score need the weights of Inception-v3. Fetch {FILE}, which "
-            "the project pytorch-fid publishes (github.com/mseitzer/pytorch-fid, release 'fid_weights'), and give it as "
+            f"{given}: FID and the Inception score need the weights of Inception-v3. Fetch {FILE}, which the "
+            "project pytorch-fid publishes (github.com/mseitzer/pytorch-fid, release 'fid_weights'), and give it as "
             "--config.inception=PATH."
         )
     try:
