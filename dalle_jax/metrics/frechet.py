@@ -45,6 +45,11 @@ class FeatureStatistics:
     scatter: np.ndarray
 
     @property
+    def metric(self) -> str:
+        """Name of a distance between such features: "fid" is Inception's alone, others say whose they are."""
+        return "fid" if self.features == INCEPTION else f"fid_{self.features}"
+
+    @property
     def covariance(self) -> np.ndarray:
         """float64 [D, D], unbiased (divided by count − 1), as other implementations have it."""
         return self.scatter / (self.count - 1)
@@ -107,12 +112,12 @@ def merge(a: FeatureStatistics, b: FeatureStatistics) -> FeatureStatistics:
 
 
 def compute(a: FeatureStatistics, b: FeatureStatistics) -> dict[str, float]:
-    """The distance under its name: "fid" of Inception's pool features, "fid_clip" of features named "clip", and so on.
+    """The distance under its name: "fid" of Inception's pool features, "fid_clip" of features "clip", and so on.
 
     Raises:
       DataError, ValueError: as `distance`.
     """
-    return {"fid" if a.features == INCEPTION else f"fid_{a.features}": distance(a, b)}
+    return {a.metric: distance(a, b)}
 
 
 def distance(a: FeatureStatistics, b: FeatureStatistics) -> float:

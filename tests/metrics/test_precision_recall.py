@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
+from torchvision_on_cpu import import_torchvision
 
 from dalle_jax.errors import DataError
 from dalle_jax.metrics import precision_recall
@@ -68,7 +69,8 @@ def test_parts_shards_and_filled_up_batches():
 
 
 def test_agrees_with_torch_fidelity():
-    pytest.importorskip("torch_fidelity", reason="needs torch, torchvision and torch-fidelity==0.4.0 (--no-deps)")
+    import_torchvision()
+    pytest.importorskip("torch_fidelity", reason="needs torch-fidelity==0.4.0 (--no-deps)")
     import torch
     from torch_fidelity.metric_prc import calculate_precision_recall_full
 

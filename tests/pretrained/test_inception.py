@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
+from torchvision_on_cpu import import_torchvision
 
 from dalle_jax.errors import ConfigError, PretrainedError
 from dalle_jax.metrics import frechet
@@ -60,6 +61,7 @@ def same(left, right):
 @needs_packages
 def test_same_features_as_the_packages(arrays, params, tmp_path, monkeypatch):
     """The weights travel in the file that all three read."""
+    import_torchvision()
     import pytorch_fid.inception
     import torch
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -91,6 +93,7 @@ def test_same_features_as_the_packages(arrays, params, tmp_path, monkeypatch):
 @needs_packages
 @pytest.mark.parametrize("shape", [(40, 52), (299, 310), (512, 299)], ids=str)
 def test_same_input_as_the_packages(shape):
+    import_torchvision()
     import torch
     from torch_fidelity.interpolate_compat_tensorflow import interpolate_bilinear_2d_like_tensorflow1x
 
