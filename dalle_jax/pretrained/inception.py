@@ -11,6 +11,7 @@ these names will do, as safetensors, npz, or by `torch.save` (torch is not neede
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -79,11 +80,8 @@ def convert(arrays: Mapping[str, np.ndarray]) -> PyTree:
             raise PretrainedError(f"array {name!r} has shape {array.shape}, expected {shape}.")
         return array.astype(np.float64)
 
-    expected = jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))["params"]
-    flat = traverse_util.flatten_dict(expected, sep=".")
     params = {}
-    for name in (key.removesuffix(".kernel") for key in flat if key.endswith(".kernel")):
-        *window, inputs, outputs = flat[f"{name}.kernel"].shape
+    for name, (*window, inputs, outputs) in _kernels().items():
         if window:
             kernel = take(f"{name}.conv.weight", outputs, inputs, *window).transpose(2, 3, 1, 0)
             gain, shift, mean, variance = (
@@ -97,3 +95,11 @@ def convert(arrays: Mapping[str, np.ndarray]) -> PyTree:
     if left:
         raise PretrainedError(f"array {min(left)!r} has no place in it.")
     return traverse_util.unflatten_dict(params, sep=".")
+
+
+@functools.cache
+def _kernels() -> dict[str, tuple[int, ...]]:
+    """Shape of the kernel of each of our layers, "Mixed_5b.branch1x1" and so on, from the pictures to the logits."""
+    variables = jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
+    flat = traverse_util.flatten_dict(variables["params"], sep=".")
+    return {name.removesuffix(".kernel"): leaf.shape for name, leaf in flat.items() if name.endswith(".kernel")}

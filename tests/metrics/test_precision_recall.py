@@ -75,7 +75,8 @@ def test_agrees_with_torch_fidelity():
     from torch_fidelity.metric_prc import calculate_precision_recall_full
 
     real, generated = sets(12)
-    expected = calculate_precision_recall_full(torch.tensor(real), torch.tensor(generated))
+    # Since 0.4 the generated ones come first there.
+    expected = calculate_precision_recall_full(torch.tensor(generated), torch.tensor(real))
     measured = precision_recall.compute(reservoir(real), reservoir(generated))
     np.testing.assert_allclose((measured["precision_test"], measured["recall_test"]), expected, rtol=1e-6)
 
