@@ -3,6 +3,8 @@
     python -m dalle_jax.main --config=configs/generate.py --config.model_workdir=runs/prior-shapes \
         --config.prompts="a red circle above a blue square|a large green cross" --config.n=4
 
+With `--config.clip=runs/clip-shapes --config.candidates=16`, the best 4 of 16 by CLIP, their scores in the manifest.
+
 Writes one PNG a sample, `grid.png`, and `manifest.json`, from which `dalle_jax.generate.remake(manifest, file)` makes
 each picture again. Runs wherever the prior was trained; a laptop's CPU is enough for shapes and emoji.
 """
@@ -27,6 +29,8 @@ def get_config() -> ConfigDict:
     config.prompts_file = ""  # or a file with one caption a line
     config.negative = ""  # a caption that guidance leads away from
     config.n = 4  # pictures for each
+    config.clip = placeholder(str)  # a CLIP's workdir or folder; None: the one in the prior's workdir, if any
+    config.candidates = 0  # draw so many for each, and keep the n that CLIP finds fittest; 0: draw n
     config.sampling = common.sampling()
     config.rows_at_once = 64  # pictures drawn in one go: bounds the memory
     return config

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -29,6 +31,8 @@ from ml_collections import ConfigDict
 from dalle_jax import keys, priors, report
 from dalle_jax import workdir as workdirs
 from dalle_jax.checkpoint import Checkpoints
+from dalle_jax.clip import ClipScorer, has_clip
+from dalle_jax.compatibility import wrong_parameter
 from dalle_jax.data.text import TextModel
 from dalle_jax.editing import Editing
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
@@ -37,12 +41,13 @@ from dalle_jax.models.tokenizer import ImageTokenizer
 from dalle_jax.options import from_config
 from dalle_jax.priors import TokenPrior
 from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.rerank import Ranked, Reranking
 
 PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
-class TextToImage(Editing):
+class TextToImage(Editing, Reranking):
     """A prior, its image tokenizer and its text model, ready to draw.
 
     Attributes:
@@ -52,6 +57,7 @@ class TextToImage(Editing):
       image_size: H = W, pixels.
       workdir, step: where and from which checkpoint it was loaded.
       rows_at_once: most pictures drawn in one go, which bounds the memory.
+      scorer: the CLIP that ranks candidates; None where there is none.
     """
 
     prior: TokenPrior
@@ -63,19 +69,23 @@ class TextToImage(Editing):
     workdir: str = ""
     step: int = 0
     rows_at_once: int = 64
+    scorer: ClipScorer | None = None
 
     @classmethod
-    def load(cls, workdir: str, step: int | str | None = None, rows_at_once: int = 64) -> TextToImage:
+    def load(
+        cls, workdir: str, step: int | str | None = None, rows_at_once: int = 64, clip: str | None = None
+    ) -> TextToImage:
         """Reads a prior's workdir, local or "gs://…".
 
         Args:
           workdir: the directory of a finished or running training of a prior.
           step: a checkpoint's step, "best", or None for the latest.
           rows_at_once: most pictures drawn in one go.
+          clip: what `ClipScorer.load` takes; None: the one frozen into `workdir`, if there is one.
 
         Raises:
-          CheckpointError: where there is no such run or checkpoint, or its parameters do not fit the text model or the
-            image tokenizer beside them.
+          CheckpointError: where there is no such run, checkpoint or CLIP, or its parameters do not fit the text model
+            or the image tokenizer beside them.
           ConfigError: where the run is not a prior's.
         """
         config = workdirs.read_config(workdir)
@@ -94,36 +104,74 @@ class TextToImage(Editing):
         with Checkpoints(workdir, read_only=True) as checkpoints:
             params, step = checkpoints.restore_params(step), checkpoints.resolve(step)
         _check_fit(prior, params, workdir)
-        return cls(prior, params, tokenizer, tokenizer_params, text_model, size, str(workdir), step, rows_at_once)
+        folder = clip or (workdir if has_clip(workdir) else None)
+        scorer = ClipScorer.load(folder, rows_at_once=rows_at_once) if folder else None
+        return cls(
+            prior, params, tokenizer, tokenizer_params, text_model, size, str(workdir), step, rows_at_once, scorer
+        )
 
     # -- pictures -------------------------------------------------------------------------------------------------
 
-    def generate(self, captions: str | Sequence[str], n: int = 1, seed: int = 0, **options) -> np.ndarray:
+    def generate(
+        self,
+        captions: str | Sequence[str],
+        n: int = 1,
+        seed: int = 0,
+        candidates: int | None = None,
+        keep: int | None = None,
+        **options,
+    ) -> np.ndarray:
         """Draws pictures for one caption, or for several.
 
         Args:
           captions: a caption, or a sequence of C.
           n: pictures for each.
           seed: picture i of a caption depends on (caption, seed, i) alone.
+          candidates: draw so many for each, and return those that the CLIP loaded beside the prior finds fittest, the
+            best first (`best_of` gives their scores too).
+          keep: how many of the candidates to return; None: n.
           **options: fields of `SamplingOptions`, and `negative`: a caption that guidance leads away from.
 
         Returns:
-          uint8 [n, H, W, 3] for one caption, [C, n, H, W, 3] for a sequence.
+          uint8 [n, H, W, 3] for one caption, [C, n, H, W, 3] for a sequence; `keep` in the place of n where given.
 
         Raises:
           DataError: an empty caption.
+          ConfigError: candidates without a CLIP; keep without candidates, or more than those.
+        """
+        one = isinstance(captions, str)
+        if candidates is not None:
+            images = self.best_of(captions, candidates, n if keep is None else keep, seed, **options).images
+            return images[0] if one else images
+        if keep is not None:
+            raise ConfigError(f"keep is {keep}, of how many candidates? Give candidates too.")
+        drawn = self.chunks([captions] if one else list(captions), n, seed, **options)
+        rows = [
+            np.concatenate([part for *_, part in parts], axis=1)
+            for _, parts in itertools.groupby(drawn, operator.itemgetter(0))
+        ]
+        images = np.concatenate(rows)
+        return images[0] if one else images
+
+    def chunks(
+        self, captions: Sequence[str], n: int, seed: int = 0, **options
+    ) -> Iterator[tuple[int, int, np.ndarray]]:
+        """What `generate` draws, piece by piece: at most `rows_at_once` pictures are held.
+
+        Args:
+          captions, n, seed, **options: as in `generate`.
+
+        Yields:
+          The first caption, the number of the first picture of each, and the pictures from there on, uint8
+          [captions, pictures, H, W, 3]; all pictures of a caption before the next one's.
         """
         _check_count(n, seed)
         negative, options = _parse(options)
-        one = isinstance(captions, str)
-        text = self.encode_text([captions] if one else list(captions))
+        text = self.encode_text(captions)
         many, candidates = self._chunk_shape(len(text), n)
-        rows = []
         for c in range(0, len(text), many):
-            parts = [self._chunk(text, n, seed, options, negative, c, j) for j in range(0, n, candidates)]
-            rows.append(np.concatenate(parts, axis=1)[: len(text) - c, :n])
-        images = np.concatenate(rows)
-        return images[0] if one else images
+            for j in range(0, n, candidates):
+                yield c, j, self._chunk(text, n, seed, options, negative, c, j)[: len(text) - c, : n - j]
 
     # -- tokens ---------------------------------------------------------------------------------------------------
 
@@ -220,17 +268,13 @@ def _parse(options: dict[str, Any]) -> tuple[str | None, SamplingOptions]:
 
 def _check_fit(prior: TokenPrior, params: PyTree, workdir: str) -> None:
     """Refuses parameters of another shape than the text model, the image tokenizer and the configuration ask for."""
-    expected = nn.meta.unbox(jax.eval_shape(prior.init, jax.random.key(0)))
-    given, asked = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in jax.tree.leaves_with_path(tree)}
-        for tree in (params, expected)
-    )
-    wrong = next((name for name in sorted({*given, *asked}) if given.get(name) != asked.get(name)), None)
+    wrong = wrong_parameter(params, nn.meta.unbox(jax.eval_shape(prior.init, jax.random.key(0))))
     if wrong is not None:
+        name, given, asked = wrong
         raise CheckpointError(
-            f"{workdir}: the prior's parameter {wrong} is {given.get(wrong)}, but its text model "
-            f"({prior.layout.text_vocab} ids) and image tokenizer ({prior.layout.image_vocab} codes) ask for "
-            f"{asked.get(wrong)}: put back the text/ and image_tokenizer/ that it was trained with."
+            f"{workdir}: the prior's parameter {name} is {given}, but its text model ({prior.layout.text_vocab} ids) "
+            f"and image tokenizer ({prior.layout.image_vocab} codes) ask for {asked}: put back the text/ and "
+            "image_tokenizer/ that it was trained with."
         )
 
 
@@ -261,27 +305,31 @@ def run(config: ConfigDict, workdir: str) -> None:
       workdir: where to write.
     """
     captions = read_captions(config)
-    model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once)
+    model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once, config.clip)
     options = from_config(SamplingOptions, config.sampling, "sampling")
-    images = model.generate(
-        captions, config.n, config.seed, negative=config.negative or None, **dataclasses.asdict(options)
-    )
+    knobs = {"negative": config.negative or None, **dataclasses.asdict(options)}
+    if config.candidates:
+        ranked = model.best_of(captions, config.candidates, config.n, config.seed, **knobs)
+    else:
+        images = model.generate(captions, config.n, config.seed, **knobs)
+        ranked = Ranked(images, None, np.tile(np.arange(config.n), (len(captions), 1)))
     out = epath.Path(workdir).expanduser()
     entries = []
     for i, caption in enumerate(captions):
         for j in range(config.n):
             name = f"{i:04d}-{j:03d}.png"
-            report.save_png(out / name, images[i, j])
-            entries.append({"file": name, "caption": caption, "caption_index": i, "index": j})
+            report.save_png(out / name, ranked.images[i, j])
+            entry = {"file": name, "caption": caption, "caption_index": i, "index": int(ranked.numbers[i, j])}
+            entries.append(entry if ranked.scores is None else entry | {"score": float(ranked.scores[i, j])})
     manifest = {
         "workdir": model.workdir, "step": model.step, "seed": config.seed,
         "sampling": dataclasses.asdict(options), "negative": config.negative or None,
-        "rows_at_once": config.rows_at_once, "captions": captions,
-        "n": config.n, "samples": entries,
+        "rows_at_once": config.rows_at_once, "clip": config.clip, "captions": captions,
+        "n": config.candidates or config.n, "samples": entries,
     }  # fmt: skip
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
     shown = min(config.n, 8)
-    report.save_png(out / "grid.png", report.grid([(c, images[i, :shown]) for i, c in enumerate(captions[:16])]))
+    report.save_png(out / "grid.png", report.grid([(c, ranked.images[i, :shown]) for i, c in enumerate(captions[:16])]))
     print(f"{len(entries)} pictures, grid.png and manifest.json in {out}")
 
 

@@ -5,38 +5,22 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import random_model
 from flax import linen as nn
+from random_model import SIDE, SIZE, TRUNK
 
 from dalle_jax import editing
-from dalle_jax.data.text import TextModel
 from dalle_jax.errors import ConfigError, DataError
-from dalle_jax.generate import TextToImage
-from dalle_jax.layout import TokenLayout
-from dalle_jax.models.dvae import DVAEOptions, DVAETokenizer
-from dalle_jax.models.transformer import TransformerOptions
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
-from dalle_jax.priors.maskgit import MaskGITOptions, MaskGITPrior
+from dalle_jax.priors.maskgit import MaskGITPrior
 
 CAPTION = "a red circle"
-SIZE, SIDE, CELL = 16, 4, 4
-TRUNK = TransformerOptions(width=16, depth=2, heads=2, dtype="float32", scan=False)
+CELL = SIZE // SIDE
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "model"
-    text = TextModel.train(["a red circle above a blue square", "a green star"] * 9, 40, path)
-    tokenizer = DVAETokenizer(
-        DVAEOptions(
-            image_size=SIZE, vocab_size=24, hidden=8, groups=1, blocks_per_group=1, codebook_dim=8, stem_factor=4
-        )
-    )
-    layout = TokenLayout(text.vocab_size, 24, 8, SIDE, SIDE)
-    prior = MaskGITPrior(layout, MaskGITOptions(TRUNK, steps=3))
-    init = lambda made, key: nn.meta.unbox(jax.jit(made.init)(jax.random.key(key)))
-    # Eight times the codebook and the heads: pictures and tokens that differ visibly.
-    tokenizer_params = jax.tree.map(lambda x: 8 * x, init(tokenizer, 0))
-    return TextToImage(prior, init(prior, 1), tokenizer, tokenizer_params, text, SIZE, rows_at_once=2)
+    return random_model.text_to_image(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

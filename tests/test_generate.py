@@ -15,11 +15,13 @@ from PIL import Image
 from dalle_jax import TextToImage, config_files, evaluate, generate, report, stages, tasks
 from dalle_jax import workdir as workdirs
 from dalle_jax.checkpoint import Checkpoints
+from dalle_jax.clip import ClipScorer
 from dalle_jax.data.shapes_captions.scenes import Scene
 from dalle_jax.data.sources import DataOptions
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
 from dalle_jax.generate import SamplingOptions
+from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.tasks import prior as prior_task
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs" / "any"
@@ -359,6 +361,28 @@ def test_every_picture_of_a_manifest_can_be_made_again(trained, tmp_path):
         np.testing.assert_array_equal(generate.remake(str(tmp_path / "manifest.json"), name), stored)
     with pytest.raises(DataError, match="lists no sample 'x.png'; it has 9 samples"):
         generate.remake(str(tmp_path / "manifest.json"), "x.png")
+
+
+def test_a_manifest_of_the_best_candidates(trained, model, tmp_path):
+    """The same with a CLIP: random, frozen into a folder."""
+    sizes = dict(image_size=16, patch=8, image_width=8, image_depth=1, image_heads=1, embed_dim=4)
+    sizes |= dict(text_width=8, text_depth=1, text_heads=1, text_length=9, end_id=model.text_model.vocab_size)
+    clip = CLIP(CLIPOptions(text_vocab=model.text_model.vocab_size + 1, **sizes))
+    params = nn.meta.unbox(jax.jit(clip.init)(jax.random.key(0)))
+    ClipScorer(clip, params, model.text_model).save(tmp_path)
+    config = config_files.module(CONFIGS, "generate.py").get_config()
+    config.update({"model_workdir": trained.workdir, "prompts": f"{CAPTION}|a green star", "n": 2, "candidates": 5})
+    config.update({"rows_at_once": 2, "clip": str(tmp_path)})
+    generate.run(config, str(tmp_path))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["clip"] == str(tmp_path) and len(manifest["samples"]) == 4
+    ranked = TextToImage.load(trained.workdir, rows_at_once=2, clip=str(tmp_path)).best_of(
+        [CAPTION, "a green star"], 5, 2
+    )
+    for sample, score, number in zip(manifest["samples"], ranked.scores.ravel(), ranked.numbers.ravel()):
+        assert sample["index"] == number and sample["score"] == pytest.approx(float(score))
+        stored = np.asarray(Image.open(tmp_path / sample["file"]))
+        np.testing.assert_array_equal(generate.remake(str(tmp_path / "manifest.json"), sample["file"]), stored)
 
 
 @pytest.mark.slow

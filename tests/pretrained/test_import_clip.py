@@ -16,7 +16,6 @@ from dalle_jax.errors import PretrainedError
 from dalle_jax.models.clip import CLIP, CLIPOptions, preprocess
 from dalle_jax.pretrained import clip as importer
 
-
 needs_transformers = pytest.mark.skipif(
     not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")),
     reason="needs torch and transformers (pip install torch==2.13.0 transformers==5.23.0)",

@@ -1,0 +1,27 @@
+"""A MaskGIT `TextToImage` with random weights, for what does not depend on learning: 16 pixels, 4x4 tokens of 24."""
+
+import jax
+from flax import linen as nn
+
+from dalle_jax.data.text import TextModel
+from dalle_jax.generate import TextToImage
+from dalle_jax.layout import TokenLayout
+from dalle_jax.models.dvae import DVAEOptions, DVAETokenizer
+from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.priors.maskgit import MaskGITOptions, MaskGITPrior
+
+SIZE, SIDE = 16, 4
+TRUNK = TransformerOptions(width=16, depth=2, heads=2, dtype="float32", scan=False)
+_DVAE = dict(vocab_size=24, hidden=8, groups=1, blocks_per_group=1, codebook_dim=8, stem_factor=4)
+
+
+def text_to_image(folder) -> TextToImage:
+    """Draws two pictures in one go; `folder` gets the text model's file."""
+    text = TextModel.train(["a red circle above a blue square", "a green star"] * 9, 40, folder / "model")
+    tokenizer = DVAETokenizer(DVAEOptions(image_size=SIZE, **_DVAE))
+    layout = TokenLayout(text.vocab_size, 24, 8, SIDE, SIDE)
+    prior = MaskGITPrior(layout, MaskGITOptions(TRUNK, steps=3))
+    init = lambda made, key: nn.meta.unbox(jax.jit(made.init)(jax.random.key(key)))
+    # Eight times the codebook and the heads: pictures and tokens that differ visibly.
+    tokenizer_params = jax.tree.map(lambda x: 8 * x, init(tokenizer, 0))
+    return TextToImage(prior, init(prior, 1), tokenizer, tokenizer_params, text, SIZE, rows_at_once=2)
