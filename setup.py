@@ -12,6 +12,7 @@ CORE = [
     "grain>=0.2.12",
     "importlib_resources",  # tensorflow-datasets imports it without asking for it
     "jax>=0.8",
+    "matplotlib>=3.8",  # the plots of reports
     "ml-collections>=1.0",
     "numpy>=1.26",
     "optax>=0.2.5",
@@ -35,5 +36,5 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["dalle_jax", "dalle_jax.*"]),
     install_requires=CORE,
-    extras_require={"test": TEST, "clip": CLIP, "plots": ["matplotlib"], "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},
+    extras_require={"test": TEST, "clip": CLIP, "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},
 )

@@ -32,8 +32,18 @@ class Ranked:
 
     def best(self, keep: int) -> Ranked:
         """The `keep` highest scores of each caption, in falling order; of equal ones the earlier candidate first."""
-        order = np.argsort(-self.scores, axis=1, kind="stable")[:, :keep]
-        taken = lambda x: np.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
+        return self._at(np.argsort(-self.scores, axis=1, kind="stable")[:, :keep])
+
+    def best_of_first(self, count: int) -> Ranked:
+        """The best one of each caption's first `count` candidates, k = 1: what a smaller N would have kept.
+
+        All of those candidates have to be there still, in falling order (`best_of` with keep = candidates).
+        """
+        return self._at((self.numbers < count).argmax(1)[:, None])
+
+    def _at(self, places: np.ndarray) -> Ranked:
+        """Those at `places`, int [C, k'], of each caption."""
+        taken = lambda x: np.take_along_axis(x, places.reshape(places.shape + (1,) * (x.ndim - 2)), axis=1)
         return Ranked(taken(self.images), taken(self.scores), taken(self.numbers))
 
 

@@ -1,6 +1,5 @@
 """What trained priors do on their own data: a grid of seen and held-out captions, the curves, the figures.
 
-    pip install -e '.[plots]'
     python experiments/training_report.py --workdir runs/prior-emoji runs/maskgit-emoji --output=DIR
 
 Writes `grid.png` (real, reconstructed and generated pictures; captions of the training split on the left, held-out ones

@@ -49,6 +49,15 @@ def test_the_best_of_all_candidates_the_best_first(model, rows_at_once):
     assert len(set(ranked.numbers[:, 0].tolist())) > 1, "candidates of all captions rank alike: nothing is tested"
 
 
+def test_the_best_of_fewer(model):
+    """From one drawing of many, what each smaller number of candidates would have given."""
+    everything = model.best_of(CAPTIONS, candidates=6, keep=6, seed=2)
+    for count in (1, 2, 4, 6):
+        fewer, expected = everything.best_of_first(count), model.best_of(CAPTIONS, candidates=count, seed=2)
+        np.testing.assert_array_equal(fewer.numbers, expected.numbers)
+        np.testing.assert_array_equal(fewer.images, expected.images)
+
+
 def test_generate_returns_the_best_candidates(model):
     ranked = model.best_of(CAPTIONS, candidates=5, keep=2, seed=1)
     np.testing.assert_array_equal(model.generate(CAPTIONS, n=2, seed=1, candidates=5), ranked.images)
