@@ -69,7 +69,7 @@ def test_other_sizes_are_resized_and_cut_as_pillow_does_it(height, width):
 
 
 def test_both_towers_give_unit_vectors(clip, params):
-    images, text = clip.encode_image(params, pictures(3)), clip.encode_text(params, CAPTIONS)
+    images, text = jax.jit(clip.encode_image)(params, pictures(3)), jax.jit(clip.encode_text)(params, CAPTIONS)
     assert images.shape == (3, 8) and text.shape == (2, 8) and images.dtype == text.dtype == jnp.float32
     for vectors in (images, text):
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-5)
@@ -79,7 +79,7 @@ def test_bfloat16_activations_still_give_float32_vectors(params):
     rough, exact = CLIP(dataclasses.replace(OPTIONS, dtype="bfloat16")), CLIP(OPTIONS)
     vectors = jax.jit(rough.encode_image)(params, pictures())
     assert vectors.dtype == jnp.float32
-    np.testing.assert_allclose(vectors, exact.encode_image(params, pictures()), atol=0.1)
+    np.testing.assert_allclose(vectors, jax.jit(exact.encode_image)(params, pictures()), atol=0.1)
 
 
 def test_a_caption_is_read_at_its_first_end_token(clip, params):
@@ -92,15 +92,15 @@ def test_a_caption_is_read_at_its_first_end_token(clip, params):
     assert np.abs(encode(params, other) - encode(params, CAPTIONS)).max(axis=1).min() > 1e-3
 
 
-@pytest.mark.parametrize("end", [0, 2, 5])
-def test_text_is_causal_by_gradient(clip, params, end):
+def test_text_is_causal_by_gradient(clip, params):
     """What is read at the end token depends on every position up to it and on none behind it."""
-    text = np.arange(6, dtype=np.int32)[None] + 3
-    text[0, end] = OPTIONS.end_id
     probe = np.random.default_rng(2).normal(size=8).astype(np.float32)
-    read = lambda p: jnp.sum(clip.encode_text(p, text)[0] * probe)
-    by_position = np.abs(jax.jit(jax.grad(read))(params)["text"]["positions"]).max(axis=1)
-    assert (by_position[: end + 1] > 1e-6).all() and (by_position[end + 1 :] == 0).all()
+    gradient = jax.jit(jax.grad(lambda p, text: jnp.sum(clip.encode_text(p, text)[0] * probe)))
+    for end in (0, 2, 5):
+        text = np.arange(6, dtype=np.int32)[None] + 3
+        text[0, end] = OPTIONS.end_id
+        by_position = np.abs(gradient(params, text)["text"]["positions"]).max(axis=1)
+        assert (by_position[: end + 1] > 1e-6).all() and (by_position[end + 1 :] == 0).all()
 
 
 def test_every_patch_reaches_the_class_token(clip, params):
@@ -117,8 +117,6 @@ def test_every_patch_reaches_the_class_token(clip, params):
 def test_the_factor_is_limited_where_it_is_used(clip):
     at = lambda value: float(clip.scale({"logit_scale": jnp.float32(value)}))
     np.testing.assert_allclose([at(0.0), at(math.log(50)), at(math.log(100)), at(9.0)], [1, 50, 100, 100], rtol=1e-5)
-    fresh = nn.meta.unbox(jax.jit(clip.init)(jax.random.key(0)))
-    np.testing.assert_allclose(fresh["logit_scale"], math.log(1 / 0.07), rtol=1e-6)
 
 
 def test_beyond_the_limit_only_the_way_back_is_open():

@@ -20,8 +20,8 @@ from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.tasks.clip import CLIPTask, contrastive_loss
 
 OPTIONS = CLIPOptions(
-    image_size=16, patch=8, image_width=32, image_depth=2, image_heads=2,
-    text_width=32, text_depth=2, text_heads=2, embed_dim=16, text_length=6, text_vocab=20, end_id=19,
+    image_size=16, patch=8, image_width=32, image_depth=1, image_heads=2,
+    text_width=32, text_depth=1, text_heads=2, embed_dim=16, text_length=6, text_vocab=20, end_id=19,
 )  # fmt: skip
 LAYOUT = TokenLayout(19, 1, 5, 1, 1)
 
@@ -71,13 +71,16 @@ def test_the_tasks_loss_is_that_of_its_vectors(task, params):
     for row, ids in zip(ends, made["text"]):
         kept = [i for i in ids if i < 19]
         row[: len(kept)] = kept
-    images, captions = task.clip.encode_image(params, made["image"]), task.clip.encode_text(params, ends)
+    images, captions = (
+        jax.jit(task.clip.encode_image)(params, made["image"]),
+        jax.jit(task.clip.encode_text)(params, ends),
+    )
     loss, scalars = jax.jit(task.loss)(params, {}, made, jax.random.key(0), jnp.int32(0))
     np.testing.assert_allclose(loss, contrastive_loss(images, captions, jnp.float32(1 / 0.07))[0], rtol=1e-5)
     np.testing.assert_allclose(scalars["logit_scale"], 1 / 0.07, rtol=1e-5)
 
 
-@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2), (1, 8, 1)])
+@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2)])
 def test_the_loss_and_its_gradients_are_those_of_one_device(task, params, axes):
     """The rows of a batch are compared across all devices."""
     made, key = batch(16), jax.random.key(0)
@@ -116,7 +119,7 @@ def test_evaluation_leaves_padding_out_and_does_not_depend_on_the_batch_size(tas
     assert one.keys() == split.keys() and task.best_metric in one and one["among"] == 6
     for name in one:
         np.testing.assert_allclose(one[name], split[name], rtol=1e-5, err_msg=name)
-    loss, scalars = task.loss(params, {}, whole, jax.random.key(0), jnp.int32(0))
+    loss, scalars = jax.jit(task.loss)(params, {}, whole, jax.random.key(0), jnp.int32(0))
     np.testing.assert_allclose(one["loss"], loss, rtol=1e-5)
     np.testing.assert_allclose(one["image_to_text@1"], scalars["image_to_text_accuracy"], rtol=1e-5)
 
@@ -125,7 +128,7 @@ def test_evaluation_compares_groups_of_64(task, params):
     made = batch(130)
     measured = task.evaluate(params, {}, [made], jax.random.key(0))
     groups = [{name: value[i : i + 64] for name, value in made.items()} for i in (0, 64)]
-    losses = [task.loss(params, {}, group, jax.random.key(0), jnp.int32(0))[0] for group in groups]
+    losses = [jax.jit(task.loss)(params, {}, group, jax.random.key(0), jnp.int32(0))[0] for group in groups]
     np.testing.assert_allclose(measured["loss"], np.mean(losses), rtol=1e-5)
     assert measured["among"] == 64
 
