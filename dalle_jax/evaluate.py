@@ -5,8 +5,8 @@ Figures stand under these names in `report.json`:
     clip            retrieval@1 among 64, of the CLIP that judges
     dvae            psnr, ssim, codebook_usage, codebook_perplexity, and what follows of its reconstructions
     <prior>         image_nats_per_token, steps, seconds_per_image, and what follows of one picture for each caption
-      fid, inception_score, precision_inception, recall_inception     where Inception's weights are given; "rfid" of dvae
-      fid_clip, precision_clip, recall_clip, clip_score               where there is a CLIP
+      fid, inception_score, precision_inception, recall_inception     with Inception's weights; "rfid" of dvae
+      fid_clip, precision_clip, recall_clip, clip_score               with a CLIP
       caption_accuracy, attribute_accuracy, by_attribute              on the embedded shapes
     best_of         of each prior and N: the same of the best of N by CLIP
     blur            of each set of pictures and radius: FID and Inception score after a blur of both sides
@@ -105,8 +105,9 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
         raise ConfigError("The priors have different image tokenizers: measure them one by one.")
     if options.candidates and scorer is None:
         raise ConfigError(
-            f"config.candidates={options.candidates}: the best of them is chosen by a CLIP. Give --config.clip=DIR, the "
-            "workdir of configs/clip.py or a folder that dalle_jax.pretrained.clip wrote, or --config.candidates=0."
+            f"config.metrics.candidates={options.candidates}: the best of them is chosen by a CLIP. Give "
+            "--config.clip=DIR, the workdir of configs/clip.py or a folder that dalle_jax.pretrained.clip wrote, or "
+            "--config.metrics.candidates=0."
         )
     judges: list[Judge] = []
     if options.inception:
@@ -204,12 +205,8 @@ def _first_captions(tests: TestSet) -> np.ndarray:
 def _prior(each: Model, tests: TestSet, tokens: np.ndarray, real: PictureSet, judges, options: Options):
     """One sample for each caption: as judges see them, figures, and the first pictures."""
     model, knobs, count = each.model, dataclasses.asdict(each.sampling), len(tests.captions)
-    drawn, text, cosines = (
-        PictureSet(judges, count, options.blur),
-        model.encode_text(tests.captions),
-        clip_score.empty(),
-    )
-    nats, seconds, kept = 0.0, 0.0, []
+    drawn, cosines = PictureSet(judges, count, options.blur), clip_score.empty()
+    text, nats, seconds, kept = model.encode_text(tests.captions), 0.0, 0.0, []
     model.generate(tests.captions[:1] * min(count, model.rows_at_once), seed=options.seed, **knobs)  # compiles
     for places, valid in _batches(count, model.rows_at_once):
         codes = tokens[tests.owners[places]]

@@ -1,7 +1,7 @@
 """What a model is measured on: the captions that it draws, and the real pictures that its own are compared with.
 
-DALL-E (section 3.1) draws 30,000 captions of MS-COCO's validation split and all unique captions of CUB's test split, and
-does not say which 30,000, nor with which real pictures they are compared. Here:
+DALL-E (section 3.1) draws 30,000 captions of MS-COCO's validation split and all unique captions of CUB's test split,
+and does not say which 30,000, nor with which real pictures they are compared. Here:
 
     "first"   the first caption of each picture, in the split's order
     "drawn"   pictures drawn without replacement, and of each one caption drawn from its own

@@ -124,14 +124,14 @@ def evaluation(title: str, figures: Mapping[str, Any], grid: np.ndarray, config:
       grid: captions and pictures, uint8 [H, W, 3].
       config: the configuration as text.
     """
-    protocol, sections = figures["protocol"], ("best_of", "blur", "protocol")
+    protocol, apart = figures["protocol"], ("best_of", "blur", "protocol", "run")
     parts = [
         paragraph(f"{protocol['captions']} captions of {protocol['data']}, one sample each, on {protocol['device']}."),
         picture(
             grid, "The first captions: the real picture, what the tokenizer makes of it, and what the priors draw."
         ),
         heading("Figures"),
-        table({name: value for name, value in figures.items() if isinstance(value, Mapping) and name not in sections}),
+        table({name: section for name, section in figures.items() if name not in apart}),
     ]
     if "best_of" in figures:
         parts += [
@@ -148,8 +148,8 @@ def evaluation(title: str, figures: Mapping[str, Any], grid: np.ndarray, config:
             paragraph("What a tokenizer cannot show, fine detail, counts for less there. Radius: deviation in pixels."),
             *_sweep(figures["blur"], "blur radius"),
         ]
-    rest = {name: value for name, value in figures.items() if not isinstance(value, Mapping)}
-    parts += [heading("Protocol"), table({"": {**protocol, **rest}}), heading("Configuration"), preformatted(config)]
+    parts += [heading("Protocol"), table({"": {**protocol, **figures.get("run", {})}})]
+    parts += [heading("Configuration"), preformatted(config)]
     return page(title, parts)
 
 

@@ -1,7 +1,7 @@
 """The CLIP score: how well pictures suit their captions (Hessel et al., arXiv 2104.08718).
 
 The mean over pictures of 100 · max(cos(picture, caption), 0). Which CLIP gave the cosines is part of the result: the
-scores of two networks do not compare, and a network that chose the pictures (reranking) is no longer an impartial judge.
+scores of two networks do not compare, and the network that chose the pictures (reranking) is not an impartial judge.
 
     B batch
 """
