@@ -125,7 +125,7 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
         columns.append((name, drawn))
         if options.candidates:
             best_of[name], best = _candidates(each, tests, real, judges, options)
-            columns.append((f"{name}, best of {options.candidates}", best))
+            columns.append((f"best of {options.candidates}", best))
     if best_of:
         figures["best_of"] = best_of
     if judges:

@@ -62,11 +62,13 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
         "generate:maskgit": ["generate.py", f"model_workdir={work}/maskgit", "prompts=a star", "sampling.steps=3"],
         "generate": ["generate.py", f"model_workdir={work}/prior", "prompts=a red circle|two shapes", "n=2"],
         "clip": ["clip.py", *STEPS, *SMALL_CLIP],
-        "evaluate": ["evaluate.py", f"model_workdir={work}/prior", "count=8", "rows_at_once=4"],
+        "evaluate": [
+            "evaluate.py", f"model_workdir={work}/prior,{work}/maskgit", "count=8", "rows_at_once=4",
+        ],
         "quickstart": [
             "quickstart.py", *under("prior.tokenizer.", STEPS + PATCHES), *under("prior.", STEPS + SMALL_TRUNK),
-            *under("maskgit.", STEPS + SMALL_TRUNK),
-            "evaluate.count=8", "evaluate.rows_at_once=4",
+            *under("maskgit.", STEPS + SMALL_TRUNK), *under("clip.", STEPS + SMALL_CLIP),
+            "evaluate.count=8", "evaluate.rows_at_once=4", "evaluate.metrics.candidates=2",
         ],
     }  # fmt: skip
     own_pictures = {
@@ -111,6 +113,17 @@ def on_own_copy(name: str, work: Path) -> dict[str, list[str]]:
         f"dvae:{name}": [f"dvae.py:{name}", *STEPS, *SMALL_DVAE, *data],
         f"prior:{name}": [f"prior.py:{name}", *prior],
         f"maskgit:{name}": [f"maskgit.py:{name}", *prior],
+        f"clip:{name}": [f"clip.py:{name}", *STEPS, *SMALL_CLIP, *data],
+        f"evaluate:{name}": [
+            f"evaluate.py:{name}",
+            f"model_workdir={work}/prior:{name}",
+            f"clip={work}/clip:{name}",
+            "count=4",
+            *data[:2],
+            "metrics.candidates=2",
+            "metrics.candidate_captions=2",
+            "rows_at_once=2",
+        ],
     }
 
 

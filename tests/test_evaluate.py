@@ -177,7 +177,7 @@ def test_what_is_written(measured, tests, tmp_path, capsys):
     for text in ("A title", "captions_sha256", "job: evaluate", "maskgit, 4", f"{COUNT}, first"):
         assert text in page, text
     names = [name for name, _ in measured.columns]
-    assert names == ["real", "reconstructed", "maskgit", f"maskgit, best of {N}"]
+    assert names == ["real", "reconstructed", "maskgit", f"best of {N}"]
     assert np.asarray(Image.open(tmp_path / "grid.png")).ndim == 3
 
 
