@@ -1,4 +1,4 @@
-"""XLA flags for programs that are compiled far more often than run: those of the short runs."""
+"""XLA flags for programs that are compiled far more often than run: those of the tests and the short runs."""
 
 from __future__ import annotations
 
