@@ -26,8 +26,8 @@ schedule = common.schedule
 
 # name: (data, text length, text vocabulary, patch, image (width, depth, heads), text (…), embedding, batch, steps)
 VARIANTS = {
-    "shapes": (common.shapes(), 20, 300, 8, (96, 3, 4), (96, 3, 4), 96, 256, 300),
-    "emoji": (common.emoji(bpe_dropout=0.1), 20, 1024, 4, (128, 4, 4), (128, 3, 4), 128, 128, 1000),
+    "shapes": (common.shapes(), 20, 300, 8, (64, 2, 2), (64, 2, 2), 96, 256, 350),
+    "emoji": (common.emoji(bpe_dropout=0.1), 20, 1024, 8, (128, 3, 4), (96, 2, 2), 128, 256, 400),
     "folder": (
         common.folder(128, augment="prior", bpe_dropout=0.1), 64, 8192, 16, (384, 8, 6), (384, 6, 6), 256, 512, 50_000,
     ),
@@ -72,7 +72,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         "clip_norm": 1.0 if small else 0.0, "accumulate_steps": 1,
     })  # fmt: skip
     rate = (
-        {"peak": 2e-3, "end": 2e-5, "warmup_steps": 20} if small else {"peak": 5e-4, "end": 0.0, "warmup_steps": 2000}
+        {"peak": 3e-3, "end": 3e-5, "warmup_steps": 20} if small else {"peak": 5e-4, "end": 0.0, "warmup_steps": 2000}
     )
     config.schedules = ConfigDict({"learning_rate": schedule("warmup_cosine", steps=steps, **rate)})
     config.ema = ConfigDict({"decay": 0.0, "every": 1})
