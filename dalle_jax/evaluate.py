@@ -130,7 +130,7 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
         figures["best_of"] = best_of
     if judges:
         figures["blur"] = {
-            name: {f"{radius:g}": _distances(drawn.figures(real, radius)) for radius in real.radii}
+            name: {f"{radius:g}": drawn.distances(real, radius) for radius in real.radii}
             for name, drawn in sets.items()
         }
     figures["protocol"] = {
@@ -192,7 +192,8 @@ def _tokenizer(model: TextToImage, tests: TestSet, judges: Sequence[Judge], opti
         "codebook_perplexity": float(codebook.perplexity(used)),
         "codebook_usage": float(codebook.usage(used)),
         **({"caption_accuracy": float(np.concatenate(right).mean())} if right else {}),
-        **{f"r{name}" if name.startswith("fid") else name: value for name, value in shown.figures(real).items()},
+        **{f"r{name}" if name.startswith("fid") else name: value for name, value in shown.distances(real).items()},
+        **shown.precision_recall(real),
     }
     return tokens, real, shown, figures
 
@@ -228,7 +229,8 @@ def _prior(each: Model, tests: TestSet, tokens: np.ndarray, real: PictureSet, ju
         **whole,
         "image_nats_per_token": nats / count,
         **({} if model.scorer is None else clip_score.compute(cosines)),
-        **drawn.figures(real),
+        **drawn.distances(real),
+        **drawn.precision_recall(real),
         "steps": model.prior.decoding_steps(each.sampling.steps),
         "seconds_per_image": seconds / count,
         **({"by_attribute": parts} if parts else {}),
@@ -276,7 +278,7 @@ def _candidates(each: Model, tests: TestSet, real: PictureSet, judges, options: 
         figures[str(number)] = {
             **({"caption_accuracy": float(chosen(np.concatenate(right)).mean())} if right else {}),
             **clip_score.compute(clip_score.add(clip_score.empty(), chosen(scores).reshape(-1))),
-            **_distances(drawn.figures(real)),
+            **drawn.distances(real),
         }
     return figures, np.concatenate(shown)[:_SHOWN]
 
@@ -286,11 +288,6 @@ def _best_places(scores: np.ndarray, number: int) -> np.ndarray:
     groups = scores.shape[1] // number
     inside = scores[:, : groups * number].reshape(len(scores), groups, number).argmax(-1)
     return inside + number * np.arange(groups)
-
-
-def _distances(figures: Figures) -> Figures:
-    """FID and Inception score alone: what the paper shows in its sweeps."""
-    return {name: value for name, value in figures.items() if name.startswith(("fid", "inception_score"))}
 
 
 # -- what a person gets -------------------------------------------------------------------------------------------

@@ -106,15 +106,15 @@ class PictureSet:
                         self._classes[key] = inception_score.empty(self._total, splits, logits.shape[1])
                     self._classes[key] = inception_score.add(self._classes[key], logits, places)
 
-    def figures(self, real: PictureSet, radius: float = 0) -> dict[str, float]:
-        """FID (and the Inception score) by each judge, and precision and recall where the radius is 0.
+    def distances(self, real: PictureSet, radius: float = 0) -> dict[str, float]:
+        """FID by each judge, and the Inception score of those that have classes.
 
         Args:
           real: what these pictures are compared with.
           radius: of the blur on both sides.
 
         Raises:
-          DataError: too few pictures for a figure.
+          DataError: too few pictures.
         """
         figures = {}
         for judge in self._judges:
@@ -122,6 +122,11 @@ class PictureSet:
             figures |= frechet.compute(real._features[key], self._features[key])
             if key in self._classes:
                 figures |= inception_score.compute(self._classes[key])
-            if radius == 0:
-                figures |= precision_recall.compute(real._points[judge.name], self._points[judge.name])
+        return figures
+
+    def precision_recall(self, real: PictureSet) -> dict[str, float]:
+        """Precision and recall by each judge, without blur. Arguments and errors as `distances`."""
+        figures = {}
+        for judge in self._judges:
+            figures |= precision_recall.compute(real._points[judge.name], self._points[judge.name])
         return figures

@@ -36,7 +36,8 @@ def picture_set(*parts, radii=(0, 1)):
 
 
 def test_a_set_beside_itself():
-    figures = picture_set(PICTURES).figures(picture_set(PICTURES[::-1]))
+    drawn, real = picture_set(PICTURES), picture_set(PICTURES[::-1])
+    figures = drawn.distances(real) | drawn.precision_recall(real)
     assert figures["fid_one"] == pytest.approx(0, abs=1e-6) and figures["fid_two"] == pytest.approx(0, abs=1e-6)
     assert figures["precision_one"] == figures["recall_two"] == 1
     assert figures.keys() == {
@@ -48,23 +49,22 @@ def test_a_set_beside_itself():
 @pytest.mark.parametrize("radius", [0, 1])
 def test_pieces_are_the_whole_at_every_radius(radius):
     real = picture_set(OTHERS)
-    whole = picture_set(PICTURES).figures(real, radius)
-    pieces = picture_set(PICTURES[:1], PICTURES[1:16], PICTURES[16:]).figures(real, radius)
-    assert pieces == pytest.approx(whole, rel=1e-9)
-    assert ("precision_one" in whole) == (radius == 0)
+    whole, pieces = picture_set(PICTURES), picture_set(PICTURES[:1], PICTURES[1:16], PICTURES[16:])
+    assert pieces.distances(real, radius) == pytest.approx(whole.distances(real, radius), rel=1e-9)
+    assert pieces.precision_recall(real) == whole.precision_recall(real)
 
 
 def test_both_sides_are_blurred():
     blurred = [np.asarray(gaussian_blur(x, 1)) for x in (PICTURES, OTHERS)]
-    expected = picture_set(blurred[0]).figures(picture_set(blurred[1]))
-    found = picture_set(PICTURES).figures(picture_set(OTHERS), 1)
+    expected = picture_set(blurred[0]).distances(picture_set(blurred[1]))
+    found = picture_set(PICTURES).distances(picture_set(OTHERS), 1)
     assert found["fid_two"] == pytest.approx(expected["fid_two"], rel=1e-9)
-    assert found["fid_two"] != pytest.approx(picture_set(PICTURES).figures(picture_set(OTHERS))["fid_two"], rel=0.01)
+    assert found["fid_two"] != pytest.approx(picture_set(PICTURES).distances(picture_set(OTHERS))["fid_two"], rel=0.01)
 
 
 def test_the_figures_are_those_of_the_metrics():
     stats = [frechet.add(frechet.empty(5, "one"), JUDGES[0].look(x)[0]) for x in (PICTURES, OTHERS)]
-    found = picture_set(PICTURES).figures(picture_set(OTHERS))
+    found = picture_set(PICTURES).distances(picture_set(OTHERS))
     assert found["fid_one"] == pytest.approx(frechet.distance(*stats), rel=1e-9)
     score = inception_score.add(inception_score.empty(23, 10, 7), JUDGES[0].look(PICTURES)[1], np.arange(23))
     assert found["inception_score"] == pytest.approx(inception_score.compute(score)["inception_score"], rel=1e-9)

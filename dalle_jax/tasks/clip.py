@@ -3,9 +3,9 @@
     loss = ½ (cross-entropy of each picture over the batch's captions + of each caption over its pictures)
 
 The batch is the global one: every picture meets the captions of all devices and hosts, and the loss is that of one
-device with the whole batch. A slice of it would be another, easier problem, so gradients are not accumulated here. Where a caption occurs more than once in
-a batch, which the paper's 400 million pictures make rare and small data sets common, its other pictures are not taken
-for wrong ones.
+device with the whole batch. A slice of it would be another, easier problem, so gradients are not accumulated here.
+Where a caption occurs more than once in a batch, which the paper's 400 million pictures make rare and small data sets
+common, its other pictures are not taken for wrong ones.
 
     B rows    T text positions    E embedding    n evaluation examples
 """
