@@ -44,17 +44,17 @@ def load(path: str | os.PathLike | None) -> PyTree:
       PretrainedError: no file, one that cannot be read, or one of another network.
     """
     if path is None or not os.path.exists(path):
-        given = "config.inception is not set" if path is None else f"There is no file {os.fspath(path)!r}"
+        given = "config.metrics.inception is not set" if path is None else f"There is no file {os.fspath(path)!r}"
         raise PretrainedError(
             f"{given}: FID and the Inception score need the weights of Inception-v3. Fetch {FILE}, which the "
             "project pytorch-fid publishes (github.com/mseitzer/pytorch-fid, release 'fid_weights'), and give it as "
-            "--config.inception=PATH."
+            "--config.metrics.inception=PATH."
         )
     try:
         return jax.tree.map(jnp.asarray, convert(state_dict.read(path)))
     except PretrainedError as error:
         raise PretrainedError(
-            f"config.inception={os.fspath(path)!r} is not FID's Inception-v3: {error} Expected {FILE}."
+            f"config.metrics.inception={os.fspath(path)!r} is not FID's Inception-v3: {error} Expected {FILE}."
         ) from error
 
 
