@@ -52,6 +52,34 @@ def test_the_same_ids_as_open_clip(open_clip, model):
         assert [*ids, 49_407] == row[: len(ids) + 1]
 
 
+def test_no_caption_makes_a_special_token(model, tmp_path):
+    """The original would read the caption up to there. Hugging Face's files ask for it, and for filling up, cutting,
+    and the end token in place of what is unknown."""
+    import tokenizers
+
+    model.save(tmp_path / "ours.json")
+    asking = tokenizers.Tokenizer.from_file(str(tmp_path / "ours.json"))
+    asking.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    asking.enable_padding(length=20, pad_id=49_407)
+    asking.enable_truncation(7)
+    asking.save(str(tmp_path / "asking.json"))
+    spelled = "a <|endoftext|> cat <|startoftext|>"
+    assert {49_406, 49_407} <= set(asking.encode(spelled).ids)
+    for one in (model, BytePairs(tmp_path / "asking.json")):
+        ids, truncated = one.encode(spelled, max_length=100)
+        assert not truncated and ids[0] == 49_406 and {49_406, 49_407}.isdisjoint(ids[1:])
+        parts = ("a", "<|", "endoftext", "|>", "cat", "<|", "startoftext", "|>")
+        assert ids[1:] == [i for part in parts for i in one.encode(part, max_length=100)[0][1:]]
+
+    damaged = json.loads((tmp_path / "ours.json").read_text())
+    damaged["model"]["unk_token"] = "<|endoftext|>"
+    for letter in ("z", "z</w>"):
+        damaged["model"]["vocab"][letter + "?"] = damaged["model"]["vocab"].pop(letter)
+    damaged["model"]["merges"] = [pair for pair in damaged["model"]["merges"] if "z" not in "".join(pair)]
+    (tmp_path / "damaged.json").write_text(json.dumps(damaged))
+    assert BytePairs(tmp_path / "damaged.json").encode("z", max_length=100)[0] == []
+
+
 def test_long_captions_are_cut(model):
     whole, _ = model.encode(CAPTIONS[2], max_length=100)
     ids, truncated = model.encode(CAPTIONS[2], max_length=5)

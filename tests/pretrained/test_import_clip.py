@@ -16,10 +16,6 @@ from dalle_jax.errors import PretrainedError
 from dalle_jax.models.clip import CLIP, CLIPOptions, preprocess
 from dalle_jax.pretrained import clip as importer
 
-needs_transformers = pytest.mark.skipif(
-    not (importlib.util.find_spec("torch") and importlib.util.find_spec("transformers")),
-    reason="needs torch and transformers (pip install torch==2.13.0 transformers==5.23.0)",
-)
 SMALL = CLIPOptions(
     image_size=32, patch=8, image_width=64, image_depth=3, image_heads=4, text_width=48, text_depth=2, text_heads=3,
     embed_dim=24, text_length=9, text_vocab=50, end_id=49,
@@ -73,7 +69,7 @@ def state(model):
 # -- open_clip ----------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def open_clip():
     import_torchvision()
     return pytest.importorskip("open_clip", reason="needs open_clip_torch==3.3.0")
@@ -111,9 +107,15 @@ def test_same_vectors_as_open_clip_at_full_size(open_clip):
 # -- Hugging Face -------------------------------------------------------------------------------------------------
 
 
-def transformers_model(options, hidden_act="quick_gelu"):
-    import transformers
+@pytest.fixture(scope="module")
+def transformers():
+    pytest.importorskip("torch", reason="needs torch==2.13.0")
+    if importlib.util.find_spec("torchvision"):
+        import_torchvision()  # transformers imports it where it is installed
+    return pytest.importorskip("transformers", reason="needs transformers==5.23.0")
 
+
+def transformers_model(transformers, options, hidden_act="quick_gelu"):
     vision = {
         "hidden_size": options.image_width, "intermediate_size": 4 * options.image_width, "patch_size": options.patch,
         "num_hidden_layers": options.image_depth, "num_attention_heads": options.image_heads,
@@ -137,16 +139,13 @@ def check_transformers(model, options, head_dim):
     return check_parity(run, state(model), options, head_dim)
 
 
-@needs_transformers
-def test_same_vectors_as_transformers():
-    check_transformers(transformers_model(SMALL), SMALL, 16)
+def test_same_vectors_as_transformers(transformers):
+    check_transformers(transformers_model(transformers, SMALL), SMALL, 16)
 
 
-@needs_transformers
 @pytest.mark.slow
-def test_same_vectors_as_transformers_at_full_size():
-    options = CLIPOptions()
-    check_transformers(transformers_model(options), options, 64)
+def test_same_vectors_as_transformers_at_full_size(transformers):
+    check_transformers(transformers_model(transformers, CLIPOptions()), CLIPOptions(), 64)
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -232,13 +231,14 @@ def test_plain_files(tmp_path, expected, kind, layout):
         with open(path, "wb") as file:
             np.savez(file, **arrays)
     else:
-        contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        contiguous = {name: array.copy(order="C") for name, array in arrays.items()}
         pytest.importorskip("safetensors.numpy").save_file(contiguous, path)
     clip, params = importer.load(path, head_dim=16)
     assert clip.options == SMALL
     same(params, expected)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # how OpenAI's files were written
 @pytest.mark.parametrize("kind", ["state dict", "checkpoint", "scripted"])
 def test_files_by_torch(tmp_path, expected, kind):
     torch = pytest.importorskip("torch", reason="torch writes the files of this test")
