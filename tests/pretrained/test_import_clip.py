@@ -1,6 +1,7 @@
 """Our CLIP equals open_clip's and Hugging Face's with the same random weights; every file format gives the same."""
 
 import dataclasses
+import functools
 import importlib.util
 import json
 import subprocess
@@ -44,6 +45,11 @@ def shake(model, seed=0):
     return model.eval()
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def encode(clip, params, images, text):
+    return clip.encode_image(params, images), clip.encode_text(params, text)
+
+
 def check_parity(theirs, arrays, options, head_dim):
     """`theirs(pictures [B, 3, H, W], text)` gives unit vectors; ours are of `arrays`, their state dict."""
     import torch
@@ -54,8 +60,7 @@ def check_parity(theirs, arrays, options, head_dim):
         expected = [x.numpy() for x in theirs(pixels, torch.tensor(text, dtype=torch.long))]
     arrays = importer.openai_names(arrays)
     assert importer.options_of(arrays, options.activation, head_dim) == options
-    clip, params = CLIP(options), importer.convert(arrays, options)
-    ours = jax.jit(clip.encode_image)(params, images), jax.jit(clip.encode_text)(params, text)
+    ours = encode(CLIP(options), importer.convert(arrays, options), images, text)
     for made, wanted in zip(ours, expected):
         assert np.abs(wanted).max() > 2 / options.embed_dim**0.5 and np.abs(wanted[0] - wanted[1]).max() > 1e-2
         np.testing.assert_allclose(made, wanted, atol=1e-4)
@@ -94,7 +99,8 @@ def check_open_clip(model, options, head_dim):
 
 @pytest.mark.parametrize("activation", ["quick_gelu", "gelu"])
 def test_same_vectors_as_open_clip(open_clip, activation):
-    options = dataclasses.replace(SMALL, activation=activation)
+    depths = {} if activation == "quick_gelu" else {"image_depth": 1, "text_depth": 1}
+    options = dataclasses.replace(SMALL, activation=activation, **depths)
     check_open_clip(open_clip_model(open_clip, options), options, 16)
 
 
@@ -141,11 +147,6 @@ def check_transformers(model, options, head_dim):
 
 def test_same_vectors_as_transformers(transformers):
     check_transformers(transformers_model(transformers, SMALL), SMALL, 16)
-
-
-@pytest.mark.slow
-def test_same_vectors_as_transformers_at_full_size(transformers):
-    check_transformers(transformers_model(transformers, CLIPOptions()), CLIPOptions(), 64)
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -295,9 +296,9 @@ def small_vocabulary(path):
 
 def test_the_command_writes_a_folder_that_the_scorer_reads(tmp_path, expected):
     pytest.importorskip("tokenizers", reason="the vocabulary of published weights needs tokenizers")
-    np.savez(tmp_path / "weights.npz", **random_arrays())
-    vocabulary = small_vocabulary(tmp_path / "tokenizer.json")
-    command = [sys.executable, "-m", "dalle_jax.pretrained.clip", f"--weights={tmp_path}/weights.npz", "--head_dim=16"]
+    weights, vocabulary = tmp_path / "weights.npz", small_vocabulary(tmp_path / "tokenizer.json")
+    np.savez(weights, **random_arrays())
+    command = [sys.executable, "-m", "dalle_jax.pretrained.clip", f"--weights={weights}", "--head_dim=16"]
     done = subprocess.run(
         [*command, f"--vocabulary={vocabulary}", f"--output={tmp_path}/imported"], capture_output=True, text=True
     )
@@ -306,14 +307,14 @@ def test_the_command_writes_a_folder_that_the_scorer_reads(tmp_path, expected):
     assert scorer.clip.options == SMALL
     same(scorer.params, expected)
     assert scorer.encode_text(["Red bed"]).tolist() == [[48, 47, 1, 4, 26, 49, 49, 49, 49]]
-    scores = scorer.score(inputs(SMALL)[0], ["red", "bed", "red"])
-    assert np.isfinite(scores).all() and scores.shape == (3,)
 
-    small = json.loads(vocabulary.read_text())
-    small["model"]["vocab"]["<|endoftext|>"] = 77
-    small["added_tokens"] = []
-    vocabulary.write_text(json.dumps(small))
-    done = subprocess.run(
-        [*command, f"--vocabulary={vocabulary}", f"--output={tmp_path}/other"], capture_output=True, text=True
-    )
-    assert done.returncode == 1 and "ends captions by id 77" in done.stderr and "Traceback" not in done.stderr
+
+def test_weights_and_vocabulary_that_do_not_belong_together(tmp_path):
+    pytest.importorskip("tokenizers", reason="the vocabulary of published weights needs tokenizers")
+    weights, vocabulary = tmp_path / "weights.npz", small_vocabulary(tmp_path / "tokenizer.json")
+    np.savez(weights, **random_arrays())
+    other = json.loads(vocabulary.read_text())
+    other["model"]["vocab"]["<|endoftext|>"] = 77
+    vocabulary.write_text(json.dumps(other))
+    with pytest.raises(PretrainedError, match="ends captions by id 77, but the weights have 50 tokens"):
+        importer.load_scorer(weights, vocabulary, "quick_gelu", 16)
