@@ -61,8 +61,9 @@ def differences(theirs, arrays, options, head_dim):
     with torch.no_grad():
         pixels = torch.tensor(np.asarray(preprocess(images, options.image_size))).permute(0, 3, 1, 2)
         expected = [x.numpy() for x in theirs(pixels, torch.tensor(text, dtype=torch.long))]
-    for vectors in expected:  # which differ, from row to row and from zero
-        assert np.abs(vectors).max() > 2 / options.embed_dim**0.5 and np.abs(vectors[0] - vectors[1]).max() > 1e-2
+    for vectors in expected:  # of length one, and another for every row
+        np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
+        assert all(np.abs(vectors[i] - vectors[j]).max() > 1e-2 for i, j in ((0, 1), (0, 2), (1, 2)))
     arrays = importer.openai_names(arrays)
     assert importer.options_of(arrays, options.activation, head_dim) == options
     ours = encode(CLIP(options), importer.convert(arrays, options), images, text)
