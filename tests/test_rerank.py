@@ -1,13 +1,18 @@
-"""The best of N. Random weights, and a judge whose verdicts can be computed: the red of a picture, or its blue."""
+"""The best of N. Pictures at random, and a judge whose verdicts can be computed: the red of a picture, or its blue."""
 
 import dataclasses
+import types
+import weakref
 
+import jax
 import numpy as np
 import pytest
-import random_model
 
 from dalle_jax import rerank
+from dalle_jax.data.text import TextModel
 from dalle_jax.errors import ConfigError, DataError
+from dalle_jax.generate import TextToImage
+from dalle_jax.layout import TokenLayout
 
 CAPTIONS = ["a red circle", "a blue square", "a green star"]
 
@@ -42,14 +47,32 @@ class Drawn(rerank.Reranking):
         return rng.integers(0, 256, (len(captions), 99, 2, 2, 3), np.uint8)[:, :n]
 
     def chunks(self, captions, n, seed=0):
+        pieces = []
         for c in range(0, len(captions), self.shape[0]):
             for i in range(0, n, self.shape[1]):
-                yield c, i, self.table(captions, n, seed)[c : c + self.shape[0], i : i + self.shape[1]]
+                assert sum(piece() is not None for piece in pieces) <= 1, "pieces are held beyond the next one"
+                piece = self.table(captions, n, seed)[c : c + self.shape[0], i : i + self.shape[1]].copy()
+                pieces.append(weakref.ref(piece))
+                yield c, i, piece
+                del piece
+
+
+class Quick(TextToImage):
+    """Pictures that depend on caption and key alone, without a prior or a decoder."""
+
+    def _sample(self, text, keys, options, negative, known=None):
+        text = np.repeat(text, len(keys) // len(text), axis=0)
+        return np.concatenate([text, jax.random.key_data(keys)], axis=1)
+
+    def decode(self, tokens):
+        return np.stack([np.random.default_rng(row).integers(0, 256, (4, 4, 3), np.uint8) for row in tokens])
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return dataclasses.replace(random_model.text_to_image(tmp_path_factory.mktemp("text")), scorer=Judge())
+def model():
+    text = TextModel.train(CAPTIONS * 9, 40)
+    prior = types.SimpleNamespace(layout=TokenLayout(text.vocab_size, 24, 8, 2, 2))
+    return Quick(prior, {}, None, {}, text, 4, rows_at_once=2, scorer=Judge())
 
 
 def check_best(ranked, candidates):
