@@ -1,9 +1,9 @@
-"""The whole system, small, on a CPU: data, text model, dVAE, both priors, pictures for unseen captions, and a report.
+"""The whole system, small, on a CPU: data, text model, dVAE, both priors, CLIP, pictures of unseen captions, a report.
 
     python -m dalle_jax.main --config=configs/quickstart.py
 
-Ends with `runs/quickstart/grid.png` and `report.json`. Run it again after an interruption and it goes on.
-README.md has its measured time and figures.
+Ends with `runs/quickstart/report.html` (and `report.json`, `grid.png`, the sweeps as CSV). Run it again after an
+interruption and it goes on. README.md has its measured time and figures.
 """
 
 from ml_collections import ConfigDict
@@ -25,8 +25,12 @@ def get_config() -> ConfigDict:
     config.maskgit.workdir = "runs/quickstart/maskgit"
     config.maskgit.start_from = config.prior.workdir
 
+    config.clip = config_files.module(__file__, "clip.py").get_config("shapes")
+    config.clip.workdir = "runs/quickstart/clip"
+
     config.evaluate = config_files.module(__file__, "evaluate.py").get_config()
     config.evaluate.model_workdir = config.prior.workdir
+    config.evaluate.metrics.candidates = 16
     config.evaluate.sampling.temperature = 0.5  # a prior this small leaves some mass on wrong tokens
     config.maskgit_sampling = config.evaluate.sampling.copy_and_resolve_references()
     config.maskgit_sampling.choice_temperature = 1.0

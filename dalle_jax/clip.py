@@ -31,7 +31,8 @@ from etils import epath
 
 from dalle_jax import workdir as workdirs
 from dalle_jax.checkpoint import Checkpoints
-from dalle_jax.compatibility import wrong_parameter
+from dalle_jax.chunks import in_chunks
+from dalle_jax.compatibility import fingerprint, wrong_parameter
 from dalle_jax.data.byte_pairs import BytePairs
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import CheckpointError, DataError
@@ -158,14 +159,14 @@ class ClipScorer:
             row[: len(ids)] = ids
         return rows
 
+    def fingerprint(self) -> str:
+        """Tells this CLIP's weights from any others'."""
+        return fingerprint(self.params)
+
     def _in_chunks(self, encode: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
-        """`encode` of all rows, always on `rows_at_once` of them; the last row fills the last chunk."""
-        parts = []
-        for start in range(0, len(rows), self.rows_at_once):
-            chunk = np.minimum(np.arange(start, start + self.rows_at_once), len(rows) - 1)
-            parts.append(np.asarray(encode(self.clip, self.params, rows[chunk])))
-        empty = np.zeros((0, self.clip.options.embed_dim), np.float32)
-        return np.concatenate([empty, *parts])[: len(rows)]
+        if not len(rows):
+            return np.zeros((0, self.clip.options.embed_dim), np.float32)
+        return in_chunks(functools.partial(encode, self.clip, self.params), rows, self.rows_at_once)
 
 
 @functools.partial(jax.jit, static_argnums=0)

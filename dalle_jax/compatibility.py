@@ -1,12 +1,14 @@
-"""Which configurations describe the same model: what may change when a run goes on, and what may not."""
+"""Which configurations and parameters are the same model: what may change when a run goes on, and what may not."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -79,3 +81,14 @@ def wrong_parameter(given: Any, expected: Any) -> tuple[str, Any, Any] | None:
     )
     wrong = next((name for name in sorted({*old, *new}) if old.get(name) != new.get(name)), None)
     return None if wrong is None else (wrong, old.get(wrong), new.get(wrong))
+
+
+def fingerprint(params: Any) -> str:
+    """A hash of parameters, their names, types and shapes: 16 hexadecimal digits of SHA-256."""
+    found = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(params):
+        array = np.ascontiguousarray(jax.device_get(leaf))
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        found.update(f"{name} {array.dtype} {array.shape}\n".encode())
+        found.update(array.tobytes())
+    return found.hexdigest()[:16]

@@ -1,13 +1,27 @@
-"""Measures of a trained prior's workdir: its tokenizer, its likelihood, and what its pictures show.
+"""Measures of trained priors: tokenizer, likelihood, what their pictures show and how real they look, the best of N.
 
-B pictures    H, W their size    N image tokens
+Figures stand under these names in `report.json`:
+
+    clip            retrieval@1 among 64, of the CLIP that judges
+    dvae            psnr, ssim, codebook_usage, codebook_perplexity, and what follows of its reconstructions
+    <prior>         image_nats_per_token, steps, seconds_per_image, and what follows of one picture for each caption
+      fid, inception_score, precision_inception, recall_inception     with Inception's weights; "rfid" of dvae
+      fid_clip, precision_clip, recall_clip, clip_score               with a CLIP
+      caption_accuracy, attribute_accuracy, by_attribute              on the embedded shapes
+    best_of         of each prior and N: the same of the best of N by CLIP
+    blur            of each set of pictures and radius: FID and Inception score after a blur of both sides
+    protocol        what another implementation has to take to measure the same
+
+    C captions    P real pictures    H, W their size    N candidates
 """
 
 from __future__ import annotations
 
+import csv
 import dataclasses
+import io
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,116 +30,212 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dalle_jax import report
+from dalle_jax import judges as looks
+from dalle_jax import report, report_page
 from dalle_jax import workdir as workdirs
-from dalle_jax.data.augment import augment
-from dalle_jax.data.shapes_captions.scenes import Scene
-from dalle_jax.data.sources import DataOptions, open_source
-from dalle_jax.errors import DataError
+from dalle_jax.clip import ClipScorer
+from dalle_jax.compatibility import fingerprint
+from dalle_jax.errors import ConfigError
 from dalle_jax.generate import SamplingOptions, TextToImage
-from dalle_jax.metrics import codebook, pictures, shapes
+from dalle_jax.judges import Judge, PictureSet
+from dalle_jax.metrics import blur, clip_score, codebook, pictures, shapes
+from dalle_jax.metrics.retrieval import retrieval
 from dalle_jax.options import from_config
+from dalle_jax.protocol import Protocol, TestSet, open_test_set
+
+Figures = dict[str, Any]
+_SHOWN = 16  # rows of the grid
 
 
 @dataclasses.dataclass(frozen=True)
-class Examples:
-    """Pictures of a split, with what is known of them.
+class Model:
+    """What is measured: a prior with its tokenizer, and how samples are drawn."""
+
+    model: TextToImage
+    sampling: SamplingOptions
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How it is measured.
 
     Attributes:
-      images: uint8 [B, H, W, 3].
-      captions: the first caption of each.
-      scenes: what each caption states, for the embedded shapes; None for other data.
+      seed: of the samples.
+      blur: radii, pixels.
+      candidates: N, the most of which CLIP chooses the best; 0: no such sweep.
+      candidate_captions: of how many captions, the first ones.
+      inception: the file of Inception's weights; None: without FID and Inception score.
+      inception_resize: a key of `models.inception.RESIZES`.
     """
 
-    images: np.ndarray
-    captions: list[str]
-    scenes: list[Scene] | None
+    seed: int = 0
+    blur: tuple[float, ...] = blur.RADII
+    candidates: int = 0
+    candidate_captions: int = 128
+    inception: str | None = None
+    inception_resize: str = "bilinear_tf1"
 
 
-def read_examples(data: dict[str, Any], split: str, count: int) -> Examples:
-    """The first `count` readable examples of a split, as a prior's training saw its pictures, without augmentation.
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Attributes:
+    figures: see the module.
+    columns: heading and pictures, uint8 [up to 16, H, W, 3], for the grid.
+    """
+
+    figures: Figures
+    columns: list[tuple[str, np.ndarray]]
+
+
+def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Measured:
+    """All figures of priors that share one image tokenizer.
 
     Args:
-      data: the `data` section of the training's configuration.
-      split: of its source.
-      count: B.
+      models: by the name that they have in the report. The first one's CLIP judges.
+      tests: captions and pictures that none of them was trained on.
+      options: how.
 
     Raises:
-      DataError: where there are fewer.
+      ConfigError: tokenizers that differ, or candidates without a CLIP.
+      PretrainedError: Inception's weights cannot be read.
     """
-    options = DataOptions.from_config(data)
-    source = open_source(options, split)
-    found = []
-    for index in range(len(source)):
-        if len(found) == count:
-            break
-        try:
-            found.append(source[index])
-        except DataError:  # the training has counted and named it
-            continue
-    if len(found) < count:
-        raise DataError(
-            f"{source.description} has {len(found)} readable examples, {count} are asked for: lower config.count."
+    first = next(iter(models.values())).model
+    scorer = first.scorer
+    if len({fingerprint(each.model.tokenizer_params) for each in models.values()}) > 1:
+        raise ConfigError("The priors have different image tokenizers: measure them one by one.")
+    if options.candidates and scorer is None:
+        raise ConfigError(
+            f"config.metrics.candidates={options.candidates}: the best of them is chosen by a CLIP. Give "
+            "--config.clip=DIR, the workdir of configs/clip.py or a folder that dalle_jax.pretrained.clip wrote, or "
+            "--config.metrics.candidates=0."
         )
-    images = np.stack([augment(example["image"], options.image_size, "none", None) for example in found])
-    scenes = None
-    if "scene" in found[0]["extra"]:
-        scenes = [Scene.from_json(example["extra"]["scene"]) for example in found]
-    return Examples(images, [example["captions"][0] for example in found], scenes)
+    judges: list[Judge] = []
+    if options.inception:
+        judges.append(looks.inception(options.inception, options.inception_resize, first.rows_at_once))
+    if scorer is not None:
+        judges.append(looks.clip(scorer))
+    figures: Figures = {} if scorer is None else {"clip": _retrieval(scorer, tests)}
+    shown = tests.images(tests.owners[:_SHOWN])
+    tokens, real, reconstructed, figures["dvae"] = _tokenizer(first, tests, judges, options)
+    columns = [("real", shown), ("reconstructed", first.decode(tokens[tests.owners[:_SHOWN]]))]
+    sets = {"reconstructed": reconstructed}
+    best_of = {}
+    for name, each in models.items():
+        sets[name], figures[name], drawn = _prior(each, tests, tokens, real, judges, options)
+        columns.append((name, drawn))
+        if options.candidates:
+            best_of[name], best = _candidates(each, tests, real, judges, options)
+            columns.append((f"best of {options.candidates}", best))
+    if best_of:
+        figures["best_of"] = best_of
+    if judges:
+        figures["blur"] = {
+            name: {f"{radius:g}": drawn.distances(real, radius) for radius in real.radii}
+            for name, drawn in sets.items()
+        }
+    figures["protocol"] = {
+        **tests.describe(),
+        "seed": options.seed,
+        "samples_per_caption": 1,
+        **({"candidate_captions": min(options.candidate_captions, len(tests.captions))} if best_of else {}),
+        "weights": {
+            "tokenizer": fingerprint(first.tokenizer_params),
+            **{name: fingerprint(each.model.params) for name, each in models.items()},
+            **{key: value for judge in judges for key, value in judge.description.items()},
+        },
+        "sampling": {name: dataclasses.asdict(each.sampling) for name, each in models.items()},
+        "device": device(),
+    }
+    return Measured(figures, columns)
 
 
-def measure(model: TextToImage, examples: Examples, options: SamplingOptions, seed: int = 0):
-    """All figures of one split: one sample a caption, no reranking.
+# -- the parts ----------------------------------------------------------------------------------------------------
 
-    Args:
-      model: what is measured.
-      examples: of a split that it was not trained on.
-      options: how samples are drawn.
-      seed: of the samples.
 
-    Returns:
-      figures: {"dvae": {...}, "<prior>": {...}}, and the pictures (reconstructed, generated), each uint8 [B, H, W, 3].
-    """
-    # The last one repeats: every batch has the compiled size.
-    step = min(model.rows_at_once, len(examples.images))
-    batches = [
-        np.minimum(np.arange(i, i + step), len(examples.images) - 1) for i in range(0, len(examples.images), step)
+def _batches(count: int, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Places of all, `rows` at a time, and which of them count: the last one repeats, so that one size is compiled."""
+    rows = min(rows, count)
+    for start in range(0, count, rows):
+        places = np.arange(start, start + rows)
+        yield np.minimum(places, count - 1), places < count
+
+
+def _retrieval(scorer: ClipScorer, tests: TestSet) -> Figures:
+    """Of the test set's captions and their pictures."""
+    rows = [
+        scorer.image_features(tests.images(tests.owners[places]))[valid]
+        for places, valid in _batches(len(tests.captions), scorer.rows_at_once)
     ]
-    text = model.encode_text(examples.captions)
-    tokens, reconstructed, nats, quality = [], [], [], pictures.empty()
-    for rows in batches:
-        valid = np.arange(step) < len(np.unique(rows))
-        tokens.append(model.encode(examples.images[rows]))
-        reconstructed.append(model.decode(tokens[-1]))
-        quality = pictures.add(quality, examples.images[rows], reconstructed[-1], valid)
-        nats.append(_nats(model.prior, model.params, text[rows], tokens[-1], jnp.asarray(valid)))
-    count = len(examples.images)
-    tokens, reconstructed = (np.concatenate(x)[:count] for x in (tokens, reconstructed))
-    sizes = np.array([len(np.unique(rows)) for rows in batches])
+    return retrieval(np.concatenate(rows), scorer.text_features(tests.captions), scorer.encode_text(tests.captions))
+
+
+def _tokenizer(model: TextToImage, tests: TestSet, judges: Sequence[Judge], options: Options):
+    """Tokens of all real pictures, int32 [P, N]; those and the reconstructed ones as judges see them; figures."""
+    count = len(tests.pictures)
+    real, shown = (PictureSet(judges, count, options.blur) for _ in range(2))
+    tokens, quality, right = [], pictures.empty(), []
+    scenes = None if tests.scenes is None else [tests.scenes[i] for i in _first_captions(tests)]
+    for places, valid in _batches(count, model.rows_at_once):
+        images = tests.images(places)
+        codes = model.encode(images)
+        reconstructed = model.decode(codes)
+        quality = pictures.add(quality, images, reconstructed, valid)
+        real.add(images[valid])
+        shown.add(reconstructed[valid])
+        tokens.append(codes[valid])
+        if scenes is not None:
+            right.append(shapes.right_captions(reconstructed[valid], [scenes[i] for i in places[valid]]))
+    tokens = np.concatenate(tokens)
     used = codebook.count(jnp.asarray(tokens), model.tokenizer.vocab_size)
-    dvae = {
-        "psnr": pictures.compute(quality)["psnr"],
+    figures = {
+        **pictures.compute(quality),
         "codebook_perplexity": float(codebook.perplexity(used)),
         "codebook_usage": float(codebook.usage(used)),
+        **({"caption_accuracy": float(np.concatenate(right).mean())} if right else {}),
+        **{f"r{name}" if name.startswith("fid") else name: value for name, value in shown.distances(real).items()},
+        **shown.precision_recall(real),
     }
+    return tokens, real, shown, figures
 
-    knobs = dataclasses.asdict(options)
-    model.generate(examples.captions[:1] * count, seed=seed, **knobs)  # compiles: not part of the time per picture
-    start = time.perf_counter()
-    generated = model.generate(examples.captions, seed=seed, **knobs)[:, 0]
-    seconds = time.perf_counter() - start
-    prior = {
-        "image_nats_per_token": float(np.average(nats, weights=sizes)),
-        "steps": model.prior.decoding_steps(options.steps),
+
+def _first_captions(tests: TestSet) -> np.ndarray:
+    """The first caption of each picture, int [P]."""
+    return np.unique(tests.owners, return_index=True)[1]
+
+
+def _prior(each: Model, tests: TestSet, tokens: np.ndarray, real: PictureSet, judges, options: Options):
+    """One sample for each caption: as judges see them, figures, and the first pictures."""
+    model, knobs, count = each.model, dataclasses.asdict(each.sampling), len(tests.captions)
+    drawn, cosines = PictureSet(judges, count, options.blur), clip_score.empty()
+    text, nats, seconds, kept = model.encode_text(tests.captions), 0.0, 0.0, []
+    model.generate(tests.captions[:1] * min(count, model.rows_at_once), seed=options.seed, **knobs)  # compiles
+    for places, valid in _batches(count, model.rows_at_once):
+        codes = tokens[tests.owners[places]]
+        nats += valid.sum() * float(_nats(model.prior, model.params, text[places], codes, jnp.asarray(valid)))
+        captions, start = [tests.captions[i] for i in places], time.perf_counter()
+        images = model.generate(captions, seed=options.seed, **knobs)[:, 0]
+        seconds += time.perf_counter() - start
+        drawn.add(images[valid])
+        if model.scorer is not None:
+            cosines = clip_score.add(cosines, model.scorer.score(images, captions), valid)
+        if tests.scenes is not None or not kept:
+            kept.append(images[valid])
+    kept = np.concatenate(kept)
+    whole, parts = {}, {}
+    if tests.scenes is not None:
+        parts = shapes.score(kept, tests.scenes)
+        whole = {name: parts.pop(name) for name in ("caption_accuracy", "attribute_accuracy")}
+    figures = {
+        **whole,
+        "image_nats_per_token": nats / count,
+        **({} if model.scorer is None else clip_score.compute(cosines)),
+        **drawn.distances(real),
+        **drawn.precision_recall(real),
+        "steps": model.prior.decoding_steps(each.sampling.steps),
         "seconds_per_image": seconds / count,
+        **({"by_attribute": parts} if parts else {}),
     }
-
-    if examples.scenes is not None:
-        dvae["caption_accuracy"] = shapes.score(reconstructed, examples.scenes)["caption_accuracy"]
-        score = shapes.score(generated, examples.scenes)
-        whole = {name: score.pop(name) for name in ("caption_accuracy", "attribute_accuracy")}
-        prior = {**whole, **prior, "by_attribute": score}
-    return {"dvae": dvae, model.prior.name: prior}, reconstructed, generated
+    return drawn, figures, kept[:_SHOWN]
 
 
 @jax.jit(static_argnums=0)
@@ -134,45 +244,131 @@ def _nats(prior, params, text, tokens, valid) -> jax.Array:
     return scalars["image_nats"]
 
 
-def grid(examples: Examples, columns: Sequence[tuple[str, np.ndarray]], title: str, rows: int = 16) -> np.ndarray:
+def _candidates(each: Model, tests: TestSet, real: PictureSet, judges, options: Options):
+    """The best of 1, 2, 4, … N candidates by CLIP, of the first captions.
+
+    CLIP score and caption accuracy are over all disjoint groups of so many candidates, FID over the first group, one
+    picture for each caption whatever the number.
+
+    Returns:
+      Figures by number of candidates, and the first captions' best of N.
+    """
+    model, knobs, n = each.model, dataclasses.asdict(each.sampling), options.candidates
+    count = min(options.candidate_captions, len(tests.captions))
+    numbers = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
+    sets = {number: PictureSet(judges, count) for number in numbers}
+    scores, right, shown = [], [], []
+    for start in range(0, count, per_go := max(1, model.rows_at_once // n)):
+        rows = range(start, min(start + per_go, count))
+        ranked = model.best_of([tests.captions[i] for i in rows], n, keep=n, seed=options.seed, **knobs)
+        for number, drawn in sets.items():
+            drawn.add(ranked.best_of_first(number).images[:, 0])
+        drawn_order = np.argsort(ranked.numbers, axis=1)
+        scores.append(np.take_along_axis(ranked.scores, drawn_order, axis=1))
+        shown += [ranked.images[:, 0]] if start < _SHOWN else []
+        if tests.scenes is not None:
+            images = ranked.images.reshape(-1, *ranked.images.shape[2:])
+            verdicts = shapes.right_captions(images, [tests.scenes[i] for i in rows for _ in range(n)])
+            right.append(np.take_along_axis(verdicts.reshape(ranked.scores.shape), drawn_order, axis=1))
+    scores = np.concatenate(scores)
+    figures = {}
+    for number, drawn in sets.items():
+        best = _best_places(scores, number)
+        chosen = lambda x, best=best: np.take_along_axis(x, best, axis=1)
+        figures[str(number)] = {
+            **({"caption_accuracy": float(chosen(np.concatenate(right)).mean())} if right else {}),
+            **clip_score.compute(clip_score.add(clip_score.empty(), chosen(scores).reshape(-1))),
+            **drawn.distances(real),
+        }
+    return figures, np.concatenate(shown)[:_SHOWN]
+
+
+def _best_places(scores: np.ndarray, number: int) -> np.ndarray:
+    """Of each disjoint group of `number` candidates the place of the highest score: [C, N] to int [C, N // number]."""
+    groups = scores.shape[1] // number
+    inside = scores[:, : groups * number].reshape(len(scores), groups, number).argmax(-1)
+    return inside + number * np.arange(groups)
+
+
+# -- what a person gets -------------------------------------------------------------------------------------------
+
+
+def write(measured: Measured, tests: TestSet, out: epath.PathLike, title: str, config: ConfigDict) -> None:
+    """Writes `report.json`, `report.html`, `grid.png`, `blur.csv` and `best_of.csv`, and prints the figures.
+
+    Args:
+      measured: what is reported.
+      tests: on what.
+      out: the folder.
+      title: of the report.
+      config: the configuration that led there.
+    """
+    out, figures = epath.Path(out).expanduser(), measured.figures
+    sheet = grid(tests.captions, measured.columns, title)
+    report.save_png(out / "grid.png", sheet)
+    report.save_json(out / "report.json", figures)
+    written = ["report.html", "report.json", "grid.png"]
+    for name, head in (("blur", ("pictures", "radius")), ("best_of", ("prior", "candidates"))):
+        if name in figures:
+            (out / f"{name}.csv").write_text(_csv(figures[name], head))
+            written.append(f"{name}.csv")
+    (out / "report.html").write_text(report_page.evaluation(title, figures, sheet, config.to_yaml()))
+    apart = ("blur", "best_of", "protocol")
+    print("\n" + report.table({name: value for name, value in figures.items() if name not in apart}))
+    print("\n" + "\n".join(str(out / name) for name in written))
+
+
+def _csv(section: Mapping[str, Mapping[str, Figures]], head: tuple[str, str]) -> str:
+    """A line for each name and number."""
+    names = list(dict.fromkeys(name for rows in section.values() for row in rows.values() for name in row))
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow([*head, *names])
+    for outer, rows in section.items():
+        for inner, row in rows.items():
+            table.writerow([outer, inner, *(f"{row[name]:.6g}" if name in row else "" for name in names)])
+    return text.getvalue()
+
+
+def grid(captions: Sequence[str], columns: Sequence[tuple[str, np.ndarray]], title: str) -> np.ndarray:
     """Captions beside their pictures: uint8 [H', W', 3].
 
     Args:
-      examples: for the captions.
+      captions: as many as there are pictures, or more.
       columns: heading and pictures, uint8 [B, H, W, 3], of each column.
       title: over everything.
-      rows: at most so many captions.
     """
-    rows = min(rows, len(examples.captions))
-    shown = [(examples.captions[i], [images[i] for _, images in columns]) for i in range(rows)]
+    rows = min(len(images) for _, images in columns)
+    shown = [(captions[i], [images[i] for _, images in columns]) for i in range(rows)]
     return report.grid(shown, [name for name, _ in columns], title=title, blocks=2 if rows > 4 else 1)
 
 
-def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Writes `report.json` and `grid.png`, and prints the figures.
+def run(config: ConfigDict, workdir: str) -> Figures:
+    """Writes the report, see `write`.
 
     Args:
       config: see `configs/evaluate.py`.
       workdir: where to write.
 
     Returns:
-      What the report holds.
+      What `report.json` holds.
     """
-    trained = workdirs.read_config(config.model_workdir)
-    model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once)
-    examples = read_examples(trained["data"], config.split, config.count)
-    options = from_config(SamplingOptions, config.sampling, "sampling")
-    figures, reconstructed, generated = measure(model, examples, options, config.seed)
-    figures |= {
-        "samples": len(examples.captions), "split": config.split, "workdir": model.workdir, "step": model.step,
-        "sampling": dataclasses.asdict(options), "seed": config.seed, "device": device(),
-    }  # fmt: skip
-    out = epath.Path(workdir).expanduser()
-    columns = [("real", examples.images), ("reconstructed", reconstructed), ("generated", generated)]
-    report.save_png(out / "grid.png", grid(examples, columns, f"{model.workdir}: {config.split} captions"))
-    report.save_json(out / "report.json", figures)
-    print(report.table(figures) + f"\n{out / 'grid.png'}\n{out / 'report.json'}")
-    return figures
+    folders = [folder.strip() for folder in config.model_workdir.split(",")]
+    loaded = [TextToImage.load(folder, config.step, config.rows_at_once, config.clip) for folder in folders]
+    sampling = from_config(SamplingOptions, config.sampling, "sampling")
+    kinds = [model.prior.name for model in loaded]
+    names = kinds if len(set(kinds)) == len(kinds) else folders
+    data = config.get("data") or workdirs.read_config(folders[0])["data"]
+    protocol = Protocol(config.split, config.captions, config.count, config.seed)
+    tests = open_test_set(data, protocol, loaded[0].image_size)
+    options = from_config(Options, {"seed": config.seed, **config.metrics}, "metrics")
+    models = {name: Model(model, sampling) for name, model in zip(names, loaded)}
+    measured = measure(models, tests, options)
+    measured.figures["protocol"]["checkpoints"] = {
+        name: f"{m.workdir}, step {m.step}" for name, m in zip(names, loaded)
+    }
+    write(measured, tests, workdir, f"{', '.join(names)}: {tests.source.description}", config)
+    return measured.figures
 
 
 def device() -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import platform
 import time
@@ -11,19 +10,21 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from dalle_jax import evaluate, report, stages
+from dalle_jax import evaluate, stages
 from dalle_jax import workdir as workdirs
+from dalle_jax.clip import ClipScorer, has_clip
 from dalle_jax.generate import SamplingOptions, TextToImage
 from dalle_jax.options import from_config
+from dalle_jax.protocol import Protocol, open_test_set
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Trains, generates, scores; writes `grid.png` and `report.json` and prints the table.
+    """Trains, generates, scores; writes what `evaluate.write` writes.
 
     Args:
-      config: see `configs/quickstart.py`: the whole configurations of both priors (their tokenizer's included) and that
-        of the evaluation.
-      workdir: holds `dvae/`, `prior/`, `maskgit/`, and the results.
+      config: see `configs/quickstart.py`: the whole configurations of both priors (their tokenizer's included), of the
+        CLIP and of the evaluation.
+      workdir: holds `dvae/`, `prior/`, `maskgit/`, `clip/`, and the results.
 
     Returns:
       What `report.json` holds.
@@ -34,40 +35,37 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     tokenizer, evaluation = config.prior.tokenizer, config.evaluate
     tokenizer.workdir, config.prior.workdir = str(out / "dvae"), str(out / "prior")
     config.maskgit.workdir, config.maskgit.start_from = str(out / "maskgit"), config.prior.workdir
+    config.clip.workdir = str(out / "clip")
+    config.clip.text.path = str(workdirs.text_model_path(config.prior.workdir))
     resumed = (out / "dvae" / "config.json").exists()
 
     seconds = {}
-    for name, section in (("dvae", tokenizer), ("prior", config.prior), ("maskgit", config.maskgit)):
+    stage = {"dvae": tokenizer, "prior": config.prior, "maskgit": config.maskgit, "clip": config.clip}
+    for name, section in stage.items():
         began = time.perf_counter()
         stages.run(section, section.workdir)
         seconds[name] = time.perf_counter() - began
 
     began = time.perf_counter()
-    trained = workdirs.read_config(config.prior.workdir)
-    examples = evaluate.read_examples(trained["data"], evaluation.split, evaluation.count)
-    figures, sampling, columns = {}, {}, [("real", examples.images)]
+    models = {}
     for section, knobs in ((config.prior, evaluation.sampling), (config.maskgit, config.maskgit_sampling)):
+        if not has_clip(section.workdir):  # so that the workdir alone is enough to draw the best of N
+            ClipScorer.load(config.clip.workdir).save(section.workdir)
         model = TextToImage.load(section.workdir, rows_at_once=evaluation.rows_at_once)
-        options = from_config(SamplingOptions, knobs, "sampling")
-        measured, reconstructed, generated = evaluate.measure(model, examples, options, evaluation.seed)
-        figures |= measured
-        sampling[model.prior.name] = dataclasses.asdict(options)
-        columns += [] if len(columns) > 1 else [("reconstructed", reconstructed)]
-        columns.append((model.prior.name, generated))
-    per_image = [figures[name]["seconds_per_image"] for name in ("autoregressive", "maskgit")]
+        models[model.prior.name] = evaluate.Model(model, from_config(SamplingOptions, knobs, "sampling"))
+    data = workdirs.read_config(config.prior.workdir)["data"]
+    tests = open_test_set(data, Protocol(evaluation.split, evaluation.captions, evaluation.count, evaluation.seed))
+    options = from_config(evaluate.Options, {"seed": evaluation.seed, **evaluation.metrics}, "metrics")
+    measured = evaluate.measure(models, tests, options)
+    per_image = [measured.figures[name]["seconds_per_image"] for name in ("autoregressive", "maskgit")]
     seconds["evaluation"] = time.perf_counter() - began
-    figures |= {
+    measured.figures["protocol"]["device"] += f", {os.cpu_count()} cores, {platform.machine()}"
+    measured.figures["run"] = {
         "speedup_over_autoregressive": per_image[0] / per_image[1],
-        "samples": len(examples.captions),
-        "split": evaluation.split,
-        "sampling": sampling,
         "seconds": seconds,
         "wall_seconds": time.perf_counter() - start,  # of this run: what an interrupted one did before is not in it
         "resumed": resumed,
-        "device": f"{evaluate.device()}, {os.cpu_count()} cores, {platform.machine()}",
     }
     title = "Captions held out of training" if evaluation.split == "heldout" else evaluation.split
-    report.save_png(out / "grid.png", evaluate.grid(examples, columns, title))
-    report.save_json(out / "report.json", figures)
-    print(f"\n{report.table(figures)}\n\n{out / 'grid.png'}\n{out / 'report.json'}")
-    return figures
+    evaluate.write(measured, tests, out, title, config)
+    return measured.figures

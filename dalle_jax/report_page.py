@@ -23,7 +23,8 @@ h1 { font-size: 1.7em; } h2 { font-size: 1.25em; margin-top: 2em; }
 table { border-collapse: collapse; margin: 1em 0; }
 th, td { padding: .25em .9em .25em 0; text-align: left; border-bottom: 1px solid #e8eaed; font-weight: normal; }
 th { color: #5f6368; } td { font-variant-numeric: tabular-nums; }
-figure { margin: 1em 0; } figcaption { color: #5f6368; } img, svg { max-width: 100%; height: auto; }
+figure { margin: 1em 0; } .plots { display: flex; flex-wrap: wrap; } .plots figure { flex: 1 1 22em; max-width: 30em; }
+ figcaption { color: #5f6368; } img, svg { max-width: 100%; height: auto; }
 pre { background: #f8f9fa; padding: 1em; overflow-x: auto; font-size: 13px; }
 """
 
@@ -50,14 +51,17 @@ def preformatted(text: str) -> str:
     return f"<pre>{html.escape(text)}</pre>"
 
 
-def table(columns: Mapping[str, Mapping[str, Any]]) -> str:
+def table(columns: Mapping[str, Mapping[str, Any]], names_down: bool = False) -> str:
     """Figures side by side: a column for each name, a row for each figure that any of them has.
 
     Args:
       columns: by name; nested figures become rows "outer, inner".
+      names_down: the other way round, a row for each name.
     """
     flat = {name: _flatten(figures) for name, figures in columns.items()}
     names = list(dict.fromkeys(name for figures in flat.values() for name in figures))
+    if names_down:
+        flat, names, columns = {name: {of: flat[of].get(name, "") for of in flat} for name in names}, list(flat), names
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *columns))
     rows = [
         f"<tr><th>{html.escape(name)}</th>"
@@ -109,6 +113,57 @@ def plot(
         figure.savefig(svg, format="svg", metadata={"Date": None})
     text = svg.getvalue()
     return f"<figure>{text[text.index('<svg') :]}<figcaption>{html.escape(caption)}</figcaption></figure>"
+
+
+def evaluation(title: str, figures: Mapping[str, Any], grid: np.ndarray, config: str) -> str:
+    """The page of an evaluation.
+
+    Args:
+      title: of the page.
+      figures: see `evaluate.py`.
+      grid: captions and pictures, uint8 [H, W, 3].
+      config: the configuration as text.
+    """
+    protocol, apart = figures["protocol"], ("best_of", "blur", "protocol", "run")
+    parts = [
+        paragraph(f"{protocol['captions']} captions of {protocol['data']}, one sample each, on {protocol['device']}."),
+        picture(grid, "The first captions: the real picture, its reconstruction, and what the priors draw."),
+        heading("Figures"),
+        table({name: section for name, section in figures.items() if name not in apart}),
+    ]
+    if "best_of" in figures:
+        parts += [
+            heading("The best of N candidates, chosen by CLIP"),
+            paragraph(
+                f"Of the first {protocol['candidate_captions']} captions. The judge of clip_score and of figures that "
+                "end in _clip is the network that chose: what rises with N there is in part its own taste."
+            ),
+            *_sweep(figures["best_of"], "candidates", powers=True),
+        ]
+    if "blur" in figures:
+        parts += [
+            heading("After a Gaussian blur of both sides"),
+            paragraph("What a tokenizer cannot show, fine detail, counts for less there. Radius: deviation in pixels."),
+            *_sweep(figures["blur"], "blur radius"),
+        ]
+    parts += [heading("Protocol"), table({"": {**protocol, **figures.get("run", {})}})]
+    parts += [heading("Configuration"), preformatted(config)]
+    return page(title, parts)
+
+
+def _sweep(section: Mapping[str, Mapping[str, Mapping[str, float]]], x: str, powers: bool = False) -> list[str]:
+    """A plot of every figure, and the table."""
+    names = dict.fromkeys(name for rows in section.values() for row in rows.values() for name in row)
+    plots = [
+        plot(
+            {line: [(float(at), row[name]) for at, row in rows.items()] for line, rows in section.items()},
+            x, name, f"{name} by {x}", powers,
+        )
+        for name in names
+        if not name.endswith("_std")
+    ]  # fmt: skip
+    columns = {f"{line}, {at}": row for line, rows in section.items() for at, row in rows.items()}
+    return [f'<div class="plots">{"".join(plots)}</div>', table(columns, names_down=True)]
 
 
 def _flatten(figures: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -4,12 +4,16 @@
 
 The sizes of `2.8b`, `5.6b` and `paper` do not fit a small machine: their parameters are counted without making them
 (tests/priors/test_autoregressive.py); here their data path and command line run with a model of one-digit width.
+
+Nearly all of a run's time is compilation: programs are optimised less than a user's (quick_xla.py). XLA_FLAGS in
+the environment, even empty, takes precedence.
 """
 
 from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import os
 import subprocess
 import sys
 import tempfile
@@ -17,13 +21,15 @@ import time
 from pathlib import Path
 
 import numpy as np
+import quick_xla
 import tiny_copies
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ["steps=2", "cadence.eval=2", "cadence.preview=2", "cadence.checkpoint=2", "eval_batches=1", "batch_size=4"]
-SMALL_DVAE = ["model.vocab_size=32", "model.hidden=8", "model.codebook_dim=8"]
-PATCHES = ["model.vocab_size=32", "model.hidden=96", "model.codebook_dim=96"]  # the k-means start needs the width
+FEW_SHAPES = ["data.builder_kwargs.num_train=512"]
+SMALL_DVAE = ["model.vocab_size=32", "model.hidden=8", "model.codebook_dim=8", "model.blocks_per_group=1"]
+PATCHES = [*SMALL_DVAE, "model.hidden=96", "model.codebook_dim=96"]  # the k-means start needs the width
 SMALL_CLIP = [
     *(f"model.{tower}_{size}" for tower in ("image", "text") for size in ("width=16", "depth=1", "heads=2")),
     "text.vocab_size=300",
@@ -35,6 +41,7 @@ SMALL_TRUNK = [
     "text.length=16",
     "text.vocab_size=300",
 ]
+SHALLOW_TRUNK = [*SMALL_TRUNK, "model.trunk.depth=3"]  # still each kind of attention; with scan it takes two more
 
 
 def under(prefix: str, options: list[str]) -> list[str]:
@@ -56,17 +63,20 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
     """Chains of name → config and its overrides: a run may use the workdirs of earlier ones of its chain."""
     folder, big = make_folder(work / "folder", 64), make_folder(work / "big", 256)
     shapes = {
-        "dvae": ["dvae.py", *STEPS, *PATCHES],
-        "prior": ["prior.py", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae"],
-        "maskgit": ["maskgit.py", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae"],
+        "dvae": ["dvae.py", *STEPS, *PATCHES, *FEW_SHAPES],
+        "prior": ["prior.py", *STEPS, *SHALLOW_TRUNK, *FEW_SHAPES, f"tokenizer_from={work}/dvae"],
+        "maskgit": ["maskgit.py", *STEPS, *SHALLOW_TRUNK, *FEW_SHAPES, f"tokenizer_from={work}/dvae"],
         "generate:maskgit": ["generate.py", f"model_workdir={work}/maskgit", "prompts=a star", "sampling.steps=3"],
         "generate": ["generate.py", f"model_workdir={work}/prior", "prompts=a red circle|two shapes", "n=2"],
-        "clip": ["clip.py", *STEPS, *SMALL_CLIP],
-        "evaluate": ["evaluate.py", f"model_workdir={work}/prior", "count=8", "rows_at_once=4"],
+        "clip": ["clip.py", *STEPS, *SMALL_CLIP, *FEW_SHAPES],
+        "evaluate": [
+            "evaluate.py", f"model_workdir={work}/prior,{work}/maskgit", "count=8", "rows_at_once=4",
+        ],
         "quickstart": [
-            "quickstart.py", *under("prior.tokenizer.", STEPS + PATCHES), *under("prior.", STEPS + SMALL_TRUNK),
-            *under("maskgit.", STEPS + SMALL_TRUNK),
-            "evaluate.count=8", "evaluate.rows_at_once=4",
+            "quickstart.py", *under("prior.tokenizer.", STEPS + PATCHES + FEW_SHAPES),
+            *under("prior.", STEPS + SHALLOW_TRUNK + FEW_SHAPES),
+            *under("maskgit.", STEPS + SHALLOW_TRUNK + FEW_SHAPES), *under("clip.", STEPS + SMALL_CLIP + FEW_SHAPES),
+            "evaluate.count=8", "evaluate.rows_at_once=4", "evaluate.metrics.candidates=2",
         ],
     }  # fmt: skip
     own_pictures = {
@@ -84,7 +94,11 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
             "clip.py:vit_b32", *STEPS, *SMALL_CLIP, f"data.path={folder}", "data.image_size=64", "data.workers=0",
         ],
     }  # fmt: skip
-    published = {"dvae:paper": ["dvae.py:paper", *STEPS, *SMALL_DVAE, f"data.path={big}", "data.workers=0"]}
+    published = {
+        "dvae:paper": [
+            "dvae.py:paper", *STEPS, *SMALL_DVAE, f"data.path={big}", "data.image_size=64", "data.workers=0",
+        ],
+    }  # fmt: skip
     for name in ("prior:2.8b", "prior:5.6b", "prior:paper", "maskgit:paper", "maskgit:3b"):
         published[name] = [
             name.replace(":", ".py:"), *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:paper", f"data.path={big}",
@@ -95,9 +109,9 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
     if emoji:
         chains.append({
             "dvae:emoji": ["dvae.py:emoji", *STEPS, *PATCHES],
-            "prior:emoji": ["prior.py:emoji", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:emoji"],
+            "prior:emoji": ["prior.py:emoji", *STEPS, *SHALLOW_TRUNK, f"tokenizer_from={work}/dvae:emoji"],
             "clip:emoji": ["clip.py:emoji", *STEPS, *SMALL_CLIP],
-            "maskgit:emoji": ["maskgit.py:emoji", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:emoji"],
+            "maskgit:emoji": ["maskgit.py:emoji", *STEPS, *SHALLOW_TRUNK, f"tokenizer_from={work}/dvae:emoji"],
         })  # fmt: skip
     return chains
 
@@ -111,6 +125,17 @@ def on_own_copy(name: str, work: Path) -> dict[str, list[str]]:
         f"dvae:{name}": [f"dvae.py:{name}", *STEPS, *SMALL_DVAE, *data],
         f"prior:{name}": [f"prior.py:{name}", *prior],
         f"maskgit:{name}": [f"maskgit.py:{name}", *prior],
+        f"clip:{name}": [f"clip.py:{name}", *STEPS, *SMALL_CLIP, *data],
+        f"evaluate:{name}": [
+            f"evaluate.py:{name}",
+            f"model_workdir={work}/prior:{name}",
+            f"clip={work}/clip:{name}",
+            "count=4",
+            *data[:2],
+            "metrics.candidates=2",
+            "metrics.candidate_captions=2",
+            "rows_at_once=2",
+        ],
     }
 
 
@@ -119,7 +144,14 @@ def run(name: str, line: list[str], work: Path) -> bool:
     start, (config, *options) = time.perf_counter(), line
     command = [sys.executable, "-m", "dalle_jax.main", f"--config=configs/{config}", f"--workdir={work / name}"]
     command += under("--config.", options)
-    done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env={"XLA_FLAGS": quick_xla.flags(), **os.environ},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
     ok = done.returncode == 0
     print(f"{name:14} {'ok' if ok else 'FAILED'}  {time.perf_counter() - start:.0f} s", flush=True)
     if not ok:

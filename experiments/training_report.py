@@ -3,7 +3,7 @@
     python experiments/training_report.py --workdir runs/prior-emoji runs/maskgit-emoji --output=DIR
 
 Writes `grid.png` (real, reconstructed and generated pictures; captions of the training split on the left, held-out ones
-on the right), `curves.png` (validation and training, dVAE and priors) and `report.json` (the figures of both splits).
+on the right), `curves.png` (validation and training, dVAE and priors) and `training.json` (the figures of both splits).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from etils import epath
 from dalle_jax import evaluate, report
 from dalle_jax import workdir as workdirs
 from dalle_jax.generate import SamplingOptions, TextToImage
+from dalle_jax.protocol import Protocol, open_test_set
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -69,21 +70,22 @@ def main() -> None:
     config = workdirs.read_config(args.workdir[0])
     models = [TextToImage.load(workdir) for workdir in args.workdir]
     sampling = {"guidance": args.guidance, "temperature": args.temperature}
-    figures, rows = {"runs": {model.prior.name: [model.workdir, model.step] for model in models}, **sampling}, []
+    measured = {model.prior.name: evaluate.Model(model, SamplingOptions(**sampling)) for model in models}
+    figures, rows = {"runs": {model.prior.name: [model.workdir, model.step] for model in models}}, []
     for name, split in (("seen", config["data"]["train_split"]), ("held out", "heldout")):
-        examples = evaluate.read_examples(config["data"], split, args.count)
-        shown, figures[name], samples = np.linspace(0, args.count - 1, args.rows).astype(int), {}, []
-        for model in models:
-            measured, reconstructed, _ = evaluate.measure(model, examples, SamplingOptions(**sampling))
-            figures[name] |= measured
-            samples.append(model.generate([examples.captions[i] for i in shown], args.samples, **sampling))
-        for number, i in enumerate(shown):
+        tests = open_test_set(config["data"], Protocol(split, "first", args.count))
+        figures[name] = evaluate.measure(measured, tests, evaluate.Options(blur=())).figures
+        shown = np.linspace(0, args.count - 1, args.rows).astype(int)
+        real, captions = tests.images(shown), [tests.captions[i] for i in shown]
+        reconstructed = models[0].decode(models[0].encode(real))
+        samples = [model.generate(captions, args.samples, **sampling) for model in models]
+        for number, caption in enumerate(captions):
             drawn = [image for of_model in samples for image in of_model[number]]
-            rows.append((f"{name}: {examples.captions[i]}", [examples.images[i], reconstructed[i], *drawn]))
+            rows.append((f"{name}: {caption}", [real[number], reconstructed[number], *drawn]))
     out = epath.Path(args.output)
     columns = ("real", "dVAE", *(model.prior.name for model in models for _ in range(args.samples)))
     report.save_png(out / "grid.png", report.grid(rows, columns, picture_size=96, blocks=2))
-    report.save_json(out / "report.json", figures | {"device": evaluate.device()})
+    report.save_json(out / "training.json", figures)
     tokenizer = args.tokenizer_workdir or config["tokenizer"]["workdir"]
     priors = {model.prior.name: read_metrics(workdir) for model, workdir in zip(models, args.workdir)}
     curves(read_metrics(tokenizer), priors, out / "curves.png")

@@ -15,10 +15,11 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from dalle_jax import evaluate, report
+from dalle_jax import report
 from dalle_jax import workdir as workdirs
 from dalle_jax.editing import pixels_of
 from dalle_jax.generate import TextToImage, row_keys
+from dalle_jax.protocol import Protocol, open_test_set
 
 GREY = 190
 
@@ -65,21 +66,22 @@ def main() -> None:
     args = parser.parse_args()
 
     model = TextToImage.load(args.workdir)
-    examples = evaluate.read_examples(workdirs.read_config(args.workdir)["data"], "heldout", args.rows)
+    tests = open_test_set(workdirs.read_config(args.workdir)["data"], Protocol("heldout", "first", args.rows))
+    images = tests.images(range(args.rows))
     out = epath.Path(args.output)
-    frames = trajectory(model, examples.captions, args.seed, args.steps)
+    frames = trajectory(model, tests.captions, args.seed, args.steps)
     names = [f"step {t + 1}" for t in range(args.steps)]
-    strip = [(caption, list(frames[:, i])) for i, caption in enumerate(examples.captions)]
+    strip = [(caption, list(frames[:, i])) for i, caption in enumerate(tests.captions)]
     report.save_png(out / "strip.png", report.grid(strip, names, picture_size=96))
     sheets = [
-        Image.fromarray(report.grid([(c, [f[i]]) for i, c in enumerate(examples.captions)], picture_size=96, blocks=2))
+        Image.fromarray(report.grid([(c, [f[i]]) for i, c in enumerate(tests.captions)], picture_size=96, blocks=2))
         for f in frames
     ]
     with (out / "unmasking.gif").open("wb") as file:
         durations = [300] * (len(sheets) - 1) + [1500]
         sheets[0].save(file, format="GIF", save_all=True, append_images=sheets[1:], duration=durations, loop=0)
     columns = ("real", "right half inpainted", "extended to the right", "a third varied", "the other caption")
-    rows = edits(model, examples.images, examples.captions, args.seed)
+    rows = edits(model, images, tests.captions, args.seed)
     report.save_png(out / "edits.png", report.grid(rows, columns, picture_size=128))
     print(f"strip.png, unmasking.gif and edits.png in {out}")
 

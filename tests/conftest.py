@@ -10,9 +10,11 @@ import os
 import shutil
 import tempfile
 
+import quick_xla
+
 os.environ["JAX_PLATFORMS"] = os.environ.get("DALLE_JAX_TEST_PLATFORMS", "cpu")
-# Programs here are compiled far more often than run: optimising them less halves the time of the suite.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=1")
+# Programs here are compiled far more often than run: optimising them less takes less than half the time.
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {quick_xla.flags()}")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:

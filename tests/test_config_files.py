@@ -9,10 +9,12 @@ import pytest
 from dalle_jax import config_files, optimizers, parallel, priors, schedules
 from dalle_jax.data.sources import DataOptions
 from dalle_jax.errors import ConfigError
+from dalle_jax.evaluate import Options
 from dalle_jax.generate import SamplingOptions
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models import clip, tokenizer
 from dalle_jax.options import from_config
+from dalle_jax.protocol import Protocol
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 TRAININGS = {"dvae": "dvae", "prior": "prior", "maskgit": "prior", "clip": "clip"}  # config file: its task
@@ -99,7 +101,8 @@ def test_quickstart_is_the_default_priors_and_their_evaluation():
     assert from_config(SamplingOptions, config.maskgit_sampling, "sampling").steps in (None, 8)
     assert config.job == "quickstart" and config.prior.variant == "shapes"
     assert config.evaluate.model_workdir == config.prior.workdir and config.evaluate.count >= 256
-    assert config.evaluate.split == "heldout"
+    assert config.evaluate.split == "heldout" and config.clip.task == "clip"
+    assert from_config(Options, config.evaluate.metrics, "metrics").candidates == 16
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -127,4 +130,20 @@ def test_the_papers_data_sets():
         assert (options.train_split, options.eval_split) == splits
     for name in TRAININGS:
         for variant in ("coco", "cub"):
-            assert load(name).get_config(variant).data.image_size == 256
+            assert load(name).get_config(variant).data.image_size == (224 if name == "clip" else 256)
+
+
+def test_the_papers_protocols():
+    """DALL-E, section 3.1: 30,000 captions of MS-COCO, all unique captions of CUB, radii 0 to 8."""
+    for variant, source, split, captions, count in (
+        ("coco", "coco_captions", "validation", "drawn", 30_000),
+        ("cub", "cub_captions", "test", "unique", None),
+    ):
+        config = load("evaluate").get_config(variant)
+        assert Protocol(config.split, config.captions, config.count) == Protocol(split, captions, count)
+        options = DataOptions.from_config(config.data)
+        assert (options.source, options.path) == (source, None)
+        assert "image_size" not in config.data, "the model says which"
+        assert config.workdir == f"runs/evaluated-{variant}"
+        assert from_config(Options, config.metrics, "metrics").blur == (0, 1, 2, 4, 8)
+    assert "data" not in load("evaluate").get_config(), "the model's own"

@@ -12,11 +12,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax import TextToImage, config_files, evaluate, generate, report, stages, tasks
+from dalle_jax import TextToImage, config_files, evaluate, generate, stages, tasks
 from dalle_jax import workdir as workdirs
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.clip import ClipScorer
-from dalle_jax.data.shapes_captions.scenes import Scene
 from dalle_jax.data.sources import DataOptions
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
@@ -386,41 +385,27 @@ def test_a_manifest_of_the_best_candidates(trained, model, tmp_path):
 
 
 @pytest.mark.slow
-def test_evaluation_of_a_workdir(trained, model, tmp_path):
+def test_evaluation_of_workdirs(trained, tmp_path):
+    """From the command's configuration: one prior under two names, beside a CLIP."""
+    text_model = workdirs.load_text_model(trained.workdir)
+    sizes = dict(image_size=16, patch=8, image_width=8, image_depth=1, image_heads=1, text_width=8, text_depth=1)
+    vocab = dict(text_heads=1, embed_dim=8, text_length=21, text_vocab=text_model.vocab_size + 1)
+    clip = CLIP(CLIPOptions(**sizes, **vocab, end_id=text_model.vocab_size))
+    ClipScorer(clip, nn.meta.unbox(clip.init(jax.random.key(0))), text_model).save(tmp_path)
+    shutil.copytree(trained.workdir, tmp_path / "again")
     config = config_files.module(CONFIGS, "evaluate.py").get_config()
-    config.update({"model_workdir": trained.workdir, "count": 5, "rows_at_once": 2})
-    figures = evaluate.run(config, str(tmp_path))
-    written = json.loads((tmp_path / "report.json").read_text())
-    assert written.keys() == figures.keys() >= {"dvae", "autoregressive", "samples", "split", "step", "device", "seed"}
-    assert written["dvae"].keys() >= {"psnr", "codebook_perplexity", "codebook_usage"}
-    assert written["autoregressive"].keys() >= {
-        "caption_accuracy", "attribute_accuracy", "image_nats_per_token", "seconds_per_image",
+    both = f"{trained.workdir}, {tmp_path / 'again'}"
+    config.update({"model_workdir": both, "count": 5, "rows_at_once": 2, "clip": str(tmp_path)})
+    config.metrics.update({"candidates": 2, "candidate_captions": 3})
+    figures = evaluate.run(config, str(tmp_path / "out"))
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    names = [trained.workdir, str(tmp_path / "again")]
+    assert written.keys() == figures.keys() == {"clip", "dvae", *names, "best_of", "blur", "protocol"}
+    assert written[names[0]].keys() >= {"caption_accuracy", "image_nats_per_token", "fid_clip", "clip_score"}
+    one, other = ({**written[name], "seconds_per_image": 0} for name in names)
+    assert one == other and written["best_of"][names[0]] == written["best_of"][names[1]]
+    assert written["protocol"]["checkpoints"][names[0]] == f"{trained.workdir}, step 3"
+    assert written["protocol"]["captions"] == "5, first"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.html", "report.json", "grid.png", "blur.csv", "best_of.csv",
     }  # fmt: skip
-    assert (written["samples"], written["split"], written["step"]) == (5, "heldout", 3)
-    assert np.asarray(Image.open(tmp_path / "grid.png")).ndim == 3
-
-    examples = evaluate.read_examples(
-        workdirs.read_config(trained.workdir)["data"], "heldout", 5
-    )  # in batches of two, each counts once
-    assert isinstance(examples.scenes[0], Scene)
-    images = model.decode(model.encode(examples.images)).astype(float)
-    error = np.square((images - examples.images) / 255).mean((1, 2, 3))
-    np.testing.assert_allclose(figures["dvae"]["psnr"], (-10 * np.log10(error)).mean(), rtol=1e-5)
-    text, tokens = model.encode_text(examples.captions), model.encode(examples.images)
-    _, scalars = model.prior.loss(model.params, text, tokens, jax.random.key(0), train=False)
-    np.testing.assert_allclose(figures["autoregressive"]["image_nats_per_token"], scalars["image_nats"], rtol=1e-5)
-
-
-def test_too_few_examples(trained):
-    data = workdirs.read_config(trained.workdir)["data"]
-    with pytest.raises(DataError, match="16 readable examples, 99 are asked for: lower config.count"):
-        evaluate.read_examples(data, "heldout", 99)
-
-
-def test_the_grid_of_an_evaluation():
-    images = np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3), np.uint8)
-    examples = evaluate.Examples(images, ["a"] * 6, None)
-    assert (
-        evaluate.grid(examples, [("real", images), ("dVAE", images), ("drawn", images)], "title", rows=2).shape[0]
-        < report.grid([("a", [image] * 3) for image in images]).shape[0]
-    )

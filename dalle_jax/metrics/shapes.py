@@ -75,21 +75,33 @@ def score(images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
       Objects are compared in the order that suits the picture better: where both are right but have changed
       places, the relation is wrong, and nothing else.
     """
-    if len(images) != len(scenes) or not scenes:
-        raise ValueError(f"{len(images)} pictures for {len(scenes)} scenes; expected as many, at least one.")
     right: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
-    captions = []
-    for seen, stated in zip(read_scenes(images), scenes):
-        verdicts = _compare(seen, stated)
+    judged = _judge(images, scenes)
+    for _, verdicts in judged:
         for name, verdict in verdicts:
             right[name].append(verdict)
-        captions.append(len(seen.objects) == len(stated.objects) and all(verdict for _, verdict in verdicts))
     everything = [verdict for verdicts in right.values() for verdict in verdicts]
     return {
-        "caption_accuracy": float(np.mean(captions)),
+        "caption_accuracy": float(np.mean([whole for whole, _ in judged])),
         "attribute_accuracy": float(np.mean(everything)),
         **{name: float(np.mean(verdicts)) if verdicts else float("nan") for name, verdicts in right.items()},
     }
+
+
+def right_captions(images: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
+    """Which pictures have the stated number of objects and all stated attributes: bool [B]. Arguments as `score`."""
+    return np.array([whole for whole, _ in _judge(images, scenes)])
+
+
+def _judge(images: np.ndarray, scenes: Sequence[Scene]) -> list[tuple[bool, list[tuple[str, bool]]]]:
+    """Of each picture: whether it shows all that is stated, and a verdict for every stated attribute."""
+    if len(images) != len(scenes) or not scenes:
+        raise ValueError(f"{len(images)} pictures for {len(scenes)} scenes; expected as many, at least one.")
+    judged = []
+    for seen, stated in zip(read_scenes(images), scenes):
+        verdicts = _compare(seen, stated)
+        judged.append((len(seen.objects) == len(stated.objects) and all(right for _, right in verdicts), verdicts))
+    return judged
 
 
 def _compare(seen: Scene, stated: Scene) -> list[tuple[str, bool]]:

@@ -4,6 +4,8 @@
 
 The batch is the global one: every picture meets the captions of all devices and hosts, and the loss is that of one
 device with the whole batch. A slice of it would be another, easier problem, so gradients are not accumulated here.
+Where a caption occurs more than once in a batch, which the paper's 400 million pictures make rare and small data sets
+common, its other pictures are not taken for wrong ones.
 
     B rows    T text positions    E embedding    n evaluation examples
 """
@@ -38,19 +40,23 @@ _PREVIEW_ROWS, _PREVIEW_MATCHES = 6, 4
 
 
 def contrastive_loss(
-    images: jax.Array, captions: jax.Array, scale: jax.Array
+    images: jax.Array, captions: jax.Array, scale: jax.Array, text: jax.Array | None = None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The symmetric loss of matching rows.
 
     Args:
       images, captions: unit vectors, float32 [B, E]; row i of both belongs together.
       scale: factor on their similarities.
+      text: int32 [B, T], the captions' ids: rows with equal ones are no alternatives to each other. None: all differ.
 
     Returns:
       Mean loss, float32 scalar, and "image_to_text_accuracy", "text_to_image_accuracy": how often the own partner is
       the nearest of the batch.
     """
     logits = scale * jnp.matmul(images, captions.T, precision=jax.lax.Precision.HIGHEST)
+    if text is not None:
+        same = (text[:, None] == text[None]).all(-1) & ~np.eye(len(text), dtype=bool)
+        logits = jnp.where(same, -jnp.inf, logits)
     logits = constrain(logits, "batch", None)
     own = jnp.diagonal(logits)
     nats = [jax.nn.logsumexp(logits, axis=axis) - own for axis in (1, 0)]
@@ -100,7 +106,7 @@ class CLIPTask:
         images = self.clip.encode_image(params, batch["image"])
         captions = self.clip.encode_text(params, self.with_end(batch["text"]))
         scale = self.clip.scale(params)
-        loss, scalars = contrastive_loss(images, captions, scale)
+        loss, scalars = contrastive_loss(images, captions, scale, batch["text"])
         return loss, {**scalars, "logit_scale": scale}
 
     def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
@@ -116,7 +122,7 @@ class CLIPTask:
         among = min(AMONG, len(images))
         scale = jax.device_get(self.clip.scale(params))
         losses = [
-            float(_loss(images[i : i + among], captions[i : i + among], scale)[0])
+            float(_loss(images[i : i + among], captions[i : i + among], scale, text[i : i + among])[0])
             for i in range(0, len(images) - among + 1, among)
         ]
         return {"loss": float(np.mean(losses)), **figures}

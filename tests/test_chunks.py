@@ -1,0 +1,20 @@
+"""Many rows through a function of fixed size."""
+
+import numpy as np
+import pytest
+
+from dalle_jax.chunks import in_chunks
+
+
+@pytest.mark.parametrize("count", [1, 3, 4, 9])
+def test_all_rows_once_and_in_order(count):
+    rows, sizes = np.arange(2 * count).reshape(count, 2), []
+
+    def double(chunk):
+        sizes.append(len(chunk))
+        return {"double": 2 * chunk, "first": chunk[:, 0]}
+
+    found = in_chunks(double, rows, 4)
+    np.testing.assert_array_equal(found["double"], 2 * rows)
+    np.testing.assert_array_equal(found["first"], rows[:, 0])
+    assert sizes == [4] * -(-count // 4)
