@@ -2,7 +2,11 @@
 
 The vocabulary is the user's own file: `bpe_simple_vocab_16e6.txt.gz` as OpenAI publishes it, or Hugging Face's
 `tokenizer.json`, or the folder with its `vocab.json` and `merges.txt`. The package `tokenizers` does the encoding
-(`pip install -e '.[clip]'`); of the original's clean-up it does all but the repair of broken Unicode and of HTML.
+(`pip install -e '.[clip]'`); of the original's clean-up it leaves out that of ftfy and of HTML: broken Unicode, curly
+quotes, ligatures, wide characters and `&amp;` stay what they are.
+
+On purpose unlike the original: a caption that spells `<|endoftext|>` or `<|startoftext|>` gets the ids of these
+characters, not the special token, or it would be read only up to there.
 
     T text positions
 """
@@ -20,7 +24,7 @@ from dalle_jax.errors import DataError
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 _MERGES = 49_152 - 256 - 2  # of those in OpenAI's file, which holds more
 # Contractions, runs of letters, single digits, runs of anything else.
-_WORDS = r"""<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
+_WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 class BytePairs:
@@ -52,6 +56,11 @@ class BytePairs:
                 f"{path} cannot be read as a vocabulary of CLIP ({type(error).__name__}: {error}): give OpenAI's "
                 "bpe_simple_vocab_16e6.txt.gz, a tokenizer.json, or the folder of a vocab.json and merges.txt."
             ) from error
+        # Whatever the file says: no caption makes a special token, neither by spelling it nor by an unknown character
+        # (which a whole vocabulary does not have), and none is cut or filled up here.
+        self._tokenizer.encode_special_tokens, self._tokenizer.model.unk_token = True, None
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
         self._start_id, self.end_id = (self._tokenizer.token_to_id(token) for token in (_START, _END))
         if self._start_id is None or self.end_id is None:
             raise DataError(f"{path} has no token {_START} or {_END}: it is not a vocabulary of CLIP.")
@@ -106,7 +115,7 @@ def _read_merges(path: epath.Path) -> tuple[dict[str, int], list[tuple[str, str]
 def _from_merges(vocab: dict[str, int], pairs: list[tuple[str, str]]) -> Any:
     """The tokenizer that CLIP's code describes."""
     package = _package()
-    made = package.Tokenizer(package.models.BPE(vocab, pairs, unk_token=_END, end_of_word_suffix=_WORD_END))
+    made = package.Tokenizer(package.models.BPE(vocab, pairs, end_of_word_suffix=_WORD_END))
     make, split = package.normalizers, package.pre_tokenizers
     made.normalizer = make.Sequence([make.NFC(), make.Replace(package.Regex(r"\s+"), " "), make.Lowercase()])
     made.pre_tokenizer = split.Sequence(

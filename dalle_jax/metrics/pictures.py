@@ -111,7 +111,7 @@ def ssim(images: jax.Array, others: jax.Array) -> jax.Array:
     _check(images, others, _WINDOW)
     # Moments about the middle of the range: half the numbers, a quarter of the squares' rounding.
     x, y = (image.astype(jnp.float32) - _RANGE / 2 for image in (images, others))
-    mean_x, mean_y, xx, yy, xy = (_local_mean(moment) for moment in (x, y, x * x, y * y, x * y))
+    mean_x, mean_y, xx, yy, xy = _local_mean(jnp.stack([x, y, x * x, y * y, x * y]))
     variances, covariance = xx - mean_x**2 + yy - mean_y**2, xy - mean_x * mean_y
     mean_x, mean_y = mean_x + _RANGE / 2, mean_y + _RANGE / 2
     c1, c2 = (_K1 * _RANGE) ** 2, (_K2 * _RANGE) ** 2
@@ -120,11 +120,11 @@ def ssim(images: jax.Array, others: jax.Array) -> jax.Array:
 
 
 def _local_mean(x: jax.Array) -> jax.Array:
-    """Weighted means under the window: [B, H, W, C] to [B, H − 10, W − 10, C]."""
+    """Weighted means under the window: [..., H, W, C] to [..., H − 10, W − 10, C]."""
     offsets = np.arange(_WINDOW) - _WINDOW // 2
     weights = np.exp(-(offsets**2) / (2 * _SIGMA**2))
     weights /= weights.sum()
-    for axis in (1, 2):
+    for axis in (-3, -2):
         size = x.shape[axis] - _WINDOW + 1
         x = sum(float(w) * jax.lax.slice_in_dim(x, i, i + size, axis=axis) for i, w in enumerate(weights))
     return x

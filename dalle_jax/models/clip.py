@@ -266,16 +266,21 @@ limited.defvjp(lambda x: (limited(x), x), _limited_backward)
 # -- as pure functions --------------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
 class CLIP:
-    """Pictures and captions to unit vectors. Pure functions of the parameters.
+    """Pictures and captions to unit vectors. Pure functions of the parameters; two of equal sizes are equal, so that
+    what was compiled for one serves the other.
 
-    Args:
+    Attributes:
       options: sizes.
     """
 
-    def __init__(self, options: CLIPOptions):
-        self.options = options
-        self.module = TwoTowers(options)
+    options: CLIPOptions
+
+    @property
+    def module(self) -> TwoTowers:
+        """The network."""
+        return TwoTowers(self.options)
 
     def init(self, key: jax.Array) -> PyTree:
         """Fresh parameters, boxed with their logical names."""

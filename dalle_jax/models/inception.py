@@ -50,7 +50,6 @@ class Features(NamedTuple):
     unbiased_logits: jax.Array
 
 
-@jax.jit(static_argnames="resize")
 def extract(params: PyTree, images: jax.Array, resize: str = "bilinear_tf1") -> Features:
     """Features of pictures of any size.
 
@@ -63,12 +62,19 @@ def extract(params: PyTree, images: jax.Array, resize: str = "bilinear_tf1") -> 
       ConfigError: another `resize`.
       ValueError: pictures of another kind.
     """
-    return Inception().apply({"params": params}, preprocess(images, resize))
+    return _network(params, preprocess(images, resize))
+
+
+@jax.jit
+def _network(params: PyTree, x: jax.Array) -> Features:
+    """Compiled apart from what comes before it: once, whatever the size of the pictures."""
+    return Inception().apply({"params": params}, x)
 
 
 # -- pictures to the network's input ------------------------------------------------------------------------------
 
 
+@jax.jit(static_argnames="resize")
 def preprocess(images: jax.Array, resize: str = "bilinear_tf1") -> jax.Array:
     """uint8 [B, H, W, 3] to float32 [B, 299, 299, 3], about [-1, 1]. Arguments and errors as `extract`."""
     if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[3] != 3:

@@ -25,7 +25,9 @@ import numpy as np
 from absl import app, flags
 from flax import linen as nn
 
+from dalle_jax.clip import ClipScorer
 from dalle_jax.compatibility import wrong_parameter
+from dalle_jax.data.byte_pairs import BytePairs
 from dalle_jax.errors import ConfigError, PretrainedError, UserError
 from dalle_jax.models.clip import ACTIVATIONS, CLIP, CLIPOptions
 from dalle_jax.pretrained import state_dict
@@ -229,26 +231,38 @@ def load(weights: str | os.PathLike, activation: str = "quick_gelu", head_dim: i
     return CLIP(options), jax.tree.map(jnp.asarray, convert(arrays, options))
 
 
+def load_scorer(weights: str | os.PathLike, vocabulary: str | os.PathLike, *rest) -> ClipScorer:
+    """The model of a file with its vocabulary, ready to compare, or to `save`.
+
+    Args:
+      vocabulary: see `BytePairs`.
+      weights, *rest: see `load`.
+
+    Raises:
+      PretrainedError: as `load`, or the two files do not belong together.
+      DataError: as `BytePairs`.
+    """
+    text_model = BytePairs(vocabulary)
+    clip, params = load(weights, *rest)
+    if text_model.end_id != clip.options.end_id:
+        raise PretrainedError(
+            f"{vocabulary} ends captions by id {text_model.end_id}, but the weights have {clip.options.text_vocab} "
+            "tokens, of which the last ends them: give the vocabulary of these weights."
+        )
+    return ClipScorer(clip, params, text_model)
+
+
 def main(argv: list[str]) -> None:
     """Imports the files named by the flags."""
-    from dalle_jax.clip import ClipScorer  # not needed by `load`
-    from dalle_jax.data.byte_pairs import BytePairs
-
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments {argv[1:]}.")
     values = flags.FLAGS
     try:
-        vocabulary = BytePairs(values.vocabulary)
-        clip, params = load(values.weights, values.activation, values.head_dim)
-        if vocabulary.end_id != clip.options.end_id:
-            raise PretrainedError(
-                f"{values.vocabulary} ends captions by id {vocabulary.end_id}, but the weights have "
-                f"{clip.options.text_vocab} tokens, of which the last ends them: give the vocabulary of these weights."
-            )
-        ClipScorer(clip, params, vocabulary).save(values.output)
+        scorer = load_scorer(values.weights, values.vocabulary, values.activation, values.head_dim)
+        scorer.save(values.output)
     except UserError as error:
         raise SystemExit(f"{error}") from error
-    print(f"{values.output}: {clip.options}")
+    print(f"{values.output}: {scorer.clip.options}")
 
 
 if __name__ == "__main__":

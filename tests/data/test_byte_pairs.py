@@ -2,11 +2,11 @@
 
 import builtins
 import gzip
+import importlib.util
 import json
 import pathlib
 
 import pytest
-from torchvision_on_cpu import import_torchvision
 
 from dalle_jax.data import byte_pairs
 from dalle_jax.data.byte_pairs import BytePairs
@@ -24,15 +24,28 @@ CAPTIONS = [
 
 
 @pytest.fixture(scope="module")
-def open_clip():
-    import_torchvision()
-    return pytest.importorskip("open_clip", reason="needs open_clip_torch, which brings the vocabulary along")
+def package():
+    """The folder of open_clip, which brings the vocabulary along."""
+    found = importlib.util.find_spec("open_clip")
+    if found is None:
+        pytest.skip("needs open_clip_torch==3.3.0")
+    return pathlib.Path(found.origin).parent
 
 
 @pytest.fixture(scope="module")
-def official(open_clip):
+def theirs(package):
+    """open_clip's tokenizer, without the rest of it."""
+    pytest.importorskip("torch", reason="needs torch==2.13.0")
+    spec = importlib.util.spec_from_file_location("open_clip_tokenizer", package / "tokenizer.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.SimpleTokenizer(context_length=77)
+
+
+@pytest.fixture(scope="module")
+def official(package):
     pytest.importorskip("tokenizers", reason="needs tokenizers (pip install tokenizers)")
-    return pathlib.Path(open_clip.__file__).with_name("bpe_simple_vocab_16e6.txt.gz")
+    return package / "bpe_simple_vocab_16e6.txt.gz"
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +53,7 @@ def model(official):
     return BytePairs(official)
 
 
-def test_the_same_ids_as_open_clip(open_clip, model):
-    theirs = open_clip.tokenizer.SimpleTokenizer(context_length=77)
+def test_the_same_ids_as_open_clip(theirs, model):
     assert model.end_id == 49_407
     for caption in CAPTIONS:
         ids, truncated = model.encode(caption, max_length=10_000)
@@ -50,6 +62,34 @@ def test_the_same_ids_as_open_clip(open_clip, model):
     for caption, row in zip(CAPTIONS[:4], rows):
         ids, _ = model.encode(caption, max_length=76)
         assert [*ids, 49_407] == row[: len(ids) + 1]
+
+
+def test_no_caption_makes_a_special_token(model, tmp_path):
+    """The original would read the caption up to there. Hugging Face's files ask for it, and for filling up, cutting,
+    and the end token in place of what is unknown."""
+    import tokenizers
+
+    model.save(tmp_path / "ours.json")
+    asking = tokenizers.Tokenizer.from_file(str(tmp_path / "ours.json"))
+    asking.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    asking.enable_padding(length=20, pad_id=49_407)
+    asking.enable_truncation(7)
+    asking.save(str(tmp_path / "asking.json"))
+    spelled = "a <|endoftext|> cat <|startoftext|>"
+    assert {49_406, 49_407} <= set(asking.encode(spelled).ids)
+    for one in (model, BytePairs(tmp_path / "asking.json")):
+        ids, truncated = one.encode(spelled, max_length=100)
+        assert not truncated and ids[0] == 49_406 and {49_406, 49_407}.isdisjoint(ids[1:])
+        parts = ("a", "<|", "endoftext", "|>", "cat", "<|", "startoftext", "|>")
+        assert ids[1:] == [i for part in parts for i in one.encode(part, max_length=100)[0][1:]]
+
+    damaged = json.loads((tmp_path / "ours.json").read_text())
+    damaged["model"]["unk_token"] = "<|endoftext|>"
+    for letter in ("z", "z</w>"):
+        damaged["model"]["vocab"][letter + "?"] = damaged["model"]["vocab"].pop(letter)
+    damaged["model"]["merges"] = [pair for pair in damaged["model"]["merges"] if "z" not in "".join(pair)]
+    (tmp_path / "damaged.json").write_text(json.dumps(damaged))
+    assert BytePairs(tmp_path / "damaged.json").encode("z", max_length=100)[0] == []
 
 
 def test_long_captions_are_cut(model):

@@ -98,17 +98,21 @@ def test_sharded_and_filled_up_batches():
         np.testing.assert_array_equal(stats.scatter, whole.scatter)
 
 
-def test_agrees_with_torch_fidelity():
+def torch_fidelity_distance(a, b):
+    """That package's distance between features [N, D]."""
     import_torchvision()
     pytest.importorskip("torch_fidelity", reason="needs torch-fidelity==0.4.0 (--no-deps)")
     import torch
     from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-    for counts in ((400, 300), (40, 50)):
-        a, b = features(counts[0], 64, 1), features(counts[1], 64, 2)
-        theirs = [fid_features_to_statistics(torch.tensor(rows, dtype=torch.float64)) for rows in (a, b)]
-        expected = fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
-        np.testing.assert_allclose(frechet.distance(statistics(a), statistics(b)), expected, rtol=1e-3)
+    theirs = [fid_features_to_statistics(torch.tensor(rows, dtype=torch.float64)) for rows in (a, b)]
+    return fid_statistics_to_metric(*theirs, verbose=False)["frechet_inception_distance"]
+
+
+@pytest.mark.parametrize("counts", [(400, 300), (40, 50)], ids=["many", "few"])
+def test_agrees_with_torch_fidelity(counts):
+    a, b = features(counts[0], 64, 1), features(counts[1], 64, 2)
+    np.testing.assert_allclose(frechet.distance(statistics(a), statistics(b)), torch_fidelity_distance(a, b), rtol=1e-3)
 
 
 def test_the_name_says_which_features():

@@ -32,7 +32,9 @@ twice = NamedSharding(Mesh(devices.reshape(2, 2), ("b", "a")), PartitionSpec("a"
 place = lambda layout: lambda whole: jax.make_array_from_callback(whole.shape, layout, lambda index: whole[index])
 stats = accumulate(place(once), place(twice))
 merged = [hosts.merge_over_hosts(part, merge) for part, merge in zip(stats, MERGES)]
-print(json.dumps({"count": stats[0].count, "figures": figures(merged)}))
+turned = NamedSharding(Mesh(devices[::-1], "a"), PartitionSpec("a"))
+rows = hosts.local_rows(place(turned)(np.arange(8))).tolist()
+print(json.dumps({"count": stats[0].count, "figures": figures(merged), "rows": rows}))
 """
 
 MERGES = (frechet.merge, inception_score.merge, precision_recall.merge, pictures.merge)
@@ -91,6 +93,7 @@ def test_two_hosts_measure_what_one_measures():
     assert [process.returncode for process in processes] == [0, 0], outputs
     results = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
     assert [result["count"] for result in results] == [16, 8]
+    assert [result["rows"] for result in results] == [[4, 5, 6, 7], [0, 1, 2, 3]]  # in the order of the batch
     assert results[0]["figures"] == results[1]["figures"]
     for name, value in expected.items():
         np.testing.assert_allclose(results[0]["figures"][name], value, rtol=1e-6, err_msg=name)

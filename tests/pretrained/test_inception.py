@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +23,7 @@ needs_packages = pytest.mark.skipif(
 IMAGES = np.random.default_rng(0).integers(0, 256, (2, 40, 52, 3), np.uint8)
 
 
-@pytest.fixture(scope="module")
-def arrays():
+def random_arrays():
     """A state dict with random weights and random statistics of batch normalisation; activations stay about 1."""
     rng = np.random.default_rng(1)
     variables = jax.eval_shape(network.Inception().init, jax.random.key(0), jnp.zeros((1, 299, 299, 3)))
@@ -46,6 +46,11 @@ def arrays():
 
 
 @pytest.fixture(scope="module")
+def arrays():
+    return random_arrays()
+
+
+@pytest.fixture(scope="module")
 def params(arrays):
     return inception.convert(arrays)
 
@@ -58,36 +63,46 @@ def same(left, right):
 # -- the network --------------------------------------------------------------------------------------------------
 
 
-@needs_packages
-def test_same_features_as_the_packages(arrays, params, tmp_path, monkeypatch):
-    """The weights travel in the file that all three read."""
+def features(params, path):
+    """Of `IMAGES`, by name (ours, theirs); `path` is the file of the same weights."""
     import_torchvision()
     import pytorch_fid.inception
     import torch
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    path = tmp_path / inception.FILE
-    torch.save({name: torch.tensor(array) for name, array in arrays.items()}, path)
-    same(inception.load(path), params)
-
     images = torch.tensor(IMAGES).permute(0, 3, 1, 2)
     fidelity = FeatureExtractorInceptionV3(
         "inception", ["2048", "logits_unbiased", "logits"], feature_extractor_weights_path=str(path)
     )
-    monkeypatch.setattr(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: torch.load(path))
-    original = pytorch_fid.inception.InceptionV3([3]).eval()
+    with mock.patch.object(pytorch_fid.inception, "load_state_dict_from_url", lambda *_, **__: torch.load(path)):
+        original = pytorch_fid.inception.InceptionV3([3]).eval()
     with torch.no_grad():
         theirs = [features.numpy() for features in fidelity(images)]
         their_pool = original(images.float() / 255)[0][:, :, 0, 0].numpy()
-
     ours = network.extract(params, IMAGES)
-    assert 0.1 < np.std(theirs[0]) < 10 and 0.1 < np.std(theirs[1]) < 10
-    for mine, reference in zip((ours.pool, ours.unbiased_logits, ours.logits), theirs):
-        np.testing.assert_allclose(mine, reference, atol=1e-3)
-    half_pixel = network.extract(params, IMAGES, "bilinear_half_pixel").pool
-    np.testing.assert_allclose(half_pixel, their_pool, atol=1e-3)
-    assert np.abs(theirs[0] - their_pool).max() > 1e-2  # the two differ in what comes before the network
-    assert frechet.add(frechet.empty(network.WIDTH), ours.pool).count == 2
+    return {
+        "pool, torch-fidelity": (ours.pool, theirs[0]),
+        "logits without bias, torch-fidelity": (ours.unbiased_logits, theirs[1]),
+        "logits, torch-fidelity": (ours.logits, theirs[2]),
+        "pool, pytorch-fid": (network.extract(params, IMAGES, "bilinear_half_pixel").pool, their_pool),
+    }
+
+
+@needs_packages
+def test_same_features_as_the_packages(arrays, params, tmp_path):
+    """The weights travel in the file that all three read."""
+    import torch
+
+    path = tmp_path / inception.FILE
+    torch.save({name: torch.tensor(array) for name, array in arrays.items()}, path)
+    same(inception.load(path), params)
+    both = features(params, path)
+    for name, (ours, theirs) in both.items():
+        assert 0.1 < np.std(theirs) < 10, name
+        np.testing.assert_allclose(ours, theirs, atol=1e-3, err_msg=name)
+    pools = both["pool, torch-fidelity"][1], both["pool, pytorch-fid"][1]
+    assert np.abs(pools[0] - pools[1]).max() > 1e-2  # the two differ in what comes before the network
+    assert frechet.add(frechet.empty(network.WIDTH), both["pool, torch-fidelity"][0]).count == 2
 
 
 @needs_packages

@@ -36,6 +36,13 @@ def params(task):
     return nn.meta.unbox(jax.jit(task.init)(jax.random.key(0)))
 
 
+@pytest.fixture(scope="module")
+def loss_and_grads(task):
+    """Of parameters and a batch, ((loss, scalars), gradients): compiled once for all tests of one size."""
+    key = jax.random.key(0)
+    return jax.jit(jax.value_and_grad(lambda p, b: task.loss(p, {}, b, key, jnp.int32(0)), has_aux=True))
+
+
 def batch(rows, seed=0):
     rng = np.random.default_rng(seed)
     text = np.stack([LAYOUT.pad_text(rng.integers(0, 19, 1 + i % 5)) for i in range(rows)])
@@ -43,9 +50,34 @@ def batch(rows, seed=0):
     return {"image": images, "text": text, "valid": np.ones(rows, bool)}
 
 
+def batches(made, rows=8):
+    """The examples of a batch as batches of `rows`, the last one filled up with rows that do not count."""
+    places = np.arange(-(-len(made["text"]) // rows) * rows)
+    filled = {name: value[places % len(value)] for name, value in made.items()}
+    filled["valid"] = places < len(made["text"])
+    return [{name: value[i : i + rows] for name, value in filled.items()} for i in range(0, len(places), rows)]
+
+
+def vectors(task, params, made):
+    """Of a batch, picture after picture the same `rows` at once as everywhere here."""
+    parts = [jax.device_get(task._features(params, part)) for part in batches(made)]
+    return [np.concatenate(column)[: len(made["text"])] for column in list(zip(*parts))[:2]]
+
+
 def unit(rows, seed):
     x = np.random.default_rng(seed).normal(size=(rows, 8))
     return np.float32(x / np.linalg.norm(x, axis=1, keepdims=True))
+
+
+def by_definition(images, captions, scale):
+    """The loss, and how often each side finds its partner, pair by pair."""
+    n, nats, to_text, to_image = len(images), 0.0, 0, 0
+    for i in range(n):
+        row = np.array([scale * images[i] @ captions[j] for j in range(n)], np.float64)
+        column = np.array([scale * images[j] @ captions[i] for j in range(n)], np.float64)
+        nats += np.log(np.exp(row).sum()) - row[i] + np.log(np.exp(column).sum()) - column[i]
+        to_text, to_image = to_text + (row.argmax() == i), to_image + (column.argmax() == i)
+    return nats / (2 * n), to_text / n, to_image / n
 
 
 # -- loss ---------------------------------------------------------------------------------------------------------
@@ -53,46 +85,38 @@ def unit(rows, seed):
 
 def test_contrastive_loss_against_the_formula():
     images, captions, scale = unit(7, 0), unit(7, 1), 12.5
-    nats = to_text = to_image = 0.0
-    for i in range(7):
-        row = np.array([scale * images[i] @ captions[j] for j in range(7)], np.float64)
-        column = np.array([scale * images[j] @ captions[i] for j in range(7)], np.float64)
-        nats += np.log(np.exp(row).sum()) - row[i] + np.log(np.exp(column).sum()) - column[i]
-        to_text, to_image = to_text + (row.argmax() == i), to_image + (column.argmax() == i)
     loss, scalars = jax.jit(contrastive_loss)(images, captions, jnp.float32(scale))
-    np.testing.assert_allclose(loss, nats / 14, rtol=1e-5)
-    np.testing.assert_allclose(scalars["image_to_text_accuracy"], to_text / 7, rtol=1e-6)
-    np.testing.assert_allclose(scalars["text_to_image_accuracy"], to_image / 7, rtol=1e-6)
+    nats, to_text, to_image = by_definition(images, captions, scale)
+    assert to_text != to_image
+    np.testing.assert_allclose(loss, nats, rtol=1e-5)
+    np.testing.assert_allclose(scalars["image_to_text_accuracy"], to_text, rtol=1e-6)
+    np.testing.assert_allclose(scalars["text_to_image_accuracy"], to_image, rtol=1e-6)
 
 
-def test_the_tasks_loss_is_that_of_its_vectors(task, params):
-    made = batch(6)
-    ends = np.full((6, 6), 19, np.int32)
+def test_the_tasks_loss_is_that_of_its_vectors(task, params, loss_and_grads):
+    """And no slice of the batch: all 16 rows are compared. Captions are read at the end token behind them."""
+    made = batch(16)
+    (loss, scalars), _ = loss_and_grads(params, made)
+    images, captions = vectors(task, params, made)
+    np.testing.assert_allclose(loss, by_definition(images, captions, 1 / 0.07)[0], rtol=1e-5)
+    np.testing.assert_allclose(scalars["logit_scale"], 1 / 0.07, rtol=1e-5)
+    ends = np.full((8, 6), 19, np.int32)
     for row, ids in zip(ends, made["text"]):
         kept = [i for i in ids if i < 19]
         row[: len(kept)] = kept
-    images, captions = (
-        jax.jit(task.clip.encode_image)(params, made["image"]),
-        jax.jit(task.clip.encode_text)(params, ends),
-    )
-    loss, scalars = jax.jit(task.loss)(params, {}, made, jax.random.key(0), jnp.int32(0))
-    np.testing.assert_allclose(loss, contrastive_loss(images, captions, jnp.float32(1 / 0.07))[0], rtol=1e-5)
-    np.testing.assert_allclose(scalars["logit_scale"], 1 / 0.07, rtol=1e-5)
+    np.testing.assert_allclose(captions[:8], jax.jit(task.clip.encode_text)(params, ends), atol=1e-6)
 
 
-@pytest.mark.parametrize("axes", [(8, 1, 1), (2, 2, 2)])
-def test_the_loss_and_its_gradients_are_those_of_one_device(task, params, axes):
+@pytest.mark.parametrize("axes", [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 2, 2)])
+def test_the_loss_and_its_gradients_are_those_of_one_device(task, params, loss_and_grads, axes):
     """The rows of a batch are compared across all devices."""
-    made, key = batch(16), jax.random.key(0)
-    grads = jax.jit(jax.value_and_grad(lambda p, b: task.loss(p, {}, b, key, jnp.int32(0)), has_aux=True))
-    (expected, scalars), expected_grads = grads(params, made)
+    made = batch(16)
+    (expected, scalars), expected_grads = loss_and_grads(params, made)
     mesh = parallel.make_mesh(*axes)
     with parallel.on_mesh(mesh):
-        layout = parallel.shardings_of(jax.eval_shape(task.init, key), mesh)
+        layout = parallel.shardings_of(jax.eval_shape(task.init, jax.random.key(0)), mesh)
         sharded = jax.device_put(params, layout), parallel.to_mesh(made, parallel.batch_sharding(mesh))
-        (loss, on_mesh), mesh_grads = jax.jit(
-            jax.value_and_grad(lambda p, b: task.loss(p, {}, b, key, jnp.int32(0)), has_aux=True)
-        )(*sharded)
+        (loss, on_mesh), mesh_grads = loss_and_grads(*sharded)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     for name in scalars:
         np.testing.assert_allclose(on_mesh[name], scalars[name], rtol=1e-5)
@@ -100,9 +124,8 @@ def test_the_loss_and_its_gradients_are_those_of_one_device(task, params, axes):
         np.testing.assert_allclose(a, b, atol=2e-5, err_msg=jax.tree_util.keystr(path))
 
 
-def test_every_parameter_is_trained(task, params):
-    grads = jax.jit(jax.grad(lambda p: task.loss(p, {}, batch(8), jax.random.key(0), jnp.int32(0))[0]))(params)
-    for path, leaf in jax.tree.leaves_with_path(grads):
+def test_every_parameter_is_trained(params, loss_and_grads):
+    for path, leaf in jax.tree.leaves_with_path(loss_and_grads(params, batch(16))[1]):
         assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 
 
@@ -110,25 +133,22 @@ def test_every_parameter_is_trained(task, params):
 
 
 def test_evaluation_leaves_padding_out_and_does_not_depend_on_the_batch_size(task, params):
-    whole = batch(6)
-    padded = {name: np.concatenate([value, value[:2]]) for name, value in whole.items()}
-    padded["valid"][6:] = False
-    parts = [{name: value[:4] for name, value in padded.items()}, {name: value[4:] for name, value in padded.items()}]
-    one = task.evaluate(params, {}, [whole], jax.random.key(0))
-    split = task.evaluate(params, {}, parts, jax.random.key(1))
-    assert one.keys() == split.keys() and task.best_metric in one and one["among"] == 6
+    made = batch(14)
+    one = task.evaluate(params, {}, batches(made, 16), jax.random.key(0))
+    split = task.evaluate(params, {}, batches(made, 8), jax.random.key(1))
+    assert one.keys() == split.keys() and task.best_metric in one and one["among"] == 14
     for name in one:
         np.testing.assert_allclose(one[name], split[name], rtol=1e-5, err_msg=name)
-    loss, scalars = jax.jit(task.loss)(params, {}, whole, jax.random.key(0), jnp.int32(0))
+    loss, to_text, to_image = by_definition(*vectors(task, params, made), 1 / 0.07)
     np.testing.assert_allclose(one["loss"], loss, rtol=1e-5)
-    np.testing.assert_allclose(one["image_to_text@1"], scalars["image_to_text_accuracy"], rtol=1e-5)
+    np.testing.assert_allclose((one["image_to_text@1"], one["text_to_image@1"]), (to_text, to_image), rtol=1e-5)
 
 
 def test_evaluation_compares_groups_of_64(task, params):
     made = batch(130)
-    measured = task.evaluate(params, {}, [made], jax.random.key(0))
-    groups = [{name: value[i : i + 64] for name, value in made.items()} for i in (0, 64)]
-    losses = [jax.jit(task.loss)(params, {}, group, jax.random.key(0), jnp.int32(0))[0] for group in groups]
+    measured = task.evaluate(params, {}, batches(made), jax.random.key(0))
+    images, captions = vectors(task, params, made)
+    losses = [by_definition(images[i : i + 64], captions[i : i + 64], 1 / 0.07)[0] for i in (0, 64)]
     np.testing.assert_allclose(measured["loss"], np.mean(losses), rtol=1e-5)
     assert measured["among"] == 64
 
@@ -145,22 +165,17 @@ def test_evaluation_on_a_mesh(task, params):
 # -- learning -----------------------------------------------------------------------------------------------------
 
 
-def test_a_short_training_tells_a_batch_apart(task, params):
-    made, optimizer = batch(12), optax.adam(1e-3)
-
-    @jax.jit
-    def train(params):
-        def update(carry, step):
-            params, opt_state = carry
-            (loss, _), grads = jax.value_and_grad(task.loss, has_aux=True)(params, {}, made, jax.random.key(0), step)
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            return (optax.apply_updates(params, updates), opt_state), loss
-
-        return jax.lax.scan(update, (params, optimizer.init(params)), jnp.arange(60))
-
-    (trained, _), losses = train(params)
-    assert losses[0] > 0.5 * math.log(12) and losses[-1] < 0.2 * losses[0]
-    assert task.evaluate(trained, {}, [made], jax.random.key(0))["retrieval@1"] == 1.0
+def test_a_short_training_tells_a_batch_apart(task, params, loss_and_grads):
+    made, optimizer = batch(16), optax.adam(1e-3)
+    update = jax.jit(optimizer.update)
+    trained, state, losses = params, optimizer.init(params), []
+    for _ in range(60):
+        (loss, _), grads = loss_and_grads(trained, made)
+        updates, state = update(grads, state)
+        trained = jax.tree.map(np.add, trained, jax.device_get(updates))
+        losses.append(float(loss))
+    assert losses[0] > 0.5 * math.log(16) and losses[-1] < 0.2 * losses[0]
+    assert task.evaluate(trained, {}, batches(made), jax.random.key(0))["retrieval@1"] == 1.0
 
 
 # -- from a configuration -----------------------------------------------------------------------------------------
@@ -194,7 +209,9 @@ def test_the_job_of_a_configuration(config, tmp_path):
     assert options.end_id == text_model.vocab_size == options.text_vocab - 1 and options.text_length == 13
     training = next(job.train_batches())
     assert training["image"].shape == (4, 16, 16, 3) and training["text"].shape == (4, 12)
-    params = nn.meta.unbox(jax.jit(job.task.init)(jax.random.key(0)))
+    shapes = nn.meta.unbox(jax.eval_shape(job.task.init, jax.random.key(0)))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: rng.normal(size=x.shape, scale=0.3).astype(np.float32), shapes)
     measured = job.task.evaluate(params, {}, job.eval_batches(), jax.random.key(0))
     assert measured["among"] == 5 and np.isfinite(measured["loss"])
     picture = job.task.preview(params, {}, next(iter(job.eval_batches())), jax.random.key(0))
