@@ -16,6 +16,7 @@ from dalle_jax import parallel, tasks
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import ConfigError
 from dalle_jax.layout import TokenLayout
+from dalle_jax.metrics.retrieval import retrieval
 from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.tasks.clip import CLIPTask, contrastive_loss
 
@@ -69,24 +70,27 @@ def unit(rows, seed):
     return np.float32(x / np.linalg.norm(x, axis=1, keepdims=True))
 
 
-def by_definition(images, captions, scale):
-    """The loss, and how often each side finds its partner, pair by pair."""
-    n, nats, to_text, to_image = len(images), 0.0, 0, 0
-    for i in range(n):
-        row = np.array([scale * images[i] @ captions[j] for j in range(n)], np.float64)
-        column = np.array([scale * images[j] @ captions[i] for j in range(n)], np.float64)
-        nats += np.log(np.exp(row).sum()) - row[i] + np.log(np.exp(column).sum()) - column[i]
-        to_text, to_image = to_text + (row.argmax() == i), to_image + (column.argmax() == i)
-    return nats / (2 * n), to_text / n, to_image / n
+def by_definition(images, captions, scale, text):
+    """The loss, and how often each side finds its partner, pair by pair; equal captions are no alternatives."""
+    nats = to_text = to_image = 0.0
+    for i, ids in enumerate(text):
+        others = [j for j in range(len(text)) if j == i or (text[j] != ids).any()]
+        row = np.array([scale * images[i] @ captions[j] for j in others], np.float64)
+        column = np.array([scale * images[j] @ captions[i] for j in others], np.float64)
+        own = others.index(i)
+        nats += np.log(np.exp(row).sum()) - row[own] + np.log(np.exp(column).sum()) - column[own]
+        to_text, to_image = to_text + (row.argmax() == own), to_image + (column.argmax() == own)
+    return nats / (2 * len(text)), to_text / len(text), to_image / len(text)
 
 
 # -- loss ---------------------------------------------------------------------------------------------------------
 
 
-def test_contrastive_loss_against_the_formula():
+@pytest.mark.parametrize("text", [None, np.array([0, 0, 2, 3, 0, 5, 6])[:, None]], ids=["all differ", "some equal"])
+def test_contrastive_loss_against_the_formula(text):
     images, captions, scale = unit(7, 0), unit(7, 1), 12.5
-    loss, scalars = jax.jit(contrastive_loss)(images, captions, jnp.float32(scale))
-    nats, to_text, to_image = by_definition(images, captions, scale)
+    loss, scalars = jax.jit(contrastive_loss)(images, captions, jnp.float32(scale), text)
+    nats, to_text, to_image = by_definition(images, captions, scale, np.arange(7)[:, None] if text is None else text)
     assert to_text != to_image
     np.testing.assert_allclose(loss, nats, rtol=1e-5)
     np.testing.assert_allclose(scalars["image_to_text_accuracy"], to_text, rtol=1e-6)
@@ -98,7 +102,8 @@ def test_the_tasks_loss_is_that_of_its_vectors(task, params, loss_and_grads):
     made = batch(16)
     (loss, scalars), _ = loss_and_grads(params, made)
     images, captions = vectors(task, params, made)
-    np.testing.assert_allclose(loss, by_definition(images, captions, 1 / 0.07)[0], rtol=1e-5)
+    assert len(np.unique(made["text"], axis=0)) < 16, "no two captions are equal"
+    np.testing.assert_allclose(loss, by_definition(images, captions, 1 / 0.07, made["text"])[0], rtol=1e-5)
     np.testing.assert_allclose(scalars["logit_scale"], 1 / 0.07, rtol=1e-5)
     ends = np.full((8, 6), 19, np.int32)
     for row, ids in zip(ends, made["text"]):
@@ -139,16 +144,18 @@ def test_evaluation_leaves_padding_out_and_does_not_depend_on_the_batch_size(tas
     assert one.keys() == split.keys() and task.best_metric in one and one["among"] == 14
     for name in one:
         np.testing.assert_allclose(one[name], split[name], rtol=1e-5, err_msg=name)
-    loss, to_text, to_image = by_definition(*vectors(task, params, made), 1 / 0.07)
-    np.testing.assert_allclose(one["loss"], loss, rtol=1e-5)
-    np.testing.assert_allclose((one["image_to_text@1"], one["text_to_image@1"]), (to_text, to_image), rtol=1e-5)
+    images, captions = vectors(task, params, made)
+    loss = by_definition(images, captions, 1 / 0.07, made["text"])[0]
+    for name, value in {"loss": loss, **retrieval(images, captions, made["text"])}.items():
+        np.testing.assert_allclose(one[name], value, rtol=1e-5, err_msg=name)
 
 
 def test_evaluation_compares_groups_of_64(task, params):
     made = batch(130)
     measured = task.evaluate(params, {}, batches(made), jax.random.key(0))
     images, captions = vectors(task, params, made)
-    losses = [by_definition(images[i : i + 64], captions[i : i + 64], 1 / 0.07)[0] for i in (0, 64)]
+    groups = [slice(i, i + 64) for i in (0, 64)]
+    losses = [by_definition(images[rows], captions[rows], 1 / 0.07, made["text"][rows])[0] for rows in groups]
     np.testing.assert_allclose(measured["loss"], np.mean(losses), rtol=1e-5)
     assert measured["among"] == 64
 
