@@ -78,9 +78,11 @@ class Options:
 
 @dataclasses.dataclass(frozen=True)
 class Measured:
-    """Attributes:
-    figures: see the module.
-    columns: heading and pictures, uint8 [up to 16, H, W, 3], for the grid.
+    """What was measured.
+
+    Attributes:
+      figures: see the module.
+      columns: heading and pictures, uint8 [up to 16, H, W, 3], for the grid.
     """
 
     figures: Figures
