@@ -36,7 +36,11 @@ from dalle_jax.layout import TokenLayout
 # A source of which this many examples in a row are unreadable is given up on.
 _MAX_SUBSTITUTES = 1000
 
-_Decoded = tuple[np.ndarray, list[str], str]
+# Picture, and the record without it.
+_Decoded = tuple[np.ndarray, Record]
+
+# What was decoded, by source and picture size: the trainings of one process, one after the other, decode once.
+_CACHES: dict[tuple, dict[int, _Decoded | UnreadableExample]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +80,20 @@ class ExampleMaker:
             # first.
             order = order.shuffle(seed=int(self._entropy(0, 0, "shuffle").generate_state(1)[0]))
         self._order = order
-        self._cache: dict[int, _Decoded | UnreadableExample] | None = {} if options.cache else None
+        self._cache = self._shared_cache() if options.cache else None
+
+    def _shared_cache(self) -> dict[int, _Decoded | UnreadableExample]:
+        """The one of this source and size; one of its own where the source may change."""
+        options = self._options
+        if self._source.identity is None:
+            return {}
+        resized = options.image_size if self._resizes_at_once else None
+        return _CACHES.setdefault((self._source.identity, options.image_key, options.caption_key, resized), {})
+
+    @property
+    def _resizes_at_once(self) -> bool:
+        """Whether a picture is always used at one size, whole."""
+        return not self._train or self._options.augment == "none"
 
     def __getstate__(self):  # what is cached stays behind: each worker process fills a cache of its own
         return {**self.__dict__, "_cache": None if self._cache is None else {}}
@@ -139,7 +156,7 @@ class ExampleMaker:
         )
 
     def _example(self, index: int, epoch: int, notes: list[Note]) -> tuple[np.ndarray, np.ndarray | None]:
-        image, captions, name = self._decoded(index)
+        image, record = self._decoded(index)
         options = self._options
         if self._train and options.augment != "none":
             generator = np.random.default_rng(self._entropy(epoch, index, "augment"))
@@ -148,6 +165,7 @@ class ExampleMaker:
             image = augment(image, options.image_size, "none", None)
         if self._text_model is None:
             return image, None
+        captions = decode_captions(record)
         chosen, seed, dropout = 0, None, options.bpe_dropout if self._train else 0.0
         if self._train and (dropout or len(captions) > 1):
             words = self._entropy(epoch, index, "text").generate_state(2, np.uint64)
@@ -156,11 +174,11 @@ class ExampleMaker:
             captions[chosen % len(captions)], max_length=self._layout.text_length, dropout=dropout, seed=seed
         )
         if truncated:
-            notes.append(Note("truncated caption", index, name, ""))
+            notes.append(Note("truncated caption", index, record.name, ""))
         return image, self._layout.pad_text(ids)
 
     def _decoded(self, index: int) -> _Decoded:
-        """Picture, captions and name; cached, where asked, at the size at which they are used."""
+        """One example; cached, where asked, at the size at which its picture is used."""
         if self._cache is None:
             return self._decode(self._source.record(index))
         if index not in self._cache:
@@ -175,11 +193,10 @@ class ExampleMaker:
         return found
 
     def _decode(self, record: Record) -> _Decoded:
-        captions = decode_captions(record) if self._text_model is not None else []
         image = decode_image(record)
-        if not self._train or self._options.augment == "none":
+        if self._resizes_at_once:
             image = augment(image, self._options.image_size, "none", None)
-        return image, captions, record.name
+        return image, dataclasses.replace(record, image=b"")
 
     def _entropy(self, epoch: int, index: int, stream: str) -> np.random.SeedSequence:
         """The chance of one example in one epoch, apart for each use."""

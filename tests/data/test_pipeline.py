@@ -258,6 +258,24 @@ def test_cache_reads_once_and_changes_nothing(make):
     assert pipeline.skipped() == {"missing file": 1}
 
 
+def test_trainings_of_one_process_share_what_they_decoded(make, model):
+    """By source and picture size; a source that may change has no identity, and nothing is shared."""
+    sources = [MemorySource(side=12) for _ in range(4)]
+    for source, identity in zip(sources, ("one", "one", "another", "one")):
+        source.identity = identity
+    drawn = []
+    for source, size in zip(sources, (SIZE, SIZE, SIZE, SIZE // 2)):
+        with iter(make(source=source, cache=True, image_size=size, augment="none")) as iterator:
+            drawn.append(take(iterator, 10))
+    assert_same(drawn[0], drawn[1])
+    assert sources[0].reads >= 37 and sources[1].reads <= 2  # the check at the start reads too
+    assert sources[2].reads >= 37 and sources[3].reads >= 37
+    bare = MemorySource(side=12)
+    with iter(make(source=bare, cache=True)) as iterator:
+        take(iterator, 10)
+    assert bare.reads >= 37
+
+
 def test_unreadable_examples_are_replaced_in_training_and_marked_in_evaluation(make):
     broken = [0, 3, 8, 11]
     pipeline = make(source=MemorySource(side=12, broken=broken))
