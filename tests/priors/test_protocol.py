@@ -179,13 +179,13 @@ def test_bfloat16_inside_float32_outside(prior):
 
 @every_prior
 def test_overfitting_one_batch(prior):
-    """Loss under 0.05 nats, and greedy samples are the batch (but for a token or two, drawn beside others at once)."""
+    """Loss under 0.05 nats in the end, and greedy samples are the batch (but for a token or two, drawn at once)."""
     prior = changed(prior, {"width": 32}, caption_drop=0.0)
     if prior.name == "maskgit":
         prior = changed(prior, label_smoothing=0.0)
     text, tokens = rows(4)
-    steps = 120 if prior.name == "autoregressive" and not prior.any_order else 300
-    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, 1e-2, 10, steps, 1e-4))
+    steps, peak = (120, 1e-2) if prior.name == "autoregressive" and not prior.any_order else (300, 4e-3)
+    optimizer = optax.adam(optax.warmup_cosine_decay_schedule(0.0, peak, 10, steps, 1e-4))
 
     @jax.jit
     def train(key):
@@ -201,7 +201,8 @@ def test_overfitting_one_batch(prior):
         return params, nats
 
     params, image_nats = train(jax.random.key(0))
-    assert image_nats[0] > 2.5 and image_nats[-1] < 0.05, image_nats[-1]
+    last = np.mean(image_nats[-20:])  # a masked prior's loss is that of one mask
+    assert image_nats[0] > 2.5 and last < 0.05, last
     drawn = prior.sample(params, text, jax.random.split(jax.random.key(5), 4), temperature=0.0)
     assert np.mean(drawn == tokens) > 0.95
 
