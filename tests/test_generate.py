@@ -223,7 +223,8 @@ def test_a_picture_is_the_same_whatever_else_is_drawn(trained, model):
     among = model.generate(["a green star", CAPTION, "a small cross"], n=2, seed=5)
     np.testing.assert_array_equal(among[1], many[:2])
     larger = TextToImage.load(trained.workdir, rows_at_once=64)
-    np.testing.assert_array_equal(larger.generate(CAPTION, n=6, seed=5), many)
+    # Another program decodes these: a pixel may be rounded the other way.
+    np.testing.assert_allclose(larger.generate(CAPTION, n=6, seed=5).astype(int), many.astype(int), rtol=0, atol=1)
     assert len({image.tobytes() for image in many}) > 3
 
 

@@ -149,7 +149,7 @@ def test_plain_files(arrays, params, tmp_path, kind):
 
 
 def test_no_file(tmp_path):
-    fetch = r"Fetch pt_inception-2015-12-05-6726825d\.pth.*pytorch-fid.*--config\.inception=PATH"
+    fetch = r"Fetch pt_inception-2015-12-05-6726825d\.pth.*pytorch-fid.*--config\.metrics\.inception=PATH"
     with pytest.raises(PretrainedError, match=f"config.metrics.inception is not set.*{fetch}"):
         inception.load(None)
     with pytest.raises(PretrainedError, match=f"There is no file '.*nothing.pth'.*{fetch}"):
