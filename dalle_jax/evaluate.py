@@ -120,8 +120,7 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
     shown = tests.images(tests.owners[:_SHOWN])
     tokens, real, reconstructed, figures["dvae"] = _tokenizer(first, tests, judges, options)
     columns = [("real", shown), ("reconstructed", first.decode(tokens[tests.owners[:_SHOWN]]))]
-    sets = {"reconstructed": reconstructed}
-    best_of = {}
+    sets, best_of = {}, {}
     for name, each in models.items():
         sets[name], figures[name], drawn = _prior(each, tests, tokens, real, judges, options)
         columns.append((name, drawn))
@@ -133,7 +132,7 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
     if judges:
         figures["blur"] = {
             name: {f"{radius:g}": drawn.distances(real, radius) for radius in real.radii}
-            for name, drawn in sets.items()
+            for name, drawn in {**sets, "reconstructed": reconstructed}.items()
         }
     figures["protocol"] = {
         **tests.describe(),

@@ -126,7 +126,9 @@ def evaluation(title: str, figures: Mapping[str, Any], grid: np.ndarray, config:
     """
     protocol, apart = figures["protocol"], ("best_of", "blur", "protocol", "run")
     parts = [
-        paragraph(f"{protocol['captions']} captions of {protocol['data']}, one sample each, on {protocol['device']}."),
+        paragraph(
+            f"Captions: {protocol['captions']}; of {protocol['data']}; one sample each; on {protocol['device']}."
+        ),
         picture(grid, "The first captions: the real picture, its reconstruction, and what the priors draw."),
         heading("Figures"),
         table({name: section for name, section in figures.items() if name not in apart}),

@@ -170,7 +170,7 @@ def test_what_is_written(measured, tests, tmp_path, capsys):
     with (tmp_path / "blur.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["pictures"], row["radius"]) for row in rows] == [
-        ("reconstructed", "0"), ("reconstructed", "1"), ("maskgit", "0"), ("maskgit", "1"),
+        ("maskgit", "0"), ("maskgit", "1"), ("reconstructed", "0"), ("reconstructed", "1"),
     ]  # fmt: skip
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 4  # three figures by candidates, one by radius
