@@ -26,7 +26,6 @@ import flax.serialization
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from etils import epath
 
 from dalle_jax import workdir as workdirs
@@ -34,7 +33,7 @@ from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.chunks import in_chunks
 from dalle_jax.compatibility import fingerprint, wrong_parameter
 from dalle_jax.data.byte_pairs import BytePairs
-from dalle_jax.data.text import TextModel
+from dalle_jax.data.text import TextModel, encode_captions
 from dalle_jax.errors import CheckpointError, DataError
 from dalle_jax.models import clip as models
 from dalle_jax.models.clip import CLIP, CLIPOptions
@@ -146,16 +145,10 @@ class ClipScorer:
         Raises:
           DataError: no caption, or an empty one.
         """
-        if not captions:
-            raise DataError("No caption was given; expected at least one.")
         options = self.clip.options
+        encoded = encode_captions(self.text_model, captions, options.text_length - 1)
         rows = np.full((len(captions), options.text_length), options.end_id, np.int32)
-        for row, caption in zip(rows, captions):
-            ids, truncated = self.text_model.encode(caption, max_length=options.text_length - 1)
-            if not ids:
-                raise DataError(f"The caption {caption!r} is empty; give a few words of what the picture should show.")
-            if truncated:
-                logging.warning("Caption cut to %d tokens: %r", options.text_length - 1, caption)
+        for row, ids in zip(rows, encoded):
             row[: len(ids)] = ids
         return rows
 

@@ -24,7 +24,6 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -33,7 +32,7 @@ from dalle_jax import workdir as workdirs
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.clip import ClipScorer, has_clip
 from dalle_jax.compatibility import wrong_parameter
-from dalle_jax.data.text import TextModel
+from dalle_jax.data.text import TextModel, encode_captions
 from dalle_jax.editing import Editing
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
 from dalle_jax.layout import TokenLayout
@@ -181,17 +180,9 @@ class TextToImage(Editing, Reranking):
         Raises:
           DataError: where there is no caption, or one is empty.
         """
-        if not captions:
-            raise DataError("No caption was given; expected at least one.")
-        rows = []
-        for caption in captions:
-            ids, truncated = self.text_model.encode(caption, max_length=self.prior.layout.text_length)
-            if not ids:
-                raise DataError(f"The caption {caption!r} is empty; give a few words of what the picture should show.")
-            if truncated:
-                logging.warning("Caption cut to %d tokens: %r", self.prior.layout.text_length, caption)
-            rows.append(self.prior.layout.pad_text(ids))
-        return np.stack(rows)
+        layout = self.prior.layout
+        rows = encode_captions(self.text_model, captions, layout.text_length)
+        return np.stack([layout.pad_text(ids) for ids in rows])
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """The tokens of pictures: uint8 [B, H, W, 3] to int32 [B, N].

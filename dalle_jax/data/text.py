@@ -18,8 +18,10 @@ import random
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import sentencepiece
+from absl import logging
 from etils import epath
 
 from dalle_jax.errors import ConfigError, DataError
@@ -43,6 +45,30 @@ def normalize(text: str) -> str:
     """
     text = unicodedata.normalize("NFKC", text).lower()
     return " ".join(_NOT_TEXT.sub(" ", text).split())
+
+
+def encode_captions(model: Any, captions: Sequence[str], max_length: int) -> list[list[int]]:
+    """What people asked for, as ids.
+
+    Args:
+      model: a `TextModel`, or what encodes like one.
+      captions: at least one, none empty.
+      max_length: captions that are longer are cut to so many ids, with a warning.
+
+    Raises:
+      DataError: no caption, or an empty one.
+    """
+    if not captions:
+        raise DataError("No caption was given; expected at least one.")
+    rows = []
+    for caption in captions:
+        ids, truncated = model.encode(caption, max_length=max_length)
+        if not ids:
+            raise DataError(f"The caption {caption!r} is empty; give a few words of what the picture should show.")
+        if truncated:
+            logging.warning("Caption cut to %d tokens: %r", max_length, caption)
+        rows.append(ids)
+    return rows
 
 
 class TextModel:
