@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
 PyTree = Any
+
+
+def batches(count: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """All of `count` rows, `size` at a time; the last one repeats, so that every batch has that size.
+
+    Yields:
+      The places of the rows, int [size], and which of them count, bool [size].
+    """
+    for start in range(0, count, size):
+        places = np.arange(start, start + size)
+        yield np.minimum(places, count - 1), places < count
 
 
 def in_chunks(function: Callable[[np.ndarray], PyTree], rows: np.ndarray, size: int) -> PyTree:
@@ -22,8 +33,5 @@ def in_chunks(function: Callable[[np.ndarray], PyTree], rows: np.ndarray, size: 
     Returns:
       The tree, of numpy arrays [B, ...].
     """
-    parts = []
-    for start in range(0, len(rows), size):
-        chunk = np.minimum(np.arange(start, start + size), len(rows) - 1)
-        parts.append(jax.tree.map(np.asarray, function(rows[chunk])))
+    parts = [jax.tree.map(np.asarray, function(rows[places])) for places, _ in batches(len(rows), size)]
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(rows)], *parts)

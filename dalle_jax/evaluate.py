@@ -21,7 +21,7 @@ import csv
 import dataclasses
 import io
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -33,6 +33,7 @@ from ml_collections import ConfigDict
 from dalle_jax import judges as looks
 from dalle_jax import report, report_page
 from dalle_jax import workdir as workdirs
+from dalle_jax.chunks import batches
 from dalle_jax.clip import ClipScorer
 from dalle_jax.compatibility import fingerprint
 from dalle_jax.errors import ConfigError
@@ -116,13 +117,14 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
         judges.append(looks.inception(options.inception, options.inception_resize, first.rows_at_once))
     if scorer is not None:
         judges.append(looks.clip(scorer))
-    figures: Figures = {} if scorer is None else {"clip": _retrieval(scorer, tests)}
     shown = tests.images(tests.owners[:_SHOWN])
-    tokens, real, reconstructed, figures["dvae"] = _tokenizer(first, tests, judges, options)
+    tokens, real, reconstructed, of_tokenizer = _tokenizer(first, tests, judges, options)
+    figures: Figures = {} if scorer is None else {"clip": _retrieval(scorer, tests, real)}
+    figures["dvae"] = of_tokenizer
     columns = [("real", shown), ("reconstructed", first.decode(tokens[tests.owners[:_SHOWN]]))]
     sets, best_of = {}, {}
     for name, each in models.items():
-        sets[name], figures[name], drawn = _prior(each, tests, tokens, real, judges, options)
+        sets[name], figures[name], drawn = _prior(each, tests, tokens, real, scorer, judges, options)
         columns.append((name, drawn))
         if options.candidates:
             best_of[name], best = _candidates(each, tests, real, judges, options)
@@ -153,21 +155,10 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
 # -- the parts ----------------------------------------------------------------------------------------------------
 
 
-def _batches(count: int, rows: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Places of all, `rows` at a time, and which of them count: the last one repeats, so that one size is compiled."""
-    rows = min(rows, count)
-    for start in range(0, count, rows):
-        places = np.arange(start, start + rows)
-        yield np.minimum(places, count - 1), places < count
-
-
-def _retrieval(scorer: ClipScorer, tests: TestSet) -> Figures:
+def _retrieval(scorer: ClipScorer, tests: TestSet, real: PictureSet) -> Figures:
     """Of the test set's captions and their pictures."""
-    rows = [
-        scorer.image_features(tests.images(tests.owners[places]))[valid]
-        for places, valid in _batches(len(tests.captions), scorer.rows_at_once)
-    ]
-    return retrieval(np.concatenate(rows), scorer.text_features(tests.captions), scorer.encode_text(tests.captions))
+    captions = scorer.text_features(tests.captions)
+    return retrieval(real.features("clip")[tests.owners], captions, scorer.encode_text(tests.captions))
 
 
 def _tokenizer(model: TextToImage, tests: TestSet, judges: Sequence[Judge], options: Options):
@@ -176,7 +167,7 @@ def _tokenizer(model: TextToImage, tests: TestSet, judges: Sequence[Judge], opti
     real, shown = (PictureSet(judges, count, options.blur) for _ in range(2))
     tokens, quality, right = [], pictures.empty(), []
     scenes = None if tests.scenes is None else [tests.scenes[i] for i in _first_captions(tests)]
-    for places, valid in _batches(count, model.rows_at_once):
+    for places, valid in batches(count, min(model.rows_at_once, count)):
         images = tests.images(places)
         codes = model.encode(images)
         reconstructed = model.decode(codes)
@@ -204,21 +195,19 @@ def _first_captions(tests: TestSet) -> np.ndarray:
     return np.unique(tests.owners, return_index=True)[1]
 
 
-def _prior(each: Model, tests: TestSet, tokens: np.ndarray, real: PictureSet, judges, options: Options):
+def _prior(each: Model, tests: TestSet, tokens: np.ndarray, real: PictureSet, scorer, judges, options: Options):
     """One sample for each caption: as judges see them, figures, and the first pictures."""
     model, knobs, count = each.model, dataclasses.asdict(each.sampling), len(tests.captions)
-    drawn, cosines = PictureSet(judges, count, options.blur), clip_score.empty()
-    text, nats, seconds, kept = model.encode_text(tests.captions), 0.0, 0.0, []
+    drawn, text = PictureSet(judges, count, options.blur), model.encode_text(tests.captions)
+    nats, seconds, kept = 0.0, 0.0, []
     model.generate(tests.captions[:1] * min(count, model.rows_at_once), seed=options.seed, **knobs)  # compiles
-    for places, valid in _batches(count, model.rows_at_once):
+    for places, valid in batches(count, min(model.rows_at_once, count)):
         codes = tokens[tests.owners[places]]
         nats += valid.sum() * float(_nats(model.prior, model.params, text[places], codes, jnp.asarray(valid)))
         captions, start = [tests.captions[i] for i in places], time.perf_counter()
         images = model.generate(captions, seed=options.seed, **knobs)[:, 0]
         seconds += time.perf_counter() - start
         drawn.add(images[valid])
-        if model.scorer is not None:
-            cosines = clip_score.add(cosines, model.scorer.score(images, captions), valid)
         if tests.scenes is not None or not kept:
             kept.append(images[valid])
     kept = np.concatenate(kept)
@@ -229,7 +218,7 @@ def _prior(each: Model, tests: TestSet, tokens: np.ndarray, real: PictureSet, ju
     figures = {
         **whole,
         "image_nats_per_token": nats / count,
-        **({} if model.scorer is None else clip_score.compute(cosines)),
+        **({} if scorer is None else _clip_score(scorer, drawn, tests)),
         **drawn.distances(real),
         **drawn.precision_recall(real),
         "steps": model.prior.decoding_steps(each.sampling.steps),
@@ -237,6 +226,12 @@ def _prior(each: Model, tests: TestSet, tokens: np.ndarray, real: PictureSet, ju
         **({"by_attribute": parts} if parts else {}),
     }
     return drawn, figures, kept[:_SHOWN]
+
+
+def _clip_score(scorer: ClipScorer, drawn: PictureSet, tests: TestSet) -> Figures:
+    """Of one picture for each caption, as the judge "clip" saw it."""
+    cosines = np.sum(drawn.features("clip") * scorer.text_features(tests.captions), axis=1)
+    return clip_score.compute(clip_score.add(clip_score.empty(), cosines))
 
 
 @jax.jit(static_argnums=0)

@@ -106,6 +106,10 @@ class PictureSet:
                         self._classes[key] = inception_score.empty(self._total, splits, logits.shape[1])
                     self._classes[key] = inception_score.add(self._classes[key], logits, places)
 
+    def features(self, name: str) -> np.ndarray:
+        """What the judge of that name saw without blur, float32 [pictures, D], in the order in which they came."""
+        return self._points[name].values
+
     def distances(self, real: PictureSet, radius: float = 0) -> dict[str, float]:
         """FID by each judge, and the Inception score of those that have classes.
 
