@@ -26,7 +26,7 @@ schedule = common.schedule
 
 # name: (data, text length, text vocabulary, patch, image (width, depth, heads), text (…), embedding, batch, steps)
 VARIANTS = {
-    "shapes": (common.shapes(), 20, 300, 8, (64, 2, 2), (64, 2, 2), 96, 256, 350),
+    "shapes": (common.shapes(), 20, 300, 8, (64, 2, 2), (64, 2, 2), 96, 256, 320),
     "emoji": (common.emoji(bpe_dropout=0.1), 20, 1024, 8, (128, 3, 4), (96, 2, 2), 128, 256, 200),
     "folder": (
         common.folder(128, augment="prior", bpe_dropout=0.1), 64, 8192, 16, (384, 8, 6), (384, 6, 6), 256, 512, 50_000,

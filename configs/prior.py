@@ -29,7 +29,7 @@ schedule = common.schedule
 
 # name: (tokenizer's variant, data, text length, text vocabulary, width, depth, heads, batch, steps)
 VARIANTS = {
-    "shapes": ("shapes", common.shapes(), 20, 300, 128, 5, 4, 4, 6000),
+    "shapes": ("shapes", common.shapes(), 20, 300, 128, 5, 4, 4, 4200),
     "emoji": ("emoji", common.emoji(bpe_dropout=0.1), 20, 1024, 192, 6, 6, 4, 5000),
     "folder": ("folder", common.folder(128, augment="prior", bpe_dropout=0.1), 64, 8192, 512, 12, 8, 64, 100_000),
     "coco": ("coco", common.coco(augment="prior", bpe_dropout=0.1), 64, 8192, 768, 24, 12, 64, 100_000),

@@ -21,7 +21,7 @@ def get_config() -> ConfigDict:
     config.prior.tokenizer.workdir = "runs/quickstart/dvae"
 
     # It starts from the autoregressive prior's trunk and embeddings, and so needs a fraction of the updates.
-    config.maskgit = config_files.module(__file__, "maskgit.py").get_config("shapes", steps=3600)
+    config.maskgit = config_files.module(__file__, "maskgit.py").get_config("shapes", steps=2600)
     config.maskgit.workdir = "runs/quickstart/maskgit"
     config.maskgit.start_from = config.prior.workdir
 
@@ -31,7 +31,7 @@ def get_config() -> ConfigDict:
     config.evaluate = config_files.module(__file__, "evaluate.py").get_config()
     config.evaluate.model_workdir = config.prior.workdir
     config.evaluate.metrics.candidates = 16
-    config.evaluate.sampling.temperature = 0.5  # a prior this small leaves some mass on wrong tokens
+    config.evaluate.sampling.temperature = 0.4  # a prior this small leaves some mass on wrong tokens
     config.maskgit_sampling = config.evaluate.sampling.copy_and_resolve_references()
     config.maskgit_sampling.choice_temperature = 1.0
     return config

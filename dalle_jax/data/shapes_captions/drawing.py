@@ -9,6 +9,7 @@ mostly background teach a small dVAE a handful of codes.
 
 from __future__ import annotations
 
+import functools
 import math
 
 import numpy as np
@@ -44,6 +45,7 @@ def draw(shown: Scene, image_size: int) -> np.ndarray:
     return np.rint(image).astype(np.uint8).transpose(1, 2, 0)
 
 
+@functools.lru_cache(maxsize=1024)  # scenes share a few dozen
 def coverage(shape: str, x: float, y: float, extent: float, image_size: int) -> np.ndarray:
     """How much of each pixel a shape covers.
 
@@ -54,7 +56,7 @@ def coverage(shape: str, x: float, y: float, extent: float, image_size: int) -> 
       image_size: H and W.
 
     Returns:
-      float32 [H, W] in [0, 1].
+      float32 [H, W] in [0, 1], not to be written to.
     """
     mask = np.zeros((image_size, image_size), np.float32)
     left, top = (max(math.floor((at - extent) * image_size), 0) for at in (x, y))
@@ -66,6 +68,7 @@ def coverage(shape: str, x: float, y: float, extent: float, image_size: int) -> 
 
     u, v = samples(left, right, x)[None, :, None, :], samples(top, bottom, y)[:, None, :, None]
     mask[top:bottom, left:right] = _inside(shape, u, v).mean((0, 1), dtype=np.float32)
+    mask.flags.writeable = False
     return mask
 
 

@@ -97,7 +97,7 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         for index in range(count):
             image, caption, stated = make_example(options.seed, split, index, options.image_size)
             png = io.BytesIO()  # an array would make TFDS import TensorFlow to encode it
-            PIL.Image.fromarray(image).save(png, format="png")
+            PIL.Image.fromarray(image).save(png, format="png", compress_level=1)
             png.seek(0)
             yield index, {"image": png, "caption": caption, "scene": stated.to_json()}
 
