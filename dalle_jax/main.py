@@ -14,7 +14,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dalle_jax import compilation_cache
+from dalle_jax import compilation_cache, distributed
 from dalle_jax.errors import ConfigError, UserError
 from dalle_jax.options import explain_flag_error
 
@@ -22,6 +22,7 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", lock_config=True, help_string="What to do: configs/NAME.py[:variant]."
 )
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where the run keeps its files (default: config.workdir).")
+_start_hosts = distributed.define_flags()
 
 # config.job → the module whose run(config, workdir) does it.
 JOBS = {
@@ -48,14 +49,15 @@ def _parse(argv: list[str]) -> list[str]:
 
 
 def _worth_reading(record: Any) -> bool:
-    """Our own news, and everybody's warnings."""
-    return record.levelno >= 30 or "dalle_jax" in record.pathname
+    """Our own news, of the first host; and everybody's warnings."""
+    return record.levelno >= 30 or ("dalle_jax" in record.pathname and distributed.is_first())
 
 
 def _run(_: list[str]) -> None:
     logging.get_absl_handler().addFilter(_worth_reading)
     logging.get_absl_handler().setFormatter(None)  # the message alone
     config = _CONFIG.value
+    _start_hosts(config.job)
     compilation_cache.enable()
     importlib.import_module(JOBS[config.job]).run(config, _WORKDIR.value or config.workdir)
 

@@ -1,0 +1,233 @@
+"""Several hosts, one training: how their processes find each other, and who does what first.
+
+Every host runs the same command. It becomes one of several, before any use of a device, where one of these says so:
+
+    flags         --coordinator_address=HOST:PORT --num_processes=N --process_id=I, the address being host 0's
+    environment   DALLE_JAX_COORDINATOR_ADDRESS, DALLE_JAX_NUM_PROCESSES, DALLE_JAX_PROCESS_ID: the same, for flags
+                  that are not given
+    the cluster   --coordinator_address=auto: JAX's own detection (Cloud TPU pods, GKE, SLURM, Open MPI). Used unasked
+                  where the environment that SLURM, Open MPI or GKE sets up says that there are several processes
+
+`--coordinator_address=none` runs alone in spite of the environment.
+
+Host 0 is the first: it alone writes configuration, metrics, pictures and progress, and where something is made once
+(a data set, a text model), it goes first, and the others then find it made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from absl import flags
+from jax._src import distributed as _jax_distributed  # its key-value store has no public name
+
+from dalle_jax.errors import ConfigError, UserError
+
+CONNECT_SECONDS = 300
+LOST_HOST_SECONDS = 60
+_TURN_SECONDS = 24 * 3600  # for what the first host makes alone; should it die, the others hear of it much earlier
+_FLAGS = ("coordinator_address", "num_processes", "process_id")
+_turns = itertools.count()
+
+
+def define_flags() -> Callable[[str], None]:
+    """Defines the command line's flags; gives the function that calls `start` with their values, for a job."""
+    flags.DEFINE_string("coordinator_address", None, "Several hosts: host 0's HOST:PORT; or auto; or none.")
+    flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes there are.")
+    flags.DEFINE_integer("process_id", None, "Several hosts: which of them this one is, from 0.")
+    flags.DEFINE_integer("connect_seconds", CONNECT_SECONDS, "Several hosts: how long to wait for all to be there.")
+    flags.DEFINE_integer("lost_host_seconds", LOST_HOST_SECONDS, "Several hosts: how long one may be silent.")
+    names = (*_FLAGS, "connect_seconds", "lost_host_seconds")
+    return lambda job: start(job, **{name: flags.FLAGS[name].value for name in names})
+
+
+def start(
+    job: str,
+    coordinator_address: str | None = None,
+    num_processes: int | None = None,
+    process_id: int | None = None,
+    *,
+    connect_seconds: float = CONNECT_SECONDS,
+    lost_host_seconds: int = LOST_HOST_SECONDS,
+    environment: Mapping[str, str] = os.environ,
+) -> None:
+    """Joins the other hosts, where there are any; else does nothing.
+
+    Args:
+      job: `config.job`; "train" is the one that several hosts do together.
+      coordinator_address: "HOST:PORT" of the first host, "auto", "none", or None: as the environment says.
+      num_processes: how many there are.
+      process_id: which one this is.
+      connect_seconds: how long to wait for the first host, or as the first one for all others.
+      lost_host_seconds: a host that is silent for so long counts as lost, and ends the others; also how long a host
+        that ends waits for the others to end.
+      environment: where variables are looked up.
+
+    Raises:
+      ConfigError: some of the three values are missing or wrong, or several processes are to do another job.
+      UserError: the others are not there in time.
+    """
+    given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
+    for name in _FLAGS:
+        if given[name] is None:
+            given[name] = environment.get(f"DALLE_JAX_{name.upper()}")
+    if given["coordinator_address"] == "none":
+        return
+    detected = given["coordinator_address"] == "auto" or not any(given.values()) and _launched_by(environment)
+    if not detected and all(value is None for value in given.values()):
+        return
+    values = {} if detected else _checked(given)
+    if values.get("num_processes") == 1:
+        return
+    if job != "train":
+        raise ConfigError(
+            f"config.job={job!r} runs in one process, and "
+            f"{'the environment' if detected else '--num_processes'} asks for several: run it on one host, with "
+            "--coordinator_address=none."
+        )
+    began = time.monotonic()
+    if values and values["process_id"] > 0:
+        _wait_for(values["coordinator_address"], connect_seconds)
+    failures = []
+
+    def connect() -> None:
+        try:
+            jax.distributed.initialize(
+                **values,
+                cluster_detection_method=None if detected else "deactivate",
+                initialization_timeout=int(connect_seconds) + 3600,  # JAX would abort the process; see below
+                heartbeat_timeout_seconds=lost_host_seconds,
+                shutdown_timeout_seconds=lost_host_seconds,
+            )
+        except Exception as error:
+            failures.append(error)
+
+    connecting = threading.Thread(target=connect, daemon=True)
+    connecting.start()
+    connecting.join(max(connect_seconds - (time.monotonic() - began), 1.0))
+    if connecting.is_alive():
+        who = f"all of {values['num_processes']} processes" if values else "the other hosts"
+        raise UserError(
+            f"Not {who} were there within {connect_seconds:g} s (--connect_seconds). Start the same command on every "
+            "host, each with its own --process_id, and look at what the missing ones say."
+        )
+    if failures:
+        raise ConfigError(
+            f"JAX could not join this process to others: {failures[0]}. Give --coordinator_address=HOST:PORT "
+            "--num_processes=N --process_id=I, or --coordinator_address=none to run alone."
+        ) from failures[0]
+
+
+def _launched_by(environment: Mapping[str, str]) -> bool:
+    """Whether a launcher that JAX knows has started several processes."""
+    workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
+    slurm = environment.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in environment else "1"
+    slices = environment.get("MEGASCALE_NUM_SLICES") or "1"
+    return "," in workers or {slurm, slices, environment.get("OMPI_COMM_WORLD_SIZE", "1")} != {"1"}
+
+
+def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The three values, as `jax.distributed.initialize` takes them."""
+    how = "of --coordinator_address, --num_processes and --process_id (or DALLE_JAX_COORDINATOR_ADDRESS, …)"
+    if missing := [name for name in _FLAGS if given[name] is None]:
+        raise ConfigError(f"Of several hosts each needs all three {how}: {', '.join(missing)} is missing.")
+    try:
+        count, index = int(given["num_processes"]), int(given["process_id"])
+    except ValueError:
+        count, index = 0, 0
+    if not 0 <= index < count:
+        raise ConfigError(
+            f"num_processes={given['num_processes']}, process_id={given['process_id']}: expected whole numbers, "
+            "with process_id from 0 to num_processes - 1."
+        )
+    host, _, port = given["coordinator_address"].rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(
+            f"coordinator_address={given['coordinator_address']!r}: expected HOST:PORT of the first host and a port "
+            "that is free there, or 'auto', or 'none'."
+        )
+    return {"coordinator_address": given["coordinator_address"], "num_processes": count, "process_id": index}
+
+
+def _wait_for(address: str, seconds: float) -> None:
+    """Waits until somebody listens there: JAX itself would abort the process, without a word of ours."""
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            left = max(deadline - time.monotonic(), 0.1)
+            socket.create_connection((host.strip("[]"), int(port)), timeout=left).close()
+            return
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"No answer from the first host at {address} within {seconds:g} s (--connect_seconds): {error}. Is "
+                    "the process with --process_id=0 running there, and is the port open to this host?"
+                ) from error
+            time.sleep(0.1)
+
+
+# -- while it runs --------------------------------------------------------------------------------------------------
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes; always where it is alone.  Needs no device."""
+    return _jax_distributed.global_state.process_id == 0
+
+
+@contextlib.contextmanager
+def first_host_first(what: str) -> Iterator[None]:
+    """Context that the first host passes through alone; the others enter when it has left.
+
+    For what is made once and then found: in a directory that hosts share the others find it made, on disks of their
+    own each makes it.  Every host has to come here equally often.
+
+    Args:
+      what: is made, for messages.
+
+    Raises:
+      UserError: on the others, where the first one failed.
+    """
+    if not jax.distributed.is_initialized():
+        yield
+        return
+    if is_first():
+        try:
+            yield
+        except BaseException as error:
+            _tell(what, f"{type(error).__name__}: {error}")
+            raise
+        _tell(what, None)
+    elif failure := _ask(what):
+        raise UserError(f"The first host could not make {what}: {failure}")
+    else:
+        yield
+
+
+def first_host_says(value: Any) -> Any:
+    """The first host's `value` (plain JSON), on every host.  Every host has to come here equally often."""
+    if not jax.distributed.is_initialized():
+        return value
+    if is_first():
+        _tell("value", value)
+        return value
+    return _ask("value")
+
+
+def _tell(what: str, value: Any) -> None:
+    key = f"dalle_jax/{next(_turns)}/{what}"
+    _jax_distributed.global_state.client.key_value_set(key, json.dumps(value))
+
+
+def _ask(what: str) -> Any:
+    key = f"dalle_jax/{next(_turns)}/{what}"
+    return json.loads(_jax_distributed.global_state.client.blocking_key_value_get(key, _TURN_SECONDS * 1000))
