@@ -21,6 +21,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.errors import MeshError
@@ -143,12 +144,32 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate_steps: int = 1) -> None:
         )
 
 
+def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a global batch lie on this host's devices: what its data pipeline has to make.
+
+    Args:
+      mesh: a mesh over the devices of all hosts. Hosts that share a row (its `tensor` axis crosses them) each get it.
+      batch_size: B, which `check_batch` has accepted.
+
+    Returns:
+      Row numbers, int [b], rising; all of them where there is one host.
+    """
+    size = batch_size // batch_shards(mesh)
+    return np.concatenate([np.arange(part * size, (part + 1) * size) for part in _host_parts(batch_sharding(mesh))])
+
+
+def _host_parts(sharding: NamedSharding) -> list[int]:
+    """Which of the parts that a batch is split into lie on this host's devices, rising."""
+    indices = sharding.addressable_devices_indices_map((batch_shards(sharding.mesh),))
+    return sorted({index[0].start or 0 for index in indices.values()})
+
+
 def to_mesh(batch: Any, sharding: NamedSharding) -> Any:
     """Makes global arrays from this host's part of a batch.
 
     Args:
-      batch: tree of host arrays, this process's rows (all rows where there is one process).  Arrays that are on the
-        mesh already pass unchanged.
+      batch: tree of host arrays, the rows of `host_rows` (all rows where there is one process).  Arrays that are on
+        the mesh already pass unchanged.
       sharding: layout of the result, as from `batch_sharding`.
 
     Returns:
@@ -158,11 +179,25 @@ def to_mesh(batch: Any, sharding: NamedSharding) -> Any:
     if jax.process_count() == 1:
         return jax.device_put(batch, sharding)
 
+    parts, here = batch_shards(sharding.mesh), len(_host_parts(sharding))
+
     def put(x: Any) -> jax.Array:
-        on_mesh_already = isinstance(x, jax.Array) and x.sharding == sharding
-        return x if on_mesh_already else jax.make_array_from_process_local_data(sharding, np.asarray(x))
+        if isinstance(x, jax.Array) and x.sharding == sharding:
+            return x
+        x = np.asarray(x)
+        return jax.make_array_from_process_local_data(sharding, x, (x.shape[0] * parts // here, *x.shape[1:]))
 
     return jax.tree.map(put, batch)
+
+
+def to_host(tree: Any) -> Any:
+    """Numpy arrays, whole, of arrays on the mesh: the same on every host, and every host has to call it."""
+
+    def whole(x: Any) -> Any:
+        here = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
+        return x if here else multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def partition_spec(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from absl import logging
 from ml_collections import ConfigDict
 
+from dalle_jax import distributed
 from dalle_jax import workdir as workdirs
 from dalle_jax.train import train
 from dalle_jax.train_step import TrainState
@@ -30,10 +31,14 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
         config = config.copy_and_resolve_references()
         config.tokenizer_from = config.tokenizer_from or config.start_from
         config.text.path = config.text.path or str(workdirs.text_model_path(config.start_from))
-    if "tokenizer" in config and not workdirs.has_tokenizer(workdir):
+    if "tokenizer" in config and not distributed.first_host_says(workdirs.has_tokenizer(workdir)):
         source = config.tokenizer_from or config.tokenizer.workdir
-        if not config.tokenizer_from and not workdirs.is_complete(source, config.tokenizer):
+        trained = config.tokenizer_from or workdirs.is_complete(source, config.tokenizer)
+        if not distributed.first_host_says(bool(trained)):
             logging.info("%s needs an image tokenizer, and %s holds none yet: training it first.", workdir, source)
             run(config.tokenizer, source)
-        workdirs.save_tokenizer(workdir, *workdirs.load_tokenizer(source))
+        tokenizer, params = workdirs.load_tokenizer(source)
+        with distributed.first_host_first("the frozen image tokenizer"):
+            if not workdirs.has_tokenizer(workdir):
+                workdirs.save_tokenizer(workdir, tokenizer, params)
     return train(config, workdir)

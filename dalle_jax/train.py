@@ -26,7 +26,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from dalle_jax import keys, optimizers, parallel, schedules, tasks
+from dalle_jax import distributed, keys, optimizers, parallel, schedules, tasks
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.compatibility import to_json
 from dalle_jax.data.prefetch import prefetch_to_mesh
@@ -48,7 +48,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
     Args:
       config: a training configuration (see `configs/`).
       workdir: directory of the run; made if needed.
-      job: what to train; default: `tasks.build(config, workdir)`.
+      job: what to train; default: `tasks.build` of `config` and `workdir`.
 
     Returns:
       The final state, on the mesh.
@@ -64,7 +64,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
         options = from_config(OptimizerOptions, config.optimizer, "optimizer")
         average = from_config(AverageOptions, config.ema, "ema")
         parallel.check_batch(mesh, config.batch_size, options.accumulate_steps)
-        job = job or tasks.build(config, workdir)
+        job = job or tasks.build(config, workdir, parallel.host_rows(mesh, config.batch_size))
         task = job.task
         step_schedules = {
             **task.schedules,
@@ -92,7 +92,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
             if config.get("start_from"):
                 state = warm_start(state, config.start_from)
         start = int(state.step)
-        if jax.process_index() == 0:
+        if distributed.is_first():
             (epath.Path(workdir) / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
 
         # ------------------------------------------------------------------------------------ what the run reports
@@ -198,7 +198,14 @@ def _check(config: ConfigDict, workdir: str) -> None:
     if not workdir:
         raise ConfigError("No workdir: give --workdir=DIR or config.workdir, where the run keeps its files.")
     try:
-        epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+        with distributed.first_host_first(f"the workdir {workdir}"):
+            if distributed.is_first():
+                epath.Path(workdir).mkdir(parents=True, exist_ok=True)
+            elif not epath.Path(workdir).exists():
+                raise ConfigError(
+                    f"{workdir}, which the first host made, is not there on this one: several hosts need a workdir "
+                    "that all of them see (a network file system, or gs://…)."
+                )
     except OSError as error:
         raise ConfigError(
             f"Cannot use {workdir!r} as the workdir: {error.strerror}. Give another --workdir."

@@ -22,6 +22,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
+from dalle_jax import distributed
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import CheckpointError, ConfigError
@@ -106,12 +107,13 @@ def ensure_text_model(section: ConfigDict, captions: Iterable[str], workdir: epa
       ConfigError: where the model has another vocabulary than a model that is already there.
     """
     path = text_model_path(workdir)
-    if not path.exists():
-        if section.path:
-            TextModel.load(section.path).save(path)
-        else:
-            logging.info("Training the text model (%s)", path)
-            TextModel.train(captions, section.vocab_size, path)
+    with distributed.first_host_first(f"the text model {path}"):
+        if not path.exists():
+            if section.path:
+                TextModel.load(section.path).save(path)
+            else:
+                logging.info("Training the text model (%s)", path)
+                TextModel.train(captions, section.vocab_size, path)
     model = TextModel.load(path)
     if model.vocab_size > section.vocab_size:
         raise ConfigError(

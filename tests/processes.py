@@ -24,7 +24,7 @@ def host_flags(address: str, count: int, index: int) -> list[str]:
 
 
 def spawn(arguments: Sequence[str], devices: int = 1, **environment: str) -> subprocess.Popen:
-    """Starts `python ARGUMENTS` with so many simulated CPU devices; its stdout and stderr come as text through pipes."""
+    """Starts `python ARGUMENTS` with so many simulated CPU devices; stdout and stderr come as text through pipes."""
     others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
     flags = " ".join([f"--xla_force_host_platform_device_count={devices}", *others])
     path = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from dalle_jax import parallel
 from dalle_jax.parallel import constrain
 from dalle_jax.tasks import Job
 
@@ -102,24 +104,29 @@ def _example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
     return {"x": x, "y": np.tanh(x[:TARGETS] * x[TARGETS:]), "index": np.int32(index)}
 
 
-def tiny_batches(batch_size: int, seed: int = 0) -> Any:
-    """Endless shuffled batches of 97 examples with fresh noise in every epoch, as a grain iterator."""
+def tiny_batches(batch_size: int, seed: int = 0, rows: Sequence[int] | None = None) -> Any:
+    """Endless shuffled batches of 97 examples with fresh noise in every epoch, as a grain iterator; `rows` of each."""
     dataset = grain.MapDataset.range(97).seed(seed).shuffle().repeat().random_map(_example).batch(batch_size)
+    if rows is not None:
+        dataset = dataset.map(lambda batch: {name: value[rows] for name, value in batch.items()})
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4)))
 
 
 def tiny_job(config: ConfigDict, **task: Any) -> Job:
     """A job of `TinyTask(**task)`; its evaluation has three batches."""
 
+    def rows_here():
+        return parallel.host_rows(parallel.make_mesh(**config.mesh), config.batch_size)
+
     def eval_batches():
-        rngs = [np.random.default_rng(i) for i in range(3)]
+        rngs, here = [np.random.default_rng(i) for i in range(3)], rows_here()
         for rng in rngs:
             rows = [_example(i, rng) for i in range(config.batch_size)]
-            yield {**{k: np.stack([r[k] for r in rows]) for k in rows[0]}, "valid": np.ones(config.batch_size, bool)}
+            yield {**{k: np.stack([r[k] for r in rows])[here] for k in rows[0]}, "valid": np.ones(len(here), bool)}
 
     return Job(
         task=TinyTask(**task),
-        train_batches=lambda: tiny_batches(config.batch_size, config.seed),
+        train_batches=lambda: tiny_batches(config.batch_size, config.seed, rows_here()),
         eval_batches=eval_batches,
         data_counts=lambda: {"unreadable": 2},
     )

@@ -1,21 +1,22 @@
 """Turns positions of the global example order into batches: what one worker does for one batch.
 
 The order is a pure function.  Global position p of a run lies in epoch p // n at place p mod n; a seeded
-permutation per epoch says which example that is.  Batch k holds positions [k·B, (k+1)·B), of which host i
-takes the i-th of `process_count` equal stretches.  So any host, any worker, at any time, can make any batch:
+permutation per epoch says which example that is.  Batch k holds positions [k·B, (k+1)·B), of which each host
+takes the rows that its devices hold.  So any host, any worker, at any time, can make any part of any batch:
 resuming needs only k, and neither the number of hosts nor of workers changes what is seen.
 
 Unreadable examples must not shift that order, or hosts would drift apart.  In training the place of one is
 taken by the example half an epoch further on (then the next, …), which every host can name without asking; in
 evaluation its row is marked invalid.
 
-    B global batch    b = B / process_count rows on this host    n examples
+    B global batch    b rows of it on this host    n examples
     S picture size    T text positions
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import grain
 import numpy as np
@@ -66,14 +67,12 @@ class ExampleMaker:
         train: bool,
         batch_size: int,
         seed: int,
-        process_index: int,
-        process_count: int,
+        rows: Sequence[int],
     ):
         """Args are those of `Pipeline`, checked there."""
         self._source, self._options, self._text_model, self._layout = source, options, text_model, layout
         self._train, self._seed, self._batch_size = train, seed, batch_size
-        self._rows = batch_size // process_count
-        self._first_row = process_index * self._rows
+        self._rows = tuple(int(row) for row in rows)
         order = grain.MapDataset.range(len(source))
         if train:
             # Hashed first: grain shuffles epoch e with seed + e, so seed 0's second epoch would be seed 1's
@@ -110,14 +109,14 @@ class ExampleMaker:
           DataError: in training, where no readable example is found.
         """
         size, notes = self._options.image_size, []
-        images = np.zeros((self._rows, size, size, 3), np.uint8)
+        count = len(self._rows)
+        images = np.zeros((count, size, size, 3), np.uint8)
         texts = None
         if self._text_model is not None:
-            texts = np.tile(self._layout.null_text(), (self._rows, 1))
-        indices = np.zeros(self._rows, np.int32)
-        valid = np.zeros(self._rows, np.bool_)
-        start = step * self._batch_size + self._first_row
-        for row, position in enumerate(range(start, start + self._rows)):
+            texts = np.tile(self._layout.null_text(), (count, 1))
+        indices = np.zeros(count, np.int32)
+        valid = np.zeros(count, np.bool_)
+        for row, position in enumerate(step * self._batch_size + row for row in self._rows):
             if not self._train and position >= len(self._source):
                 break
             made = self._make(position, notes)

@@ -5,7 +5,7 @@ batch is a pure function of its number (examples.py).  The state of an iterator 
 description of the run it counts in: it is the same on every host, and a run may go on with another number of
 hosts or workers.
 
-    B global batch    b = B / process_count rows on this host
+    B global batch    b rows of it on this host
 """
 
 from __future__ import annotations
@@ -13,11 +13,10 @@ from __future__ import annotations
 import collections
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 from absl import flags, logging
 
@@ -61,8 +60,7 @@ class Pipeline:
         train: bool,
         batch_size: int,
         seed: int = 0,
-        process_index: int | None = None,
-        process_count: int | None = None,
+        rows: Sequence[int] | None = None,
         source: Source | None = None,
     ):
         """Opens the source and checks that something in it can be read.
@@ -75,20 +73,16 @@ class Pipeline:
           train: whether to shuffle, repeat, augment and draw captions and BPE dropout.
           batch_size: B, over all hosts.
           seed: of order, augmentation, choice of caption and BPE dropout.
-          process_index: which host this is; JAX's own where None.
-          process_count: how many hosts there are; JAX's own where None.
+          rows: which rows of each batch are made here, rising: those that this host's devices hold
+            (`parallel.host_rows`); None: all.
           source: an open source, used instead of opening one.
 
         Raises:
           ConfigError: where the numbers do not fit each other.
           DataError: where the source cannot be opened, is empty, or has nothing readable in it.
         """
-        process_index = jax.process_index() if process_index is None else process_index
-        process_count = jax.process_count() if process_count is None else process_count
-        if batch_size < 1 or batch_size % process_count:
-            raise ConfigError(
-                f"batch_size is {batch_size}, shared by {process_count} hosts: expected a multiple of that."
-            )
+        if batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}; expected 1 or more.")
         if seed < 0:
             raise ConfigError(f"seed is {seed}; expected 0 or more.")
         if text_model is not None and (layout is None or layout.text_vocab != text_model.vocab_size):
@@ -115,8 +109,7 @@ class Pipeline:
             train=train,
             batch_size=batch_size,
             seed=seed,
-            process_index=process_index,
-            process_count=process_count,
+            rows=range(batch_size) if rows is None else rows,
         )
 
     def __len__(self) -> int:

@@ -18,6 +18,7 @@ import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
+from dalle_jax import distributed
 from dalle_jax.data.sources import DataOptions, LeftOut, Record, Source, UnreadableExample
 from dalle_jax.errors import DataError, UserError
 
@@ -45,7 +46,8 @@ class TfdsSource(Source):
         data_dir = data_dir if "://" in data_dir else os.path.expanduser(data_dir)
         self.description = f"{options.source} ({split})"
         try:
-            builder = _prepare(options, data_dir)
+            with distributed.first_host_first(f"the data set {options.source}"):
+                builder = _prepare(options, data_dir)
             if builder.name == _COCO and split == "validation":
                 split = _COCO_VALIDATION
             splits = [part.split("[")[0].strip() for part in split.split("+")]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -67,10 +67,10 @@ class Job:
 
     Attributes:
       task: see `Task`.
-      train_batches: makes the training iterator, endless, over this host's rows of each global batch.  It has
-        `get_state()`/`set_state()` (a grain iterator, or anything whose state is a JSON value or bytes) that speak of
-        the batch delivered last, and `close()` where it holds processes.
-      eval_batches: makes one pass over the evaluation batches, always the same.
+      train_batches: makes the training iterator, endless, over this host's rows (`parallel.host_rows`) of each batch.
+        It has `get_state()`/`set_state()` (a grain iterator, or anything whose state is a JSON value or bytes) that
+        speak of the batch delivered last, and `close()` where it holds processes.
+      eval_batches: makes one pass over the evaluation batches, always the same; of each, this host's rows.
       data_counts: examples left out so far, by reason; logged.
     """
 
@@ -87,12 +87,13 @@ _BUILDERS = {
 }
 
 
-def build(config: ConfigDict, workdir: str) -> Job:
+def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
     """Builds the job that `config.task` names.
 
     Args:
       config: a training configuration.
       workdir: where the run writes; a job may put there what later needs it (a text model, a frozen tokenizer).
+      rows: the rows of each batch that this host makes (`parallel.host_rows`); None: all.
 
     Raises:
       ConfigError: no such task.
@@ -100,4 +101,4 @@ def build(config: ConfigDict, workdir: str) -> Job:
     if config.task not in _BUILDERS:
         raise ConfigError(f"config.task={config.task!r}: expected one of {sorted(_BUILDERS)}.")
     module, function = _BUILDERS[config.task]
-    return getattr(importlib.import_module(module), function)(config, workdir)
+    return getattr(importlib.import_module(module), function)(config, workdir, rows)

@@ -13,7 +13,7 @@ common, its other pictures are not taken for wrong ones.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -31,7 +31,7 @@ from dalle_jax.layout import TokenLayout
 from dalle_jax.metrics.retrieval import AMONG, retrieval
 from dalle_jax.models import clip as models
 from dalle_jax.models.clip import CLIP
-from dalle_jax.parallel import constrain
+from dalle_jax.parallel import constrain, to_host
 from dalle_jax.tasks import Batch, Job
 
 PyTree = Any
@@ -115,12 +115,12 @@ class CLIPTask:
         del frozen, key
         parts = []
         for batch in batches:
-            *made, valid = jax.device_get(self._features(params, batch))
+            *made, valid = to_host(self._features(params, batch))
             parts.append([x[valid] for x in made])
         images, captions, text = (np.concatenate(column) for column in zip(*parts))
         figures = retrieval(images, captions, text)
         among = min(AMONG, len(images))
-        scale = jax.device_get(self.clip.scale(params))
+        scale = to_host(self.clip.scale(params))
         losses = [
             float(_loss(images[i : i + among], captions[i : i + among], scale, text[i : i + among])[0])
             for i in range(0, len(images) - among + 1, among)
@@ -139,8 +139,8 @@ class CLIPTask:
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
         """Captions of the first rows, each beside its picture and the pictures of the batch that suit it best."""
         del frozen, key
-        images, captions, text, _ = jax.device_get(self._features(params, batch))
-        pictures = jax.device_get(batch["image"])
+        images, captions, text, _ = to_host(self._features(params, batch))
+        pictures = to_host(batch["image"])
         best = np.argsort(-captions @ images.T, axis=1)[:, :_PREVIEW_MATCHES]
         shown = []
         for i in range(min(_PREVIEW_ROWS, len(text))):
@@ -149,7 +149,7 @@ class CLIPTask:
         return report.grid(shown, ("its picture", *["best matches"] * best.shape[1]))
 
 
-def build_clip(config: ConfigDict, workdir: str) -> Job:
+def build_clip(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
     """The job of `configs/clip.py`.
 
     Raises:
@@ -165,8 +165,8 @@ def build_clip(config: ConfigDict, workdir: str) -> Job:
     clip = CLIP(models.from_config(config, text_model.vocab_size))
     layout = TokenLayout(text_model.vocab_size, 1, config.text.length, 1, 1)  # only its text part is used
     pipeline = functools.partial(Pipeline, options, text_model, layout, batch_size=config.batch_size)
-    training = pipeline(split=options.train_split, train=True, seed=config.seed)
-    evaluation = pipeline(split=options.eval_split, train=False)
+    training = pipeline(split=options.train_split, train=True, seed=config.seed, rows=rows)
+    evaluation = pipeline(split=options.eval_split, train=False, rows=rows)
     return Job(
         task=CLIPTask(clip, text_model),
         train_batches=lambda: iter(training),

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import flax.linen as nn
 import jax
@@ -33,6 +33,7 @@ from dalle_jax.models.dvae import DVAETokenizer, gumbel_softmax, kl_to_uniform
 from dalle_jax.models.kmeans_init import kmeans_init
 from dalle_jax.models.tokenizer import from_config
 from dalle_jax.options import from_config as from_section
+from dalle_jax.parallel import to_host
 from dalle_jax.tasks import Batch, Job, PyTree
 
 # True codes are decoded for every eighth row of a training batch only: enough for the log, cheap enough for each step.
@@ -145,7 +146,7 @@ class DVAETask:
         codebook_perplexity, codebook_usage: over all the batches together.
         """
         del frozen, key
-        sums = [jax.device_get(self._measure(params, batch)) for batch in batches]
+        sums = [to_host(self._measure(params, batch)) for batch in batches]
         total = {name: np.sum([each[name] for each in sums], axis=0, dtype=np.float64) for name in sums[0]}
         rows = max(float(total.pop("rows")), 1.0)
         counts = jnp.asarray(total.pop("counts"), jnp.float32)
@@ -178,7 +179,7 @@ class DVAETask:
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
         """Rows of real pictures, each above the row of its reconstructions from tokens."""
         del frozen, key
-        real = jax.device_get(batch["image"][: 2 * _PREVIEW_COLUMNS])
+        real = to_host(batch["image"][: 2 * _PREVIEW_COLUMNS])
         shown = report.to_uint8(self._reconstruct(params, real))
         starts = range(0, len(real), _PREVIEW_COLUMNS)
         strips = [np.concatenate(rows[i : i + _PREVIEW_COLUMNS], axis=1) for i in starts for rows in (real, shown)]
@@ -202,7 +203,7 @@ def _decibels(mean_squared_error: jax.Array) -> jax.Array:
     return -10.0 * jnp.log10(jnp.maximum(mean_squared_error, 1e-10))
 
 
-def build_dvae(config: ConfigDict, workdir: str) -> Job:
+def build_dvae(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
     """The job of `configs/dvae.py`.
 
     Raises:
@@ -215,8 +216,8 @@ def build_dvae(config: ConfigDict, workdir: str) -> Job:
     temperature, kl_weight = (schedules.make(config.schedules[name], name) for name in ("temperature", "kl_weight"))
     options = DataOptions.from_config(config.data)
     pipeline = functools.partial(Pipeline, options, batch_size=config.batch_size)
-    training = pipeline(split=options.train_split, train=True, seed=config.seed)
-    evaluation = pipeline(split=options.eval_split, train=False)
+    training = pipeline(split=options.train_split, train=True, seed=config.seed, rows=rows)
+    evaluation = pipeline(split=options.eval_split, train=False, rows=rows)
     start_from = None
     if objective.init == "kmeans":
         batches = itertools.islice(

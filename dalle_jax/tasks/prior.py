@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dalle_jax import keys, priors, report
+from dalle_jax import distributed, keys, priors, report
 from dalle_jax import workdir as workdirs
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources import DataOptions, open_source
@@ -28,6 +28,7 @@ from dalle_jax.layout import TokenLayout
 from dalle_jax.metric_writer import Mean
 from dalle_jax.models import tokenizer as tokenizers
 from dalle_jax.models.tokenizer import ImageTokenizer
+from dalle_jax.parallel import to_host
 from dalle_jax.priors import TokenPrior
 from dalle_jax.tasks import Batch, Job
 
@@ -88,7 +89,7 @@ class PriorTask:
         """Means of the prior's metrics over the valid rows."""
         mean = Mean()
         for i, batch in enumerate(batches):
-            scalars = jax.device_get(self._measure(params, frozen, batch, keys.stream(key, "batch", i)))
+            scalars = to_host(self._measure(params, frozen, batch, keys.stream(key, "batch", i)))
             rows = float(scalars.pop("rows"))
             mean.add(scalars, weight=rows)
         return mean.take()
@@ -102,7 +103,7 @@ class PriorTask:
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
         """Captions of the first rows, each beside the real picture, its reconstruction and two samples."""
         rows = min(self._preview_rows, batch["text"].shape[0])
-        text, real = jax.device_get((batch["text"][:rows], batch["image"][:rows]))
+        text, real = to_host((batch["text"][:rows], batch["image"][:rows]))
         tokens = self._encode(frozen, jnp.asarray(real))
         drawn = self.prior.sample(params, jnp.asarray(text), jax.random.split(key, 2 * rows))
         layout = self.prior.layout
@@ -118,7 +119,7 @@ class PriorTask:
 def encode_split(options: DataOptions, split: str, tokenizer: ImageTokenizer, params: PyTree, batch_size: int = 64):
     """The image tokens of a whole split, int32 [examples, N], in the order of its source (zeros where unreadable)."""
     encode = jax.jit(tokenizer.encode)
-    pipeline = Pipeline(options, split=split, train=False, batch_size=batch_size, process_index=0, process_count=1)
+    pipeline = Pipeline(options, split=split, train=False, batch_size=batch_size)
     rows = None
     for batch in pipeline:
         tokens = np.asarray(encode(params, batch["image"])).reshape(batch_size, -1)
@@ -144,11 +145,11 @@ def tokens_of_split(
     for leaf in jax.tree.leaves(params):
         digest.update(np.asarray(leaf).tobytes())
     paths = [epath.Path(folder).expanduser() / f"tokens-{digest.hexdigest()[:16]}.npy" for folder in folders]
-    found = next((path for path in paths if path.exists()), None)
-    if found:
-        return np.load(io.BytesIO(found.read_bytes()))
-    tokens = encode_split(options, split, tokenizer, params)
-    if jax.process_index() == 0:
+    with distributed.first_host_first(f"the tokens {paths[0]}"):
+        found = next((path for path in paths if path.exists()), None)
+        if found:
+            return np.load(io.BytesIO(found.read_bytes()))
+        tokens = encode_split(options, split, tokenizer, params)
         written = io.BytesIO()
         np.save(written, tokens)
         unfinished = paths[0].with_suffix(".unfinished")
@@ -157,7 +158,7 @@ def tokens_of_split(
     return tokens
 
 
-def build_prior(config: ConfigDict, workdir: str) -> Job:
+def build_prior(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
     """The job of `configs/prior.py`. `workdir` must hold a frozen image tokenizer (see `stages.run`).
 
     Raises:
@@ -180,8 +181,8 @@ def build_prior(config: ConfigDict, workdir: str) -> Job:
     elif config.data_tokens != "each_batch":
         raise ConfigError(f"config.data_tokens is {config.data_tokens!r}; expected 'once' or 'each_batch'.")
     pipeline = functools.partial(Pipeline, options, text_model, layout, batch_size=config.batch_size)
-    training = pipeline(split=options.train_split, train=True, seed=config.seed)
-    evaluation = pipeline(split=options.eval_split, train=False)
+    training = pipeline(split=options.train_split, train=True, seed=config.seed, rows=rows)
+    evaluation = pipeline(split=options.eval_split, train=False, rows=rows)
     return Job(
         task=PriorTask(priors.make(config.prior, config.model, layout), tokenizer, params, text_model, tokens),
         train_batches=lambda: iter(training),
