@@ -77,7 +77,7 @@ def run(config: ConfigDict, *, batch_size: int, steps: int, every: int, checkpoi
         {"log": max(1, min(50, steps // 20)), "eval": every, "preview": every, "checkpoint": checkpoint or every}
     )
     config.eval_batches = 8
-    config.keep = ConfigDict({"last": 1, "best": 0})
+    config.keep = ConfigDict({"last": 2, "best": 0})  # two, for the day when the newest turns out damaged
     config.max_nonfinite = 20
 
 

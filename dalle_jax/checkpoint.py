@@ -1,37 +1,44 @@
 """Checkpoints of a run: parameters, their average, the rest of the train state, the data iterator, the configuration.
 
-    <workdir>/checkpoints/<step>/{params,ema,rest,data,config}
+    <workdir>/checkpoints/<step>/{params,ema,rest,data,config,checksums}
 
 Parameters and average are items of their own, so that generation reads one of them and nothing else.  Writing is
 asynchronous and atomic (orbax writes to a temporary folder and renames it), so that a crash or a full disk never
 damages what is there.  A checkpoint can be read onto another mesh and by another number of hosts.
+
+What was damaged later (truncated, lost or changed files) is found when it is read: the checkpoint is named in a warning
+and the one before it is used.  A training moves it aside, to `<step>.damaged`, and goes on.
 
 Orbax stays behind this module.
 """
 
 from __future__ import annotations
 
-import errno
-import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import grain
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
+from dalle_jax import checksums
 from dalle_jax.compatibility import check_same_model, to_json
-from dalle_jax.errors import CheckpointError, UserError
+from dalle_jax.errors import CheckpointError
+from dalle_jax.storage_errors import storage_cause
+from dalle_jax.stored_checkpoint import Damaged, DataState, StoredCheckpoint
 from dalle_jax.train_step import TrainState
 
 PyTree = Any
+T = TypeVar("T")
 
 _INTACT = (
     "Checkpoints written before are intact. Free space or mend access, then run the same command again: it goes on "
@@ -73,7 +80,7 @@ class Checkpoints:
             ]
         )
         with self._storage_errors("open"):
-            self._manager = ocp.CheckpointManager(
+            self._manager = _Manager(
                 self.directory,
                 options=ocp.CheckpointManagerOptions(
                     best_fn=best if best_metric else None,
@@ -88,13 +95,15 @@ class Checkpoints:
                     **{name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "rest")},
                     "data": grain.checkpoint.CheckpointHandler(),
                     "config": ocp.JsonCheckpointHandler(),
+                    "checksums": ocp.JsonCheckpointHandler(),
                 },
             )
+        self._damaged: set[int] = set()  # found while reading
 
     @property
     def latest_step(self) -> int | None:
         """Step of the latest checkpoint, None where there is none."""
-        return self._manager.latest_step()
+        return max(self.steps, default=None)
 
     @property
     def best_step(self) -> int | None:
@@ -103,8 +112,8 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Steps of all checkpoints kept, rising."""
-        return sorted(self._manager.all_steps())
+        """Steps of all checkpoints kept, rising, but those that were found damaged."""
+        return sorted({*self._manager.all_steps()} - self._damaged)
 
     def save(
         self,
@@ -129,20 +138,25 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         self._check_space(state)
-        items = {
-            "params": ocp.args.StandardSave(state.params),
-            "rest": ocp.args.StandardSave(_rest(state)),
-            "data": grain.checkpoint.CheckpointSave(_DataState(data_iterator)),
-            "config": ocp.args.JsonSave(to_json(config)),
+        arrays = _items(state)
+        sums = {
+            "arrays": {item: checksums.of_arrays(tree) for item, tree in arrays.items()},
+            "config": checksums.of_json(to_json(config)),
         }
-        if state.ema is not None:
-            items["ema"] = ocp.args.StandardSave(state.ema)
+        items = {
+            **{item: ocp.args.StandardSave(tree) for item, tree in arrays.items()},
+            "data": grain.checkpoint.CheckpointSave(DataState(data_iterator)),
+            "config": ocp.args.JsonSave(to_json(config)),
+            "checksums": ocp.args.JsonSave({**sums, "these": checksums.of_json(sums)}),
+        }
         with self._storage_errors("write"):
             numbers = None if metrics is None else {name: float(value) for name, value in metrics.items()}
             self._manager.save(step, args=ocp.args.Composite(**items), metrics=numbers, force=True)
 
     def restore(self, state: TrainState, data_iterator: Any, config: ConfigDict) -> TrainState:
-        """Reads the latest checkpoint.
+        """Reads the latest checkpoint that is whole; damaged ones after it are moved aside.
+
+        With several hosts all of them take the same one.
 
         Args:
           state: abstract state with shardings; they may be other than those it was written with.
@@ -154,21 +168,23 @@ class Checkpoints:
 
         Raises:
           ConfigMismatch: the checkpoint holds another model.
-          CheckpointError: there is none, or it cannot be read.
+          CheckpointError: there is none, or none that can be read.
         """
-        step = self.resolve(None)
-        check_same_model(self.config(step), to_json(config), str(self.directory))
-        items = {
-            "params": ocp.args.StandardRestore(state.params),
-            "rest": ocp.args.StandardRestore(_rest(state)),
-        }
-        if state.ema is not None:
-            items["ema"] = ocp.args.StandardRestore(state.ema)
-        with self._reading(step):
-            self._check_shapes(step, state.params)
-            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-            self._restore_data(step, data_iterator)
-        return state.replace(params=restored["params"], ema=restored.get("ema"), **restored["rest"])
+
+        def read(step: int) -> tuple[dict[str, PyTree], bytes]:
+            with self._same_on_all_hosts(step):
+                stored, wanted = StoredCheckpoint(self.directory / str(step)), _items(state)
+                check_same_model(stored.config(), to_json(config), str(self.directory))
+                stored.check_shapes(wanted)
+                items = {item: stored.arrays(item, tree) for item, tree in wanted.items()}
+                place = stored.place_in_data()
+            stored.check_sums(items)
+            return items, place
+
+        items, place = self._whole(None, read)
+        DataState(data_iterator).set_state(place)
+        self._move_damaged_aside()
+        return state.replace(params=items["params"], ema=items.get("ema"), **items["rest"])
 
     def restore_params(
         self, step: int | str | None = None, *, ema: bool = True, sharding: jax.sharding.Sharding | None = None
@@ -176,7 +192,7 @@ class Checkpoints:
         """Reads parameters alone, for generation.
 
         Args:
-          step: which checkpoint: None for the latest, "best", or a number.
+          step: which checkpoint: None for the latest that is whole, "best", or a number.
           ema: the average where one is stored, else (and where none is) the parameters themselves.
           sharding: where to put every array (default: the first device).
 
@@ -184,26 +200,25 @@ class Checkpoints:
           Nested dict of float32 arrays, as the task's `init` made it.
 
         Raises:
-          CheckpointError: there is no such checkpoint.
+          CheckpointError: there is no such checkpoint, or it is damaged.
         """
-        step = self.resolve(step)
-        with self._storage_errors("read"):
-            stored = self._manager.item_metadata(step)
-            item = "ema" if ema and stored.get("ema") is not None else "params"
-            sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+        def read(step: int) -> PyTree:
+            stored = StoredCheckpoint(self.directory / str(step))
+            item = "ema" if ema and stored.has("ema") else "params"
             abstract = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), stored[item].tree
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), stored.abstract(item)
             )
-            restored = self._manager.restore(
-                step, args=ocp.args.Composite(**{item: ocp.args.StandardRestore(abstract)})
-            )
-        return restored[item]
+            items = {item: stored.arrays(item, abstract)}
+            stored.check_sums(items)
+            return items[item]
+
+        return self._whole(step, read)
 
     def config(self, step: int | str | None = None) -> dict[str, Any]:
-        """The configuration stored with a checkpoint, as plain JSON values."""
-        step = self.resolve(step)
-        with self._storage_errors("read"):
-            return self._manager.restore(step, args=ocp.args.Composite(config=ocp.args.JsonRestore()))["config"]
+        """The configuration stored with a checkpoint (None: the latest that is whole), as plain JSON values."""
+        return self._whole(step, lambda number: StoredCheckpoint(self.directory / str(number)).config())
 
     def reached_preemption(self, step: int) -> bool:
         """Whether, on any host, the cluster asked the job to stop; true at the same step on all hosts.
@@ -266,42 +281,63 @@ class Checkpoints:
                 f"{needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free). {_INTACT}"
             )
 
-    def _check_shapes(self, step: int, params: PyTree) -> None:
-        """Names the first parameter that the checkpoint and the model do not share."""
-
-        def shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
-            leaves = jax.tree_util.tree_leaves_with_path(tree)
-            return {jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape) for path, leaf in leaves}
-
-        stored = self._manager.item_metadata(step)["params"]
-        if stored is None:
-            raise ValueError("it has no parameters")
-        old, new = shapes(stored.tree), shapes(params)
-        for name in sorted({*old, *new}):
-            if old.get(name) != new.get(name):
-                raise ValueError(f"parameter {name} is {old.get(name)} there, {new.get(name)} here")
+    def _whole(self, step: int | str | None, read: Callable[[int], T]) -> T:
+        """What `read` makes of the checkpoint asked for; for None of the latest one that it finds whole."""
+        self.wait()
+        reasons = {}
+        for number in [self.resolve(step)] if step is not None else self.steps[::-1] or [self.resolve(None)]:
+            with self._storage_errors("read"):
+                try:
+                    return read(number)
+                except Damaged as damage:
+                    reasons[number] = str(damage)
+            if step is None:
+                self._damaged.add(number)
+                logging.warning(
+                    "The checkpoint %s is damaged (%s): passed over.", self.directory / str(number), reasons[number]
+                )
+        raise CheckpointError(
+            f"No checkpoint in {self.directory} can be read into this model: "
+            f"{'; '.join(f'step {number}: {reason}' for number, reason in reasons.items())}. Damaged, or written by "
+            f"another version. {'Ask for another step' if step is not None else 'Delete them to start afresh'}, or "
+            "give another --workdir."
+        )
 
     @contextmanager
-    def _reading(self, step: int) -> Iterator[None]:
-        with self._storage_errors("read"):
-            try:
-                yield
-            except (ValueError, KeyError, FileNotFoundError) as error:
-                if isinstance(error, UserError):
-                    raise
-                raise CheckpointError(
-                    f"The checkpoint {self.directory / str(step)} cannot be read into this model: "
-                    f"{' '.join(str(error).split())[:200]}. It "
-                    "is damaged or was written by another version; delete it to go on from the one before, or give "
-                    "another --workdir."
-                ) from error
+    def _same_on_all_hosts(self, step: int) -> Iterator[None]:
+        """What fails inside on one host fails on all of them; what only one of them finds damaged is so for all."""
+        error = None
+        try:
+            yield
+        except Exception as raised:
+            error = raised
+        if jax.process_count() > 1:
+            mine = 0 if error is None else 1 if isinstance(error, Damaged) else 2
+            worst = int(np.max(multihost_utils.process_allgather(np.int32(mine))))
+            if mine < worst:
+                where = self.directory / str(step)
+                error = (
+                    Damaged("on another host") if worst == 1 else CheckpointError(f"Another host: cannot read {where}.")
+                )
+        if error is not None:
+            raise error
 
-    def _restore_data(self, step: int, data_iterator: Any) -> None:
-        folder = self.directory / str(step) / "data"
-        path = folder / f"process_{jax.process_index()}-of-{jax.process_count()}.json"
-        if not path.exists():  # another number of hosts: every host counts the same global batches
-            path = min(folder.glob("process_*.json"))
-        _DataState(data_iterator).set_state(path.read_text().encode())
+    def _move_damaged_aside(self) -> None:
+        """Renames what was passed over, so that a checkpoint of that step can be written again."""
+        if not self._damaged:
+            return
+        with self._storage_errors("rename"):
+            if jax.process_index() == 0:
+                for step in self._damaged:
+                    aside = self.directory / f"{step}.damaged"
+                    if aside.exists():
+                        aside.rmtree()
+                    (self.directory / str(step)).rename(aside)
+                    logging.warning("It is kept as %s; delete it when you like.", aside)
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoints are aside")
+            self._manager.reload()
+            self._damaged.clear()
 
     @contextmanager
     def _storage_errors(self, action: str) -> Iterator[None]:
@@ -311,7 +347,7 @@ class Checkpoints:
         except CheckpointError:
             raise
         except Exception as error:
-            cause = _storage_cause(error)
+            cause = storage_cause(error)
             if cause is None:
                 raise
             raise CheckpointError(f"Cannot {action} checkpoints in {self.directory}: {cause}. {_INTACT}") from error
@@ -325,48 +361,19 @@ def _not_from_orbax(record: Any) -> bool:
 logging.get_absl_logger().addFilter(_not_from_orbax)
 
 
-def _rest(state: TrainState) -> dict[str, PyTree]:
-    """All of the state but parameters and average."""
+class _Manager(ocp.CheckpointManager):
+    """Orbax's, but that measures which cannot be read count as never taken."""
+
+    def metrics(self, step: int) -> PyTree | None:
+        try:
+            return super().metrics(step)
+        except ValueError:
+            logging.warning("The measures of the checkpoint %s are damaged: left out.", self.directory / str(step))
+            return None
+
+
+def _items(state: TrainState) -> dict[str, PyTree]:
+    """The state as the items of a checkpoint: parameters, average, and all that remains."""
     names = ("step", "opt_state", "skipped", "skipped_in_row")
-    return {name: getattr(state, name) for name in names}
-
-
-def _storage_cause(error: BaseException | None) -> str | None:
-    """What is wrong with the storage, None where the error is about something else."""
-    texts = {
-        "No space left on device": "no space left on the device",
-        "RESOURCE_EXHAUSTED": "no space left on the device",
-        "Disk quota exceeded": "disk quota exceeded",
-        "File too large": "file too large for this file system or its limits",
-        "Permission denied": "permission denied",
-        "Read-only file system": "read-only file system",
-    }
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (
-            errno.ENOSPC,
-            errno.EDQUOT,
-            errno.EFBIG,
-            errno.EACCES,
-            errno.EROFS,
-        ):
-            return (error.strerror or str(error)).lower()
-        for text, meaning in texts.items():
-            if text.lower() in str(error).lower():
-                return meaning
-        error = error.__cause__ or error.__context__
-    return None
-
-
-class _DataState:
-    """Gives any iterator whose state is bytes or a JSON value the interface that grain's checkpoint handler expects."""
-
-    def __init__(self, iterator: Any):
-        self._iterator = iterator
-
-    def get_state(self) -> bytes:
-        state = self._iterator.get_state()
-        return json.dumps({"bytes": state.decode()} if isinstance(state, bytes) else {"json": state}).encode()
-
-    def set_state(self, state: bytes) -> None:
-        ((kind, value),) = json.loads(state).items()
-        self._iterator.set_state(value.encode() if kind == "bytes" else value)
+    items = {"params": state.params, "rest": {name: getattr(state, name) for name in names}}
+    return items if state.ema is None else {**items, "ema": state.ema}

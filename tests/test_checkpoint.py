@@ -109,7 +109,7 @@ def test_damaged_checkpoint(tmp_path):
         file.unlink()
     with (
         Checkpoints(str(tmp_path)) as checkpoints,
-        pytest.raises(CheckpointError, match="cannot be read into this model"),
+        pytest.raises(CheckpointError, match="No checkpoint in .*can be read into this model: step 4: params: "),
     ):
         checkpoints.restore(abstract, tiny_batches(4), tiny_config())
 
