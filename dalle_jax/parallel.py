@@ -12,6 +12,7 @@ One table, `RULES`, says which mesh axes each name is split over; nothing else i
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.errors import MeshError
@@ -56,6 +57,9 @@ MAX_UNDIVIDED_ELEMENTS = 2**20
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the mesh of axes (data, fsdp, tensor).
 
+    Where the devices belong to several slices (TPU pods joined by a data center's network, far slower than the links
+    inside of each), only `data` crosses from one to another: once a step, the gradients do.
+
     Args:
       data, fsdp, tensor: size of each axis; at most one may be -1 and takes all devices that are left.
       devices: the devices to use (default: all of them, of all hosts).
@@ -64,8 +68,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
       A mesh whose axes are automatic: `jax.jit` derives the layout of intermediate values.
 
     Raises:
-      MeshError: sizes that do not multiply to the number of devices.  On one host a smaller mesh is allowed; the
-        other devices idle, which is logged.
+      MeshError: sizes that do not multiply to the number of devices, or a `data` that does not cover the slices
+        evenly.  On one host a smaller mesh is allowed; the other devices idle, which is logged.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
@@ -88,8 +92,32 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
         if jax.process_count() > 1:
             raise MeshError(f"Mesh {asked} uses {used} of {count} devices; with several hosts it must use all of them.")
         logging.warning("Mesh %s uses %d of %d devices.", asked, used, count)
-    return jax.make_mesh(
-        tuple(sizes.values()), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES), devices=devices[:used]
+    automatic = (AxisType.Auto,) * len(MESH_AXES)
+    if len({_slice(device) for device in devices}) > 1:
+        return Mesh(_over_slices(devices, **sizes), MESH_AXES, axis_types=automatic)
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=automatic, devices=devices[:used])
+
+
+def _slice(device: Any) -> int:
+    """Which slice a device belongs to; platforms without slices have one."""
+    return getattr(device, "slice_index", None) or 0
+
+
+def _over_slices(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -> np.ndarray:
+    """Devices of several slices as an array [data, fsdp, tensor], slice after slice along `data`."""
+    sizes = collections.Counter(_slice(device) for device in devices)
+    slices = len(sizes)
+    if data % slices or len(set(sizes.values())) > 1 or data * fsdp * tensor != len(devices):
+        raise MeshError(
+            f"Mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {slices} slices of "
+            f"{', '.join(str(size) for size in sizes.values())} devices: only data may cross slices. Give slices of "
+            f"one size, all their devices, and a config.mesh.data that is a multiple of {slices}."
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, fsdp, tensor),
+        (slices, 1, 1),
+        devices,
+        allow_split_physical_axes="v5 lite" in devices[0].device_kind.lower(),  # as jax.make_mesh does
     )
 
 

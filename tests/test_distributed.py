@@ -44,18 +44,3 @@ def run_hosts(workdir, count, **changes):
     return said, [dict(np.load(workdir / f"host_{index}.npz")) for index in range(count)]
 
 
-def test_tiny(tmp_path):
-    changes = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2, "cadence__preview": 5}
-    config = tiny_config(**changes)
-    (tmp_path / "one").mkdir()
-    (tmp_path / "two").mkdir()
-    state = train(config, str(tmp_path / "one"), tiny_job(config))
-    said, params = run_hosts(tmp_path / "two", 2, **changes)
-    for s in said: print(*s)
-    one, two = (read_metrics(str(tmp_path / name)) for name in ("one", "two"))
-    for a, b in zip(one, two):
-        for k in a:
-            if "second" not in k and a[k] != b[k]: print(a["step"], k, a[k], b[k])
-    leaves = {"/".join(map(str, path)): x for path, x in jax.tree_util.tree_leaves_with_path((state.params, state.ema))}
-    for n, x in leaves.items():
-        print(n, abs(np.asarray(x) - params[0][n]).max(), (params[0][n] == params[1][n]).all())

@@ -1,5 +1,7 @@
 """The mesh and the layout rules."""
 
+import dataclasses
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -38,6 +40,47 @@ def test_mesh_sizes(asked, shape):
 def test_mesh_that_does_not_fit(asked, words):
     with pytest.raises(MeshError, match=words):
         parallel.make_mesh(**asked)
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeDevice:
+    """As much of a TPU as a mesh of several slices asks for."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int] = (0, 0, 0)
+    core_on_chip: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v4"
+
+
+@pytest.mark.parametrize(
+    "slices, asked, shape", [(2, {}, (8, 1, 1)), (2, {"data": 2, "fsdp": 2, "tensor": 2}, (2, 2, 2)),
+                             (4, {"data": -1, "tensor": 2}, (4, 1, 2))],
+)  # fmt: skip
+def test_only_data_crosses_slices(slices, asked, shape):
+    devices = [FakeDevice(i, i % slices, (i // slices % 2, i // slices // 2, 0)) for i in range(8)]
+    mesh = parallel.make_mesh(**asked, devices=devices)
+    assert tuple(mesh.shape.values()) == shape and len(set(mesh.devices.flat)) == 8
+    assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
+    for row in mesh.devices:  # one place along data: one slice
+        assert len({device.slice_index for device in row.flat}) == 1
+    along_data = [row.flat[0].slice_index for row in mesh.devices]
+    assert along_data == sorted(along_data) and set(along_data) == set(range(slices))  # the fewest crossings
+
+
+@pytest.mark.parametrize(
+    "slice_of, asked",
+    [
+        (lambda i: i % 2, {"data": 1, "fsdp": 8}),
+        (lambda i: i % 2, {"data": 1, "fsdp": 2, "tensor": 2}),
+        (lambda i: int(i < 3), {}),
+    ],
+)
+def test_slices_that_do_not_fit(slice_of, asked):
+    with pytest.raises(MeshError, match="2 slices of .* devices: only data may cross.*a multiple of 2"):
+        parallel.make_mesh(**asked, devices=[FakeDevice(i, slice_of(i)) for i in range(8)])
 
 
 def test_layout_of_parameters():

@@ -180,7 +180,7 @@ class DVAETask:
         """Rows of real pictures, each above the row of its reconstructions from tokens."""
         del frozen, key
         real = to_host(batch["image"][: 2 * _PREVIEW_COLUMNS])
-        shown = report.to_uint8(self._reconstruct(params, real))
+        shown = report.to_uint8(to_host(self._reconstruct(params, real)))
         starts = range(0, len(real), _PREVIEW_COLUMNS)
         strips = [np.concatenate(rows[i : i + _PREVIEW_COLUMNS], axis=1) for i in starts for rows in (real, shown)]
         strips = [

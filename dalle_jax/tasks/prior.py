@@ -108,7 +108,7 @@ class PriorTask:
         drawn = self.prior.sample(params, jnp.asarray(text), jax.random.split(key, 2 * rows))
         layout = self.prior.layout
         both = jnp.concatenate([tokens, drawn]).reshape(-1, layout.height, layout.width)
-        images = report.to_uint8(self.tokenizer.decode(frozen["tokenizer"], both))
+        images = report.to_uint8(to_host(self.tokenizer.decode(frozen["tokenizer"], both)))
         captions = [self._text_model.decode([i for i in row if i < layout.text_vocab]) for row in text.tolist()]
         shown = [
             (captions[i], [real[i], images[i], images[rows + 2 * i], images[rows + 2 * i + 1]]) for i in range(rows)

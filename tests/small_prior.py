@@ -1,0 +1,28 @@
+"""configs/prior.py in very small, as a configuration of its own: `--config=tests/small_prior.py:FOLDER`."""
+
+import pathlib
+
+from ml_collections import ConfigDict
+
+from dalle_jax import config_files
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs" / "any"
+
+
+def get_config(folder: str) -> ConfigDict:
+    """Both trainings write into `folder`, the data set too: 16 pixels, 4×4 tokens, four devices."""
+    config = config_files.module(CONFIGS, "prior.py").get_config("shapes")
+    common = {
+        "data": {
+            "image_size": 16, "data_dir": f"{folder}/data",
+            "builder_kwargs": {"image_size": 16, "num_train": 64, "num_validation": 12, "num_heldout": 16},
+        },
+        "mesh": {"data": 2, "fsdp": 2},
+        "batch_size": 8, "steps": 3, "eval_batches": 2,
+        "cadence": {"log": 1, "eval": 3, "preview": 3, "checkpoint": 3},
+    }  # fmt: skip
+    config.update({"workdir": f"{folder}/prior", "text": {"vocab_size": 64, "length": 20}, **common})
+    config.model.trunk.update({"width": 16, "depth": 2, "heads": 2})
+    config.tokenizer.update({"workdir": f"{folder}/dvae", **common})
+    config.tokenizer.model.update({"vocab_size": 16, "hidden": 96, "blocks_per_group": 1, "codebook_dim": 96})
+    return config
