@@ -79,6 +79,8 @@ def run(config: ConfigDict, *, batch_size: int, steps: int, every: int, checkpoi
     config.eval_batches = 8
     config.keep = ConfigDict({"last": 2, "best": 0})  # two, for the day when the newest turns out damaged
     config.max_nonfinite = 20
+    # The longest wait for a batch; and, with several hosts, for a step, an evaluation batch, a checkpoint or compiling.
+    config.timeout_seconds = ConfigDict({"data": 600.0, "step": 1800.0})
 
 
 def sampling() -> ConfigDict:

@@ -37,6 +37,7 @@ LOST_HOST_SECONDS = 60
 _TURN_SECONDS = 24 * 3600  # for what the first host makes alone; should it die, the others hear of it much earlier
 _FLAGS = ("coordinator_address", "num_processes", "process_id")
 _turns = itertools.count()
+_lost_host_seconds = LOST_HOST_SECONDS
 
 
 def define_flags() -> Callable[[str], None]:
@@ -94,6 +95,8 @@ def start(
             f"{'the environment' if detected else '--num_processes'} asks for several: run it on one host, with "
             "--coordinator_address=none."
         )
+    global _lost_host_seconds
+    _lost_host_seconds = lost_host_seconds
     began = time.monotonic()
     if values and values["process_id"] > 0:
         _wait_for(values["coordinator_address"], connect_seconds)
@@ -177,6 +180,11 @@ def _wait_for(address: str, seconds: float) -> None:
 
 
 # -- while it runs --------------------------------------------------------------------------------------------------
+
+
+def lost_host_seconds() -> float:
+    """What `start` was given, or its default."""
+    return _lost_host_seconds
 
 
 def is_first() -> bool:

@@ -12,6 +12,7 @@ class UserError(Exception):
     """Base of every error caused by the user's input or machine; carries the exit status of the process."""
 
     exit_code = 1
+    unwinds = True  # false: something waits for ever, and would hold up the end of the process
 
 
 class ConfigError(UserError, ValueError):
@@ -22,6 +23,18 @@ class ConfigError(UserError, ValueError):
 
 class DataError(UserError, ValueError):
     """Training or evaluation data that is missing or unreadable."""
+
+
+class StuckDataError(DataError):
+    """A data source that does not deliver; a thread is left waiting for it."""
+
+    unwinds = False
+
+
+class LostHostError(UserError, RuntimeError):
+    """Another host does not answer any more."""
+
+    unwinds = False
 
 
 class CheckpointError(UserError, RuntimeError):

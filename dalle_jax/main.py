@@ -17,6 +17,7 @@ from ml_collections import config_flags
 from dalle_jax import compilation_cache, distributed
 from dalle_jax.errors import ConfigError, UserError
 from dalle_jax.options import explain_flag_error
+from dalle_jax.watchdog import end_process
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", lock_config=True, help_string="What to do: configs/NAME.py[:variant]."
@@ -67,6 +68,8 @@ def main() -> None:
     try:
         app.run(_run, flags_parser=_parse)
     except UserError as error:
+        if not error.unwinds:
+            end_process(str(error), error.exit_code)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
 

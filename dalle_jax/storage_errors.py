@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+import jax
+
 
 def storage_cause(error: BaseException | None) -> str | None:
     """What is wrong with the storage, None where the error is about something else."""
@@ -18,6 +20,9 @@ def storage_cause(error: BaseException | None) -> str | None:
         "DEADLINE_EXCEEDED": "the storage does not answer in time",
     }
     while error is not None:
+        if isinstance(error, jax.errors.JaxRuntimeError):  # devices and other hosts use the same words
+            error = error.__cause__ or error.__context__
+            continue
         if isinstance(error, OSError) and error.errno in (
             errno.ENOSPC,
             errno.EDQUOT,

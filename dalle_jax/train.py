@@ -29,14 +29,16 @@ from ml_collections import ConfigDict
 from dalle_jax import distributed, keys, optimizers, parallel, schedules, tasks
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.compatibility import to_json
+from dalle_jax.data.patience import Patient
 from dalle_jax.data.prefetch import prefetch_to_mesh
-from dalle_jax.errors import ConfigError, DataError, NonFiniteError, Preempted, UserError
+from dalle_jax.errors import ConfigError, DataError, LostHostError, NonFiniteError, Preempted, UserError
 from dalle_jax.metric_writer import Mean, MetricWriter, Progress
 from dalle_jax.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.options import from_config
 from dalle_jax.tasks import Job
 from dalle_jax.train_step import TrainState, make_init, make_train_step
 from dalle_jax.warm_start import warm_start
+from dalle_jax.watchdog import Watchdog, lost_host
 
 
 def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainState:
@@ -56,7 +58,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
     Raises:
       UserError: its subclasses say what was wrong with configuration, data, mesh, checkpoints or numbers.
     """
-    with contextlib.ExitStack() as cleanup:
+    with _lost_hosts(), contextlib.ExitStack() as cleanup:
         # --------------------------------------------------------------------------------------- what to run, where
         _check(config, workdir)
         total, cadence = config.steps, config.cadence
@@ -77,9 +79,10 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
         #   1. the latest checkpoint in workdir (state and data iterator), whatever mesh it was written on, or
         #   2. fresh parameters, or those of config.start_from where they fit
         cleanup.enter_context(parallel.on_mesh(mesh))
+        watchdog = cleanup.enter_context(Watchdog(config.timeout_seconds.step))
         init, abstract_state = make_init(task, optimizer, average, mesh, config.seed)
         rows, everywhere = parallel.batch_sharding(mesh), parallel.replicated(mesh)
-        batches = prefetch_to_mesh(job.train_batches(), rows)
+        batches = prefetch_to_mesh(Patient(job.train_batches(), config.timeout_seconds.data), rows)
         cleanup.push(_closing(batches.close))
         checkpoints = Checkpoints(
             workdir, keep_last=config.keep.last, keep_best=config.keep.best, best_metric=task.best_metric
@@ -116,6 +119,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
                 del host["skipped_in_row"]
                 mean.add(host)
                 progress.show(step, host["loss"])
+                watchdog.gets_on()
                 if step % cadence.log == 0 or step == total:
                     left_out = {f"left_out/{reason}": n for reason, n in job.data_counts().items()}
                     now = {name: host[name] for name in (*step_schedules, "skipped")}
@@ -127,8 +131,10 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
         key = jax.device_put(jax.random.key(config.seed), everywhere)
 
         def evaluation_batches() -> Iterator[Any]:
-            for batch in itertools.islice(job.eval_batches(), config.eval_batches):
-                yield parallel.to_mesh(batch, rows)
+            with contextlib.closing(Patient(iter(job.eval_batches()), config.timeout_seconds.data)) as every:
+                for batch in itertools.islice(every, config.eval_batches):
+                    yield parallel.to_mesh(batch, rows)
+                    watchdog.gets_on()
 
         def evaluate(step: int) -> dict[str, float]:
             values = task.evaluate(state.eval_params, frozen, evaluation_batches(), keys.stream(key, "evaluate"))
@@ -166,6 +172,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
                         preview(step)
                     if saving or stopping:
                         checkpoints.save(step, state, batches, config, measures)
+                        watchdog.gets_on()
             if stopping:
                 checkpoints.wait()
                 message = f"{workdir}: stopped at step {step} of {total} and saved; the same command goes on from there"
@@ -216,6 +223,8 @@ def _closing(close: Callable[[], None]) -> Callable[..., None]:
     """An exit callback; what goes wrong while closing after an error would only hide that error."""
 
     def leave(_: Any, error: BaseException | None, __: Any) -> None:
+        if error is not None and (lost_host(error) or not getattr(error, "unwinds", True)):
+            return  # closing would wait for what does not come
         try:
             close()
         except UserError:
@@ -223,6 +232,17 @@ def _closing(close: Callable[[], None]) -> Callable[..., None]:
                 raise
 
     return leave
+
+
+@contextlib.contextmanager
+def _lost_hosts() -> Iterator[None]:
+    """Context that says in plain words that another host is gone."""
+    try:
+        yield
+    except Exception as error:
+        if message := lost_host(error):
+            raise LostHostError(message) from error
+        raise
 
 
 def _next(batches: Iterator[Any]) -> Any:

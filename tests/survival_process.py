@@ -18,8 +18,7 @@ import threading
 
 sys.modules["torch"] = None  # tensorboardX would import it: half of the time that a process takes to start
 
-import jax  # noqa: E402
-from tiny_job import tiny_batches, tiny_config, tiny_job  # noqa: E402
+from tiny_job import tiny_config, tiny_job  # noqa: E402
 
 from dalle_jax import main  # noqa: E402
 from dalle_jax.train import train  # noqa: E402
@@ -31,26 +30,18 @@ def get_config():
     return tiny_config(steps=12, cadence__checkpoint=3, cadence__eval=6)
 
 
-class HostRows:
-    """This host's rows of another iterator's batches."""
+class Stalling:
+    """Another iterator that stops to deliver, and never says so."""
 
-    def __init__(self, batches):
-        self._batches, self._left = batches, int(COUNT) if FAULT == "stall" else -1
+    def __init__(self, batches, left):
+        self._batches, self._left = batches, left
         self.get_state, self.set_state = batches.get_state, batches.set_state
-
-    def __iter__(self):
-        return self
 
     def __next__(self):
         if self._left == 0:
             threading.Event().wait()
         self._left -= 1
-        return host_rows(next(self._batches))
-
-
-def host_rows(batch):
-    count = jax.process_count()
-    return {name: x.reshape(count, -1, *x.shape[1:])[jax.process_index()] for name, x in batch.items()}
+        return next(self._batches)
 
 
 def logged():
@@ -60,17 +51,10 @@ def logged():
 
 def run(config, workdir):
     job = tiny_job(config, poison=range(int(COUNT), config.steps) if FAULT == "poison" else ())
-    eval_batches = job.eval_batches
-    state = train(
-        config,
-        workdir,
-        dataclasses.replace(
-            job,
-            train_batches=lambda: HostRows(tiny_batches(config.batch_size, config.seed)),
-            eval_batches=lambda: map(host_rows, eval_batches()),
-            data_counts=logged,
-        ),
-    )
+    batches = job.train_batches
+    if FAULT == "stall":
+        batches = lambda: Stalling(job.train_batches(), int(COUNT))
+    state = train(config, workdir, dataclasses.replace(job, train_batches=batches, data_counts=logged))
     print(f"done at step {int(state.step)}", flush=True)
 
 

@@ -42,5 +42,3 @@ def run_hosts(workdir, count, **changes):
     said = finish(processes)
     assert [status for status, *_ in said] == [0] * count, said
     return said, [dict(np.load(workdir / f"host_{index}.npz")) for index in range(count)]
-
-

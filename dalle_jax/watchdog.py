@@ -1,0 +1,127 @@
+"""Several hosts: none of them waits for ever for one that is gone.
+
+A host that waits for another does so inside native code, in a collective or at a barrier, where no exception can reach
+it.  So a thread watches: hosts tell each other by JAX's coordination service that they are alive, and the loop says
+when it gets on.  Where either stops for too long, the thread says so and ends the process.  Of a lost host this
+comes before JAX's own end of the others (`distributed.LOST_HOST_SECONDS`), which tells less.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import sys
+import threading
+from typing import Any, NoReturn, Self
+
+import jax
+from jax._src import distributed as _jax_distributed  # its key-value store has no public name
+
+from dalle_jax import distributed
+
+_EARLIER = 0.7  # share of JAX's own time after which a silent host counts as lost
+_LEFT = "left"
+_beats = itertools.count()  # over all trainings of this process
+_GO_ON = "Run the same command again, on every host: it goes on from the last complete checkpoint."
+
+
+def end_process(message: str, status: int) -> NoReturn:
+    """Ends this process and its children now, whatever its other threads wait for."""
+    print(f"error: {message}", file=sys.stderr)
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    for child in multiprocessing.active_children():
+        child.kill()
+    os._exit(status)
+
+
+class Watchdog:
+    """Context in which this process ends, with status 1 and a message, where another host is lost or nothing gets on.
+
+    Does nothing where there is one process.
+    """
+
+    def __init__(self, stuck_seconds: float, lost_seconds: float | None = None):
+        """Starts nothing.
+
+        Args:
+          stuck_seconds: the longest time between two calls of `gets_on`.
+          lost_seconds: how long another host may be silent; default: somewhat less than JAX itself allows it.
+        """
+        lost_seconds = lost_seconds or _EARLIER * distributed.lost_host_seconds()
+        self._stuck_seconds, self._lost_seconds = stuck_seconds, lost_seconds
+        self._interval = min(stuck_seconds, lost_seconds) / 10
+        self._me = jax.process_index()
+        self._others = [index for index in range(jax.process_count()) if index != self._me]
+        self._steps = 0
+        self._leaving = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        if self._others:
+            self._tell(str(next(_beats)))
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        if self._others:
+            self._leaving.set()
+            self._thread.join(self._interval)  # not for ever: the store may be gone
+
+    def gets_on(self) -> None:
+        """To be called whenever something has been done: a step, a batch of an evaluation, a checkpoint."""
+        self._steps += 1
+
+    def _watch(self) -> None:
+        # Time is counted in intervals that this thread lived through: a machine that was asleep is not at fault.
+        heard: dict[int, str | None] = dict.fromkeys(self._others)
+        silent = dict.fromkeys(self._others, 0.0)
+        steps, stuck = self._steps, 0.0
+        while not self._leaving.wait(self._interval):
+            try:
+                self._tell(str(next(_beats)))
+            except jax.errors.JaxRuntimeError:
+                pass  # the first host keeps the store: it is silent too
+            for index in self._others:
+                beat = self._ask(index, heard[index])
+                if beat == heard[index] not in (None, _LEFT):  # whoever never spoke may still be making its data
+                    silent[index] += self._interval
+                else:
+                    silent[index], heard[index] = 0.0, beat
+                if silent[index] > self._lost_seconds:
+                    end_process(
+                        f"Host {index} of {len(self._others) + 1} was lost: nothing heard of it for "
+                        f"{silent[index]:.0f} s. What happened is in its own output. {_GO_ON}", 1
+                    )  # fmt: skip
+            stuck = stuck + self._interval if steps == self._steps else 0.0
+            steps = self._steps
+            if stuck > self._stuck_seconds:
+                end_process(
+                    f"Nothing got on for {stuck:.0f} s (config.timeout_seconds.step), though all hosts are there: a "
+                    f"device or the network between hosts is stuck, or the time is too short. {_GO_ON}", 1
+                )  # fmt: skip
+        try:
+            self._tell(_LEFT)
+        except jax.errors.JaxRuntimeError:
+            pass
+
+    def _tell(self, beat: str) -> None:
+        _jax_distributed.global_state.client.key_value_set(f"dalle_jax/alive/{self._me}", beat, allow_overwrite=True)
+
+    def _ask(self, index: int, last: str | None) -> str | None:
+        try:
+            return _jax_distributed.global_state.client.key_value_try_get(f"dalle_jax/alive/{index}")
+        except jax.errors.JaxRuntimeError:  # it has not spoken yet, or the store is gone with the first host
+            return last
+
+
+def lost_host(error: BaseException) -> str | None:
+    """A message, where an error of JAX says that other hosts did not answer; else None."""
+    if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+        return None
+    text = " ".join(str(error).split())
+    signs = ("gloo", "connection", "unavailable", "heartbeat", "barrier", "deadline_exceeded")
+    if not any(sign in text.lower() for sign in signs):
+        return None
+    return f"Another host was lost in the middle of a step: {text[:200]}. What happened is in its own output. {_GO_ON}"
