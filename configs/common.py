@@ -81,6 +81,7 @@ def run(config: ConfigDict, *, batch_size: int, steps: int, every: int, checkpoi
     config.max_nonfinite = 20
     # The longest wait for a batch; and, with several hosts, for a step, an evaluation batch, a checkpoint or compiling.
     config.timeout_seconds = ConfigDict({"data": 600.0, "step": 1800.0})
+    config.profile_steps = 0  # how many steps to record in <workdir>/profile, for TensorBoard and Perfetto
 
 
 def sampling() -> ConfigDict:

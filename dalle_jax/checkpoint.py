@@ -25,12 +25,11 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
-from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers as policies
 
-from dalle_jax import checksums
+from dalle_jax import checksums, storage
 from dalle_jax.compatibility import check_same_model, to_json
 from dalle_jax.errors import CheckpointError
 from dalle_jax.storage_errors import storage_cause
@@ -67,7 +66,7 @@ class Checkpoints:
           best_metric: which of the metrics given to `save` makes the best; lower is better.
           read_only: never write or delete anything.
         """
-        self.directory = epath.Path(workdir).expanduser().absolute() / "checkpoints"
+        self.directory = storage.full_path(workdir) / "checkpoints"
 
         def best(metrics: Mapping[str, float]) -> float:
             value = metrics.get(best_metric, math.nan)
@@ -269,7 +268,7 @@ class Checkpoints:
 
     def _check_space(self, state: TrainState) -> None:
         """Refuses to begin what cannot fit: cheaper and clearer than an error from the middle of it."""
-        if "://" in str(self.directory):
+        if storage.is_remote(self.directory):
             return
         arrays = jax.tree.leaves(state)
         here = sum(shard.data.nbytes for x in arrays for shard in x.addressable_shards if shard.replica_id == 0)

@@ -10,8 +10,10 @@ import jax
 def enable() -> str:
     """Turns JAX's persistent compilation cache on, unless JAX_COMPILATION_CACHE_DIR already did.
 
+    Commands, `train` and `TextToImage.load` call it.  JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
+
     Returns:
-      The directory: $JAX_COMPILATION_CACHE_DIR, or `~/.cache/dalle_jax/xla`.
+      The directory: $JAX_COMPILATION_CACHE_DIR (which may be remote), or `~/.cache/dalle_jax/xla`.
     """
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/dalle_jax/xla"))

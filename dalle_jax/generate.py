@@ -27,7 +27,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dalle_jax import keys, priors, report
+from dalle_jax import compilation_cache, keys, priors, report
 from dalle_jax import workdir as workdirs
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.clip import ClipScorer, has_clip
@@ -87,6 +87,7 @@ class TextToImage(Editing, Reranking):
             or the image tokenizer beside them.
           ConfigError: where the run is not a prior's.
         """
+        compilation_cache.enable()
         config = workdirs.read_config(workdir)
         if config.get("task") != "prior":
             raise ConfigError(

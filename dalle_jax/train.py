@@ -13,6 +13,7 @@ cadenced work (evaluation, preview, checkpoint), before which everything queued 
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import json
 import signal
@@ -26,7 +27,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from dalle_jax import distributed, keys, optimizers, parallel, schedules, tasks
+from dalle_jax import compilation_cache, distributed, keys, optimizers, parallel, schedules, storage, tasks
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.compatibility import to_json
 from dalle_jax.data.patience import Patient
@@ -35,6 +36,7 @@ from dalle_jax.errors import ConfigError, DataError, LostHostError, NonFiniteErr
 from dalle_jax.metric_writer import Mean, MetricWriter, Progress
 from dalle_jax.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.options import from_config
+from dalle_jax.profiling import StepClock, StepTrace
 from dalle_jax.tasks import Job
 from dalle_jax.train_step import TrainState, make_init, make_train_step
 from dalle_jax.warm_start import warm_start
@@ -60,7 +62,8 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
     """
     with _lost_hosts(), contextlib.ExitStack() as cleanup:
         # --------------------------------------------------------------------------------------- what to run, where
-        _check(config, workdir)
+        workdir = _check(config, workdir)
+        compilation_cache.enable()
         total, cadence = config.steps, config.cadence
         mesh = parallel.make_mesh(**config.mesh)
         options = from_config(OptimizerOptions, config.optimizer, "optimizer")
@@ -101,6 +104,9 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
         # ------------------------------------------------------------------------------------ what the run reports
         writer, mean, progress = MetricWriter(workdir, start=start), Mean(), Progress(start, total, config.batch_size)
         cleanup.push(_closing(writer.close))
+        clock, compiled = StepClock(start), {}
+        trace = StepTrace(workdir, start=start, total=total, count=config.profile_steps)
+        cleanup.push(_closing(trace.close))
         if start:
             progress.note(f"{workdir}: {'going on from' if start < total else 'complete:'} step {start} of {total}")
         queued: list[tuple[int, dict[str, jax.Array]]] = []  # steps on their way, whose scalars were not fetched yet
@@ -109,7 +115,8 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
             """Fetches and logs the scalars of all queued steps but the latest `keep`."""
             while len(queued) > keep:
                 step, scalars = queued.pop(0)
-                host = {name: float(value) for name, value in jax.device_get(scalars).items()}
+                with clock.part("device"):
+                    host = {name: float(value) for name, value in jax.device_get(scalars).items()}
                 if host["skipped_in_row"] >= config.max_nonfinite:
                     raise NonFiniteError(
                         f"Loss or gradients were not finite in {host['skipped_in_row']:.0f} steps in a row (until step "
@@ -123,8 +130,11 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
                 if step % cadence.log == 0 or step == total:
                     left_out = {f"left_out/{reason}": n for reason, n in job.data_counts().items()}
                     now = {name: host[name] for name in (*step_schedules, "skipped")}
-                    values = {**mean.take(), **now, **progress.rates(step), **left_out}
+                    rates = progress.rates(step)
+                    times = {**clock.take(step, rates["seconds_per_step"]), **compiled}
+                    values = {**mean.take(), **now, **rates, **times, **left_out}
                     writer.scalars(step, {f"train/{name}": value for name, value in values.items()})
+                    compiled.clear()
 
         # ------------------------------------------------------------------------------ what it computes beside steps
         frozen = jax.device_put(task.frozen, everywhere)
@@ -136,12 +146,14 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
                     yield parallel.to_mesh(batch, rows)
                     watchdog.gets_on()
 
+        @functools.partial(jax.profiler.annotate_function, name="evaluate")
         def evaluate(step: int) -> dict[str, float]:
             values = task.evaluate(state.eval_params, frozen, evaluation_batches(), keys.stream(key, "evaluate"))
             writer.scalars(step, {f"eval/{name}": value for name, value in values.items()})
             progress.note(f"step {step} · " + " · ".join(f"{name} {value:.4g}" for name, value in values.items()))
             return values
 
+        @functools.partial(jax.profiler.annotate_function, name="preview")
         def preview(step: int) -> None:
             batch = next(evaluation_batches())
             writer.picture(step, "preview", task.preview(state.eval_params, frozen, batch, keys.stream(key, "preview")))
@@ -150,8 +162,9 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
             began = time.perf_counter()
             update = make_train_step(task, optimizer, options, average, step_schedules, abstract_state)
             update = update.lower(state, frozen, batch, key).compile()
+            compiled["seconds_compile"] = time.perf_counter() - began  # logged once, with the first steps
             size = sum(x.size for x in jax.tree.leaves(state.params))
-            progress.note(f"{workdir}: {size:,} parameters, compiled in {time.perf_counter() - began:.1f} s")
+            progress.note(f"{workdir}: {size:,} parameters, compiled in {compiled['seconds_compile']:.1f} s")
             return update
 
         # ------------------------------------------------------------------------------------------------- the loop
@@ -164,14 +177,19 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
                 fresh and (last or (every > 0 and step % every == 0))
                 for every in (cadence.eval, cadence.preview, cadence.checkpoint)
             )
-            if stopping or evaluating or previewing or saving:
+            profiling = trace.due(step)
+            if stopping or evaluating or previewing or saving or profiling:
                 report(keep=0)
                 with progress.pause():
+                    if profiling:
+                        progress.note(trace.advance())
                     measures = evaluate(step) if evaluating and not stopping else None
                     if previewing and not stopping:
                         preview(step)
                     if saving or stopping:
-                        checkpoints.save(step, state, batches, config, measures)
+                        writer.flush()
+                        with jax.profiler.TraceAnnotation("checkpoint"):
+                            checkpoints.save(step, state, batches, config, measures)
                         watchdog.gets_on()
             if stopping:
                 checkpoints.wait()
@@ -181,21 +199,24 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
             if last:
                 break
 
-            batch = _next(batches)
-            if update is None:
-                with progress.pause():
-                    update = compile_update(batch)
-            state, scalars = update(state, frozen, batch, key)
-            queued.append((step + 1, scalars))
-            report(keep=1)  # the step before this one, while this one runs
+            with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
+                with clock.part("data"):
+                    batch = _next(batches)
+                if update is None:
+                    with progress.pause():
+                        update = compile_update(batch)
+                with clock.part("dispatch"):
+                    state, scalars = update(state, frozen, batch, key)
+                queued.append((step + 1, scalars))
+                report(keep=1)  # the step before this one, while this one runs
 
         checkpoints.wait()
-        progress.finish(total)
+        progress.finish(total, clock.shares())
         return state
 
 
-def _check(config: ConfigDict, workdir: str) -> None:
-    """Refuses values that no training can use, and makes the directory."""
+def _check(config: ConfigDict, workdir: str) -> str:
+    """Refuses values that no training can use; makes the directory and gives its full name."""
     for name in ("batch_size", "steps", "max_nonfinite", "eval_batches", "cadence.log", "keep.last"):
         value = config
         for part in name.split("."):
@@ -204,19 +225,16 @@ def _check(config: ConfigDict, workdir: str) -> None:
             raise ConfigError(f"config.{name}={value!r}: expected a whole number, at least 1.")
     if not workdir:
         raise ConfigError("No workdir: give --workdir=DIR or config.workdir, where the run keeps its files.")
-    try:
-        with distributed.first_host_first(f"the workdir {workdir}"):
-            if distributed.is_first():
-                epath.Path(workdir).mkdir(parents=True, exist_ok=True)
-            elif not epath.Path(workdir).exists():
-                raise ConfigError(
-                    f"{workdir}, which the first host made, is not there on this one: several hosts need a workdir "
-                    "that all of them see (a network file system, or gs://…)."
-                )
-    except OSError as error:
-        raise ConfigError(
-            f"Cannot use {workdir!r} as the workdir: {error.strerror}. Give another --workdir."
-        ) from error
+    with distributed.first_host_first(f"the workdir {workdir}"):
+        if distributed.is_first():
+            return storage.make_workdir(workdir)
+        path = storage.full_path(workdir)
+        if not path.exists():
+            raise ConfigError(
+                f"{path}, which the first host made, is not there on this one: several hosts need a workdir "
+                "that all of them see (a network file system, or gs://…)."
+            )
+        return str(path)
 
 
 def _closing(close: Callable[[], None]) -> Callable[..., None]:

@@ -46,6 +46,7 @@ def tiny_config(**changes: Any) -> ConfigDict:
             "keep": {"last": 2, "best": 1},
             "max_nonfinite": 3,
             "timeout_seconds": {"data": 600.0, "step": 600.0},
+            "profile_steps": 0,
         }
     )
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})

@@ -24,6 +24,7 @@ import sentencepiece
 from absl import logging
 from etils import epath
 
+from dalle_jax import storage
 from dalle_jax.errors import ConfigError, DataError
 
 _SPACE = "\u2581"  # what sentencepiece writes for the blank before a word
@@ -183,11 +184,7 @@ class TextModel:
 
     def save(self, path: str | epath.PathLike) -> None:
         """Writes the model as one file, local or remote; makes its folder where needed."""
-        target = epath.Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = target.with_name(target.name + ".unfinished")
-        unfinished.write_bytes(self._serialized)
-        unfinished.replace(target)  # a full disk must not leave half a vocabulary under the real name
+        storage.write_whole(path, self._serialized)
 
     def encode(
         self, text: str, *, max_length: int, dropout: float = 0.0, seed: int | None = None

@@ -18,7 +18,7 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dalle_jax import distributed, keys, priors, report
+from dalle_jax import distributed, keys, priors, report, storage
 from dalle_jax import workdir as workdirs
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources import DataOptions, open_source
@@ -152,9 +152,7 @@ def tokens_of_split(
         tokens = encode_split(options, split, tokenizer, params)
         written = io.BytesIO()
         np.save(written, tokens)
-        unfinished = paths[0].with_suffix(".unfinished")
-        unfinished.write_bytes(written.getvalue())
-        unfinished.replace(paths[0])
+        storage.write_whole(paths[0], written.getvalue())
     return tokens
 
 

@@ -1,0 +1,155 @@
+"""Workdirs on a disk or on object storage ("gs://bucket/run"): what they need beyond `etils.epath`.
+
+Whatever a run writes goes through `epath`, its checkpoints through orbax and tensorstore.  An object is written whole
+or not at all, and nothing can be appended to it.  Files that grow (metrics.jsonl, TensorBoard's events) are therefore
+written into a local `Mirror`, from where whole files are copied.
+
+`gs://` needs gcsfs (`pip install 'dalle_jax[gcs]'`) and Google's usual credentials.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from absl import logging
+from etils import epath
+
+from dalle_jax.errors import ConfigError, UserError
+
+_CLIENTS = ("gcsfs", "aiohttp", "google")  # packages whose errors are about the storage
+_UPLOAD_SECONDS = 60.0
+
+
+def is_remote(path: epath.PathLike) -> bool:
+    """Whether `path` is on object storage."""
+    return "://" in str(path)
+
+
+def full_path(path: epath.PathLike) -> epath.Path:
+    """The path from the root, `~` expanded (`absolute` of etils takes "gs://…" for a relative path)."""
+    path = epath.Path(path).expanduser()
+    return path if is_remote(path) else path.absolute()
+
+
+def make_workdir(workdir: epath.PathLike) -> str:
+    """Makes the directory of a run, if needed, and gives its full name.
+
+    Raises:
+      ConfigError: where it cannot be made; on object storage, also where there is no such bucket, or no access to it.
+    """
+    path = epath.Path(workdir).expanduser()
+    try:
+        if is_remote(path):
+            scheme, _, bucket = str(path).split("/")[:3]
+            if not epath.Path(f"{scheme}//{bucket}").exists():
+                raise FileNotFoundError(2, f"there is no bucket {bucket!r}, or no access to it")
+        path.mkdir(parents=True, exist_ok=True)
+    except ImportError as error:
+        raise ConfigError(
+            f"Cannot use {str(workdir)!r} as the workdir: {error}. Install what it needs: pip install 'dalle_jax[gcs]'."
+        ) from error
+    except Exception as error:
+        if not _of_storage(error):
+            raise
+        raise ConfigError(
+            f"Cannot use {str(workdir)!r} as the workdir: {_told(error)}. Give another --workdir."
+        ) from error
+    return str(path)
+
+
+def write_whole(path: epath.PathLike, content: bytes) -> None:
+    """Writes a file that nobody ever finds half written; makes its folder where needed."""
+    path = epath.Path(path)
+    if is_remote(path):
+        path.write_bytes(content)  # an object is there when it is whole
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".unfinished")
+    unfinished.write_bytes(content)
+    unfinished.replace(path)
+
+
+@contextmanager
+def write_errors(path: epath.PathLike) -> Iterator[None]:
+    """Context in which what the storage raises becomes a `UserError` that names `path`."""
+    try:
+        yield
+    except Exception as error:
+        if not _of_storage(error):
+            raise
+        raise UserError(
+            f"Cannot write {path}: {_told(error)}. Free space or give another --workdir, then run the same "
+            "command again: it goes on from the last checkpoint."
+        ) from error
+
+
+class Mirror:
+    """A local folder that stands for one which may be on object storage.
+
+    Of a folder on a disk it is that folder itself, and nothing is ever copied.
+    """
+
+    def __init__(self, target: epath.PathLike):
+        """Nothing is fetched, see `fetch`.
+
+        Args:
+          target: the folder that is stood for.
+        """
+        self._target = epath.Path(target)
+        self._temporary = tempfile.TemporaryDirectory(prefix="dalle_jax_") if is_remote(target) else None
+        self._copied: dict[pathlib.Path, tuple[int, int]] = {}  # size and time of change when last copied
+        self._uploaded = time.monotonic()
+        self.folder = pathlib.Path(self._temporary.name if self._temporary else self._target)
+
+    def fetch(self, name: str) -> None:
+        """Copies a file here, if it is there."""
+        if self._temporary and (self._target / name).exists():
+            (self.folder / name).write_bytes((self._target / name).read_bytes())
+
+    def upload(self) -> None:
+        """Copies what has changed since the last time.
+
+        Raises:
+          UserError: where that fails.
+        """
+        if not self._temporary:
+            return
+        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
+            status = path.stat()
+            version = (status.st_size, status.st_mtime_ns)
+            if self._copied.get(path) != version:
+                target = self._target / path.relative_to(self.folder).as_posix()
+                with write_errors(target):
+                    target.write_bytes(path.read_bytes())
+                self._copied[path] = version
+        self._uploaded = time.monotonic()
+
+    def upload_now_and_then(self) -> None:
+        """`upload`, at most once a minute; what fails is told, and tried again the next time."""
+        if time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
+            self._uploaded = time.monotonic()
+            try:
+                self.upload()
+            except UserError as error:
+                logging.warning("%s", error)
+
+    def close(self) -> None:
+        """Uploads and removes the local folder, if it is not the one that is stood for."""
+        if self._temporary:
+            try:
+                self.upload()
+            finally:
+                self._temporary.cleanup()
+
+
+def _of_storage(error: Exception) -> bool:
+    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS
+
+
+def _told(error: Exception) -> str:
+    """What went wrong, in one line."""
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__
