@@ -1,0 +1,226 @@
+"""Workdirs on object storage: gs:// through gcsfs, orbax and tensorstore, against `gcp-storage-emulator`.
+
+The emulator is a process of its own as far as the runs can tell: they speak HTTP with it, as with Google.  It keeps
+objects whole, lists and deletes them; it does not check preconditions, permissions or quotas, and is never slow.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from tiny_job import tiny_config, tiny_job
+
+from dalle_jax import storage
+from dalle_jax.errors import ConfigError, UserError
+from dalle_jax.metric_writer import MetricWriter, read_metrics
+from dalle_jax.train import train
+
+emulator = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-storage-emulator (extra: test)")
+pytest.importorskip("gcsfs", reason="needs gcsfs (extras: gcs, test)")
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """An empty bucket; the environment of this process, and of its children, leads to it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("STORAGE_EMULATOR_HOST", "TENSORSTORE_GCS_HTTP_URL"):
+            environment.setenv(name, url)
+        environment.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # tensorstore
+        environment.setenv(
+            "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false"
+        )  # asks another service what kind of bucket it is
+        environment.setenv("NO_GCE_CHECK", "true")
+        with emulator.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket"):
+            yield epath.Path("gs://bucket")
+
+
+def names(folder):
+    """Names of all objects below a folder."""
+    found = []
+    for path in folder.iterdir():
+        found += [path.name] if not path.is_dir() else [f"{path.name}/{name}" for name in names(path)]
+    return sorted(found)
+
+
+# -- paths and files ----------------------------------------------------------------------------------------------
+
+
+def test_paths_from_the_root(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(storage.full_path("gs://bucket/run")) == "gs://bucket/run"
+    assert str(storage.full_path("~/run")) == str(storage.full_path("run")) == str(tmp_path / "run")
+    assert storage.make_workdir("~/run") == str(tmp_path / "run") and (tmp_path / "run").is_dir()
+
+
+def test_a_workdir_has_to_be_within_reach(bucket, monkeypatch):
+    assert storage.make_workdir(bucket / "made") == "gs://bucket/made"
+    with pytest.raises(ConfigError, match="'gs://nowhere/run'.*no bucket 'nowhere', or no access"):
+        storage.make_workdir("gs://nowhere/run")
+
+    def missing(*_):
+        raise ImportError("Install gcsfs to access Google Storage")
+
+    monkeypatch.setattr("etils.epath.backend._FileSystemSpecBackend.fs", missing)
+    with pytest.raises(ConfigError, match=r"Install gcsfs.*pip install 'dalle_jax\[gcs\]'"):
+        storage.make_workdir("gs://bucket/run")
+
+
+def test_whole_files(bucket, tmp_path):
+    for folder in (bucket / "whole", tmp_path / "whole"):
+        storage.write_whole(folder / "a", b"first")
+        storage.write_whole(folder / "a", b"second")
+        assert (folder / "a").read_bytes() == b"second" and names(folder) == ["a"]
+
+
+def test_a_mirror_copies_what_changed(bucket, monkeypatch):
+    target = bucket / "mirror"
+    (target / "kept").write_bytes(b"old")
+    mirror = storage.Mirror(target)
+    mirror.fetch("kept")
+    mirror.fetch("missing")
+    with open(mirror.folder / "kept", "ab") as file:
+        file.write(b" and new")
+    (mirror.folder / "deep" / "er").mkdir(parents=True)
+    (mirror.folder / "deep" / "er" / "file").write_bytes(b"1")
+    mirror.upload()
+    assert names(target) == ["deep/er/file", "kept"] and (target / "kept").read_bytes() == b"old and new"
+    (target / "kept").unlink()
+    (mirror.folder / "deep" / "er" / "file").write_bytes(b"12")
+    mirror.close()
+    assert names(target) == ["deep/er/file"] and (target / "deep" / "er" / "file").read_bytes() == b"12"
+    assert not mirror.folder.exists()
+
+
+def test_metrics_and_pictures_reach_the_bucket(bucket, monkeypatch):
+    """At a flush; an outage in between is told and waited out; a run that goes on keeps what was there."""
+    workdir = str(bucket / "metrics")
+    writer = MetricWriter(workdir)
+    writer.scalars(1, {"train/loss": 2.0})
+    assert read_metrics(workdir) == []
+    writer.picture(1, "preview", np.zeros((4, 6, 3), np.uint8))
+    writer.flush()
+    assert [line["step"] for line in read_metrics(workdir)] == [1]
+
+    told = []
+    monkeypatch.setattr(storage.logging, "warning", lambda text, *values: told.append(text % values))
+    monkeypatch.setattr(storage, "_UPLOAD_SECONDS", 0.0)
+    with monkeypatch.context() as outage:
+
+        def down(*_, **__):
+            raise OSError(5, "the storage is down")
+
+        outage.setattr("etils.epath.backend._FileSystemSpecBackend.open", down)
+        writer.scalars(2, {"train/loss": 1.0})
+        with pytest.raises(UserError, match="Cannot write gs://bucket/metrics.*the storage is down"):
+            writer.flush()
+    assert len(told) == 1 and "the storage is down" in told[0]
+    writer.scalars(3, {"train/loss": 0.5})
+    assert [line["step"] for line in read_metrics(workdir)] == [1, 2, 3]
+    writer.close()
+
+    writer = MetricWriter(workdir, start=2)
+    writer.close()
+    assert [line["step"] for line in read_metrics(workdir)] == [1, 2]
+    kinds = {name.split("/")[0] for name in names(epath.Path(workdir))}
+    assert kinds == {"metrics.jsonl", "samples", "tensorboard"}
+
+
+# -- whole runs, in processes of their own ------------------------------------------------------------------------
+
+_RUN = textwrap.dedent("""
+    import dataclasses, os, pickle, signal, sys
+    import jax
+    from tiny_job import tiny_config, tiny_job
+    from dalle_jax.train import train
+
+    workdir, stop_at, result = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    logged = []
+
+    def data_counts():
+        logged.append(1)
+        if len(logged) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"unreadable": 2}
+
+    config = tiny_config(cadence__checkpoint=3, keep__last=1, keep__best=0)
+    state = train(config, workdir, dataclasses.replace(tiny_job(config), data_counts=data_counts))
+    with open(result, "wb") as file:
+        pickle.dump(jax.device_get(state.params), file)
+""")
+
+
+def process(script, *arguments):
+    here = os.path.dirname(__file__)
+    path = os.pathsep.join([here, os.path.dirname(here)])
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_stops_and_goes_on_bit_for_bit(bucket, tmp_path):
+    """SIGTERM at step 4 → saved in the bucket; the same command goes on to the very end of an uninterrupted run."""
+    workdir, result = bucket / "run", tmp_path / "params"
+    assert "stopped at step" in process(_RUN, workdir, 4, result)
+    (stopped,) = [path.name for path in (workdir / "checkpoints").iterdir()]
+    assert 4 <= int(stopped) < 10 and not result.exists()
+    assert f"going on from step {stopped} of 10" in process(_RUN, workdir, 99, result)
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["10"]  # the older ones are deleted, whole
+    config = tiny_config()
+    state = train(config, str(tmp_path / "local"), tiny_job(config))
+    jax.tree.map(np.testing.assert_array_equal, np.load(result, allow_pickle=True), jax.device_get(state.params))
+    losses = [[line["train/loss"] for line in read_metrics(str(run))] for run in (workdir, tmp_path / "local")]
+    assert losses[0] == losses[1] and len(losses[0]) > 9
+    assert json.loads((workdir / "config.json").read_text())["model"] == {"hidden": 16, "remat": False}
+    assert any("tensorboard/events" in name for name in names(workdir))
+
+
+_PRIOR = textwrap.dedent("""
+    import pathlib, sys
+    import numpy as np
+    from etils import epath
+    from test_generate import tiny_prior
+    from dalle_jax import TextToImage, config_files, generate, stages
+
+    bucket, data = epath.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+    config = tiny_prior(bucket, data)
+    config.data_tokens = "once"
+    config.profile_steps = 1
+    stages.run(config, config.workdir)
+    model = TextToImage.load(config.workdir, rows_at_once=2)
+    images = model.generate("a red circle", n=2, seed=0)
+    np.testing.assert_array_equal(images, TextToImage.load(config.workdir, step="best").generate("a red circle", n=2))
+    jobs = config_files.module(pathlib.Path(sys.argv[3]), "generate.py").get_config()
+    jobs.update({"model_workdir": config.workdir, "prompts": "a red circle", "n": 2})
+    generate.run(jobs, str(bucket / "pictures"))
+""")
+
+
+@pytest.mark.slow
+def test_a_prior_and_its_pictures_in_a_bucket(bucket, tmp_path):
+    """Tokenizer, prior, frozen files, profile, and pictures drawn from it: nothing of it on the local disk."""
+    configs = os.path.join(os.path.dirname(os.path.dirname(__file__)), "configs", "any")
+    process(_PRIOR, bucket / "prior_runs", tmp_path, configs)
+    found = names(bucket / "prior_runs")
+    tops = {"/".join(name.split("/")[:2]) for name in found}
+    assert {"prior/config.json", "prior/text", "prior/image_tokenizer", "dvae/metrics.jsonl"} <= tops
+    assert sum(name.startswith("prior/tokens-") and name.endswith(".npy") for name in found) == 1
+    assert any(name.startswith("prior/profile/") and name.endswith(".xplane.pb") for name in found)
+    assert "pictures/manifest.json" in found and sum(n.startswith("pictures/") for n in found) >= 3
