@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import fsspec
 from absl import logging
 from etils import epath
 
@@ -22,6 +23,9 @@ from dalle_jax.errors import ConfigError, UserError
 
 _CLIENTS = ("gcsfs", "aiohttp", "google")  # packages whose errors are about the storage
 _UPLOAD_SECONDS = 60.0
+
+# Listings of a bucket are asked for anew each time: tensorstore and other processes write there too.
+fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
 def is_remote(path: epath.PathLike) -> bool:

@@ -1,0 +1,68 @@
+"""An emulated bucket of Google Cloud Storage on this machine, for runs in this process and in others.
+
+`gcp-storage-emulator` speaks the same HTTP as Google, in memory.  It lacks what tensorstore's database relies on: the
+generation of what is read, and writes on condition that an object has a certain generation.  Both are added here.  Not
+emulated: permissions, quotas, limits of rate, slowness, outages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+import pytest
+from etils import epath
+
+
+@contextlib.contextmanager
+def emulated_bucket() -> Iterator[epath.Path]:
+    """An empty bucket, while the context lasts; the environment of this process, and of its children, leads to it."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("STORAGE_EMULATOR_HOST", url)
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", url)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "none")  # tensorstore
+        patch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # would ask another service about the bucket
+        patch.setenv("NO_GCE_CHECK", "true")
+        server = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-storage-emulator (extra: test)")
+        pytest.importorskip("gcsfs", reason="needs gcsfs (extras: gcs, test)")
+        _add_generations(patch, server.objects)
+        with server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket"):
+            yield epath.Path("gs://bucket")
+
+
+def names(folder: epath.Path) -> list[str]:
+    """Names of all objects below a folder."""
+    found = []
+    for path in folder.iterdir():
+        found += [f"{path.name}/{name}" for name in names(path)] if path.is_dir() else [path.name]
+    return sorted(found)
+
+
+def _add_generations(patch: pytest.MonkeyPatch, objects) -> None:
+    download, upload = objects.download, objects._media_upload
+
+    def generation(storage, bucket: str, name: str) -> str:
+        try:
+            return storage.get_file_obj(bucket, name)["generation"]
+        except objects.NotFound:
+            return "0"
+
+    def download_with_generation(request, response, storage, *rest, **named):
+        bucket, name = request.params["bucket_name"], request.params["object_id"]
+        response["x-goog-generation"] = generation(storage, bucket, name)
+        download(request, response, storage, *rest, **named)
+
+    def upload_on_condition(request, response, storage):
+        expected = request.query.get("ifGenerationMatch")
+        there = generation(storage, request.params["bucket_name"], request.query["name"][0])
+        if expected and expected[0] != there:
+            response.status = objects.HTTPStatus.PRECONDITION_FAILED
+        else:
+            upload(request, response, storage)
+
+    patch.setattr(objects, "download", download_with_generation)
+    patch.setattr(objects, "_media_upload", upload_on_condition)
