@@ -62,15 +62,18 @@ def schedule(kind: str, **numbers) -> dict:
     return {"kind": kind, **numbers}
 
 
-def run(config: ConfigDict, *, batch_size: int, steps: int, every: int, checkpoint: int | None = None) -> None:
+def run(
+    config: ConfigDict, *, batch_size: int, steps: int, every: int, checkpoint: int | None = None, split: bool = False
+) -> None:
     """Mesh, batch, length and cadence: the end of each training config.
 
     Args:
       config: gets the keys.
       every: steps between evaluations and previews.
       checkpoint: steps between checkpoints; `every` where None.
+      split: parameters are split over all devices (`fsdp`); otherwise each device has all of them (`data`).
     """
-    config.mesh = ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.mesh = ConfigDict({"data": 1 if split else -1, "fsdp": -1 if split else 1, "tensor": 1})
     config.batch_size = batch_size
     config.steps = steps
     config.cadence = ConfigDict(

@@ -43,6 +43,7 @@ def get_config(variant: str | None = None, steps: int | None = None) -> ConfigDi
     variant, (base, width, depth, heads, dropout, batch, usual) = config_files.choose(VARIANTS, variant, __file__)
     steps = steps or usual
     small = variant in ("shapes", "emoji")  # sized for a CPU
+    large = variant in ("paper", "3b")  # for pods
 
     config = autoregressive.get_config(base)
     config.variant = variant
@@ -73,7 +74,7 @@ def get_config(variant: str | None = None, steps: int | None = None) -> ConfigDi
     else:
         rate = common.schedule("warmup_cosine", peak=2e-3, end=1e-5, warmup_steps=steps // 20, steps=steps)
     config.schedules = ConfigDict({"learning_rate": rate})
-    common.run(config, batch_size=batch, steps=steps, every=max(steps // 4, 1) if small else 5000)
+    common.run(config, batch_size=batch, steps=steps, every=max(steps // 4, 1) if small else 5000, split=large)
     if small:
         config.mesh.data = 1  # four examples at a time: more devices would wait for each other
     return config

@@ -44,6 +44,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     variant, row = config_files.choose(VARIANTS, variant, __file__)
     tokenizer, data, text_length, text_vocab, width, depth, heads, batch, steps = row
     small = variant in ("shapes", "emoji")  # sized for a CPU, where float32 is the fast type
+    large = variant in ("2.8b", "5.6b", "paper")  # for pods
 
     config = ConfigDict()
     config.job = "train"
@@ -80,7 +81,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
 
     config.optimizer = ConfigDict({
         "b1": 0.9, "b2": 0.98 if small else 0.96, "eps": 1e-8, "weight_decay": 4.5e-2, "decay": "kernels",
-        "clip_norm": 4.0, "accumulate_steps": 1,
+        "clip_norm": 4.0, "accumulate_steps": 1, "first_moment": "bfloat16" if large else "float32",
     })  # fmt: skip
     if small:
         rate = schedule("warmup_cosine", peak=3e-3, end=1e-5, warmup_steps=steps // 20, steps=steps)
@@ -88,7 +89,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         rate = schedule("warmup_constant", value=4.5e-4, warmup_steps=5000)
     config.schedules = ConfigDict({"learning_rate": rate})
     config.ema = ConfigDict({"decay": 0.99, "every": 1 if small else 25})
-    common.run(config, batch_size=batch, steps=steps, every=max(steps // 4, 1) if small else 5000)
+    common.run(config, batch_size=batch, steps=steps, every=max(steps // 4, 1) if small else 5000, split=large)
     if small:
         config.mesh.data = 1  # four examples at a time: more devices would wait for each other
     return config

@@ -53,6 +53,10 @@ class MeshError(UserError, ValueError):
     exit_code = 2
 
 
+class DoesNotFit(UserError, RuntimeError):
+    """A program that needs more memory than its device has."""
+
+
 class NonFiniteError(UserError, ArithmeticError):
     """Training stopped because loss or gradients stayed infinite or not-a-number."""
 

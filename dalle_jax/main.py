@@ -31,6 +31,7 @@ JOBS = {
     "generate": "dalle_jax.generate",
     "evaluate": "dalle_jax.evaluate",
     "quickstart": "dalle_jax.quickstart",
+    "compile": "dalle_jax.compile",
 }
 
 

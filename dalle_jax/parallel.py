@@ -95,7 +95,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
     automatic = (AxisType.Auto,) * len(MESH_AXES)
     if len({_slice(device) for device in devices}) > 1:
         return Mesh(_over_slices(devices, **sizes), MESH_AXES, axis_types=automatic)
-    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, axis_types=automatic, devices=devices[:used])
+    # (jax.make_mesh refuses, on v5p and v6e, an axis that is no product of whole axes of the torus.)
+    laid_out = mesh_utils.create_device_mesh(tuple(sizes.values()), devices[:used], allow_split_physical_axes=True)
+    return Mesh(laid_out, MESH_AXES, axis_types=automatic)
 
 
 def _slice(device: Any) -> int:
@@ -114,10 +116,7 @@ def _over_slices(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -> n
             f"one size, all their devices, and a config.mesh.data that is a multiple of {slices}."
         )
     return mesh_utils.create_hybrid_device_mesh(
-        (data // slices, fsdp, tensor),
-        (slices, 1, 1),
-        devices,
-        allow_split_physical_axes="v5 lite" in devices[0].device_kind.lower(),  # as jax.make_mesh does
+        (data // slices, fsdp, tensor), (slices, 1, 1), devices, allow_split_physical_axes=True
     )
 
 

@@ -47,9 +47,28 @@ def test_state_has_one_structure():
     params = {"kernel": jnp.ones(2)}
     structures = {
         jax.tree.structure(optimizers.make_optimizer(options).init(params))
-        for options in (OptimizerOptions(), OptimizerOptions(clip_norm=1.0, weight_decay=0.1, decay="all"))
+        for options in (
+            OptimizerOptions(),
+            OptimizerOptions(clip_norm=1.0, weight_decay=0.1, decay="all"),
+            OptimizerOptions(first_moment="bfloat16"),
+        )
     }
     assert len(structures) == 1
+
+
+def test_a_first_moment_in_half_the_memory():
+    params = {"kernel": jnp.linspace(-1, 1, 7)}
+    moved = {}
+    for dtype in ("float32", "bfloat16"):
+        optimizer = optimizers.make_optimizer(OptimizerOptions(first_moment=dtype))
+        state = optimizer.init(params)
+        for i in range(5):
+            grads = {"kernel": jnp.sin(params["kernel"] * (i + 1))}
+            updates, state = optimizer.update(grads, state, params)
+        adam = next(part for part in state if isinstance(part, optax.ScaleByAdamState))
+        assert adam.mu["kernel"].dtype == dtype and adam.nu["kernel"].dtype == jnp.float32
+        moved[dtype] = updates["kernel"]
+    np.testing.assert_allclose(moved["bfloat16"], moved["float32"], rtol=2e-2, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -93,6 +112,7 @@ def test_average():
     [
         (lambda: OptimizerOptions(decay="some"), "'kernels' or 'all'"),
         (lambda: OptimizerOptions(accumulate_steps=0), "accumulate_steps=0"),
+        (lambda: OptimizerOptions(first_moment="float16"), "'float32' or 'bfloat16'"),
         (lambda: OptimizerOptions(clip_norm=-1.0), "clip_norm=-1.0"),
         (lambda: AverageOptions(decay=1.0), "decay=1.0"),
         (lambda: AverageOptions(decay=0.9, every=0), "every=0"),

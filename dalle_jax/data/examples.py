@@ -19,6 +19,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import grain
+import jax
 import numpy as np
 
 from dalle_jax.data.augment import augment
@@ -52,6 +53,17 @@ class Note:
     index: int
     name: str
     detail: str
+
+
+def batch_shapes(image_size: int, layout: TokenLayout | None, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and types of a whole training batch, B rows; "text" where there is a layout. See `ExampleMaker`."""
+    shapes = {
+        "image": ((image_size, image_size, 3), np.uint8),
+        "index": ((), np.int32),
+    }
+    if layout is not None:
+        shapes["text"] = ((layout.text_length,), np.int32)
+    return {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
 
 class ExampleMaker:

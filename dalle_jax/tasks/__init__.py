@@ -13,6 +13,7 @@ import importlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
+import flax.linen as nn
 import jax
 import numpy as np
 import optax
@@ -80,11 +81,7 @@ class Job:
     data_counts: Callable[[], Mapping[str, int]] = dict
 
 
-_BUILDERS = {
-    "dvae": ("dalle_jax.tasks.dvae", "build_dvae"),
-    "prior": ("dalle_jax.tasks.prior", "build_prior"),
-    "clip": ("dalle_jax.tasks.clip", "build_clip"),
-}
+TASKS = ("clip", "dvae", "prior")
 
 
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
@@ -98,7 +95,34 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     Raises:
       ConfigError: no such task.
     """
-    if config.task not in _BUILDERS:
-        raise ConfigError(f"config.task={config.task!r}: expected one of {sorted(_BUILDERS)}.")
-    module, function = _BUILDERS[config.task]
-    return getattr(importlib.import_module(module), function)(config, workdir, rows)
+    return _module(config).build(config, workdir, rows)
+
+
+def abstract(config: ConfigDict) -> tuple[Task, Batch]:
+    """The task of a configuration without its data: all that its train step's program depends on.
+
+    Sizes that training finds out from its data are taken from the configuration: the text model has
+    `config.text.vocab_size` ids, the image tokenizer is the one of `config.tokenizer`. `frozen` holds zeros.
+
+    Args:
+      config: a training configuration.
+
+    Returns:
+      The task, and a batch of `jax.ShapeDtypeStruct`s as its pipeline would deliver, B rows of each.
+
+    Raises:
+      ConfigError: no such task, or sizes that do not fit each other.
+    """
+    return _module(config).abstract(config)
+
+
+def _module(config: ConfigDict) -> Any:
+    if config.task not in TASKS:
+        raise ConfigError(f"config.task={config.task!r}: expected one of {', '.join(TASKS)}.")
+    return importlib.import_module(f"dalle_jax.tasks.{config.task}")
+
+
+def zeros_like(make: Callable[..., PyTree], *args: Any) -> PyTree:
+    """What `make(*args)` gives, all zeros and without memory: each array is one zero, read everywhere."""
+    shapes = nn.meta.unbox(jax.eval_shape(make, *args))
+    return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), shapes)

@@ -23,6 +23,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax import report
 from dalle_jax import workdir as workdirs
+from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources import DataOptions, open_source
 from dalle_jax.data.text import TextModel
@@ -81,11 +82,11 @@ class CLIPTask:
     best_metric = "loss"
     frozen: PyTree = {}
 
-    def __init__(self, clip: CLIP, text_model: TextModel):
+    def __init__(self, clip: CLIP, text_model: TextModel | None):
         """
         Args:
           clip: what is trained; its `end_id` is the first id after the text model's.
-          text_model: turns ids back into captions, for the preview.
+          text_model: turns ids back into captions, for the preview; None: there is none.
         """
         self.clip, self._text_model = clip, text_model
 
@@ -149,27 +150,38 @@ class CLIPTask:
         return report.grid(shown, ("its picture", *["best matches"] * best.shape[1]))
 
 
-def build_clip(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
-    """The job of `configs/clip.py`.
-
-    Raises:
-      ConfigError: a wrong key, sizes that do not fit each other, or gradients that are to be accumulated.
-    """
+def _task(config: ConfigDict, text_vocab: int, text_model: TextModel | None) -> tuple[CLIPTask, TokenLayout]:
+    """The task, and the layout that pads its captions."""
     if (steps := config.optimizer.accumulate_steps) > 1:
         raise ConfigError(
             f"config.optimizer.accumulate_steps={steps}: the contrastive loss compares all rows of a batch, and slices "
             "of it would be smaller batches with another loss. Set it to 1, and batch_size to what the devices hold."
         )
+    layout = TokenLayout(text_vocab, 1, config.text.length, 1, 1)  # only its text part is used
+    return CLIPTask(CLIP(models.from_config(config, text_vocab)), text_model), layout
+
+
+def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
+    """The job of `configs/clip.py`.
+
+    Raises:
+      ConfigError: a wrong key, sizes that do not fit each other, or gradients that are to be accumulated.
+    """
     options = DataOptions.from_config(config.data)
     text_model = workdirs.ensure_text_model(config.text, open_source(options, options.train_split).captions(), workdir)
-    clip = CLIP(models.from_config(config, text_model.vocab_size))
-    layout = TokenLayout(text_model.vocab_size, 1, config.text.length, 1, 1)  # only its text part is used
+    task, layout = _task(config, text_model.vocab_size, text_model)
     pipeline = functools.partial(Pipeline, options, text_model, layout, batch_size=config.batch_size)
     training = pipeline(split=options.train_split, train=True, seed=config.seed, rows=rows)
     evaluation = pipeline(split=options.eval_split, train=False, rows=rows)
     return Job(
-        task=CLIPTask(clip, text_model),
+        task=task,
         train_batches=lambda: iter(training),
         eval_batches=lambda: iter(evaluation),
         data_counts=training.skipped,
     )
+
+
+def abstract(config: ConfigDict) -> tuple[CLIPTask, Batch]:
+    """See `tasks.abstract`."""
+    task, layout = _task(config, config.text.vocab_size, None)
+    return task, batch_shapes(config.data.image_size, layout, config.batch_size)

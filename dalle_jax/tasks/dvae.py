@@ -24,6 +24,7 @@ import optax
 from ml_collections import ConfigDict
 
 from dalle_jax import keys, report, schedules
+from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources import DataOptions
 from dalle_jax.errors import ConfigError
@@ -203,7 +204,12 @@ def _decibels(mean_squared_error: jax.Array) -> jax.Array:
     return -10.0 * jnp.log10(jnp.maximum(mean_squared_error, 1e-10))
 
 
-def build_dvae(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
+def _task(config: ConfigDict, start_from: tuple[np.ndarray, float] | None) -> DVAETask:
+    temperature, kl_weight = (schedules.make(config.schedules[name], name) for name in ("temperature", "kl_weight"))
+    return DVAETask(from_config(config), temperature, kl_weight, start_from)
+
+
+def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
     """The job of `configs/dvae.py`.
 
     Raises:
@@ -211,9 +217,7 @@ def build_dvae(config: ConfigDict, workdir: str, rows: Sequence[int] | None = No
       DataError: data that cannot be opened.
     """
     del workdir
-    tokenizer = from_config(config)
     objective = from_section(ObjectiveOptions, config.objective, "objective")
-    temperature, kl_weight = (schedules.make(config.schedules[name], name) for name in ("temperature", "kl_weight"))
     options = DataOptions.from_config(config.data)
     pipeline = functools.partial(Pipeline, options, batch_size=config.batch_size)
     training = pipeline(split=options.train_split, train=True, seed=config.seed, rows=rows)
@@ -226,8 +230,13 @@ def build_dvae(config: ConfigDict, workdir: str, rows: Sequence[int] | None = No
         )
         start_from = np.concatenate([batch["image"] for batch in batches])[:_START_PICTURES], objective.kmeans_sharpness
     return Job(
-        task=DVAETask(tokenizer, temperature, kl_weight, start_from),
+        task=_task(config, start_from),
         train_batches=lambda: iter(training),
         eval_batches=lambda: iter(evaluation),
         data_counts=training.skipped,
     )
+
+
+def abstract(config: ConfigDict) -> tuple[DVAETask, Batch]:
+    """See `tasks.abstract`. Where the codes start has no part in the train step."""
+    return _task(config, None), batch_shapes(config.data.image_size, None, config.batch_size)

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax import distributed, keys, priors, report, storage
 from dalle_jax import workdir as workdirs
+from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources import DataOptions, open_source
 from dalle_jax.data.text import TextModel
@@ -30,7 +31,7 @@ from dalle_jax.models import tokenizer as tokenizers
 from dalle_jax.models.tokenizer import ImageTokenizer
 from dalle_jax.parallel import to_host
 from dalle_jax.priors import TokenPrior
-from dalle_jax.tasks import Batch, Job
+from dalle_jax.tasks import Batch, Job, zeros_like
 
 PyTree = Any
 
@@ -52,7 +53,7 @@ class PriorTask:
         prior: TokenPrior,
         tokenizer: ImageTokenizer,
         tokenizer_params: PyTree,
-        text_model: TextModel,
+        text_model: TextModel | None,
         tokens: np.ndarray | None = None,
         preview_rows: int = 4,
     ):
@@ -60,7 +61,7 @@ class PriorTask:
         Args:
           prior: what is trained.
           tokenizer, tokenizer_params: make the tokens.
-          text_model: turns ids back into captions, for the preview.
+          text_model: turns ids back into captions, for the preview; None: there is none.
           tokens: int32 [examples, N] of the training split, in the order of its source; None encodes each batch.
           preview_rows: captions in the preview.
         """
@@ -156,7 +157,25 @@ def tokens_of_split(
     return tokens
 
 
-def build_prior(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
+def _task(config: ConfigDict, tokenizer: ImageTokenizer, params: PyTree, text_vocab: int, **more: Any) -> PriorTask:
+    height, width = tokenizer.grid(config.data.image_size)
+    layout = TokenLayout(text_vocab, tokenizer.vocab_size, config.text.length, height, width)
+    return PriorTask(priors.make(config.prior, config.model, layout), tokenizer, params, **more)
+
+
+def _encodes_once(config: ConfigDict) -> bool:
+    """Whether the training split is encoded beforehand (`config.data_tokens`)."""
+    if config.data_tokens not in ("once", "each_batch"):
+        raise ConfigError(f"config.data_tokens is {config.data_tokens!r}; expected 'once' or 'each_batch'.")
+    if config.data_tokens == "once" and config.data.augment != "none":
+        raise ConfigError(
+            f"config.data_tokens is 'once' but config.data.augment is {config.data.augment!r}: tokens of augmented "
+            "pictures differ from epoch to epoch. Set data.augment to 'none' or data_tokens to 'each_batch'."
+        )
+    return config.data_tokens == "once"
+
+
+def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
     """The job of `configs/prior.py`. `workdir` must hold a frozen image tokenizer (see `stages.run`).
 
     Raises:
@@ -165,25 +184,28 @@ def build_prior(config: ConfigDict, workdir: str, rows: Sequence[int] | None = N
     options = DataOptions.from_config(config.data)
     tokenizer, params = workdirs.load_tokenizer(workdir)
     text_model = workdirs.ensure_text_model(config.text, open_source(options, options.train_split).captions(), workdir)
-    height, width = tokenizer.grid(options.image_size)
-    layout = TokenLayout(text_model.vocab_size, tokenizer.vocab_size, config.text.length, height, width)
     tokens = None
-    if config.data_tokens == "once":
-        if options.augment != "none":
-            raise ConfigError(
-                f"config.data_tokens is 'once' but config.data.augment is {options.augment!r}: tokens of augmented "
-                "pictures differ from epoch to epoch. Set data.augment to 'none' or data_tokens to 'each_batch'."
-            )
+    if _encodes_once(config):
         folders = [workdir, *([config.start_from] if config.get("start_from") else [])]
         tokens = tokens_of_split(options, options.train_split, tokenizer, params, folders)
-    elif config.data_tokens != "each_batch":
-        raise ConfigError(f"config.data_tokens is {config.data_tokens!r}; expected 'once' or 'each_batch'.")
-    pipeline = functools.partial(Pipeline, options, text_model, layout, batch_size=config.batch_size)
+    task = _task(config, tokenizer, params, text_model.vocab_size, text_model=text_model, tokens=tokens)
+    pipeline = functools.partial(Pipeline, options, text_model, task.prior.layout, batch_size=config.batch_size)
     training = pipeline(split=options.train_split, train=True, seed=config.seed, rows=rows)
     evaluation = pipeline(split=options.eval_split, train=False, rows=rows)
     return Job(
-        task=PriorTask(priors.make(config.prior, config.model, layout), tokenizer, params, text_model, tokens),
+        task=task,
         train_batches=lambda: iter(training),
         eval_batches=lambda: iter(evaluation),
         data_counts=training.skipped,
     )
+
+
+def abstract(config: ConfigDict) -> tuple[PriorTask, Batch]:
+    """See `tasks.abstract`. A split that is encoded beforehand has 65,536 examples here."""
+    tokenizer = tokenizers.from_config(config.tokenizer)
+    params = zeros_like(tokenizer.init, jax.random.key(0))
+    tokens = None
+    if _encodes_once(config):
+        tokens = np.zeros((65_536, np.prod(tokenizer.grid(config.data.image_size))), np.int32)
+    task = _task(config, tokenizer, params, config.text.vocab_size, text_model=None, tokens=tokens)
+    return task, batch_shapes(config.data.image_size, task.prior.layout, config.batch_size)

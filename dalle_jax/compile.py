@@ -1,0 +1,222 @@
+"""Compiles a training's step, or a prior's sampler, for a TPU topology: does it fit, and what does it cost?
+
+    python -m dalle_jax.main --config=configs/compile.py --config.target=configs/prior.py:paper \
+        --config.topology=v5p:8x8x8 --config.overrides="mesh.fsdp=64,batch_size=512"
+
+No TPU is needed: the TPU compiler runs anywhere. What is compiled is the function that `train.py` runs, from shapes
+alone: no data, no weights.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh, NamedSharding
+from ml_collections import ConfigDict
+
+from dalle_jax import compile_report, config_files, model_flops, optimizers, parallel, remedies, schedules, tasks
+from dalle_jax import topologies
+from dalle_jax.errors import ConfigError, DoesNotFit
+from dalle_jax.optimizers import AverageOptions, OptimizerOptions
+from dalle_jax.options import from_config
+from dalle_jax.program import Program
+from dalle_jax.tasks import Task
+from dalle_jax.train_step import TrainState, make_init, make_train_step
+
+PyTree = Any
+WHAT = ("train", "sample")
+
+
+@dataclasses.dataclass(frozen=True)
+class CompileOptions:
+    """What to compile for what.
+
+    Attributes:
+      target: a training's config file, with its variant: "configs/prior.py:paper".
+      topology: of TPUs, see `topologies`.
+      overrides: of the target's keys: "mesh.fsdp=64,model.trunk.remat=dots"; values without commas.
+      what: "train", its update, or "sample", a prior drawing `rows` pictures, each for a caption of its own.
+      rows: of "sample".
+    """
+
+    target: str
+    topology: str
+    overrides: str = ""
+    what: str = "train"
+    rows: int = 64
+
+    def __post_init__(self):
+        if self.what not in WHAT:
+            raise ConfigError(f"config.what={self.what!r}: expected one of {', '.join(WHAT)}.")
+        if self.rows < 1:
+            raise ConfigError(f"config.rows={self.rows}: expected at least 1.")
+
+
+def load_target(target: str, overrides: str = "") -> ConfigDict:
+    """The training configuration of a file and variant, with some of its keys changed.
+
+    Args:
+      target, overrides: see `CompileOptions`.
+
+    Raises:
+      ConfigError: no such file, variant or key, a value of another type, or a config that trains nothing.
+    """
+    path, _, variant = target.partition(":")
+    config = config_files.module(path, Path(path).name).get_config(*([variant] if variant else []))
+    if config.get("job") != "train":
+        raise ConfigError(
+            f"config.target={target!r} is a config of the job {config.get('job')!r}; expected a training."
+        )
+    config.lock()
+    for change in filter(None, (part.strip() for part in overrides.split(","))):
+        name, sign, value = change.partition("=")
+        if not sign:
+            raise ConfigError(f"config.overrides has {change!r}; expected key=value, separated by commas.")
+        try:
+            value = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            pass  # a word
+        try:
+            config.update_from_flattened_dict({name: value})
+        except (KeyError, AttributeError, TypeError, ValueError) as error:
+            raise ConfigError(f"config.overrides: {name}={value!r} does not fit {target}: {error}") from None
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Subject:
+    """A training as shapes.
+
+    Attributes:
+      config: its configuration.
+      mesh: of the topology's devices.
+      task: see `tasks.abstract`.
+      state, frozen, batch: `ShapeDtypeStruct`s with shardings, arguments of the update.
+      options, average: of the update.
+    """
+
+    config: ConfigDict
+    mesh: Mesh
+    task: Task
+    state: TrainState
+    frozen: PyTree
+    batch: PyTree
+    options: OptimizerOptions
+    average: AverageOptions
+
+
+def make_subject(config: ConfigDict, devices: Any) -> Subject:
+    """Everything about a training that its program depends on.
+
+    Raises:
+      UserError: a configuration or mesh that cannot be.
+    """
+    mesh = parallel.make_mesh(**config.mesh, devices=devices)
+    options = from_config(OptimizerOptions, config.optimizer, "optimizer")
+    average = from_config(AverageOptions, config.ema, "ema")
+    parallel.check_batch(mesh, config.batch_size, options.accumulate_steps)
+    task, batch = tasks.abstract(config)
+    _, state = make_init(task, optimizers.make_optimizer(options), average, mesh, config.seed)
+    frozen = _on(task.frozen, parallel.replicated(mesh))
+    return Subject(config, mesh, task, state, frozen, _on(batch, parallel.batch_sharding(mesh)), options, average)
+
+
+def _on(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    return parallel.abstract(tree, jax.tree.map(lambda _: sharding, tree))
+
+
+def lower_train_step(subject: Subject) -> jax.stages.Lowered:
+    """The update of `train.py`, lowered from shapes."""
+    s = subject
+    rate = schedules.make(s.config.schedules.learning_rate, "learning_rate")
+    step = make_train_step(
+        s.task,
+        optimizers.make_optimizer(s.options),
+        s.options,
+        s.average,
+        {**s.task.schedules, "learning_rate": rate},
+        s.state,
+    )
+    key = _on(jax.eval_shape(jax.random.key, 0), parallel.replicated(s.mesh))
+    with parallel.on_mesh(s.mesh):
+        return step.lower(s.state, s.frozen, s.batch, key)
+
+
+def lower_sampler(subject: Subject, rows: int) -> jax.stages.Lowered:
+    """A prior drawing the tokens of `rows` pictures, as `generate.py` has it do, rows split over the mesh.
+
+    Raises:
+      ConfigError: a task that draws nothing, or rows that cannot be split.
+    """
+    prior = getattr(subject.task, "prior", None)
+    if prior is None:
+        raise ConfigError(
+            f"config.what='sample': only a prior draws pictures, and the task is {subject.config.task!r}."
+        )
+    parallel.check_batch(subject.mesh, rows)
+    by_row = parallel.batch_sharding(subject.mesh)
+    text = _on(jax.ShapeDtypeStruct((rows, prior.layout.text_length), jnp.int32), by_row)
+    keys = _on(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)), by_row)
+    with parallel.on_mesh(subject.mesh):
+        return jax.jit(prior.sample).lower(subject.state.eval_params, text, keys)
+
+
+def compile_target(options: CompileOptions) -> dict[str, Any]:
+    """Compiles, and measures what came out.
+
+    Returns:
+      The figures of `compile_report.figures`.
+
+    Raises:
+      ConfigError: target, topology or overrides that cannot be.
+      DoesNotFit: the program needs more memory than a chip has; says what would help.
+    """
+    config = load_target(options.target, options.overrides)
+    devices = topologies.devices(options.topology)
+    subject = make_subject(config, devices)
+    logging.info("%s on %s: lowering and compiling", options.target, options.topology)
+    began = time.perf_counter()
+    lowered = lower_train_step(subject) if options.what == "train" else lower_sampler(subject, options.rows)
+    try:
+        compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise DoesNotFit(remedies.explain(options, subject, str(error))) from None
+    seconds = time.perf_counter() - began
+    rows = config.batch_size if options.what == "train" else options.rows
+    if options.what == "train":
+        wanted = model_flops.training(subject.task, rows)
+    else:
+        wanted = model_flops.sampling(subject.task.prior, rows)
+    return {
+        **dataclasses.asdict(options),
+        **compile_report.figures(subject, compiled, Program(compiled.as_text()), wanted, rows),
+        "compile_seconds": seconds,
+    }
+
+
+def run(config: ConfigDict, workdir: str) -> Mapping[str, Any]:
+    """The job of `configs/compile.py`: prints a table, and writes `compile.json` into `workdir`.
+
+    Raises:
+      UserError: see `compile_target`.
+    """
+    fields = {field.name for field in dataclasses.fields(CompileOptions)}
+    options = CompileOptions(**{name: value for name, value in config.items() if name in fields})
+    figures = compile_target(options)
+    print(compile_report.table(figures))
+    folder = epath.Path(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "compile.json").write_text(json.dumps(figures, indent=2) + "\n")
+    return figures

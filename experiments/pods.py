@@ -1,0 +1,124 @@
+"""Which shipped config is meant for which TPU topology, and the table of what the TPU compiler says about each.
+
+    python experiments/pods.py --output experiments/results/compile [--only prior.py:paper]
+
+Needs no TPU: see configs/compile.py. Tests compile from the same list.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class Pod:
+    """A training on a topology; `overrides` are those of `dalle_jax.compile`. A config's first is its default."""
+
+    target: str
+    topology: str
+    overrides: str = ""
+
+
+PODS = (
+    Pod("prior.py:paper", "v5p:4x4x8"),
+    Pod("prior.py:paper", "v5e:16x16", "mesh.data=2"),
+    Pod("prior.py:paper", "v6e:16x16", "mesh.data=2"),
+    Pod("prior.py:5.6b", "v5p:4x4x4"),
+    Pod("prior.py:5.6b", "v5e:8x16"),
+    Pod("prior.py:5.6b", "v6e:8x16"),
+    Pod("prior.py:2.8b", "v5p:4x4x4"),
+    Pod("prior.py:2.8b", "v5e:8x16"),
+    Pod("prior.py:2.8b", "v6e:8x8"),
+    Pod("maskgit.py:3b", "v5p:4x4x4"),
+    Pod("maskgit.py:3b", "v5e:8x8"),
+    Pod("maskgit.py:3b", "v6e:8x8"),
+    Pod("maskgit.py:paper", "v5e:4x4"),
+    Pod("maskgit.py:paper", "v5p:2x2x2"),
+    Pod("maskgit.py:paper", "v6e:2x4"),
+    Pod("dvae.py:paper", "v5e:8x8"),
+    Pod("dvae.py:paper", "v5p:2x4x4"),
+    Pod("dvae.py:paper", "v6e:8x8"),
+    Pod("clip.py:vit_b32", "v5e:16x16"),
+    Pod("clip.py:vit_b32", "v5p:4x4x4"),
+    Pod("clip.py:vit_b32", "v6e:8x8"),
+)
+
+COLUMNS = (
+    "config", "topology", "chips", "overrides", "parameters", "batch", "state GiB", "temporaries GiB", "total GiB",
+    "memory GiB", "fits", "model TFLOP", "program TFLOP", "step ms", "utilisation", "compiler ms", "exchanged GiB",
+    "overlapped",
+)  # fmt: skip
+
+
+def row(pod: Pod, f: dict) -> dict[str, str]:
+    """A line of the table from the figures of `dalle_jax.compile`."""
+    size, gib = f["bytes"], 2**30
+    moved = sum(one["bytes"] for one in f["collectives"].values())
+    hidden = sum(one["bytes"] * one["overlapped"] for one in f["collectives"].values())
+    values = (
+        pod.target, pod.topology, f["chips"], pod.overrides, f"{f['parameters']:,}", f["rows"],
+        f"{(size['parameters'] + size['average'] + size['optimizer']) / gib:.2f}", f"{size['temporaries'] / gib:.2f}",
+        f"{size['total'] / gib:.2f}", f"{size['memory'] / gib:.0f}", "yes" if f["fits"] else "NO",
+        f"{f['flops']['model'] / 1e12:.1f}", f"{f['flops']['program'] / 1e12:.1f}", f"{f['seconds']['step'] * 1e3:.1f}",
+        f"{f['utilisation']:.1%}", f"{f['seconds']['compiler'] * 1e3:.1f}", f"{moved / gib:.1f}",
+        f"{hidden / moved:.0%}" if moved else "",
+    )  # fmt: skip
+    return dict(zip(COLUMNS, map(str, values)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", required=True, help="folder of compile.csv, compile.md and one JSON each")
+    parser.add_argument("--only", default="", help="targets that contain this")
+    arguments = parser.parse_args()
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    failed = 0
+    for pod in PODS:
+        if arguments.only not in pod.target:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            command = [
+                sys.executable, "-m", "dalle_jax.main", "--config=configs/compile.py", f"--workdir={folder}",
+                f"--config.target=configs/{pod.target}", f"--config.topology={pod.topology}",
+                f"--config.overrides={pod.overrides}",
+            ]  # fmt: skip
+            done = subprocess.run(command, cwd=ROOT, env={**os.environ, "JAX_PLATFORMS": "cpu"})
+            if done.returncode:
+                failed += 1
+                continue
+            stored = (Path(folder) / "compile.json").read_text()
+        (output / f"{name(pod)}.json").write_text(stored)
+    write(output)
+    return 1 if failed else 0
+
+
+def name(pod: Pod) -> str:
+    return "-".join([pod.target, pod.topology]).replace(":", "-").replace(".py", "")
+
+
+def write(output: Path) -> None:
+    """The table of all that is there, as CSV and Markdown."""
+    there = [(pod, output / f"{name(pod)}.json") for pod in PODS]
+    rows = [row(pod, json.loads(path.read_text())) for pod, path in there if path.exists()]
+    with open(output / "compile.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines += ["| " + " | ".join(one.values()) + " |" for one in rows]
+    (output / "compile.md").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

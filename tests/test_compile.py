@@ -1,0 +1,155 @@
+"""Compiling for TPUs without TPUs."""
+
+import importlib.util
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from dalle_jax import compile as compile_module
+from dalle_jax import optimizers, remedies, tasks, topologies
+from dalle_jax.compile import CompileOptions, compile_target, load_target
+from dalle_jax.errors import ConfigError, DoesNotFit, UserError
+
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (pip install -e '.[tpu]')"
+)
+
+
+# -- targets ------------------------------------------------------------------------------------------------------
+
+
+def test_overrides_have_the_types_of_the_keys():
+    config = load_target("configs/prior.py:paper", "mesh.fsdp=64, model.trunk.remat=dots,optimizer.eps=1e-6")
+    assert (config.mesh.fsdp, config.model.trunk.remat, config.optimizer.eps) == (64, "dots", 1e-6)
+
+
+@pytest.mark.parametrize(
+    "target, overrides, words",
+    [
+        ("configs/prior.py:papr", "", 'did you mean "paper"'),
+        ("configs/nothing.py", "", "There is no config file"),
+        ("configs/generate.py", "", "job 'generate'; expected a training"),
+        ("configs/prior.py", "mesh.fsdb=2", "mesh.fsdb=2 does not fit"),
+        ("configs/prior.py", "mesh.fsdp=two", "mesh.fsdp='two' does not fit"),
+        ("configs/prior.py", "mesh.fsdp", "expected key=value"),
+    ],
+)
+def test_targets_that_cannot_be(target, overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        load_target(target, overrides)
+
+
+@pytest.mark.parametrize("what, rows, words", [("fly", 1, "one of train, sample"), ("sample", 0, "at least 1")])
+def test_options_that_cannot_be(what, rows, words):
+    with pytest.raises(ConfigError, match=words):
+        CompileOptions("configs/prior.py", "v5e:2x2", what=what, rows=rows)
+
+
+def test_missing_libtpu_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[tpu\]'"):
+        topologies.devices("v5e:2x2")
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v5e", "v9z:2x2", "v5e:3x3", "v4:2x2x1", "8x8"])
+def test_topologies_that_do_not_exist(name):
+    with pytest.raises(ConfigError, match="v5p:AxBxC|of v5e, v5p, v6e"):
+        topologies.devices(name)
+
+
+# -- tasks without data -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["configs/prior.py", "configs/dvae.py", "configs/clip.py", "configs/maskgit.py"])
+def test_abstract_batches_are_those_of_the_pipeline(target, tmp_path, monkeypatch):
+    config = load_target(target, "batch_size=4,data.builder_kwargs.num_train=512")
+    _, batch = tasks.abstract(config)
+    from dalle_jax.data.pipeline import Pipeline
+    from dalle_jax.data.sources import DataOptions
+    from dalle_jax.layout import TokenLayout
+
+    class Ids:
+        vocab_size = config.get("text", {}).get("vocab_size", 1)
+
+        def encode(self, *_, **__):
+            return [1, 2], False
+
+    layout = TokenLayout(Ids.vocab_size, 1, config.text.length, 1, 1) if "text" in config else None
+    options = DataOptions.from_config(config.data)
+    real = next(iter(Pipeline(options, Ids() if layout else None, layout, split="train", train=True, batch_size=4)))
+    assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {k: (x.shape, x.dtype) for k, x in real.items()}
+
+
+# -- whole compilations -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compiled_prior():
+    return compile_target(CompileOptions("configs/prior.py", "v5e:2x2", "mesh.data=2,mesh.fsdp=2,batch_size=8"))
+
+
+@needs_libtpu
+def test_figures_of_the_shapes_prior(compiled_prior):
+    f = compiled_prior
+    assert f["fits"] and f["chips"] == 4 and f["chip"] == "v5e" and not f["unknown_loops"]
+    size = f["bytes"]
+    state = 4 * f["parameters"] * 4
+    assert state / 4 < size["parameters"] + size["average"] + size["optimizer"] < state  # two ways, some of it whole
+    assert size["arguments"] >= size["parameters"] + size["average"] + size["optimizer"] + size["batch"]
+    assert f["flops"]["model"] < f["flops"]["program"] < 2 * f["flops"]["model"]
+    assert f["collectives"]["all-gather"]["count"] and f["collectives"]["all-reduce"]["count"]
+    assert 0 < f["utilisation"] < 1 and f["seconds"]["step"] >= f["seconds"]["instructions"]
+
+
+@needs_libtpu
+def test_the_table_and_the_file(compiled_prior, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(compile_module, "compile_target", lambda options: compiled_prior)
+    from ml_collections import ConfigDict
+
+    config = ConfigDict({"job": "compile", "workdir": "", "target": "configs/prior.py", "topology": "v5e:2x2"})
+    compile_module.run(config, str(tmp_path / "new"))
+    printed = capsys.readouterr().out
+    assert "fits" in printed and "utilisation" in printed and "all-gather" in printed
+    assert json.loads((tmp_path / "new" / "compile.json").read_text())["chips"] == 4
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    "target, overrides",
+    [
+        ("configs/maskgit.py", "mesh.data=-1,mesh.tensor=2,batch_size=8"),
+        ("configs/dvae.py", ""),
+        ("configs/clip.py", "mesh.data=-1,mesh.fsdp=2"),
+    ],
+)
+def test_small_configs_compile(target, overrides):
+    assert compile_target(CompileOptions(target, "v5e:2x2", overrides))["fits"]
+
+
+@needs_libtpu
+def test_the_sampler_compiles():
+    few = "model.trunk.depth=2,mesh.data=-1"
+    f = compile_target(CompileOptions("configs/maskgit.py", "v5e:2x2", few, what="sample", rows=8))
+    assert f["fits"] and f["rows"] == 8 and f["flops"]["program"] >= f["flops"]["model"]
+    with pytest.raises(ConfigError, match="only a prior draws"):
+        compile_target(CompileOptions("configs/clip.py", "v5e:2x2", what="sample"))
+
+
+# -- what does not fit --------------------------------------------------------------------------------------------
+
+
+@needs_libtpu
+def test_what_does_not_fit_ends_with_a_remedy():
+    big = "batch_size=65536,data.image_size=64,mesh.data=-1"
+    with pytest.raises(DoesNotFit, match=r"does not fit v5e:2x2.*GiB.*accumulate_steps=\d+") as raised:
+        compile_target(CompileOptions("configs/clip.py".replace("clip", "dvae"), "v5e:2x2", big))
+    assert raised.value.exit_code != 0 and isinstance(raised.value, UserError)
+
+
+def test_the_compilers_message_is_read():
+    said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded"
+    assert remedies.needed_and_available(said) == (20.5 * 2**30, 15.75 * 2**30)
+    assert remedies.needed_and_available("something else") is None

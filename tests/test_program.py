@@ -1,0 +1,131 @@
+"""What is read from the text of a compiled program."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from dalle_jax.program import Program
+
+# A loop of ten that gathers while it multiplies, and exchanges outside of it in every notation.
+TEXT = """
+HloModule step, is_scheduled=true
+
+%add (a: f32[], b: f32[]) -> f32[] {
+  %a = f32[] parameter(0)
+  %b = f32[] parameter(1)
+  ROOT %sum = f32[] add(%a, %b)
+}
+
+%slicing (p0: f32[10,8,4], p1: s32[]) -> f32[8,4] {
+  %p0 = f32[10,8,4]{2,1,0:T(8,128)} parameter(0)
+  %p1 = s32[] parameter(1)
+  %zero = s32[] constant(0)
+  %slice = f32[1,8,4]{2,1,0} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,8,4}
+  ROOT %flat = f32[8,4]{1,0} bitcast(%slice)
+}
+
+%body (carry: (s32[], f32[16,4], f32[10,8,4])) -> (s32[], f32[16,4], f32[10,8,4]) {
+  %carry = (s32[], f32[16,4]{1,0:T(8,128)}, f32[10,8,4]{2,1,0}) parameter(0)
+  %i = s32[] get-tuple-element(%carry), index=0
+  %x = f32[16,4]{1,0} get-tuple-element(%carry), index=1
+  %stack = f32[10,8,4]{2,1,0} get-tuple-element(%carry), index=2
+  %w = f32[8,4]{1,0} fusion(%stack, %i), kind=kLoop, calls=%slicing
+  %start = (f32[8,4]{1,0}, f32[16,4]{1,0}) all-gather-start(%w), replica_groups={{0,1},{2,3}}, dimensions={0}
+  %other = f32[16,16]{1,0:T(8,128)S(1)} dot(%x, %x), lhs_contracting_dims={1}, rhs_contracting_dims={1}
+  %done = f32[16,4]{1,0} all-gather-done(%start)
+  %y = f32[16,4]{1,0} dot(%other, %done), lhs_contracting_dims={1}, rhs_contracting_dims={0}
+  ROOT %next = (s32[], f32[16,4]{1,0}, f32[10,8,4]{2,1,0}) tuple(%i, %y, %stack)
+}
+
+%condition (carry.1: (s32[], f32[16,4], f32[10,8,4])) -> pred[] {
+  %carry.1 = (s32[], f32[16,4]{1,0}, f32[10,8,4]{2,1,0}) parameter(0)
+  %j = s32[] get-tuple-element(%carry.1), index=0
+  %ten = s32[] constant(10)
+  ROOT %less = pred[] compare(%j, %ten), direction=LT
+}
+
+ENTRY %main (x0: f32[16,4], stack0: f32[10,8,4]) -> f32[4,4] {
+  %x0 = f32[16,4]{1,0} parameter(0)
+  %stack0 = f32[10,8,4]{2,1,0} parameter(1)
+  %zero0 = s32[] constant(0)
+  %start0 = (s32[], f32[16,4]{1,0}, f32[10,8,4]{2,1,0}) tuple(%zero0, %x0, %stack0)
+  %loop = (s32[], f32[16,4]{1,0}, f32[10,8,4]{2,1,0}) while(%start0), condition=%condition, body=%body, backend_config={"known_trip_count":{"n":"10"}}
+  %x1 = f32[16,4]{1,0} get-tuple-element(%loop), index=1
+  %all = f32[16,4]{1,0} all-reduce(%x1), replica_groups=[2,2]<=[2,2]T(1,0), to_apply=%add, metadata={op_name="jit(step)/loss"}
+  ROOT %part = f32[4,4]{1,0} reduce-scatter(%all), replica_groups=mesh['data'=2,'fsdp'=4] {'fsdp'}, dimensions={0}, to_apply=%add
+}
+"""  # noqa: E501
+
+
+def test_a_loop_counts_as_often_as_it_runs():
+    program = Program(TEXT)
+    assert program.flops == 10 * (2 * 16 * 16 * 4 + 2 * 16 * 16 * 4)
+    gather, reduction, scatter = sorted(program.collectives, key=lambda c: c.kind)
+    assert (gather.kind, gather.times, gather.bytes, gather.in_loop) == ("all-gather", 10, 16 * 4 * 4, True)
+    assert (reduction.kind, reduction.times, reduction.in_loop) == ("all-reduce", 1, False)
+    assert (scatter.kind, scatter.bytes) == ("reduce-scatter", 16 * 4 * 4)  # of what is scattered, not of the part
+
+
+def test_groups_in_every_notation():
+    gather, reduction, scatter = sorted(Program(TEXT).collectives, key=lambda c: c.kind)
+    assert gather.group == (0, 1)
+    assert reduction.group == (0, 2)
+    assert scatter.group == (0, 1, 2, 3)
+    assert reduction.name == "jit(step)/loss"
+    assert gather.sent == 10 * 256 / 2 and reduction.sent == 2 * 256 / 2 and scatter.sent == 256 * 3 / 4
+
+
+def test_overlapped_means_work_between_start_and_end():
+    gather = next(c for c in Program(TEXT).collectives if c.kind == "all-gather")
+    assert gather.overlapped
+    lines = TEXT.splitlines()
+    other = next(line for line in lines if "%other =" in line)
+    done = next(i for i, line in enumerate(lines) if "%done =" in line)
+    lines.remove(other)
+    lines.insert(done, other)  # now after the end
+    gather = next(c for c in Program("\n".join(lines)).collectives if c.kind == "all-gather")
+    assert not gather.overlapped
+
+
+def test_memory_traffic():
+    work = {one.name: one for one in Program(TEXT).work}
+    assert work["w"].bytes == 2 * 8 * 4 * 4 + 4  # the slice of the stack read, written; and the index
+    assert work["other"].bytes == 2 * 16 * 4 * 4  # its result stays in the fast memory
+    assert work["y"].bytes == 2 * 16 * 4 * 4
+    assert work["w"].times == 10
+
+
+def test_a_loop_of_unknown_length_is_named():
+    assert Program(TEXT.replace("known_trip_count", "something")).unknown_loops == ["loop"]
+    with pytest.raises(ValueError, match="no ENTRY"):
+        Program("nothing")
+
+
+@pytest.mark.parametrize("length", [1, 7])
+def test_products_of_a_compiled_scan(length):
+    """XLA's own count, which knows a body once, is right for length 1."""
+
+    def f(x, stack):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, stack)[0]
+
+    compiled = jax.jit(f).lower(jnp.zeros((16, 32)), jnp.zeros((length, 32, 32))).compile()
+    assert Program(compiled.as_text()).flops == length * 2 * 16 * 32 * 32
+
+
+@pytest.mark.parametrize(
+    "strides, padding, spread, groups",
+    [((1, 1), "SAME", (1, 1), 1), ((2, 2), "VALID", (1, 1), 1), ((1, 1), ((2, 1), (0, 3)), (2, 3), 1),
+     ((1, 1), "SAME", (1, 1), 4)],
+)  # fmt: skip
+def test_products_of_convolutions(strides, padding, spread, groups):
+    """Against XLA's own count, padding and spread inputs left out as it does."""
+
+    def f(x, w):
+        dims = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(
+            x, w, strides, padding, lhs_dilation=spread, dimension_numbers=dims, feature_group_count=groups
+        )
+
+    lowered = jax.jit(f).lower(jnp.zeros((2, 9, 7, 8)), jnp.zeros((3, 3, 8 // groups, 12)))
+    text = lowered.compiler_ir("hlo").as_hlo_module().to_string()
+    assert Program(text).flops == lowered.cost_analysis()["flops"]
