@@ -24,8 +24,17 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from dalle_jax import compile_report, config_files, model_flops, optimizers, parallel, remedies, schedules, tasks
-from dalle_jax import topologies
+from dalle_jax import (
+    compile_report,
+    config_files,
+    model_flops,
+    optimizers,
+    parallel,
+    remedies,
+    schedules,
+    tasks,
+    topologies,
+)
 from dalle_jax.errors import ConfigError, DoesNotFit
 from dalle_jax.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.options import from_config
@@ -196,7 +205,7 @@ def compile_target(options: CompileOptions) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     rows = config.batch_size if options.what == "train" else options.rows
     if options.what == "train":
-        wanted = model_flops.training(subject.task, rows)
+        wanted = model_flops.training(subject.task, subject.batch)
     else:
         wanted = model_flops.sampling(subject.task.prior, rows)
     return {

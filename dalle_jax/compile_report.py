@@ -1,8 +1,8 @@
 """The figures of a compiled program, and the table of them.
 
 Roofline. One instruction takes as long as its matrix products at the chip's peak, or as its bytes at the rate of its
-main memory, whichever is longer; instructions follow each other. Exchanges with other chips take their bytes at the rate
-of the links that they extend over; those that the compiler overlaps with other work cost only what exceeds that work:
+main memory, whichever is longer; instructions follow each other. Exchanges with other chips take their bytes at the
+rate of the links that they extend over; those that the compiler overlaps with other work cost only what exceeds it:
 
     step = max(Σ max(flops / peak, bytes / memory rate), overlapped exchange) + other exchange
     utilisation = model flops / (chips · peak · step)
@@ -107,7 +107,6 @@ def figures(subject: Any, compiled: Any, program: Program, model_flops: float, r
             "compiler": sum(w.cycles * w.times for w in program.work) / chip.clock,
         },
         "utilisation": model_flops / len(everything) / chip.flops / step,
-        "utilisation_by_compiler": 0.0,
     }
 
 
@@ -147,8 +146,8 @@ def table(f: dict[str, Any]) -> str:
         f"step {seconds['step'] * 1e3:.1f} ms by the roofline: max(instructions {seconds['instructions'] * 1e3:.1f}, "
         f"overlapped exchange {seconds['exchange_overlapped'] * 1e3:.1f}) + other exchange "
         f"{seconds['exchange_exposed'] * 1e3:.1f}",
-        f"utilisation {f['utilisation']:.1%} of the peak; {seconds['compiler'] * 1e3:.1f} ms for the instructions alone "
-        "by the compiler's own estimates",
+        f"utilisation {f['utilisation']:.1%} of the peak; the compiler's own estimates for the instructions alone: "
+        f"{seconds['compiler'] * 1e3:.1f} ms",
     ]
     if f["unknown_loops"]:
         lines.append(f"loops of unknown length, counted once: {', '.join(f['unknown_loops'])}")

@@ -5,11 +5,12 @@ positions that the pattern's mask allows. The backward pass costs twice the forw
 gradient, once). What a program does beyond that is not the model's: recomputed activations, masked pairs that are
 computed all the same, measures for the log.
 
-    B rows    T text    N image tokens    S = T + N    D width    H heads    K head size    F hidden width    V vocabulary
+    B rows    T text    N image tokens    D width    H heads    K head size    F hidden width    V vocabulary
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from dalle_jax.models.clip import CLIPOptions
@@ -17,21 +18,22 @@ from dalle_jax.models.dvae import DVAEOptions
 from dalle_jax.models.transformer import ACTIVATIONS, TransformerOptions
 from dalle_jax.priors import TokenPrior
 from dalle_jax.priors.maskgit import MaskGITPrior
-from dalle_jax.tasks import Task
+from dalle_jax.tasks import Batch, Task
 from dalle_jax.tasks.clip import CLIPTask
 from dalle_jax.tasks.dvae import DVAETask
 from dalle_jax.tasks.prior import PriorTask
 
 
-def training(task: Task, rows: int) -> float:
-    """Of one update over `rows` examples: forward and backward, and the forward pass of a frozen image tokenizer.
+def training(task: Task, batch: Batch) -> float:
+    """Of one update over a batch (shapes will do): forward and backward, and a frozen image tokenizer forward.
 
     Raises:
       ValueError: a task whose sizes are not known here.
     """
+    rows, side = batch["image"].shape[:2]
     if isinstance(task, PriorTask):
-        encoded = 0.0 if "tokens" in task.frozen else encoder(task.tokenizer.options)
-        return rows * (3 * prior(task.prior) + encoded)
+        o = dataclasses.replace(task.tokenizer.options, image_size=side)
+        return rows * (3 * prior(task.prior) + (0.0 if "tokens" in task.frozen else encoder(o)))
     if isinstance(task, DVAETask):
         o = task.tokenizer.options
         return rows * (3 * (encoder(o) + decoder(o)) - first_layer(o))

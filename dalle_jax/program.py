@@ -360,8 +360,8 @@ def _dot_flops(one: Instruction, left: tuple[int, ...], right: tuple[int, ...]) 
 
 
 def _convolution_flops(one: Instruction, left: tuple[int, ...], right: tuple[int, ...]) -> float:
-    """Counts the places where window and picture meet, without padding: TPU programs write every matrix product, batched
-    ones too, as a convolution."""
+    """Counts the places where window and picture meet, without padding: TPU programs write every matrix product,
+    batched ones too, as a convolution."""
     names = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", one.attributes)
     lhs, rhs, out = (dict(zip(text, shape)) for text, shape in zip(names.groups(), (left, right, _shape(one.type))))
     window = re.search(r"window=\{([^}]*)\}", one.attributes)

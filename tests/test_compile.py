@@ -3,12 +3,10 @@
 import importlib.util
 import json
 
-import jax
-import numpy as np
 import pytest
 
 from dalle_jax import compile as compile_module
-from dalle_jax import optimizers, remedies, tasks, topologies
+from dalle_jax import remedies, tasks, topologies
 from dalle_jax.compile import CompileOptions, compile_target, load_target
 from dalle_jax.errors import ConfigError, DoesNotFit, UserError
 
