@@ -15,7 +15,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -140,6 +140,39 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, mesh, "activation", strict=False))
+
+
+def on_each_device(
+    function: Callable[..., jax.Array], names: Sequence[str | None], *inputs: jax.Array
+) -> jax.Array:
+    """Calls a function on each device's part of its inputs: for what the compiler cannot split by itself (kernels).
+
+    Without a mesh it is called on the whole.
+
+    Args:
+      function: takes arrays and gives one; what it computes for a part must not depend on the others.
+      names: the logical names of the dimensions of each input, and of the result. A dimension that its mesh axes do
+        not divide stays whole: each of their devices computes all of it.
+      *inputs: arrays of one rank.
+
+    Returns:
+      What `function` gives, put together; of the first input's shape.
+
+    Raises:
+      ValueError: as `constrain`.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return function(*inputs)
+    first, *others = (partition_spec(names, x.shape, mesh, "activation", strict=False) for x in inputs)
+    return jax.shard_map(function, in_specs=(first, *others), out_specs=first, check_vma=False)(*inputs)
+
+
+def on_tpu() -> bool:
+    """Whether what is traced now is for a TPU: that of the mesh of `on_mesh`, which may be one that is only compiled
+    for (`jax.experimental.topologies`); without a mesh, the default device."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() == "tpu" if device is None else device.device_kind.lower().startswith("tpu")
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.layout import TokenLayout
+from dalle_jax.models import splash
 from dalle_jax.models.attention import Pattern, attend, attend_image, attend_reference, attend_step
 from dalle_jax.models.dense import Dense
 from dalle_jax.models.rotary import rotary_angles, rotate
@@ -62,6 +63,7 @@ class TransformerOptions:
       dtype: of the activations. Parameters, softmax, logits and losses are float32 in any case.
       remat: "none", "full" (keep only each scanned unit's input) or "dots" (keep matrix products).
       scan: run repeated layers as one scan.
+      attention_kernel: "xla" (`attention.attend`), "splash" (`splash.attend`), or "auto": splash on TPUs.
     """
 
     width: int = 512
@@ -77,9 +79,11 @@ class TransformerOptions:
     dtype: str = "bfloat16"
     remat: str = "none"
     scan: bool = True
+    attention_kernel: str = "auto"
 
     def __post_init__(self):
-        for field, known in (("norm", NORMS), ("activation", ACTIVATIONS), ("positions", POSITIONS), ("remat", REMAT)):
+        choices = {"norm": NORMS, "activation": ACTIVATIONS, "positions": POSITIONS, "remat": REMAT}
+        for field, known in (choices | {"attention_kernel": splash.KERNELS}).items():
             if getattr(self, field) not in known:
                 raise ValueError(f"model.{field} is {getattr(self, field)!r}; expected one of {', '.join(known)}.")
         if not self.head_dim and self.width % self.heads:
@@ -170,7 +174,8 @@ class Attention(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, S, D] to [B, S, D]."""
         q, k, v = self._heads(x, self._angles(slice(None)))
-        return self.out(attend(q, k, v, self.pattern, self.layout))
+        how = splash.attend if splash.use_splash(self.options.attention_kernel, self.pattern) else attend
+        return self.out(how(q, k, v, self.pattern, self.layout))
 
     def prefill(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """The text alone, [C, T, D]; also returns its keys and values, each [C, H, T, K]."""
