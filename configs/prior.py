@@ -67,6 +67,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
             "norm": "rmsnorm" if small else "layernorm", "activation": "gelu_tanh" if small else "gelu",
             "qk_norm": small, "positions": "learned", "dropout": 0.0,
             "dtype": "float32" if small else "bfloat16", "remat": "none" if small else "full", "scan": not small,
+            "attention_kernel": "auto",
         },
         "attention": "sparse",
         "kernel": 11 if data.image_size == 256 else 3,

@@ -17,7 +17,9 @@ from dalle_jax.errors import ConfigMismatch
 # Sections of the configuration that describe the parameters: they must not change between a checkpoint and its reader.
 MODEL_SECTIONS = ("task", "model", "text", "data.image_size")
 # ... except what only says how to compute.
-COMPUTE_KEYS = ("model.remat", "model.dtype")
+COMPUTE_KEYS = (
+    "model.remat", "model.dtype", "model.trunk.remat", "model.trunk.dtype", "model.trunk.attention_kernel",
+)  # fmt: skip
 
 
 def to_json(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:

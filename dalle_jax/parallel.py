@@ -142,9 +142,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, mesh, "activation", strict=False))
 
 
-def on_each_device(
-    function: Callable[..., jax.Array], names: Sequence[str | None], *inputs: jax.Array
-) -> jax.Array:
+def on_each_device(function: Callable[..., jax.Array], names: Sequence[str | None], *inputs: jax.Array) -> jax.Array:
     """Calls a function on each device's part of its inputs: for what the compiler cannot split by itself (kernels).
 
     Without a mesh it is called on the whole.

@@ -24,3 +24,12 @@ def test_same_model():
     with pytest.raises(ConfigMismatch, match="ema.decay"):
         check_same_model(stored, to_json(tiny_config(ema__decay=0.0)), "x")
     check_same_model(stored, to_json(tiny_config(ema__decay=0.99)), "x")
+
+
+def test_how_a_trunk_is_computed_may_change():
+    """Also where the checkpoint was written before there was a choice of attention kernels."""
+    stored = {"model": {"trunk": {"width": 16, "remat": "none", "dtype": "float32"}}}
+    given = {"model": {"trunk": {"width": 16, "remat": "full", "dtype": "bfloat16", "attention_kernel": "splash"}}}
+    check_same_model(stored, given, "x")
+    with pytest.raises(ConfigMismatch, match=r"model.trunk.width \(checkpoint: 16, given: 32\)"):
+        check_same_model(stored, {"model": {"trunk": given["model"]["trunk"] | {"width": 32}}}, "x")

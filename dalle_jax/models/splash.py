@@ -3,15 +3,16 @@
 The kernel computes a mask block by block and passes over the blocks in which nobody reads anything; scores never leave
 the chip's own memory. A pattern's mask is the truth here too:
 
-  * the image positions stand in the order of the pattern's groups, so that a column is contiguous and column layers
-    are as sparse as row layers (in raster order each of their blocks would hold something);
+  * where it saves blocks, the image positions stand in the order of the pattern's groups: a column is contiguous then,
+    and a column layer as sparse as a row layer (in raster order each of its blocks holds something). The layer's
+    states are put in that order before they become queries, keys and values: one array, with long rows;
   * the stream is filled up to whole blocks. Nobody reads what was added; what was added reads what the last query
     reads, so that its softmax is finite, and no block is computed for it alone;
   * on a mesh each device computes its rows and its heads, as the rules of `parallel.py` lay them out.
 
 Anywhere but on a TPU the kernel is interpreted: slow, the same numbers, for tests.
 
-    B batch    S = T + N sequence    T text    N = h·w image tokens    H heads    K head size
+    B batch    S = T + N sequence    T text    N = h·w image tokens    D width    H heads    K head size
 """
 
 from __future__ import annotations
@@ -34,7 +35,6 @@ from dalle_jax.models.attention import Pattern
 from dalle_jax.parallel import on_each_device, on_tpu
 
 KERNELS = ("auto", "xla", "splash")
-BLOCKS = (128, 256, 512)  # sides of the kernel's square blocks; it takes multiples of 128
 
 
 def use_splash(kernel: str, pattern: Pattern) -> bool:
@@ -47,86 +47,106 @@ def use_splash(kernel: str, pattern: Pattern) -> bool:
     return kernel == "splash" or (kernel == "auto" and on_tpu())
 
 
+def ordered(x: jax.Array, pattern: Pattern, layout: TokenLayout) -> jax.Array:
+    """Puts a stream in the kernel's order: [B, S, D], or [B, N, D] for its image part."""
+    return _image(x, pattern, layout, pattern.group_queries)
+
+
+def restored(x: jax.Array, pattern: Pattern, layout: TokenLayout) -> jax.Array:
+    """Undoes `ordered`."""
+    groups = pattern.groups(layout)[0].shape
+    ungroup = lambda grid: pattern.ungroup(grid.reshape(-1, *groups, *grid.shape[3:]), layout)
+    return _image(x, pattern, layout, ungroup)
+
+
+def _image(x: jax.Array, pattern: Pattern, layout: TokenLayout, change) -> jax.Array:
+    """Changes the order of the image part, which `change` gets as [B, h, w, D, 1]; raster order stays as it is."""
+    if (np.diff(order(pattern, layout)) == 1).all():
+        return x
+    text, image = jnp.split(x, [x.shape[1] - layout.image_length], axis=1)
+    grid = image.reshape(x.shape[0], layout.height, layout.width, -1, 1)
+    return jnp.concatenate([text, change(grid).reshape(image.shape)], axis=1)
+
+
 def attend(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, layout: TokenLayout) -> jax.Array:
     """Attention under a pattern: of the whole stream, or of its image's queries alone.
 
     Args:
-      q: [B, S, H, K], or [B, N, H, K].
+      q: [B, S, H, K], or [B, N, H, K]; in the kernel's order, as all here (see `ordered`).
       k, v: [B, S, H, K].
 
     Returns:
       q's shape and dtype.
     """
     kernel = _kernel(pattern, layout, q.shape[1], not on_tpu())
+    block = kernel.kwargs["block_sizes"].block_q
 
     def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-        out = kernel(*(_to_kernel(x, pattern, layout, _block(kernel)) for x in (q, k, v)))
-        return _from_kernel(out, q.shape, pattern, layout)
+        b, queries, h, size = q.shape
+        rows = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0))).swapaxes(1, 2)
+        # One mask for all: the kernel needs not know which heads are of one example.
+        q, k, v = (rows(x).reshape(b * h, -1, size) for x in (q * jnp.asarray(size**-0.5, q.dtype), k, v))
+        return kernel(q, k, v)[:, :queries].reshape(b, h, queries, size).swapaxes(1, 2)
 
     return on_each_device(local, ("batch", "length", "heads", "kv"), q, k, v)
 
 
-def _to_kernel(x: jax.Array, pattern: Pattern, layout: TokenLayout, block: int) -> jax.Array:
-    """[B, S', H, K] to [B·H, whole blocks, K], the image in the order of the pattern's groups."""
-    b, length, h, size = x.shape
-    text, image = jnp.split(x, [length - layout.image_length], axis=1)
-    image = pattern.group_queries(image.reshape(b, layout.height, layout.width, h, size)).reshape(image.shape)
-    x = jnp.concatenate([text, image], axis=1)
-    x = jnp.pad(x, ((0, 0), (0, -length % block), (0, 0), (0, 0)))
-    return x.swapaxes(1, 2).reshape(b * h, -1, size)
+# -- order and blocks ---------------------------------------------------------------------------------------------
+
+# Side of a block: cycles that the compiler schedules on a v5p for the three kernels (forward, dq, dk and dv) together
+# (bfloat16, K = 64; experiments/benchmarks/attention_tpu.py): for a block of the grid in any case, for one that is not
+# empty beside that, and for a row of blocks. Small blocks skip more, but cost twice as much for the same area.
+CYCLES = {128: (740, 728, 353), 256: (730, 1757, 681), 512: (816, 4560, 1316), 640: (827, 7299, 1632)}
 
 
-def _from_kernel(x: jax.Array, shape: tuple[int, ...], pattern: Pattern, layout: TokenLayout) -> jax.Array:
-    """Undoes `_to_kernel`: gives an array of that shape."""
-    b, length, h, size = shape
-    x = x.reshape(b, h, -1, size)[:, :, :length].swapaxes(1, 2)
-    text, image = jnp.split(x, [length - layout.image_length], axis=1)
-    image = pattern.ungroup(image.reshape(b, *pattern.groups(layout)[0].shape, h, size), layout)
-    return jnp.concatenate([text, image], axis=1)
+@functools.lru_cache(maxsize=64)
+def order(pattern: Pattern, layout: TokenLayout) -> np.ndarray:
+    """In which order the kernel takes the stream: the position that stands at each place, int [S].
 
-
-# -- masks and blocks ---------------------------------------------------------------------------------------------
-
-
-def blocked_mask(pattern: Pattern, layout: TokenLayout, queries: int, block: int) -> np.ndarray:
-    """The pattern's mask as the kernel gets it: in the order of its groups, filled up to whole blocks.
-
-    Args:
-      pattern, layout: whose mask.
-      queries: S, or N for those of the image alone.
-      block: side of a block.
-
-    Returns:
-      bool [queries and filling, S and filling].
+    Raster order, or that of the pattern's groups where fewer blocks then cost less.
     """
-    text = layout.text_length
-    order = np.concatenate([np.arange(text), text + pattern.groups(layout)[0].reshape(-1)])
-    mask = pattern.mask(layout)[np.ix_(order, order)][layout.length - queries :]
-    mask = np.pad(mask, ((0, -queries % block), (0, 0)), mode="edge")
-    return np.pad(mask, ((0, 0), (0, -layout.length % block)))
+    text, mask = layout.text_length, pattern.mask(layout)
+    grouped = np.concatenate([np.arange(text), text + pattern.groups(layout)[0].reshape(-1)])
+    orders = np.arange(layout.length), grouped
+    return min(orders, key=lambda places: min(cycles(mask[np.ix_(places, places)], block) for block in CYCLES))
+
+
+def kernel_mask(pattern: Pattern, layout: TokenLayout, queries: int) -> np.ndarray:
+    """The pattern's mask in the kernel's order: bool [queries, S]; S queries, or N for those of the image alone."""
+    places = order(pattern, layout)
+    return pattern.mask(layout)[np.ix_(places, places)][layout.length - queries :]
+
+
+def whole_blocks(mask: np.ndarray, block: int) -> np.ndarray:
+    """A mask filled up to whole blocks: nobody reads what was added, which itself reads what the last query reads."""
+    mask = np.pad(mask, ((0, -mask.shape[0] % block), (0, 0)), mode="edge")
+    return np.pad(mask, ((0, 0), (0, -mask.shape[1] % block)))
 
 
 def filled_blocks(mask: np.ndarray, block: int) -> np.ndarray:
-    """In which blocks of a mask of whole blocks anybody reads anything: bool [rows of blocks, columns of blocks]."""
+    """In which blocks of a mask anybody reads anything: bool [rows of blocks, columns of blocks]."""
+    mask = whole_blocks(mask, block)
     rows, columns = (size // block for size in mask.shape)
     return mask.reshape(rows, block, columns, block).any(axis=(1, 3))
 
 
-def block_size(pattern: Pattern, layout: TokenLayout, queries: int) -> int:
-    """The side of blocks with which a pattern costs least."""
+def cycles(mask: np.ndarray, block: int) -> int:
+    """What a mask costs one head, forward and backward, by `CYCLES`."""
+    filled, (each, computed, row) = filled_blocks(mask, block), CYCLES[block]
+    return filled.size * each + int(filled.sum()) * computed + len(filled) * row
 
-    def cost(block: int) -> float:
-        return filled_blocks(blocked_mask(pattern, layout, queries, block), block).sum() * (block**2 + 256**2)
 
-    return min(BLOCKS, key=cost)
+def block_size(mask: np.ndarray) -> int:
+    """The side of blocks with which a mask costs least."""
+    return min(CYCLES, key=functools.partial(cycles, mask))
 
 
 @functools.lru_cache(maxsize=64)
 def _kernel(pattern: Pattern, layout: TokenLayout, queries: int, interpret: bool) -> SplashAttentionKernel:
     """The kernel of a pattern, for any number of heads; its tables are numpy arrays, so that any trace may use them."""
-    block = block_size(pattern, layout, queries)
-    masks = MultiHeadMask([NumpyMask(blocked_mask(pattern, layout, queries, block))])
+    mask = kernel_mask(pattern, layout, queries)
+    block = block_size(mask)
+    masks = MultiHeadMask([NumpyMask(whole_blocks(mask, block))])
     sizes = BlockSizes(
         block_q=block, block_kv=block, block_q_dq=block, block_kv_dq=block, block_q_dkv=block, block_kv_dkv=block
     )
@@ -135,7 +155,3 @@ def _kernel(pattern: Pattern, layout: TokenLayout, queries: int, interpret: bool
         block_sizes=sizes, is_mqa=False, save_residuals=False, mask_value=DEFAULT_MASK_VALUE, attn_logits_soft_cap=None,
         residual_checkpoint_name=None, mask_function=None, interpret=interpret,
     )  # fmt: skip
-
-
-def _block(kernel: SplashAttentionKernel) -> int:
-    return kernel.kwargs["block_sizes"].block_q

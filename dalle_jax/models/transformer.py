@@ -173,9 +173,12 @@ class Attention(nn.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """[B, S, D] to [B, S, D]."""
-        q, k, v = self._heads(x, self._angles(slice(None)))
-        how = splash.attend if splash.use_splash(self.options.attention_kernel, self.pattern) else attend
-        return self.out(how(q, k, v, self.pattern, self.layout))
+        how = self.pattern, self.layout
+        if not splash.use_splash(self.options.attention_kernel, self.pattern):
+            return self.out(attend(*self._heads(x, self._angles(slice(None))), *how))
+        x = splash.ordered(x, *how)
+        x = self.out(splash.attend(*self._heads(x, self._angles(splash.order(*how))), *how))
+        return splash.restored(x, *how)
 
     def prefill(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """The text alone, [C, T, D]; also returns its keys and values, each [C, H, T, K]."""
@@ -186,9 +189,13 @@ class Attention(nn.Module):
 
     def refine(self, x: jax.Array, text) -> jax.Array:
         """All image positions, [C·n, N, D], against each other and their caption's (keys, values)."""
-        q, k, v = self._heads(x, self._angles(slice(self.layout.text_length, None)))
-        rows = lambda y: jnp.repeat(y.swapaxes(1, 2), x.shape[0] // y.shape[0], axis=0)
-        return self.out(attend_image(q, k, v, *map(rows, text), self.pattern, self.layout))
+        how, t = (self.pattern, self.layout), self.layout.text_length
+        text = [jnp.repeat(y.swapaxes(1, 2), x.shape[0] // y.shape[0], axis=0) for y in text]
+        if not splash.use_splash(self.options.attention_kernel, self.pattern):
+            return self.out(attend_image(*self._heads(x, self._angles(slice(t, None))), *text, *how))
+        q, *kv = self._heads(splash.ordered(x, *how), self._angles(splash.order(*how)[t:]))
+        k, v = (jnp.concatenate(both, axis=1) for both in zip(text, kv))
+        return splash.restored(self.out(splash.attend(q, k, v, *how)), *how)
 
     def step(self, x: jax.Array, text, cache, position: jax.Array):
         """One image position, [C·n, D], against its caption's (keys, values) and its cache, which it joins."""

@@ -1,0 +1,127 @@
+"""Attention of one layer on a TPU v5p, by the TPU compiler: splash attention beside the structured XLA path.
+
+No TPU is needed, but `libtpu` is (pip install -e '.[tpu]'). Forward and backward of the layer (projections included) at
+the paper's size on one chip: 4 examples of 256 + 1,024 tokens, 62 heads of 64, bfloat16.
+
+The compiler's figures: flops, bytes_accessed, temporaries_mb, and compiler_ms, its lower bound from both. It knows
+nothing of what happens inside the splash kernels, so they are counted apart: kernels_ms comes from the instructions
+that the compiler scheduled for them. A grid step costs so many cycles in any case, more where its block is filled, and
+at both ends of a row of blocks; waiting for memory is not in it. The forward kernel shares the heads between the chip's
+two cores, the backward ones run on one. total_ms = compiler_ms + kernels_ms.
+"""
+
+import glob
+import os
+import re
+import sys
+import tempfile
+
+FOLDER = tempfile.TemporaryDirectory(prefix="llo_")  # deleted when the process ends
+os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={FOLDER.name} --xla_jf_dump_llo_text=true"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # what is not compiled leaves no schedule
+os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+
+import _measure as m  # noqa: E402  (first of all that imports jax: it limits the threads)
+import flax.linen as nn  # noqa: E402
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+from jax.experimental import topologies  # noqa: E402
+
+from dalle_jax import parallel  # noqa: E402
+from dalle_jax.layout import TokenLayout  # noqa: E402
+from dalle_jax.models import splash  # noqa: E402
+from dalle_jax.models.attention import Bidirectional, Column, Convolutional, Full, Row  # noqa: E402
+from dalle_jax.models.transformer import Attention, TransformerOptions  # noqa: E402
+
+PATTERNS = {
+    "row": Row(), "column": Column(), "convolutional": Convolutional(11), "full": Full(),
+    "bidirectional": Bidirectional(),
+}  # fmt: skip
+CORES, CLOCK = 2, 1.75e9  # v5p: 459e12 bfloat16 operations a second = 2 cores x 4 units x 128 x 128 x 2 x CLOCK
+KERNELS = {"fwd": CORES, "dq": 1, "dkv": 1}  # and how many cores share its heads
+
+
+def run(pattern, kernel: str, runs: int, smoke: bool) -> dict:
+    layout = TokenLayout(text_vocab=16_384, image_vocab=8192, text_length=256, height=32, width=32)
+    heads, batch = (2, 1) if smoke else (62, 4)
+    options = TransformerOptions(width=64 * heads, depth=64, heads=heads, attention_kernel=kernel)
+    layer = Attention(options, layout, pattern)
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
+    mesh = parallel.make_mesh(data=1, devices=devices[:1])
+
+    def step(params, x, cotangent):
+        out, back = jax.vjp(layer.apply, params, x)
+        return out, back(cotangent)
+
+    with parallel.on_mesh(mesh):
+        whole = parallel.replicated(mesh)
+        x = jax.ShapeDtypeStruct((batch, layout.length, options.width), jnp.bfloat16, sharding=whole)
+        params = nn.meta.unbox(jax.eval_shape(layer.init, jax.random.key(0), x))
+        params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=whole), params)
+        program, compile_s = m.compiled(jax.jit(step), params, x, x)
+    cost = program.cost_analysis()
+    line = {
+        "flops": cost["flops"],
+        "bytes_accessed": cost["bytes accessed"],
+        "temporaries_mb": round(program.memory_analysis().temp_size_in_bytes / 2**20),
+        "compiler_ms": round(1e3 * cost["optimal_seconds"], 2),
+        "compile_s": round(compile_s, 1),
+    }
+    kernels = kernel_ms(pattern, layout, batch * heads) if kernel == "splash" else {}
+    total = line["compiler_ms"] + sum(kernels.get("kernels_ms", {}).values())
+    shape = {"batch": batch, "heads": heads, "head_dim": 64, "text": 256, "image_tokens": [32, 32], "dtype": "bfloat16"}
+    return line | kernels | {"total_ms": round(total, 2), "topology": "v5p, one chip", "shape": shape}
+
+
+def kernel_ms(pattern, layout: TokenLayout, heads: int) -> dict:
+    """What the compiled kernels take, by their scheduled instructions."""
+    mask = splash.kernel_mask(pattern, layout, layout.length)
+    block = splash.block_size(mask)
+    filled = splash.filled_blocks(mask, block)
+    milliseconds, cycles = {}, {}
+    for name, cores in KERNELS.items():
+        start, row, body = cycles[name] = scheduled(name)
+        rows = filled.sum(0 if name == "dkv" else 1)  # filled blocks of each; the longest makes the grid's width
+        per_head = len(rows) * (rows.max() * start + row) + rows.sum() * body
+        milliseconds[name] = round(float(1e3 * heads * per_head / cores / CLOCK), 2)
+    return {
+        "block": block,
+        "filled_blocks": [int(filled.sum()), filled.size],
+        "cycles": {name: dict(zip(("step", "row", "block"), found)) for name, found in cycles.items()},
+        "kernels_ms": milliseconds,
+    }
+
+
+def scheduled(name: str) -> tuple[int, int, int]:
+    """Instructions of a kernel: of each grid step, of a row of blocks beside that, and of a filled block beside that.
+
+    Its schedule is one loop over the grid, with three conditional regions: what begins a row, what computes a block,
+    what ends a row.
+    """
+    (file,) = (
+        f for f in glob.glob(f"{FOLDER.name}/*splash_mha_{name}_*final_bundles.txt") if "schedule-analysis" not in f
+    )
+    loop, starts, branches = None, {}, []
+    with open(file) as lines:
+        for line in lines:
+            if not (found := re.match(r"\s*0x([0-9a-f]+)\s+(LB)?", line)):
+                continue
+            address = int(found[1], 16)
+            loop = address if found[2] and loop is None else loop
+            for region in re.findall(r"[Ss]tart(?:/End empty)? region (\d+)", line):
+                starts.setdefault(region, address)
+            branches += [(address, region) for region in re.findall(r"target = \$region(\d+)", line)]
+    inside = [(at, starts.get(region, 0) - at) for at, region in branches if at > loop]
+    length = inside[-1][0] - loop  # the last branch closes the loop
+    begin, body, end = [skipped for _, skipped in inside if 24 < skipped < 0.8 * length]
+    return length - begin - body - end, begin + end, body
+
+
+CASES = {
+    f"{name}_{kernel}": lambda runs, smoke, pattern=pattern, kernel=kernel: run(pattern, kernel, runs, smoke)
+    for name, pattern in PATTERNS.items()
+    for kernel in ("xla", "splash")
+}
+
+if __name__ == "__main__":
+    sys.exit(m.main(__file__, CASES))
