@@ -36,7 +36,6 @@ CONNECT_SECONDS = 300
 LOST_HOST_SECONDS = 60
 _TURN_SECONDS = 24 * 3600  # for what the first host makes alone; should it die, the others hear of it much earlier
 _FLAGS = ("coordinator_address", "num_processes", "process_id")
-_turns = itertools.count()
 _lost_host_seconds = LOST_HOST_SECONDS
 
 
@@ -197,7 +196,8 @@ def first_host_first(what: str) -> Iterator[None]:
     """Context that the first host passes through alone; the others enter when it has left.
 
     For what is made once and then found: in a directory that hosts share the others find it made, on disks of their
-    own each makes it.  Every host has to come here equally often.
+    own each makes it.  Every host has to come here equally often; inside of another such context, where a host may have
+    nothing to make, it does nothing.
 
     Args:
       what: is made, for messages.
@@ -205,37 +205,52 @@ def first_host_first(what: str) -> Iterator[None]:
     Raises:
       UserError: on the others, where the first one failed.
     """
-    if not jax.distributed.is_initialized():
+    if _turns.inside or not jax.distributed.is_initialized():
         yield
         return
-    if is_first():
-        try:
-            yield
-        except BaseException as error:
-            _tell(what, f"{type(error).__name__}: {error}")
-            raise
-        _tell(what, None)
-    elif failure := _ask(what):
+    turn = next(_turns.numbers)
+    if not is_first() and (failure := _ask(turn, what)):
         raise UserError(f"The first host could not make {what}: {failure}")
-    else:
+    failure, _turns.inside = None, True
+    try:
         yield
+    except BaseException as error:
+        failure = f"{type(error).__name__}: {error}"
+        raise
+    finally:
+        _turns.inside = False
+        if is_first():
+            _tell(turn, what, failure)
 
 
-def first_host_says(value: Any) -> Any:
+def first_host_says(what: str, value: Any) -> Any:
     """The first host's `value` (plain JSON), on every host.  Every host has to come here equally often."""
     if not jax.distributed.is_initialized():
         return value
+    turn = next(_turns.numbers)
     if is_first():
-        _tell("value", value)
+        _tell(turn, what, value)
         return value
-    return _ask("value")
+    return _ask(turn, what)
 
 
-def _tell(what: str, value: Any) -> None:
-    key = f"dalle_jax/{next(_turns)}/{what}"
-    _jax_distributed.global_state.client.key_value_set(key, json.dumps(value))
+class _Turns:
+    """Where this host stands among the things that hosts do one after the other."""
+
+    numbers = itertools.count()
+    inside = False
 
 
-def _ask(what: str) -> Any:
-    key = f"dalle_jax/{next(_turns)}/{what}"
-    return json.loads(_jax_distributed.global_state.client.blocking_key_value_get(key, _TURN_SECONDS * 1000))
+_turns = _Turns()
+
+
+def _tell(turn: int, what: str, value: Any) -> None:
+    _jax_distributed.global_state.client.key_value_set(f"dalle_jax/{turn}", json.dumps([what, value]))
+
+
+def _ask(turn: int, what: str) -> Any:
+    client = _jax_distributed.global_state.client
+    told, value = json.loads(client.blocking_key_value_get(f"dalle_jax/{turn}", _TURN_SECONDS * 1000))
+    if told != what:
+        raise RuntimeError(f"Hosts are out of step: the first one is at {told!r}, this one at {what!r}.")
+    return value

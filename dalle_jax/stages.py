@@ -31,10 +31,10 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
         config = config.copy_and_resolve_references()
         config.tokenizer_from = config.tokenizer_from or config.start_from
         config.text.path = config.text.path or str(workdirs.text_model_path(config.start_from))
-    if "tokenizer" in config and not distributed.first_host_says(workdirs.has_tokenizer(workdir)):
+    if "tokenizer" in config and not distributed.first_host_says("has a tokenizer", workdirs.has_tokenizer(workdir)):
         source = config.tokenizer_from or config.tokenizer.workdir
         trained = config.tokenizer_from or workdirs.is_complete(source, config.tokenizer)
-        if not distributed.first_host_says(bool(trained)):
+        if not distributed.first_host_says("tokenizer is trained", bool(trained)):
             logging.info("%s needs an image tokenizer, and %s holds none yet: training it first.", workdir, source)
             run(config.tokenizer, source)
         tokenizer, params = workdirs.load_tokenizer(source)
