@@ -8,6 +8,7 @@ comes before JAX's own end of the others (`distributed.LOST_HOST_SECONDS`), whic
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -55,36 +56,45 @@ class Watchdog:
         self._me = jax.process_index()
         self._others = [index for index in range(jax.process_count()) if index != self._me]
         self._steps = 0
+        self._heard: dict[int, str | None] = dict.fromkeys(self._others)
         self._leaving = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        # Two threads, because talking to a first host that is gone may itself wait for ever.
+        self._threads = [
+            threading.Thread(target=target, name="watchdog", daemon=True) for target in (self._talk, self._watch)
+        ]
 
     def __enter__(self) -> Self:
         if self._others:
-            self._tell(str(next(_beats)))
-            self._thread.start()
+            for thread in self._threads:
+                thread.start()
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        if self._others:
-            self._leaving.set()
-            self._thread.join(self._interval)  # not for ever: the store may be gone
+    def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        self._leaving.set()
+        if self._others and error is None:
+            for thread in self._threads:
+                thread.join(self._interval)  # no longer: the first host may be gone by now
 
     def gets_on(self) -> None:
         """To be called whenever something has been done: a step, a batch of an evaluation, a checkpoint."""
         self._steps += 1
 
+    def _talk(self) -> None:
+        while True:
+            self._tell(str(next(_beats)))
+            for index in self._others:
+                self._heard[index] = self._ask(index)
+            if self._leaving.wait(self._interval):
+                break
+        self._tell(_LEFT)
+
     def _watch(self) -> None:
         # Time is counted in intervals that this thread lived through: a machine that was asleep is not at fault.
-        heard: dict[int, str | None] = dict.fromkeys(self._others)
-        silent = dict.fromkeys(self._others, 0.0)
+        heard, silent = dict(self._heard), dict.fromkeys(self._others, 0.0)
         steps, stuck = self._steps, 0.0
         while not self._leaving.wait(self._interval):
-            try:
-                self._tell(str(next(_beats)))
-            except jax.errors.JaxRuntimeError:
-                pass  # the first host keeps the store: it is silent too
             for index in self._others:
-                beat = self._ask(index, heard[index])
+                beat = self._heard[index]
                 if beat == heard[index] not in (None, _LEFT):  # whoever never spoke may still be making its data
                     silent[index] += self._interval
                 else:
@@ -101,19 +111,17 @@ class Watchdog:
                     f"Nothing got on for {stuck:.0f} s (config.timeout_seconds.step), though all hosts are there: a "
                     f"device or the network between hosts is stuck, or the time is too short. {_GO_ON}", 1
                 )  # fmt: skip
-        try:
-            self._tell(_LEFT)
-        except jax.errors.JaxRuntimeError:
-            pass
 
     def _tell(self, beat: str) -> None:
-        _jax_distributed.global_state.client.key_value_set(f"dalle_jax/alive/{self._me}", beat, allow_overwrite=True)
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first host keeps the store: it is silent too
+            client = _jax_distributed.global_state.client
+            client.key_value_set(f"dalle_jax/alive/{self._me}", beat, allow_overwrite=True)
 
-    def _ask(self, index: int, last: str | None) -> str | None:
+    def _ask(self, index: int) -> str | None:
         try:
             return _jax_distributed.global_state.client.key_value_try_get(f"dalle_jax/alive/{index}")
         except jax.errors.JaxRuntimeError:  # it has not spoken yet, or the store is gone with the first host
-            return last
+            return self._heard[index]
 
 
 def lost_host(error: BaseException) -> str | None:

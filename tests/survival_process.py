@@ -8,6 +8,7 @@ It prints "logged" after every step, and does to itself what $FAULT says:
     file_events:N     SIGKILL at the N-th time that a file below `checkpoints` is opened for writing, made, renamed or
                       removed
     poison:K          the loss is not a number from step K on
+    slow:             a third of a second for each step
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ import os
 import signal
 import sys
 import threading
+import time
 
 sys.modules["torch"] = None  # tensorboardX would import it: half of the time that a process takes to start
 
@@ -46,6 +48,7 @@ class Stalling:
 
 def logged():
     print("logged", flush=True)
+    time.sleep(0.3 if FAULT == "slow" else 0.0)
     return {}
 
 
