@@ -80,7 +80,7 @@ def undisturbed(tmp_path_factory):
     return workdir
 
 
-# -- SIGKILL --------------------------------------------------------------------------------------------------------
+# -- SIGKILL -----------------------------------------------------------------------------------------------------------
 
 
 def killed_again_and_again(undisturbed, workdir, moments):
@@ -129,7 +129,7 @@ def test_killed_at_any_time(undisturbed, tmp_path):
     assert_same_end(tmp_path, undisturbed)
 
 
-# -- damaged checkpoints ----------------------------------------------------------------------------------------------
+# -- damaged checkpoints -----------------------------------------------------------------------------------------------
 
 
 def truncate(path):
@@ -168,6 +168,7 @@ def test_damaged_newest(undisturbed, tmp_path, harm, item, file):
     assert_same_end(tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_all_damaged(undisturbed, tmp_path):
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     for path in (tmp_path / "checkpoints").glob("*/params/d/*"):
@@ -178,7 +179,7 @@ def test_all_damaged(undisturbed, tmp_path):
     assert sorted(os.listdir(tmp_path / "checkpoints")) == before
 
 
-# -- numbers, data ------------------------------------------------------------------------------------------------------
+# -- numbers, data -----------------------------------------------------------------------------------------------------
 
 
 def test_numbers_gone_bad(undisturbed, tmp_path):
@@ -202,7 +203,7 @@ def test_stuck_data(tmp_path):
     assert complete_steps(tmp_path)[:1] == [3]
 
 
-# -- several hosts --------------------------------------------------------------------------------------------------------
+# -- several hosts -----------------------------------------------------------------------------------------------------
 
 
 def stop_one(workdir, which):
