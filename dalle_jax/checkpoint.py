@@ -3,8 +3,9 @@
     <workdir>/checkpoints/<step>/{params,ema,rest,data,config,checksums}
 
 Parameters and average are items of their own, so that generation reads one of them and nothing else.  Writing is
-asynchronous and atomic (orbax writes to a temporary folder and renames it), so that a crash or a full disk never
-damages what is there.  A checkpoint can be read onto another mesh and by another number of hosts.
+asynchronous and atomic (orbax writes to a temporary folder and renames it; on object storage, it writes a mark when the
+rest is there), so that a crash or a full disk never damages what is there.  A checkpoint can be read onto another mesh
+and by another number of hosts.
 
 What was damaged later (truncated, lost or changed files) is found when it is read: the checkpoint is named in a warning
 and the one before it is used.  A training moves it aside, to `<step>.damaged`, and goes on.

@@ -46,13 +46,23 @@ def make_workdir(workdir: epath.PathLike) -> str:
       ConfigError: where it cannot be made; on object storage, also where there is no such bucket, or no access to it.
     """
     path = epath.Path(workdir).expanduser()
-    try:
+    with access(workdir):
         if is_remote(path):
             scheme, _, bucket = str(path).split("/")[:3]
             if not epath.Path(f"{scheme}//{bucket}").exists():
                 raise FileNotFoundError(2, f"there is no bucket {bucket!r}, or no access to it")
         path.mkdir(parents=True, exist_ok=True)
+    return str(path)
+
+
+@contextmanager
+def access(workdir: epath.PathLike) -> Iterator[None]:
+    """Context of the first use of a workdir: what the storage raises becomes a `ConfigError`."""
+    try:
+        yield
     except ImportError as error:
+        if not is_remote(workdir):
+            raise
         raise ConfigError(
             f"Cannot use {str(workdir)!r} as the workdir: {error}. Install what it needs: pip install 'dalle_jax[gcs]'."
         ) from error
@@ -62,7 +72,6 @@ def make_workdir(workdir: epath.PathLike) -> str:
         raise ConfigError(
             f"Cannot use {str(workdir)!r} as the workdir: {_told(error)}. Give another --workdir."
         ) from error
-    return str(path)
 
 
 def write_whole(path: epath.PathLike, content: bytes) -> None:
@@ -150,10 +159,16 @@ class Mirror:
                 self._temporary.cleanup()
 
 
-def _of_storage(error: Exception) -> bool:
-    return isinstance(error, OSError) or type(error).__module__.split(".")[0] in _CLIENTS
+def remote_cause(error: BaseException) -> str | None:
+    """What a client of object storage says is wrong, in one line; None for an error of another kind."""
+    plain = type(error) is OSError and error.errno is None  # gcsfs raises these for what a server refuses
+    return _told(error) if plain or type(error).__module__.split(".")[0] in _CLIENTS else None
 
 
-def _told(error: Exception) -> str:
+def _of_storage(error: BaseException) -> bool:
+    return isinstance(error, OSError) or remote_cause(error) is not None
+
+
+def _told(error: BaseException) -> str:
     """What went wrong, in one line."""
     return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 
+from dalle_jax import storage
+
 import jax
 
 
@@ -15,6 +17,8 @@ def storage_cause(error: BaseException | None) -> str | None:
         "Disk quota exceeded": "disk quota exceeded",
         "File too large": "file too large for this file system or its limits",
         "Permission denied": "permission denied",
+        "PERMISSION_DENIED": "permission denied",
+        "UNAUTHENTICATED": "no valid credentials",
         "Read-only file system": "read-only file system",
         "UNAVAILABLE": "the storage cannot be reached",
         "DEADLINE_EXCEEDED": "the storage does not answer in time",
@@ -31,6 +35,8 @@ def storage_cause(error: BaseException | None) -> str | None:
             errno.EROFS,
         ):
             return (error.strerror or str(error)).lower()
+        if cause := storage.remote_cause(error):
+            return cause
         for text, meaning in texts.items():
             if text.lower() in str(error).lower():
                 return meaning

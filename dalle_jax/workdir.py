@@ -22,7 +22,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from dalle_jax import distributed
+from dalle_jax import distributed, storage
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import CheckpointError, ConfigError
@@ -41,9 +41,12 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
 
     Raises:
       CheckpointError: where `workdir` is not the directory of a training.
+      ConfigError: where its storage cannot be reached.
     """
     path = _path(workdir, "config.json")
-    if not path.exists():
+    with storage.access(workdir):
+        there = path.exists()
+    if not there:
         raise CheckpointError(
             f"{workdir} is not the workdir of a training: it has no config.json. Train first "
             "(python -m dalle_jax.main --config=configs/prior.py), or check the path."

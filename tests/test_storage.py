@@ -14,9 +14,11 @@ from object_storage import emulated_bucket, names
 from tiny_job import tiny_config, tiny_job
 
 from dalle_jax import storage
-from dalle_jax.errors import ConfigError, UserError
+from dalle_jax.checkpoint import Checkpoints
+from dalle_jax.errors import CheckpointError, ConfigError, UserError
 from dalle_jax.metric_writer import MetricWriter, read_metrics
 from dalle_jax.train import train
+from dalle_jax.workdir import read_config
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +47,22 @@ def test_a_workdir_has_to_be_within_reach(bucket, monkeypatch):
         raise ImportError("Install gcsfs to access Google Storage")
 
     monkeypatch.setattr("etils.epath.backend._FileSystemSpecBackend.fs", missing)
-    with pytest.raises(ConfigError, match=r"Install gcsfs.*pip install 'dalle_jax\[gcs\]'"):
-        storage.make_workdir("gs://bucket/run")
+    for first_use in (storage.make_workdir, read_config):
+        with pytest.raises(ConfigError, match=r"Install gcsfs.*pip install 'dalle_jax\[gcs\]'"):
+            first_use("gs://bucket/run")
+
+
+def test_a_refusal_names_its_reason(bucket, monkeypatch):
+    def refused(*_, **__):
+        raise OSError("Forbidden: https://storage.googleapis.com/…")  # as gcsfs raises it
+
+    with monkeypatch.context() as patch:
+        patch.setattr("etils.epath.backend._FileSystemSpecBackend.exists", refused)
+        with pytest.raises(ConfigError, match="Cannot use 'gs://bucket/run'.*Forbidden"):
+            storage.make_workdir("gs://bucket/run")
+    monkeypatch.setattr("orbax.checkpoint.CheckpointManager", refused)
+    with pytest.raises(CheckpointError, match="Cannot open checkpoints in gs://bucket/run/checkpoints: Forbidden"):
+        Checkpoints("gs://bucket/run")
 
 
 def test_whole_files(bucket, tmp_path):
@@ -107,6 +123,28 @@ def test_metrics_and_pictures_reach_the_bucket(bucket, monkeypatch):
     assert [line["step"] for line in read_metrics(workdir)] == [1, 2]
     kinds = {name.split("/")[0] for name in names(epath.Path(workdir))}
     assert kinds == {"metrics.jsonl", "samples", "tensorboard"}
+
+
+def test_metrics_are_in_the_bucket_before_a_checkpoint(bucket, monkeypatch):
+    """A run that is killed right after a checkpoint goes on from it with every line up to it."""
+    seen = {}
+    workdir = str(bucket / "before")
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, *_: seen.update({step: len(read_metrics(workdir))}))
+    config = tiny_config(steps=4, cadence__eval=0, cadence__checkpoint=2)
+    train(config, workdir, tiny_job(config))
+    assert seen == {2: 2, 4: 5}  # the last step is evaluated, too
+
+
+def test_event_files_stay_small(tmp_path, monkeypatch):
+    """TensorBoard reads them in the order of their names."""
+    monkeypatch.setattr("dalle_jax.metric_writer._LARGEST_EVENT_FILE", 100)
+    writer = MetricWriter(str(tmp_path))
+    for step in range(9):
+        writer.scalars(step, {f"train/{'a' * 50}": 1.0})
+    writer.close()
+    files = sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.name)
+    assert 3 < len(files) < 9 and all(path.stat().st_size < 500 for path in files)
+    assert [path.name[-4:] for path in files] == [f"{i:04d}" for i in range(len(files))]
 
 
 # -- whole runs, in processes of their own ------------------------------------------------------------------------
