@@ -122,7 +122,8 @@ class Program:
         self.unknown_loops: list[str] = []
         self._times: dict[str, int] = collections.Counter()
         self._loops: dict[str, bool] = {}
-        self._inside: set[str] = set()  # of fusions: their values have no memory of their own
+        self._inside: set[str] = set()  # of fusions and asynchronous calls: counted with the instruction that calls
+        self._beside: dict[str, bool] = {}  # of these: whether what they exchange has other work beside it
         self._visit(self._entry, 1, False)
 
     def _visit(self, name: str, times: int, in_loop: bool) -> None:
@@ -139,8 +140,10 @@ class Program:
                     self._visit(inner, times * count, True)
             elif one.opcode in ("fusion", "call", "conditional", "async-start"):
                 for inner in called:
-                    if one.opcode == "fusion":
+                    if one.opcode in ("fusion", "async-start"):
                         self._inside.add(inner)
+                        works = any(x.opcode in ("dot", "convolution") for x in self._computations[inner].values())
+                        self._beside[inner] = works or self._overlapped(name, one)
                     self._visit(inner, times, in_loop)
 
     @functools.cached_property
@@ -243,7 +246,10 @@ class Program:
         return tuple(found)
 
     def _overlapped(self, name: str, one: Instruction) -> bool:
-        """Whether other work is scheduled between the start and the end of an asynchronous collective."""
+        """Whether other work is scheduled between the start and the end of an asynchronous collective, or within one
+        fusion with it."""
+        if self._beside.get(name):
+            return True
         if not one.opcode.endswith("-start"):
             return False
         order = list(self._computations[name].values())

@@ -22,15 +22,23 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """A training on a topology; `overrides` are those of `dalle_jax.compile`. A config's first is its default."""
+    """A training on a topology. A config's first one is its default: without overrides.
+
+    Attributes:
+      target: config file and variant.
+      topology: see `dalle_jax.topologies`.
+      overrides: see `dalle_jax.compile`.
+      in_ci: whether .ci/run compiles it.
+    """
 
     target: str
     topology: str
     overrides: str = ""
+    in_ci: bool = False
 
 
 PODS = (
-    Pod("prior.py:paper", "v5p:4x4x8"),
+    Pod("prior.py:paper", "v5p:4x4x8", in_ci=True),
     Pod("prior.py:paper", "v5e:16x16", "mesh.data=2"),
     Pod("prior.py:paper", "v6e:16x16", "mesh.data=2"),
     Pod("prior.py:5.6b", "v5p:4x4x4"),
@@ -39,13 +47,13 @@ PODS = (
     Pod("prior.py:2.8b", "v5p:4x4x4"),
     Pod("prior.py:2.8b", "v5e:8x16"),
     Pod("prior.py:2.8b", "v6e:8x8"),
-    Pod("maskgit.py:3b", "v5p:4x4x4"),
+    Pod("maskgit.py:3b", "v5p:4x4x4", in_ci=True),
     Pod("maskgit.py:3b", "v5e:8x8"),
     Pod("maskgit.py:3b", "v6e:8x8"),
-    Pod("maskgit.py:paper", "v5e:4x4"),
+    Pod("maskgit.py:paper", "v5e:4x4", in_ci=True),
     Pod("maskgit.py:paper", "v5p:2x2x2"),
     Pod("maskgit.py:paper", "v6e:2x4"),
-    Pod("dvae.py:paper", "v5e:8x8"),
+    Pod("dvae.py:paper", "v5e:8x8", in_ci=True),
     Pod("dvae.py:paper", "v5p:2x4x4"),
     Pod("dvae.py:paper", "v6e:8x8"),
     Pod("clip.py:vit_b32", "v5e:16x16"),

@@ -87,6 +87,26 @@ def test_overlapped_means_work_between_start_and_end():
     assert not gather.overlapped
 
 
+def test_exchanges_within_asynchronous_calls_and_fusions():
+    """The compiler's other two ways to write what it overlaps."""
+    gather = "  ROOT %g = f32[16,4]{1,0} all-gather(%q), replica_groups={{0,1},{2,3}}, dimensions={0}\n}\n"
+    wrapped = "%wrapped (q: f32[8,4]) -> f32[16,4] {\n  %q = f32[8,4]{1,0} parameter(0)\n" + gather
+    start = next(line for line in TEXT.splitlines() if "%start =" in line)
+    call = "  %start = ((f32[8,4]{1,0}), f32[16,4]{1,0}, u32[]) async-start(%w), calls=%wrapped"
+    text = (
+        TEXT.replace("%add (a", f"{wrapped}\n%add (a", 1).replace(start, call).replace("all-gather-done", "async-done")
+    )
+    found = next(c for c in Program(text).collectives if c.kind == "all-gather")
+    assert (found.times, found.bytes, found.in_loop, found.overlapped) == (10, 256, True, True)
+
+    fused = call.replace("((f32[8,4]{1,0}), f32[16,4]{1,0}, u32[]) async-start", "f32[16,4]{1,0} fusion")
+    alone = text.replace(call, fused).replace("async-done(%start)", "copy(%start)")
+    assert not next(c for c in Program(alone).collectives if c.kind == "all-gather").overlapped
+    product = "  %p = f32[8,8]{1,0} dot(%q, %q), lhs_contracting_dims={1}, rhs_contracting_dims={1}\n" + gather
+    found = next(c for c in Program(alone.replace(gather, product)).collectives if c.kind == "all-gather")
+    assert found.overlapped
+
+
 def test_memory_traffic():
     work = {one.name: one for one in Program(TEXT).work}
     assert work["w"].bytes == 2 * 8 * 4 * 4 + 4  # the slice of the stack read, written; and the index
