@@ -7,7 +7,7 @@ the chip's own memory. A pattern's mask is the truth here too:
     and a column layer as sparse as a row layer (in raster order each of its blocks holds something). The layer's
     states are put in that order before they become queries, keys and values: one array, with long rows;
   * the stream is filled up to whole blocks. Nobody reads what was added; what was added reads what the last query
-    reads, so that its softmax is finite, and no block is computed for it alone;
+    reads, so that it has something to read and no block is computed for it alone;
   * on a mesh each device computes its rows and its heads, as the rules of `parallel.py` lay them out.
 
 Anywhere but on a TPU the kernel is interpreted: slow, the same numbers, for tests.
@@ -93,9 +93,10 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, layout: T
 
 # -- order and blocks ---------------------------------------------------------------------------------------------
 
-# Side of a block: cycles that the compiler schedules on a v5p for the three kernels (forward, dq, dk and dv) together
-# (bfloat16, K = 64; experiments/benchmarks/attention_tpu.py): for a block of the grid in any case, for one that is not
-# empty beside that, and for a row of blocks. Small blocks skip more, but cost twice as much for the same area.
+# Side of a block: instructions that the compiler schedules on a v5p, forward and backward (three kernels together,
+# bfloat16, K = 64; see experiments/benchmarks/attention_tpu.py): for any block of the grid, for one that is not empty
+# beside that, and for a row of blocks. Small blocks skip more, but cost up to two and a half times as much for the same
+# area: at the paper's size, four blocks of 640 of which one is empty cost less than 25 of 256 of which half are.
 CYCLES = {128: (740, 728, 353), 256: (730, 1757, 681), 512: (816, 4560, 1316), 640: (827, 7299, 1632)}
 
 

@@ -74,7 +74,7 @@ def assert_close(ours, expected, **tolerance):
 # -- the numbers --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("pattern, layout", CASES, ids=lambda x: getattr(x, "length", x))
+@pytest.mark.parametrize("pattern, layout", CASES, ids=lambda x: str(getattr(x, "length", x)))
 def test_equals_the_reference_forward_and_backward(small_blocks, pattern, layout):
     given = drawn(layout)
     ours = jax.jit(lambda *x: with_gradients(lambda *y: in_stream_order(*y, pattern, layout), *x))(*given)
@@ -208,15 +208,24 @@ def test_a_trunk_of_it_equals_one_of_the_xla_path():
 
 
 @pytest.mark.parametrize("pattern", [Bidirectional(), Column()], ids=str)
-def test_refining_equals_the_xla_path(pattern):
-    """All image positions beside cached text, two candidates a caption."""
-    t = LAYOUT.text_length
-    attention = lambda kernel: Attention(dataclasses.replace(OPTIONS, attention_kernel=kernel), LAYOUT, pattern)
-    params = parameters(attention("xla"), STATES)
-    text = attention("xla").apply(params, STATES[:, :t], method="prefill")[1]
-    image = jax.random.normal(jax.random.key(3), (4, LAYOUT.image_length, 16))
-    run = lambda kernel: jax.jit(functools.partial(attention(kernel).apply, method="refine"))(params, image, text)
-    np.testing.assert_allclose(run("splash"), run("xla"), atol=2e-5)
+def test_a_layer_of_it_equals_one_of_the_xla_path(small_blocks, pattern):
+    """The whole stream; and all image positions beside cached text, two candidates a caption. Columns stand together:
+    rotary angles must follow."""
+    layout, t = LAYOUTS[2], LAYOUTS[2].text_length
+    attention = lambda kernel: Attention(dataclasses.replace(OPTIONS, attention_kernel=kernel), layout, pattern)
+    x = jax.random.normal(jax.random.key(7), (2, layout.length, 16))
+    image = jax.random.normal(jax.random.key(3), (4, layout.image_length, 16))
+    params = parameters(attention("xla"), x)
+    text = attention("xla").apply(params, x[:, :t], method="prefill")[1]
+    assert (np.diff(splash.order(pattern, layout)) != 1).any() == (pattern == Column())
+
+    def run(kernel):
+        layer = attention(kernel)
+        both = lambda params: (layer.apply(params, x), layer.apply(params, image, text, method="refine"))
+        return jax.jit(both)(params)
+
+    for a, b in zip(run("splash"), run("xla")):
+        np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 # -- which is taken -----------------------------------------------------------------------------------------------
