@@ -294,3 +294,23 @@ def test_compiles_for_a_tpu_at_the_papers_size(tpu_mesh, pattern):
     assert "all-" not in text and "collective" not in text, "each device computes by itself"
     scores = 4 * 4 * PAPER.length**2 * 4  # what a dense softmax would keep, in bytes
     assert program.memory_analysis().temp_size_in_bytes < scores
+
+
+def test_a_sharded_trunk_compiles_for_a_tpu(tpu_mesh):
+    """With "auto", on a machine without one: scanned, rematerialised, parameters, batch and heads split."""
+    options = TransformerOptions(width=256, depth=4, heads=4, remat="full")
+    layout = layout_of(64, 8, 8)
+    trunk = Trunk(options, layout, (Row(), Column(), Row(), Column()))
+    with parallel.on_mesh(tpu_mesh), jax.default_matmul_precision("default"):
+        shape = (4, layout.length, options.width)
+        x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=parallel.batch_sharding(tpu_mesh))
+        boxed = jax.eval_shape(lambda: trunk.init(jax.random.key(0), jnp.zeros(shape, jnp.bfloat16), False))
+        params = jax.eval_shape(lambda: nn.meta.unbox(boxed_like(boxed)))
+        params = parallel.abstract(params, parallel.shardings_of(boxed, tpu_mesh))
+        loss = lambda params, x: jnp.square(trunk.apply(params, x, True).astype(jnp.float32)).mean()
+        text = jax.jit(jax.grad(loss)).lower(params, x).compile().as_text()
+    assert "splash_mha_fwd" in text and "splash_mha_dkv" in text
+
+
+def boxed_like(boxed):
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), boxed)

@@ -259,6 +259,7 @@ def test_dropout_acts_in_training_only(params, plain):
         ({"activation": "relu"}, "model.activation is 'relu'; expected one of gelu, gelu_tanh, geglu, swiglu"),
         ({"positions": "none"}, "model.positions is 'none'; expected one of learned, rotary"),
         ({"remat": "some"}, "model.remat is 'some'; expected one of none, full, dots"),
+        ({"attention_kernel": "flash"}, "model.attention_kernel is 'flash'; expected one of auto, xla, splash"),
         ({"heads": 3}, "width 16 is not a multiple of heads 3"),
         ({"positions": "rotary", "head_dim": 6}, "divisible by 4, not 6"),
     ],
