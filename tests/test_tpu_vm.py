@@ -292,6 +292,14 @@ def test_resume_gives_up_a_training_that_fails(fake):
     assert fake.calls() == [*ASK, *LAUNCH, *ASK, *LAUNCH, *ASK, "tail -n 20 dalle_jax_run/log"]
 
 
+def test_resume_launches_whole_or_again(fake):
+    """Where the installation fails (the TPU may be on its way out), nothing is started; the next look begins anew."""
+    fake.answers(describe=["READY"] * 3, ssh=["worker.sh: none", "worker.sh: none", DONE], worker=["!no network"])
+    status, said = resume(fake)
+    assert status == 0 and fake.exhausted() and "it could not be started now" in said, said
+    assert fake.calls() == [*ASK, *LAUNCH[:2], *ASK, *LAUNCH, *ASK]
+
+
 def test_resume_leaves_a_stopped_tpu_alone(fake):
     fake.answers(describe=["STOPPED"])
     status, said = resume(fake)
