@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 
-from dalle_jax import storage
-
 import jax
+
+from dalle_jax import storage
 
 
 def storage_cause(error: BaseException | None) -> str | None:
