@@ -223,6 +223,9 @@ def _check(config: ConfigDict, workdir: str) -> str:
             value = value[part]
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"config.{name}={value!r}: expected a whole number, at least 1.")
+    for name, seconds in config.timeout_seconds.items():
+        if not seconds > 0:
+            raise ConfigError(f"config.timeout_seconds.{name}={seconds!r}: expected seconds, more than 0.")
     if not workdir:
         raise ConfigError("No workdir: give --workdir=DIR or config.workdir, where the run keeps its files.")
     with distributed.first_host_first(f"the workdir {workdir}"):

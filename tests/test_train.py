@@ -234,6 +234,7 @@ def test_checkpoint_is_of_its_step(tmp_path, monkeypatch, donated):
         ({"steps": 0}, ConfigError, "config.steps=0"),
         ({"max_nonfinite": 0}, ConfigError, "config.max_nonfinite=0"),
         ({"cadence__log": 0}, ConfigError, "config.cadence.log=0"),
+        ({"timeout_seconds__data": 0.0}, ConfigError, "config.timeout_seconds.data=0.0"),
         ({"schedules__learning_rate__kind": "magic"}, ConfigError, "learning_rate.*'magic'"),
         ({"task": "unheard"}, ConfigError, r"config.task='unheard': expected one of clip, dvae, prior"),
     ],
