@@ -135,6 +135,20 @@ def test_metrics_are_in_the_bucket_before_a_checkpoint(bucket, monkeypatch):
     assert seen == {2: 2, 4: 5}  # the last step is evaluated, too
 
 
+@pytest.mark.slow
+def test_half_a_checkpoint_is_none(bucket):
+    """What a killed process left: objects without the mark that comes last.  The one before is taken, and goes on."""
+    workdir = str(bucket / "half")
+    run = lambda steps: train(config := tiny_config(steps=steps, cadence__checkpoint=1), workdir, tiny_job(config))
+    run(2)
+    (bucket / "half" / "checkpoints" / "2" / "commit_success.txt").unlink()
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        assert checkpoints.steps == [1]
+    assert int(run(3).step) == 3
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        assert checkpoints.latest_step == 3
+
+
 def test_event_files_stay_small(tmp_path, monkeypatch):
     """TensorBoard reads them in the order of their names."""
     monkeypatch.setattr("dalle_jax.metric_writer._LARGEST_EVENT_FILE", 100)
