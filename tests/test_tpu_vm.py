@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -256,6 +257,7 @@ def test_resume_from_the_queue(fake):
     )
     status, said = resume(fake, "--queued", "--spot")
     assert status == 0 and fake.exhausted(), said
+    assert "queued-resources delete pod --force --quiet" in commands(said), "the TPU goes with the request"
     queued = ["describe", "queued-resources describe"]
     assert fake.calls() == [
         *queued, "queued-resources delete", "queued-resources create", *queued, *queued, *ASK, *LAUNCH, *ASK,
@@ -428,9 +430,18 @@ def test_worker_saves_and_goes_on(worker):
     assert "goes on from there" in log.read_text()
     started(worker, "wait")
     assert worker("status") == "worker.sh: running", "what an earlier log said does not count"
+    assert not log.with_name("exit").exists(), "nor how it ended"
     started(worker, "wait")
     assert worker("status") == "worker.sh: running", "a start takes the place of what is running"
     assert "stopped at step 3" in log.with_name("log.before").read_text()
+
+
+def test_worker_when_the_machine_is_shut_down(worker):
+    """Everything gets SIGTERM then: the training saves, and how it ended is kept all the same."""
+    log = started(worker, "wait")
+    os.killpg(os.getpgid(int(log.with_name("pid").read_text())), signal.SIGTERM)
+    ended(worker)
+    assert worker("status") == "worker.sh: stopped"
 
 
 @pytest.mark.parametrize("status, words", [("0", "done"), ("1", "failed, status 1"), ("2", "failed, status 2")])
@@ -446,8 +457,11 @@ def test_worker_after_a_kill(worker):
     run = worker.home / "dalle_jax_run"
     (run / "exit").unlink()
     assert worker("status") == "worker.sh: killed", "with the machine: nobody was left to write how it ended"
-    (run / "pid").write_text(str(os.getpid()))
+    other = subprocess.Popen(["sleep", "60"])
+    (run / "pid").write_text(str(other.pid))
     assert worker("status") == "worker.sh: killed", "another process with its number is not the training"
+    other.kill()
+    other.wait()
 
 
 def test_worker_knows_what_the_loop_says():
