@@ -15,6 +15,11 @@ sentence each), the paper's 32x32 tokens and attention, and a width and length f
 captions each, seen 77 times, or 5,994 with ten, seen 213 times. A dVAE trained on more pictures than CUB's, the
 published one for instance, can stand in: `--config.tokenizer_from=DIR`.
 
+`paper`, `5.6b` and `2.8b` split parameters, average and optimizer over all chips (`mesh.fsdp=-1`), recompute
+activations in units of four layers, and keep Adam's first moment in bfloat16. They are meant for v5p:4x4x8 (`paper`:
+128 chips, 1.64 GiB of state on each) and v5p:4x4x4 (64 chips; 1.53 and 0.97 GiB). experiments/pods.py has v5e and v6e;
+configs/compile.py asks the TPU compiler. The widths can be split 128 ways at most: beyond that, `mesh.data=2`.
+
 Measured: shapes and emoji, see README.md and experiments/results/. Not yet measured: folder, coco, cub, 2.8b, 5.6b,
 paper.
 """
