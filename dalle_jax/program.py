@@ -133,9 +133,10 @@ class Program:
             called = _called(one)
             if one.opcode == "while":
                 trips = re.search(r'known_trip_count":\{"n":"(\d+)"', one.attributes)
-                if not trips:
+                count = int(trips[1]) if trips else self._limit(one)
+                if not count:
                     self.unknown_loops.append(one.name)
-                count = int(trips[1]) if trips else 1
+                    count = 1
                 for inner in called:
                     self._visit(inner, times * count, True)
             elif one.opcode in ("fusion", "call", "conditional", "async-start"):
@@ -145,6 +146,16 @@ class Program:
                         works = any(x.opcode in ("dot", "convolution") for x in self._computations[inner].values())
                         self._beside[inner] = works or self._overlapped(name, one)
                     self._visit(inner, times, in_loop)
+
+    def _limit(self, loop: Instruction) -> int:
+        """N of a loop that runs while a counter from 0 is below the constant N, as scans do; 0 where it is another."""
+        condition = self._computations[loop.attribute("condition").lstrip("%")]
+        test = list(condition.values())[-1]
+        if test.opcode != "compare" or "direction=LT" not in test.attributes:
+            return 0
+        bound = condition[test.operands[1]]
+        number = re.match(r"(\d+)\)", bound.attributes)
+        return int(number[1]) if bound.opcode == "constant" and number else 0
 
     @functools.cached_property
     def work(self) -> tuple[Work, ...]:
@@ -287,8 +298,8 @@ def _instruction(name: str, rest: str) -> Instruction:
     opening = rest.index("(")
     closing = _closing(rest, opening)
     opcode, inside = rest[:opening], rest[opening + 1 : closing]
-    # A parameter's number stands where others have operands: kept with the attributes.
-    attributes = rest[opening + 1 :] if opcode == "parameter" else rest[closing + 1 :]
+    # A parameter's number, a constant's value stand where others have operands: kept with the attributes.
+    attributes = rest[opening + 1 :] if opcode in ("parameter", "constant") else rest[closing + 1 :]
     return Instruction(name, kind, opcode, tuple(_NAME.findall(inside)), attributes)
 
 
@@ -335,13 +346,15 @@ def _last(kind: str) -> str:
 
 def _first_group(attributes: str) -> tuple[int, ...]:
     """The devices of the first group of a collective, in any of the notations for them."""
-    if mesh := re.search(
-        r"replica_groups=mesh\[([^\]]*)\](?:<=\[([\d,]*)\])?(?:T\(([\d,]*)\))?\s*\{([^}]*)\}", attributes
-    ):
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))?\s*\{([^}]*)\}", attributes):
         axes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         sizes = [int(size) for size in axes.values()]
-        devices = np.arange(math.prod(sizes)).reshape(sizes)
-        chosen = re.findall(r"'([^']+)'", mesh[4])
+        devices = np.arange(math.prod(sizes))
+        if order := re.search(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", mesh[2] or ""):
+            devices = devices.reshape([int(x) for x in order[1].split(",")])
+            devices = devices.transpose([int(x) for x in order[2].split(",")]) if order[2] else devices
+        devices = devices.reshape(sizes)
+        chosen = re.findall(r"'([^']+)'", mesh[3])
         index = tuple(slice(None) if axis in chosen else 0 for axis in axes)
         return tuple(devices[index].reshape(-1).tolist())
     if iota := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes):

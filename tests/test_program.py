@@ -72,6 +72,8 @@ def test_groups_in_every_notation():
     assert reduction.group == (0, 2)
     assert scatter.group == (0, 1, 2, 3)
     assert reduction.name == "jit(step)/loss"
+    turned = TEXT.replace("mesh['data'=2,'fsdp'=4] {'fsdp'}", "mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}")
+    assert Program(turned).collectives[-1].group == (0, 1, 2, 3)
     assert gather.sent == 10 * 256 / 2 and reduction.sent == 2 * 256 / 2 and scatter.sent == 256 * 3 / 4
 
 
@@ -116,7 +118,9 @@ def test_memory_traffic():
 
 
 def test_a_loop_of_unknown_length_is_named():
-    assert Program(TEXT.replace("known_trip_count", "something")).unknown_loops == ["loop"]
+    unsaid = TEXT.replace("known_trip_count", "something")
+    assert not Program(unsaid).unknown_loops and Program(unsaid).flops == Program(TEXT).flops  # its condition says ten
+    assert Program(unsaid.replace("direction=LT", "direction=NE")).unknown_loops == ["loop"]
     with pytest.raises(ValueError, match="no ENTRY"):
         Program("nothing")
 
