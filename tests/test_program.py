@@ -73,7 +73,7 @@ def test_groups_in_every_notation():
     assert scatter.group == (0, 1, 2, 3)
     assert reduction.name == "jit(step)/loss"
     turned = TEXT.replace("mesh['data'=2,'fsdp'=4] {'fsdp'}", "mesh['a'=4,'b'=2], device_ids=([2,4]T(1,0)) {'a'}")
-    assert Program(turned).collectives[-1].group == (0, 1, 2, 3)
+    assert {c.kind: c.group for c in Program(turned).collectives}["reduce-scatter"] == (0, 1, 2, 3)
     assert gather.sent == 10 * 256 / 2 and reduction.sent == 2 * 256 / 2 and scatter.sent == 256 * 3 / 4
 
 
