@@ -20,14 +20,14 @@ def warm_start(state: TrainState, workdir: str) -> TrainState:
 
     Args:
       state: fresh, on its mesh; its average, where it keeps one, starts at the same parameters.
-      workdir: of the other run; its average is read where it has one. It is read whole onto one device.
+      workdir: of the other run; its average is read where it has one. It is read whole by every host.
 
     Raises:
       ConfigError: no parameter agrees.
       CheckpointError: there is no checkpoint.
     """
     with Checkpoints(str(workdir), read_only=True) as checkpoints:
-        given = _by_name(checkpoints.restore_params())
+        given = _by_name(jax.device_get(checkpoints.restore_params()))
     own = _by_name(state.params)
     fresh = [name for name, x in own.items() if name not in given or given[name].shape != x.shape]
     chosen = [
