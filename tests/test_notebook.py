@@ -250,7 +250,7 @@ def test_one_can_take_the_whole_size(notebook, tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_runs(notebook, tmp_path):
-    """Every cell, in a fresh kernel at the repository's root, as *Run all* would, at tiny sizes; then once more."""
+    """Every cell, in a fresh kernel at the repository's root, as *Run all* would, at tiny sizes."""
     notebook = copy.deepcopy(notebook)
     (first,) = cells(notebook, "parameters")
     changes = {**TINY, "RUNS": str(tmp_path / "kept"), "NAME": tmp_path.name}
@@ -274,5 +274,5 @@ def test_runs(notebook, tmp_path):
     assert any("<iframe srcdoc=" in output.get("data", {}).get("text/html", "") for output in report_cell.outputs)
     said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))
     assert "Traceback" not in said and "Warning" not in said, said
-    kept = sorted(path.name for path in (tmp_path / "kept").iterdir())
-    assert kept == [f"{tmp_path.name}_32", "quickstart"]
+    kept = {path.name for path in (tmp_path / "kept").iterdir()}
+    assert kept == {f"{tmp_path.name}_32", "quickstart"}
