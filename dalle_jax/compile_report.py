@@ -97,6 +97,7 @@ def figures(subject: Any, compiled: Any, program: Program, model_flops: float, r
         "collectives": kinds,
         "gathers_outside_loops": dict(outside.most_common()),
         "unknown_loops": program.unknown_loops,
+        "silent_kernels": program.silent_kernels,
         "seconds": {
             "products": program.flops / chip.flops,
             "memory": program.hbm_bytes / chip.memory_rate,
@@ -151,4 +152,9 @@ def table(f: dict[str, Any]) -> str:
     ]
     if f["unknown_loops"]:
         lines.append(f"loops of unknown length, counted once: {', '.join(f['unknown_loops'])}")
+    if f["silent_kernels"]:
+        lines.append(
+            f"not in these figures: what {f['silent_kernels']} calls of attention kernels compute, and how long; they "
+            "are in the model's operations, so that the utilisation is an upper bound"
+        )
     return "\n".join(lines)

@@ -186,6 +186,16 @@ class Program:
         """Bytes read from and written to the device's main memory."""
         return sum(one.bytes * one.times for one in self.work)
 
+    @property
+    def silent_kernels(self) -> int:
+        """How often it calls kernels (Pallas) that do not tell what they compute: in none of the other figures."""
+        calls = ((name, one) for name in self._times for one in self._computations[name].values())
+        return sum(
+            self._times[name]
+            for name, one in calls
+            if 'custom_call_target="tpu_custom_call"' in one.attributes and "cost_estimate" not in one.attributes
+        )
+
     def _flops(self, one: Instruction, types: dict[str, Instruction]) -> float:
         if one.opcode in ("dot", "convolution"):
             left, right = (_shape(types[x].type) for x in one.operands)

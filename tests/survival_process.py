@@ -18,7 +18,8 @@ import sys
 import threading
 import time
 
-sys.modules["torch"] = None  # tensorboardX would import it: half of the time that a process takes to start
+if __name__ == "__main__":
+    sys.modules["torch"] = None  # tensorboardX would import it: half of the time that a process takes to start
 
 from tiny_job import tiny_config, tiny_job  # noqa: E402
 

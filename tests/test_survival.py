@@ -272,8 +272,8 @@ def test_lost_host(tmp_path, how, which):
     try:
         (status, _, error) = finish([processes[1 - which]], PATIENCE)[0]
         assert status not in (0, -signal.SIGKILL)
-        # JAX ends a process at once, in its own words, where the first host's connections break.
-        assert "was lost" in error or (which == 0 and "another task died" in error), error
+        # JAX ends a process at once, in its own words, where it is the first to notice.
+        assert "was lost" in error or "another task died" in error, error
         assert how == signal.SIGKILL or f"Host {which} of 2 was lost: nothing heard of it for" in error
         assert time.monotonic() - began < PATIENCE / 2
     finally:

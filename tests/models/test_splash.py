@@ -281,7 +281,7 @@ def tpu_mesh():
     compilation_cache.reset_cache()
 
 
-@pytest.mark.slow
+@pytest.mark.pod
 @pytest.mark.parametrize("pattern", [Row(), Column(), Convolutional(11), Full(), Bidirectional()], ids=str)
 def test_compiles_for_a_tpu_at_the_papers_size(tpu_mesh, pattern):
     """Forward and backward, 4 examples and 4 heads of 64 a chip."""
