@@ -31,7 +31,6 @@ def get_config() -> ConfigDict:
     config.evaluate = config_files.module(__file__, "evaluate.py").get_config()
     config.evaluate.model_workdir = config.prior.workdir
     config.evaluate.metrics.candidates = 16
-    config.evaluate.sampling.temperature = 0.4  # a prior this small leaves some mass on wrong tokens
     config.maskgit_sampling = config.evaluate.sampling.copy_and_resolve_references()
     config.maskgit_sampling.choice_temperature = 1.0
     return config

@@ -107,7 +107,7 @@ def start(
                 **values,
                 cluster_detection_method=None if detected else "deactivate",
                 initialization_timeout=int(connect_seconds) + 3600,  # JAX would abort the process; see below
-                heartbeat_timeout_seconds=lost_host_seconds,
+                heartbeat_timeout_seconds=2 * lost_host_seconds,  # the last resort: `watchdog.py` says it first
                 shutdown_timeout_seconds=lost_host_seconds,
             )
         except Exception as error:

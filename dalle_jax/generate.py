@@ -17,6 +17,7 @@ import functools
 import itertools
 import json
 import operator
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -221,7 +222,7 @@ class TextToImage(Editing, Reranking):
         captions, candidates = self._chunk_shape(len(text), n)
         some = np.resize(text[first_caption : first_caption + captions], (captions, text.shape[1]))
         numbers = np.tile(first_candidate + np.arange(candidates), captions)
-        images = self.decode(self._sample(some, row_keys(seed, numbers), options, negative))
+        images = self.decode(self._sample(some, row_keys(seed, some, numbers), options, negative))
         return images.reshape(captions, candidates, *images.shape[1:])
 
     def _sample(self, text, keys, options: SamplingOptions, negative: str | None, known=None) -> jax.Array:
@@ -240,7 +241,9 @@ class TextToImage(Editing, Reranking):
         for first in range(0, n, rows):
             numbers = np.minimum(first + np.arange(rows), n - 1)  # surplus rows repeat the last
             given = tuple(jnp.asarray(x[numbers]) for x in known)
-            parts.append(np.asarray(self._sample(text, row_keys(seed, numbers, window), options, negative, given)))
+            parts.append(
+                np.asarray(self._sample(text, row_keys(seed, text, numbers, window), options, negative, given))
+            )
         return np.concatenate(parts)[:n]
 
 
@@ -270,10 +273,22 @@ def _check_fit(prior: TokenPrior, params: PyTree, workdir: str) -> None:
         )
 
 
-def row_keys(seed: int, numbers: np.ndarray, window: int = 0) -> jax.Array:
-    """The key of each candidate, [B]: a function of (seed, its number, the window of a canvas) alone."""
+def row_keys(seed: int, text: np.ndarray, numbers: np.ndarray, window: int = 0) -> jax.Array:
+    """The key of each candidate, [B]: a function of (seed, its caption, its number, the window of a canvas) alone.
+
+    The caption is part of it, because an unlucky draw would else be every caption's: figures over many captions at one
+    seed would vary as if there were a few of them.
+
+    Args:
+      seed: of the call.
+      text: int32 [C, T], padded captions.
+      numbers: ints [B], B a multiple of C: of the candidates, those of a caption side by side.
+      window: which part of a canvas.
+    """
     key = keys.stream(jax.random.key(seed), "sample", window)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(numbers, jnp.uint32))
+    captions = [zlib.crc32(np.asarray(row, np.int32).tobytes()) for row in text]
+    pairs = np.repeat(np.uint32(captions), len(numbers) // len(text)), np.asarray(numbers, np.uint32)
+    return jax.vmap(lambda caption, number: jax.random.fold_in(jax.random.fold_in(key, caption), number))(*pairs)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -28,7 +28,7 @@ def trajectory(model: TextToImage, captions: list[str], seed: int, steps: int) -
     """Pictures after each decoding step, masked cells grey: uint8 [steps, C, H, W, 3]."""
     layout = model.prior.layout
     text = model.encode_text(captions)
-    keys = row_keys(seed, np.arange(len(captions)))
+    keys = row_keys(seed, text, np.zeros(len(captions)))
     _, tokens = model.prior.trajectory(model.params, text, keys, steps=steps, temperature=0.5)
     tokens = np.asarray(tokens)
     masked = (tokens == layout.mask_id).reshape(*tokens.shape[:2], layout.height, layout.width)

@@ -19,7 +19,7 @@ from dalle_jax.clip import ClipScorer
 from dalle_jax.data.sources import DataOptions
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
-from dalle_jax.generate import SamplingOptions
+from dalle_jax.generate import SamplingOptions, row_keys
 from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.tasks import prior as prior_task
 
@@ -410,3 +410,14 @@ def test_evaluation_of_workdirs(trained, tmp_path):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "report.html", "report.json", "grid.png", "blur.csv", "best_of.csv",
     }  # fmt: skip
+
+
+def test_every_candidate_has_noise_of_its_own():
+    """Captions of one call too; and the same noise in another company."""
+    text = np.int32([[1, 2, 3], [1, 2, 4]])
+    bits = lambda *arguments: np.asarray(jax.random.key_data(row_keys(*arguments)))
+    both = bits(0, text, np.int32([0, 1, 0, 1]))
+    assert len(np.unique(both, axis=0)) == 4
+    np.testing.assert_array_equal(bits(0, text[1:], np.int32([1])), both[3:])
+    others = np.concatenate([both, bits(1, text, np.int32([0, 1, 0, 1])), bits(0, text, np.int32([0, 1, 0, 1]), 1)])
+    assert len(np.unique(others, axis=0)) == 12
