@@ -28,17 +28,17 @@ class Pod:
       target: config file and variant.
       topology: see `dalle_jax.topologies`.
       overrides: see `dalle_jax.compile`.
-      in_ci: whether .ci/run compiles it.
+      tested: whether `pytest -m pod` compiles it.
     """
 
     target: str
     topology: str
     overrides: str = ""
-    in_ci: bool = False
+    tested: bool = False
 
 
 PODS = (
-    Pod("prior.py:paper", "v5p:4x4x8", in_ci=True),
+    Pod("prior.py:paper", "v5p:4x4x8", tested=True),
     Pod("prior.py:paper", "v5e:16x16", "mesh.data=2"),
     Pod("prior.py:paper", "v6e:16x16", "mesh.data=2"),
     Pod("prior.py:5.6b", "v5p:4x4x4"),
@@ -47,13 +47,13 @@ PODS = (
     Pod("prior.py:2.8b", "v5p:4x4x4"),
     Pod("prior.py:2.8b", "v5e:8x16"),
     Pod("prior.py:2.8b", "v6e:8x8"),
-    Pod("maskgit.py:3b", "v5p:4x4x4", in_ci=True),
+    Pod("maskgit.py:3b", "v5p:4x4x4", tested=True),
     Pod("maskgit.py:3b", "v5e:8x8"),
     Pod("maskgit.py:3b", "v6e:8x8"),
-    Pod("maskgit.py:paper", "v5e:4x4", in_ci=True),
+    Pod("maskgit.py:paper", "v5e:4x4", tested=True),
     Pod("maskgit.py:paper", "v5p:2x2x2"),
     Pod("maskgit.py:paper", "v6e:2x4"),
-    Pod("dvae.py:paper", "v5e:8x8", in_ci=True),
+    Pod("dvae.py:paper", "v5e:8x8", tested=True),
     Pod("dvae.py:paper", "v5p:2x4x4"),
     Pod("dvae.py:paper", "v6e:8x8"),
     Pod("clip.py:vit_b32", "v5e:16x16"),

@@ -41,7 +41,7 @@ def test_meshes_batches_and_layouts(pod):
 
 
 @pytest.mark.pod
-@pytest.mark.parametrize("pod", [pod for pod in pods.PODS if pod.in_ci], ids=label)
+@pytest.mark.parametrize("pod", [pod for pod in pods.PODS if pod.tested], ids=label)
 def test_fits(pod):
     f = compile_module.compile_target(CompileOptions(f"configs/{pod.target}", pod.topology, pod.overrides))
     assert f["fits"] and not f["unknown_loops"]
