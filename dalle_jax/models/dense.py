@@ -5,11 +5,14 @@ B rows    D inputs
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import numpy as np
+
+from dalle_jax.parallel import contract
 
 
 def rows_product(x: jax.Array, kernel: jax.Array, **kwargs) -> jax.Array:
@@ -51,6 +54,13 @@ def _product_backward(saved, dy):
 product.defvjp(_product_forward, _product_backward)
 
 
+def _dense(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
+    """[..., *inputs] times [*inputs, *outputs], with so many axes of inputs."""
+    leading, outputs = x.shape[: x.ndim - axes], kernel.shape[axes:]
+    inputs = int(np.prod(kernel.shape[:axes]))
+    return product(x.reshape(-1, inputs), kernel.reshape(inputs, -1)).reshape(*leading, *outputs)
+
+
 class Dense(nn.Module):
     """A dense layer over one or more trailing axes, named for sharding. [..., *inputs] to [..., *outputs] in `dtype`.
 
@@ -75,14 +85,12 @@ class Dense(nn.Module):
         axes = tuple(range(len(self.inputs)))
         init = nn.initializers.normal((self.scale / np.prod(self.inputs)) ** 0.5)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.names), (*self.inputs, *self.outputs))
+        kernel, inputs = kernel.astype(self.dtype), int(np.prod(self.inputs))
         if x.ndim == 1 + len(axes):
-            rows = kernel.astype(self.dtype).reshape(np.prod(self.inputs), -1).T
+            rows = kernel.reshape(inputs, -1).T
             y = rows_product(x.astype(self.dtype).reshape(len(x), -1), rows).reshape(-1, *self.outputs)
         else:
-            inputs = int(np.prod(self.inputs))
-            leading = x.shape[: x.ndim - len(axes)]
-            flat = x.astype(self.dtype).reshape(-1, inputs)
-            y = product(flat, kernel.astype(self.dtype).reshape(inputs, -1)).reshape(*leading, *self.outputs)
+            y = contract(functools.partial(_dense, axes=len(axes)), x.astype(self.dtype), kernel, self.names, axes)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.bias)
             bias = self.param("bias", zeros, self.outputs).astype(self.dtype)

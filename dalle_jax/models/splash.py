@@ -37,13 +37,8 @@ from dalle_jax.parallel import on_each_device, on_tpu
 KERNELS = ("auto", "xla", "splash")
 
 
-def use_splash(kernel: str, pattern: Pattern) -> bool:
-    """Whether a layer of this pattern uses the kernel here and now.
-
-    Args:
-      kernel: `TransformerOptions.attention_kernel`.
-      pattern: of the layer.
-    """
+def use_splash(kernel: str) -> bool:
+    """Whether attention runs as this kernel here and now, by `TransformerOptions.attention_kernel`."""
     return kernel == "splash" or (kernel == "auto" and on_tpu())
 
 
@@ -89,6 +84,12 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, layout: T
         return kernel(q, k, v)[:, :queries].reshape(b, h, queries, size).swapaxes(1, 2)
 
     return on_each_device(local, ("batch", "length", "heads", "kv"), q, k, v)
+
+
+def attend_raster(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, layout: TokenLayout) -> jax.Array:
+    """`attend` of the whole stream, [B, S, H, K] in raster order: what `attention.attend` gives."""
+    flat = lambda change, x: change(x.reshape(*x.shape[:2], -1), pattern, layout).reshape(x.shape)
+    return flat(restored, attend(*(flat(ordered, x) for x in (q, k, v)), pattern, layout))
 
 
 # -- order and blocks ---------------------------------------------------------------------------------------------

@@ -4,9 +4,10 @@ DALL-E, section 2.2, with pre-norm blocks (the paper does not settle the block; 
 needed in bfloat16, footnote 12). Norm, activation, QK-norm and positions are typed fields, so they can be compared.
 
 Layers with a repeating order of patterns (row, column, row, row) run as one `nn.scan` over that unit, so that 64
-layers compile as fast as four; what is left over (the last, convolutional layer) follows one by one. Decoding wants
-each layer's weights in one piece, not sliced out of a stack at every token: `unstack` gives the same parameters in
-the layout of `scan=False`.
+layers compile as fast as four. The model's last layer, convolutional, is in it too: there the last layer of the unit
+chooses between two patterns, which have the same parameters. What is left over follows one by one. Decoding wants each
+layer's weights in one piece, not sliced out of a stack at every token: `unstack` gives the same parameters in the
+layout of `scan=False`.
 
     B batch    S = T + N sequence    D width    H heads    K head size    F hidden width of the MLP
 """
@@ -21,6 +22,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models import splash
@@ -103,15 +105,14 @@ class TransformerOptions:
 def stacking(patterns: tuple[Pattern, ...]) -> tuple[int, int]:
     """How to fold layers into a scan: (layers in the repeated unit, repeats), covering as many layers as can be.
 
-    Gives (0, 0) where nothing repeats.
+    The last of all layers may have another pattern than its place in the unit. Gives (0, 0) where nothing repeats.
     """
-    best = (0, 0)
+    depth, best = len(patterns), (0, 0)
     for unit in range(1, 5):
-        repeats = 0
-        while patterns[repeats * unit : (repeats + 1) * unit] == patterns[:unit] and (repeats + 1) * unit <= len(
-            patterns
-        ):
-            repeats += 1
+        whole = depth // unit
+        repeats = next((r for r in range(whole) if patterns[r * unit : (r + 1) * unit] != patterns[:unit]), whole)
+        if repeats == whole - 1 and patterns[:-1] == (patterns[:unit] * whole)[:-1]:
+            repeats = whole
         if repeats > 1 and unit * repeats > best[0] * best[1]:
             best = (unit, repeats)
     return best
@@ -138,12 +139,17 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of one pattern, in four uses: the whole stream; its text alone, and after that one image
-    position or all of them."""
+    """Multi-head attention, in four uses: the whole stream; its text alone, and after that one image position or all of
+    them.
+
+    Attributes:
+      options, layout: of the trunk.
+      patterns: who reads whom. Several where one module stands for several layers (in a scan); the whole stream only.
+    """
 
     options: TransformerOptions
     layout: TokenLayout
-    pattern: Pattern
+    patterns: tuple[Pattern, ...]
 
     def setup(self):
         o = self.options
@@ -171,10 +177,21 @@ class Attention(nn.Module):
     def _angles(self, positions) -> jax.Array | None:
         return jnp.asarray(self.angles)[positions] if self.options.positions == "rotary" else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, S, D] to [B, S, D]."""
+    @property
+    def pattern(self) -> Pattern:
+        """The only one."""
+        (pattern,) = self.patterns
+        return pattern
+
+    def __call__(self, x: jax.Array, which: jax.Array | None = None) -> jax.Array:
+        """[B, S, D] to [B, S, D], by the pattern numbered `which`, int32 []."""
+        kernel = splash.use_splash(self.options.attention_kernel)
+        if len(self.patterns) > 1:
+            attention = splash.attend_raster if kernel else attend
+            ways = [functools.partial(attention, pattern=each, layout=self.layout) for each in self.patterns]
+            return self.out(jax.lax.switch(which, ways, *self._heads(x, self._angles(slice(None)))))
         how = self.pattern, self.layout
-        if not splash.use_splash(self.options.attention_kernel, self.pattern):
+        if not kernel:
             return self.out(attend(*self._heads(x, self._angles(slice(None))), *how))
         x = splash.ordered(x, *how)
         x = self.out(splash.attend(*self._heads(x, self._angles(splash.order(*how))), *how))
@@ -191,7 +208,7 @@ class Attention(nn.Module):
         """All image positions, [C·n, N, D], against each other and their caption's (keys, values)."""
         how, t = (self.pattern, self.layout), self.layout.text_length
         text = [jnp.repeat(y.swapaxes(1, 2), x.shape[0] // y.shape[0], axis=0) for y in text]
-        if not splash.use_splash(self.options.attention_kernel, self.pattern):
+        if not splash.use_splash(self.options.attention_kernel):
             return self.out(attend_image(*self._heads(x, self._angles(slice(t, None))), *text, *how))
         q, *kv = self._heads(splash.ordered(x, *how), self._angles(splash.order(*how)[t:]))
         k, v = (jnp.concatenate(both, axis=1) for both in zip(text, kv))
@@ -228,18 +245,18 @@ class Block(nn.Module):
 
     options: TransformerOptions
     layout: TokenLayout
-    pattern: Pattern
+    patterns: tuple[Pattern, ...]
 
     def setup(self):
         o = self.options
         self.attention_norm, self.mlp_norm = Norm(o.norm, o.dtype), Norm(o.norm, o.dtype)
-        self.attention = Attention(o, self.layout, self.pattern)
+        self.attention = Attention(o, self.layout, self.patterns)
         self.mlp = MLP(o)
         self.drop = nn.Dropout(o.dropout)
 
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """[B, S, D] to [B, S, D]."""
-        x = x + self.drop(self.attention(self.attention_norm(x)), deterministic=not train)
+    def __call__(self, x: jax.Array, train: bool, which: jax.Array | None = None) -> jax.Array:
+        """[B, S, D] to [B, S, D]; `which` as in `Attention`."""
+        x = x + self.drop(self.attention(self.attention_norm(x), which), deterministic=not train)
         x = x + self.drop(self.mlp(self.mlp_norm(x)), deterministic=not train)
         return constrain(x, "batch", "length", "embed_act")
 
@@ -259,16 +276,21 @@ class Block(nn.Module):
 
 
 class Unit(nn.Module):
-    """The repeated layers that one scan step runs. Carries x, [B, S, D]."""
+    """The repeated layers that one scan step runs. Carries x, [B, S, D].
+
+    Attributes:
+      options, layout: of the trunk.
+      patterns: of each layer, those it has in the course of the scan.
+    """
 
     options: TransformerOptions
     layout: TokenLayout
-    patterns: tuple[Pattern, ...]
+    patterns: tuple[tuple[Pattern, ...], ...]
 
     @nn.compact
-    def __call__(self, x: jax.Array, train: bool):
-        for i, pattern in enumerate(self.patterns):
-            x = Block(self.options, self.layout, pattern, name=f"layer_{i}")(x, train)
+    def __call__(self, x: jax.Array, train: bool, which: jax.Array):
+        for i, patterns in enumerate(self.patterns):
+            x = Block(self.options, self.layout, patterns, name=f"layer_{i}")(x, train, which[i])
         return x, None
 
 
@@ -291,21 +313,26 @@ class Trunk(nn.Module):
             )
         unit, repeats = stacking(self.patterns) if o.scan else (0, 0)
         remat = REMAT[o.remat]
+        self.scanned = unit * repeats
         if repeats:
             cell = Unit if remat is None else nn.remat(Unit, policy=remat, prevent_cse=False, static_argnums=(2,))
+            orders = [self.patterns[i : self.scanned : unit] for i in range(unit)]  # of each layer of the unit
+            known = [tuple(dict.fromkeys(order)) for order in orders]
+            which = [[patterns.index(each) for each in order] for patterns, order in zip(known, orders)]
+            self.which = np.asarray(which, np.int32).T  # [repeats, unit]
             self.units = nn.scan(
                 cell, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=repeats,
-                in_axes=nn.broadcast, metadata_params={nn.PARTITION_NAME: "layers"},
-            )(o, self.layout, self.patterns[:unit])  # fmt: skip
+                in_axes=(nn.broadcast, 0), metadata_params={nn.PARTITION_NAME: "layers"},
+            )(o, self.layout, tuple(known))  # fmt: skip
         block = Block if remat is None else nn.remat(Block, policy=remat, static_argnums=(2,))
-        self.scanned = unit * repeats
-        self.layers = [block(o, self.layout, self.patterns[i], name=f"layer_{i}") for i in range(self.scanned, o.depth)]
+        left = range(self.scanned, o.depth)
+        self.layers = [block(o, self.layout, (self.patterns[i],), name=f"layer_{i}") for i in left]
         self.final_norm = Norm(o.norm, o.dtype)
 
     def __call__(self, x: jax.Array, train: bool) -> jax.Array:
         """[B, S, D] to [B, S, D]."""
         if self.scanned:
-            x, _ = self.units(x, train)
+            x, _ = self.units(x, train, jnp.asarray(self.which))
         for layer in self.layers:
             x = layer(x, train)
         return self.final_norm(x)

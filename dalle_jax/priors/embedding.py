@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models.dense import rows_product
 from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.parallel import contract
 
 
 class StreamEmbedding(nn.Module):
@@ -85,10 +86,14 @@ class StreamEmbedding(nn.Module):
 
 def project(x: jax.Array, table: jax.Array) -> jax.Array:
     """States to logits: [..., D] and [V, D] to float32 [..., V]. Two axes are a decode step: see `rows_product`."""
+    table = table.astype(x.dtype)
     if x.ndim == 2:
-        return rows_product(x, table.astype(x.dtype), preferred_element_type=jnp.float32)
-    contract = (((x.ndim - 1,), (1,)), ((), ()))
-    return jax.lax.dot_general(x, table.astype(x.dtype), contract, preferred_element_type=jnp.float32)
+        return rows_product(x, table, preferred_element_type=jnp.float32)
+    return contract(_logits, x, table, ("vocab", "embed"), (1,))
+
+
+def _logits(x: jax.Array, table: jax.Array) -> jax.Array:
+    return jax.lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
 def start_from_codebook(params, codebook: jax.Array, key: jax.Array):

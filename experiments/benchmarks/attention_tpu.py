@@ -45,7 +45,7 @@ def run(pattern, kernel: str, runs: int, smoke: bool) -> dict:
     layout = TokenLayout(text_vocab=16_384, image_vocab=8192, text_length=256, height=32, width=32)
     heads, batch = (2, 1) if smoke else (62, 4)
     options = TransformerOptions(width=64 * heads, depth=64, heads=heads, attention_kernel=kernel)
-    layer = Attention(options, layout, pattern)
+    layer = Attention(options, layout, (pattern,))
     devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
     mesh = parallel.make_mesh(data=1, devices=devices[:1])
 

@@ -212,7 +212,7 @@ def test_a_layer_of_it_equals_one_of_the_xla_path(small_blocks, pattern):
     """The whole stream; and all image positions beside cached text, two candidates a caption. Columns stand together:
     rotary angles must follow."""
     layout, t = LAYOUTS[2], LAYOUTS[2].text_length
-    attention = lambda kernel: Attention(dataclasses.replace(OPTIONS, attention_kernel=kernel), layout, pattern)
+    attention = lambda kernel: Attention(dataclasses.replace(OPTIONS, attention_kernel=kernel), layout, (pattern,))
     x = jax.random.normal(jax.random.key(7), (2, layout.length, 16))
     image = jax.random.normal(jax.random.key(3), (4, layout.image_length, 16))
     params = parameters(attention("xla"), x)
@@ -242,7 +242,7 @@ def mesh_of(kind, platform):
 @pytest.mark.parametrize("device", [None, ("cpu", "cpu"), ("TPU v5", "tpu"), ("TPU v6 lite", "tpu")], ids=str)
 def test_the_meshs_platform_decides(kernel, device):
     """This process has CPUs only: what counts is the mesh that the computation is traced for."""
-    attention = Attention(dataclasses.replace(OPTIONS, attention_kernel=kernel), LAYOUT, Row())
+    attention = Attention(dataclasses.replace(OPTIONS, attention_kernel=kernel), LAYOUT, (Row(),))
     params = jax.eval_shape(functools.partial(attention.init, jax.random.key(0)), STATES)
     run = jax.make_jaxpr(lambda x: attention.apply(nn.meta.unbox(params_of(params)), x))
     if device is None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from dalle_jax.layout import TokenLayout
-from dalle_jax.models.attention import Column, Row, full_layers, sparse_layers
+from dalle_jax.models.attention import Column, Convolutional, Row, full_layers, sparse_layers
 from dalle_jax.models.rotary import rotary_angles, rotate
 from dalle_jax.models.transformer import (
     MLP,
@@ -52,10 +52,12 @@ def params():
     return made(trunk(), STATES)
 
 
-def loss_and_gradients(params, *, stacked=True, **changes):
+def loss_and_gradients(params, *, stacked=True, patterns=PATTERNS, **changes):
+    module = Trunk(dataclasses.replace(OPTIONS, **changes), LAYOUT, patterns)
+
     def loss(params):
-        used = params if stacked else unstack(params, PATTERNS)
-        out = trunk(**changes).apply({"params": used}, STATES, False)
+        used = params if stacked else unstack(params, patterns)
+        out = module.apply({"params": used}, STATES, False)
         return jnp.square(out * jnp.arange(16.0).reshape(1, 1, 16)).mean(), out
 
     traced = jax.jit(jax.value_and_grad(loss, has_aux=True)).trace(params)
@@ -84,6 +86,17 @@ def test_scan_equals_unrolled(params, plain):
     assert "scan[" in plain[0] and "scan[" not in unrolled[0]
 
 
+@pytest.mark.parametrize("kernel", ["xla", "splash"])
+def test_the_last_layer_of_a_scan_may_differ(params, plain, kernel):
+    """Its pattern is chosen at run time: row, column, row, convolutional in units of two."""
+    patterns = (*PATTERNS[:3], Convolutional(3))
+    scanned = loss_and_gradients(params, patterns=patterns, remat="full", attention_kernel=kernel)
+    unrolled = loss_and_gradients(params, patterns=patterns, stacked=False, scan=False)
+    assert_same(scanned, unrolled)
+    assert "scan[" in scanned[0] and "cond[" in scanned[0] and "cond[" not in plain[0]
+    assert np.abs(scanned[1] - plain[1]).max() > 1e-2  # where it is another pattern, the result is
+
+
 def test_remat_equals_no_remat(params, plain):
     ours = loss_and_gradients(params, remat="full")
     assert_same(ours, plain)
@@ -97,8 +110,10 @@ def test_remat_of_unrolled_layers(params, plain):
 
 
 def test_stacking():
-    assert stacking(sparse_layers(64)) == (4, 15)  # and three rows and the convolutional one by themselves
-    assert stacking(sparse_layers(9)) == (4, 2)
+    assert stacking(sparse_layers(64)) == (4, 16)  # the convolutional one in the place of a row
+    assert stacking(sparse_layers(8)) == (4, 2)
+    assert stacking(sparse_layers(9)) == (4, 2)  # and the convolutional one by itself
+    assert stacking(sparse_layers(11)) == (4, 2)
     assert stacking(full_layers(12)) == (1, 12)
     assert stacking(sparse_layers(5)) == (0, 0)
     assert stacking(full_layers(1)) == (0, 0)
@@ -174,7 +189,7 @@ def test_activations(activation):
 
 def test_qk_norm_makes_scores_independent_of_the_size_of_queries_and_keys():
     def outputs(qk_norm):
-        module = Attention(dataclasses.replace(OPTIONS, qk_norm=qk_norm), LAYOUT, Row())
+        module = Attention(dataclasses.replace(OPTIONS, qk_norm=qk_norm), LAYOUT, (Row(),))
         p = made(module, STATES)
         larger = {**p, "qkv": {"kernel": p["qkv"]["kernel"] * np.array([5, 5, 1], np.float32)[:, None, None]}}
         apply = jax.jit(lambda q: module.apply({"params": q}, STATES))
@@ -217,7 +232,7 @@ def test_rotary_scores_depend_on_the_difference_of_coordinates():
 
 def test_rotary_matters():
     """Without positions in the embedding, attention that rotates tells two equal tokens apart by where they stand."""
-    module = functools.partial(Attention, layout=LAYOUT, pattern=Row())
+    module = functools.partial(Attention, layout=LAYOUT, patterns=(Row(),))
     x = STATES.at[:, 5].set(STATES[:, 4])
     swapped = x.at[:, 6].set(x[:, 7]).at[:, 7].set(x[:, 6])
     moved = []
