@@ -63,7 +63,7 @@ def schedule(kind: str, **numbers) -> dict:
 
 
 def run(
-    config: ConfigDict, *, batch_size: int, steps: int, every: int, checkpoint: int | None = None, split: bool = False
+    config: ConfigDict, *, batch_size: int, steps: int, every: int, checkpoint: int | None = None, split: int = 0
 ) -> None:
     """Mesh, batch, length and cadence: the end of each training config.
 
@@ -71,9 +71,12 @@ def run(
       config: gets the keys.
       every: steps between evaluations and previews.
       checkpoint: steps between checkpoints; `every` where None.
-      split: parameters are split over all devices (`fsdp`); otherwise each device has all of them (`data`).
+      split: parameters are split over one in so many of the devices (`fsdp`), with so many copies of them all (`data`);
+        0: each device has all of them.
     """
-    config.mesh = ConfigDict({"data": 1 if split else -1, "fsdp": -1 if split else 1, "tensor": 1})
+    config.mesh = ConfigDict({"data": split or -1, "fsdp": -1 if split else 1, "tensor": 1})
+    # Ask the TPU compiler to exchange while it computes; False where a libtpu does not know these options.
+    config.overlap_exchanges = split > 0
     config.batch_size = batch_size
     config.steps = steps
     config.cadence = ConfigDict(

@@ -23,4 +23,5 @@ def get_config() -> ConfigDict:
     config.overrides = ""  # of the target's keys: "mesh.fsdp=64,batch_size=512"
     config.what = "train"  # its update; or "sample": a prior drawing pictures
     config.rows = 64  # pictures to draw at once
+    config.effort = "full"  # as training compiles; "low": in a fifth of the time, to see whether it fits
     return config

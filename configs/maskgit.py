@@ -77,7 +77,7 @@ def get_config(variant: str | None = None, steps: int | None = None) -> ConfigDi
     else:
         rate = common.schedule("warmup_cosine", peak=2e-3, end=1e-5, warmup_steps=steps // 20, steps=steps)
     config.schedules = ConfigDict({"learning_rate": rate})
-    common.run(config, batch_size=batch, steps=steps, every=max(steps // 4, 1) if small else 5000, split=large)
+    common.run(config, batch_size=batch, steps=steps, every=max(steps // 4, 1) if small else 5000, split=int(large))
     if small:
         config.mesh.data = 1  # four examples at a time: more devices would wait for each other
     return config

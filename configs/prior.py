@@ -71,7 +71,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
             "width": width, "depth": depth, "heads": heads, "mlp_ratio": 4.0,
             "norm": "rmsnorm" if small else "layernorm", "activation": "gelu_tanh" if small else "gelu",
             "qk_norm": small, "positions": "learned", "dropout": 0.0,
-            "dtype": "float32" if small else "bfloat16", "remat": "none" if small else "full", "scan": not small,
+            "dtype": "float32" if small else "bfloat16", "remat": "none" if small else "dots" if large else "full",
+            "scan": not small,
             "attention_kernel": "auto",
         },
         "attention": "sparse",
@@ -95,7 +96,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
         rate = schedule("warmup_constant", value=4.5e-4, warmup_steps=5000)
     config.schedules = ConfigDict({"learning_rate": rate})
     config.ema = ConfigDict({"decay": 0.99, "every": 1 if small else 25})
-    common.run(config, batch_size=batch, steps=steps, every=max(steps // 4, 1) if small else 5000, split=large)
+    every = max(steps // 4, 1) if small else 5000
+    common.run(config, batch_size=batch, steps=steps, every=every, split=2 if large else 0)
     if small:
         config.mesh.data = 1  # four examples at a time: more devices would wait for each other
     return config

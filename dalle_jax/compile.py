@@ -24,26 +24,18 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from dalle_jax import (
-    compile_report,
-    config_files,
-    model_flops,
-    optimizers,
-    parallel,
-    remedies,
-    schedules,
-    tasks,
-    topologies,
-)
+from dalle_jax import config_files, optimizers, parallel, schedules, tasks
 from dalle_jax.errors import ConfigError, DoesNotFit
 from dalle_jax.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.options import from_config
-from dalle_jax.program import Program
 from dalle_jax.tasks import Task
+from dalle_jax.tpu import figures, kernels, model_flops, remedies, topologies
+from dalle_jax.tpu.program import Program
 from dalle_jax.train_step import TrainState, make_init, make_train_step
 
 PyTree = Any
 WHAT = ("train", "sample")
+EFFORTS = {"full": {}, "low": {"exec_time_optimization_effort": -1.0}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,10 +44,12 @@ class CompileOptions:
 
     Attributes:
       target: a training's config file, with its variant: "configs/prior.py:paper".
-      topology: of TPUs, see `topologies`.
+      topology: of TPUs, see `tpu.topologies`.
       overrides: of the target's keys: "mesh.fsdp=64,model.trunk.remat=dots"; values without commas.
       what: "train", its update, or "sample", a prior drawing `rows` pictures, each for a caption of its own.
       rows: of "sample".
+      effort: "full", as training compiles, or "low", a fifth of the time: exchanges do not overlap then, and memory is
+        within a tenth of the full program's.
     """
 
     target: str
@@ -63,10 +57,12 @@ class CompileOptions:
     overrides: str = ""
     what: str = "train"
     rows: int = 64
+    effort: str = "full"
 
     def __post_init__(self):
-        if self.what not in WHAT:
-            raise ConfigError(f"config.what={self.what!r}: expected one of {', '.join(WHAT)}.")
+        for name, known in (("what", WHAT), ("effort", EFFORTS)):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"config.{name}={getattr(self, name)!r}: expected one of {', '.join(known)}.")
         if self.rows < 1:
             raise ConfigError(f"config.rows={self.rows}: expected at least 1.")
 
@@ -155,6 +151,7 @@ def lower_train_step(subject: Subject) -> jax.stages.Lowered:
         s.average,
         {**s.task.schedules, "learning_rate": rate},
         s.state,
+        overlap=s.config.overlap_exchanges,
     )
     key = _on(jax.eval_shape(jax.random.key, 0), parallel.replicated(s.mesh))
     with parallel.on_mesh(s.mesh):
@@ -184,7 +181,7 @@ def compile_target(options: CompileOptions) -> dict[str, Any]:
     """Compiles, and measures what came out.
 
     Returns:
-      The figures of `compile_report.figures`.
+      See `tpu.figures`.
 
     Raises:
       ConfigError: target, topology or overrides that cannot be.
@@ -197,12 +194,12 @@ def compile_target(options: CompileOptions) -> dict[str, Any]:
     began = time.perf_counter()
     lowered = lower_train_step(subject) if options.what == "train" else lower_sampler(subject, options.rows)
     try:
-        compiled = lowered.compile()
+        compiled = lowered.compile(EFFORTS[options.effort])
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise DoesNotFit(remedies.explain(options, subject, str(error))) from None
-    seconds = time.perf_counter() - began
+    seconds, program = time.perf_counter() - began, Program(compiled.as_text())
     rows = config.batch_size if options.what == "train" else options.rows
     if options.what == "train":
         wanted = model_flops.training(subject.task, subject.batch)
@@ -210,7 +207,14 @@ def compile_target(options: CompileOptions) -> dict[str, Any]:
         wanted = model_flops.sampling(subject.task.prior, rows)
     return {
         **dataclasses.asdict(options),
-        **compile_report.figures(subject, compiled, Program(compiled.as_text()), wanted, rows),
+        **figures.figures(
+            subject,
+            compiled,
+            program,
+            wanted,
+            rows,
+            kernels.of_subject(program.silent_kernels, subject, rows, sampling=options.what == "sample"),
+        ),
         "compile_seconds": seconds,
     }
 
@@ -223,9 +227,9 @@ def run(config: ConfigDict, workdir: str) -> Mapping[str, Any]:
     """
     fields = {field.name for field in dataclasses.fields(CompileOptions)}
     options = CompileOptions(**{name: value for name, value in config.items() if name in fields})
-    figures = compile_target(options)
-    print(compile_report.table(figures))
+    found = compile_target(options)
+    print(figures.table(found))
     folder = epath.Path(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "compile.json").write_text(json.dumps(figures, indent=2) + "\n")
-    return figures
+    (folder / "compile.json").write_text(json.dumps(found, indent=2) + "\n")
+    return found

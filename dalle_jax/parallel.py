@@ -49,6 +49,16 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("codebook", "tensor"),
 )
 
+# Options with which the TPU compiler gathers the parameters of one product while it computes another (those that
+# MaxText publishes for v5p).
+OVERLAP = {
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+}
+
 # A dimension that its mesh axes do not divide is kept whole in arrays up to this many elements (three input channels,
 # a bias); in a larger array that would quietly cost memory on every device, so it is an error.
 MAX_UNDIVIDED_ELEMENTS = 2**20
@@ -159,8 +169,8 @@ def contract(
     Elsewhere, and where the rows cannot be split, the compiler decides.
 
     Args:
-      product: of one device's (x, kernel); contracts the last dimensions of x with `contracted` of the kernel, and gives
-        [B, ..., outputs] with the kernel's other dimensions in their order.
+      product: of one device's (x, kernel); contracts the last dimensions of x with `contracted` of the kernel, and
+        gives [B, ..., outputs] with the kernel's other dimensions in their order.
       x: [B, ..., inputs].
       kernel: in the dtype of the product.
       names: logical names of the kernel's dimensions.

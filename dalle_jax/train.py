@@ -160,7 +160,8 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
 
         def compile_update(batch: Any) -> Any:
             began = time.perf_counter()
-            update = make_train_step(task, optimizer, options, average, step_schedules, abstract_state)
+            how = options, average, step_schedules, abstract_state, config.overlap_exchanges
+            update = make_train_step(task, optimizer, *how)
             update = update.lower(state, frozen, batch, key).compile()
             compiled["seconds_compile"] = time.perf_counter() - began  # logged once, with the first steps
             size = sum(x.size for x in jax.tree.leaves(state.params))

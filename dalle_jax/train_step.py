@@ -101,6 +101,7 @@ def make_train_step(
     average: AverageOptions,
     schedules: Mapping[str, optax.Schedule],
     state: TrainState,
+    overlap: bool = False,
 ) -> Any:
     """The compiled update: (state, frozen, batch, key) -> (state, scalars).
 
@@ -114,6 +115,7 @@ def make_train_step(
       average: for the moving average.
       schedules: to log, by name; "learning_rate" among them multiplies the update.
       state: the abstract state, for its shardings.
+      overlap: whether to compile with `parallel.OVERLAP`, on TPUs.
 
     Returns:
       A jitted function; the scalars are float32, laid out on every device.
@@ -156,8 +158,14 @@ def make_train_step(
         return new_state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), scalars)
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
-    donated = (0,) if donates(state.step.sharding.mesh) else ()
-    return jax.jit(train_step, donate_argnums=donated, out_shardings=(shardings, None))
+    mesh = state.step.sharding.mesh
+    options = parallel.OVERLAP if overlap and mesh.devices.flat[0].platform == "tpu" else None
+    return jax.jit(
+        train_step,
+        donate_argnums=(0,) if donates(mesh) else (),
+        out_shardings=(shardings, None),
+        compiler_options=options,
+    )
 
 
 def donates(mesh: Mesh) -> bool:

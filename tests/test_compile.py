@@ -6,9 +6,10 @@ import json
 import pytest
 
 from dalle_jax import compile as compile_module
-from dalle_jax import remedies, tasks, topologies
+from dalle_jax import tasks
 from dalle_jax.compile import CompileOptions, compile_target, load_target
 from dalle_jax.errors import ConfigError, DoesNotFit, UserError
+from dalle_jax.tpu import remedies, topologies
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (pip install -e '.[tpu]')"

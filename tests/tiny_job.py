@@ -47,6 +47,7 @@ def tiny_config(**changes: Any) -> ConfigDict:
             "max_nonfinite": 3,
             "timeout_seconds": {"data": 600.0, "step": 600.0},
             "profile_steps": 0,
+            "overlap_exchanges": False,
         }
     )
     config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})

@@ -25,10 +25,12 @@ from typing import Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models.decode_cache import ColumnCache, RingCache
 
+ATTENDED = "attended"  # under this name `jax.checkpoint` can keep what attention of the whole stream gives
 NEG = -1e30  # a finite "minus infinity": a row with nothing to read gives zeros' average, never NaN
 
 
@@ -261,7 +263,7 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, layout: T
     text = attend_reference(q[:, :t], k[:, :t], v[:, :t], text_mask)
 
     image = attend_image(q[:, t:], k[:, t:], v[:, t:], k[:, :t], v[:, :t], pattern, layout)
-    return jnp.concatenate([text, image], axis=1)
+    return checkpoint_name(jnp.concatenate([text, image], axis=1), ATTENDED)
 
 
 def attend_image(q, k, v, text_k, text_v, pattern: Pattern, layout: TokenLayout) -> jax.Array:

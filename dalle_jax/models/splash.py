@@ -31,7 +31,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import process_mask, process_mask_dkv
 
 from dalle_jax.layout import TokenLayout
-from dalle_jax.models.attention import Pattern
+from dalle_jax.models.attention import ATTENDED, Pattern
 from dalle_jax.parallel import on_each_device, on_tpu
 
 KERNELS = ("auto", "xla", "splash")
@@ -94,11 +94,53 @@ def attend_raster(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, la
 
 # -- order and blocks ---------------------------------------------------------------------------------------------
 
-# Side of a block: instructions that the compiler schedules on a v5p, forward and backward (three kernels together,
-# bfloat16, K = 64; see experiments/benchmarks/attention_tpu.py): for any block of the grid, for one that is not empty
-# beside that, and for a row of blocks. Small blocks skip more, but cost up to two and a half times as much for the same
-# area: at the paper's size, four blocks of 640 of which one is empty cost less than 25 of 256 of which half are.
-CYCLES = {128: (740, 728, 353), 256: (730, 1757, 681), 512: (816, 4560, 1316), 640: (827, 7299, 1632)}
+KERNEL_KINDS = ("fwd", "dq", "dkv")  # forward; backward, the gradients of queries, and of keys and values
+
+# Instructions that the compiler schedules (bfloat16, K = 64; K = 128 within a few percent;
+# experiments/benchmarks/attention_tpu.py): for any block of the grid, for a row of blocks beside that, and for a block
+# that is not empty beside that. Small blocks skip more, but cost up to two and a half times as much for the same area:
+# at the paper's size, four blocks of 640 of which one is empty cost less than 25 of 256 of which half are.
+SCHEDULES = {
+    "v5p": {
+        128: {"fwd": (162, 188, 243), "dq": (172, 60, 248), "dkv": (289, 109, 237)},
+        256: {"fwd": (162, 366, 514), "dq": (181, 109, 525), "dkv": (289, 206, 718)},
+        512: {"fwd": (162, 712, 1174), "dq": (182, 206, 1495), "dkv": (282, 398, 1878)},
+        640: {"fwd": (163, 884, 2024), "dq": (185, 254, 2398), "dkv": (346, 494, 2877)},
+    },
+    "v5e": {
+        128: {"fwd": (65, 181, 244), "dq": (71, 60, 252), "dkv": (86, 109, 248)},
+        256: {"fwd": (65, 362, 525), "dq": (71, 109, 525), "dkv": (88, 206, 719)},
+        512: {"fwd": (65, 707, 1218), "dq": (65, 206, 1483), "dkv": (87, 398, 1863)},
+        640: {"fwd": (66, 877, 2009), "dq": (70, 254, 2343), "dkv": (89, 494, 2996)},
+    },
+    "v6e": {
+        128: {"fwd": (81, 89, 234), "dq": (79, 37, 201), "dkv": (99, 61, 233)},
+        256: {"fwd": (81, 176, 567), "dq": (78, 61, 463), "dkv": (101, 109, 659)},
+        512: {"fwd": (81, 358, 937), "dq": (78, 109, 1052), "dkv": (100, 205, 1272)},
+        640: {"fwd": (82, 455, 1811), "dq": (78, 133, 1732), "dkv": (102, 253, 1880)},
+    },
+}
+
+
+def _kernel_cycles(filled: np.ndarray, kind: str, block: int, chip: str) -> int:
+    """What one head costs in one kernel, `filled` as from `filled_blocks`. The grid is as wide as its longest row."""
+    step, row, body = SCHEDULES[chip][block][kind]
+    rows = filled.sum(0 if kind == "dkv" else 1)
+    return len(rows) * (int(rows.max()) * step + row) + int(rows.sum()) * body
+
+
+@functools.lru_cache(maxsize=64)
+def kernel_cycles(kind: str, pattern: Pattern, layout: TokenLayout, queries: int, chip: str) -> int:
+    """Cycles of one head in one kernel.
+
+    Args:
+      kind: one of `KERNEL_KINDS`.
+      pattern, layout, queries: see `kernel_mask`.
+      chip: a key of `SCHEDULES`.
+    """
+    mask = kernel_mask(pattern, layout, queries)
+    block = block_size(mask)
+    return _kernel_cycles(filled_blocks(mask, block), kind, block, chip)
 
 
 @functools.lru_cache(maxsize=64)
@@ -110,7 +152,9 @@ def order(pattern: Pattern, layout: TokenLayout) -> np.ndarray:
     text, mask = layout.text_length, pattern.mask(layout)
     grouped = np.concatenate([np.arange(text), text + pattern.groups(layout)[0].reshape(-1)])
     orders = np.arange(layout.length), grouped
-    return min(orders, key=lambda places: min(cycles(mask[np.ix_(places, places)], block) for block in CYCLES))
+    return min(
+        orders, key=lambda places: min(cycles(mask[np.ix_(places, places)], block) for block in SCHEDULES["v5p"])
+    )
 
 
 def kernel_mask(pattern: Pattern, layout: TokenLayout, queries: int) -> np.ndarray:
@@ -133,14 +177,14 @@ def filled_blocks(mask: np.ndarray, block: int) -> np.ndarray:
 
 
 def cycles(mask: np.ndarray, block: int) -> int:
-    """What a mask costs one head, forward and backward, by `CYCLES`."""
-    filled, (each, computed, row) = filled_blocks(mask, block), CYCLES[block]
-    return filled.size * each + int(filled.sum()) * computed + len(filled) * row
+    """What a mask costs one head, forward and backward, on a v5p."""
+    filled = filled_blocks(mask, block)
+    return sum(_kernel_cycles(filled, kind, block, "v5p") for kind in KERNEL_KINDS)
 
 
 def block_size(mask: np.ndarray) -> int:
     """The side of blocks with which a mask costs least."""
-    return min(CYCLES, key=functools.partial(cycles, mask))
+    return min(SCHEDULES["v5p"], key=functools.partial(cycles, mask))
 
 
 @functools.lru_cache(maxsize=64)
@@ -155,5 +199,5 @@ def _kernel(pattern: Pattern, layout: TokenLayout, queries: int, interpret: bool
     return SplashAttentionKernel(
         *(table(masks, (block, block))[0] for table in (process_mask, process_mask, process_mask_dkv)),
         block_sizes=sizes, is_mqa=False, save_residuals=False, mask_value=DEFAULT_MASK_VALUE, attn_logits_soft_cap=None,
-        residual_checkpoint_name=None, mask_function=None, interpret=interpret,
+        residual_checkpoint_name=ATTENDED, mask_function=None, interpret=interpret,
     )  # fmt: skip

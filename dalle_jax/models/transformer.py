@@ -26,7 +26,7 @@ import numpy as np
 
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models import splash
-from dalle_jax.models.attention import Pattern, attend, attend_image, attend_reference, attend_step
+from dalle_jax.models.attention import ATTENDED, Pattern, attend, attend_image, attend_reference, attend_step
 from dalle_jax.models.dense import Dense
 from dalle_jax.models.rotary import rotary_angles, rotate
 from dalle_jax.parallel import constrain
@@ -39,10 +39,13 @@ ACTIVATIONS = {
     "swiglu": (jax.nn.silu, True),
 }
 POSITIONS = ("learned", "rotary")
+_KEEP = jax.checkpoint_policies
 REMAT = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _KEEP.nothing_saveable,
+    "dots": _KEEP.save_from_both_policies(
+        _KEEP.dots_with_no_batch_dims_saveable, _KEEP.save_only_these_names(ATTENDED)
+    ),
 }
 
 
@@ -63,7 +66,8 @@ class TransformerOptions:
       positions: "learned" (text position; image row + column) or "rotary" (the same coordinates, rotated into q, k).
       dropout: on the embeddings and on each branch's output.
       dtype: of the activations. Parameters, softmax, logits and losses are float32 in any case.
-      remat: "none", "full" (keep only each scanned unit's input) or "dots" (keep matrix products).
+      remat: "none", "full" (keep only each scanned unit's input) or "dots" (keep the products of dense layers and what
+        attention gives).
       scan: run repeated layers as one scan.
       attention_kernel: "xla" (`attention.attend`), "splash" (`splash.attend`), or "auto": splash on TPUs.
     """

@@ -113,7 +113,7 @@ def scheduled(name: str) -> tuple[int, int, int]:
             branches += [(address, region) for region in re.findall(r"target = \$region(\d+)", line)]
     inside = [(at, starts.get(region, 0) - at) for at, region in branches if at > loop]
     length = inside[-1][0] - loop  # the last branch closes the loop
-    begin, body, end = [skipped for _, skipped in inside if skipped > 24][-3:]  # what comes before holds all of them
+    begin, body, end = [skipped for _, skipped in inside if skipped > 8][-3:]  # what comes before holds all of them
     return length - begin - body - end, begin + end, body
 
 

@@ -36,7 +36,7 @@ CASES = [(p, layout) for layout in (LAYOUTS[0], LAYOUTS[2]) for p in PATTERNS] +
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Blocks of 128, so that there are some that nobody reads."""
-    monkeypatch.setattr(splash, "CYCLES", {128: splash.CYCLES[128]})
+    monkeypatch.setitem(splash.SCHEDULES, "v5p", {128: splash.SCHEDULES["v5p"][128]})
     for cached in (splash.order, splash._kernel):
         cached.cache_clear()
     yield

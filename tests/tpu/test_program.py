@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from dalle_jax.program import Program
+from dalle_jax.tpu.program import Program
 
 # A loop of ten that gathers while it multiplies, and exchanges outside of it in every notation.
 TEXT = """

@@ -3,9 +3,10 @@
 import jax
 import pytest
 
-from dalle_jax import keys, model_flops, tasks
+from dalle_jax import keys, tasks
 from dalle_jax.compile import load_target
-from dalle_jax.program import Program
+from dalle_jax.tpu import model_flops
+from dalle_jax.tpu.program import Program
 
 SMALL = "model.trunk.depth=3,model.trunk.scan=False,model.trunk.remat=none,batch_size=4"
 

@@ -6,9 +6,10 @@ import math
 import re
 from typing import Any
 
-from dalle_jax import parallel, topologies
-from dalle_jax.compile_report import bytes_per_chip
-from dalle_jax.topologies import GIB
+from dalle_jax import parallel
+from dalle_jax.tpu import topologies
+from dalle_jax.tpu.figures import bytes_per_chip
+from dalle_jax.tpu.topologies import GIB
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _KEPT_FREE = 0.9  # of the memory: shapes padded to tiles take some

@@ -4,8 +4,10 @@ Roofline. One instruction takes as long as its matrix products at the chip's pea
 main memory, whichever is longer; instructions follow each other. Exchanges with other chips take their bytes at the
 rate of the links that they extend over; those that the compiler overlaps with other work cost only what exceeds it:
 
-    step = max(Σ max(flops / peak, bytes / memory rate), overlapped exchange) + other exchange
+    step = max(Σ max(flops / peak, bytes / memory rate) + attention kernels, overlapped exchange) + other exchange
     utilisation = model flops / (chips · peak · step)
+
+Attention kernels take what `kernels.py` counts, or what their operands and results cost, whichever is longer.
 """
 
 from __future__ import annotations
@@ -16,9 +18,9 @@ from typing import Any
 
 import jax
 
-from dalle_jax import topologies
-from dalle_jax.program import KINDS, Program
-from dalle_jax.topologies import GIB
+from dalle_jax.tpu import topologies
+from dalle_jax.tpu.program import KINDS, Program
+from dalle_jax.tpu.topologies import GIB
 
 _LARGE = 2**20  # bytes of a gather worth naming
 
@@ -32,7 +34,9 @@ def bytes_per_chip(tree: Any) -> int:
     )
 
 
-def figures(subject: Any, compiled: Any, program: Program, model_flops: float, rows: int) -> dict[str, Any]:
+def figures(
+    subject: Any, compiled: Any, program: Program, model_flops: float, rows: int, kernel_seconds: float | None
+) -> dict[str, Any]:
     """Everything that is known about a program before it ever ran; JSON.
 
     Args:
@@ -41,6 +45,7 @@ def figures(subject: Any, compiled: Any, program: Program, model_flops: float, r
       program: its text, read.
       model_flops: what the model asks for, on all chips together.
       rows: examples in one run of the program.
+      kernel_seconds: of the kernels that the program is silent about; None where that is not known.
     """
     mesh, state = subject.mesh, subject.state
     everything = list(mesh.devices.flat)
@@ -49,7 +54,11 @@ def figures(subject: Any, compiled: Any, program: Program, model_flops: float, r
         memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     )  # fmt: skip
-    compute = sum(max(w.flops / chip.flops, w.bytes / chip.memory_rate) * w.times for w in program.work if not w.aside)
+    told = lambda w: max(w.flops / chip.flops, w.bytes / chip.memory_rate) * w.times
+    here = [w for w in program.work if not w.aside]
+    silent = sum(told(w) for w in here if w.silent)
+    kernels = max(kernel_seconds or 0.0, silent)
+    compute = sum(told(w) for w in here) - silent + kernels
     exchanges = [
         (c, c.sent / topologies.exchange_rate([everything[i] for i in c.group], everything))
         for c in program.collectives
@@ -98,10 +107,12 @@ def figures(subject: Any, compiled: Any, program: Program, model_flops: float, r
         "gathers_outside_loops": dict(outside.most_common()),
         "unknown_loops": program.unknown_loops,
         "silent_kernels": program.silent_kernels,
+        "kernels_known": kernel_seconds is not None,
         "seconds": {
             "products": program.flops / chip.flops,
             "memory": program.hbm_bytes / chip.memory_rate,
             "instructions": compute,
+            "kernels": kernels,
             "exchange_overlapped": hidden,
             "exchange_exposed": exposed,
             "step": step,
@@ -153,8 +164,14 @@ def table(f: dict[str, Any]) -> str:
     if f["unknown_loops"]:
         lines.append(f"loops of unknown length, counted once: {', '.join(f['unknown_loops'])}")
     if f["silent_kernels"]:
+        calls = ", ".join(f"{name} {times} times" for name, times in f["silent_kernels"].items())
         lines.append(
-            f"not in these figures: what {f['silent_kernels']} calls of attention kernels compute, and how long; they "
-            "are in the model's operations, so that the utilisation is an upper bound"
+            f"attention kernels {seconds['kernels'] * 1e3:.1f} ms of these, "
+            + (
+                "by the instructions scheduled for them"
+                if f["kernels_known"]
+                else "by their operands and results alone"
+            )
+            + f": {calls}"
         )
     return "\n".join(lines)

@@ -34,6 +34,7 @@ class Chip:
       link_rate: of one link to a neighbour, one way, bytes a second; each axis of the torus has two.
       whole_axis: an axis of at least so many chips, where a multiple of it, closes to a ring.
       clock: cycles a second, in which the compiler's own estimates are.
+      cores: of one device, which some kernels share.
     """
 
     name: str
@@ -43,12 +44,13 @@ class Chip:
     link_rate: float
     whole_axis: int
     clock: float
+    cores: int
 
 
 CHIPS = {
-    "TPU v5 lite": Chip("v5e", 197e12, 16 * GIB, 8.1e11, 4.5e10, 16, 1.5e9),
-    "TPU v5": Chip("v5p", 459e12, 95 * GIB, 2.765e12, 9e10, 4, 1.75e9),
-    "TPU v6 lite": Chip("v6e", 918e12, 32 * GIB, 1.64e12, 9e10, 16, 1.75e9),
+    "TPU v5 lite": Chip("v5e", 197e12, 16 * GIB, 8.1e11, 4.5e10, 16, 1.5e9, 1),
+    "TPU v5": Chip("v5p", 459e12, 95 * GIB, 2.765e12, 9e10, 4, 1.75e9, 2),
+    "TPU v6 lite": Chip("v6e", 918e12, 32 * GIB, 1.64e12, 9e10, 16, 1.75e9, 1),
 }
 
 
