@@ -159,12 +159,12 @@ def make_train_step(
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     mesh = state.step.sharding.mesh
-    options = parallel.OVERLAP if overlap and mesh.devices.flat[0].platform == "tpu" else None
+    asked = parallel.OVERLAP if overlap and mesh.devices.flat[0].platform == "tpu" else None
     return jax.jit(
         train_step,
         donate_argnums=(0,) if donates(mesh) else (),
         out_shardings=(shardings, None),
-        compiler_options=options,
+        compiler_options=asked,
     )
 
 
