@@ -17,6 +17,7 @@ from dalle_jax.layout import TokenLayout
 from dalle_jax.models import splash
 from dalle_jax.models.attention import Bidirectional, Column, Convolutional, Full, Row, attend_reference
 from dalle_jax.models.transformer import Attention, TransformerOptions, Trunk
+from dalle_jax.tpu.program import Program
 
 PATTERNS = [Full(), Bidirectional(), Row(), Column(), Convolutional(5), Convolutional(3, wrap=False)]
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -299,9 +300,12 @@ def test_compiles_for_a_tpu_at_the_papers_size(tpu_mesh, pattern):
     assert program.memory_analysis().temp_size_in_bytes < scores
 
 
-def test_a_sharded_trunk_compiles_for_a_tpu(tpu_mesh):
-    """With "auto", on a machine without one: scanned, rematerialised, parameters, batch and heads split."""
-    options = TransformerOptions(width=256, depth=4, heads=4, remat="full")
+@pytest.mark.parametrize("remat, forward", [("full", 8), ("dots", 4)])
+def test_a_sharded_trunk_compiles_for_a_tpu(tpu_mesh, remat, forward):
+    """With "auto", on a machine without one: scanned, rematerialised, parameters, batch and heads split.
+
+    "dots" keeps what the kernel gives: it does not run again for the gradients."""
+    options = TransformerOptions(width=256, depth=4, heads=4, remat=remat)
     layout = layout_of(64, 8, 8)
     trunk = Trunk(options, layout, (Row(), Column(), Row(), Column()))
     with parallel.on_mesh(tpu_mesh), jax.default_matmul_precision("default"):
@@ -312,7 +316,9 @@ def test_a_sharded_trunk_compiles_for_a_tpu(tpu_mesh):
         params = parallel.abstract(params, parallel.shardings_of(boxed, tpu_mesh))
         loss = lambda params, x: jnp.square(trunk.apply(params, x, True).astype(jnp.float32)).mean()
         text = jax.jit(jax.grad(loss)).lower(params, x).compile().as_text()
-    assert "splash_mha_fwd" in text and "splash_mha_dkv" in text
+    kernels = ("splash_mha_fwd_residuals", "splash_mha_dq_no_residuals", "splash_mha_dkv_no_residuals")
+    assert Program(text).silent_kernels == dict(zip(kernels, (forward, 4, 4)))
+    assert "collective-permute" not in text  # no ring of partial products
 
 
 def boxed_like(boxed):

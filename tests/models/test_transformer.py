@@ -103,6 +103,11 @@ def test_remat_equals_no_remat(params, plain):
     assert "remat" in ours[0] and "remat" not in plain[0]
 
 
+@pytest.mark.parametrize("kernel", ["splash", "xla"])
+def test_dots_equals_no_remat(params, plain, kernel):
+    assert_same(loss_and_gradients(params, remat="dots", attention_kernel=kernel), plain)
+
+
 def test_remat_of_unrolled_layers(params, plain):
     ours = loss_and_gradients(params, stacked=False, scan=False, remat="dots")
     assert_same(ours, plain)

@@ -109,6 +109,63 @@ def test_exchanges_within_asynchronous_calls_and_fusions():
     assert found.overlapped
 
 
+def test_exchanges_in_parts_count_once():
+    """A start, a product with a part of the exchange in it, an end: three fusions of one channel."""
+    gather = (
+        "%g{0} = f32[16,4]{{1,0}} all-gather(%q{0}), channel_id=7, replica_groups={{{{0,1}},{{2,3}}}}, dimensions={{0}}"
+    )
+    part = (
+        "%part{0} (q{0}: f32[8,4], x{0}: f32[16,4]) -> (f32[16,16], f32[16,4]) {{\n"
+        "  %q{0} = f32[8,4]{{1,0}} parameter(0)\n  %x{0} = f32[16,4]{{1,0}} parameter(1)\n  " + gather + "\n"
+        "  {1}  ROOT %r{0} = (f32[16,16]{{1,0}}, f32[16,4]{{1,0}}) tuple(%d{0}, %g{0})\n}}\n"
+    )
+    product = "%d{0} = f32[16,16]{{1,0}} dot(%x{0}, %x{0}), lhs_contracting_dims={{1}}, rhs_contracting_dims={{1}}\n"
+    nothing = "%d{0} = f32[16,16]{{1,0}} constant(0)\n"
+    bodies = [part.format(i, (product if i == 2 else nothing).format(i)) for i in (1, 2, 3)]
+    lines = TEXT.splitlines()
+    calls = [
+        f"  %c{i} = (f32[16,16]{{1,0}}, f32[16,4]{{1,0}}) fusion(%w, %x), kind=kCustom, calls=%part{i}"
+        for i in (1, 2, 3)
+    ]
+    start = next(i for i, line in enumerate(lines) if "%start =" in line)
+    lines[start : start + 3] = [*calls, "  %done = f32[16,4]{1,0} get-tuple-element(%c3), index=1", lines[start + 1]]
+    entry = next(i for i, line in enumerate(lines) if line.startswith("%add (a"))
+    program = Program("\n".join([*lines[:entry], *"".join(bodies).splitlines(), *lines[entry:]]))
+    gathers = [c for c in program.collectives if c.kind == "all-gather"]
+    assert [(c.times, c.bytes, c.overlapped) for c in gathers] == [(10, 256, True)]
+    work = {one.name: one for one in program.work}
+    assert work["c2"].flops == 2 * 16 * 16 * 4
+    assert work["c2"].bytes == 16 * 4 * 4 + 16 * 16 * 4  # what is multiplied, and the product: not what is exchanged
+
+
+def test_of_a_conditional_the_larger_branch_counts():
+    branch = "%{0} (s: f32[16,4]) -> f32[16,16] {{\n  %s = f32[16,4]{{1,0}} parameter(0)\n{1}}}\n"
+    product = "  {} = f32[16,16]{{1,0}} dot(%s, %s), lhs_contracting_dims={{1}}, rhs_contracting_dims={{1}}\n"
+    small = branch.format("small", product.format("ROOT %one"))
+    large = branch.format(
+        "large",
+        product.format("%first") + product.format("%second") + "  ROOT %sum2 = f32[16,16]{1,0} add(%first, %second)\n",
+    )
+    other = next(line for line in TEXT.splitlines() if "%other =" in line)
+    choice = "  %other = f32[16,16]{1,0} conditional(%i, %x, %x), branch_computations={%small, %large}"
+    text = TEXT.replace(other, choice).replace("%add (a", f"{small}\n{large}\n%add (a", 1)
+    assert Program(text).flops == 10 * (2 * 2 * 16 * 16 * 4 + 2 * 16 * 16 * 4)
+
+
+def test_kernels_that_tell_nothing_are_named():
+    other = next(line for line in TEXT.splitlines() if "%other =" in line)
+    call = '  %other = f32[16,16]{1,0} custom-call(%x, %x), custom_call_target="tpu_custom_call"'
+    program = Program(
+        TEXT.replace(other, call.replace("%other =", "%splash_mha_fwd_residuals.3 =")).replace(
+            "(%other,", "(%splash_mha_fwd_residuals.3,"
+        )
+    )
+    assert program.silent_kernels == {"splash_mha_fwd_residuals": 10}
+    assert [w.times for w in program.work if w.silent] == [10]
+    told = call + ', backend_config={"custom_call_config":{"cost_estimate":{"flops":"12"}}}'
+    assert not Program(TEXT.replace(other, told)).silent_kernels
+
+
 def test_memory_traffic():
     work = {one.name: one for one in Program(TEXT).work}
     assert work["w"].bytes == 2 * 8 * 4 * 4 + 4  # the slice of the stack read, written; and the index
