@@ -273,9 +273,11 @@ class Program:
             kind = _kind(one)
             if kind not in KINDS or name in self._later:
                 continue
+            if name.startswith("all-reduce-scatter"):  # a fusion of both
+                kind = "reduce-scatter"
             types, times = self._computations[name], self._times[name]
-            size = hlo.size(one.type if one.opcode == kind else hlo.last(one.type))
-            if kind == "reduce-scatter":
+            size = hlo.size(hlo.last(one.type) if one.opcode.endswith("-start") else one.type)
+            if one.opcode == "reduce-scatter":
                 size = sum(hlo.size(types[x].type) for x in one.operands)
             asked = re.search(r'op_name="([^"]*)"', one.attributes)
             found.append(

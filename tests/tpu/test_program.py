@@ -138,6 +138,21 @@ def test_exchanges_in_parts_count_once():
     assert work["c2"].bytes == 16 * 4 * 4 + 16 * 16 * 4  # what is multiplied, and the product: not what is exchanged
 
 
+def test_a_reduce_scatter_as_the_compiler_writes_it():
+    """A fusion of an all-reduce and the slice that a device keeps."""
+    body = (
+        "%all-reduce-scatter.1 (q: f32[16,4]) -> f32[4,4] {\n  %q = f32[16,4]{1,0} parameter(0)\n"
+        "  %r = f32[16,4]{1,0} all-reduce(%q), channel_id=9, replica_groups=[2,4]<=[8], to_apply=%add\n"
+        "  ROOT %s = f32[4,4]{1,0} slice(%r), slice={[0:4], [0:4]}\n}\n"
+    )
+    part = next(line for line in TEXT.splitlines() if "ROOT %part" in line)
+    call = "  ROOT %part = f32[4,4]{1,0} fusion(%all), kind=kCustom, calls=%all-reduce-scatter.1"
+    program = Program(TEXT.replace(part, call).replace("ENTRY", f"{body}\nENTRY", 1))
+    kinds = {c.kind: c for c in program.collectives}
+    assert kinds["reduce-scatter"].sent == 256 * 3 / 4 and kinds["all-reduce"].sent == 2 * 256 / 2
+    assert not kinds["reduce-scatter"].overlapped
+
+
 def test_of_a_conditional_the_larger_branch_counts():
     branch = "%{0} (s: f32[16,4]) -> f32[16,16] {{\n  %s = f32[16,4]{{1,0}} parameter(0)\n{1}}}\n"
     product = "  {} = f32[16,16]{{1,0}} dot(%s, %s), lhs_contracting_dims={{1}}, rhs_contracting_dims={{1}}\n"
