@@ -40,7 +40,7 @@ PODS = (
     Pod("prior.py:paper", "v5p:4x4x8"),
     Pod("prior.py:paper", "v5e:16x16", FULL),
     Pod("prior.py:paper", "v6e:16x16", FULL),
-    Pod("prior.py:5.6b", "v5p:4x4x4"),
+    Pod("prior.py:5.6b", "v5p:4x4x8"),
     Pod("prior.py:5.6b", "v5e:8x16", FULL),
     Pod("prior.py:5.6b", "v6e:8x16", FULL),
     Pod("prior.py:2.8b", "v5p:4x4x4"),
