@@ -46,7 +46,7 @@ def get_config(variant: str | None = None, steps: int | None = None) -> ConfigDi
     variant, (base, width, depth, heads, dropout, batch, usual) = config_files.choose(VARIANTS, variant, __file__)
     steps = steps or usual
     small = variant in ("shapes", "emoji")  # sized for a CPU
-    large = variant in ("paper", "3b")  # for pods
+    copies = {"paper": 1, "3b": 2}.get(variant, 0)  # of the parameters, split over pods; see common.run
 
     config = autoregressive.get_config(base)
     config.variant = variant
@@ -77,7 +77,7 @@ def get_config(variant: str | None = None, steps: int | None = None) -> ConfigDi
     else:
         rate = common.schedule("warmup_cosine", peak=2e-3, end=1e-5, warmup_steps=steps // 20, steps=steps)
     config.schedules = ConfigDict({"learning_rate": rate})
-    common.run(config, batch_size=batch, steps=steps, every=max(steps // 4, 1) if small else 5000, split=int(large))
+    common.run(config, batch_size=batch, steps=steps, every=max(steps // 4, 1) if small else 5000, split=copies)
     if small:
         config.mesh.data = 1  # four examples at a time: more devices would wait for each other
     return config

@@ -50,7 +50,7 @@ PODS = (
     Pod("maskgit.py:3b", "v5e:8x8", FULL),
     Pod("maskgit.py:3b", "v6e:8x8"),
     Pod("maskgit.py:paper", "v5e:4x4"),
-    Pod("maskgit.py:paper", "v5p:2x2x2"),
+    Pod("maskgit.py:paper", "v5p:2x2x2", "mesh.data=2"),
     Pod("maskgit.py:paper", "v6e:2x4"),
     Pod("dvae.py:paper", "v5e:8x8"),
     Pod("dvae.py:paper", "v5p:2x4x4"),
