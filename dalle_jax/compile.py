@@ -1,7 +1,7 @@
 """Compiles a training's step, or a prior's sampler, for a TPU topology: does it fit, and what does it cost?
 
     python -m dalle_jax.main --config=configs/compile.py --config.target=configs/prior.py:paper \
-        --config.topology=v5p:8x8x8 --config.overrides="mesh.fsdp=64,batch_size=512"
+        --config.topology=v5p:8x8x8 --config.overrides="mesh.data=8,batch_size=2048"
 
 No TPU is needed: the TPU compiler runs anywhere. What is compiled is the function that `train.py` runs, from shapes
 alone: no data, no weights.
