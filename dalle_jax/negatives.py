@@ -85,7 +85,7 @@ def _spoil(images: jax.Array, key: jax.Array, options: NegativeOptions) -> tuple
     g = options.grid
     for_shift, for_number, for_places = jax.random.split(key, 3)
     # All pictures take theirs from as many rows on.
-    others = images[(jnp.arange(b) + jax.random.randint(for_shift, (), 1, b)) % b]
+    others = jnp.take(images, (jnp.arange(b) + jax.random.randint(for_shift, (), 1, b)) % b, axis=0)
     differs = jnp.abs(others.astype(jnp.int16) - images.astype(jnp.int16)).max(-1) > _VISIBLE_STEP
     share = differs.reshape(b, g, height // g, g, width // g).mean((2, 4), dtype=jnp.float32).reshape(b, g * g)
     visible = share >= _VISIBLE_SHARE
