@@ -93,6 +93,7 @@ class CLIPTask:
       schedules: none.
       best_metric: "loss", on the evaluation split.
       frozen: nothing.
+      negatives: the wrong pictures that training makes beside those of the batch.
     """
 
     schedules: dict[str, Any] = {}
@@ -106,7 +107,7 @@ class CLIPTask:
           text_model: turns ids back into captions, for the preview; None: there is none.
           negatives: the wrong pictures that training makes beside those of the batch; None: none.
         """
-        self.clip, self._text_model, self._negatives = clip, text_model, negatives or NegativeOptions()
+        self.clip, self._text_model, self.negatives = clip, text_model, negatives or NegativeOptions()
 
     def init(self, key: jax.Array) -> PyTree:
         """See `Task.init`."""
@@ -123,8 +124,8 @@ class CLIPTask:
         accuracies of `contrastive_loss`, and "logit_scale", the factor on the similarities."""
         del frozen, step
         images, spoiled = batch["image"], None
-        if self._negatives.spoiled:
-            wrong, counts = spoil(images, key, self._negatives)
+        if self.negatives.spoiled:
+            wrong, counts = spoil(images, key, self.negatives)
             # Side by side, so that each device keeps the rows it has.
             all_images = jnp.concatenate([images[:, None], wrong], axis=1)
             vectors = self.clip.encode_image(params, all_images.reshape(-1, *images.shape[1:]))
