@@ -75,17 +75,16 @@ def get_config(variant: str | None = None) -> ConfigDict:
         "dtype": "float32" if small else "bfloat16",
     })  # fmt: skip
 
-    # Wrong pictures beside the batch's: each one again, up to six of its 8 x 8 squares exchanged for another one's.
-    config.negatives = ConfigDict({"spoiled": 1 if flat else 0, "grid": 8, "squares": 6})
+    # Wrong pictures beside the batch's: each one again, up to twelve of its 8 x 8 squares exchanged for another's.
+    config.negatives = ConfigDict({"spoiled": 1 if flat else 0, "grid": 8, "squares": 12})
 
     config.optimizer = ConfigDict({
         "b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2, "decay": "kernels",
         "clip_norm": 1.0 if small else 0.0, "accumulate_steps": 1,
     })  # fmt: skip
-    rate = (
-        {"peak": 3e-3, "end": 3e-5, "warmup_steps": 20} if small else {"peak": 5e-4, "end": 0.0, "warmup_steps": 2000}
-    )
-    config.schedules = ConfigDict({"learning_rate": schedule("warmup_cosine", steps=steps, **rate)})
+    peak = 2e-3 if flat else 3e-3 if small else 5e-4
+    rate = {"end": 3e-5, "warmup_steps": 20} if small else {"end": 0.0, "warmup_steps": 2000}
+    config.schedules = ConfigDict({"learning_rate": schedule("warmup_cosine", steps=steps, peak=peak, **rate)})
     config.ema = ConfigDict({"decay": 0.0, "every": 1})
     common.run(config, batch_size=batch, steps=steps, every=max(steps // 4, 1) if small else 1000)
     return config

@@ -34,7 +34,7 @@ class NegativeOptions:
 
     spoiled: int = 0
     grid: int = 8
-    squares: int = 6
+    squares: int = 12
 
     def __post_init__(self):
         if self.spoiled < 0:

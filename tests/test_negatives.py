@@ -70,6 +70,11 @@ def test_every_row_place_and_number_comes_up():
     assert shifts == set(range(1, 6)) and places == set(range(16)) and numbers >= set(range(1, OPTIONS.squares + 1))
 
 
+def test_no_picture_is_spoiled_with_itself():
+    images = np.full((3, 16, 16, 3), 100, np.uint8) * np.arange(3, dtype=np.uint8)[:, None, None, None]
+    assert all(spoiled(images, jax.random.key(seed), OPTIONS)[1].all() for seed in range(20))
+
+
 def test_what_does_not_show_is_not_spoiled():
     images = np.full((4, 16, 16, 3), 100, np.uint8) + np.arange(4, dtype=np.uint8)[:, None, None, None]
     made, valid = spoiled(images, jax.random.key(0), OPTIONS)

@@ -76,7 +76,7 @@ def contrastive_loss(
     if spoiled is not None:
         vectors, counts = spoiled
         wrong = scale * jnp.einsum("bne,be->bn", vectors, captions, precision=jax.lax.Precision.HIGHEST)
-        wrong = jnp.where(counts, wrong, -1e9)  # finite: a row of -inf alone has no gradient
+        wrong = jnp.where(counts, wrong, -jnp.inf)
         among_images = jnp.logaddexp(among_images, jax.nn.logsumexp(wrong, axis=1))
         won = (wrong < own[:, None]) & counts
         scalars["spoiled_accuracy"] = jnp.sum(won) / jnp.maximum(jnp.sum(counts), 1)
