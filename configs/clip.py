@@ -31,7 +31,7 @@ schedule = common.schedule
 # name: (data, text length, text vocabulary, patch, image (width, depth, heads), text (…), embedding, batch, steps)
 # The text tower of `shapes` needs its two blocks: with one it cannot tell whose colour is whose.
 VARIANTS = {
-    "shapes": (common.shapes(), 20, 300, 8, (96, 1, 2), (64, 2, 2), 96, 256, 320),
+    "shapes": (common.shapes(), 20, 300, 8, (64, 1, 2), (64, 2, 2), 96, 256, 340),
     "emoji": (common.emoji(bpe_dropout=0.1), 20, 1024, 8, (128, 3, 4), (96, 2, 2), 128, 256, 200),
     "folder": (
         common.folder(128, augment="prior", bpe_dropout=0.1), 64, 8192, 16, (384, 8, 6), (384, 6, 6), 256, 512, 50_000,
