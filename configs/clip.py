@@ -7,6 +7,10 @@
     python -m dalle_jax.main --config=configs/clip.py:cub --config.data.path=DIR
     python -m dalle_jax.main --config=configs/clip.py:vit_b32 --config.data.path=DIR
 
+`shapes` leaves OpenAI's recipe in three places (README.md says what for): the image tower's positions start eight times
+as large, a picture is read from all its patches, and each caption meets its own picture spoiled in a few squares beside
+the batch's pictures (`dalle_jax/negatives.py`). The others have the same options, and have them off.
+
 `vit_b32` has the size of OpenAI's ViT-B/32 (151,277,313 parameters with a full text vocabulary) and its numbers. To use
 published weights instead: `python -m dalle_jax.pretrained.clip`. `coco` and `cub` rank candidates for the paper's
 evaluation sets, learned from their training splits alone (82,783 pictures seen 62 times, 5,994 seen 171 times); a
@@ -25,8 +29,9 @@ common = config_files.module(__file__, "common.py")
 schedule = common.schedule
 
 # name: (data, text length, text vocabulary, patch, image (width, depth, heads), text (…), embedding, batch, steps)
+# The text tower of `shapes` needs its two blocks: with one it cannot tell whose colour is whose.
 VARIANTS = {
-    "shapes": (common.shapes(), 20, 300, 8, (64, 2, 2), (64, 2, 2), 96, 256, 320),
+    "shapes": (common.shapes(), 20, 300, 8, (64, 1, 2), (64, 2, 2), 96, 256, 340),
     "emoji": (common.emoji(bpe_dropout=0.1), 20, 1024, 8, (128, 3, 4), (96, 2, 2), 128, 256, 200),
     "folder": (
         common.folder(128, augment="prior", bpe_dropout=0.1), 64, 8192, 16, (384, 8, 6), (384, 6, 6), 256, 512, 50_000,
@@ -47,6 +52,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     variant, row = config_files.choose(VARIANTS, variant, __file__)
     data, text_length, text_vocab, patch, image, text, embed_dim, batch, steps = row
     small = variant in ("shapes", "emoji")  # sized for a CPU, where float32 is the fast type
+    flat = variant == "shapes"  # pictures of flat colours in fixed places, and a short training
 
     config = ConfigDict()
     config.job = "train"
@@ -60,6 +66,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
 
     config.model = ConfigDict({
         "patch": patch,
+        "image_positions": 8.0 if flat else 1.0,
+        "image_readout": "patches" if flat else "class_token",
         "image_width": image[0], "image_depth": image[1], "image_heads": image[2],
         "text_width": text[0], "text_depth": text[1], "text_heads": text[2],
         "embed_dim": embed_dim,
@@ -67,14 +75,16 @@ def get_config(variant: str | None = None) -> ConfigDict:
         "dtype": "float32" if small else "bfloat16",
     })  # fmt: skip
 
+    # Wrong pictures beside the batch's: each one again, up to twelve of its 8 x 8 squares exchanged for another's.
+    config.negatives = ConfigDict({"spoiled": 1 if flat else 0, "grid": 8, "squares": 12})
+
     config.optimizer = ConfigDict({
         "b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2, "decay": "kernels",
         "clip_norm": 1.0 if small else 0.0, "accumulate_steps": 1,
     })  # fmt: skip
-    rate = (
-        {"peak": 3e-3, "end": 3e-5, "warmup_steps": 20} if small else {"peak": 5e-4, "end": 0.0, "warmup_steps": 2000}
-    )
-    config.schedules = ConfigDict({"learning_rate": schedule("warmup_cosine", steps=steps, **rate)})
+    peak = 2e-3 if flat else 3e-3 if small else 5e-4
+    rate = {"end": 3e-5, "warmup_steps": 20} if small else {"end": 0.0, "warmup_steps": 2000}
+    config.schedules = ConfigDict({"learning_rate": schedule("warmup_cosine", steps=steps, peak=peak, **rate)})
     config.ema = ConfigDict({"decay": 0.0, "every": 1})
     common.run(config, batch_size=batch, steps=steps, every=max(steps // 4, 1) if small else 1000)
     return config

@@ -55,6 +55,8 @@ def test_trainings(name, variant):
         sizes = clip.from_config(config, config.text.vocab_size)
         assert config.optimizer.accumulate_steps == 1
         assert (sizes == clip.CLIPOptions(dtype="bfloat16")) == (variant == "vit_b32"), "the published size"
+        recipe = (sizes.image_positions, sizes.image_readout, config.negatives.spoiled)
+        assert (recipe == (1.0, "class_token", 0)) == (variant != "shapes"), "OpenAI's"
         jax.eval_shape(clip.CLIP(sizes).init, jax.random.key(0))
         return
     images = tokenizer.from_config(config if name == "dvae" else config.tokenizer)

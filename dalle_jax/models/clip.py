@@ -4,6 +4,9 @@ Learning Transferable Visual Models From Natural Language Supervision (arXiv 210
 shape of OpenAI's ViT models: a vision transformer with a class token and a norm before and after its blocks, a causal
 text transformer read at the end token, both projected without bias into one space.
 
+Two options leave that shape for the sake of short trainings: how large the image tower's positions start, and what a
+picture's vector is read from (`image_positions`, `image_readout`).
+
 One rule for captions of either origin, our own text model's or OpenAI's byte pairs: the caption is read at its *first*
 `end_id`, and since the text tower is causal, what follows it changes nothing.
 
@@ -42,6 +45,7 @@ STD = (0.26862954, 0.26130258, 0.27577711)
 INITIAL_LOG_SCALE = math.log(1 / 0.07)
 MAX_LOG_SCALE = math.log(100)
 _MLP_RATIO = 4
+READOUTS = ("class_token", "patches")
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -56,6 +60,11 @@ class CLIPOptions:
       image_size: H = W of the pictures that the image tower sees.
       patch: side of its patches, in pixels.
       image_width, image_depth, image_heads: D, number of blocks and of attention heads of the image tower.
+      image_positions: how large the image tower's positions start, as a multiple of OpenAI's deviation of D**-0.5.
+        Patches of flat colour start some ten times as large as those; then hundreds of updates pass before the tower
+        sees where something is: no "above", no order.
+      image_readout: what a picture's vector is a projection of: "class_token" (OpenAI's), or "patches", all of them
+        side by side and without a class token, so that places need not pass through one position's attention.
       text_width, text_depth, text_heads: those of the text tower.
       embed_dim: E.
       text_length: T, the end token included.
@@ -70,6 +79,8 @@ class CLIPOptions:
     image_width: int = 768
     image_depth: int = 12
     image_heads: int = 12
+    image_positions: float = 1.0
+    image_readout: str = "class_token"
     text_width: int = 512
     text_depth: int = 12
     text_heads: int = 8
@@ -89,6 +100,10 @@ class CLIPOptions:
                 raise ConfigError(f"model.{tower}_width is {width}; expected a multiple of {tower}_heads={heads}.")
         if self.activation not in ACTIVATIONS:
             raise ConfigError(f"model.activation is {self.activation!r}; expected one of {', '.join(ACTIVATIONS)}.")
+        if self.image_readout not in READOUTS:
+            raise ConfigError(f"model.image_readout is {self.image_readout!r}; expected one of {', '.join(READOUTS)}.")
+        if not self.image_positions > 0:
+            raise ConfigError(f"model.image_positions is {self.image_positions}; expected a number above 0.")
         if not 0 <= self.end_id < self.text_vocab:
             raise ConfigError(f"The end token {self.end_id} lies outside the vocabulary of {self.text_vocab}.")
 
@@ -190,17 +205,20 @@ class ImageTower(nn.Module):
         b, d = images.shape[0], o.image_width
         patches = space_to_depth(images, o.patch).reshape(b, o.patches, -1)
         x = Dense((patches.shape[-1],), (d,), (None, "embed"), o.dtype, name="patch")(patches)
-        table = lambda name, names, shape: self.param(
-            name, nn.with_logical_partitioning(nn.initializers.normal(d**-0.5), names), shape
+        table = lambda name, names, shape, scale=1.0: self.param(
+            name, nn.with_logical_partitioning(nn.initializers.normal(scale * d**-0.5), names), shape
         )
-        first = jnp.broadcast_to(table("class_token", ("embed",), (d,)).astype(x.dtype)[None, None], (b, 1, d))
-        x = jnp.concatenate([first, x], axis=1)
-        x = x + table("positions", ("positions", "embed"), (1 + o.patches, d)).astype(x.dtype)[None]
+        if with_class := o.image_readout == "class_token":
+            first = jnp.broadcast_to(table("class_token", ("embed",), (d,)).astype(x.dtype)[None, None], (b, 1, d))
+            x = jnp.concatenate([first, x], axis=1)
+        positions = table("positions", ("positions", "embed"), (with_class + o.patches, d), o.image_positions)
+        x = x + positions.astype(x.dtype)[None]
         x = Norm("layernorm", o.dtype, name="norm_before")(x)
         for i in range(o.image_depth):
             x = Block(d, o.image_heads, o.image_depth, o.activation, False, o.dtype, name=f"block_{i}")(x)
-        x = Norm("layernorm", "float32", name="norm_after")(x[:, :1])
-        return Dense((d,), (o.embed_dim,), ("embed", None), "float32", name="projection")(x)[:, 0]
+        x = Norm("layernorm", "float32", name="norm_after")(x[:, :1] if with_class else x)
+        x = x.reshape(b, 1, -1)
+        return Dense((x.shape[-1],), (o.embed_dim,), ("embed", None), "float32", name="projection")(x)[:, 0]
 
 
 class TextTower(nn.Module):

@@ -5,9 +5,10 @@
 The batch is the global one: every picture meets the captions of all devices and hosts, and the loss is that of one
 device with the whole batch. A slice of it would be another, easier problem, so gradients are not accumulated here.
 Where a caption occurs more than once in a batch, which the paper's 400 million pictures make rare and small data sets
-common, its other pictures are not taken for wrong ones.
+common, its other pictures are not taken for wrong ones. Beside the batch's pictures, each caption may meet spoiled ones
+of its own (`negatives.py`), which are nobody's right ones; the paper has none.
 
-    B rows    T text positions    E embedding    n evaluation examples
+    B rows    T text positions    E embedding    n spoiled pictures of each
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ from dalle_jax.layout import TokenLayout
 from dalle_jax.metrics.retrieval import AMONG, retrieval
 from dalle_jax.models import clip as models
 from dalle_jax.models.clip import CLIP
+from dalle_jax.negatives import NegativeOptions, spoil
+from dalle_jax.options import from_config
 from dalle_jax.parallel import constrain, to_host
 from dalle_jax.tasks import Batch, Job
 
@@ -41,7 +44,11 @@ _PREVIEW_ROWS, _PREVIEW_MATCHES = 6, 4
 
 
 def contrastive_loss(
-    images: jax.Array, captions: jax.Array, scale: jax.Array, text: jax.Array | None = None
+    images: jax.Array,
+    captions: jax.Array,
+    scale: jax.Array,
+    text: jax.Array | None = None,
+    spoiled: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The symmetric loss of matching rows.
 
@@ -49,10 +56,13 @@ def contrastive_loss(
       images, captions: unit vectors, float32 [B, E]; row i of both belongs together.
       scale: factor on their similarities.
       text: int32 [B, T], the captions' ids: rows with equal ones are no alternatives to each other. None: all differ.
+      spoiled: further wrong pictures of each caption, unit vectors, float32 [B, n, E], and which of them count, bool
+        [B, n]. None: there are none.
 
     Returns:
       Mean loss, float32 scalar, and "image_to_text_accuracy", "text_to_image_accuracy": how often the own partner is
-      the nearest of the batch.
+      the nearest of the batch; with `spoiled`, "spoiled_accuracy": how often the own picture is nearer than a spoiled
+      one that counts.
     """
     logits = scale * jnp.matmul(images, captions.T, precision=jax.lax.Precision.HIGHEST)
     if text is not None:
@@ -60,10 +70,17 @@ def contrastive_loss(
         logits = jnp.where(same, -jnp.inf, logits)
     logits = constrain(logits, "batch", None)
     own = jnp.diagonal(logits)
-    nats = [jax.nn.logsumexp(logits, axis=axis) - own for axis in (1, 0)]
+    among_captions, among_images = (jax.nn.logsumexp(logits, axis=axis) for axis in (1, 0))
     right = [jnp.argmax(logits, axis=axis) == jnp.arange(len(logits)) for axis in (1, 0)]
-    loss = jnp.mean(nats[0] + nats[1]) / 2
-    return loss, {"image_to_text_accuracy": jnp.mean(right[0]), "text_to_image_accuracy": jnp.mean(right[1])}
+    scalars = {"image_to_text_accuracy": jnp.mean(right[0]), "text_to_image_accuracy": jnp.mean(right[1])}
+    if spoiled is not None:
+        vectors, counts = spoiled
+        wrong = scale * jnp.einsum("bne,be->bn", vectors, captions, precision=jax.lax.Precision.HIGHEST)
+        wrong = jnp.where(counts, wrong, -jnp.inf)
+        among_images = jnp.logaddexp(among_images, jax.nn.logsumexp(wrong, axis=1))
+        won = (wrong < own[:, None]) & counts
+        scalars["spoiled_accuracy"] = jnp.sum(won) / jnp.maximum(jnp.sum(counts), 1)
+    return jnp.mean(among_captions + among_images) / 2 - jnp.mean(own), scalars
 
 
 _loss = jax.jit(contrastive_loss)
@@ -76,19 +93,21 @@ class CLIPTask:
       schedules: none.
       best_metric: "loss", on the evaluation split.
       frozen: nothing.
+      negatives: the wrong pictures that training makes beside those of the batch.
     """
 
     schedules: dict[str, Any] = {}
     best_metric = "loss"
     frozen: PyTree = {}
 
-    def __init__(self, clip: CLIP, text_model: TextModel | None):
+    def __init__(self, clip: CLIP, text_model: TextModel | None, negatives: NegativeOptions | None = None):
         """
         Args:
           clip: what is trained; its `end_id` is the first id after the text model's.
           text_model: turns ids back into captions, for the preview; None: there is none.
+          negatives: the wrong pictures that training makes beside those of the batch; None: none.
         """
-        self.clip, self._text_model = clip, text_model
+        self.clip, self._text_model, self.negatives = clip, text_model, negatives or NegativeOptions()
 
     def init(self, key: jax.Array) -> PyTree:
         """See `Task.init`."""
@@ -103,16 +122,25 @@ class CLIPTask:
     def loss(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, step: jax.Array):
         """See `Task.loss`. The batch needs "image", uint8 [B, H, W, 3], and "text", int32 [B, T - 1]. Scalars: the
         accuracies of `contrastive_loss`, and "logit_scale", the factor on the similarities."""
-        del frozen, key, step
-        images = self.clip.encode_image(params, batch["image"])
+        del frozen, step
+        images, spoiled = batch["image"], None
+        if self.negatives.spoiled:
+            wrong, counts = spoil(images, key, self.negatives)
+            # Side by side, so that each device keeps the rows it has.
+            all_images = jnp.concatenate([images[:, None], wrong], axis=1)
+            vectors = self.clip.encode_image(params, all_images.reshape(-1, *images.shape[1:]))
+            vectors = vectors.reshape(*all_images.shape[:2], -1)
+            images, spoiled = vectors[:, 0], (vectors[:, 1:], counts)
+        else:
+            images = self.clip.encode_image(params, images)
         captions = self.clip.encode_text(params, self.with_end(batch["text"]))
         scale = self.clip.scale(params)
-        loss, scalars = contrastive_loss(images, captions, scale, batch["text"])
+        loss, scalars = contrastive_loss(images, captions, scale, batch["text"], spoiled)
         return loss, {**scalars, "logit_scale": scale}
 
     def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
-        """See `Task.evaluate`. Over consecutive groups of 64 examples, whatever the batch: "loss", their mean loss,
-        and the figures of `metrics.retrieval`."""
+        """See `Task.evaluate`. Over consecutive groups of 64 examples, whatever the batch: "loss", their mean loss
+        without spoiled pictures, and the figures of `metrics.retrieval`."""
         del frozen, key
         parts = []
         for batch in batches:
@@ -157,8 +185,10 @@ def _task(config: ConfigDict, text_vocab: int, text_model: TextModel | None) -> 
             f"config.optimizer.accumulate_steps={steps}: the contrastive loss compares all rows of a batch, and slices "
             "of it would be smaller batches with another loss. Set it to 1, and batch_size to what the devices hold."
         )
+    negatives = from_config(NegativeOptions, config.get("negatives", {}), "negatives")
+    negatives.check(config.data.image_size, config.batch_size)
     layout = TokenLayout(text_vocab, 1, config.text.length, 1, 1)  # only its text part is used
-    return CLIPTask(CLIP(models.from_config(config, text_vocab)), text_model), layout
+    return CLIPTask(CLIP(models.from_config(config, text_vocab)), text_model, negatives), layout
 
 
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:

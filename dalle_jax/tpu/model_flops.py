@@ -39,8 +39,9 @@ def training(task: Task, batch: Batch) -> float:
         return rows * (3 * (encoder(o) + decoder(o)) - first_layer(o))
     if isinstance(task, CLIPTask):
         o = task.clip.options
-        similarities = 2 * rows * rows * o.embed_dim
-        return rows * (3 * towers(o) - patches(o)) + 3 * similarities
+        seen = 1 + task.negatives.spoiled
+        similarities = 2 * rows * (rows + task.negatives.spoiled) * o.embed_dim
+        return rows * (3 * (seen * image_tower(o) + text_tower(o)) - seen * patches(o)) + 3 * similarities
     raise ValueError(f"The sizes of {type(task).__name__} are not known here.")
 
 
@@ -131,15 +132,19 @@ def patches(o: CLIPOptions) -> float:
     return 2 * o.patches * 3 * o.patch**2 * o.image_width
 
 
-def towers(o: CLIPOptions) -> float:
-    """Of one picture and one caption."""
+def image_tower(o: CLIPOptions) -> float:
+    """Of one picture."""
+    with_class = o.image_readout == "class_token"
+    seen, read = o.patches + with_class, 1 if with_class else o.patches
+    projection = 2 * read * o.image_width * o.embed_dim
+    return patches(o) + _tower(seen, seen**2, o.image_width, o.image_depth) + projection
 
-    def tower(positions: int, pairs: int, width: int, depth: int) -> float:
-        return depth * (2 * positions * 12 * width**2 + 4 * width * pairs) + 2 * width * o.embed_dim
 
-    seen, read = 1 + o.patches, o.text_length
-    return (
-        patches(o)
-        + tower(seen, seen**2, o.image_width, o.image_depth)
-        + tower(read, math.comb(read + 1, 2), o.text_width, o.text_depth)
-    )
+def text_tower(o: CLIPOptions) -> float:
+    """Of one caption."""
+    projection = 2 * o.text_width * o.embed_dim
+    return _tower(o.text_length, math.comb(o.text_length + 1, 2), o.text_width, o.text_depth) + projection
+
+
+def _tower(positions: int, pairs: int, width: int, depth: int) -> float:
+    return depth * (2 * positions * 12 * width**2 + 4 * width * pairs)

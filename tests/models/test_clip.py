@@ -125,6 +125,46 @@ def test_every_patch_reaches_the_class_token(clip, params):
     assert by_position.shape == (5,) and (by_position > 0).all()
 
 
+@pytest.fixture(scope="module")
+def by_patches():
+    """All patches read, through no block: what reaches the vector from a patch is its own place in the projection."""
+    return CLIP(dataclasses.replace(OPTIONS, image_readout="patches", image_depth=0))
+
+
+def test_the_readout_of_patches_is_a_projection_of_all_side_by_side(by_patches):
+    params = nn.meta.unbox(jax.jit(by_patches.init)(jax.random.key(0)))
+    tower = params["image"]
+    assert "class_token" not in tower and tower["positions"].shape == (4, 16)
+    assert tower["projection"]["kernel"].shape == (64, 8)
+    images = pictures()
+    patches = normalized(images).reshape(2, 2, 8, 2, 8, 3).swapaxes(2, 3).reshape(2, 4, -1)
+    x = patches @ np.float64(tower["patch"]["kernel"]) + np.float64(tower["positions"])
+    for name in ("norm_before", "norm_after"):
+        x = (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
+        x = x * np.float64(tower[name]["norm"]["scale"]) + np.float64(tower[name]["norm"]["bias"])
+    y = x.reshape(2, -1) @ np.float64(tower["projection"]["kernel"])
+    expected = y / np.linalg.norm(y, axis=1, keepdims=True)
+    np.testing.assert_allclose(encode_image(by_patches, params, images), expected, atol=1e-4)
+
+
+def test_how_large_positions_start():
+    """And nothing else starts otherwise. At OpenAI's size a tower of few heads hardly tells flat patches that changed
+    places."""
+    options = dataclasses.replace(OPTIONS, image_size=32, image_width=64)
+    flat = np.random.default_rng(0).integers(0, 256, (8, 4, 4, 3), np.uint8).repeat(8, 1).repeat(8, 2)
+    apart, made = {}, {}
+    for size in (1.0, 8.0):
+        clip = CLIP(dataclasses.replace(options, image_positions=size))
+        made[size] = nn.meta.unbox(jax.jit(clip.init)(jax.random.key(0)))
+        vectors, turned = (encode_image(clip, made[size], x) for x in (flat, flat[:, ::-1]))
+        apart[size] = 1 - np.mean(np.sum(vectors * turned, axis=1))
+    for (path, a), b in zip(jax.tree.leaves_with_path(made[8.0]), jax.tree.leaves(made[1.0])):
+        large = jax.tree_util.keystr(path) == "['image']['positions']"
+        np.testing.assert_allclose(a, b * (8 if large else 1), rtol=1e-6)
+    np.testing.assert_allclose(made[8.0]["image"]["positions"].std(), 1.0, rtol=0.1)
+    assert apart[8.0] > 5 * apart[1.0]
+
+
 # -- the factor ---------------------------------------------------------------------------------------------------
 
 
@@ -153,6 +193,8 @@ def test_sizes_that_do_not_fit():
         ({"patch": 5}, "16 pixels cannot be cut into patches of 5"),
         ({"text_heads": 3}, "text_width is 16; expected a multiple of text_heads=3"),
         ({"activation": "relu"}, "'relu'; expected one of quick_gelu, gelu"),
+        ({"image_readout": "mean"}, "'mean'; expected one of class_token, patches"),
+        ({"image_positions": 0.0}, "image_positions is 0.0; expected a number above 0"),
         ({"end_id": 20}, "end token 20 lies outside the vocabulary of 20"),
     ]:
         with pytest.raises(ConfigError, match=words):

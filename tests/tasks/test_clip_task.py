@@ -18,18 +18,26 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.layout import TokenLayout
 from dalle_jax.metrics.retrieval import retrieval
 from dalle_jax.models.clip import CLIP, CLIPOptions
+from dalle_jax.negatives import NegativeOptions, spoil
 from dalle_jax.tasks.clip import CLIPTask, contrastive_loss
 
 OPTIONS = CLIPOptions(
     image_size=16, patch=8, image_width=32, image_depth=1, image_heads=2,
     text_width=32, text_depth=1, text_heads=2, embed_dim=16, text_length=6, text_vocab=20, end_id=19,
 )  # fmt: skip
+NEGATIVES = NegativeOptions(spoiled=2, grid=2, squares=2)
 LAYOUT = TokenLayout(19, 1, 5, 1, 1)
 
 
 @pytest.fixture(scope="module")
 def task():
     return CLIPTask(CLIP(OPTIONS), text_model=None)
+
+
+@pytest.fixture(scope="module")
+def spoiling():
+    """The same with two spoiled pictures of each."""
+    return CLIPTask(CLIP(OPTIONS), None, NEGATIVES)
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +78,18 @@ def unit(rows, seed):
     return np.float32(x / np.linalg.norm(x, axis=1, keepdims=True))
 
 
-def by_definition(images, captions, scale, text):
-    """The loss, and how often each side finds its partner, pair by pair; equal captions are no alternatives."""
+def by_definition(images, captions, scale, text, spoiled=None):
+    """The loss, and how often each side finds its partner, pair by pair; equal captions are no alternatives. Of
+    `spoiled`, the lists of further wrong pictures of each caption."""
     nats = to_text = to_image = 0.0
     for i, ids in enumerate(text):
         others = [j for j in range(len(text)) if j == i or (text[j] != ids).any()]
         row = np.array([scale * images[i] @ captions[j] for j in others], np.float64)
         column = np.array([scale * images[j] @ captions[i] for j in others], np.float64)
         own = others.index(i)
-        nats += np.log(np.exp(row).sum()) - row[own] + np.log(np.exp(column).sum()) - column[own]
+        wrong = np.array([scale * x @ captions[i] for x in spoiled[i]] if spoiled else [], np.float64)
+        nats += np.log(np.exp(row).sum()) - row[own]
+        nats += np.log(np.exp(column).sum() + np.exp(wrong).sum()) - column[own]
         to_text, to_image = to_text + (row.argmax() == own), to_image + (column.argmax() == own)
     return nats / (2 * len(text)), to_text / len(text), to_image / len(text)
 
@@ -95,6 +106,66 @@ def test_contrastive_loss_against_the_formula(text):
     np.testing.assert_allclose(loss, nats, rtol=1e-5)
     np.testing.assert_allclose(scalars["image_to_text_accuracy"], to_text, rtol=1e-6)
     np.testing.assert_allclose(scalars["text_to_image_accuracy"], to_image, rtol=1e-6)
+
+
+def test_spoiled_pictures_against_the_formula():
+    images, captions, scale = unit(7, 0), unit(7, 1), 12.5
+    text = np.array([0, 0, 2, 3, 0, 5, 6])[:, None]
+    vectors, counts = unit(21, 2).reshape(7, 3, 8), np.random.default_rng(3).random((7, 3)) < 0.6
+    counts[2] = False
+    loss, scalars = jax.jit(contrastive_loss)(images, captions, jnp.float32(scale), text, (vectors, counts))
+    wrong = [list(vectors[i][counts[i]]) for i in range(7)]
+    nats, to_text, to_image = by_definition(images, captions, scale, text, wrong)
+    np.testing.assert_allclose(loss, nats, rtol=1e-5)
+    np.testing.assert_allclose(scalars["image_to_text_accuracy"], to_text, rtol=1e-6)
+    np.testing.assert_allclose(scalars["text_to_image_accuracy"], to_image, rtol=1e-6)
+    won = [images[i] @ captions[i] > x @ captions[i] for i in range(7) for x in wrong[i]]
+    assert 0 < np.mean(won) < 1
+    np.testing.assert_allclose(scalars["spoiled_accuracy"], np.mean(won), rtol=1e-6)
+
+
+def test_spoiled_pictures_of_which_none_counts_change_nothing():
+    images, captions, vectors = unit(7, 0), unit(7, 1), unit(14, 2).reshape(7, 2, 8)
+    none = np.zeros((7, 2), bool)
+    scored = jax.jit(jax.value_and_grad(lambda x, y: contrastive_loss(x, captions, jnp.float32(9), None, y)[0], (0,)))
+    with_none = jax.jit(
+        jax.value_and_grad(lambda x, v: contrastive_loss(x, captions, jnp.float32(9), None, (v, none))[0], (0, 1))
+    )
+    loss, (grads,) = scored(images, None)
+    same, (same_grads, of_wrong) = with_none(images, vectors)
+    np.testing.assert_allclose(same, loss, rtol=1e-6)
+    np.testing.assert_allclose(same_grads, grads, atol=1e-7)
+    np.testing.assert_array_equal(of_wrong, 0)
+
+
+def test_the_tasks_loss_with_spoiled_pictures_is_that_of_its_vectors(spoiling, params):
+    made, key = batch(16), jax.random.key(5)
+    loss, scalars = jax.jit(lambda p: spoiling.loss(p, {}, made, key, jnp.int32(0)))(params)
+    wrong, counts = spoil(made["image"], key, NEGATIVES)
+    images, captions = vectors(spoiling, params, made)
+    flat = vectors(spoiling, params, {name: np.repeat(x, 2, 0) for name, x in made.items()} | {
+        "image": np.asarray(wrong).reshape(-1, 16, 16, 3)})[0].reshape(16, 2, -1)  # fmt: skip
+    chosen = [list(flat[i][counts[i]]) for i in range(16)]
+    nats = by_definition(images, captions, 1 / 0.07, made["text"], chosen)[0]
+    assert nats > 1.01 * by_definition(images, captions, 1 / 0.07, made["text"])[0]
+    np.testing.assert_allclose(loss, nats, rtol=1e-5)
+    assert 0 < scalars["spoiled_accuracy"] < 1
+
+
+def test_spoiled_pictures_are_those_of_one_device_on_a_mesh(spoiling, params):
+    made, key = batch(16), jax.random.key(5)
+    scored = jax.jit(jax.value_and_grad(lambda p, b: spoiling.loss(p, {}, b, key, jnp.int32(0)), has_aux=True))
+    (expected, scalars), expected_grads = scored(params, made)
+    mesh = parallel.make_mesh(2, 2, 2)
+    with parallel.on_mesh(mesh):
+        layout = parallel.shardings_of(jax.eval_shape(spoiling.init, jax.random.key(0)), mesh)
+        sharded = jax.device_put(params, layout), parallel.to_mesh(made, parallel.batch_sharding(mesh))
+        (loss, on_mesh), grads = scored(*sharded)
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    for name in scalars:
+        np.testing.assert_allclose(on_mesh[name], scalars[name], rtol=1e-5)
+    for (path, a), b in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(expected_grads)):
+        np.testing.assert_allclose(a, b, atol=2e-5, err_msg=jax.tree_util.keystr(path))
 
 
 def test_the_tasks_loss_is_that_of_its_vectors(task, params, loss_and_grads):
@@ -185,6 +256,25 @@ def test_a_short_training_tells_a_batch_apart(task, params, loss_and_grads):
     assert task.evaluate(trained, {}, batches(made), jax.random.key(0))["retrieval@1"] == 1.0
 
 
+def test_with_spoiled_pictures_it_learns_to_see_damage(task, spoiling, params):
+    """In nats, what telling the own picture from freshly spoiled ones costs a caption: less than without them."""
+    made, optimizer, costs = batch(16), optax.adam(1e-3), {}
+    loss_of = lambda trained_by, params, key: trained_by.loss(params, {}, made, key, jnp.int32(0))[0]
+    cost = jax.jit(lambda p, key: loss_of(spoiling, p, key) - loss_of(task, p, key))
+    for name, trained_by in (("plain", task), ("spoiling", spoiling)):
+
+        @jax.jit
+        def step(params, state, key, trained_by=trained_by):
+            updates, state = optimizer.update(jax.grad(lambda p: loss_of(trained_by, p, key))(params), state)
+            return optax.apply_updates(params, updates), state
+
+        trained, state = params, optimizer.init(params)
+        for i in range(60):
+            trained, state = step(trained, state, jax.random.key(i))
+        costs[name] = float(np.mean([cost(trained, jax.random.key(1000 + i)) for i in range(8)]))
+    assert costs["spoiling"] < 0.75 * costs["plain"], costs
+
+
 # -- from a configuration -----------------------------------------------------------------------------------------
 
 
@@ -231,6 +321,24 @@ def test_accumulated_gradients_are_refused(config, tmp_path):
         ConfigError, match="accumulate_steps=2: the contrastive loss compares all rows of a batch.*Set it"
     ):
         tasks.build(config, str(tmp_path / "run"))
+
+
+def test_spoiled_pictures_of_a_configuration(config, tmp_path):
+    config.negatives = {"spoiled": 1, "grid": 4}
+    task = tasks.build(config, str(tmp_path / "run")).task
+    scalars = jax.eval_shape(lambda p, b: task.loss(p, {}, b, jax.random.key(0), 0)[1], *shapes_of(task, config))
+    assert "spoiled_accuracy" in scalars
+    config.negatives.grid = 5
+    with pytest.raises(ConfigError, match="negatives.grid=5: pictures of 16 pixels"):
+        tasks.build(config, str(tmp_path / "run"))
+    config.negatives = {"spoilt": 1}
+    with pytest.raises(ConfigError, match="config.negatives has no key 'spoilt'"):
+        tasks.build(config, str(tmp_path / "run"))
+
+
+def shapes_of(task, config):
+    _, made = tasks.abstract(config)
+    return nn.meta.unbox(jax.eval_shape(task.init, jax.random.key(0))), made
 
 
 def test_a_caption_of_full_length_is_ended_too():

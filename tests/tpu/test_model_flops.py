@@ -37,6 +37,7 @@ def counted(lowered):
         ("configs/maskgit.py:folder", f"{SMALL},data.image_size=32", 0.0, 0.3),
         ("configs/prior.py", SMALL, 0.15, 0.0),  # its groups of queries compute masked pairs too
         ("configs/clip.py", "batch_size=8", 0.05, 0.0),  # so does its text tower
+        ("configs/clip.py", "batch_size=8,negatives.spoiled=0,model.image_readout=class_token", 0.05, 0.0),
         ("configs/dvae.py", "batch_size=8", 0.1, 0.1),  # every eighth row is decoded once more, for the log
         ("configs/dvae.py:folder", "batch_size=8,data.image_size=64,model.hidden=16", 0.1, 0.1),
     ],
