@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib.metadata
 import json
 import time
 from collections.abc import Mapping
@@ -216,6 +217,7 @@ def compile_target(options: CompileOptions) -> dict[str, Any]:
             kernels.of_subject(program.silent_kernels, subject, rows, sampling=options.what == "sample"),
         ),
         "compile_seconds": seconds,
+        "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
     }
 
 

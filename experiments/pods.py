@@ -62,23 +62,24 @@ PODS = (
 
 COLUMNS = (
     "config", "topology", "chips", "overrides", "parameters", "batch", "state GiB", "temporaries GiB", "total GiB",
-    "memory GiB", "fits", "model TFLOP", "program TFLOP", "step ms", "utilisation", "compiler ms", "exchanged GiB",
-    "overlapped",
+    "of GiB", "model TFLOP", "program TFLOP", "exchanged GiB", "overlapped", "kernels ms", "exposed exchange ms",
+    "step ms", "utilisation", "compiled in s",
 )  # fmt: skip
 
 
 def row(pod: Pod, f: dict) -> dict[str, str]:
-    """A line of the table from the figures of `dalle_jax.compile`."""
-    size, gib = f["bytes"], 2**30
+    """A line of the table from the figures of `dalle_jax.compile`; all but parameters and batch are those of a chip."""
+    size, seconds, gib = f["bytes"], f["seconds"], 2**30
     moved = sum(one["bytes"] for one in f["collectives"].values())
     hidden = sum(one["bytes"] * one["overlapped"] for one in f["collectives"].values())
+    state = size["parameters"] + size["average"] + size["optimizer"]
     values = (
-        pod.target, pod.topology, f["chips"], pod.overrides, f"{f['parameters']:,}", f["rows"],
-        f"{(size['parameters'] + size['average'] + size['optimizer']) / gib:.2f}", f"{size['temporaries'] / gib:.2f}",
-        f"{size['total'] / gib:.2f}", f"{size['memory'] / gib:.0f}", "yes" if f["fits"] else "NO",
-        f"{f['flops']['model'] / 1e12:.1f}", f"{f['flops']['program'] / 1e12:.1f}", f"{f['seconds']['step'] * 1e3:.1f}",
-        f"{f['utilisation']:.1%}", f"{f['seconds']['compiler'] * 1e3:.1f}", f"{moved / gib:.1f}",
-        f"{hidden / moved:.0%}" if moved else "",
+        pod.target, pod.topology, f["chips"], pod.overrides, f"{f['parameters']:,}", f["rows"], f"{state / gib:.2f}",
+        f"{size['temporaries'] / gib:.2f}", f"{size['total'] / gib:.2f}", f"{size['memory'] / gib:.0f}",
+        f"{f['flops']['model'] / 1e12:.1f}", f"{f['flops']['program'] / 1e12:.1f}", f"{moved / gib:.1f}",
+        f"{hidden / moved:.0%}" if moved else "", f"{seconds['kernels'] * 1e3:.0f}",
+        f"{seconds['exchange_exposed'] * 1e3:.0f}", f"{seconds['step'] * 1e3:.0f}", f"{f['utilisation']:.1%}",
+        f"{f['compile_seconds']:.0f}",
     )  # fmt: skip
     return dict(zip(COLUMNS, map(str, values)))
 
@@ -119,12 +120,22 @@ def name(pod: Pod) -> str:
 def write(output: Path) -> None:
     """The table of all that is there, as CSV and Markdown."""
     there = [(pod, output / f"{name(pod)}.json") for pod in PODS]
-    rows = [row(pod, json.loads(path.read_text())) for pod, path in there if path.exists()]
+    found = [(pod, json.loads(path.read_text())) for pod, path in there if path.exists()]
+    rows = [row(pod, figures) for pod, figures in found]
+    versions = {f"{name} {version}" for _, figures in found for name, version in figures["versions"].items()}
     with open(output / "compile.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
+    lines = [
+        "# Every config that is meant for pods, by the TPU compiler",
+        "",
+        f"`python experiments/pods.py --output DIR` wrote this ({', '.join(sorted(versions))}); no TPU was there. Each "
+        "row is the update that `dalle_jax/train.py` runs; `dalle_jax/tpu/figures.py` says what the roofline counts.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+    ]
     lines += ["| " + " | ".join(one.values()) + " |" for one in rows]
     (output / "compile.md").write_text("\n".join(lines) + "\n")
 
