@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from dalle_jax.parallel import contract
+from dalle_jax.per_device import contract
 
 
 def rows_product(x: jax.Array, kernel: jax.Array, **kwargs) -> jax.Array:

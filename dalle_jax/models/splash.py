@@ -32,7 +32,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models.attention import ATTENDED, Pattern
-from dalle_jax.parallel import on_each_device, on_tpu
+from dalle_jax.parallel import on_tpu
+from dalle_jax.per_device import on_each_device
 
 KERNELS = ("auto", "xla", "splash")
 

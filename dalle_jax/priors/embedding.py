@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models.dense import rows_product
 from dalle_jax.models.transformer import TransformerOptions
-from dalle_jax.parallel import contract
+from dalle_jax.per_device import contract
 
 
 class StreamEmbedding(nn.Module):
