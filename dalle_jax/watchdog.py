@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 from typing import Any, NoReturn, Self
 
 import jax
@@ -23,15 +24,25 @@ from dalle_jax import distributed
 
 _EARLIER = 0.7  # share of JAX's own time after which a silent host counts as lost
 _LEFT = "left"
+_LINGER = 3  # intervals for which a stuck host waits for the others to say the same
 _beats = itertools.count()  # over all trainings of this process
+_ending = threading.Lock()  # of this process
 _GO_ON = "Run the same command again, on every host: it goes on from the last complete checkpoint."
 
 
-def end_process(message: str, status: int) -> NoReturn:
-    """Ends this process and its children now, whatever its other threads wait for."""
+def end_process(message: str, status: int, linger: float = 0.0) -> NoReturn:
+    """Ends this process and its children, whatever its other threads wait for.
+
+    Args:
+      message: is printed at once, the first one alone: another thread that comes here later waits for the end.
+      status: of the process.
+      linger: seconds until it ends.
+    """
+    _ending.acquire()  # for good
     print(f"error: {message}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    time.sleep(linger)
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(status)
@@ -107,9 +118,11 @@ class Watchdog:
             stuck = stuck + self._interval if steps == self._steps else 0.0
             steps = self._steps
             if stuck > self._stuck_seconds:
+                # The others are as stuck and about to say so: without this host they would only say that it was lost.
                 end_process(
                     f"Nothing got on for {stuck:.0f} s (config.timeout_seconds.step), though all hosts are there: a "
-                    f"device or the network between hosts is stuck, or the time is too short. {_GO_ON}", 1
+                    f"device or the network between hosts is stuck, or the time is too short. {_GO_ON}", 1,
+                    linger=_LINGER * self._interval,
                 )  # fmt: skip
 
     def _tell(self, beat: str) -> None:
