@@ -18,9 +18,8 @@ import time
 from typing import Any, NoReturn, Self
 
 import jax
-from jax._src import distributed as _jax_distributed  # its key-value store has no public name
 
-from dalle_jax import distributed
+from dalle_jax import distributed, host_values
 
 _EARLIER = 0.7  # share of JAX's own time after which a silent host counts as lost
 _LEFT = "left"
@@ -92,12 +91,13 @@ class Watchdog:
 
     def _talk(self) -> None:
         while True:
-            self._tell(str(next(_beats)))
+            self._say(str(next(_beats)))
             for index in self._others:
-                self._heard[index] = self._ask(index)
+                with contextlib.suppress(jax.errors.JaxRuntimeError):  # it has not spoken yet, or as in `_say`
+                    self._heard[index] = host_values.ask(f"alive/{index}")
             if self._leaving.wait(self._interval):
                 break
-        self._tell(_LEFT)
+        self._say(_LEFT)
 
     def _watch(self) -> None:
         # Time is counted in intervals that this thread lived through: a machine that was asleep is not at fault.
@@ -125,16 +125,9 @@ class Watchdog:
                     linger=_LINGER * self._interval,
                 )  # fmt: skip
 
-    def _tell(self, beat: str) -> None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first host keeps the store: it is silent too
-            client = _jax_distributed.global_state.client
-            client.key_value_set(f"dalle_jax/alive/{self._me}", beat, allow_overwrite=True)
-
-    def _ask(self, index: int) -> str | None:
-        try:
-            return _jax_distributed.global_state.client.key_value_try_get(f"dalle_jax/alive/{index}")
-        except jax.errors.JaxRuntimeError:  # it has not spoken yet, or the store is gone with the first host
-            return self._heard[index]
+    def _say(self, beat: str) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first host keeps what is said: it is silent too
+            host_values.tell(f"alive/{self._me}", beat, again=True)
 
 
 def lost_host(error: BaseException) -> str | None:
