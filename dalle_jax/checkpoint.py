@@ -138,15 +138,15 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         self._check_space(state)
-        arrays = _items(state)
+        arrays, given = _items(state), to_json(config)
         sums = {
             "arrays": {item: checksums.of_arrays(tree) for item, tree in arrays.items()},
-            "config": checksums.of_json(to_json(config)),
+            "config": checksums.of_json(given),
         }
         items = {
             **{item: ocp.args.StandardSave(tree) for item, tree in arrays.items()},
             "data": grain.checkpoint.CheckpointSave(DataState(data_iterator)),
-            "config": ocp.args.JsonSave(to_json(config)),
+            "config": ocp.args.JsonSave(given),
             "checksums": ocp.args.JsonSave({**sums, "these": checksums.of_json(sums)}),
         }
         with self._storage_errors("write"):
