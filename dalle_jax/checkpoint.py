@@ -10,27 +10,24 @@ and by another number of hosts.
 What was damaged later (truncated, lost or changed files) is found when it is read: the checkpoint is named in a warning
 and the one before it is used.  A training moves it aside, to `<step>.damaged`, and goes on.
 
-Orbax stays behind this module.
+Orbax stays behind this module and the two that it is made of, `checkpoint_manager` and `stored_checkpoint`.
 """
 
 from __future__ import annotations
 
-import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 
-import grain
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from orbax.checkpoint import checkpoint_managers as policies
 
 from dalle_jax import checksums, storage
+from dalle_jax.checkpoint_manager import Manager
 from dalle_jax.compatibility import check_same_model, to_json
 from dalle_jax.errors import CheckpointError
 from dalle_jax.storage_errors import storage_cause
@@ -68,35 +65,13 @@ class Checkpoints:
           read_only: never write or delete anything.
         """
         self.directory = storage.full_path(workdir) / "checkpoints"
-
-        def best(metrics: Mapping[str, float]) -> float:
-            value = metrics.get(best_metric, math.nan)
-            return math.inf if math.isnan(value) else value
-
-        keep = policies.AnyPreservationPolicy(
-            [
-                policies.LatestN(max(keep_last, 1)),
-                policies.BestN(n=keep_best, get_metric_fn=best, reverse=True, keep_checkpoints_without_metrics=False),
-            ]
-        )
         with self._storage_errors("open"):
-            self._manager = _Manager(
+            self._manager = Manager(
                 self.directory,
-                options=ocp.CheckpointManagerOptions(
-                    best_fn=best if best_metric else None,
-                    best_mode="min",
-                    preservation_policy=keep,
-                    cleanup_tmp_directories=not read_only,
-                    create=not read_only,
-                    read_only=read_only,
-                    save_interval_steps=0 if read_only else 1,
-                ),
-                item_handlers={
-                    **{name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "rest")},
-                    "data": grain.checkpoint.CheckpointHandler(),
-                    "config": ocp.JsonCheckpointHandler(),
-                    "checksums": ocp.JsonCheckpointHandler(),
-                },
+                keep_last=keep_last,
+                keep_best=keep_best,
+                best_metric=best_metric,
+                read_only=read_only,
             )
         self._damaged: set[int] = set()  # found while reading
 
@@ -138,20 +113,14 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         self._check_space(state)
-        arrays = _items(state)
+        arrays, given = _items(state), to_json(config)
         sums = {
             "arrays": {item: checksums.of_arrays(tree) for item, tree in arrays.items()},
-            "config": checksums.of_json(to_json(config)),
+            "config": checksums.of_json(given),
         }
-        items = {
-            **{item: ocp.args.StandardSave(tree) for item, tree in arrays.items()},
-            "data": grain.checkpoint.CheckpointSave(DataState(data_iterator)),
-            "config": ocp.args.JsonSave(to_json(config)),
-            "checksums": ocp.args.JsonSave({**sums, "these": checksums.of_json(sums)}),
-        }
+        documents = {"config": given, "checksums": {**sums, "these": checksums.of_json(sums)}}
         with self._storage_errors("write"):
-            numbers = None if metrics is None else {name: float(value) for name, value in metrics.items()}
-            self._manager.save(step, args=ocp.args.Composite(**items), metrics=numbers, force=True)
+            self._manager.write(step, arrays, data_iterator, documents, metrics)
 
     def restore(self, state: TrainState, data_iterator: Any, config: ConfigDict) -> TrainState:
         """Reads the latest checkpoint that is whole; damaged ones after it are moved aside.
@@ -351,25 +320,6 @@ class Checkpoints:
             if cause is None:
                 raise
             raise CheckpointError(f"Cannot {action} checkpoints in {self.directory}: {cause}. {_INTACT}") from error
-
-
-def _not_from_orbax(record: Any) -> bool:
-    """Drops what orbax logs: dozens of lines for each save, and every error that it also raises."""
-    return "/orbax/" not in record.pathname.replace("\\", "/")
-
-
-logging.get_absl_logger().addFilter(_not_from_orbax)
-
-
-class _Manager(ocp.CheckpointManager):
-    """Orbax's, but that measures which cannot be read count as never taken."""
-
-    def metrics(self, step: int) -> PyTree | None:
-        try:
-            return super().metrics(step)
-        except ValueError:
-            logging.warning("The measures of the checkpoint %s are damaged: left out.", self.directory / str(step))
-            return None
 
 
 def _items(state: TrainState) -> dict[str, PyTree]:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import socket
 import threading
@@ -28,8 +27,8 @@ from typing import Any
 
 import jax
 from absl import flags
-from jax._src import distributed as _jax_distributed  # its key-value store has no public name
 
+from dalle_jax import host_values
 from dalle_jax.errors import ConfigError, UserError
 
 CONNECT_SECONDS = 300
@@ -188,7 +187,7 @@ def lost_host_seconds() -> float:
 
 def is_first() -> bool:
     """Whether this process is the one that writes; always where it is alone.  Needs no device."""
-    return _jax_distributed.global_state.process_id == 0
+    return host_values.this_host() == 0
 
 
 @contextlib.contextmanager
@@ -209,7 +208,7 @@ def first_host_first(what: str) -> Iterator[None]:
         yield
         return
     turn = next(_turns.numbers)
-    if not is_first() and (failure := _ask(turn, what)):
+    if not is_first() and (failure := _hear(turn, what)):
         raise UserError(f"The first host could not make {what}: {failure}")
     failure, _turns.inside = None, True
     try:
@@ -231,7 +230,7 @@ def first_host_says(what: str, value: Any) -> Any:
     if is_first():
         _tell(turn, what, value)
         return value
-    return _ask(turn, what)
+    return _hear(turn, what)
 
 
 class _Turns:
@@ -245,12 +244,11 @@ _turns = _Turns()
 
 
 def _tell(turn: int, what: str, value: Any) -> None:
-    _jax_distributed.global_state.client.key_value_set(f"dalle_jax/{turn}", json.dumps([what, value]))
+    host_values.tell(f"{turn}", [what, value])
 
 
-def _ask(turn: int, what: str) -> Any:
-    client = _jax_distributed.global_state.client
-    told, value = json.loads(client.blocking_key_value_get(f"dalle_jax/{turn}", _TURN_SECONDS * 1000))
+def _hear(turn: int, what: str) -> Any:
+    told, value = host_values.wait_for(f"{turn}", _TURN_SECONDS)
     if told != what:
         raise RuntimeError(f"Hosts are out of step: the first one is at {told!r}, this one at {what!r}.")
     return value

@@ -58,20 +58,16 @@ def make_workdir(workdir: epath.PathLike) -> str:
 @contextmanager
 def access(workdir: epath.PathLike) -> Iterator[None]:
     """Context of the first use of a workdir: what the storage raises becomes a `ConfigError`."""
-    try:
-        yield
-    except ImportError as error:
-        if not is_remote(workdir):
-            raise
-        raise ConfigError(
-            f"Cannot use {str(workdir)!r} as the workdir: {error}. Install what it needs: pip install 'dalle_jax[gcs]'."
-        ) from error
-    except Exception as error:
-        if not _of_storage(error):
-            raise
-        raise ConfigError(
-            f"Cannot use {str(workdir)!r} as the workdir: {_told(error)}. Give another --workdir."
-        ) from error
+    with _storage_errors(ConfigError, f"Cannot use {str(workdir)!r} as the workdir", "Give another --workdir."):
+        try:
+            yield
+        except ImportError as error:
+            if not is_remote(workdir):
+                raise
+            raise ConfigError(
+                f"Cannot use {str(workdir)!r} as the workdir: {error}. Install what it needs: "
+                "pip install 'dalle_jax[gcs]'."
+            ) from error
 
 
 def write_whole(path: epath.PathLike, content: bytes) -> None:
@@ -89,15 +85,11 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
 @contextmanager
 def write_errors(path: epath.PathLike) -> Iterator[None]:
     """Context in which what the storage raises becomes a `UserError` that names `path`."""
-    try:
+    remedy = (
+        "Free space or give another --workdir, then run the same command again: it goes on from the last checkpoint."
+    )
+    with _storage_errors(UserError, f"Cannot write {path}", remedy):
         yield
-    except Exception as error:
-        if not _of_storage(error):
-            raise
-        raise UserError(
-            f"Cannot write {path}: {_told(error)}. Free space or give another --workdir, then run the same "
-            "command again: it goes on from the last checkpoint."
-        ) from error
 
 
 class Mirror:
@@ -165,8 +157,15 @@ def remote_cause(error: BaseException) -> str | None:
     return _told(error) if plain or type(error).__module__.split(".")[0] in _CLIENTS else None
 
 
-def _of_storage(error: BaseException) -> bool:
-    return isinstance(error, OSError) or remote_cause(error) is not None
+@contextmanager
+def _storage_errors(kind: type[UserError], failure: str, remedy: str) -> Iterator[None]:
+    """Context in which what the storage raises becomes a `kind` of error; all else stays as it is."""
+    try:
+        yield
+    except Exception as error:
+        if not isinstance(error, OSError) and remote_cause(error) is None:
+            raise
+        raise kind(f"{failure}: {_told(error)}. {remedy}") from error
 
 
 def _told(error: BaseException) -> str:

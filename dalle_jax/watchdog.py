@@ -14,24 +14,34 @@ import multiprocessing
 import os
 import sys
 import threading
+import time
 from typing import Any, NoReturn, Self
 
 import jax
-from jax._src import distributed as _jax_distributed  # its key-value store has no public name
 
-from dalle_jax import distributed
+from dalle_jax import distributed, host_values
 
 _EARLIER = 0.7  # share of JAX's own time after which a silent host counts as lost
 _LEFT = "left"
+_LINGER = 3  # intervals for which a stuck host waits for the others to say the same
 _beats = itertools.count()  # over all trainings of this process
+_ending = threading.Lock()  # of this process
 _GO_ON = "Run the same command again, on every host: it goes on from the last complete checkpoint."
 
 
-def end_process(message: str, status: int) -> NoReturn:
-    """Ends this process and its children now, whatever its other threads wait for."""
+def end_process(message: str, status: int, linger: float = 0.0) -> NoReturn:
+    """Ends this process and its children, whatever its other threads wait for.
+
+    Args:
+      message: is printed at once, the first one alone: another thread that comes here later waits for the end.
+      status: of the process.
+      linger: seconds until it ends.
+    """
+    _ending.acquire()  # for good
     print(f"error: {message}", file=sys.stderr)
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
+    time.sleep(linger)
     for child in multiprocessing.active_children():
         child.kill()
     os._exit(status)
@@ -81,12 +91,13 @@ class Watchdog:
 
     def _talk(self) -> None:
         while True:
-            self._tell(str(next(_beats)))
+            self._say(str(next(_beats)))
             for index in self._others:
-                self._heard[index] = self._ask(index)
+                with contextlib.suppress(jax.errors.JaxRuntimeError):  # it has not spoken yet, or as in `_say`
+                    self._heard[index] = host_values.ask(f"alive/{index}")
             if self._leaving.wait(self._interval):
                 break
-        self._tell(_LEFT)
+        self._say(_LEFT)
 
     def _watch(self) -> None:
         # Time is counted in intervals that this thread lived through: a machine that was asleep is not at fault.
@@ -107,21 +118,16 @@ class Watchdog:
             stuck = stuck + self._interval if steps == self._steps else 0.0
             steps = self._steps
             if stuck > self._stuck_seconds:
+                # The others are as stuck and about to say so: without this host they would only say that it was lost.
                 end_process(
                     f"Nothing got on for {stuck:.0f} s (config.timeout_seconds.step), though all hosts are there: a "
-                    f"device or the network between hosts is stuck, or the time is too short. {_GO_ON}", 1
+                    f"device or the network between hosts is stuck, or the time is too short. {_GO_ON}", 1,
+                    linger=_LINGER * self._interval,
                 )  # fmt: skip
 
-    def _tell(self, beat: str) -> None:
-        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first host keeps the store: it is silent too
-            client = _jax_distributed.global_state.client
-            client.key_value_set(f"dalle_jax/alive/{self._me}", beat, allow_overwrite=True)
-
-    def _ask(self, index: int) -> str | None:
-        try:
-            return _jax_distributed.global_state.client.key_value_try_get(f"dalle_jax/alive/{index}")
-        except jax.errors.JaxRuntimeError:  # it has not spoken yet, or the store is gone with the first host
-            return self._heard[index]
+    def _say(self, beat: str) -> None:
+        with contextlib.suppress(jax.errors.JaxRuntimeError):  # the first host keeps what is said: it is silent too
+            host_values.tell(f"alive/{self._me}", beat, again=True)
 
 
 def lost_host(error: BaseException) -> str | None:

@@ -8,6 +8,7 @@ It prints "logged" after every step, and does to itself what $FAULT says:
     file_events:N     SIGKILL at the N-th time that a file below `checkpoints` is opened for writing, made, renamed or
                       removed
     poison:K          the loss is not a number from step K on
+    hang:K            on the second host the device never ends its work of the step after step K, nor of any later one
     slow:             a third of a second for each step
 """
 
@@ -17,6 +18,8 @@ import signal
 import sys
 import threading
 import time
+
+import jax
 
 if __name__ == "__main__":
     sys.modules["torch"] = None  # tensorboardX would import it: half of the time that a process takes to start
@@ -47,6 +50,20 @@ class Stalling:
         return next(self._batches)
 
 
+def hang_from(step, host, loss):
+    """`loss`, but that the device of that host waits for ever inside it.  Its other threads go on."""
+
+    def wait(now):
+        if now >= step and jax.process_index() == host:
+            threading.Event().wait()
+
+    def hanging(params, frozen, batch, key, now):
+        jax.debug.callback(wait, now, partitioned=True)  # on each device, not on the first host's alone
+        return loss(params, frozen, batch, key, now)
+
+    return hanging
+
+
 def logged():
     print("logged", flush=True)
     time.sleep(0.3 if FAULT == "slow" else 0.0)
@@ -55,6 +72,8 @@ def logged():
 
 def run(config, workdir):
     job = tiny_job(config, poison=range(int(COUNT), config.steps) if FAULT == "poison" else ())
+    if FAULT == "hang":
+        job.task.loss = hang_from(int(COUNT), 1, job.task.loss)
     batches = job.train_batches
     if FAULT == "stall":
         batches = lambda: Stalling(job.train_batches(), int(COUNT))

@@ -60,7 +60,7 @@ def test_a_refusal_names_its_reason(bucket, monkeypatch):
         patch.setattr("etils.epath.backend._FileSystemSpecBackend.exists", refused)
         with pytest.raises(ConfigError, match="Cannot use 'gs://bucket/run'.*Forbidden"):
             storage.make_workdir("gs://bucket/run")
-    monkeypatch.setattr("dalle_jax.checkpoint._Manager", refused)
+    monkeypatch.setattr("dalle_jax.checkpoint.Manager", refused)
     with pytest.raises(CheckpointError, match="Cannot open checkpoints in gs://bucket/run/checkpoints: Forbidden"):
         Checkpoints("gs://bucket/run")
 

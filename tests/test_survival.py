@@ -280,3 +280,24 @@ def test_lost_host(tmp_path, how, which):
         processes[which].kill()
         processes[which].communicate()
     assert 3 in complete_steps(tmp_path) or 6 in complete_steps(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_step_that_takes_too_long(undisturbed, tmp_path):
+    """All hosts are there and say so, but one's device never ends its step: both end soon, and say which time is over.
+
+    Without the fault the same command goes on from the last checkpoint.
+    """
+    limit, more = 25, 60  # seconds; the first is also more than it takes to start, the second to notice and to end
+    flag = f"--config.timeout_seconds.step={limit}"
+    processes = start_hosts(tmp_path, flag, FAULT="hang:7")
+    wait_for_steps(processes[0], 6)
+    for status, _, error in finish(processes, limit + more):
+        assert status not in (0, -signal.SIGKILL), error
+        assert f"error: Nothing got on for {limit} s (config.timeout_seconds.step)" in error, error
+        assert "was lost" not in error and "Traceback" not in error, error
+    assert complete_steps(tmp_path) == [3, 6]
+    said = finish(start_hosts(tmp_path, flag), PATIENCE)
+    assert [status for status, *_ in said] == [0, 0] and "going on from step 6 of 12" in said[0][1], said
+    assert "damaged" not in said[0][2] + said[1][2]
+    assert_same_end(tmp_path, undisturbed, 1e-5)
