@@ -19,7 +19,8 @@ parameters, tokenizer and text model: far fewer updates are needed (the quicksta
 v5e:4x4 (16 chips, 0.52 GiB of state on each) and v5p:4x4x4 (64 chips, 0.88 GiB). experiments/pods.py has the others.
 
 Measured on `shapes`, two CPU cores, captions held out of training, 8 steps: 7,000 updates from scratch, 6 minutes, 0.62
-of the captions right; 2,600 from the autoregressive prior, 3 minutes, 0.99. `emoji`: experiments/results/emoji/.
+of the captions right; 2,600 from the autoregressive prior, 2 to 4 minutes, 0.89 and 0.99 on two processors. `emoji`:
+experiments/results/emoji/.
 Not yet measured: the others.
 """
 
