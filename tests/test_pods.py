@@ -40,9 +40,9 @@ def as_in_training():
 @pytest.mark.pod
 @pytest.mark.parametrize("pod", pods.PODS, ids=label)
 def test_fits(pod, as_in_training):
-    """With low effort: the compiler's full one takes five times as long, for about the same memory."""
+    """With low effort: the compiler's full one takes five times as long, and up to an eighth more memory."""
     f = compile_target(CompileOptions(f"configs/{pod.target}", pod.topology, pod.overrides, effort="low"))
-    assert f["fits"] and f["bytes"]["total"] < f["bytes"]["memory"]
+    assert f["fits"] and f["bytes"]["total"] < f["bytes"]["memory"] * 7 / 8
     assert not f["unknown_loops"] and f["kernels_known"]
     assert f["chips"] == len(topologies.devices(pod.topology))
     if pod == pods.PODS[0]:
