@@ -102,7 +102,7 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
     for name in ("prior:2.8b", "prior:5.6b", "prior:paper", "maskgit:paper", "maskgit:3b"):
         published[name] = [
             name.replace(":", ".py:"), *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:paper", f"data.path={big}",
-            "data.workers=0", "data.image_size=64", "ema.every=1",
+            "data.workers=0", "data.image_size=64", "ema.every=1", "mesh.data=1",
         ]  # fmt: skip
     own_pictures["maskgit:folder"] = ["maskgit.py:folder", *own_pictures["prior:folder"][1:]]
     chains = [shapes, published, own_pictures, on_own_copy("coco", work), on_own_copy("cub", work)]
