@@ -12,7 +12,7 @@ CORE = [
     "fsspec",
     "grain>=0.2.12",
     "importlib_resources",  # tensorflow-datasets imports it without asking for it
-    "jax>=0.8",
+    "jax>=0.8.2",
     "matplotlib>=3.8",  # the plots of reports
     "ml-collections>=1.0",
     "numpy>=1.26",

@@ -19,6 +19,7 @@ MODEL_SECTIONS = ("task", "model", "text", "data.image_size")
 # ... except what only says how to compute.
 COMPUTE_KEYS = (
     "model.remat", "model.dtype", "model.trunk.remat", "model.trunk.dtype", "model.trunk.attention_kernel",
+    "model.image_positions",  # how large they start
 )  # fmt: skip
 
 
@@ -52,6 +53,8 @@ def check_same_model(stored: Mapping[str, Any], given: Mapping[str, Any], where:
     def describes_model(key: str, values: tuple[Any, Any]) -> bool:
         if key == "ema.decay":  # whether an average is stored at all
             return bool(values[0]) != bool(values[1])
+        if key == "model.image_readout" and values[0] is None:  # CLIPs of before it had this one
+            return values[1] != "class_token"
         inside = any(key == section or key.startswith(f"{section}.") for section in MODEL_SECTIONS)
         return inside and key not in COMPUTE_KEYS
 

@@ -269,7 +269,7 @@ def _check_fit(prior: TokenPrior, params: PyTree, workdir: str) -> None:
         raise CheckpointError(
             f"{workdir}: the prior's parameter {name} is {given}, but its text model ({prior.layout.text_vocab} ids) "
             f"and image tokenizer ({prior.layout.image_vocab} codes) ask for {asked}: put back the text/ and "
-            "image_tokenizer/ that it was trained with."
+            "image_tokenizer/ that it was trained with. (Or an earlier version of dalle_jax wrote it.)"
         )
 
 

@@ -29,7 +29,8 @@ class NegativeOptions:
     Attributes:
       spoiled: n, how many spoiled ones of each picture; 0: none, the plain loss.
       grid: g, into how many squares a side pictures are cut; a divisor of their size.
-      squares: the most squares exchanged in one picture; each number from 1 on is as likely.
+      squares: the most squares exchanged in one picture; each number from 1 on is as likely. They come from any row of
+        the global batch, which devices exchange for it.
     """
 
     spoiled: int = 0

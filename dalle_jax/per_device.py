@@ -28,7 +28,8 @@ def contract(
     1910.02054) and FSDP (arXiv 2304.11277). Left to itself, the TPU compiler multiplies part by part around the ring of
     devices: on a pod each part is narrow, and every partial product is written to memory and read again.
 
-    Elsewhere, and where the rows cannot be split, the compiler decides.
+    Elsewhere, and where the rows cannot be split, the compiler decides. Without rematerialisation the whole kernel is
+    kept until the backward pass (a trunk's `remat`: "full" and "dots" gather it again).
 
     Args:
       product: of one device's (x, kernel); contracts the last dimensions of x with `contracted` of the kernel, and

@@ -123,6 +123,7 @@ def write(output: Path) -> None:
     found = [(pod, json.loads(path.read_text())) for pod, path in there if path.exists()]
     rows = [row(pod, figures) for pod, figures in found]
     versions = {f"{name} {version}" for _, figures in found for name, version in figures["versions"].items()}
+    efforts = {f"{figures['effort']} effort" for _, figures in found}
     with open(output / "compile.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
@@ -130,8 +131,9 @@ def write(output: Path) -> None:
     lines = [
         "# Every config that is meant for pods, by the TPU compiler",
         "",
-        f"`python experiments/pods.py --output DIR` wrote this ({', '.join(sorted(versions))}); no TPU was there. Each "
-        "row is the update that `dalle_jax/train.py` runs; `dalle_jax/tpu/figures.py` says what the roofline counts.",
+        f"`python experiments/pods.py --output DIR` wrote this ({', '.join(sorted(versions | efforts))}); no TPU was "
+        "there. Each row is the update that `dalle_jax/train.py` runs; `dalle_jax/tpu/figures.py` says what the "
+        "roofline counts.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),

@@ -73,6 +73,7 @@ def test_the_table(tmp_path, monkeypatch):
         "flops": {"model": 1e12, "program": 2e12}, "utilisation": 0.5, "compile_seconds": 9.0,
         "seconds": {"step": 0.5, "kernels": 0.125, "exchange_exposed": 0.0625},
         "collectives": {"all-gather": {"bytes": 2**31, "overlapped": 0.5}}, "versions": {"jax": "0.1.2"},
+        "effort": "low",
     }  # fmt: skip
     first = pods.PODS[0]
     monkeypatch.setattr(pods, "PODS", (dataclasses.replace(first, overrides="mesh.data=2"),))

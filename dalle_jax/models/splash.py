@@ -5,7 +5,8 @@ the chip's own memory. A pattern's mask is the truth here too:
 
   * where it saves blocks, the image positions stand in the order of the pattern's groups: a column is contiguous then,
     and a column layer as sparse as a row layer (in raster order each of its blocks holds something). The layer's
-    states are put in that order before they become queries, keys and values: one array, with long rows;
+    states are put in that order before they become queries, keys and values: one array, with long rows (where a layer
+    of a scan has several patterns, queries, keys and values are, by the pattern of the moment);
   * the stream is filled up to whole blocks. Nobody reads what was added; what was added reads what the last query
     reads, so that it has something to read and no block is computed for it alone;
   * on a mesh each device computes its rows and its heads, as the rules of `parallel.py` lay them out.
@@ -178,7 +179,7 @@ def filled_blocks(mask: np.ndarray, block: int) -> np.ndarray:
 
 
 def cycles(mask: np.ndarray, block: int) -> int:
-    """What a mask costs one head, forward and backward, on a v5p."""
+    """What a mask costs one head, forward and backward, on a v5p: by which blocks and orders are chosen everywhere."""
     filled = filled_blocks(mask, block)
     return sum(_kernel_cycles(filled, kind, block, "v5p") for kind in KERNEL_KINDS)
 

@@ -373,11 +373,11 @@ class Trunk(nn.Module):
         return self.final_norm(x), new
 
 
-def unstack(params, patterns: tuple[Pattern, ...]):
+def unstack(params):
     """Trunk parameters made with `scan` in the layout of `scan=False`. Others come back as they are."""
     if "units" not in params:
         return params
-    unit, repeats = stacking(patterns)
+    unit, repeats = len(params["units"]), len(jax.tree.leaves(params["units"])[0])
     flat = {name: sub for name, sub in params.items() if name != "units"}
     for r in range(repeats):
         for j in range(unit):
@@ -391,7 +391,7 @@ def for_decoding(params, options):
 
     Args:
       params: with the trunk's under "trunk".
-      options: a dataclass with a `trunk`, and its `patterns`.
+      options: a dataclass with a `trunk`.
     """
     flat = dataclasses.replace(options, trunk=dataclasses.replace(options.trunk, scan=False, remat="none"))
-    return params | {"trunk": unstack(params["trunk"], options.patterns)}, flat
+    return params | {"trunk": unstack(params["trunk"])}, flat

@@ -8,6 +8,8 @@ nothing of what happens inside the splash kernels, so they are counted apart: ke
 that the compiler scheduled for them. A grid step costs so many cycles in any case, more where its block is filled, and
 at both ends of a row of blocks; waiting for memory is not in it. The forward kernel shares the heads between the chip's
 two cores, the backward ones run on one. total_ms = compiler_ms + kernels_ms.
+
+The cases schedule_CHIP_BLOCK print the lines of `splash.SCHEDULES`.
 """
 
 import glob
@@ -41,12 +43,14 @@ CORES, CLOCK = 2, 1.75e9  # v5p: 459e12 bfloat16 operations a second = 2 cores x
 KERNELS = {"fwd": CORES, "dq": 1, "dkv": 1}  # and how many cores share its heads
 
 
-def run(pattern, kernel: str, runs: int, smoke: bool) -> dict:
-    layout = TokenLayout(text_vocab=16_384, image_vocab=8192, text_length=256, height=32, width=32)
-    heads, batch = (2, 1) if smoke else (62, 4)
+LAYOUT = TokenLayout(text_vocab=16_384, image_vocab=8192, text_length=256, height=32, width=32)
+
+
+def layer_program(topology: str, pattern, kernel: str, heads: int, batch: int):
+    """Forward and backward of the layer, compiled for one chip, and the seconds that took."""
     options = TransformerOptions(width=64 * heads, depth=64, heads=heads, attention_kernel=kernel)
-    layer = Attention(options, layout, (pattern,))
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
+    layer = Attention(options, LAYOUT, (pattern,))
+    devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     mesh = parallel.make_mesh(data=1, devices=devices[:1])
 
     def step(params, x, cotangent):
@@ -55,10 +59,15 @@ def run(pattern, kernel: str, runs: int, smoke: bool) -> dict:
 
     with parallel.on_mesh(mesh):
         whole = parallel.replicated(mesh)
-        x = jax.ShapeDtypeStruct((batch, layout.length, options.width), jnp.bfloat16, sharding=whole)
+        x = jax.ShapeDtypeStruct((batch, LAYOUT.length, options.width), jnp.bfloat16, sharding=whole)
         params = jax.eval_shape(lambda x: nn.meta.unbox(layer.init(jax.random.key(0), x)), x)
         params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=whole), params)
-        program, compile_s = m.compiled(jax.jit(step), params, x, x)
+        return m.compiled(jax.jit(step), params, x, x)
+
+
+def run(pattern, kernel: str, runs: int, smoke: bool) -> dict:
+    heads, batch = (2, 1) if smoke else (62, 4)
+    program, compile_s = layer_program("v5p:2x2x1", pattern, kernel, heads, batch)
     cost = program.cost_analysis()
     line = {
         "flops": cost["flops"],
@@ -67,10 +76,18 @@ def run(pattern, kernel: str, runs: int, smoke: bool) -> dict:
         "compiler_ms": round(1e3 * cost["optimal_seconds"], 2),
         "compile_s": round(compile_s, 1),
     }
-    kernels = kernel_ms(pattern, layout, batch * heads) if kernel == "splash" else {}
+    kernels = kernel_ms(pattern, LAYOUT, batch * heads) if kernel == "splash" else {}
     total = line["compiler_ms"] + sum(kernels.get("kernels_ms", {}).values())
     shape = {"batch": batch, "heads": heads, "head_dim": 64, "text": 256, "image_tokens": [32, 32], "dtype": "bfloat16"}
     return line | kernels | {"total_ms": round(total, 2), "topology": "v5p, one chip", "shape": shape}
+
+
+def schedule(topology: str, block: int) -> dict:
+    """A line of `splash.SCHEDULES`: (step, row, block) of each kernel, with blocks of this side."""
+    splash.block_size = lambda mask: block
+    _, compile_s = layer_program(topology, Row(), "splash", 2, 1)
+    found = {kind: scheduled(kind) for kind in splash.KERNEL_KINDS}
+    return {"topology": topology, "block": block, "cycles": found, "compile_s": round(compile_s, 1)}
 
 
 def kernel_ms(pattern, layout: TokenLayout, heads: int) -> dict:
@@ -121,6 +138,10 @@ CASES = {
     f"{name}_{kernel}": lambda runs, smoke, pattern=pattern, kernel=kernel: run(pattern, kernel, runs, smoke)
     for name, pattern in PATTERNS.items()
     for kernel in ("xla", "splash")
+} | {
+    f"schedule_{topology.partition(':')[0]}_{block}": lambda runs, smoke, how=(topology, block): schedule(*how)
+    for topology in ("v5p:2x2x1", "v5e:2x2", "v6e:2x2")
+    for block in (128, 256, 512, 640)
 }
 
 if __name__ == "__main__":

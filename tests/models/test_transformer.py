@@ -56,7 +56,7 @@ def loss_and_gradients(params, *, stacked=True, patterns=PATTERNS, **changes):
     module = Trunk(dataclasses.replace(OPTIONS, **changes), LAYOUT, patterns)
 
     def loss(params):
-        used = params if stacked else unstack(params, patterns)
+        used = params if stacked else unstack(params)
         out = module.apply({"params": used}, STATES, False)
         return jnp.square(out * jnp.arange(16.0).reshape(1, 1, 16)).mean(), out
 
@@ -127,13 +127,13 @@ def test_stacking():
 def test_layout_of_the_parameters(params):
     assert set(params) == {"units", "final_norm"}
     assert params["units"]["layer_1"]["attention"]["qkv"]["kernel"].shape == (2, 16, 3, 2, 8)
-    flat = unstack(params, PATTERNS)
+    flat = unstack(params)
     assert set(flat) == {*(f"layer_{i}" for i in range(4)), "final_norm"}
     for i in range(4):  # layer 2·r + j is slice r of the unit's layer j
         np.testing.assert_array_equal(
             flat[f"layer_{i}"]["mlp"]["up"]["kernel"], params["units"][f"layer_{i % 2}"]["mlp"]["up"]["kernel"][i // 2]
         )
-    assert unstack(flat, PATTERNS) is flat
+    assert unstack(flat) is flat
     nine = Trunk(dataclasses.replace(OPTIONS, depth=9), LAYOUT, sparse_layers(9))
     leftover = jax.eval_shape(lambda: nine.init(jax.random.key(0), STATES, False))["params"]
     assert set(leftover) == {"units", "layer_8", "final_norm"}

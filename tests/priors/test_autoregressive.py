@@ -90,7 +90,7 @@ def test_cached_decoding_equals_the_full_forward(prior, guided):
     def cached(params, tokens):
         trunk = dataclasses.replace(prior.options.trunk, scan=False)
         model = AutoregressiveModel(dataclasses.replace(prior.options, trunk=trunk), LAYOUT)
-        flat = {**params, "trunk": unstack(params["trunk"], prior.options.patterns)}
+        flat = {**params, "trunk": unstack(params["trunk"])}
         bound = functools.partial(model.apply, {"params": flat})
         first, text_cache = bound(text, method="prefill")
 
