@@ -132,8 +132,8 @@ def write(output: Path) -> None:
         "",
         f"`python experiments/pods.py --output DIR` wrote this ({', '.join(sorted(versions))}); no TPU was "
         "there. Each row is the update that `dalle_jax/train.py` runs; with low effort (`--effort low`) the compiler "
-        "overlaps no exchange, and needs up to an eighth less memory. `dalle_jax/tpu/figures.py` says what the roofline "
-        "counts.",
+        "overlaps no exchange, and needs up to an eighth less memory. `dalle_jax/tpu/figures.py` says what the "
+        "roofline counts.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
