@@ -7,9 +7,13 @@
     python -m dalle_jax.main --config=configs/dvae.py:cub --config.data.path=DIR
     python -m dalle_jax.main --config=configs/dvae.py:paper --config.data.path=DIR
 
-`paper` is the published size, its numbers those of appendix A. `shapes` and `emoji` have a space-to-depth stem, and
-start their codes from clusters of patches (dalle_jax/models/kmeans_init.py): a few thousand updates are too few for
-the paper's start. Their encoder then moves slowly (`optimizer.scales`) while the decoder learns what the codes mean.
+`paper` is the published size, its numbers those of appendix A. By the TPU compiler with low effort, each chip of a
+v5e:8x8 needs 7.5 of 16 GiB and 118 ms a step by the roofline, 60% of the peak; of a v5p:2x4x4, 13.1 of 95 GiB, 82 ms,
+74% (configs/compile.py prints them; experiments/results/compile/compile.md).
+
+`shapes` and `emoji` have a space-to-depth stem, and start their codes from clusters of patches
+(dalle_jax/models/kmeans_init.py): a few thousand updates are too few for the paper's start. Their encoder then moves
+slowly (`optimizer.scales`) while the decoder learns what the codes mean.
 
 `coco` and `cub` have the paper's pictures (256 pixels), codes and 32x32 grid, at half its width and with batches of 32,
 for one GPU or one TPU host: a quarter of the paper's arithmetic for each picture. 200,000 updates are 77 passes over

@@ -15,10 +15,22 @@ sentence each), the paper's 32x32 tokens and attention, and a width and length f
 captions each, seen 77 times, or 5,994 with ten, seen 213 times. A dVAE trained on more pictures than CUB's, the
 published one for instance, can stand in: `--config.tokenizer_from=DIR`.
 
-`paper`, `5.6b` and `2.8b` split parameters, average and optimizer over all chips (`mesh.fsdp=-1`), recompute
-activations in units of four layers, and keep Adam's first moment in bfloat16. They are meant for v5p:4x4x8 (`paper`:
-128 chips, 1.64 GiB of state on each) and v5p:4x4x4 (64 chips; 1.53 and 0.97 GiB). experiments/pods.py has v5e and v6e;
-configs/compile.py asks the TPU compiler. The widths can be split 128 ways at most: beyond that, `mesh.data=2`.
+`paper`, `5.6b` and `2.8b` split parameters, average and optimizer over half of the chips (`mesh.data=2`, two copies:
+over the whole of a v5p's torus the compiler gathers at twice the cost), keep the products of dense layers and what
+attention gives (`remat=dots`), and Adam's first moment in bfloat16. They are meant for v5p; v5e and v6e have less
+memory, and want `--config.model.trunk.remat=full`. By the TPU compiler, of each chip, at batch 1,024
+(configs/compile.py prints them; experiments/results/compile/compile.md has v6e too):
+
+    variant  topology   chips              GiB        TFLOP of model, program  step, of the peak by the roofline
+    paper    v5p:4x4x8    128              73.8 of 95    755.4   747.5    2555 ms   64%
+    paper    v5e:16x16    256  remat=full  12.5 of 16    377.7   487.4    3618 ms   53%
+    5.6b     v5p:4x4x8    128              48.4 of 95    350.1   344.7    1369 ms   56%
+    5.6b     v5e:8x16     128  remat=full  12.4 of 16    350.1   448.9    3389 ms   52%
+    2.8b     v5p:4x4x4     64              66.9 of 95    362.2   354.5    1636 ms   48%
+    2.8b     v5e:8x16     128  remat=full   8.2 of 16    181.1   230.4    1898 ms   48%
+
+(The program's operations are without those of attention kernels.) The widths can be split 128 ways at most: beyond
+256 chips, a larger `mesh.data`; on one device, `--config.mesh.data=1`.
 
 Measured: shapes and emoji, see README.md and experiments/results/. Not yet measured: folder, coco, cub, 2.8b, 5.6b,
 paper.
