@@ -15,8 +15,8 @@ each time on others: `coco` and `cub` train for twice as long as the autoregress
 Where an autoregressive prior of the same trunk is there already, `--config.start_from=runs/prior-shapes` takes over its
 parameters, tokenizer and text model: far fewer updates are needed (the quickstart does so).
 
-`paper` splits parameters, average and optimizer over all chips, `3b` over half of them, as `prior.py:paper` does. By the
-TPU compiler, of each chip (configs/compile.py prints them; experiments/results/compile/compile.md has v6e too):
+`paper` splits parameters, average and optimizer over all chips, `3b` over half of them, as `prior.py:paper` does. By
+the TPU compiler, of each chip (configs/compile.py prints them; experiments/results/compile/compile.md has v6e too):
 
     variant  topology   chips              GiB        TFLOP of model, program  step, of the peak by the roofline
     paper    v5e:4x4       16              11.7 of 16     30.8    25.8     545 ms   29%
