@@ -2,9 +2,9 @@
 
     python -m dalle_jax.main --config=configs/maskgit.py               # shapes: embedded data, a laptop's CPU
     python -m dalle_jax.main --config=configs/maskgit.py:emoji         # the emoji of an installed font
-    python -m dalle_jax.main --config=configs/maskgit.py:folder --config.data.path=DIR --config.tokenizer.data.path=DIR
-    python -m dalle_jax.main --config=configs/maskgit.py:coco --config.data.path=DIR --config.tokenizer.data.path=DIR
-    python -m dalle_jax.main --config=configs/maskgit.py:cub --config.data.path=DIR --config.tokenizer.data.path=DIR
+    python -m dalle_jax.main --config=configs/maskgit.py:folder --config.data.path=DIR
+    python -m dalle_jax.main --config=configs/maskgit.py:coco --config.data.path=DIR
+    python -m dalle_jax.main --config=configs/maskgit.py:cub --config.data.path=DIR
     python -m dalle_jax.main --config=configs/maskgit.py:paper --config.data.path=DIR --config.tokenizer_from=DVAE_DIR
 
 Data, text, image tokenizer and loop are those of `prior.py`; where the image tokenizer has not been trained, that is

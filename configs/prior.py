@@ -2,9 +2,9 @@
 
     python -m dalle_jax.main --config=configs/prior.py                 # shapes: embedded data, a laptop's CPU
     python -m dalle_jax.main --config=configs/prior.py:emoji           # the emoji of an installed font
-    python -m dalle_jax.main --config=configs/prior.py:folder --config.data.path=DIR --config.tokenizer.data.path=DIR
-    python -m dalle_jax.main --config=configs/prior.py:coco --config.data.path=DIR --config.tokenizer.data.path=DIR
-    python -m dalle_jax.main --config=configs/prior.py:cub --config.data.path=DIR --config.tokenizer.data.path=DIR
+    python -m dalle_jax.main --config=configs/prior.py:folder --config.data.path=DIR
+    python -m dalle_jax.main --config=configs/prior.py:coco --config.data.path=DIR
+    python -m dalle_jax.main --config=configs/prior.py:cub --config.data.path=DIR
     python -m dalle_jax.main --config=configs/prior.py:paper --config.data.path=DIR --config.tokenizer_from=DVAE_DIR
 
 Where the image tokenizer has not been trained, that is done first (`config.tokenizer` is its whole configuration).

@@ -8,7 +8,7 @@ from __future__ import annotations
 from absl import logging
 from ml_collections import ConfigDict
 
-from dalle_jax import distributed
+from dalle_jax import distributed, parallel
 from dalle_jax import workdir as workdirs
 from dalle_jax.train import train
 from dalle_jax.train_step import TrainState
@@ -20,13 +20,22 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     Args:
       config: a training configuration. With a section `tokenizer` (a training configuration of its own), the frozen
         tokenizer is taken from, in this order: `workdir` itself; `config.tokenizer_from`, a workdir or a folder that
-        the importers of `dalle_jax.pretrained` wrote; `config.tokenizer.workdir`, after training it there. With
-        `start_from`, the workdir of another prior, tokenizer and text model are that one's unless others are named.
+        the importers of `dalle_jax.pretrained` wrote; `config.tokenizer.workdir`, after training it there (on the same
+        pictures, where its `data.path` is not set). With `start_from`, the workdir of another prior, tokenizer and text
+        model are that one's unless others are named.
       workdir: directory of the run.
 
     Returns:
       The final state.
+
+    Raises:
+      MeshError: a mesh or batch that does not fit the devices.
     """
+    # Refused now, and not after days of training its tokenizer.
+    parallel.check_batch(parallel.make_mesh(**config.mesh), config.batch_size, config.optimizer.accumulate_steps)
+    if "tokenizer" in config and config.tokenizer.data.source == config.data.source:
+        config = config.copy_and_resolve_references()
+        config.tokenizer.data.path = config.tokenizer.data.path or config.data.path
     if config.get("start_from"):
         config = config.copy_and_resolve_references()
         config.tokenizer_from = config.tokenizer_from or config.start_from

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dalle_jax.errors import ConfigError
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models.attention import CausalPattern, full_layers, sparse_layers
 from dalle_jax.models.dense import outputs_first
@@ -253,18 +254,19 @@ class AutoregressivePrior:
         trained for it, "random" or "halton": given tokens then come first, so that every other one sees them.
 
         Raises:
-          ValueError: where the rows are not a multiple of the captions, or an option is another prior's.
+          ValueError: where the rows are not a multiple of the captions.
+          ConfigError: an option that is another prior's.
         """
         options = SamplingOptions(**options)
         for name in ("steps", "choice_temperature"):
             if getattr(options, name) is not None:
-                raise ValueError(
+                raise ConfigError(
                     f"{name}={getattr(options, name)}: the autoregressive prior takes one step a token; leave it out."
                 )
         order = options.order or ("raster" if self.options.anneal_end or not self.any_order else "random")
         if order not in (orders.NAMES if self.any_order else ("raster",)):
             expected = ", ".join(orders.NAMES) if self.any_order else "raster, as it was trained"
-            raise ValueError(f"order={order!r}: this prior draws in the order {expected}.")
+            raise ConfigError(f"order={order!r}: this prior draws in the order {expected}.")
         return _decode(
             self, order, params, text, keys, known, sampling.knobs(self.layout, text, keys, options, negative)
         )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dalle_jax.errors import ConfigError
 from dalle_jax.layout import TokenLayout
 from dalle_jax.priors import orders
 
@@ -156,10 +157,10 @@ def unmasking_order(name: str, layout: TokenLayout, temperature: float) -> Unmas
     """The order of that name.
 
     Raises:
-      ValueError: where there is none.
+      ConfigError: where there is none.
     """
     if name not in ORDERS:
-        raise ValueError(f"The unmasking order is {name!r}; expected one of {', '.join(ORDERS)}.")
+        raise ConfigError(f"The unmasking order is {name!r}; expected one of {', '.join(ORDERS)}.")
     if name == "confidence":
         return Confidence(temperature)
     return Random() if name == "random" else Halton(layout.height, layout.width)
