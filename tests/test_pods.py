@@ -4,12 +4,9 @@ import dataclasses
 import importlib.util
 import json
 
-import jax
 import pods
 import pytest
 
-from dalle_jax.compile import CompileOptions, compile_target
-from dalle_jax.errors import DoesNotFit
 from dalle_jax.tpu import topologies
 
 pytestmark = pytest.mark.skipif(
@@ -30,18 +27,11 @@ def test_each_config_has_all_three_generations():
     assert not any(pod.overrides for pod in defaults.values())  # the config as it stands
 
 
-@pytest.fixture
-def as_in_training():
-    """Products in bfloat16: tests elsewhere ask for float32."""
-    with jax.default_matmul_precision("default"):
-        yield
-
-
 @pytest.mark.pod
 @pytest.mark.parametrize("pod", pods.PODS, ids=label)
-def test_fits(pod, as_in_training):
+def test_fits(pod):
     """With low effort: the compiler's full one takes five times as long, and up to an eighth more memory."""
-    f = compile_target(CompileOptions(f"configs/{pod.target}", pod.topology, pod.overrides, effort="low"))
+    f = pods.figures_of(pod, "low")
     assert f["fits"] and f["bytes"]["total"] < f["bytes"]["memory"] * 7 / 8
     assert not f["unknown_loops"] and f["kernels_known"]
     assert f["chips"] == len(topologies.devices(pod.topology))
@@ -60,10 +50,10 @@ def test_fits(pod, as_in_training):
 
 
 @pytest.mark.pod
-def test_what_is_too_large_says_what_would_help(as_in_training):
-    keeps_all = CompileOptions("configs/prior.py:paper", "v5e:16x16", "model.trunk.remat=dots", effort="low")
-    with pytest.raises(DoesNotFit, match=r"does not fit v5e:16x16.*GiB.*remat=full.*accumulate_steps="):
-        compile_target(keeps_all)
+def test_what_is_too_large_says_what_would_help():
+    keeps_all = pods.Pod("prior.py:paper", "v5e:16x16", "model.trunk.remat=dots")
+    with pytest.raises(RuntimeError, match=r"does not fit v5e:16x16.*GiB.*remat=full.*accumulate_steps="):
+        pods.figures_of(keeps_all, "low")
 
 
 def test_the_table(tmp_path, monkeypatch):
