@@ -28,7 +28,7 @@ def test_each_config_has_all_three_generations():
 
 
 def parameter(pod):
-    """Compiling the convolutions and the large batches takes up to 12 GiB: one of these at a time (--dist loadgroup)."""
+    """Compiling convolutions and large batches takes up to 12 GiB: one of these at a time (--dist loadgroup)."""
     large = pod.target.startswith(("dvae", "clip"))
     return pytest.param(pod, marks=pytest.mark.xdist_group("large") if large else (), id=label(pod))
 
