@@ -34,7 +34,7 @@ def parameter(pod):
 
 
 @pytest.mark.pod
-@pytest.mark.parametrize("pod", map(parameter, pods.PODS))
+@pytest.mark.parametrize("pod", [parameter(pod) for pod in pods.PODS])
 def test_fits(pod):
     """With low effort: the compiler's full one takes five times as long, and up to an eighth more memory."""
     f = pods.figures_of(pod, "low")
