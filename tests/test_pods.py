@@ -27,14 +27,8 @@ def test_each_config_has_all_three_generations():
     assert not any(pod.overrides for pod in defaults.values())  # the config as it stands
 
 
-def parameter(pod):
-    """Compiling convolutions and large batches takes up to 12 GiB: one of these at a time (--dist loadgroup)."""
-    large = pod.target.startswith(("dvae", "clip"))
-    return pytest.param(pod, marks=pytest.mark.xdist_group("large") if large else (), id=label(pod))
-
-
 @pytest.mark.pod
-@pytest.mark.parametrize("pod", [parameter(pod) for pod in pods.PODS])
+@pytest.mark.parametrize("pod", pods.PODS, ids=label)
 def test_fits(pod):
     """With low effort: the compiler's full one takes five times as long, and up to an eighth more memory."""
     f = pods.figures_of(pod, "low")
