@@ -27,16 +27,21 @@ def params_of(prior, seed):
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
 
 
+def started(monkeypatch, own, given):
+    """Parameters of a fresh state after it started from a checkpoint with the given ones."""
+    checkpoints = types.SimpleNamespace(restore_params=lambda: given)
+    monkeypatch.setattr(module, "Checkpoints", lambda *_, **__: contextlib.nullcontext(checkpoints))
+    zero = jnp.zeros((), jnp.int32)
+    return module.warm_start(TrainState(zero, own, None, (), zero, zero), "elsewhere").params
+
+
 @pytest.mark.parametrize("scans", [(True, True), (True, False), (False, True)])
 def test_every_layer_is_taken_over(monkeypatch, scans):
     """Row, column, row, convolutional: two units of two. Bidirectional throughout: four of one."""
     first, second = (dataclasses.replace(TRUNK, scan=scan) for scan in scans)
     given = params_of(AutoregressivePrior(LAYOUT, AutoregressiveOptions(first, kernel=3)), 1)
     own = params_of(MaskGITPrior(LAYOUT, MaskGITOptions(second)), 2)
-    checkpoints = types.SimpleNamespace(restore_params=lambda: given)
-    monkeypatch.setattr(module, "Checkpoints", lambda *_, **__: contextlib.nullcontext(checkpoints))
-    zero = jnp.zeros((), jnp.int32)
-    mixed = module.warm_start(TrainState(zero, own, None, (), zero, zero), "elsewhere").params
+    mixed = started(monkeypatch, own, given)
     ours, theirs = unstack(mixed["trunk"]), unstack(given["trunk"])
     assert set(ours) == {"layer_0", "layer_1", "layer_2", "layer_3", "final_norm"}
     jax.tree.map(np.testing.assert_array_equal, ours, theirs)
@@ -48,9 +53,6 @@ def test_layers_of_another_width_or_number_stay_fresh(monkeypatch):
         AutoregressivePrior(LAYOUT, AutoregressiveOptions(dataclasses.replace(TRUNK, depth=2), kernel=3)), 1
     )
     own = params_of(MaskGITPrior(LAYOUT, MaskGITOptions(TRUNK)), 2)
-    checkpoints = types.SimpleNamespace(restore_params=lambda: given)
-    monkeypatch.setattr(module, "Checkpoints", lambda *_, **__: contextlib.nullcontext(checkpoints))
-    zero = jnp.zeros((), jnp.int32)
-    mixed = module.warm_start(TrainState(zero, own, None, (), zero, zero), "elsewhere").params
+    mixed = started(monkeypatch, own, given)
     jax.tree.map(np.testing.assert_array_equal, mixed["trunk"]["units"], own["trunk"]["units"])
     np.testing.assert_array_equal(mixed["embedding"]["text"], given["embedding"]["text"])

@@ -50,9 +50,8 @@ def of_subject(calls: Mapping[str, int], subject: Any, rows: int, sampling: bool
     prior, mesh = getattr(subject.task, "prior", None), subject.mesh
     if prior is None:
         return None
-    shards = mesh.shape["data"] * mesh.shape["fsdp"] * mesh.shape["tensor"]
     slices = 1 if sampling else subject.options.accumulate_steps
-    heads = rows * prior.options.trunk.heads / shards / slices
+    heads = rows * prior.options.trunk.heads / mesh.size / slices
     layout = prior.layout
     queries = layout.image_length if sampling else layout.length
     return seconds(calls, prior.options.patterns, layout, queries, heads, topologies.chip(mesh.devices.flat[0]))
