@@ -1,6 +1,6 @@
 """Sections that several configs share."""
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 from ml_collections.config_dict import placeholder
 
 
@@ -62,13 +62,17 @@ def schedule(kind: str, **numbers) -> dict:
     return {"kind": kind, **numbers}
 
 
-def run(
-    config: ConfigDict, *, batch_size: int, steps: int, every: int, checkpoint: int | None = None, split: int = 0
-) -> None:
-    """Mesh, batch, length and cadence: the end of each training config.
+def length(config: ConfigDict, steps: int) -> FieldReference:
+    """Sets `config.steps`, and gives it to schedules that end with the training: they follow `--config.steps=N`."""
+    config.steps = steps
+    return config.get_oneway_ref("steps")
+
+
+def run(config: ConfigDict, *, batch_size: int, every: int, checkpoint: int | None = None, split: int = 0) -> None:
+    """Mesh, batch and cadence: the end of each training config.
 
     Args:
-      config: gets the keys.
+      config: gets the keys; has `steps` (see `length`).
       every: steps between evaluations and previews.
       checkpoint: steps between checkpoints; `every` where None.
       split: parameters are split over one in so many of the devices (`fsdp`), with so many copies of them all (`data`);
@@ -78,9 +82,8 @@ def run(
     # Ask the TPU compiler to exchange while it computes; False where a libtpu does not know these options.
     config.overlap_exchanges = split > 0
     config.batch_size = batch_size
-    config.steps = steps
     config.cadence = ConfigDict(
-        {"log": max(1, min(50, steps // 20)), "eval": every, "preview": every, "checkpoint": checkpoint or every}
+        {"log": max(1, min(50, config.steps // 20)), "eval": every, "preview": every, "checkpoint": checkpoint or every}
     )
     config.eval_batches = 8
     config.keep = ConfigDict({"last": 2, "best": 0})  # two, for the day when the newest turns out damaged

@@ -81,6 +81,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.variant = variant
     config.workdir = f"runs/dvae-{variant}"
     config.seed = 0
+    length = common.length(config, steps)
 
     config.data = data
     config.model = ConfigDict(
@@ -95,19 +96,20 @@ def get_config(variant: str | None = None) -> ConfigDict:
     if small:
         config.schedules = ConfigDict(
             {
-                "learning_rate": schedule("warmup_cosine", peak=1e-2, end=1e-4, warmup_steps=50, steps=steps),
-                "temperature": schedule("cosine", start=0.25, end=1 / 16, steps=steps // 2),
+                "learning_rate": schedule("warmup_cosine", peak=1e-2, end=1e-4, warmup_steps=50, steps=length),
+                "temperature": schedule("cosine", start=0.25, end=1 / 16, steps=length // 2),
                 "kl_weight": schedule("constant", value=0.05),
             }
         )
     else:
+        paper = variant == "paper"  # whose schedules end before its training does
         config.schedules = ConfigDict(
             {
-                "learning_rate": schedule("cosine", start=1e-4, end=1.25e-6, steps=min(1_200_000, steps)),
-                "temperature": schedule("cosine", start=1.0, end=1 / 16, steps=min(150_000, steps // 2)),
+                "learning_rate": schedule("cosine", start=1e-4, end=1.25e-6, steps=1_200_000 if paper else length),
+                "temperature": schedule("cosine", start=1.0, end=1 / 16, steps=150_000 if paper else length // 2),
                 "kl_weight": schedule("cosine", start=0.0, end=6.6, steps=5000),
             }
         )
     config.ema = ConfigDict({"decay": 0.99 if small else 0.999, "every": 1})
-    common.run(config, batch_size=batch, steps=steps, every=max(steps // 4, 1) if small else 5000)
+    common.run(config, batch_size=batch, every=max(steps // 4, 1) if small else 5000)
     return config

@@ -49,15 +49,15 @@ VARIANTS = {
 }
 
 
-def get_config(variant: str | None = None, steps: int | None = None) -> ConfigDict:
-    variant, (base, width, depth, heads, dropout, batch, usual) = config_files.choose(VARIANTS, variant, __file__)
-    steps = steps or usual
+def get_config(variant: str | None = None) -> ConfigDict:
+    variant, (base, width, depth, heads, dropout, batch, steps) = config_files.choose(VARIANTS, variant, __file__)
     small = variant in ("shapes", "emoji")  # sized for a CPU
     copies = {"paper": 1, "3b": 2}.get(variant, 0)  # of the parameters, split over pods; see common.run
 
     config = autoregressive.get_config(base)
     config.variant = variant
     config.workdir = f"runs/maskgit-{variant}"
+    length = common.length(config, steps)
 
     config.prior = "maskgit"
     trunk = config.model.trunk
@@ -82,9 +82,9 @@ def get_config(variant: str | None = None, steps: int | None = None) -> ConfigDi
     if not small:
         rate = common.schedule("warmup_constant", value=1e-4, warmup_steps=5000)
     else:
-        rate = common.schedule("warmup_cosine", peak=2e-3, end=1e-5, warmup_steps=steps // 20, steps=steps)
+        rate = common.schedule("warmup_cosine", peak=2e-3, end=1e-5, warmup_steps=length // 20, steps=length)
     config.schedules = ConfigDict({"learning_rate": rate})
-    common.run(config, batch_size=batch, steps=steps, every=max(steps // 4, 1) if small else 5000, split=copies)
+    common.run(config, batch_size=batch, every=max(steps // 4, 1) if small else 5000, split=copies)
     if small:
         config.mesh.data = 1  # four examples at a time: more devices would wait for each other
     return config

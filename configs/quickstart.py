@@ -21,7 +21,8 @@ def get_config() -> ConfigDict:
     config.prior.tokenizer.workdir = "runs/quickstart/dvae"
 
     # It starts from the autoregressive prior's trunk and embeddings, and so needs a fraction of the updates.
-    config.maskgit = config_files.module(__file__, "maskgit.py").get_config("shapes", steps=2600)
+    config.maskgit = config_files.module(__file__, "maskgit.py").get_config("shapes")
+    config.maskgit.steps = 2600
     config.maskgit.workdir = "runs/quickstart/maskgit"
     config.maskgit.start_from = config.prior.workdir
 

@@ -77,16 +77,15 @@ class WarmupConstant:
 
 @dataclasses.dataclass(frozen=True)
 class WarmupCosine:
-    """A straight line from 0 to `peak` in `warmup_steps` updates, then half a cosine to `end` at update `steps`."""
+    """A straight line from 0 to `peak` in `warmup_steps` updates, then half a cosine to `end` at update `steps`.
+
+    A training of no more than `warmup_steps` updates (somebody's trial) ends on the straight line.
+    """
 
     peak: float
     end: float
     warmup_steps: int
     steps: int
-
-    def __post_init__(self):
-        if self.steps < self.warmup_steps:
-            raise ConfigError(f"Schedule: steps={self.steps} is less than warmup_steps={self.warmup_steps}.")
 
     def __call__(self, step: jax.Array | int) -> jax.Array:
         warmup = self.peak * _progress(step, self.warmup_steps)

@@ -73,6 +73,25 @@ def test_trainings(name, variant):
         jax.eval_shape(images.init, jax.random.key(0))
 
 
+@pytest.mark.parametrize("name, variant", ROWS, ids=[":".join(row) for row in ROWS])
+def test_schedules_follow_the_length_of_the_training(name, variant):
+    config = load(name).get_config(variant)
+    usual, sections = config.steps, config.schedules.copy_and_resolve_references()
+    config.steps *= 3
+    follows = {key for key, section in sections.items() if section.get("steps") in (usual, usual // 2)}
+    for key, section in sections.items():
+        ratio = 3 if key in follows else 1
+        assert config.schedules[key].get("steps", 0) == ratio * section.get("steps", 0)
+    if variant in ("shapes", "emoji"):
+        assert "learning_rate" in follows
+    if name == "dvae":
+        assert follows == (set() if variant == "paper" else {"learning_rate", "temperature"})
+    if follows:
+        key = follows.pop()
+        config.schedules[key].steps = 5
+        assert (config.schedules[key].steps, config.steps) == (5, 3 * usual), "it can be set by itself"
+
+
 def test_the_papers_numbers():
     dvae, prior = load("dvae").get_config("paper"), load("prior").get_config("paper")
     assert (dvae.data.image_size, dvae.model.vocab_size, dvae.batch_size) == (256, 8192, 512)

@@ -166,11 +166,13 @@ def test_a_prior_starts_with_its_tokenizers_codebook(trained):
 
 def test_maskgit_starts_from_the_autoregressive_prior(trained, tmp_path):
     """One line swaps the prior and one more says where from: tokenizer, text model, trunk and embeddings are its."""
-    config = config_files.module(CONFIGS, "maskgit.py").get_config("shapes", steps=1)
+    config = config_files.module(CONFIGS, "maskgit.py").get_config("shapes")
     for section in ("data", "text", "mesh"):
         config[section] = trained.config[section].copy_and_resolve_references()
     config.model.trunk = trained.config.model.trunk.copy_and_resolve_references()
-    config.update({"batch_size": 16, "eval_batches": 1, "start_from": trained.workdir, "workdir": str(tmp_path)})
+    config.update(
+        {"steps": 1, "batch_size": 16, "eval_batches": 1, "start_from": trained.workdir, "workdir": str(tmp_path)}
+    )
     config.schedules.learning_rate = {"kind": "constant", "value": 0.0}
     state = stages.run(config, config.workdir)
     _, theirs = workdirs.load_tokenizer(trained.workdir)
