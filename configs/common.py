@@ -78,7 +78,7 @@ def run(config: ConfigDict, *, batch_size: int, every: int, checkpoint: int | No
       split: parameters are split over one in so many of the devices (`fsdp`), with so many copies of them all (`data`);
         0: each device has all of them.
     """
-    config.mesh = ConfigDict({"data": split or -1, "fsdp": -1 if split else 1, "tensor": 1})
+    config.mesh = mesh(data=split or -1, fsdp=-1 if split else 1)
     # Ask the TPU compiler to exchange while it computes; False where a libtpu does not know these options.
     config.overlap_exchanges = split > 0
     config.batch_size = batch_size
@@ -91,6 +91,11 @@ def run(config: ConfigDict, *, batch_size: int, every: int, checkpoint: int | No
     # The longest wait for a batch; and, with several hosts, for a step, an evaluation batch, a checkpoint or compiling.
     config.timeout_seconds = ConfigDict({"data": 600.0, "step": 1800.0})
     config.profile_steps = 0  # how many steps to record in <workdir>/profile, for TensorBoard and Perfetto
+
+
+def mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> ConfigDict:
+    """How many devices along each axis (dalle_jax/parallel.py); -1: all that are left."""
+    return ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor})
 
 
 def sampling() -> ConfigDict:

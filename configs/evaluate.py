@@ -60,5 +60,6 @@ def get_config(variant: str | None = None) -> ConfigDict:
         "candidate_captions": 128,  # of so many captions
     })  # fmt: skip
     config.sampling = common.sampling()
-    config.rows_at_once = 64
+    config.rows_at_once = 64  # pictures drawn or judged in one go, by all devices together
+    config.mesh = common.mesh()  # see configs/generate.py
     return config

@@ -32,5 +32,6 @@ def get_config() -> ConfigDict:
     config.clip = placeholder(str)  # a CLIP's workdir or folder; None: the one in the prior's workdir, if any
     config.candidates = 0  # draw so many for each, and keep the n that CLIP finds fittest; 0: draw n
     config.sampling = common.sampling()
-    config.rows_at_once = 64  # pictures drawn in one go: bounds the memory
+    config.rows_at_once = 64  # pictures drawn in one go, by all devices together: bounds the memory
+    config.mesh = common.mesh()  # rows over all devices; fsdp, tensor: split a prior that one device cannot hold
     return config

@@ -26,7 +26,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from dalle_jax import checksums, storage
+from dalle_jax import checksums, parallel, storage
 from dalle_jax.checkpoint_manager import Manager
 from dalle_jax.compatibility import check_same_model, to_json
 from dalle_jax.errors import CheckpointError
@@ -156,14 +156,15 @@ class Checkpoints:
         return state.replace(params=items["params"], ema=items.get("ema"), **items["rest"])
 
     def restore_params(
-        self, step: int | str | None = None, *, ema: bool = True, sharding: jax.sharding.Sharding | None = None
+        self, step: int | str | None = None, *, ema: bool = True, layout: Callable[[PyTree], PyTree] | None = None
     ) -> PyTree:
         """Reads parameters alone, for generation.
 
         Args:
           step: which checkpoint: None for the latest that is whole, "best", or a number.
           ema: the average where one is stored, else (and where none is) the parameters themselves.
-          sharding: where to put every array (default: the first device).
+          layout: from the shapes of what is stored, a tree of `ShapeDtypeStruct`s, to where each array goes, a tree of
+            shardings (default: all on the first device).
 
         Returns:
           Nested dict of float32 arrays, as the task's `init` made it.
@@ -171,15 +172,14 @@ class Checkpoints:
         Raises:
           CheckpointError: there is no such checkpoint, or it is damaged.
         """
-        sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+        layout = layout or (lambda stored: jax.tree.map(lambda _: first_device, stored))
 
         def read(step: int) -> PyTree:
             stored = StoredCheckpoint(self.directory / str(step))
             item = "ema" if ema and stored.has("ema") else "params"
-            abstract = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), stored.abstract(item)
-            )
-            items = {item: stored.arrays(item, abstract)}
+            shapes = stored.abstract(item)
+            items = {item: stored.arrays(item, parallel.abstract(shapes, layout(shapes)))}
             stored.check_sums(items)
             return items[item]
 

@@ -7,6 +7,9 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
+
+from dalle_jax.parallel import over_rows
 
 PyTree = Any
 
@@ -22,16 +25,19 @@ def batches(count: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         yield np.minimum(places, count - 1), places < count
 
 
-def in_chunks(function: Callable[[np.ndarray], PyTree], rows: np.ndarray, size: int) -> PyTree:
+def in_chunks(function: Callable[[Any], PyTree], rows: np.ndarray, size: int, mesh: Mesh | None = None) -> PyTree:
     """`function` of all rows, always on `size` of them: bounds the memory, and compiles once.
 
     Args:
       function: [size, ...] to a tree of arrays [size, ...], row by row.
       rows: [B, ...], B at least 1. The last row fills the last chunk.
       size: of a chunk.
+      mesh: over whose devices each chunk is split, see `parallel.over_rows`.
 
     Returns:
       The tree, of numpy arrays [B, ...].
     """
-    parts = [jax.tree.map(np.asarray, function(rows[places])) for places, _ in batches(len(rows), size)]
+    parts = [
+        jax.tree.map(np.asarray, over_rows(mesh, function, rows[places])) for places, _ in batches(len(rows), size)
+    ]
     return jax.tree.map(lambda *x: np.concatenate(x)[: len(rows)], *parts)

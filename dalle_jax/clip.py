@@ -27,7 +27,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
+from dalle_jax import parallel
 from dalle_jax import workdir as workdirs
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.chunks import in_chunks
@@ -52,21 +54,30 @@ class ClipScorer:
       clip, params: the model and its parameters.
       text_model: captions to ids.
       rows_at_once: pictures or captions that go through a tower in one go: bounds the memory, compiled once.
+      mesh: over whose devices these are split, each with the whole model; None: the default device.
     """
 
     clip: CLIP
     params: PyTree
     text_model: TextModel | BytePairs
     rows_at_once: int = 64
+    mesh: Mesh | None = None
 
     @classmethod
-    def load(cls, folder: str | epath.PathLike, step: int | str | None = None, rows_at_once: int = 64) -> ClipScorer:
+    def load(
+        cls,
+        folder: str | epath.PathLike,
+        step: int | str | None = None,
+        rows_at_once: int = 64,
+        mesh: Mesh | None = None,
+    ) -> ClipScorer:
         """Reads a folder, local or "gs://…": one that `save` or an importer wrote into, or the workdir of a training.
 
         Args:
           folder: the directory.
           step: of a training's workdir, a checkpoint's step, "best", or None for the latest.
           rows_at_once: see the class.
+          mesh: None: all devices of this host.
 
         Raises:
           CheckpointError: where there is no CLIP there, or its parameters do not fit its text model.
@@ -86,7 +97,8 @@ class ClipScorer:
             with Checkpoints(str(folder), read_only=True) as checkpoints:
                 params = checkpoints.restore_params(step)
         _check_fit(clip, params, folder)
-        return cls(clip, params, text_model, rows_at_once)
+        mesh = mesh or parallel.make_mesh(devices=jax.local_devices())
+        return cls(clip, jax.device_put(params, parallel.replicated(mesh)), text_model, rows_at_once, mesh)
 
     def save(self, folder: str | epath.PathLike) -> None:
         """Freezes it into `<folder>/clip`, from where `load` reads it."""
@@ -159,7 +171,7 @@ class ClipScorer:
     def _in_chunks(self, encode: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
         if not len(rows):
             return np.zeros((0, self.clip.options.embed_dim), np.float32)
-        return in_chunks(functools.partial(encode, self.clip, self.params), rows, self.rows_at_once)
+        return in_chunks(functools.partial(encode, self.clip, self.params), rows, self.rows_at_once, self.mesh)
 
 
 @functools.partial(jax.jit, static_argnums=0)

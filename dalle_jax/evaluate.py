@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import io
 import time
 from collections.abc import Mapping, Sequence
@@ -31,7 +32,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dalle_jax import judges as looks
-from dalle_jax import report, report_page
+from dalle_jax import parallel, report, report_page
 from dalle_jax import workdir as workdirs
 from dalle_jax.chunks import batches
 from dalle_jax.clip import ClipScorer
@@ -114,7 +115,7 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
         )
     judges: list[Judge] = []
     if options.inception:
-        judges.append(looks.inception(options.inception, options.inception_resize, first.rows_at_once))
+        judges.append(looks.inception(options.inception, options.inception_resize, first.rows_at_once, first.mesh))
     if scorer is not None:
         judges.append(looks.clip(scorer))
     shown = tests.images(tests.owners[:_SHOWN])
@@ -203,7 +204,8 @@ def _prior(each: Model, tests: TestSet, tokens: np.ndarray, real: PictureSet, sc
     model.generate(tests.captions[:1] * min(count, model.rows_at_once), seed=options.seed, **knobs)  # compiles
     for places, valid in batches(count, min(model.rows_at_once, count)):
         codes = tokens[tests.owners[places]]
-        nats += valid.sum() * float(_nats(model.prior, model.params, text[places], codes, jnp.asarray(valid)))
+        loss = functools.partial(_nats, model.prior, model.params)
+        nats += valid.sum() * float(parallel.over_rows(model.mesh, loss, text[places], codes, valid))
         captions, start = [tests.captions[i] for i in places], time.perf_counter()
         images = model.generate(captions, seed=options.seed, **knobs)[:, 0]
         seconds += time.perf_counter() - start
@@ -350,7 +352,8 @@ def run(config: ConfigDict, workdir: str) -> Figures:
       What `report.json` holds.
     """
     folders = [folder.strip() for folder in config.model_workdir.split(",")]
-    loaded = [TextToImage.load(folder, config.step, config.rows_at_once, config.clip) for folder in folders]
+    mesh = parallel.make_mesh(**config.mesh)
+    loaded = [TextToImage.load(folder, config.step, config.rows_at_once, config.clip, mesh) for folder in folders]
     sampling = from_config(SamplingOptions, config.sampling, "sampling")
     kinds = [model.prior.name for model in loaded]
     names = kinds if len(set(kinds)) == len(kinds) else folders

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import operator
 import zlib
 from collections.abc import Iterator, Sequence
@@ -23,12 +24,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dalle_jax import compilation_cache, keys, priors, report
+from dalle_jax import compilation_cache, keys, parallel, priors, report
 from dalle_jax import workdir as workdirs
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.clip import ClipScorer, has_clip
@@ -58,6 +59,7 @@ class TextToImage(Editing, Reranking):
       workdir, step: where and from which checkpoint it was loaded.
       rows_at_once: most pictures drawn in one go, which bounds the memory.
       scorer: the CLIP that ranks candidates; None where there is none.
+      mesh: of the devices that draw, each some of the rows; None: the default device.
     """
 
     prior: TokenPrior
@@ -70,23 +72,32 @@ class TextToImage(Editing, Reranking):
     step: int = 0
     rows_at_once: int = 64
     scorer: ClipScorer | None = None
+    mesh: Mesh | None = None
 
     @classmethod
     def load(
-        cls, workdir: str, step: int | str | None = None, rows_at_once: int = 64, clip: str | None = None
+        cls,
+        workdir: str,
+        step: int | str | None = None,
+        rows_at_once: int = 64,
+        clip: str | None = None,
+        mesh: Mesh | None = None,
     ) -> TextToImage:
         """Reads a prior's workdir, local or "gs://…".
 
         Args:
           workdir: the directory of a finished or running training of a prior.
           step: a checkpoint's step, "best", or None for the latest.
-          rows_at_once: most pictures drawn in one go.
+          rows_at_once: most pictures drawn in one go, by all devices together.
           clip: what `ClipScorer.load` takes; None: the one frozen into `workdir`, if there is one.
+          mesh: as from `parallel.make_mesh`, whose `fsdp` and `tensor` split a prior that one device cannot hold; None:
+            all devices of this host along `data`.
 
         Raises:
           CheckpointError: where there is no such run, checkpoint or CLIP, or its parameters do not fit the text model
             or the image tokenizer beside them.
           ConfigError: where the run is not a prior's.
+          MeshError: where the prior cannot be split over the mesh.
         """
         compilation_cache.enable()
         config = workdirs.read_config(workdir)
@@ -102,13 +113,15 @@ class TextToImage(Editing, Reranking):
             text_model.vocab_size, tokenizer.vocab_size, config["text"]["length"], *tokenizer.grid(size)
         )
         prior = priors.make(config["prior"], config["model"], layout)
+        mesh = mesh or parallel.make_mesh(devices=jax.local_devices())
         with Checkpoints(workdir, read_only=True) as checkpoints:
-            params, step = checkpoints.restore_params(step), checkpoints.resolve(step)
-        _check_fit(prior, params, workdir)
+            params = checkpoints.restore_params(step, layout=lambda stored: _layout(prior, stored, workdir, mesh))
+            step = checkpoints.resolve(step)
+        tokenizer_params = jax.device_put(tokenizer_params, parallel.replicated(mesh))
         folder = clip or (workdir if has_clip(workdir) else None)
-        scorer = ClipScorer.load(folder, rows_at_once=rows_at_once) if folder else None
+        scorer = ClipScorer.load(folder, rows_at_once=rows_at_once, mesh=mesh) if folder else None
         return cls(
-            prior, params, tokenizer, tokenizer_params, text_model, size, str(workdir), step, rows_at_once, scorer
+            prior, params, tokenizer, tokenizer_params, text_model, size, str(workdir), step, rows_at_once, scorer, mesh
         )
 
     # -- pictures -------------------------------------------------------------------------------------------------
@@ -198,17 +211,20 @@ class TextToImage(Editing, Reranking):
             raise DataError(
                 f"The picture is {images.dtype} {images.shape[1:]}; this model works on uint8 {expected}: resize it."
             )
-        tokens = _encode(self.tokenizer, self.tokenizer_params, images)
+        tokens = parallel.over_rows(
+            self.mesh, functools.partial(_encode, self.tokenizer, self.tokenizer_params), images
+        )
         return np.asarray(tokens).reshape(len(images), -1)
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
         """Tokens to pictures: int32 [B, N] to uint8 [B, H, W, 3]."""
         layout = self.prior.layout
-        return self.decode_grid(jnp.asarray(tokens).reshape(-1, layout.height, layout.width))
+        return self.decode_grid(tokens.reshape(-1, layout.height, layout.width))
 
     def decode_grid(self, tokens: np.ndarray) -> np.ndarray:
         """Token grids of any size to pictures: int32 [B, h', w'] to uint8 [B, H', W', 3]."""
-        return report.to_uint8(_decode(self.tokenizer, self.tokenizer_params, jnp.asarray(tokens)))
+        decode = functools.partial(_decode, self.tokenizer, self.tokenizer_params)
+        return report.to_uint8(parallel.over_rows(self.mesh, decode, tokens))
 
     # -- in chunks of one size: bounded memory, one compilation, and a chunk can be drawn again by itself ----------
 
@@ -228,9 +244,10 @@ class TextToImage(Editing, Reranking):
     def _sample(self, text, keys, options: SamplingOptions, negative: str | None, known=None) -> jax.Array:
         """int32 [B, N]."""
         away = None if negative is None else self.encode_text([negative])
-        return self.prior.sample(
-            self.params, jnp.asarray(text), keys, known=known, negative=away, **dataclasses.asdict(options)
+        draw = lambda text, keys, known: self.prior.sample(
+            self.params, text, keys, known=known, negative=away, **dataclasses.asdict(options)
         )
+        return parallel.over_rows(self.mesh, draw, text, keys, known)
 
     def _draw(self, caption: str, n: int, seed: int, options, known, window: int = 0) -> np.ndarray:
         """Tokens of n pictures of one caption beside known ones, (int32 [n, N], bool [n, N]): int32 [n, N]."""
@@ -240,7 +257,7 @@ class TextToImage(Editing, Reranking):
         parts = []
         for first in range(0, n, rows):
             numbers = np.minimum(first + np.arange(rows), n - 1)  # surplus rows repeat the last
-            given = tuple(jnp.asarray(x[numbers]) for x in known)
+            given = tuple(x[numbers] for x in known)
             parts.append(
                 np.asarray(self._sample(text, row_keys(seed, text, numbers, window), options, negative, given))
             )
@@ -261,9 +278,11 @@ def _parse(options: dict[str, Any]) -> tuple[str | None, SamplingOptions]:
     return options.pop("negative", None), SamplingOptions(**options)
 
 
-def _check_fit(prior: TokenPrior, params: PyTree, workdir: str) -> None:
-    """Refuses parameters of another shape than the text model, the image tokenizer and the configuration ask for."""
-    wrong = wrong_parameter(params, nn.meta.unbox(jax.eval_shape(prior.init, jax.random.key(0))))
+def _layout(prior: TokenPrior, stored: PyTree, workdir: str, mesh: Mesh) -> PyTree:
+    """Where each parameter goes; refuses those of another shape than the text model, the image tokenizer and the
+    configuration ask for."""
+    expected = jax.eval_shape(prior.init, jax.random.key(0))
+    wrong = wrong_parameter(stored, nn.meta.unbox(expected))
     if wrong is not None:
         name, given, asked = wrong
         raise CheckpointError(
@@ -271,6 +290,7 @@ def _check_fit(prior: TokenPrior, params: PyTree, workdir: str) -> None:
             f"and image tokenizer ({prior.layout.image_vocab} codes) ask for {asked}: put back the text/ and "
             "image_tokenizer/ that it was trained with. (Or an earlier version of dalle_jax wrote it.)"
         )
+    return parallel.shardings_of(expected, mesh)
 
 
 def row_keys(seed: int, text: np.ndarray, numbers: np.ndarray, window: int = 0) -> jax.Array:
@@ -312,7 +332,8 @@ def run(config: ConfigDict, workdir: str) -> None:
       workdir: where to write.
     """
     captions = read_captions(config)
-    model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once, config.clip)
+    mesh = parallel.make_mesh(**config.mesh)
+    model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once, config.clip, mesh)
     options = from_config(SamplingOptions, config.sampling, "sampling")
     knobs = {"negative": config.negative or None, **dataclasses.asdict(options)}
     if config.candidates:
@@ -321,6 +342,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         images = model.generate(captions, config.n, config.seed, **knobs)
         ranked = Ranked(images, None, np.tile(np.arange(config.n), (len(captions), 1)))
     out = epath.Path(workdir).expanduser()
+    _remove_earlier(out)
     entries = []
     for i, caption in enumerate(captions):
         for j in range(config.n):
@@ -331,7 +353,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     manifest = {
         "workdir": model.workdir, "step": model.step, "seed": config.seed,
         "sampling": dataclasses.asdict(options), "negative": config.negative or None,
-        "rows_at_once": config.rows_at_once, "clip": config.clip, "captions": captions,
+        "rows_at_once": config.rows_at_once, "mesh": dict(mesh.shape), "clip": config.clip, "captions": captions,
         "n": config.candidates or config.n, "samples": entries,
     }  # fmt: skip
     (out / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
@@ -340,8 +362,17 @@ def run(config: ConfigDict, workdir: str) -> None:
     print(f"{len(entries)} pictures, grid.png and manifest.json in {out}")
 
 
+def _remove_earlier(out: epath.Path) -> None:
+    """Removes the pictures of an earlier manifest: those of more captions would stand beside the new ones."""
+    if not (manifest := out / "manifest.json").exists():
+        return
+    names = [sample["file"] for sample in json.loads(manifest.read_text())["samples"]]
+    for path in (*(out / name for name in names), manifest):
+        path.unlink(missing_ok=True)
+
+
 def remake(manifest: str, file: str) -> np.ndarray:
-    """One picture of a manifest, made again: uint8 [H, W, 3], bit for bit on the same kind of device.
+    """One picture of a manifest, made again: uint8 [H, W, 3], bit for bit on the same kind and number of devices.
 
     Args:
       manifest: path of a `manifest.json`.
@@ -354,7 +385,10 @@ def remake(manifest: str, file: str) -> np.ndarray:
     entry = next((sample for sample in record["samples"] if sample["file"] == file), None)
     if entry is None:
         raise DataError(f"{manifest} lists no sample {file!r}; it has {len(record['samples'])} samples.")
-    model = TextToImage.load(record["workdir"], record["step"], record["rows_at_once"])
+    sizes = record.get("mesh", {"data": 1})  # (which earlier versions did not write)
+    enough = math.prod(sizes.values()) <= jax.local_device_count()
+    mesh = parallel.make_mesh(**sizes) if enough else None
+    model = TextToImage.load(record["workdir"], record["step"], record["rows_at_once"], mesh=mesh)
     text, n = model.encode_text(record["captions"]), record["n"]
     captions, candidates = model._chunk_shape(len(text), n)
     (c, i), (d, j) = divmod(entry["caption_index"], captions), divmod(entry["index"], candidates)

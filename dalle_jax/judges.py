@@ -14,8 +14,11 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
+from dalle_jax import parallel
 from dalle_jax.chunks import in_chunks
 from dalle_jax.clip import ClipScorer
 from dalle_jax.compatibility import fingerprint
@@ -43,13 +46,19 @@ class Judge:
     description: dict[str, str]
 
 
-def inception(path: str | os.PathLike, resize: str = "bilinear_tf1", rows_at_once: int = 64) -> Judge:
+def inception(
+    path: str | os.PathLike,
+    resize: str = "bilinear_tf1",
+    rows_at_once: int = 64,
+    mesh: Mesh | None = None,
+) -> Judge:
     """FID's Inception-v3.
 
     Args:
       path: the file of its weights, see `pretrained/inception.py`.
       resize: how pictures become 299 x 299, a key of `models.inception.RESIZES`.
       rows_at_once: pictures that go through it in one go.
+      mesh: over whose devices they are split; None: the default device.
 
     Raises:
       PretrainedError: no such file, or one of another network.
@@ -57,9 +66,10 @@ def inception(path: str | os.PathLike, resize: str = "bilinear_tf1", rows_at_onc
     """
     networks.resize_matrix(1, 1, resize)  # refuses an unknown one before the weights are read
     params = weights.load(path)
+    params = params if mesh is None else jax.device_put(params, parallel.replicated(mesh))
 
     def look(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        seen = in_chunks(lambda rows: networks.extract(params, rows, resize), images, rows_at_once)
+        seen = in_chunks(lambda rows: networks.extract(params, rows, resize), images, rows_at_once, mesh)
         return seen.pool, seen.unbiased_logits
 
     about = {"inception": fingerprint(params), "inception_resize": resize}

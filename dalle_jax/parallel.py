@@ -15,8 +15,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -26,6 +26,8 @@ from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.errors import MeshError
+
+T = TypeVar("T")
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -232,6 +234,26 @@ def to_mesh(batch: Any, sharding: NamedSharding) -> Any:
         return jax.make_array_from_process_local_data(sharding, x, (x.shape[0] * parts // here, *x.shape[1:]))
 
     return jax.tree.map(put, batch)
+
+
+def over_rows(mesh: Mesh | None, function: Callable[..., T], *rows: Any) -> T:
+    """Calls a function on a mesh, with rows split over its devices: drawing and judging, where batches come from here.
+
+    Args:
+      mesh: one host's; None: no mesh, the default device.
+      function: what it takes beside `rows` (parameters) is on the mesh already.
+      *rows: trees of arrays [B, ...], on the host or the default device. Where the devices do not divide B, each gets
+        all rows.
+
+    Returns:
+      What `function` gives.
+    """
+    if mesh is None:
+        return function(*rows)
+    split, whole = batch_sharding(mesh), replicated(mesh)
+    layouts = jax.tree.map(lambda x: whole if x.shape[0] % batch_shards(mesh) else split, rows)
+    with on_mesh(mesh):
+        return function(*jax.device_put(rows, layouts))
 
 
 def to_host(tree: Any) -> Any:

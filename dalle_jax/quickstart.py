@@ -10,7 +10,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from dalle_jax import evaluate, stages
+from dalle_jax import evaluate, parallel, stages
 from dalle_jax import workdir as workdirs
 from dalle_jax.clip import ClipScorer, has_clip
 from dalle_jax.generate import SamplingOptions, TextToImage
@@ -47,11 +47,11 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         seconds[name] = time.perf_counter() - began
 
     began = time.perf_counter()
-    models = {}
+    models, mesh = {}, parallel.make_mesh(**evaluation.mesh)
     for section, knobs in ((config.prior, evaluation.sampling), (config.maskgit, config.maskgit_sampling)):
         if not has_clip(section.workdir):  # so that the workdir alone is enough to draw the best of N
             ClipScorer.load(config.clip.workdir).save(section.workdir)
-        model = TextToImage.load(section.workdir, rows_at_once=evaluation.rows_at_once)
+        model = TextToImage.load(section.workdir, rows_at_once=evaluation.rows_at_once, mesh=mesh)
         models[model.prior.name] = evaluate.Model(model, from_config(SamplingOptions, knobs, "sampling"))
     data = workdirs.read_config(config.prior.workdir)["data"]
     tests = open_test_set(data, Protocol(evaluation.split, evaluation.captions, evaluation.count, evaluation.seed))

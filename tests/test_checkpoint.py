@@ -66,7 +66,9 @@ def test_parameters_alone(tmp_path, average):
         assert_trees_equal(checkpoints.restore_params(), state.eval_params)
         assert_trees_equal(checkpoints.restore_params(1, ema=False), state.params)
         everywhere = parallel.replicated(parallel.make_mesh())
-        kernel = checkpoints.restore_params(sharding=everywhere)["up"]["kernel"]
+        kernel = checkpoints.restore_params(layout=lambda stored: jax.tree.map(lambda _: everywhere, stored))["up"][
+            "kernel"
+        ]
         assert kernel.sharding == everywhere
         assert checkpoints.config() == to_json(tiny_config())
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from dalle_jax import parallel
 from dalle_jax.chunks import in_chunks
 
 
@@ -18,3 +19,14 @@ def test_all_rows_once_and_in_order(count):
     np.testing.assert_array_equal(found["double"], 2 * rows)
     np.testing.assert_array_equal(found["first"], rows[:, 0])
     assert sizes == [4] * -(-count // 4)
+
+
+@pytest.mark.parametrize("size, each", [(16, 2), (4, 4)], ids=["split", "which the devices do not divide"])
+def test_devices_share_a_chunk(size, each):
+    rows, mesh = np.arange(18).reshape(9, 2), parallel.make_mesh(data=8)
+
+    def triple(chunk):
+        assert len(chunk.addressable_shards) == 8 and chunk.addressable_shards[0].data.shape == (each, 2)
+        return 3 * chunk
+
+    np.testing.assert_array_equal(in_chunks(triple, rows, size, mesh), 3 * rows)

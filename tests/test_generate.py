@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax import TextToImage, config_files, evaluate, generate, stages, tasks
+from dalle_jax import TextToImage, config_files, evaluate, generate, parallel, stages, tasks
 from dalle_jax import workdir as workdirs
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.clip import ClipScorer
@@ -73,7 +73,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(trained):
     # Chunks of two rows: nearly every call below is the same compiled program.
-    return TextToImage.load(trained.workdir, rows_at_once=2)
+    return TextToImage.load(trained.workdir, rows_at_once=2, mesh=parallel.make_mesh(data=1))
 
 
 @pytest.fixture(scope="module")
@@ -224,10 +224,29 @@ def test_a_picture_is_the_same_whatever_else_is_drawn(trained, model):
     np.testing.assert_array_equal(model.generate(CAPTION, n=1, seed=5), many[:1])
     among = model.generate(["a green star", CAPTION, "a small cross"], n=2, seed=5)
     np.testing.assert_array_equal(among[1], many[:2])
-    larger = TextToImage.load(trained.workdir, rows_at_once=64)
+    larger = TextToImage.load(trained.workdir, rows_at_once=64, mesh=parallel.make_mesh(data=1))
     # Another program decodes these: a pixel may be rounded the other way.
     np.testing.assert_allclose(larger.generate(CAPTION, n=6, seed=5).astype(int), many.astype(int), rtol=0, atol=1)
     assert len({image.tobytes() for image in many}) > 3
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["rows", "parameters"])
+def test_devices_share_the_drawing(trained, model, picture, sizes):
+    """The same pictures; each device holds and computes its part."""
+    mesh = parallel.make_mesh(**sizes)
+    spread = TextToImage.load(trained.workdir, rows_at_once=8, mesh=mesh)
+    kernel = spread.params["trunk"]["layer_0"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * sizes.get("fsdp", 1) * sizes.get("tensor", 1) == kernel.size
+    rows = model.encode_text([CAPTION] * 8)
+    tokens = spread._sample(rows, row_keys(0, rows, np.arange(8)), SamplingOptions(), None)
+    assert tokens.addressable_shards[0].data.shape[0] == 8 // parallel.batch_shards(mesh)
+    for draw in (
+        lambda model: model.generate([CAPTION, "a green star"], n=4, seed=3),
+        lambda model: model.generate(CAPTION, n=3, seed=3, guidance=1.0),
+        lambda model: model.complete(picture, 2, CAPTION, n=8),
+    ):
+        # (Another program decodes these: a pixel may be rounded the other way.)
+        np.testing.assert_allclose(draw(spread).astype(int), draw(model).astype(int), rtol=0, atol=1)
 
 
 def test_complete_keeps_the_given_rows(model, picture):
@@ -351,9 +370,11 @@ def test_every_picture_of_a_manifest_can_be_made_again(trained, tmp_path):
         {"model_workdir": trained.workdir, "prompts": f"{CAPTION}|a green star|a small cross", "n": 3, "seed": 4}
     )
     config.update({"rows_at_once": 2, "sampling": {"temperature": 0.8, "top_k": 9, "guidance": 1.0}})
+    config.mesh.data = 2
     generate.run(config, str(tmp_path))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert len(manifest["samples"]) == 9 and manifest["step"] == 3 and manifest["seed"] == 4
+    assert manifest["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1}
     assert manifest["samples"][4] == {
         "file": "0001-001.png", "caption": "a green star", "caption_index": 1, "index": 1,
     }  # fmt: skip
@@ -363,6 +384,10 @@ def test_every_picture_of_a_manifest_can_be_made_again(trained, tmp_path):
         np.testing.assert_array_equal(generate.remake(str(tmp_path / "manifest.json"), name), stored)
     with pytest.raises(DataError, match="lists no sample 'x.png'; it has 9 samples"):
         generate.remake(str(tmp_path / "manifest.json"), "x.png")
+    (tmp_path / "mine.png").touch()
+    config.update({"prompts": CAPTION, "n": 1})
+    generate.run(config, str(tmp_path))
+    assert {path.name for path in tmp_path.iterdir()} == {"0000-000.png", "grid.png", "manifest.json", "mine.png"}
 
 
 def test_a_manifest_of_the_best_candidates(trained, model, tmp_path):
@@ -375,12 +400,13 @@ def test_a_manifest_of_the_best_candidates(trained, model, tmp_path):
     config = config_files.module(CONFIGS, "generate.py").get_config()
     config.update({"model_workdir": trained.workdir, "prompts": f"{CAPTION}|a green star", "n": 2, "candidates": 5})
     config.update({"rows_at_once": 2, "clip": str(tmp_path)})
+    config.mesh.data = 1
     generate.run(config, str(tmp_path))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["clip"] == str(tmp_path) and len(manifest["samples"]) == 4
-    ranked = TextToImage.load(trained.workdir, rows_at_once=2, clip=str(tmp_path)).best_of(
-        [CAPTION, "a green star"], 5, 2
-    )
+    one = parallel.make_mesh(data=1)
+    loaded = TextToImage.load(trained.workdir, rows_at_once=2, clip=str(tmp_path), mesh=one)
+    ranked = loaded.best_of([CAPTION, "a green star"], 5, 2)
     for sample, score, number in zip(manifest["samples"], ranked.scores.ravel(), ranked.numbers.ravel()):
         assert sample["index"] == number and sample["score"] == pytest.approx(float(score))
         stored = np.asarray(Image.open(tmp_path / sample["file"]))

@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 from torchvision_on_cpu import import_torchvision
 
+from dalle_jax import judges, parallel
 from dalle_jax.errors import ConfigError, PretrainedError
 from dalle_jax.metrics import frechet
 from dalle_jax.models import inception as network
@@ -146,6 +147,17 @@ def test_plain_files(arrays, params, tmp_path, kind):
     counted = {**arrays, "Conv2d_1a_3x3.bn.num_batches_tracked": np.int64([7])}
     np.savez(path, **counted) if kind == "npz" else save_file(counted, path)
     same(inception.load(path), params)
+
+
+@pytest.mark.slow
+def test_devices_share_the_looking(arrays, params, tmp_path):
+    """`judges.inception` on a mesh, each device with all weights and some of the pictures."""
+    np.savez(tmp_path / "inception.npz", **arrays)
+    judge = judges.inception(tmp_path / "inception.npz", rows_at_once=2, mesh=parallel.make_mesh(data=2))
+    pool, logits = judge.look(IMAGES)
+    expected = network.extract(params, IMAGES)
+    np.testing.assert_allclose(pool, expected.pool, atol=1e-4)
+    np.testing.assert_allclose(logits, expected.unbiased_logits, atol=1e-4)
 
 
 def test_no_file(tmp_path):

@@ -1,5 +1,7 @@
 """What every prior must do, whatever its kind: one suite, run unchanged over all of them."""
 
+import functools
+
 import golden_updates
 import jax
 import jax.numpy as jnp
@@ -22,19 +24,20 @@ every_prior = pytest.mark.parametrize(
 
 @every_prior
 def test_a_sample_depends_on_its_own_key_alone(prior):
-    """The same tokens at batch 1, at batch 8, and on eight devices."""
+    """The same tokens at batch 1, at batch 8, and on eight devices, each with all parameters or with some."""
     text, _ = rows(8)
     keys = jax.random.split(jax.random.key(0), 8)
     params = params_of(prior)
     together = np.asarray(prior.sample(params, text, keys))
     for i in (0, 7):
         np.testing.assert_array_equal(prior.sample(params, text[i : i + 1], keys[i : i + 1])[0], together[i])
-    mesh = parallel.make_mesh(data=8)
-    spread = parallel.batch_sharding(mesh)
-    with parallel.on_mesh(mesh):
-        placed = jax.device_put(params, parallel.replicated(mesh))
-        shared = prior.sample(placed, jax.device_put(text, spread), jax.device_put(keys, spread))
-    np.testing.assert_array_equal(shared, together)
+    for sizes in ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
+        mesh = parallel.make_mesh(**sizes)
+        layouts = parallel.shardings_of(jax.eval_shape(prior.init, jax.random.key(0)), mesh)
+        draw = functools.partial(prior.sample, jax.device_put(params, layouts))
+        np.testing.assert_array_equal(parallel.over_rows(mesh, draw, text, keys), together)
+        one_caption = draw(text[:1], keys[:6])  # which the devices cannot divide, six rows neither
+        np.testing.assert_array_equal(parallel.over_rows(mesh, draw, text[:1], keys[:6]), one_caption)
     assert len(np.unique(together, axis=0)) == 8
 
 
