@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 
 def enable() -> str:
@@ -18,3 +21,16 @@ def enable() -> str:
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/dalle_jax/xla"))
     return jax.config.jax_compilation_cache_dir
+
+
+@contextlib.contextmanager
+def turned_off() -> Iterator[None]:
+    """Context without that cache: what is compiled for devices that are not there cannot be read back from it."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # else the old setting stays
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()

@@ -10,12 +10,11 @@ alone: no data, no weights.
 from __future__ import annotations
 
 import ast
-import contextlib
 import dataclasses
 import importlib.metadata
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,10 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 from etils import epath
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from dalle_jax import config_files, optimizers, parallel, schedules, tasks
+from dalle_jax import compilation_cache, config_files, optimizers, parallel, schedules, tasks
 from dalle_jax.errors import ConfigError, DoesNotFit
 from dalle_jax.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.options import from_config
@@ -180,19 +178,6 @@ def lower_sampler(subject: Subject, rows: int) -> jax.stages.Lowered:
         return jax.jit(prior.sample).lower(subject.state.eval_params, text, keys)
 
 
-@contextlib.contextmanager
-def _without_cache() -> Iterator[None]:
-    """Without JAX's compilation cache: what is compiled for machines that are not there cannot be read back from it."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # else the old setting stays
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()
-
-
 def compile_target(options: CompileOptions) -> dict[str, Any]:
     """Compiles, and measures what came out.
 
@@ -210,7 +195,7 @@ def compile_target(options: CompileOptions) -> dict[str, Any]:
     began = time.perf_counter()
     lowered = lower_train_step(subject) if options.what == "train" else lower_sampler(subject, options.rows)
     try:
-        with _without_cache():
+        with compilation_cache.turned_off():
             compiled = lowered.compile(EFFORTS[options.effort])
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib.util
-import os
 
 import flax.linen as nn
 import jax
@@ -12,11 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 
-from dalle_jax import parallel
+from dalle_jax import compilation_cache, parallel
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models import splash
 from dalle_jax.models.attention import Bidirectional, Column, Convolutional, Full, Row, attend_reference
 from dalle_jax.models.transformer import Attention, TransformerOptions, Trunk
+from dalle_jax.tpu import topologies
 from dalle_jax.tpu.program import Program
 
 PATTERNS = [Full(), Bidirectional(), Row(), Column(), Convolutional(5), Convolutional(3, wrap=False)]
@@ -266,20 +266,11 @@ def params_of(shapes):
 
 @pytest.fixture(scope="module")
 def tpu_mesh():
-    """A mesh of four v5p chips that are not there."""
+    """A mesh of four chips that are not there."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed (pip install -e '.[tpu]'): nothing can be compiled for a TPU")
-    os.environ |= {"TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    from jax.experimental import topologies
-    from jax.experimental.compilation_cache import compilation_cache
-
-    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x1").devices
-    # What is compiled for machines that are not there cannot be read back from JAX's cache.
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()
-    yield parallel.make_mesh(data=1, fsdp=2, tensor=2, devices=devices)
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
+    with compilation_cache.turned_off():
+        yield parallel.make_mesh(data=1, fsdp=2, tensor=2, devices=topologies.devices("v5e:2x2"))
 
 
 @pytest.mark.pod
