@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import importlib.metadata
 import json
 import time
@@ -141,7 +142,10 @@ def _on(tree: PyTree, sharding: NamedSharding) -> PyTree:
     return parallel.abstract(tree, jax.tree.map(lambda _: sharding, tree))
 
 
-def lower_train_step(subject: Subject) -> jax.stages.Lowered:
+Lowered = tuple[jax.stages.Lowered, dict[str, PyTree]]  # a program and its arguments, by what they are
+
+
+def lower_train_step(subject: Subject) -> Lowered:
     """The update of `train.py`, lowered from shapes."""
     s = subject
     rate = schedules.make(s.config.schedules.learning_rate, "learning_rate")
@@ -156,10 +160,12 @@ def lower_train_step(subject: Subject) -> jax.stages.Lowered:
     )
     key = _on(jax.eval_shape(jax.random.key, 0), parallel.replicated(s.mesh))
     with parallel.on_mesh(s.mesh):
-        return step.lower(s.state, s.frozen, s.batch, key)
+        lowered = step.lower(s.state, s.frozen, s.batch, key)
+    state = {"parameters": s.state.params, "average": s.state.ema, "optimizer": s.state.opt_state}
+    return lowered, {**state, "frozen": s.frozen, "batch": s.batch}
 
 
-def lower_sampler(subject: Subject, rows: int) -> jax.stages.Lowered:
+def lower_sampler(subject: Subject, rows: int) -> Lowered:
     """A prior drawing the tokens of `rows` pictures, as `generate.py` has it do, rows split over the mesh.
 
     Raises:
@@ -175,7 +181,8 @@ def lower_sampler(subject: Subject, rows: int) -> jax.stages.Lowered:
     text = _on(jax.ShapeDtypeStruct((rows, prior.layout.text_length), jnp.int32), by_row)
     keys = _on(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)), by_row)
     with parallel.on_mesh(subject.mesh):
-        return jax.jit(prior.sample).lower(subject.state.eval_params, text, keys)
+        lowered = jax.jit(prior.sample).lower(subject.state.eval_params, text, keys)
+    return lowered, {"parameters": subject.state.eval_params, "captions": text}
 
 
 def compile_target(options: CompileOptions) -> dict[str, Any]:
@@ -193,14 +200,15 @@ def compile_target(options: CompileOptions) -> dict[str, Any]:
     subject = make_subject(config, devices)
     logging.info("%s on %s: lowering and compiling", options.target, options.topology)
     began = time.perf_counter()
-    lowered = lower_train_step(subject) if options.what == "train" else lower_sampler(subject, options.rows)
+    lower = lower_train_step if options.what == "train" else functools.partial(lower_sampler, rows=options.rows)
+    lowered, arguments = lower(subject)
     try:
         with compilation_cache.turned_off():
             compiled = lowered.compile(EFFORTS[options.effort])
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise DoesNotFit(remedies.explain(options, subject, str(error))) from None
+        raise DoesNotFit(remedies.explain(options, subject, arguments, str(error))) from None
     seconds, program = time.perf_counter() - began, Program(compiled.as_text())
     rows = config.batch_size if options.what == "train" else options.rows
     if options.what == "train":
@@ -210,7 +218,8 @@ def compile_target(options: CompileOptions) -> dict[str, Any]:
     return {
         **dataclasses.asdict(options),
         **figures.figures(
-            subject,
+            subject.mesh,
+            arguments,
             compiled,
             program,
             wanted,

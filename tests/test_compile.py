@@ -9,7 +9,7 @@ from dalle_jax import compile as compile_module
 from dalle_jax import tasks
 from dalle_jax.compile import CompileOptions, compile_target, load_target
 from dalle_jax.errors import ConfigError, DoesNotFit, UserError
-from dalle_jax.tpu import remedies, topologies
+from dalle_jax.tpu import figures, remedies, topologies
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (pip install -e '.[tpu]')"
@@ -143,6 +143,9 @@ def test_the_sampler_compiles():
     f = compile_target(CompileOptions("configs/maskgit.py", "v5e:2x2", few, what="sample", rows=8))
     assert f["fits"] and f["rows"] == 8
     assert 0.95 < f["flops"]["program"] / f["flops"]["model"] < 2
+    printed = figures.table(f)  # what it takes, and not what a training has beside it
+    assert "parameters  " in printed and "captions  " in printed and "optimizer" not in printed
+    assert 1 <= f["bytes"]["arguments"] / (f["bytes"]["parameters"] + f["bytes"]["captions"]) < 1.2
     with pytest.raises(ConfigError, match="only a prior draws"):
         compile_target(CompileOptions("configs/clip.py", "v5e:2x2", what="sample"))
 

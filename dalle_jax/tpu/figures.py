@@ -13,10 +13,14 @@ Attention kernels take what `kernels.py` counts, or what their operands and resu
 from __future__ import annotations
 
 import collections
+import itertools
 import math
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from dalle_jax.tpu import topologies
 from dalle_jax.tpu.program import KINDS, Program
@@ -35,19 +39,25 @@ def bytes_per_chip(tree: Any) -> int:
 
 
 def figures(
-    subject: Any, compiled: Any, program: Program, model_flops: float, rows: int, kernel_seconds: float | None
+    mesh: Mesh,
+    arguments: Mapping[str, Any],
+    compiled: Any,
+    program: Program,
+    model_flops: float,
+    rows: int,
+    kernel_seconds: float | None,
 ) -> dict[str, Any]:
     """Everything that is known about a program before it ever ran; JSON.
 
     Args:
-      subject: see `compile.Subject`.
+      mesh: what it was compiled for.
+      arguments: trees of `ShapeDtypeStruct`s with shardings, by what they are; "parameters" among them.
       compiled: from `lowered.compile()`.
       program: its text, read.
       model_flops: what the model asks for, on all chips together.
       rows: examples in one run of the program.
       kernel_seconds: of the kernels that the program is silent about; None where that is not known.
     """
-    mesh, state = subject.mesh, subject.state
     everything = list(mesh.devices.flat)
     chip, memory = topologies.chip(everything[0]), compiled.memory_analysis()
     total = (
@@ -80,19 +90,15 @@ def figures(
     outside = collections.Counter()
     for c, _ in exchanges:
         if c.kind == "all-gather" and not c.in_loop and c.bytes >= _LARGE:
-            outside[c.name or "(no name)"] += c.bytes
+            outside[re.sub(r"layer_\d+", "layer_*", c.name) or "(no name)"] += c.bytes
     return {
         "chip": chip.name,
         "chips": len(everything),
         "mesh": dict(mesh.shape),
         "rows": rows,
-        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
+        "parameters": sum(math.prod(x.shape) for x in jax.tree.leaves(arguments["parameters"])),
         "bytes": {
-            "parameters": bytes_per_chip(state.params),
-            "average": bytes_per_chip(state.ema),
-            "optimizer": bytes_per_chip(state.opt_state),
-            "frozen": bytes_per_chip(subject.frozen),
-            "batch": bytes_per_chip(subject.batch),
+            **{name: bytes_per_chip(tree) for name, tree in arguments.items()},
             "arguments": memory.argument_size_in_bytes,
             "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
@@ -138,7 +144,7 @@ def table(f: dict[str, Any]) -> str:
         f"{f['parameters']:,} parameters, {f['rows']} rows; compiled in {f['compile_seconds']:.0f} s",
         "",
         "memory of one chip",
-        *(f"  {name:22}{gib(size[name])}" for name in ("parameters", "average", "optimizer", "frozen", "batch")),
+        *(f"  {name:22}{gib(size[name])}" for name in itertools.takewhile(lambda name: name != "arguments", size)),
         f"  {'arguments (all these)':22}{gib(size['arguments'])}   as laid out",
         f"  {'temporaries':22}{gib(size['temporaries'])}   activations, gradients, gathered parameters",
         f"  {'outputs not in place':22}{gib(size['outputs'])}",

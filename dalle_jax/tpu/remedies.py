@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from dalle_jax import parallel
@@ -21,12 +22,13 @@ def needed_and_available(message: str) -> tuple[float, float] | None:
     return found and (float(found[1]) * _UNITS[found[2]], float(found[3]) * _UNITS[found[4]])
 
 
-def explain(options: Any, subject: Any, message: str) -> str:
+def explain(options: Any, subject: Any, arguments: Mapping[str, Any], message: str) -> str:
     """The error for a program that does not fit.
 
     Args:
       options: `compile.CompileOptions`.
       subject: `compile.Subject`.
+      arguments: of the program, see `figures.figures`.
       message: the compiler's.
 
     Returns:
@@ -34,13 +36,12 @@ def explain(options: Any, subject: Any, message: str) -> str:
     """
     chip = topologies.chip(subject.mesh.devices.flat[0])
     needed, available = needed_and_available(message) or (math.nan, chip.memory)
-    state = bytes_per_chip((subject.state, subject.frozen, subject.batch))
-    gradients = bytes_per_chip(subject.state.params)
+    state, gradients = bytes_per_chip(arguments), bytes_per_chip(arguments["parameters"])
     lasting = state + (gradients if options.what == "train" else 0)
     said = f"it needs {needed / GIB:.2f} GiB" if needed == needed else message.partition("\n")[0]
     head = (
         f"{options.target} does not fit {options.topology} (mesh {dict(subject.mesh.shape)}): {said} of {chip.name}'s "
-        f"{available / GIB:.2f} GiB on each chip, {state / GIB:.2f} of them for state and batch. "
+        f"{available / GIB:.2f} GiB on each chip, {state / GIB:.2f} of them for {', '.join(arguments)}. "
     )
     return head + "; ".join(_remedies(options, subject, needed, available, lasting))
 
