@@ -154,11 +154,19 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, partition_spec(names, x.shape, mesh, "activation", strict=False))
 
 
-def on_tpu() -> bool:
-    """Whether what is traced now is for a TPU: that of the mesh of `on_mesh`, which may be one that is only compiled
-    for (`jax.experimental.topologies`); without a mesh, the default device."""
+def platform() -> str:
+    """What is traced now is for "cpu", "gpu" or "tpu": the devices of the mesh of `on_mesh`, which may be one that is
+    only compiled for (`jax.experimental.topologies`); without a mesh, the default device."""
     device = jax.sharding.get_abstract_mesh().abstract_device
-    return jax.default_backend() == "tpu" if device is None else device.device_kind.lower().startswith("tpu")
+    if device is None:
+        return jax.default_backend()
+    kind = device.device_kind.lower()
+    return kind if kind == "cpu" else "tpu" if kind.startswith("tpu") else "gpu"
+
+
+def on_tpu() -> bool:
+    """Whether that is a TPU."""
+    return platform() == "tpu"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

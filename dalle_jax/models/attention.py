@@ -30,7 +30,8 @@ from jax.ad_checkpoint import checkpoint_name
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models.decode_cache import ColumnCache, RingCache
 
-ATTENDED = "attended"  # under this name `jax.checkpoint` can keep what attention of the whole stream gives
+# Under these names `jax.checkpoint` can keep queries, keys and values of the whole stream, and what attention gives.
+HEADS, ATTENDED = "heads", "attended"
 NEG = -1e30  # a finite "minus infinity": a row with nothing to read gives zeros' average, never NaN
 
 

@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from dalle_jax.parallel import platform
 from dalle_jax.per_device import contract
 
 
@@ -28,7 +29,7 @@ def rows_product(x: jax.Array, kernel: jax.Array, **kwargs) -> jax.Array:
 
 @jax.custom_vjp
 def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[R, inputs] times [inputs, outputs].
+    """[R, inputs] times [inputs, outputs], for CPUs.
 
     The kernel's gradient contracts over the rows, and for that XLA's CPU backend first copies its left operand
     transposed: here that is the narrower one of the two.
@@ -56,6 +57,11 @@ product.defvjp(_product_forward, _product_backward)
 
 def _dense(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
     """[..., *inputs] times [*inputs, *outputs], with so many axes of inputs."""
+    if platform() != "cpu":
+        # In one axis the rows could lie in memory in one order only: 8% of the 12-billion model's step on a v5p would
+        # be copies from one to another.
+        last = tuple(range(x.ndim - axes, x.ndim))
+        return jax.lax.dot_general(x, kernel, ((last, tuple(range(axes))), ((), ())))
     leading, outputs = x.shape[: x.ndim - axes], kernel.shape[axes:]
     inputs = int(np.prod(kernel.shape[:axes]))
     return product(x.reshape(-1, inputs), kernel.reshape(inputs, -1)).reshape(*leading, *outputs)

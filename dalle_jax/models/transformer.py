@@ -23,10 +23,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models import splash
-from dalle_jax.models.attention import ATTENDED, Pattern, attend, attend_image, attend_reference, attend_step
+from dalle_jax.models.attention import ATTENDED, HEADS, Pattern, attend, attend_image, attend_reference, attend_step
 from dalle_jax.models.dense import Dense
 from dalle_jax.models.rotary import rotary_angles, rotate
 from dalle_jax.parallel import constrain
@@ -43,6 +44,8 @@ _KEEP = jax.checkpoint_policies
 REMAT = {
     "none": None,
     "full": _KEEP.nothing_saveable,
+    "attended": _KEEP.save_only_these_names(ATTENDED),
+    "attention": _KEEP.save_only_these_names(HEADS, ATTENDED),
     "dots": _KEEP.save_from_both_policies(
         _KEEP.dots_with_no_batch_dims_saveable, _KEEP.save_only_these_names(ATTENDED)
     ),
@@ -66,8 +69,9 @@ class TransformerOptions:
       positions: "learned" (text position; image row + column) or "rotary" (the same coordinates, rotated into q, k).
       dropout: on the embeddings and on each branch's output.
       dtype: of the activations. Parameters, softmax, logits and losses are float32 in any case.
-      remat: "none", "full" (keep only each scanned unit's input) or "dots" (keep the products of dense layers and what
-        attention gives).
+      remat: what is kept of each scanned unit for the gradients beside its input. "full": nothing; "attended": what
+        attention gives; "attention": queries, keys and values too; "dots": all products of dense layers and what
+        attention gives; "none": everything. In rising order of memory, and falling of what is computed twice.
       scan: run repeated layers as one scan.
       attention_kernel: "xla" (`attention.attend`), "splash" (`splash.attend`), or "auto": splash on TPUs.
     """
@@ -176,7 +180,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if self.options.positions == "rotary":
             q, k = rotate(q, angles), rotate(k, angles)
-        return q, k, v
+        return checkpoint_name((q, k, v), HEADS)
 
     def _angles(self, positions) -> jax.Array | None:
         return jnp.asarray(self.angles)[positions] if self.options.positions == "rotary" else None

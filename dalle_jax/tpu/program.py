@@ -240,30 +240,37 @@ class Program:
         only writes a slice by that slice; what it exchanges beside its work, not at all."""
         body = self._computations[hlo.called(fusion)[0]]
         exchanged = _exchanged(body)
-        users = collections.defaultdict(list)
-        for one in body.values():
-            for operand in one.operands:
-                users[operand].append(one)
         moved, updated = 0.0, 0.0
         for one in body.values():
             if one.opcode != "parameter" or one.name in exchanged:
                 continue
-            number = int(one.attributes.split(")")[0])
-            whole = hlo.size(types[fusion.operands[number]].type, hbm=True)
-            uses = users[one.name]
-            slices = [u for u in uses if u.opcode in ("dynamic-slice", "slice", "gather") and u.operands[0] == one.name]
-            updates = [u for u in uses if u.opcode == "dynamic-update-slice" and u.operands[0] == one.name]
-            if whole and uses and len(slices) + len(updates) == len(uses):
-                whole = min(whole, sum(hlo.size(u.type) for u in slices))
-                for update in updates:
+            whole = hlo.size(types[fusion.operands[_number(one)]].type, hbm=True)
+            sliced = self._sliced(body, one.name)
+            moved += min(whole, sliced)
+            if whole and sliced < math.inf:
+                for update in (u for u in _users(body, one.name) if u.opcode == "dynamic-update-slice"):
                     part, full = hlo.size(body[update.operands[1]].type), hlo.size(update.type)
                     updated += full - part
-            moved += whole
         root = list(body.values())[-1]
         if exchanged:
             made = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
             return moved + sum(hlo.size(one.type, hbm=True) for one in made if one.name not in exchanged)
         return moved + max(hlo.size(fusion.type, hbm=True) - updated, 0.0)
+
+    def _sliced(self, body: dict[str, Instruction], name: str) -> float:
+        """Bytes that a computation reads of a value that it only slices, or writes slices into; else infinity."""
+        total = 0.0 if _users(body, name) else math.inf
+        for user in _users(body, name):
+            if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
+                total += hlo.size(user.type)
+            elif user.opcode == "fusion":  # within the fusion
+                inner = self._computations[hlo.called(user)[0]]
+                names = {_number(one): one.name for one in inner.values() if one.opcode == "parameter"}
+                places = [i for i, operand in enumerate(user.operands) if operand == name]
+                total += sum(self._sliced(inner, names[i]) for i in places)
+            elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
+                return math.inf
+        return total
 
     @functools.cached_property
     def collectives(self) -> tuple[Collective, ...]:
@@ -313,6 +320,16 @@ def _silent(one: Instruction) -> bool:
 def _kind(one: Instruction) -> str:
     """One of `KINDS`, where it is an exchange or the start of one."""
     return one.opcode.removesuffix("-start")
+
+
+def _users(body: dict[str, Instruction], name: str) -> list[Instruction]:
+    """The instructions that take a value."""
+    return [one for one in body.values() if name in one.operands]
+
+
+def _number(parameter: Instruction) -> int:
+    """Which of its computation's parameters it is."""
+    return int(parameter.attributes.split(")")[0])
 
 
 def _exchanged(body: dict[str, Instruction]) -> set[str]:

@@ -103,9 +103,11 @@ def test_remat_equals_no_remat(params, plain):
     assert "remat" in ours[0] and "remat" not in plain[0]
 
 
-@pytest.mark.parametrize("kernel", ["splash", "xla"])
-def test_dots_equals_no_remat(params, plain, kernel):
-    assert_same(loss_and_gradients(params, remat="dots", attention_kernel=kernel), plain)
+@pytest.mark.parametrize(
+    "remat, kernel", [("attended", "xla"), ("attention", "xla"), ("dots", "xla"), ("dots", "splash")]
+)
+def test_what_is_kept_changes_nothing(params, plain, remat, kernel):
+    assert_same(loss_and_gradients(params, remat=remat, attention_kernel=kernel), plain)
 
 
 def test_remat_of_unrolled_layers(params, plain):
@@ -278,7 +280,7 @@ def test_dropout_acts_in_training_only(params, plain):
         ({"norm": "batchnorm"}, "model.norm is 'batchnorm'; expected one of layernorm, rmsnorm"),
         ({"activation": "relu"}, "model.activation is 'relu'; expected one of gelu, gelu_tanh, geglu, swiglu"),
         ({"positions": "none"}, "model.positions is 'none'; expected one of learned, rotary"),
-        ({"remat": "some"}, "model.remat is 'some'; expected one of none, full, dots"),
+        ({"remat": "some"}, "model.remat is 'some'; expected one of none, full, attended, attention, dots"),
         ({"attention_kernel": "flash"}, "model.attention_kernel is 'flash'; expected one of auto, xla, splash"),
         ({"heads": 3}, "width 16 is not a multiple of heads 3"),
         ({"positions": "rotary", "head_dim": 6}, "divisible by 4, not 6"),

@@ -181,12 +181,27 @@ def test_kernels_that_tell_nothing_are_named():
     assert not Program(TEXT.replace(other, told)).silent_kernels
 
 
+# The fusion %slicing, with what it does in a fusion within it.
+NESTED = """%slicing (q0: f32[10,8,4], q1: s32[]) -> f32[8,4] {
+  %q0 = f32[10,8,4]{2,1,0:T(8,128)} parameter(0)
+  %q1 = s32[] parameter(1)
+  %sliced = f32[8,4]{1,0} fusion(%q0, %q1), kind=kLoop, calls=%inner
+  ROOT %copied = f32[8,4]{1,0} bitcast(%sliced)
+}
+
+"""
+
+
 def test_memory_traffic():
     work = {one.name: one for one in Program(TEXT).work}
     assert work["w"].bytes == 2 * 8 * 4 * 4 + 4  # the slice of the stack read, written; and the index
     assert work["other"].bytes == 2 * 16 * 4 * 4  # its result stays in the fast memory
     assert work["y"].bytes == 2 * 16 * 4 * 4
     assert work["w"].times == 10
+    nested = TEXT.replace("%slicing (p0", "%inner (p0").replace("%body (carry", NESTED + "%body (carry")
+    assert {one.name: one for one in Program(nested).work}["w"].bytes == work["w"].bytes
+    read_twice = nested.replace("bitcast(%sliced)", "add(%sliced, %q0)")
+    assert {one.name: one for one in Program(read_twice).work}["w"].bytes == (10 + 1) * 8 * 4 * 4 + 4
 
 
 def test_a_loop_of_unknown_length_is_named():
