@@ -29,7 +29,7 @@ def contract(
     devices: on a pod each part is narrow, and every partial product is written to memory and read again.
 
     Elsewhere, and where the rows cannot be split, the compiler decides. Without rematerialisation the whole kernel is
-    kept until the backward pass (a trunk's `remat`: "full" and "dots" gather it again).
+    kept until the backward pass (any other `remat` of a trunk than "none" gathers it again).
 
     Args:
       product: of one device's (x, kernel); contracts the last dimensions of x with `contracted` of the kernel, and
