@@ -61,7 +61,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.variant = variant
     config.workdir = f"runs/clip-{variant}"
     config.seed = 0
-    length = common.length(config, steps)
+    length = common.set_steps(config, steps)
 
     config.data = data
     config.text = ConfigDict({"vocab_size": text_vocab, "length": text_length, "path": placeholder(str)})
@@ -88,5 +88,5 @@ def get_config(variant: str | None = None) -> ConfigDict:
     rate = {"end": 3e-5, "warmup_steps": 20} if small else {"end": 0.0, "warmup_steps": 2000}
     config.schedules = ConfigDict({"learning_rate": schedule("warmup_cosine", steps=length, peak=peak, **rate)})
     config.ema = ConfigDict({"decay": 0.0, "every": 1})
-    common.run(config, batch_size=batch, every=max(steps // 4, 1) if small else 1000)
+    common.run(config, batch_size=batch, every=(length + 3) // 4 if small else 1000)
     return config

@@ -59,22 +59,26 @@ def cub(image_size: int = 256, **options) -> ConfigDict:
 
 def schedule(kind: str, **numbers) -> dict:
     """A section of `schedules` (dalle_jax/schedules.py has the kinds)."""
-    return {"kind": kind, **numbers}
+    return {"kind": kind, **{name: _own(number) for name, number in numbers.items()}}
 
 
-def length(config: ConfigDict, steps: int) -> FieldReference:
-    """Sets `config.steps`, and gives it to schedules that end with the training: they follow `--config.steps=N`."""
+def set_steps(config: ConfigDict, steps: int) -> FieldReference:
+    """Sets `config.steps`, and gives it for what follows `--config.steps=N`: schedules that end with the training."""
     config.steps = steps
     return config.get_oneway_ref("steps")
 
 
-def run(config: ConfigDict, *, batch_size: int, every: int, checkpoint: int | None = None, split: int = 0) -> None:
+def _own(value):
+    """A reference of its own, where it is one: else a key that is set by itself would take others along."""
+    return value.identity() if isinstance(value, FieldReference) else value
+
+
+def run(config: ConfigDict, *, batch_size: int, every: int | FieldReference, split: int = 0) -> None:
     """Mesh, batch and cadence: the end of each training config.
 
     Args:
-      config: gets the keys; has `steps` (see `length`).
-      every: steps between evaluations and previews.
-      checkpoint: steps between checkpoints; `every` where None.
+      config: gets the keys; has `steps` (see `set_steps`).
+      every: steps between evaluations, previews and checkpoints.
       split: parameters are split over one in so many of the devices (`fsdp`), with so many copies of them all (`data`);
         0: each device has all of them.
     """
@@ -82,9 +86,8 @@ def run(config: ConfigDict, *, batch_size: int, every: int, checkpoint: int | No
     # Ask the TPU compiler to exchange while it computes; False where a libtpu does not know these options.
     config.overlap_exchanges = split > 0
     config.batch_size = batch_size
-    config.cadence = ConfigDict(
-        {"log": max(1, min(50, config.steps // 20)), "eval": every, "preview": every, "checkpoint": checkpoint or every}
-    )
+    log = max(1, min(50, config.steps // 20))
+    config.cadence = ConfigDict({"log": log, **{what: _own(every) for what in ("eval", "preview", "checkpoint")}})
     config.eval_batches = 8
     config.keep = ConfigDict({"last": 2, "best": 0})  # two, for the day when the newest turns out damaged
     config.max_nonfinite = 20

@@ -81,7 +81,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.variant = variant
     config.workdir = f"runs/dvae-{variant}"
     config.seed = 0
-    length = common.length(config, steps)
+    length = common.set_steps(config, steps)
 
     config.data = data
     config.model = ConfigDict(
@@ -111,5 +111,5 @@ def get_config(variant: str | None = None) -> ConfigDict:
             }
         )
     config.ema = ConfigDict({"decay": 0.99 if small else 0.999, "every": 1})
-    common.run(config, batch_size=batch, every=max(steps // 4, 1) if small else 5000)
+    common.run(config, batch_size=batch, every=(length + 3) // 4 if small else 5000)
     return config

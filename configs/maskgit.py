@@ -57,7 +57,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config = autoregressive.get_config(base)
     config.variant = variant
     config.workdir = f"runs/maskgit-{variant}"
-    length = common.length(config, steps)
+    length = common.set_steps(config, steps)
 
     config.prior = "maskgit"
     trunk = config.model.trunk
@@ -84,7 +84,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     else:
         rate = common.schedule("warmup_cosine", peak=2e-3, end=1e-5, warmup_steps=length // 20, steps=length)
     config.schedules = ConfigDict({"learning_rate": rate})
-    common.run(config, batch_size=batch, every=max(steps // 4, 1) if small else 5000, split=copies)
+    common.run(config, batch_size=batch, every=(length + 3) // 4 if small else 5000, split=copies)
     if small:
         config.mesh.data = 1  # four examples at a time: more devices would wait for each other
     return config

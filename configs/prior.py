@@ -69,7 +69,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.variant = variant
     config.workdir = f"runs/prior-{variant}"
     config.seed = 0
-    length = common.length(config, steps)
+    length = common.set_steps(config, steps)
     config.tokenizer = config_files.module(__file__, "dvae.py").get_config(tokenizer)
     config.tokenizer_from = placeholder(str)  # a workdir or an imported tokenizer to use instead
 
@@ -109,7 +109,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
         rate = schedule("warmup_constant", value=4.5e-4, warmup_steps=5000)
     config.schedules = ConfigDict({"learning_rate": rate})
     config.ema = ConfigDict({"decay": 0.99, "every": 1 if small else 25})
-    every = max(steps // 4, 1) if small else 5000
+    every = (length + 3) // 4 if small else 5000
     common.run(config, batch_size=batch, every=every, split=2 if large else 0)
     if small:
         config.mesh.data = 1  # four examples at a time: more devices would wait for each other

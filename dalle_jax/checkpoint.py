@@ -163,7 +163,7 @@ class Checkpoints:
         Args:
           step: which checkpoint: None for the latest that is whole, "best", or a number.
           ema: the average where one is stored, else (and where none is) the parameters themselves.
-          layout: from the shapes of what is stored, a tree of `ShapeDtypeStruct`s, to where each array goes, a tree of
+          layout: from what is stored, a tree of values with shape and dtype, to where each array goes, a tree of
             shardings (default: all on the first device).
 
         Returns:

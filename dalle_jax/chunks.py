@@ -9,9 +9,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dalle_jax.parallel import over_rows
+from dalle_jax.parallel import batch_shards, over_rows
 
 PyTree = Any
+
+
+def up_to_multiple(count: int, of: int) -> int:
+    """`count`, or the next larger multiple."""
+    return -(-count // of) * of
 
 
 def batches(count: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
@@ -31,12 +36,13 @@ def in_chunks(function: Callable[[Any], PyTree], rows: np.ndarray, size: int, me
     Args:
       function: [size, ...] to a tree of arrays [size, ...], row by row.
       rows: [B, ...], B at least 1. The last row fills the last chunk.
-      size: of a chunk.
+      size: of a chunk; on a mesh, the next multiple of the parts that it is split into.
       mesh: over whose devices each chunk is split, see `parallel.over_rows`.
 
     Returns:
       The tree, of numpy arrays [B, ...].
     """
+    size = size if mesh is None else up_to_multiple(size, batch_shards(mesh))
     parts = [
         jax.tree.map(np.asarray, over_rows(mesh, function, rows[places])) for places, _ in batches(len(rows), size)
     ]

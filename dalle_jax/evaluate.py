@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dalle_jax import judges as looks
@@ -148,7 +149,7 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
             **{key: value for judge in judges for key, value in judge.description.items()},
         },
         "sampling": {name: dataclasses.asdict(each.sampling) for name, each in models.items()},
-        "device": device(),
+        "device": device(first.mesh),
     }
     return Measured(figures, columns)
 
@@ -352,7 +353,7 @@ def run(config: ConfigDict, workdir: str) -> Figures:
       What `report.json` holds.
     """
     folders = [folder.strip() for folder in config.model_workdir.split(",")]
-    mesh = parallel.make_mesh(**config.mesh)
+    mesh = parallel.make_mesh(**config.mesh, devices=jax.local_devices())
     loaded = [TextToImage.load(folder, config.step, config.rows_at_once, config.clip, mesh) for folder in folders]
     sampling = from_config(SamplingOptions, config.sampling, "sampling")
     kinds = [model.prior.name for model in loaded]
@@ -370,6 +371,6 @@ def run(config: ConfigDict, workdir: str) -> Figures:
     return measured.figures
 
 
-def device() -> str:
-    """What it ran on, for reports: kind and number of devices."""
-    return f"{jax.device_count()} x {jax.devices()[0].device_kind}"
+def device(mesh: Mesh | None) -> str:
+    """What it ran on, for reports: number and kind of devices; without a mesh, the default one."""
+    return f"{1 if mesh is None else mesh.size} x {jax.devices()[0].device_kind}"

@@ -25,6 +25,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -32,6 +33,7 @@ from ml_collections import ConfigDict
 from dalle_jax import compilation_cache, keys, parallel, priors, report
 from dalle_jax import workdir as workdirs
 from dalle_jax.checkpoint import Checkpoints
+from dalle_jax.chunks import up_to_multiple
 from dalle_jax.clip import ClipScorer, has_clip
 from dalle_jax.compatibility import wrong_parameter
 from dalle_jax.data.text import TextModel, encode_captions
@@ -229,9 +231,13 @@ class TextToImage(Editing, Reranking):
     # -- in chunks of one size: bounded memory, one compilation, and a chunk can be drawn again by itself ----------
 
     def _chunk_shape(self, captions: int, n: int) -> tuple[int, int]:
-        """(captions, candidates of each) drawn in one go."""
+        """(captions, candidates of each) drawn in one go: rows that the devices divide."""
+        shards = 1 if self.mesh is None else parallel.batch_shards(self.mesh)
         candidates = min(n, self.rows_at_once)
-        return max(1, min(self.rows_at_once // candidates, captions)), candidates
+        if candidates > shards:
+            candidates = up_to_multiple(candidates, shards)
+        many = max(1, min(self.rows_at_once // candidates, captions))
+        return up_to_multiple(many, shards // math.gcd(shards, candidates)), candidates
 
     def _chunk(self, text, n, seed, options, negative, first_caption, first_candidate) -> np.ndarray:
         """The chunk that starts there: uint8 [captions, candidates, H, W, 3]. Surplus rows repeat others."""
@@ -254,6 +260,7 @@ class TextToImage(Editing, Reranking):
         _check_count(n, seed)
         negative, options = _parse(options)
         text, rows = self.encode_text([caption]), min(n, self.rows_at_once)
+        rows = rows if self.mesh is None else up_to_multiple(rows, parallel.batch_shards(self.mesh))
         parts = []
         for first in range(0, n, rows):
             numbers = np.minimum(first + np.arange(rows), n - 1)  # surplus rows repeat the last
@@ -332,7 +339,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       workdir: where to write.
     """
     captions = read_captions(config)
-    mesh = parallel.make_mesh(**config.mesh)
+    mesh = parallel.make_mesh(**config.mesh, devices=jax.local_devices())
     model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once, config.clip, mesh)
     options = from_config(SamplingOptions, config.sampling, "sampling")
     knobs = {"negative": config.negative or None, **dataclasses.asdict(options)}
@@ -342,7 +349,8 @@ def run(config: ConfigDict, workdir: str) -> None:
         images = model.generate(captions, config.n, config.seed, **knobs)
         ranked = Ranked(images, None, np.tile(np.arange(config.n), (len(captions), 1)))
     out = epath.Path(workdir).expanduser()
-    _remove_earlier(out)
+    for path in _earlier(out):  # those of more captions would stand beside the new ones
+        path.unlink(missing_ok=True)
     entries = []
     for i, caption in enumerate(captions):
         for j in range(config.n):
@@ -362,13 +370,13 @@ def run(config: ConfigDict, workdir: str) -> None:
     print(f"{len(entries)} pictures, grid.png and manifest.json in {out}")
 
 
-def _remove_earlier(out: epath.Path) -> None:
-    """Removes the pictures of an earlier manifest: those of more captions would stand beside the new ones."""
-    if not (manifest := out / "manifest.json").exists():
-        return
-    names = [sample["file"] for sample in json.loads(manifest.read_text())["samples"]]
-    for path in (*(out / name for name in names), manifest):
-        path.unlink(missing_ok=True)
+def _earlier(out: epath.Path) -> list[epath.Path]:
+    """The pictures of the manifest in a folder, and itself; nothing where it is none."""
+    try:
+        names = [sample["file"] for sample in json.loads((out / "manifest.json").read_text())["samples"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return [out / name for name in ("manifest.json", *names) if epath.Path(name).name == name]
 
 
 def remake(manifest: str, file: str) -> np.ndarray:
@@ -386,8 +394,11 @@ def remake(manifest: str, file: str) -> np.ndarray:
     if entry is None:
         raise DataError(f"{manifest} lists no sample {file!r}; it has {len(record['samples'])} samples.")
     sizes = record.get("mesh", {"data": 1})  # (which earlier versions did not write)
-    enough = math.prod(sizes.values()) <= jax.local_device_count()
-    mesh = parallel.make_mesh(**sizes) if enough else None
+    devices, mesh = jax.local_devices(), None
+    if math.prod(sizes.values()) <= len(devices):
+        mesh = parallel.make_mesh(**sizes, devices=devices)
+    else:
+        logging.warning("%s: drawn on more devices than are here; a pixel may be rounded the other way.", manifest)
     model = TextToImage.load(record["workdir"], record["step"], record["rows_at_once"], mesh=mesh)
     text, n = model.encode_text(record["captions"]), record["n"]
     captions, candidates = model._chunk_shape(len(text), n)

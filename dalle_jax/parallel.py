@@ -160,8 +160,8 @@ def platform() -> str:
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         return jax.default_backend()
-    kind = device.device_kind.lower()
-    return kind if kind == "cpu" else "tpu" if kind.startswith("tpu") else "gpu"
+    kind = device.device_kind.lower()  # (not every version of JAX tells the platform itself)
+    return "tpu" if kind.startswith("tpu") else "cpu" if kind == "cpu" else "gpu"
 
 
 def on_tpu() -> bool:
@@ -250,8 +250,8 @@ def over_rows(mesh: Mesh | None, function: Callable[..., T], *rows: Any) -> T:
     Args:
       mesh: one host's; None: no mesh, the default device.
       function: what it takes beside `rows` (parameters) is on the mesh already.
-      *rows: trees of arrays [B, ...], on the host or the default device. Where the devices do not divide B, each gets
-        all rows.
+      *rows: trees of arrays [B, ...], on the host, the default device or the mesh. Where the devices do not divide B,
+        each gets all rows.
 
     Returns:
       What `function` gives.

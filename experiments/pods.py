@@ -75,7 +75,7 @@ def row(pod: Pod, f: dict) -> dict[str, str]:
     hidden = sum(one["bytes"] * one["overlapped"] for one in f["collectives"].values())
     state = size["parameters"] + size["average"] + size["optimizer"]
     values = (
-        pod.target, pod.topology, f["chips"], pod.overrides, f"{f['parameters']:,}", f["rows"], f"{state / gib:.2f}",
+        pod.target, pod.topology, f["chips"], f["overrides"], f"{f['parameters']:,}", f["rows"], f"{state / gib:.2f}",
         f"{size['temporaries'] / gib:.2f}", f"{size['total'] / gib:.2f}", f"{size['memory'] / gib:.0f}",
         f"{f['flops']['model'] / 1e12:.1f}", f"{f['flops']['program'] / 1e12:.1f}", f"{moved / gib:.1f}",
         f"{hidden / moved:.0%}" if moved else "", f"{seconds['kernels'] * 1e3:.0f}",

@@ -5,6 +5,7 @@ import pathlib
 import jax
 import optax
 import pytest
+from flax import traverse_util
 
 from dalle_jax import config_files, optimizers, parallel, priors, schedules
 from dalle_jax.data.sources import DataOptions
@@ -73,23 +74,35 @@ def test_trainings(name, variant):
         jax.eval_shape(images.init, jax.random.key(0))
 
 
+def numbers_of(config):
+    """What follows the length of a training, or could: by its whole name."""
+    sections = {"steps": config.steps, "cadence": config.cadence.to_dict(), "schedules": config.schedules.to_dict()}
+    return {"/".join(path): value for path, value in traverse_util.flatten_dict(sections).items()}
+
+
 @pytest.mark.parametrize("name, variant", ROWS, ids=[":".join(row) for row in ROWS])
 def test_schedules_follow_the_length_of_the_training(name, variant):
     config = load(name).get_config(variant)
-    usual, sections = config.steps, config.schedules.copy_and_resolve_references()
+    before = numbers_of(config)
     config.steps *= 3
-    follows = {key for key, section in sections.items() if section.get("steps") in (usual, usual // 2)}
-    for key, section in sections.items():
-        ratio = 3 if key in follows else 1
-        assert config.schedules[key].get("steps", 0) == ratio * section.get("steps", 0)
+    after = numbers_of(config)
+    follow = {key for key in after if after[key] != before[key]} - {"steps"}
+    rate = "schedules/learning_rate"
     if variant in ("shapes", "emoji"):
-        assert "learning_rate" in follows
-    if name == "dvae":
-        assert follows == (set() if variant == "paper" else {"learning_rate", "temperature"})
-    if follows:
-        key = follows.pop()
-        config.schedules[key].steps = 5
-        assert (config.schedules[key].steps, config.steps) == (5, 3 * usual), "it can be set by itself"
+        expected = {f"{rate}/steps", "cadence/eval", "cadence/preview", "cadence/checkpoint"}
+        expected |= {"schedules/temperature/steps"} if name == "dvae" else set()
+        expected |= {f"{rate}/warmup_steps"} if name in ("prior", "maskgit") else set()
+    else:
+        expected = {f"{rate}/steps"} if name == "clip" else set()
+        if name == "dvae" and variant != "paper":
+            expected = {f"{rate}/steps", "schedules/temperature/steps"}
+    assert follow == expected
+    for key in follow:
+        assert after[key] == pytest.approx(3 * before[key], abs=3)
+        part, value = config[key.partition("/")[0]], key.partition("/")[2].replace("/", ".")
+        part.update_from_flattened_dict({value: 5})  # by itself
+        assert numbers_of(config) == after | {key: 5}
+        after[key] = 5
 
 
 def test_the_papers_numbers():

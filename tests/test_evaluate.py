@@ -9,10 +9,11 @@ import jax
 import numpy as np
 import pytest
 import random_model
+from flax import traverse_util
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dalle_jax import evaluate
+from dalle_jax import evaluate, parallel
 from dalle_jax.clip import ClipScorer
 from dalle_jax.data.shapes_captions.scenes import Object, Scene
 from dalle_jax.errors import ConfigError
@@ -55,6 +56,27 @@ def model(tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(model, tests):
     return evaluate.measure({"maskgit": evaluate.Model(model, SAMPLING)}, tests, OPTIONS)
+
+
+def test_devices_share_the_work(measured, model, tests):
+    """Every batch split over two devices, the last one half empty: the same figures."""
+    mesh = parallel.make_mesh(data=2)
+    put = lambda tree: jax.device_put(tree, parallel.replicated(mesh))
+    scorer = dataclasses.replace(model.scorer, params=put(model.scorer.params), mesh=mesh)
+    params = {"params": put(model.params), "tokenizer_params": put(model.tokenizer_params)}
+    spread = dataclasses.replace(model, **params, scorer=scorer, mesh=mesh)
+    again = evaluate.measure({"maskgit": evaluate.Model(spread, SAMPLING)}, tests, OPTIONS)
+    assert (measured.figures["protocol"]["device"], again.figures["protocol"]["device"]) == ("1 x cpu", "2 x cpu")
+    one, other = (numbers(found.figures) for found in (measured, again))
+    assert one.keys() == other.keys() and ("maskgit", "image_nats_per_token") in one
+    for name in one:
+        assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4, nan_ok=True), name
+
+
+def numbers(figures):
+    """All but the time."""
+    flat = traverse_util.flatten_dict(figures).items()
+    return {name: x for name, x in flat if isinstance(x, float) and name[-1] != "seconds_per_image"}
 
 
 def fid(model, real, drawn):

@@ -384,10 +384,42 @@ def test_every_picture_of_a_manifest_can_be_made_again(trained, tmp_path):
         np.testing.assert_array_equal(generate.remake(str(tmp_path / "manifest.json"), name), stored)
     with pytest.raises(DataError, match="lists no sample 'x.png'; it has 9 samples"):
         generate.remake(str(tmp_path / "manifest.json"), "x.png")
-    (tmp_path / "mine.png").touch()
-    config.update({"prompts": CAPTION, "n": 1})
-    generate.run(config, str(tmp_path))
-    assert {path.name for path in tmp_path.iterdir()} == {"0000-000.png", "grid.png", "manifest.json", "mine.png"}
+
+    # By an earlier version, on one device; and on more devices than there are.
+    for sizes in (None, {"data": 64, "fsdp": 1, "tensor": 1}):
+        (tmp_path / "other.json").write_text(json.dumps({**manifest, "mesh": sizes} if sizes else manifest))
+        if sizes is None:
+            (tmp_path / "other.json").write_text(json.dumps({k: v for k, v in manifest.items() if k != "mesh"}))
+        again = generate.remake(str(tmp_path / "other.json"), name)
+        np.testing.assert_allclose(again.astype(int), stored.astype(int), rtol=0, atol=1)
+
+
+def test_a_used_folder_loses_the_pictures_of_its_manifest(trained, tmp_path):
+    config = config_files.module(CONFIGS, "generate.py").get_config()
+    config.update({"model_workdir": trained.workdir, "prompts": CAPTION, "n": 2, "rows_at_once": 2})
+    config.mesh.data = 1
+    out = tmp_path / "out"
+    generate.run(config, str(out))
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["samples"].append({"file": "../outside.png"})
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    for kept in (out / "mine.png", tmp_path / "outside.png"):
+        kept.touch()
+    config.n = 1
+    generate.run(config, str(out))
+    written = {"0000-000.png", "grid.png", "manifest.json"}
+    assert {path.name for path in out.iterdir()} == {*written, "mine.png"} and (tmp_path / "outside.png").exists()
+    for broken in ("{", "[1]", '{"samples": 3}'):
+        (out / "manifest.json").write_text(broken)
+        assert generate._earlier(out) == []
+
+
+def test_devices_get_rows_of_the_same_number(model):
+    shape = lambda captions, n, devices, rows: dataclasses.replace(
+        model, mesh=parallel.make_mesh(data=devices), rows_at_once=rows
+    )._chunk_shape(captions, n)
+    assert shape(3, 4, 8, 64) == (4, 4) and shape(1, 1, 8, 64) == (8, 1) and shape(5, 3, 1, 64) == (5, 3)
+    assert shape(1, 100, 8, 64) == (1, 64) and shape(1, 10, 8, 64) == (1, 16) and shape(9, 64, 6, 64) == (1, 66)
 
 
 def test_a_manifest_of_the_best_candidates(trained, model, tmp_path):

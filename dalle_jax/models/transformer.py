@@ -41,14 +41,14 @@ ACTIVATIONS = {
 }
 POSITIONS = ("learned", "rotary")
 _KEEP = jax.checkpoint_policies
-REMAT = {
-    "none": None,
+REMAT = {  # in rising order of what is kept
     "full": _KEEP.nothing_saveable,
     "attended": _KEEP.save_only_these_names(ATTENDED),
     "attention": _KEEP.save_only_these_names(HEADS, ATTENDED),
     "dots": _KEEP.save_from_both_policies(
         _KEEP.dots_with_no_batch_dims_saveable, _KEEP.save_only_these_names(ATTENDED)
     ),
+    "none": None,
 }
 
 
@@ -70,8 +70,8 @@ class TransformerOptions:
       dropout: on the embeddings and on each branch's output.
       dtype: of the activations. Parameters, softmax, logits and losses are float32 in any case.
       remat: what is kept of each scanned unit for the gradients beside its input. "full": nothing; "attended": what
-        attention gives; "attention": queries, keys and values too; "dots": all products of dense layers and what
-        attention gives; "none": everything. In rising order of memory, and falling of what is computed twice.
+        attention gives, for which the splash kernel need not run again; "attention": queries, keys and values too;
+        "dots": all products of dense layers and what attention gives; "none": everything.
       scan: run repeated layers as one scan.
       attention_kernel: "xla" (`attention.attend`), "splash" (`splash.attend`), or "auto": splash on TPUs.
     """
@@ -175,12 +175,12 @@ class Attention(nn.Module):
 
     def _split(self, qkv: jax.Array, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
         """[B, S', 3, H, K] to q, k, v."""
-        q, k, v = jnp.moveaxis(qkv, -3, 0)
+        q, k, v = checkpoint_name(tuple(jnp.moveaxis(qkv, -3, 0)), HEADS)
         if self.options.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         if self.options.positions == "rotary":
             q, k = rotate(q, angles), rotate(k, angles)
-        return checkpoint_name((q, k, v), HEADS)
+        return q, k, v
 
     def _angles(self, positions) -> jax.Array | None:
         return jnp.asarray(self.angles)[positions] if self.options.positions == "rotary" else None

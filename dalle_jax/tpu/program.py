@@ -238,39 +238,55 @@ class Program:
     def _fusion_bytes(self, fusion: Instruction, types: dict[str, Instruction]) -> float:
         """What a fusion reads and writes. An operand that it only slices counts by its slices, a result into which it
         only writes a slice by that slice; what it exchanges beside its work, not at all."""
-        body = self._computations[hlo.called(fusion)[0]]
+        inside = hlo.called(fusion)[0]
+        body = self._computations[inside]
         exchanged = _exchanged(body)
-        moved, updated = 0.0, 0.0
+        moved, kept = 0.0, 0.0
         for one in body.values():
             if one.opcode != "parameter" or one.name in exchanged:
                 continue
             whole = hlo.size(types[fusion.operands[_number(one)]].type, hbm=True)
-            sliced = self._sliced(body, one.name)
-            moved += min(whole, sliced)
-            if whole and sliced < math.inf:
-                for update in (u for u in _users(body, one.name) if u.opcode == "dynamic-update-slice"):
-                    part, full = hlo.size(body[update.operands[1]].type), hlo.size(update.type)
-                    updated += full - part
+            sliced = self._sliced(inside, one.name) if whole else None
+            read, left = sliced or (whole, 0.0)
+            moved, kept = moved + min(whole, read), kept + left
         root = list(body.values())[-1]
         if exchanged:
             made = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
             return moved + sum(hlo.size(one.type, hbm=True) for one in made if one.name not in exchanged)
-        return moved + max(hlo.size(fusion.type, hbm=True) - updated, 0.0)
+        return moved + max(hlo.size(fusion.type, hbm=True) - kept, 0.0)
 
-    def _sliced(self, body: dict[str, Instruction], name: str) -> float:
-        """Bytes that a computation reads of a value that it only slices, or writes slices into; else infinity."""
-        total = 0.0 if _users(body, name) else math.inf
-        for user in _users(body, name):
+    @functools.cached_property
+    def _users(self) -> dict[str, dict[str, list[Instruction]]]:
+        """Of each computation's values the instructions that take them."""
+        found = {}
+        for computation, body in self._computations.items():
+            users = found[computation] = collections.defaultdict(list)
+            for one in body.values():
+                for operand in dict.fromkeys(one.operands):
+                    users[operand].append(one)
+        return found
+
+    def _sliced(self, computation: str, name: str) -> tuple[float, float] | None:
+        """Of a value that a computation only slices, or writes slices into, the bytes that it reads, and those that it
+        leaves as they are in what it writes; None of any other."""
+        body, users = self._computations[computation], self._users[computation][name]
+        read = left = 0.0
+        for user in users:
             if user.opcode in ("dynamic-slice", "slice", "gather") and user.operands[0] == name:
-                total += hlo.size(user.type)
+                read += hlo.size(user.type)
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+                left += hlo.size(user.type) - hlo.size(body[user.operands[1]].type)
             elif user.opcode == "fusion":  # within the fusion
-                inner = self._computations[hlo.called(user)[0]]
-                names = {_number(one): one.name for one in inner.values() if one.opcode == "parameter"}
-                places = [i for i, operand in enumerate(user.operands) if operand == name]
-                total += sum(self._sliced(inner, names[i]) for i in places)
-            elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
-                return math.inf
-        return total
+                inside = hlo.called(user)[0]
+                named = {_number(p): p.name for p in self._computations[inside].values() if p.opcode == "parameter"}
+                for place in (i for i, operand in enumerate(user.operands) if operand == name):
+                    inner = self._sliced(inside, named[place])
+                    if inner is None:
+                        return None
+                    read, left = read + inner[0], left + inner[1]
+            else:
+                return None
+        return (read, left) if users else None
 
     @functools.cached_property
     def collectives(self) -> tuple[Collective, ...]:
@@ -320,11 +336,6 @@ def _silent(one: Instruction) -> bool:
 def _kind(one: Instruction) -> str:
     """One of `KINDS`, where it is an exchange or the start of one."""
     return one.opcode.removesuffix("-start")
-
-
-def _users(body: dict[str, Instruction], name: str) -> list[Instruction]:
-    """The instructions that take a value."""
-    return [one for one in body.values() if name in one.operands]
 
 
 def _number(parameter: Instruction) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dalle_jax import parallel
+from dalle_jax.models.transformer import REMAT
 from dalle_jax.tpu import topologies
 from dalle_jax.tpu.figures import bytes_per_chip
 from dalle_jax.tpu.topologies import GIB
@@ -60,8 +61,8 @@ def _remedies(options: Any, subject: Any, needed: float, available: float, lasti
         return [*found, *_split(config, mesh, available, lasting, passing)] or [_larger(options)]
     if room > 0:  # what passes is too much: recompute, or take the batch in slices
         remat = config.model.get("trunk", {}).get("remat", "full")
-        if remat != "full":
-            found.append(f"Keep fewer activations: model.trunk.remat=full (now {remat})")
+        if fewer := list(REMAT)[: list(REMAT).index(remat)]:
+            found.append(f"Keep fewer activations: model.trunk.remat={' or '.join(fewer)} (now {remat})")
         ways = _slices(config, mesh, passing, room)
         if ways:
             found.append(f"Take the batch in slices: optimizer.accumulate_steps={ways}")

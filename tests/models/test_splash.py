@@ -240,7 +240,11 @@ def mesh_of(kind, platform):
 
 
 @pytest.mark.parametrize("kernel", splash.KERNELS)
-@pytest.mark.parametrize("device", [None, ("cpu", "cpu"), ("TPU v5", "tpu"), ("TPU v6 lite", "tpu")], ids=str)
+@pytest.mark.parametrize(
+    "device",
+    [None, ("cpu", "cpu"), ("NVIDIA H100 80GB HBM3", "gpu"), ("TPU v5", "tpu"), ("TPU v6 lite", "tpu")],
+    ids=str,
+)
 def test_the_meshs_platform_decides(kernel, device):
     """This process has CPUs only: what counts is the mesh that the computation is traced for."""
     attention = Attention(dataclasses.replace(OPTIONS, attention_kernel=kernel), LAYOUT, (Row(),))
@@ -312,8 +316,8 @@ def test_a_sharded_trunk_compiles_for_a_tpu(tpu_mesh, remat, forward, products):
         text = jax.jit(jax.grad(loss)).lower(params, x).compile().as_text()
     kernels = ("splash_mha_fwd_residuals", "splash_mha_dq_no_residuals", "splash_mha_dkv_no_residuals")
     assert Program(text).silent_kernels == dict(zip(kernels, (forward, 4, 4)))
-    unit = 2 * shape[0] * shape[1] * options.width**2
-    assert Program(text).flops * 4 / (4 * unit) == pytest.approx(36 + products, abs=0.1)
+    chips, unit = 4, 2 * shape[0] * shape[1] * options.width**2
+    assert chips * Program(text).flops / (options.depth * unit) == pytest.approx(36 + products, abs=0.1)
     assert "collective-permute" not in text  # no ring of partial products
 
 

@@ -280,7 +280,7 @@ def test_dropout_acts_in_training_only(params, plain):
         ({"norm": "batchnorm"}, "model.norm is 'batchnorm'; expected one of layernorm, rmsnorm"),
         ({"activation": "relu"}, "model.activation is 'relu'; expected one of gelu, gelu_tanh, geglu, swiglu"),
         ({"positions": "none"}, "model.positions is 'none'; expected one of learned, rotary"),
-        ({"remat": "some"}, "model.remat is 'some'; expected one of none, full, attended, attention, dots"),
+        ({"remat": "some"}, "model.remat is 'some'; expected one of full, attended, attention, dots, none"),
         ({"attention_kernel": "flash"}, "model.attention_kernel is 'flash'; expected one of auto, xla, splash"),
         ({"heads": 3}, "width 16 is not a multiple of heads 3"),
         ({"positions": "rotary", "head_dim": 6}, "divisible by 4, not 6"),

@@ -204,6 +204,33 @@ def test_memory_traffic():
     assert {one.name: one for one in Program(read_twice).work}["w"].bytes == (10 + 1) * 8 * 4 * 4 + 4
 
 
+UPDATING = """%inner (r0: f32[10,8,4], r1: f32[1,8,4], r2: s32[]) -> f32[10,8,4] {
+  %r0 = f32[10,8,4]{2,1,0} parameter(0)
+  %r1 = f32[1,8,4]{2,1,0} parameter(1)
+  %r2 = s32[] parameter(2)
+  %nought = s32[] constant(0)
+  ROOT %updated = f32[10,8,4]{2,1,0} dynamic-update-slice(%r0, %r1, %r2, %nought, %nought)
+}
+
+%updating (s0: f32[10,8,4], s1: f32[1,8,4], s2: s32[]) -> f32[10,8,4] {
+  %s0 = f32[10,8,4]{2,1,0} parameter(0)
+  %s1 = f32[1,8,4]{2,1,0} parameter(1)
+  %s2 = s32[] parameter(2)
+  ROOT %within = f32[10,8,4]{2,1,0} fusion(%s0, %s1, %s2), kind=kLoop, calls=%inner
+}
+
+"""
+
+
+@pytest.mark.parametrize("called", ["inner", "updating"])
+def test_memory_traffic_of_a_slice_that_is_written(called):
+    """In a fusion, and in a fusion within it: the slice read, and written; and the index."""
+    part = "  %part = f32[1,8,4]{2,1,0} bitcast(%w)\n"
+    new = f"  %new = f32[10,8,4]{{2,1,0}} fusion(%stack, %part, %i), kind=kLoop, calls=%{called}\n"
+    text = TEXT.replace("%body (carry", UPDATING + "%body (carry").replace("  %y = ", part + new + "  %y = ")
+    assert {one.name: one for one in Program(text).work}["new"].bytes == 2 * 8 * 4 * 4 + 4
+
+
 def test_a_loop_of_unknown_length_is_named():
     unsaid = TEXT.replace("known_trip_count", "something")
     assert not Program(unsaid).unknown_loops and Program(unsaid).flops == Program(TEXT).flops  # its condition says ten

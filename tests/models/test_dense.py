@@ -1,0 +1,30 @@
+"""Dense layers: the same product, whatever it is written for."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.models import dense
+
+
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 2e-2)])
+@pytest.mark.parametrize("inputs, outputs", [((6,), (10,)), ((10,), (6,)), ((6,), (3, 2, 4)), ((2, 3), (5,))])
+def test_accelerators_and_cpus_agree(monkeypatch, inputs, outputs, dtype, tolerance):
+    """Values and both gradients; on CPUs the narrower operand is the one that is copied."""
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((2, 7, *inputs), (*inputs, *outputs)))
+
+    def loss(x, kernel):
+        y = dense._dense(x, kernel, len(inputs))
+        return jnp.sin(y.astype(jnp.float32)).sum(), y
+
+    found = []
+    for platform in ("cpu", "tpu"):
+        monkeypatch.setattr(dense, "platform", lambda platform=platform: platform)
+        found.append(jax.grad(loss, (0, 1), has_aux=True)(x, kernel))
+    ours, theirs = (jax.tree.map(lambda y: np.asarray(y, np.float32), each) for each in found)
+    assert ours[1].shape == (2, 7, *outputs)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance * np.abs(a).max()), ours, theirs)
+    flat = x.reshape(14, -1).astype(np.float32) @ kernel.reshape(-1, np.prod(outputs)).astype(np.float32)
+    np.testing.assert_allclose(ours[1].reshape(14, -1), flat, atol=tolerance * np.abs(flat).max())
