@@ -249,11 +249,11 @@ class Program:
             sliced = self._sliced(inside, one.name) if whole else None
             read, left = sliced or (whole, 0.0)
             moved, kept = moved + min(whole, read), kept + left
-        root = list(body.values())[-1]
+        root, written = list(body.values())[-1], hlo.size(fusion.type, hbm=True)
         if exchanged:
             made = [body[name] for name in root.operands] if root.opcode == "tuple" else [root]
-            return moved + sum(hlo.size(one.type, hbm=True) for one in made if one.name not in exchanged)
-        return moved + max(hlo.size(fusion.type, hbm=True) - kept, 0.0)
+            written = sum(hlo.size(one.type, hbm=True) for one in made if one.name not in exchanged)
+        return moved + max(written - kept, 0.0)
 
     @functools.cached_property
     def _users(self) -> dict[str, dict[str, list[Instruction]]]:
