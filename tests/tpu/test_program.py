@@ -219,14 +219,27 @@ UPDATING = """%inner (r0: f32[10,8,4], r1: f32[1,8,4], r2: s32[]) -> f32[10,8,4]
   ROOT %within = f32[10,8,4]{2,1,0} fusion(%s0, %s1, %s2), kind=kLoop, calls=%inner
 }
 
+%beside (t0: f32[10,8,4], t1: f32[1,8,4], t2: s32[], t3: f32[8,4]) -> (f32[10,8,4], f32[16,4]) {
+  %t0 = f32[10,8,4]{2,1,0} parameter(0)
+  %t1 = f32[1,8,4]{2,1,0} parameter(1)
+  %t2 = s32[] parameter(2)
+  %t3 = f32[8,4]{1,0} parameter(3)
+  %none = s32[] constant(0)
+  %after = f32[10,8,4]{2,1,0} dynamic-update-slice(%t0, %t1, %t2, %none, %none)
+  %gathered = f32[16,4]{1,0} all-gather(%t3), replica_groups={{0,1},{2,3}}, dimensions={0}
+  ROOT %both = (f32[10,8,4]{2,1,0}, f32[16,4]{1,0}) tuple(%after, %gathered)
+}
+
 """
 
 
-@pytest.mark.parametrize("called", ["inner", "updating"])
+@pytest.mark.parametrize("called", ["inner", "updating", "beside"])
 def test_memory_traffic_of_a_slice_that_is_written(called):
-    """In a fusion, and in a fusion within it: the slice read, and written; and the index."""
+    """In a fusion, in a fusion within it, beside an exchange: the slice read, and written; and the index."""
     part = "  %part = f32[1,8,4]{2,1,0} bitcast(%w)\n"
     new = f"  %new = f32[10,8,4]{{2,1,0}} fusion(%stack, %part, %i), kind=kLoop, calls=%{called}\n"
+    if called == "beside":
+        new = new.replace("f32[10,8,4]{2,1,0} f", "(f32[10,8,4]{2,1,0}, f32[16,4]{1,0}) f").replace("%i)", "%i, %w)")
     text = TEXT.replace("%body (carry", UPDATING + "%body (carry").replace("  %y = ", part + new + "  %y = ")
     assert {one.name: one for one in Program(text).work}["new"].bytes == 2 * 8 * 4 * 4 + 4
 
