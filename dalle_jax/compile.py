@@ -142,11 +142,8 @@ def _on(tree: PyTree, sharding: NamedSharding) -> PyTree:
     return parallel.abstract(tree, jax.tree.map(lambda _: sharding, tree))
 
 
-Lowered = tuple[jax.stages.Lowered, dict[str, PyTree]]  # a program and its arguments, by what they are
-
-
-def lower_train_step(subject: Subject) -> Lowered:
-    """The update of `train.py`, lowered from shapes."""
+def lower_train_step(subject: Subject) -> tuple[jax.stages.Lowered, dict[str, PyTree]]:
+    """The update of `train.py`, lowered from shapes; and its arguments, by what they are."""
     s = subject
     rate = schedules.make(s.config.schedules.learning_rate, "learning_rate")
     step = make_train_step(
@@ -165,8 +162,9 @@ def lower_train_step(subject: Subject) -> Lowered:
     return lowered, {**state, "frozen": s.frozen, "batch": s.batch}
 
 
-def lower_sampler(subject: Subject, rows: int) -> Lowered:
-    """A prior drawing the tokens of `rows` pictures, as `generate.py` has it do, rows split over the mesh.
+def lower_sampler(subject: Subject, rows: int) -> tuple[jax.stages.Lowered, dict[str, PyTree]]:
+    """A prior drawing the tokens of `rows` pictures, as `generate.py` has it do, rows split over the mesh; and its
+    arguments, by what they are.
 
     Raises:
       ConfigError: a task that draws nothing, or rows that cannot be split.
