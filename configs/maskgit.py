@@ -16,13 +16,15 @@ Where an autoregressive prior of the same trunk is there already, `--config.star
 parameters, tokenizer and text model: far fewer updates are needed (the quickstart does so).
 
 `paper` splits parameters, average and optimizer over all chips, `3b` over half of them, as `prior.py:paper` does. By
-the TPU compiler, of each chip (configs/compile.py prints them; experiments/results/compile/compile.md has v6e too):
+the TPU compiler, of each chip (configs/compile.py prints them; experiments/results/compile/compile.md has more):
 
-    variant  topology   chips              GiB        TFLOP of model, program  step, of the peak by the roofline
-    paper    v5e:4x4       16              11.7 of 16     30.8    25.8     545 ms   29%
-    paper    v5p:2x2x2      8  data=2      21.9 of 95     61.6    51.7     515 ms   26%
-    3b       v5p:4x4x4     64              22.8 of 95    164.6   151.6     782 ms   46%
-    3b       v5e:8x8       64  remat=full   6.6 of 16    164.6   184.6    1392 ms   60%
+    variant  topology  chips                   GiB        TFLOP of model, program   step, of the peak by the roofline
+    paper    v5e:4x4      16                   11.5 of 16     30.8    25.8     343 ms   46%
+    paper    v5p:2x2x2     8  data=2           21.2 of 95     61.6    51.7     387 ms   35%
+    paper    v6e:2x4       8                   22.8 of 32     61.6    51.7     342 ms   20%
+    3b       v5p:4x4x4    64                   21.9 of 95    164.6   151.6     509 ms   70%
+    3b       v5e:8x8      64  remat=attention  13.2 of 16    164.6   172.2    1222 ms   68%
+    3b       v6e:8x8      64                   21.8 of 32    164.6   151.6     380 ms   47%
 
 Measured on `shapes`, two CPU cores, captions held out of training, 8 steps: 7,000 updates from scratch, 6 minutes, 0.62
 of the captions right; 2,600 from the autoregressive prior, 2 to 4 minutes, 0.89 and 0.99 on two processors. `emoji`:

@@ -18,16 +18,19 @@ published one for instance, can stand in: `--config.tokenizer_from=DIR`.
 `paper`, `5.6b` and `2.8b` split parameters, average and optimizer over half of the chips (`mesh.data=2`, two copies:
 over the whole of a v5p's torus the compiler gathers at twice the cost), keep the products of dense layers and what
 attention gives (`remat=dots`), and Adam's first moment in bfloat16. They are meant for v5p; v5e and v6e have less
-memory, and want `--config.model.trunk.remat=full`. By the TPU compiler, of each chip, at batch 1,024
-(configs/compile.py prints them; experiments/results/compile/compile.md has v6e too):
+memory, and want the `--config.model.trunk.remat` of the table. By the TPU compiler, of each chip, at batch 1,024
+(configs/compile.py prints them; experiments/results/compile/compile.md has more):
 
-    variant  topology   chips              GiB        TFLOP of model, program  step, of the peak by the roofline
-    paper    v5p:4x4x8    128              73.8 of 95    755.4   747.5    2555 ms   64%
-    paper    v5e:16x16    256  remat=full  12.5 of 16    377.7   487.4    3618 ms   53%
-    5.6b     v5p:4x4x8    128              48.4 of 95    350.1   344.7    1369 ms   56%
-    5.6b     v5e:8x16     128  remat=full  12.4 of 16    350.1   448.9    3389 ms   52%
-    2.8b     v5p:4x4x4     64              66.9 of 95    362.2   354.5    1636 ms   48%
-    2.8b     v5e:8x16     128  remat=full   8.2 of 16    181.1   230.4    1898 ms   48%
+    variant  topology  chips                   GiB        TFLOP of model, program   step, of the peak by the roofline
+    paper    v5p:4x4x8   128                   71.6 of 95    755.4   747.5    2393 ms   69%
+    paper    v5e:16x16   256  remat=full       11.5 of 16    377.7   487.4    3508 ms   55%
+    paper    v6e:16x16   256  remat=attention  25.9 of 32    377.7   456.4    1009 ms   41%
+    5.6b     v5p:4x4x8   128                   47.1 of 95    350.1   344.7    1234 ms   62%
+    5.6b     v5e:8x16    128  remat=full       10.4 of 16    350.1   448.9    3434 ms   52%  (low effort)
+    5.6b     v6e:8x16    128  remat=attended   18.5 of 32    350.1   448.9    1050 ms   36%  (low effort)
+    2.8b     v5p:4x4x4    64                   64.8 of 95    362.2   354.5    1387 ms   57%
+    2.8b     v5e:8x16    128  remat=full        7.2 of 16    181.1   230.4    1795 ms   51%
+    2.8b     v6e:8x8      64  remat=attended   23.7 of 32    362.2   460.8    1092 ms   36%
 
 (The program's operations are without those of attention kernels.) The widths can be split 128 ways at most: beyond
 256 chips, a larger `mesh.data`; on one device, `--config.mesh.data=1`.
