@@ -42,7 +42,7 @@ def in_chunks(function: Callable[[Any], PyTree], rows: np.ndarray, size: int, me
     Returns:
       The tree, of numpy arrays [B, ...].
     """
-    size = size if mesh is None else up_to_multiple(size, batch_shards(mesh))
+    size = up_to_multiple(size, batch_shards(mesh))
     parts = [
         jax.tree.map(np.asarray, over_rows(mesh, function, rows[places])) for places, _ in batches(len(rows), size)
     ]

@@ -97,7 +97,7 @@ class ClipScorer:
             with Checkpoints(str(folder), read_only=True) as checkpoints:
                 params = checkpoints.restore_params(step)
         _check_fit(clip, params, folder)
-        mesh = mesh or parallel.make_mesh(devices=jax.local_devices())
+        mesh = mesh or parallel.local_mesh()
         return cls(clip, jax.device_put(params, parallel.replicated(mesh)), text_model, rows_at_once, mesh)
 
     def save(self, folder: str | epath.PathLike) -> None:

@@ -353,7 +353,7 @@ def run(config: ConfigDict, workdir: str) -> Figures:
       What `report.json` holds.
     """
     folders = [folder.strip() for folder in config.model_workdir.split(",")]
-    mesh = parallel.make_mesh(**config.mesh, devices=jax.local_devices())
+    mesh = parallel.local_mesh(**config.mesh)
     loaded = [TextToImage.load(folder, config.step, config.rows_at_once, config.clip, mesh) for folder in folders]
     sampling = from_config(SamplingOptions, config.sampling, "sampling")
     kinds = [model.prior.name for model in loaded]

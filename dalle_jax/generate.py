@@ -115,7 +115,7 @@ class TextToImage(Editing, Reranking):
             text_model.vocab_size, tokenizer.vocab_size, config["text"]["length"], *tokenizer.grid(size)
         )
         prior = priors.make(config["prior"], config["model"], layout)
-        mesh = mesh or parallel.make_mesh(devices=jax.local_devices())
+        mesh = mesh or parallel.local_mesh()
         with Checkpoints(workdir, read_only=True) as checkpoints:
             params = checkpoints.restore_params(step, layout=lambda stored: _layout(prior, stored, workdir, mesh))
             step = checkpoints.resolve(step)
@@ -232,8 +232,7 @@ class TextToImage(Editing, Reranking):
 
     def _chunk_shape(self, captions: int, n: int) -> tuple[int, int]:
         """(captions, candidates of each) drawn in one go: rows that the devices divide."""
-        shards = 1 if self.mesh is None else parallel.batch_shards(self.mesh)
-        candidates = min(n, self.rows_at_once)
+        shards, candidates = parallel.batch_shards(self.mesh), min(n, self.rows_at_once)
         if candidates > shards:
             candidates = up_to_multiple(candidates, shards)
         many = max(1, min(self.rows_at_once // candidates, captions))
@@ -259,8 +258,8 @@ class TextToImage(Editing, Reranking):
         """Tokens of n pictures of one caption beside known ones, (int32 [n, N], bool [n, N]): int32 [n, N]."""
         _check_count(n, seed)
         negative, options = _parse(options)
-        text, rows = self.encode_text([caption]), min(n, self.rows_at_once)
-        rows = rows if self.mesh is None else up_to_multiple(rows, parallel.batch_shards(self.mesh))
+        text = self.encode_text([caption])
+        rows = up_to_multiple(min(n, self.rows_at_once), parallel.batch_shards(self.mesh))
         parts = []
         for first in range(0, n, rows):
             numbers = np.minimum(first + np.arange(rows), n - 1)  # surplus rows repeat the last
@@ -339,7 +338,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       workdir: where to write.
     """
     captions = read_captions(config)
-    mesh = parallel.make_mesh(**config.mesh, devices=jax.local_devices())
+    mesh = parallel.local_mesh(**config.mesh)
     model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once, config.clip, mesh)
     options = from_config(SamplingOptions, config.sampling, "sampling")
     knobs = {"negative": config.negative or None, **dataclasses.asdict(options)}
@@ -394,10 +393,10 @@ def remake(manifest: str, file: str) -> np.ndarray:
     if entry is None:
         raise DataError(f"{manifest} lists no sample {file!r}; it has {len(record['samples'])} samples.")
     sizes = record.get("mesh", {"data": 1})  # (which earlier versions did not write)
-    devices, mesh = jax.local_devices(), None
-    if math.prod(sizes.values()) <= len(devices):
-        mesh = parallel.make_mesh(**sizes, devices=devices)
+    if math.prod(sizes.values()) <= jax.local_device_count():
+        mesh = parallel.local_mesh(**sizes)
     else:
+        mesh = None
         logging.warning("%s: drawn on more devices than are here; a pixel may be rounded the other way.", manifest)
     model = TextToImage.load(record["workdir"], record["step"], record["rows_at_once"], mesh=mesh)
     text, n = model.encode_text(record["captions"]), record["n"]

@@ -112,6 +112,11 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
     return Mesh(laid_out, MESH_AXES, axis_types=automatic)
 
 
+def local_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """`make_mesh` of this host's devices: for what a host does by itself."""
+    return make_mesh(data, fsdp, tensor, devices=jax.local_devices())
+
+
 def _slice(device: Any) -> int:
     """Which slice a device belongs to; platforms without slices have one."""
     return getattr(device, "slice_index", None) or 0
@@ -179,9 +184,9 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(dict(RULES)["batch"]))
 
 
-def batch_shards(mesh: Mesh) -> int:
-    """Into how many parts a batch is split."""
-    return math.prod(mesh.shape[axis] for axis in dict(RULES)["batch"])
+def batch_shards(mesh: Mesh | None) -> int:
+    """Into how many parts a batch is split; without a mesh, one."""
+    return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in dict(RULES)["batch"])
 
 
 def check_batch(mesh: Mesh, batch_size: int, accumulate_steps: int = 1) -> None:

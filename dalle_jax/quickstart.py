@@ -7,7 +7,6 @@ import platform
 import time
 from typing import Any
 
-import jax
 from etils import epath
 from ml_collections import ConfigDict
 
@@ -48,7 +47,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         seconds[name] = time.perf_counter() - began
 
     began = time.perf_counter()
-    models, mesh = {}, parallel.make_mesh(**evaluation.mesh, devices=jax.local_devices())
+    models, mesh = {}, parallel.local_mesh(**evaluation.mesh)
     for section, knobs in ((config.prior, evaluation.sampling), (config.maskgit, config.maskgit_sampling)):
         if not has_clip(section.workdir):  # so that the workdir alone is enough to draw the best of N
             ClipScorer.load(config.clip.workdir).save(section.workdir)
