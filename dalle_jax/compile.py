@@ -163,8 +163,8 @@ def lower_train_step(subject: Subject) -> tuple[jax.stages.Lowered, dict[str, Py
 
 
 def lower_sampler(subject: Subject, rows: int) -> tuple[jax.stages.Lowered, dict[str, PyTree]]:
-    """A prior drawing the tokens of `rows` pictures, as `generate.py` has it do, rows split over the mesh; and its
-    arguments, by what they are.
+    """A prior drawing the tokens of `rows` pictures, as `text_to_image.py` has it do, rows split over the mesh; and
+    its arguments, by what they are.
 
     Raises:
       ConfigError: a task that draws nothing, or rows that cannot be split.

@@ -39,12 +39,13 @@ from dalle_jax.chunks import batches
 from dalle_jax.clip import ClipScorer
 from dalle_jax.compatibility import fingerprint
 from dalle_jax.errors import ConfigError
-from dalle_jax.generate import SamplingOptions, TextToImage
 from dalle_jax.judges import Judge, PictureSet
 from dalle_jax.metrics import blur, clip_score, codebook, pictures, shapes
 from dalle_jax.metrics.retrieval import retrieval
 from dalle_jax.options import from_config
+from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.protocol import Protocol, TestSet, open_test_set
+from dalle_jax.text_to_image import TextToImage
 
 Figures = dict[str, Any]
 _SHOWN = 16  # rows of the grid

@@ -13,9 +13,10 @@ from ml_collections import ConfigDict
 from dalle_jax import evaluate, parallel, stages
 from dalle_jax import workdir as workdirs
 from dalle_jax.clip import ClipScorer, has_clip
-from dalle_jax.generate import SamplingOptions, TextToImage
 from dalle_jax.options import from_config
+from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.protocol import Protocol, open_test_set
+from dalle_jax.text_to_image import TextToImage
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:

@@ -17,8 +17,9 @@ from etils import epath
 
 from dalle_jax import evaluate, report
 from dalle_jax import workdir as workdirs
-from dalle_jax.generate import SamplingOptions, TextToImage
+from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.protocol import Protocol, open_test_set
+from dalle_jax.text_to_image import TextToImage
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

@@ -18,8 +18,8 @@ from PIL import Image
 from dalle_jax import report
 from dalle_jax import workdir as workdirs
 from dalle_jax.editing import pixels_of
-from dalle_jax.generate import TextToImage, row_keys
 from dalle_jax.protocol import Protocol, open_test_set
+from dalle_jax.text_to_image import TextToImage, row_keys
 
 GREY = 190
 

@@ -11,10 +11,10 @@ from dalle_jax import config_files, optimizers, parallel, priors, schedules
 from dalle_jax.data.sources import DataOptions
 from dalle_jax.errors import ConfigError
 from dalle_jax.evaluate import Options
-from dalle_jax.generate import SamplingOptions
 from dalle_jax.layout import TokenLayout
 from dalle_jax.models import clip, tokenizer
 from dalle_jax.options import from_config
+from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.protocol import Protocol
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"

@@ -18,10 +18,10 @@ from dalle_jax.clip import ClipScorer
 from dalle_jax.data.shapes_captions.scenes import Object, Scene
 from dalle_jax.errors import ConfigError
 from dalle_jax.evaluate import Options
-from dalle_jax.generate import SamplingOptions
 from dalle_jax.metrics import clip_score, codebook, frechet, shapes
 from dalle_jax.metrics.retrieval import retrieval
 from dalle_jax.models.clip import CLIP, CLIPOptions
+from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.protocol import Protocol, open_test_set
 
 COUNT, N = 5, 5

@@ -19,9 +19,10 @@ from dalle_jax.clip import ClipScorer
 from dalle_jax.data.sources import DataOptions
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
-from dalle_jax.generate import SamplingOptions, row_keys
 from dalle_jax.models.clip import CLIP, CLIPOptions
+from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.tasks import prior as prior_task
+from dalle_jax.text_to_image import row_keys
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs" / "any"
 CAPTION = "a red circle above a blue square"

@@ -11,8 +11,8 @@ import pytest
 from dalle_jax import rerank
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import ConfigError, DataError
-from dalle_jax.generate import TextToImage
 from dalle_jax.layout import TokenLayout
+from dalle_jax.text_to_image import TextToImage
 
 CAPTIONS = ["a red circle", "a blue square", "a green star"]
 
