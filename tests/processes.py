@@ -23,13 +23,17 @@ def host_flags(address: str, count: int, index: int) -> list[str]:
     return [f"--coordinator_address={address}", f"--num_processes={count}", f"--process_id={index}"]
 
 
-def spawn(arguments: Sequence[str], devices: int = 1, **environment: str) -> subprocess.Popen:
-    """Starts `python ARGUMENTS` with so many simulated CPU devices; stdout and stderr come as text through pipes."""
+def spawn(arguments: Sequence[str], devices: int = 1, session: bool = False, **environment: str) -> subprocess.Popen:
+    """Starts `python ARGUMENTS` with so many simulated CPU devices; stdout and stderr come as text through pipes.
+
+    With `session` it leads a group of its own, for `os.killpg`: what a terminal's Ctrl-C and a batch system do.
+    """
     others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
     flags = " ".join([f"--xla_force_host_platform_device_count={devices}", *others])
     path = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
     return subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
+        start_new_session=session,
         env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path} | environment,
     )  # fmt: skip
 

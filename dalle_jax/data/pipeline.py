@@ -20,6 +20,7 @@ import grain
 import numpy as np
 from absl import flags, logging
 
+from dalle_jax.data import workers as worker_processes
 from dalle_jax.data.examples import ExampleMaker, Note
 from dalle_jax.data.sources import (
     DataOptions,
@@ -188,8 +189,11 @@ class PipelineIterator(Iterator[dict[str, np.ndarray]]):
             self.close()
             raise StopIteration
         if self._batches is None:
-            self._batches = iter(self._dataset(self._delivered))
-        batch, notes = next(self._batches)
+            with worker_processes.deaf():
+                self._batches = iter(self._dataset(self._delivered))
+                batch, notes = next(self._batches)  # starts the workers
+        else:
+            batch, notes = next(self._batches)
         self._delivered += 1
         self._tally.add(notes)
         return batch
@@ -203,7 +207,8 @@ class PipelineIterator(Iterator[dict[str, np.ndarray]]):
         if not flags.FLAGS.is_parsed():  # in a notebook or a test; grain reads its flags to start a process
             flags.FLAGS.mark_as_parsed()
         ahead = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-        return ahead.mp_prefetch(grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2))
+        options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
+        return ahead.mp_prefetch(options, worker_init_fn=worker_processes.begin)
 
     def get_state(self) -> bytes:
         """The place after the last delivered batch, as JSON; equal on every host."""

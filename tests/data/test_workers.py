@@ -1,0 +1,70 @@
+"""Worker processes outlive the signals that their training answers, and not the training."""
+
+import os
+import signal
+import time
+
+import pytest
+from processes import finish, spawn
+
+READER = """
+import multiprocessing, signal, sys, threading
+
+sys.path.insert(0, "tests/data")
+from memory_source import SIZE, MemorySource
+
+from dalle_jax.data.pipeline import Pipeline
+from dalle_jax.data.sources import DataOptions
+
+if __name__ == "__main__":
+    asked = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: asked.set())
+    pipeline = Pipeline(DataOptions(image_size=SIZE, workers=2), split="train", train=True, batch_size=8, seed=0,
+                        source=MemorySource(side=12))
+    with iter(pipeline) as batches:
+        print("starting", flush=True)
+        next(batches)
+        print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+        while not asked.is_set():
+            next(batches)
+        for _ in range(20):  # more than wait in the workers' buffers
+            next(batches)
+    print("whole")
+"""
+
+
+@pytest.fixture
+def reader(tmp_path):
+    """A process that reads with two workers until it is signalled, and then a little more."""
+    script = tmp_path / "reader.py"
+    script.write_text(READER)
+    process = spawn([str(script)], session=True)
+    assert process.stdout.readline() == "starting\n", process.communicate()
+    yield process
+    process.kill()
+    process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("early", [False, True])
+def test_a_signal_to_all_of_them(reader, number, early):
+    """As from a terminal or a batch system; `early`: while the workers start."""
+    if early:
+        time.sleep(0.5)
+    else:
+        assert len(reader.stdout.readline().split()) == 2
+    os.killpg(reader.pid, number)
+    ((status, out, error),) = finish([reader])
+    assert status == 0 and out.endswith("whole\n") and "Traceback" not in error, (out, error)
+
+
+def test_none_is_left_behind(reader):
+    workers = [int(pid) for pid in reader.stdout.readline().split()]
+    assert len(workers) == 2
+    reader.kill()
+    reader.communicate()
+    deadline = time.monotonic() + 60
+    while any(os.path.exists(f"/proc/{pid}") for pid in workers):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
