@@ -10,7 +10,7 @@ CORE = [
     "etils[epath]",
     "flax>=0.12",
     "fsspec",
-    "grain>=0.2.12",
+    "grain>=0.2.18",
     "importlib_resources",  # tensorflow-datasets imports it without asking for it
     "jax>=0.8.2",
     "matplotlib>=3.8",  # the plots of reports

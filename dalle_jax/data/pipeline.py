@@ -196,6 +196,8 @@ class PipelineIterator(Iterator[dict[str, np.ndarray]]):
             batch, notes = next(self._batches)
         self._delivered += 1
         self._tally.add(notes)
+        if self._workers:  # in memory shared with them, which has to be given back before Python ends
+            batch = {name: np.array(value) for name, value in batch.items()}
         return batch
 
     def _dataset(self, start: int) -> grain.IterDataset:
@@ -207,6 +209,9 @@ class PipelineIterator(Iterator[dict[str, np.ndarray]]):
         if not flags.FLAGS.is_parsed():  # in a notebook or a test; grain reads its flags to start a process
             flags.FLAGS.mark_as_parsed()
         ahead = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
+        if self._last < _LAST_BATCH:  # grain leaves behind what a pass that ends has put into shared memory
+            through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
+            ahead = grain.experimental.WithOptionsIterDataset(ahead, through_pipes)
         options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
         return ahead.mp_prefetch(options, worker_init_fn=worker_processes.begin)
 
