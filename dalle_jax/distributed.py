@@ -5,10 +5,11 @@ Every host runs the same command. It becomes one of several, before any use of a
     flags         --coordinator_address=HOST:PORT --num_processes=N --process_id=I, the address being host 0's
     environment   DALLE_JAX_COORDINATOR_ADDRESS, DALLE_JAX_NUM_PROCESSES, DALLE_JAX_PROCESS_ID: the same, for flags
                   that are not given
-    the cluster   --coordinator_address=auto: JAX's own detection (Cloud TPU pods, GKE, SLURM, Open MPI). Used unasked
-                  where the environment that SLURM, Open MPI or GKE sets up says that there are several processes
+    the cluster   --coordinator_address=auto: JAX's own detection (Cloud TPU slices, GKE, SLURM, Open MPI). Used unasked
+                  where what SLURM, Open MPI or GKE sets up in the environment, or on a Cloud TPU VM Google's metadata
+                  server, says that there are several processes
 
-`--coordinator_address=none` runs alone in spite of the environment.
+`--coordinator_address=none` runs alone in spite of them.
 
 Host 0 is the first: it alone writes configuration, metrics, pictures and progress, and where something is made once
 (a data set, a text model), it goes first, and the others then find it made.
@@ -19,9 +20,11 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import socket
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -33,6 +36,7 @@ from dalle_jax.errors import ConfigError, UserError
 
 CONNECT_SECONDS = 300
 LOST_HOST_SECONDS = 60
+_METADATA_SECONDS = 10
 _TURN_SECONDS = 24 * 3600  # for what the first host makes alone; should it die, the others hear of it much earlier
 _FLAGS = ("coordinator_address", "num_processes", "process_id")
 _lost_host_seconds = LOST_HOST_SECONDS
@@ -43,8 +47,11 @@ def define_flags() -> Callable[[str], None]:
     flags.DEFINE_string("coordinator_address", None, "Several hosts: host 0's HOST:PORT; or auto; or none.")
     flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes there are.")
     flags.DEFINE_integer("process_id", None, "Several hosts: which of them this one is, from 0.")
-    flags.DEFINE_integer("connect_seconds", CONNECT_SECONDS, "Several hosts: how long to wait for all to be there.")
-    flags.DEFINE_integer("lost_host_seconds", LOST_HOST_SECONDS, "Several hosts: how long one may be silent.")
+    for name, seconds, what in (
+        ("connect_seconds", CONNECT_SECONDS, "how long to wait for all to be there"),
+        ("lost_host_seconds", LOST_HOST_SECONDS, "how long one may be silent"),
+    ):
+        flags.DEFINE_integer(name, seconds, f"Several hosts: {what}.", lower_bound=1)
     names = (*_FLAGS, "connect_seconds", "lost_host_seconds")
     return lambda job: start(job, **{name: flags.FLAGS[name].value for name in names})
 
@@ -78,11 +85,12 @@ def start(
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     for name in _FLAGS:
         if given[name] is None:
-            given[name] = environment.get(f"DALLE_JAX_{name.upper()}")
+            given[name] = environment.get(f"DALLE_JAX_{name.upper()}") or None
     if given["coordinator_address"] == "none":
         return
-    detected = given["coordinator_address"] == "auto" or not any(given.values()) and _launched_by(environment)
-    if not detected and all(value is None for value in given.values()):
+    unasked = all(value is None for value in given.values())
+    detected = given["coordinator_address"] == "auto" or unasked and (_launched_by(environment) or _tpu_workers() > 1)
+    if unasked and not detected:
         return
     values = {} if detected else _checked(given)
     if values.get("num_processes") == 1:
@@ -124,16 +132,44 @@ def start(
     if failures:
         raise ConfigError(
             f"JAX could not join this process to others: {failures[0]}. Give --coordinator_address=HOST:PORT "
-            "--num_processes=N --process_id=I, or --coordinator_address=none to run alone."
+            "--num_processes=N --process_id=I, or --coordinator_address=none to run alone. (A Cloud TPU needs libtpu: "
+            "pip install -e '.[tpu]'.)"
         ) from failures[0]
 
 
 def _launched_by(environment: Mapping[str, str]) -> bool:
     """Whether a launcher that JAX knows has started several processes."""
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
-    slurm = environment.get("SLURM_NTASKS", "1") if "SLURM_STEP_NODELIST" in environment else "1"
-    slices = environment.get("MEGASCALE_NUM_SLICES") or "1"
-    return "," in workers or {slurm, slices, environment.get("OMPI_COMM_WORLD_SIZE", "1")} != {"1"}
+    counts = ["MEGASCALE_NUM_SLICES", "OMPI_COMM_WORLD_SIZE"]
+    if "SLURM_STEP_NODELIST" in environment:
+        counts.append("SLURM_NTASKS")
+    return "," in workers or any(environment.get(name) not in (None, "", "1") for name in counts)
+
+
+def _tpu_workers() -> int:
+    """How many hosts the Cloud TPU has that this one is of; 1 where it is of none.  Asks as JAX does.
+
+    `gcloud … tpu-vm create` puts nothing into the environment of its machines.
+    """
+    # JAX, when it was imported, set the first where it found no TPU chip.
+    if "TPU_SKIP_MDS_QUERY" in os.environ or "tpu" not in (os.environ.get("JAX_PLATFORMS") or "tpu"):
+        return 1
+    workers = len(_metadata("worker-network-endpoints").split(","))
+    slices = re.search(r"^MEGASCALE_NUM_SLICES: '?(\d+)", _metadata("tpu-env"), re.MULTILINE)
+    return workers * int(slices[1] if slices else 1)
+
+
+def _metadata(name: str) -> str:
+    """An attribute of this machine, from Google's metadata server; empty where there is none."""
+    server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
+    url = f"http://{server}/computeMetadata/v1/instance/attributes/{name}"
+    request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
+    directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    try:
+        with directly.open(request, timeout=_METADATA_SECONDS) as answer:
+            return answer.read().decode()
+    except OSError:  # not found, or no such server: another maker's machine
+        return ""
 
 
 def _checked(given: Mapping[str, Any]) -> dict[str, Any]:

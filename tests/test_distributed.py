@@ -4,7 +4,9 @@ Sums between processes are taken in another order than those inside of one, so t
 ten steps by at most 1e-7 (measured), of losses and parameters of order one.  The tests allow 1e-6.
 """
 
+import http.server
 import json
+import threading
 
 import jax
 import numpy as np
@@ -192,6 +194,8 @@ OWN = {"DALLE_JAX_COORDINATOR_ADDRESS": "a:1", "DALLE_JAX_NUM_PROCESSES": "3", "
         ({}, {"TPU_WORKER_HOSTNAMES": "a,b"}, "detected"),
         ({}, {"TPU_WORKER_HOSTNAMES": "localhost"}, None),
         ({}, {"MEGASCALE_NUM_SLICES": "2"}, "detected"),
+        ({}, {"MEGASCALE_NUM_SLICES": "", "OMPI_COMM_WORLD_SIZE": "", **SLURM, "SLURM_NTASKS": ""}, None),
+        ({}, dict.fromkeys(OWN, ""), None),
     ],
 )
 def test_who_asks_for_several_hosts(joined, flags, environment, expected):
@@ -207,9 +211,52 @@ def test_who_asks_for_several_hosts(joined, flags, environment, expected):
         assert call["cluster_detection_method"] == "deactivate"
 
 
+ENDPOINTS = "worker-network-endpoints"
+TPU_ENV = "ACCELERATOR_TYPE: 'v5p-128'\nMEGASCALE_NUM_SLICES: '2'\nZONE: 'us-east5-a'\n"
+
+
+@pytest.mark.parametrize(
+    "attributes, platforms, expected",
+    [
+        ({ENDPOINTS: "unused:a:10.0.0.2,unused:b:10.0.0.3"}, "", True),
+        ({ENDPOINTS: "10.0.0.2", "tpu-env": "ZONE: 'us-east5-a'\n"}, "", False),
+        ({ENDPOINTS: "10.0.0.2", "tpu-env": TPU_ENV}, "tpu,cpu", True),
+        ({ENDPOINTS: "10.0.0.2,10.0.0.3"}, "cpu", False),  # asked for by the user: no TPU, nobody to join
+        ({}, "", False),
+    ],
+)
+def test_a_cloud_tpu_says_how_many_hosts_it_has(joined, monkeypatch, attributes, platforms, expected):
+    """By the metadata server of its machines: nothing else says so where `gcloud … tpu-vm create` made the slice."""
+
+    class Metadata(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.removeprefix("/computeMetadata/v1/instance/attributes/")
+            found = name in attributes and self.headers["Metadata-Flavor"] == "Google"
+            self.send_response(200 if found else 404)
+            self.end_headers()
+            self.wfile.write(attributes[name].encode() if found else b"not found")
+
+        def log_message(self, *_):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Metadata) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        monkeypatch.setenv("GCE_METADATA_IP", f"127.0.0.1:{server.server_port}")
+        monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+        try:
+            distributed.start("train", environment={})
+        finally:
+            server.shutdown()
+            thread.join()
+    assert bool(joined) == expected
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
+        ({"process_id": 0}, "coordinator_address, num_processes is missing"),
         ({"coordinator_address": "a:1", "num_processes": 2}, "process_id is missing"),
         ({"process_id": 0}, "coordinator_address, num_processes is missing"),
         ({"coordinator_address": "a:1", "num_processes": 2, "process_id": 2}, "from 0 to num_processes - 1"),
