@@ -16,7 +16,6 @@ import importlib.metadata
 import json
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -78,8 +77,7 @@ def load_target(target: str, overrides: str = "") -> ConfigDict:
     Raises:
       ConfigError: no such file, variant or key, a value of another type, or a config that trains nothing.
     """
-    path, _, variant = target.partition(":")
-    config = config_files.module(path, Path(path).name).get_config(*([variant] if variant else []))
+    config = config_files.load(target, "config.target")
     if config.get("job") != "train":
         raise ConfigError(
             f"config.target={target!r} is a config of the job {config.get('job')!r}; expected a training."

@@ -1,4 +1,5 @@
-"""Config files that other config files build on: `configs/prior.py` holds the config of its image tokenizer."""
+"""Config files that are read by others: `configs/prior.py` holds the config of its image tokenizer, and
+`configs/compile.py` takes any training's."""
 
 from __future__ import annotations
 
@@ -8,8 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
 
+from ml_collections import ConfigDict
+
 from dalle_jax.errors import ConfigError
-from dalle_jax.options import closest
+from dalle_jax.options import closest, explain_config_error
 
 T = TypeVar("T")
 
@@ -20,15 +23,39 @@ def module(file: str | Path, name: str) -> ModuleType:
     Config files are run by path, wherever they are, so they cannot import one another by name.
 
     Raises:
-      ConfigError: where there is no such file.
+      ConfigError: where there is no such file, or it is not Python's.
     """
     path = Path(file).with_name(name)
     if not path.is_file():
         raise ConfigError(f"There is no config file {path}: run from the repository's root, or give its whole path.")
+    if path.suffix != ".py":
+        raise ConfigError(f"{path} is not a Python file; expected a config file such as configs/prior.py.")
     spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
     loaded = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(loaded)
     return loaded
+
+
+def load(given: str, option: str) -> ConfigDict:
+    """The config of "FILE[:VARIANT]".
+
+    Args:
+      given: "configs/prior.py:paper".
+      option: which says so, for messages.
+
+    Raises:
+      ConfigError: where there is no such file or variant, or the file is no config.
+    """
+    path, _, variant = given.partition(":")
+    if not Path(path).name:
+        raise ConfigError(f"{option}={given!r} names no file; expected a config such as configs/prior.py:paper.")
+    loaded = module(path, Path(path).name)
+    try:
+        return loaded.get_config(*([variant] if variant else []))
+    except (TypeError, AttributeError) as error:
+        if refused := explain_config_error(error, f"{option}={given}"):
+            raise refused from None
+        raise
 
 
 def choose(variants: Mapping[str, T], variant: str | None, file: str) -> tuple[str, T]:

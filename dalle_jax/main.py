@@ -46,7 +46,7 @@ def _parse(argv: list[str]) -> list[str]:
         if _CONFIG.value.job not in JOBS:  # (a file that could not be read says so here)
             raise ConfigError(f"config.job={_CONFIG.value.job!r}: expected one of {', '.join(JOBS)}.")
         return rest
-    except (flags.Error, LookupError, AttributeError, ValueError, TypeError, OSError) as error:
+    except (flags.Error, LookupError, AttributeError, ValueError, TypeError, OSError, SyntaxError) as error:
         raise explain_flag_error(error, argv) from None
 
 

@@ -50,6 +50,33 @@ def from_config(cls: type[T], section: Mapping[str, Any], where: str) -> T:
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in section.items()})
 
 
+def explain_config_error(error: BaseException, given: str) -> ConfigError | None:
+    """What to raise where a file could not be run as a config because it is none, or has no variants.
+
+    Args:
+      error: what running the file, or calling its `get_config`, raised.
+      given: the option that names it, for the message.
+
+    Returns:
+      None where the file itself has a fault.
+    """
+    if isinstance(error, SyntaxError) and not (error.filename or "").endswith(".py"):
+        return ConfigError(f"{given}: not a Python file; expected a config file such as configs/prior.py.")
+    if not _raised_in(error, "ml_collections", "config_files"):
+        return None
+    if str(error).startswith("get_config() takes 0 positional arguments"):
+        return ConfigError(f"{given}: this config has no variants; leave out the colon and what follows it.")
+    if str(error).endswith("has no attribute 'get_config'"):
+        return ConfigError(f"{given}: no config, for it has no get_config(); expected one such as configs/prior.py.")
+    return None
+
+
+def _raised_in(error: BaseException, *names: str) -> bool:
+    """Whether the file that raised `error` has one of `names` in its path."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and any(name in frames[-1].filename for name in names)
+
+
 def explain_flag_error(error: Exception, argv: Sequence[str]) -> Exception:
     """What to raise for an error that absl's or ml_collections' flag parsing raised.
 
@@ -62,16 +89,17 @@ def explain_flag_error(error: Exception, argv: Sequence[str]) -> Exception:
       error itself where the config file has a fault (its traceback is needed).
     """
     text, cause = str(error).replace("\\", ""), error
+    config = next((arg for arg in argv if arg.startswith("--config=")), "--config")
     while cause is not None:  # a config file's own refusal, wrapped by the flag parser
         found, cause = cause, cause.__cause__ or cause.__context__
         if isinstance(found, UserError) and not str(found).startswith("Error whilst parsing"):
             return found
-    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
-    if "Error whilst parsing config file" in text or not any(name in raised_in for name in ("absl", "ml_collections")):
+        if refused := explain_config_error(found, config):
+            return refused
+    if "Error whilst parsing config file" in text or not _raised_in(error, "absl", "ml_collections"):
         return error
     if isinstance(error, OSError):
-        given = next((arg for arg in argv if arg.startswith("--config=")), "--config")
-        return ConfigError(f"{given}: no such file; run from the repository's root, or give its whole path.")
+        return ConfigError(f"{config}: no such file; run from the repository's root, or give its whole path.")
     if isinstance(error, (KeyError, AttributeError)) and (key := re.search(r"'(\w+)'", text)):
         given = next((arg for arg in argv if f".{key[1]}" in arg), "The command")
         near = re.search(r'Did you mean ("\w+")', text)

@@ -29,6 +29,12 @@ def test_overrides_have_the_types_of_the_keys():
     [
         ("configs/prior.py:papr", "", 'did you mean "paper"'),
         ("configs/nothing.py", "", "There is no config file"),
+        ("", "", "config.target='' names no file; expected a config such as"),
+        (":paper", "", "config.target=':paper' names no file"),
+        ("configs", "", "There is no config file configs"),
+        ("README.md", "", "README.md is not a Python file; expected a config file"),
+        ("configs/common.py", "", "config.target=configs/common.py: no config, for it has no get_config"),
+        ("configs/generate.py:paper", "", "config.target=configs/generate.py:paper: this config has no variants"),
         ("configs/generate.py", "", "job 'generate'; expected a training"),
         ("configs/prior.py", "mesh.fsdb=2", "mesh.fsdb=2 does not fit"),
         ("configs/prior.py", "mesh.fsdp=two", "mesh.fsdp='two' does not fit"),

@@ -151,6 +151,21 @@ def test_a_missing_config_file():
         load("nowhere")
 
 
+@pytest.mark.parametrize("name", ["compile", "generate", "quickstart"])
+def test_configs_without_variants(name):
+    path = CONFIGS / f"{name}.py"
+    with pytest.raises(ConfigError, match=f"--config={path}:paper: this config has no variants; leave out the colon"):
+        config_files.load(f"{path}:paper", "--config")
+    assert config_files.load(str(path), "--config").job == name
+
+
+def test_a_config_with_a_fault_keeps_its_traceback(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text("def get_config():\n    return get_config(3)\n")
+    with pytest.raises(TypeError, match="takes 0 positional"):
+        config_files.load(str(path), "--config")
+
+
 def test_the_papers_data_sets():
     """What the other configs are built on: names and keys of COCO, CUB and tar shards."""
     common = load("common")

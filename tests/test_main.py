@@ -47,6 +47,7 @@ def command(monkeypatch, config_file, capsys):
             delattr(flags.FLAGS, name)
         flags.FLAGS["config"].unparse()
         flags.FLAGS["workdir"].unparse()
+        sys.modules.pop("config_config", None)  # else a file's names are added to those of the one before
         with pytest.raises(SystemExit) as stopped:
             main_module.main()
         return stopped.value.code or 0, capsys.readouterr().err, calls
@@ -72,6 +73,9 @@ def test_dispatches_with_overrides(command, config_file):
         (["--config=FILE", "--config.steps=many"], "--config.steps=many"),
         (["--config=FILE", "--config.job=dance"], "config.job='dance': expected one of train, generate"),
         (["--config=FILE:huge"], "a.py has no variant 'huge'; it has: small, large."),
+        (["--config=configs/compile.py:paper"], "--config=configs/compile.py:paper: this config has no variants"),
+        (["--config=configs/common.py"], "--config=configs/common.py: no config, for it has no get_config()"),
+        (["--config=README.md"], "--config=README.md: not a Python file; expected a config file such as"),
         (["--config=nowhere.py"], "--config=nowhere.py: no such file"),
         (["--config=nowhere.py", "--config.steps=3"], "--config=nowhere.py: no such file"),
         (["--config=FILE", "extra"], "Unexpected argument 'extra'"),
@@ -109,6 +113,9 @@ def test_bugs_keep_their_traceback(command, config_file):
     config_file.write_text("x = {}['k']\n")
     with pytest.raises(KeyError, match="k"):
         command(f"--config={config_file}")
+    config_file.write_text("def get_config():\n    return (lambda: get_config(3))()\n")
+    with pytest.raises(flags.Error, match=r"get_config\(\) takes 0 positional"):
+        command(f"--config={config_file}")  # the file's own fault
 
 
 def test_a_real_process(config_file):
