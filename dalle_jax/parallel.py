@@ -25,7 +25,7 @@ from absl import logging
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dalle_jax.errors import MeshError
+from dalle_jax.errors import ConfigError, MeshError
 
 T = TypeVar("T")
 
@@ -193,8 +193,11 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate_steps: int = 1) -> None:
     """Checks that a global batch can be split over the mesh, in `accumulate_steps` slices.
 
     Raises:
-      MeshError: it cannot.
+      ConfigError: a batch without rows.
+      MeshError: it cannot be split.
     """
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}: expected at least 1.")
     shards = batch_shards(mesh) * accumulate_steps
     if batch_size % shards:
         raise MeshError(

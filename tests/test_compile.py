@@ -3,11 +3,12 @@
 import importlib.util
 import json
 
+import jax
 import pytest
 
 from dalle_jax import compile as compile_module
 from dalle_jax import tasks
-from dalle_jax.compile import CompileOptions, compile_target, load_target
+from dalle_jax.compile import CompileOptions, compile_target, load_target, make_subject
 from dalle_jax.errors import ConfigError, DoesNotFit, UserError
 from dalle_jax.tpu import figures, remedies, topologies
 
@@ -44,6 +45,21 @@ def test_overrides_have_the_types_of_the_keys():
 def test_targets_that_cannot_be(target, overrides, words):
     with pytest.raises(ConfigError, match=words):
         load_target(target, overrides)
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        ("batch_size=0", "batch_size=0: expected at least 1"),
+        ("model.trunk.width=0", "config.model: model.trunk.width is 0; expected at least 1"),
+        ("model.trunk.heads=0", "config.model: model.trunk.heads is 0"),
+        ("model.trunk.depth=-1", "config.model: model.trunk.depth is -1"),
+        ("model.trunk.width=65,model.trunk.heads=4", "width 65 is not a multiple of .*heads 4; .* width to 64"),
+    ],
+)
+def test_sizes_that_cannot_be(overrides, words):
+    with pytest.raises(ConfigError, match=words):
+        make_subject(load_target("configs/prior.py", overrides), jax.devices())
 
 
 @pytest.mark.parametrize(

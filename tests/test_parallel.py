@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dalle_jax import parallel
-from dalle_jax.errors import MeshError
+from dalle_jax.errors import ConfigError, MeshError
 
 
 @pytest.mark.parametrize(
@@ -143,6 +143,9 @@ def test_batch_that_cannot_be_split():
     mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
     parallel.check_batch(mesh, 12)
     parallel.check_batch(mesh, 24, accumulate_steps=3)
+    for rows in (0, -4):
+        with pytest.raises(ConfigError, match=f"batch_size={rows}: expected at least 1"):
+            parallel.check_batch(mesh, rows)
     with pytest.raises(MeshError, match="multiple of 4"):
         parallel.check_batch(mesh, 10)
     with pytest.raises(MeshError, match="multiple of 12"):

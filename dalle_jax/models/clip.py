@@ -92,6 +92,10 @@ class CLIPOptions:
     dtype: str = "float32"
 
     def __post_init__(self):
+        sizes = [f"{tower}_{size}" for tower in ("image", "text") for size in ("width", "heads")]
+        for name in (*sizes, "patch", "embed_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"model.{name} is {getattr(self, name)}; expected at least 1.")
         if self.image_size % self.patch:
             raise ConfigError(f"Pictures of {self.image_size} pixels cannot be cut into patches of {self.patch}.")
         for tower in ("image", "text"):

@@ -95,11 +95,26 @@ class TransformerOptions:
         choices = {"norm": NORMS, "activation": ACTIVATIONS, "positions": POSITIONS, "remat": REMAT}
         for field, known in (choices | {"attention_kernel": splash.KERNELS}).items():
             if getattr(self, field) not in known:
-                raise ValueError(f"model.{field} is {getattr(self, field)!r}; expected one of {', '.join(known)}.")
+                given = f"model.trunk.{field} is {getattr(self, field)!r}"
+                raise ValueError(f"{given}; expected one of {', '.join(known)}.")
+        for field in ("width", "depth", "heads"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"model.trunk.{field} is {getattr(self, field)}; expected at least 1.")
+        if self.head_dim < 0:
+            raise ValueError(f"model.trunk.head_dim is {self.head_dim}; expected a size, or 0 for width / heads.")
+        if self.hidden < 1:
+            raise ValueError(
+                f"model.trunk.mlp_ratio is {self.mlp_ratio}, which leaves an MLP of width {self.width} no hidden unit; "
+                "expected a positive number, such as 4."
+            )
         if not self.head_dim and self.width % self.heads:
-            raise ValueError(f"width {self.width} is not a multiple of heads {self.heads}; set head_dim.")
+            raise ValueError(
+                f"model.trunk.width {self.width} is not a multiple of model.trunk.heads {self.heads}; change one of "
+                f"them: the width to {self.heads * max(round(self.width / self.heads), 1)}, for example."
+            )
         if self.positions == "rotary" and self.size_per_head % 4:
-            raise ValueError(f"Rotary positions need a head size divisible by 4, not {self.size_per_head}.")
+            size = self.size_per_head
+            raise ValueError(f"Rotary positions need a head size (width / heads) divisible by 4, not {size}.")
 
     @property
     def size_per_head(self) -> int:
