@@ -25,7 +25,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from dalle_jax import compilation_cache, config_files, optimizers, parallel, schedules, tasks
+from dalle_jax import compilation_cache, config_files, optimizers, parallel, schedules, storage, tasks
 from dalle_jax.errors import ConfigError, DoesNotFit
 from dalle_jax.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.options import from_config
@@ -172,7 +172,12 @@ def lower_sampler(subject: Subject, rows: int) -> tuple[jax.stages.Lowered, dict
         raise ConfigError(
             f"config.what='sample': only a prior draws pictures, and the task is {subject.config.task!r}."
         )
-    parallel.check_batch(subject.mesh, rows)
+    shards = parallel.batch_shards(subject.mesh)
+    if rows % shards:
+        raise ConfigError(
+            f"config.rows={rows} cannot be split over {shards} devices (mesh {dict(subject.mesh.shape)}): give a "
+            f"multiple of {shards}, or another mesh in config.overrides."
+        )
     by_row = parallel.batch_sharding(subject.mesh)
     text = _on(jax.ShapeDtypeStruct((rows, prior.layout.text_length), jnp.int32), by_row)
     keys = _on(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)), by_row)
@@ -185,11 +190,11 @@ def compile_target(options: CompileOptions) -> dict[str, Any]:
     """Compiles, and measures what came out.
 
     Returns:
-      See `tpu.figures`.
+      See `tpu.figures`; and "remedies", where the compiler made a program that does not fit: what would help, else "".
 
     Raises:
       ConfigError: target, topology or overrides that cannot be.
-      DoesNotFit: the program needs more memory than a chip has; says what would help.
+      DoesNotFit: the compiler refuses a program that needs more memory than a chip has; says what would help.
     """
     config = load_target(options.target, options.overrides)
     devices = topologies.devices(options.topology)
@@ -204,24 +209,28 @@ def compile_target(options: CompileOptions) -> dict[str, Any]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        raise DoesNotFit(remedies.explain(options, subject, arguments, str(error))) from None
+        memory = remedies.needed_and_available(str(error))
+        raise DoesNotFit(remedies.explain(options, subject, arguments, memory, str(error))) from None
     seconds, program = time.perf_counter() - began, Program(compiled.as_text())
     rows = config.batch_size if options.what == "train" else options.rows
     if options.what == "train":
         wanted = model_flops.training(subject.task, subject.batch)
     else:
         wanted = model_flops.sampling(subject.task.prior, rows)
+    found = figures.figures(
+        subject.mesh,
+        arguments,
+        compiled,
+        program,
+        wanted,
+        rows,
+        kernels.of_subject(program.silent_kernels, subject, rows, sampling=options.what == "sample"),
+    )
+    memory = (found["bytes"]["total"], found["bytes"]["memory"])
     return {
         **dataclasses.asdict(options),
-        **figures.figures(
-            subject.mesh,
-            arguments,
-            compiled,
-            program,
-            wanted,
-            rows,
-            kernels.of_subject(program.silent_kernels, subject, rows, sampling=options.what == "sample"),
-        ),
+        **found,
+        "remedies": "" if found["fits"] else remedies.explain(options, subject, arguments, memory),
         "compile_seconds": seconds,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
     }
@@ -231,13 +240,30 @@ def run(config: ConfigDict, workdir: str) -> Mapping[str, Any]:
     """The job of `configs/compile.py`: prints a table, and writes `compile.json` into `workdir`.
 
     Raises:
-      UserError: see `compile_target`.
+      ConfigError: a workdir that cannot be written; and see `compile_target`.
+      DoesNotFit: after the table and the file, where there is a program to tell of.
     """
     fields = {field.name for field in dataclasses.fields(CompileOptions)}
     options = CompileOptions(**{name: value for name, value in config.items() if name in fields})
+    folder = _writable(workdir)
     found = compile_target(options)
     print(figures.table(found))
-    folder = epath.Path(workdir)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "compile.json").write_text(json.dumps(found, indent=2) + "\n")
+    with storage.access(workdir):
+        storage.write_whole(folder / "compile.json", f"{json.dumps(found, indent=2)}\n".encode())
+    if not found["fits"]:
+        raise DoesNotFit(found["remedies"])
     return found
+
+
+def _writable(workdir: str) -> epath.Path:
+    """The folder for the results, made and tried before the minutes or hours that they take.
+
+    Raises:
+      ConfigError: it cannot be made, or nothing can be written there.
+    """
+    folder = epath.Path(storage.make_workdir(workdir))
+    with storage.access(workdir):
+        trial = folder / "compile.json.trial"
+        trial.write_text("")
+        trial.unlink()
+    return folder

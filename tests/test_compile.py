@@ -5,10 +5,11 @@ import json
 
 import jax
 import pytest
+from ml_collections import ConfigDict
 
 from dalle_jax import compile as compile_module
 from dalle_jax import tasks
-from dalle_jax.compile import CompileOptions, compile_target, load_target, make_subject
+from dalle_jax.compile import CompileOptions, compile_target, load_target, lower_sampler, make_subject
 from dalle_jax.errors import ConfigError, DoesNotFit, UserError
 from dalle_jax.tpu import figures, remedies, topologies
 
@@ -69,6 +70,24 @@ def test_sizes_that_cannot_be(overrides, words):
 def test_options_that_cannot_be(wrong, words):
     with pytest.raises(ConfigError, match=words):
         CompileOptions("configs/prior.py", "v5e:2x2", **wrong)
+
+
+def test_rows_that_cannot_be_split():
+    subject = make_subject(load_target("configs/maskgit.py", "mesh.data=4,mesh.tensor=2"), jax.devices())
+    with pytest.raises(ConfigError, match="config.rows=3 cannot be split over 4 devices .*: give a multiple of 4"):
+        lower_sampler(subject, 3)
+
+
+def run_config(target, **options):
+    return ConfigDict({"job": "compile", "workdir": "", "target": target, "topology": "v5e:2x2", **options})
+
+
+@pytest.mark.parametrize("where", ["/proc/x", "/proc", "a_file", "a_file/x"])
+def test_a_workdir_that_cannot_be_written_is_known_before_compiling(where, tmp_path, monkeypatch):
+    (tmp_path / "a_file").touch()
+    monkeypatch.setattr(compile_module, "compile_target", lambda options: pytest.fail("compiled"))
+    with pytest.raises(ConfigError, match=f"Cannot use '.*{where}' as the workdir: .* Give another --workdir"):
+        compile_module.run(run_config("configs/prior.py"), str(tmp_path / where))
 
 
 def test_missing_libtpu_is_named(monkeypatch):
@@ -135,13 +154,11 @@ def test_figures_of_the_shapes_prior(compiled_prior):
 @needs_libtpu
 def test_the_table_and_the_file(compiled_prior, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compile_module, "compile_target", lambda options: compiled_prior)
-    from ml_collections import ConfigDict
-
-    config = ConfigDict({"job": "compile", "workdir": "", "target": "configs/prior.py", "topology": "v5e:2x2"})
-    compile_module.run(config, str(tmp_path / "new"))
+    compile_module.run(run_config("configs/prior.py"), str(tmp_path / "new"))
     printed = capsys.readouterr().out
     assert "fits" in printed and "utilisation" in printed and "all-gather" in printed
     assert json.loads((tmp_path / "new" / "compile.json").read_text())["chips"] == 4
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["compile.json"]
 
 
 @needs_libtpu
@@ -181,6 +198,23 @@ def test_what_does_not_fit_ends_with_a_remedy():
     with pytest.raises(DoesNotFit, match=r"does not fit v5e:2x2.*GiB.*accumulate_steps=\d+") as raised:
         compile_target(CompileOptions("configs/clip.py".replace("clip", "dvae"), "v5e:2x2", big))
     assert raised.value.exit_code != 0 and isinstance(raised.value, UserError)
+
+
+@needs_libtpu
+def test_what_was_compiled_and_does_not_fit_ends_with_a_remedy(tmp_path, capsys, monkeypatch):
+    """The compiler itself refuses most of it, but not all."""
+    measured = figures.figures
+
+    def larger(*arguments):
+        f = measured(*arguments)
+        return {**f, "fits": False, "bytes": {**f["bytes"], "total": 20 * 2**30}}
+
+    monkeypatch.setattr(figures, "figures", larger)
+    with pytest.raises(
+        DoesNotFit, match=r"does not fit v5e:2x2.*it needs 20.00 GiB of v5e's 16.00 .*accumulate_steps="
+    ):
+        compile_module.run(run_config("configs/dvae.py", effort="low"), str(tmp_path))
+    assert "DOES NOT FIT" in capsys.readouterr().out and not json.loads((tmp_path / "compile.json").read_text())["fits"]
 
 
 def test_the_compilers_message_is_read():

@@ -129,9 +129,11 @@ def figures(
 
 
 def _fits(f: dict[str, Any]) -> str:
+    if not f["fits"]:
+        return "DOES NOT FIT"
     if f.get("effort") == "low" and f["bytes"]["total"] > 7 / 8 * f["bytes"]["memory"]:
         return "fits with low effort; the full one may need an eighth more"
-    return "fits" if f["fits"] else "DOES NOT FIT"
+    return "fits"
 
 
 def table(f: dict[str, Any]) -> str:

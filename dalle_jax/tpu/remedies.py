@@ -23,20 +23,28 @@ def needed_and_available(message: str) -> tuple[float, float] | None:
     return found and (float(found[1]) * _UNITS[found[2]], float(found[3]) * _UNITS[found[4]])
 
 
-def explain(options: Any, subject: Any, arguments: Mapping[str, Any], message: str) -> str:
+def explain(
+    options: Any,
+    subject: Any,
+    arguments: Mapping[str, Any],
+    memory: tuple[float, float] | None,
+    message: str = "",
+) -> str:
     """The error for a program that does not fit.
 
     Args:
       options: `compile.CompileOptions`.
       subject: `compile.Subject`.
       arguments: of the program, see `figures.figures`.
-      message: the compiler's.
+      memory: bytes that the program needs, and those that there are, on each chip; None where the compiler, which
+        refused it, does not say.
+      message: what it says then.
 
     Returns:
       What was given, how much it needs, and what would help.
     """
     chip = topologies.chip(subject.mesh.devices.flat[0])
-    needed, available = needed_and_available(message) or (math.nan, chip.memory)
+    needed, available = memory or (math.nan, chip.memory)
     state, gradients = bytes_per_chip(arguments), bytes_per_chip(arguments["parameters"])
     lasting = state + (gradients if options.what == "train" else 0)
     said = f"it needs {needed / GIB:.2f} GiB" if needed == needed else message.partition("\n")[0]
