@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
@@ -99,7 +100,7 @@ def without_path(lines):
 )
 def test_dry_run(arguments, expected, tmp_path):
     status, said = script(arguments[0], *HERE, "--dry-run", *arguments[1:], PATH=no_gcloud(tmp_path))
-    found = [line.replace(" --project=mine", "", 0) for line in without_path(commands(said))]
+    found = without_path(commands(said))
     if "--project=mine" in arguments:
         expected = [expected[0], expected[1].replace(" --format", " --project=mine --format")]
     assert (status, found) == (0, expected), said
@@ -340,8 +341,10 @@ if "pip" in sys.argv:
     print("installed", sys.argv[-1])
     sys.exit()
 os.execv({python!r}, [{python!r}, "-u", "-c", """if True:
-    import signal, sys
+    import signal, subprocess, sys
     what = sys.argv[-1]
+    if what == "deaf":
+        print("data worker", subprocess.Popen(["sleep", "100"]).pid)
     def save(*_):
         print("stopped at step 3 of 9 and saved; the same command goes on from there")
         sys.exit(0)
@@ -397,6 +400,13 @@ def started(worker, what):
     return log
 
 
+def processes(log):
+    """The one that waits for the training, and the training."""
+    training = int(log.with_name("pid").read_text())
+    status = pathlib.Path(f"/proc/{training}/stat").read_text()
+    return int(status.rpartition(")")[2].split()[1]), training
+
+
 def ended(worker):
     done = worker.home / "dalle_jax_run/exit"
     subprocess.run(["timeout", "30", "sh", "-c", f"until [ -e '{done}' ]; do sleep 0.05; done"], check=True)
@@ -439,7 +449,8 @@ def test_worker_saves_and_goes_on(worker):
 def test_worker_when_the_machine_is_shut_down(worker):
     """Everything gets SIGTERM then: the training saves, and how it ended is kept all the same."""
     log = started(worker, "wait")
-    os.killpg(os.getpgid(int(log.with_name("pid").read_text())), signal.SIGTERM)
+    for process in processes(log):
+        os.killpg(os.getpgid(process), signal.SIGTERM)
     ended(worker)
     assert worker("status") == "worker.sh: stopped"
 
@@ -449,6 +460,34 @@ def test_worker_tells_how_it_ended(worker, status, words):
     started(worker, status)
     ended(worker)
     assert worker("status") == f"worker.sh: {words}"
+
+
+@pytest.mark.parametrize("how", ["stop", "by itself"])
+def test_worker_leaves_no_data_worker_behind(worker, how):
+    """In the memory, or on the TPU, that the next training wants; the training was given no chance to end them."""
+    log = started(worker, "deaf")
+    child = pathlib.Path("/proc", re.search(r"data worker (\d+)", log.read_text())[1])
+    assert child.exists()
+    waits, training = processes(log)
+    if how == "stop":
+        os.kill(waits, signal.SIGKILL)
+        worker("stop", WORKER_STOP_SECONDS="0")
+    else:
+        os.kill(training, signal.SIGKILL)
+        ended(worker)
+    subprocess.run(
+        ["timeout", "10", "sh", "-c", f"while grep -q sleep {child}/cmdline; do sleep 0.05; done"], check=True
+    )
+
+
+def test_worker_says_why_it_could_not_start(worker):
+    said = worker("start", "wait")
+    assert "worker.sh: the training did not start" in said and "cd: dalle_jax: No such file" in said, "not set up"
+    (worker.home / "dalle_jax").mkdir()
+    (worker.home / "dalle_jax_run/pid.new").mkdir()  # its number cannot be written, as on a full disk
+    assert "worker.sh: the training did not start" in worker("start", "wait")
+    assert worker("status") == "worker.sh: none"
+    assert "ready" not in (worker.home / "dalle_jax_run/log").read_text(), "a training that nobody could stop"
 
 
 def test_worker_after_a_kill(worker):

@@ -4,7 +4,8 @@
 #   worker.sh setup REPOSITORY COMMIT   clone or update the project, and install it with its TPU extra
 #   worker.sh start ARGUMENTS…          start python -m dalle_jax.main ARGUMENTS… in the background, in place of one before
 #   worker.sh status                    running, done, stopped (saved, and to be gone on with), killed, failed, or none
-#   worker.sh stop                      SIGTERM, which saves; returns when the training has ended
+#   worker.sh stop                      SIGTERM, which saves; returns when the training has ended. After ten minutes it is
+#                                       killed, with its data workers
 #
 # Files: dalle_jax/ (the clone), dalle_jax_venv/, dalle_jax_run/log (of this start), log.before, pid, exit.
 set -euo pipefail
@@ -16,7 +17,7 @@ goes_on='the same command goes on from there' # what dalle_jax.train prints when
 say() { echo "worker.sh: $*"; }
 
 is_running() { # whether the process is there, and is ours: numbers are used again after a restart of the machine
-  [ -e $run/pid ] && grep -q -s -a -e dalle_jax.main -e wait_for "/proc/$(cat $run/pid)/cmdline"
+  [ -e $run/pid ] && grep -q -s -a dalle_jax.main "/proc/$(cat $run/pid)/cmdline"
 }
 
 newer_python() { # an interpreter that this project works with; nothing where there is none
@@ -56,7 +57,15 @@ start() {
   if [ -e $run/log ]; then mv $run/log $run/log.before; fi
   echo "$(date '+%F %T') $(hostname): python -m dalle_jax.main $*" >$run/log
   setsid nohup bash "$(realpath "${BASH_SOURCE[0]}")" wait_for "$@" </dev/null >>$run/log 2>&1 &
-  until [ -e $run/pid ]; do sleep 0.1; done
+  for _ in {1..300}; do # 30 s
+    if [ -e $run/pid ] || ! kill -0 $! 2>/dev/null; then break; fi
+    sleep 0.1
+  done
+  if [ ! -e $run/pid ]; then
+    say "the training did not start; ~/$run/log ends so:" >&2
+    tail -n 5 $run/log >&2
+    exit 1
+  fi
   say "started"
 }
 
@@ -64,13 +73,15 @@ wait_for() { # the background half of start: runs the training and keeps its exi
   local code=0
   trap : TERM # at shutdown everything gets SIGTERM; the training has its own use for it, and this waits for it
   cd dalle_jax
-  ../dalle_jax_venv/bin/python -u -m dalle_jax.main "$@" &
-  echo $! >../$run/pid.new
-  mv ../$run/pid.new ../$run/pid
+  # In a process group of its own, whose number is its own; without a file that says so, it does not begin.
+  # shellcheck disable=SC2016  # (the inner shell's)
+  setsid bash -c 'echo $$ >"$0.new" && mv "$0.new" "$0" && exec "$@"' ../$run/pid \
+    ../dalle_jax_venv/bin/python -u -m dalle_jax.main "$@" &
   while true; do
     wait $! && code=0 || code=$?
     kill -0 $! 2>/dev/null || break
   done
+  kill -KILL -- "-$!" 2>/dev/null || true # data workers that outlive it would keep the TPU, or the memory, from the next
   echo $code >../$run/exit
 }
 
@@ -96,7 +107,7 @@ stop() {
   kill -TERM "$(cat $run/pid)"
   until ! is_running; do
     if [ "$((seconds--))" -le 0 ]; then
-      kill -KILL "$(cat $run/pid)" || true
+      kill -KILL -- "-$(cat $run/pid)" || true # the whole group
       break
     fi
     sleep 1
