@@ -57,7 +57,10 @@ START = (
     r"--workdir=gs://bucket/a\\\ b\ --config.steps=7"
 )
 DESCRIBE = r"tpu-vm describe pod --format=value\(state\)"
-STATUS = r"tpu-vm ssh pod --worker=all --command=bash\ worker.sh\ status"
+STATUS = (
+    r"tpu-vm ssh pod --worker=all --command=bash\ worker.sh\ status "
+    "--ssh-flag=-oConnectTimeout=60 --ssh-flag=-oServerAliveInterval=30"
+)
 CREATE = "tpu-vm create pod --version=v2-alpha-tpuv6e --accelerator-type=v6e-16"
 
 
@@ -106,6 +109,15 @@ def test_dry_run(arguments, expected, tmp_path):
     assert (status, found) == (0, expected), said
 
 
+@pytest.mark.parametrize("command", ["launch", "resume"])
+def test_the_trainings_arguments_may_be_two_words(command, tmp_path):
+    training = ("--", "--config", "configs/prior.py", "--config.steps=7", "--workdir", "gs://b/p")
+    status, said = script(command, *HERE, *TYPE, *JOB, "--dry-run", *training, PATH=no_gcloud(tmp_path))
+    assert status == 0 and "warning" not in said, said
+    (start,) = [line for line in commands(said) if "worker.sh\\ start" in line]
+    assert start.endswith(r"start\ --config\ configs/prior.py\ --config.steps=7\ --workdir\ gs://b/p")
+
+
 def test_every_command_takes_the_same_line(tmp_path):
     line = (*HERE, *TYPE, "--spot", "--queued", *JOB, "--dry-run", "--poll=1", "--yes", *TRAINING)
     for command in ("create", "launch", "watch", "resume", "delete"):
@@ -129,6 +141,10 @@ def test_every_command_takes_the_same_line(tmp_path):
         (["launch", *HERE, *JOB], "launch needs the training's arguments, for example -- --config="),
         (["launch", *HERE, *JOB, "--config=configs/prior.py"], "--config=configs/prior.py is the training's: write it"),
         (["resume", *HERE, *TYPE, *JOB, "--", "--config=a", "--workdir=runs"], "outlives the TPU VM (given: 'runs')"),
+        (
+            ["resume", *HERE, *TYPE, *JOB, "--", "--config", "a", "--workdir", "runs"],
+            "outlives the TPU VM (given: 'runs')",
+        ),
         (["delete", *HERE], "nobody to ask: add --yes"),
     ],
 )
@@ -222,8 +238,8 @@ def no_gcloud(folder):
     return str(tools)
 
 
-def resume(fake, *options):
-    return script("resume", *HERE, *TYPE, "--poll=0", *options, *JOB, *TRAINING, PATH=fake.path)
+def resume(fake, *options, **environment):
+    return script("resume", *HERE, *TYPE, "--poll=0", *options, *JOB, *TRAINING, PATH=fake.path, **environment)
 
 
 RUNNING, DONE, SAVED = ("worker.sh: running|worker.sh: running", "worker.sh: done|worker.sh: done",
@@ -293,6 +309,35 @@ def test_resume_gives_up_a_training_that_fails(fake):
     status, said = resume(fake)
     assert status == 1 and "error: The disk is full." in said and "failed three times" in said, said
     assert fake.calls() == [*ASK, *LAUNCH, *ASK, *LAUNCH, *ASK, "tail -n 20 dalle_jax_run/log"]
+
+
+@pytest.mark.parametrize("healthy, ends", [("0", False), ("3600", True)], ids=["long", "short"])
+def test_resume_counts_failures_anew_after_a_healthy_run(fake, healthy, ends):
+    failed = "worker.sh: failed, status 1|worker.sh: failed, status 1"
+    fake.answers(describe=["READY"] * 9, ssh=[failed, RUNNING] * 4 + [DONE])
+    status, said = resume(fake, TPU_VM_HEALTHY_SECONDS=healthy)
+    assert status == ends and ("the training failed three times" in said) == ends, said
+    assert fake.calls().count("scp") == (2 if ends else 4)
+
+
+def test_only_a_run_in_one_piece_is_healthy(fake):
+    failed = "worker.sh: failed, status 1"
+    fake.answers(describe=["READY"] * 6, ssh=[failed, RUNNING, failed, RUNNING, failed, DONE])
+    status, said = resume(fake, "--poll=1", TPU_VM_HEALTHY_SECONDS="2")
+    assert status == 1 and "the training failed three times" in said, said
+
+
+def test_resume_gives_up_workers_that_do_not_answer(fake):
+    fake.answers(describe=["READY"] * 2, ssh=[RUNNING, "!Connection refused"])
+    status, said = resume(fake, TPU_VM_PATIENCE_SECONDS="0")
+    assert status == 1 and "pod is READY, but a worker has not answered for 0 s; see what it says" in said, said
+    assert "gcloud compute tpus tpu-vm ssh pod --worker=all" in said and fake.calls() == [*ASK, *ASK]
+
+
+def test_an_answer_ends_the_silence(fake):
+    fake.answers(describe=["READY"] * 4, ssh=["!Connection refused", RUNNING, "!Connection refused", DONE])
+    status, said = resume(fake, "--poll=1", TPU_VM_PATIENCE_SECONDS="2")
+    assert status == 0 and fake.exhausted(), said
 
 
 def test_resume_launches_whole_or_again(fake):

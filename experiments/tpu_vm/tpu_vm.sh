@@ -93,12 +93,14 @@ case $command in create | resume)
   esac ;;
 esac
 
-config='' workdir=''
+config='' workdir='' before=''
 for argument in ${training[@]+"${training[@]}"}; do
+  case $before in --config | --workdir) argument=$before=$argument ;; esac # written as two words
   case $argument in
     --config=*) config=${argument#*=} ;;
     --workdir=*) workdir=${argument#*=} ;;
   esac
+  before=$argument
 done
 case $command in launch | resume)
   needs repository "$repository" https://github.com/YOU/dalle_jax.git
@@ -191,16 +193,20 @@ pause() { $dry_run || sleep "$poll"; }
 
 # -- resume ------------------------------------------------------------------------------------------------------------
 
+healthy=${TPU_VM_HEALTHY_SECONDS:-3600} # longer than the others wait for a lost worker: config.timeout_seconds.step
+patience=${TPU_VM_PATIENCE_SECONDS:-1800}
+prompt=(--ssh-flag=-oConnectTimeout=60 --ssh-flag=-oServerAliveInterval=30) # a worker that hangs is no answer, soon
+
 # Sets `job` to what the workers say of the training: done, running, failed, mixed (some of each), over or no answer.
 ask() {
   local said
   if $dry_run; then
-    workers all "bash worker.sh status"
+    workers all "bash worker.sh status" "${prompt[@]}"
     [[ ${started:-} ]] && job='done' || job=over
     say "(dry run: taken to be $job)"
     return
   fi
-  if ! said=$(workers all "bash worker.sh status" </dev/null); then
+  if ! said=$(workers all "bash worker.sh status" "${prompt[@]}" </dev/null); then
     job='no answer'
     return
   fi
@@ -216,10 +222,11 @@ ask() {
 }
 
 resume() {
-  local failures=0 before='' seen
+  local failures=0 before='' seen well='' silent='' # since when all run, or not all answer, in SECONDS
   while true; do
     look
     seen=$state
+    case $state in READY | UNKNOWN) ;; *) well='' silent='' ;; esac
     case $state in
       ABSENT) make || say "it could not be made now" ;;
       LOST)
@@ -231,16 +238,28 @@ resume() {
         seen="READY, $job"
         # The others notice a lost worker within their own time-out; what is still mixed a look later is started anew.
         if [ "$job" = mixed ] && [ "$before" != "$seen" ]; then job=running; fi
+        if [ "$job" != 'no answer' ]; then silent=''; fi
         case $job in
           'done')
             say "the training is done: $workdir"
             return ;;
-          running | 'no answer') ;;
+          running)
+            well=${well:-$SECONDS}
+            if [ $((SECONDS - well)) -ge "$healthy" ]; then failures=0; fi ;;
+          'no answer')
+            silent=${silent:-$SECONDS}
+            if [ $((SECONDS - silent)) -ge "$patience" ]; then
+              say "$name is READY, but a worker has not answered for $patience s; see what it says to" \
+                "gcloud compute tpus tpu-vm ssh $name --worker=all --command='bash worker.sh status' ${where[*]}" \
+                "(keys: ssh-add ~/.ssh/google_compute_engine); where it hangs, delete, then resume makes it again"
+              exit 1
+            fi ;;
           *)
+            well=''
             if [ "$job" = failed ]; then failures=$((failures + 1)); fi
             if [ $failures -ge 3 ]; then
               workers 0 "tail -n 20 dalle_jax_run/log" || true
-              say "the training failed three times on this TPU; its log ends as above"
+              say "the training failed three times, and ran well for less than $healthy s between; its log ends as above"
               exit 1
             fi
             if start; then started=yes; else say "it could not be started now"; fi ;;
