@@ -29,7 +29,7 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from dalle_jax import parallel
+from dalle_jax import parallel, storage
 from dalle_jax import workdir as workdirs
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.chunks import in_chunks
@@ -103,13 +103,14 @@ class ClipScorer:
     def save(self, folder: str | epath.PathLike) -> None:
         """Freezes it into `<folder>/clip`, from where `load` reads it."""
         target = epath.Path(folder).expanduser() / "clip"
-        target.mkdir(parents=True, exist_ok=True)
-        (target / "params.msgpack").write_bytes(flax.serialization.msgpack_serialize(jax.device_get(self.params)))
+        with storage.write_errors(target):
+            stored = flax.serialization.msgpack_serialize(jax.device_get(self.params))
+            storage.write_whole(target / "params.msgpack", stored)
         self.text_model.save(target / "text.model")
         kind = "byte_pairs" if isinstance(self.text_model, BytePairs) else "sentencepiece"
         options = {"text_model": kind, **dataclasses.asdict(self.clip.options)}
         # Written last: its presence says that the rest is whole.
-        (target / "options.json").write_text(json.dumps(options, indent=2) + "\n")
+        storage.write_json(target / "options.json", options)
 
     # -- comparing ------------------------------------------------------------------------------------------------
 

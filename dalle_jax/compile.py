@@ -13,7 +13,6 @@ import ast
 import dataclasses
 import functools
 import importlib.metadata
-import json
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -248,8 +247,7 @@ def run(config: ConfigDict, workdir: str) -> Mapping[str, Any]:
     folder = _writable(workdir)
     found = compile_target(options)
     print(figures.table(found))
-    with storage.access(workdir):
-        storage.write_whole(folder / "compile.json", f"{json.dumps(found, indent=2)}\n".encode())
+    storage.write_json(folder / "compile.json", found)
     if not found["fits"]:
         raise DoesNotFit(found["remedies"])
     return found

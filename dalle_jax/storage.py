@@ -9,11 +9,13 @@ written into a local `Mirror`, from where whole files are copied.
 
 from __future__ import annotations
 
+import json
 import pathlib
 import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import fsspec
 from absl import logging
@@ -80,6 +82,16 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
     unfinished = path.with_name(path.name + ".unfinished")
     unfinished.write_bytes(content)
     unfinished.replace(path)
+
+
+def write_json(path: epath.PathLike, values: Any) -> None:
+    """`write_whole` of a JSON document.
+
+    Raises:
+      UserError: where it cannot be written.
+    """
+    with write_errors(path):
+        write_whole(path, f"{json.dumps(values, indent=2)}\n".encode())
 
 
 @contextmanager

@@ -40,7 +40,7 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     """The configuration that a training wrote.
 
     Raises:
-      CheckpointError: where `workdir` is not the directory of a training.
+      CheckpointError: where `workdir` is not the directory of a training, or the file is damaged.
       ConfigError: where its storage cannot be reached.
     """
     path = _path(workdir, "config.json")
@@ -51,7 +51,14 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
             f"{workdir} is not the workdir of a training: it has no config.json. Train first "
             "(python -m dalle_jax.main --config=configs/prior.py), or check the path."
         )
-    return json.loads(path.read_text())
+    return _read_json(path, "Start the training again: it writes this file first of all.")
+
+
+def _read_json(path: epath.Path, remedy: str) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is damaged: {error}. {remedy}") from error
 
 
 # -- the image tokenizer ------------------------------------------------------------------------------------------
@@ -65,21 +72,23 @@ def has_tokenizer(workdir: epath.PathLike) -> bool:
 def save_tokenizer(workdir: epath.PathLike, tokenizer: ImageTokenizer, params: PyTree) -> None:
     """Freezes an image tokenizer into `workdir`."""
     folder = _path(workdir, "image_tokenizer")
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "params.msgpack").write_bytes(flax.serialization.msgpack_serialize(jax.device_get(params)))
+    with storage.write_errors(folder):
+        stored = flax.serialization.msgpack_serialize(jax.device_get(params))
+        storage.write_whole(folder / "params.msgpack", stored)
     # Written last: its presence says that the rest is whole.
-    (folder / "options.json").write_text(json.dumps(tokenizers.to_dict(tokenizer), indent=2) + "\n")
+    storage.write_json(folder / "options.json", tokenizers.to_dict(tokenizer))
 
 
 def load_tokenizer(workdir: epath.PathLike) -> tuple[ImageTokenizer, PyTree]:
     """The image tokenizer of a workdir: the frozen one of a prior, or the one that a dVAE training made.
 
     Raises:
-      CheckpointError: where there is neither.
+      CheckpointError: where there is neither, or it is damaged.
     """
     if has_tokenizer(workdir):
         folder = _path(workdir, "image_tokenizer")
-        tokenizer = tokenizers.from_dict(json.loads((folder / "options.json").read_text()))
+        told = _read_json(folder / "options.json", f"Delete {folder}: the training freezes its tokenizer there again.")
+        tokenizer = tokenizers.from_dict(told)
         stored = flax.serialization.msgpack_restore((folder / "params.msgpack").read_bytes())
         return tokenizer, jax.tree.map(jnp.asarray, stored)
     config = read_config(workdir)
