@@ -29,6 +29,7 @@ class Patient(Iterator[Any]):
         self._given: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._stuck = False
+        self._waiting = False
 
     def __next__(self) -> Any:
         """The next item.
@@ -43,8 +44,10 @@ class Patient(Iterator[Any]):
             self._thread = threading.Thread(target=self._fetch, name="data", daemon=True)
             self._thread.start()
         self._asked.put(True)
+        self._waiting = True  # and remains so where a Ctrl-C ends the wait
         try:
             item, error = self._given.get(timeout=self._seconds)
+            self._waiting = False
         except queue.Empty:
             self._stuck = True
             raise self._too_late() from None
@@ -78,8 +81,8 @@ class Patient(Iterator[Any]):
         self._iterator.set_state(state)
 
     def close(self) -> None:
-        """Ends the thread, and the workers behind the iterator; where they are stuck they are left alone."""
-        if self._stuck:
+        """Ends the thread, and the workers behind the iterator; where they may be stuck they are left alone."""
+        if self._stuck or self._waiting:
             return
         if self._thread is not None:
             self._asked.put(False)

@@ -1,6 +1,7 @@
 """Waiting for data ends: with the data, with whatever the source raises, or with the time."""
 
 import multiprocessing
+import signal
 import threading
 
 import grain
@@ -41,7 +42,7 @@ def test_passes_everything_on():
     patient.set_state(2)
     assert list(patient) == [2] and list(patient) == []
     patient.close()
-    assert source.closed and not [thread for thread in threading.enumerate() if thread.name == "data"]
+    assert source.closed and patient._thread is None
 
 
 def test_passes_errors_on():
@@ -63,13 +64,32 @@ def test_time_is_up():
         yield 1
         released.wait()
 
-    patient = Patient(stuck(), 0.1)
+    patient = Patient(stuck(), 60.0)
     assert next(patient) == 1
+    patient._seconds = 0.1
     for _ in range(2):
         with pytest.raises(StuckDataError, match=r"no batch for 0.1 seconds \(config.timeout_seconds.data\)"):
             next(patient)
     patient.close()  # does not wait
     released.set()
+
+
+def test_a_wait_that_is_interrupted():
+    """By a Ctrl-C, in this thread: closing does not wait for what may never come."""
+    released, threads = threading.Event(), []
+
+    def stuck():
+        threads.append(threading.current_thread())
+        signal.raise_signal(signal.SIGINT)  # Python's handler runs in the main thread
+        released.wait()
+        yield 1
+
+    patient = Patient(stuck(), 60.0)
+    with pytest.raises(KeyboardInterrupt):
+        next(patient)
+    patient.close()
+    released.set()
+    threads[0].join(60)
 
 
 @pytest.mark.slow

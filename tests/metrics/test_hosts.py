@@ -2,11 +2,9 @@
 
 import json
 import os
-import socket
-import subprocess
-import sys
 
 import numpy as np
+from processes import finish, free_address, spawn
 
 from dalle_jax.metrics import frechet, hosts, inception_score, pictures, precision_recall
 
@@ -18,7 +16,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-_, host, address, folder = sys.argv
+_, host, address, folder, result = sys.argv
 jax.distributed.initialize(address, 2, int(host))
 sys.path.insert(0, folder)
 from test_hosts import MERGES, accumulate, figures
@@ -34,7 +32,8 @@ stats = accumulate(place(once), place(twice))
 merged = [hosts.merge_over_hosts(part, merge) for part, merge in zip(stats, MERGES)]
 turned = NamedSharding(Mesh(devices[::-1], "a"), PartitionSpec("a"))
 rows = hosts.local_rows(place(turned)(np.arange(8))).tolist()
-print(json.dumps({"count": stats[0].count, "figures": figures(merged), "rows": rows}))
+with open(result, "w") as file:  # not on stdout, where native threads write too
+    json.dump({"count": stats[0].count, "figures": figures(merged), "rows": rows}, file)
 """
 
 MERGES = (frechet.merge, inception_score.merge, precision_recall.merge, pictures.merge)
@@ -72,26 +71,14 @@ def figures(stats):
     }  # fmt: skip
 
 
-def test_two_hosts_measure_what_one_measures():
+def test_two_hosts_measure_what_one_measures(tmp_path):
     expected = figures(accumulate(np.asarray, np.asarray))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        address = f"localhost:{free.getsockname()[1]}"
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(host), address, os.path.dirname(__file__)],
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
-        )
-        for host in range(2)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], outputs
-    results = [json.loads(out.splitlines()[-1]) for out, _ in outputs]
+    address, here, results = free_address(), os.path.dirname(__file__), [tmp_path / "0.json", tmp_path / "1.json"]
+    said = finish(
+        [spawn(["-c", PROGRAM, str(i), address, here, str(result)], devices=2) for i, result in enumerate(results)]
+    )
+    assert [status for status, *_ in said] == [0, 0], said
+    results = [json.loads(result.read_text()) for result in results]
     assert [result["count"] for result in results] == [16, 8]
     assert [result["rows"] for result in results] == [[4, 5, 6, 7], [0, 1, 2, 3]]  # in the order of the batch
     assert results[0]["figures"] == results[1]["figures"]
