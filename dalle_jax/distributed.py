@@ -221,6 +221,11 @@ def lost_host_seconds() -> float:
     return _lost_host_seconds
 
 
+def joined() -> bool:
+    """Whether `start` joined this process to others."""
+    return jax.distributed.is_initialized()
+
+
 def is_first() -> bool:
     """Whether this process is the one that writes; always where it is alone.  Needs no device."""
     return host_values.this_host() == 0
@@ -240,7 +245,7 @@ def first_host_first(what: str) -> Iterator[None]:
     Raises:
       UserError: on the others, where the first one failed.
     """
-    if _turns.inside or not jax.distributed.is_initialized():
+    if _turns.inside or not joined():
         yield
         return
     turn = next(_turns.numbers)
@@ -260,7 +265,7 @@ def first_host_first(what: str) -> Iterator[None]:
 
 def first_host_says(what: str, value: Any) -> Any:
     """The first host's `value` (plain JSON), on every host.  Every host has to come here equally often."""
-    if not jax.distributed.is_initialized():
+    if not joined():
         return value
     turn = next(_turns.numbers)
     if is_first():

@@ -2,13 +2,14 @@
 
     python -m dalle_jax.main --config=configs/prior.py[:variant] [--workdir=DIR] [--config.key=value ...]
 
-Exit status: 0 done (or stopped and saved), 1 a `UserError`, 2 a wrong flag or configuration.
+Exit status: 0 done (or stopped and saved), 1 an error, 2 a wrong flag or configuration.
 """
 
 from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 from typing import Any
 
 from absl import app, flags, logging
@@ -69,10 +70,16 @@ def main() -> None:
     try:
         app.run(_run, flags_parser=_parse)
     except UserError as error:
-        if not error.unwinds:
+        if not error.unwinds or distributed.joined():
             end_process(str(error), error.exit_code)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+    except (Exception, KeyboardInterrupt) as error:
+        if not distributed.joined():
+            raise
+        # Python's usual end would wait for the other hosts, which wait for this one, and then abort.
+        traceback.print_exc()
+        end_process(f"{type(error).__name__}: {error}", 1)
 
 
 if __name__ == "__main__":

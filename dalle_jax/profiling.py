@@ -71,6 +71,14 @@ class StepClock:
         return ", ".join(f"{name} {seconds / max(self._wall, 1e-9):.0%}" for name, seconds in self._whole.items())
 
 
+def check_profile_steps(count: int) -> None:
+    """Raises ConfigError where `config.profile_steps` is not a number of steps."""
+    if not isinstance(count, int) or count < 0:
+        raise ConfigError(
+            f"config.profile_steps={count!r}: expected a whole number, how many steps to record (0: none)."
+        )
+
+
 class StepTrace:
     """A profile of a few steps, in `<workdir>/profile`, for TensorBoard and Perfetto.
 
@@ -89,14 +97,7 @@ class StepTrace:
           total: step at which the run ends.
           count: how many steps to record (`config.profile_steps`), 0 for none; they begin with the fourth one that
             this process does, or earlier where the run ends before.
-
-        Raises:
-          ConfigError: `count` is not a number of steps.
         """
-        if not isinstance(count, int) or count < 0:
-            raise ConfigError(
-                f"config.profile_steps={count!r}: expected a whole number, how many steps to record (0: none)."
-            )
         self._first = max(min(start + _WARM_UP, total - count), start)
         self._last = min(self._first + count, total)
         self._target = epath.Path(workdir) / "profile"

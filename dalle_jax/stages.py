@@ -8,9 +8,9 @@ from __future__ import annotations
 from absl import logging
 from ml_collections import ConfigDict
 
-from dalle_jax import distributed, parallel
+from dalle_jax import distributed
 from dalle_jax import workdir as workdirs
-from dalle_jax.train import train
+from dalle_jax.train import check, train
 from dalle_jax.train_step import TrainState
 
 
@@ -29,10 +29,9 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
       The final state.
 
     Raises:
-      MeshError: a mesh or batch that does not fit the devices.
+      UserError: what no training can use, before the first one begins; and whatever `train` raises.
     """
-    # Refused now, and not after days of training its tokenizer.
-    parallel.check_batch(parallel.make_mesh(**config.mesh), config.batch_size, config.optimizer.accumulate_steps)
+    check(config)  # now, and not after days of training its tokenizer
     if "tokenizer" in config and config.tokenizer.data.source == config.data.source:
         config = config.copy_and_resolve_references()
         config.tokenizer.data.path = config.tokenizer.data.path or config.data.path

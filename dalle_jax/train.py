@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import json
+import os
 import signal
 import threading
 import time
@@ -25,6 +25,7 @@ from typing import Any
 import jax
 from absl import logging
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dalle_jax import compilation_cache, distributed, keys, optimizers, parallel, schedules, storage, tasks
@@ -36,11 +37,13 @@ from dalle_jax.errors import ConfigError, DataError, LostHostError, NonFiniteErr
 from dalle_jax.metric_writer import Mean, MetricWriter, Progress
 from dalle_jax.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.options import from_config
-from dalle_jax.profiling import StepClock, StepTrace
+from dalle_jax.profiling import StepClock, StepTrace, check_profile_steps
 from dalle_jax.tasks import Job
 from dalle_jax.train_step import TrainState, make_init, make_train_step
 from dalle_jax.warm_start import warm_start
 from dalle_jax.watchdog import Watchdog, lost_host
+
+_LONGEST = 1e9  # seconds: what Python can wait is not much more
 
 
 def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainState:
@@ -62,13 +65,11 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
     """
     with _lost_hosts(), contextlib.ExitStack() as cleanup:
         # --------------------------------------------------------------------------------------- what to run, where
-        workdir = _check(config, workdir)
         compilation_cache.enable()
+        mesh, options, average = check(config)
+        workdir = _make(workdir)
+        stop = cleanup.enter_context(_stop_signals())
         total, cadence = config.steps, config.cadence
-        mesh = parallel.make_mesh(**config.mesh)
-        options = from_config(OptimizerOptions, config.optimizer, "optimizer")
-        average = from_config(AverageOptions, config.ema, "ema")
-        parallel.check_batch(mesh, config.batch_size, options.accumulate_steps)
         job = job or tasks.build(config, workdir, parallel.host_rows(mesh, config.batch_size))
         task = job.task
         step_schedules = {
@@ -98,8 +99,8 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
             if config.get("start_from"):
                 state = warm_start(state, config.start_from)
         start = int(state.step)
-        if distributed.is_first():
-            (epath.Path(workdir) / "config.json").write_text(json.dumps(to_json(config), indent=2) + "\n")
+        if distributed.is_first() and start <= total:  # else that of the longer training stays
+            storage.write_json(epath.Path(workdir) / "config.json", to_json(config))
 
         # ------------------------------------------------------------------------------------ what the run reports
         writer, mean, progress = MetricWriter(workdir, start=start), Mean(), Progress(start, total, config.batch_size)
@@ -169,7 +170,6 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
             return update
 
         # ------------------------------------------------------------------------------------------------- the loop
-        stop = cleanup.enter_context(_stop_signals())
         update = None
         for step in range(start, total + 1):
             last, fresh = step == total, step > start
@@ -216,8 +216,16 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
         return state
 
 
-def _check(config: ConfigDict, workdir: str) -> str:
-    """Refuses values that no training can use; makes the directory and gives its full name."""
+def check(config: ConfigDict) -> tuple[Mesh, OptimizerOptions, AverageOptions]:
+    """Refuses, before anything is made, values that no training can use.
+
+    Returns:
+      The mesh, and the options of optimizer and average.
+
+    Raises:
+      ConfigError: a value that is none, or an unknown key.
+      MeshError: a mesh that does not fit the devices, or a batch that does not fit the mesh.
+    """
     for name in ("batch_size", "steps", "max_nonfinite", "eval_batches", "cadence.log", "keep.last"):
         value = config
         for part in name.split("."):
@@ -225,8 +233,22 @@ def _check(config: ConfigDict, workdir: str) -> str:
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"config.{name}={value!r}: expected a whole number, at least 1.")
     for name, seconds in config.timeout_seconds.items():
-        if not seconds > 0:
-            raise ConfigError(f"config.timeout_seconds.{name}={seconds!r}: expected seconds, more than 0.")
+        if not 0 < seconds <= _LONGEST:
+            raise ConfigError(
+                f"config.timeout_seconds.{name}={seconds!r}: expected seconds, more than 0 and at most {_LONGEST:g}."
+            )
+    check_profile_steps(config.profile_steps)
+    for name, section in config.schedules.items():
+        schedules.make(section, name)
+    mesh = parallel.make_mesh(**config.mesh)
+    options = from_config(OptimizerOptions, config.optimizer, "optimizer")
+    average = from_config(AverageOptions, config.ema, "ema")
+    parallel.check_batch(mesh, config.batch_size, options.accumulate_steps)
+    return mesh, options, average
+
+
+def _make(workdir: str) -> str:
+    """Makes the directory, the first host alone; gives its full name."""
     if not workdir:
         raise ConfigError("No workdir: give --workdir=DIR or config.workdir, where the run keeps its files.")
     with distributed.first_host_first(f"the workdir {workdir}"):
@@ -279,18 +301,24 @@ def _stop_signals() -> Iterator[threading.Event]:
     """Context in which SIGTERM and Ctrl-C set the event that it gives, instead of ending the process at once.
 
     A second Ctrl-C interrupts as usual.  With several hosts JAX's own preemption service catches SIGTERM and agrees
-    on a common step (`Checkpoints.reached_preemption`), so nothing is installed.
+    on a common step (`Checkpoints.reached_preemption`); a Ctrl-C is passed on to it.
     """
     requested = threading.Event()
+    alone = jax.process_count() == 1
 
     def request(number: int, _: Any) -> None:
-        requested.set()
         if number == signal.SIGINT:
+            os.write(2, b"\nstopping: it saves first (Ctrl-C again: ends at once)\n")  # print may be at work already
             signal.signal(signal.SIGINT, signal.default_int_handler)
+        if alone:
+            requested.set()
+        else:
+            os.kill(os.getpid(), signal.SIGTERM)
 
     previous = {}
-    if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-        previous = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
+    if threading.current_thread() is threading.main_thread():
+        caught = (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,)
+        previous = {number: signal.signal(number, request) for number in caught}
     try:
         yield requested
     finally:

@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import multiprocessing
 import os
+import re
 import sys
 import threading
 import time
@@ -20,10 +21,13 @@ from typing import Any, NoReturn, Self
 import jax
 
 from dalle_jax import distributed, host_values
+from dalle_jax.errors import Preempted
 
 _EARLIER = 0.7  # share of JAX's own time after which a silent host counts as lost
 _LEFT = "left"
 _LINGER = 3  # intervals for which a stuck host waits for the others to say the same
+_STATUS = re.compile(r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): ")
+_SIGNS = ("gloo", "connection", "unavailable", "heartbeat", "barrier", "deadline_exceeded")
 _beats = itertools.count()  # over all trainings of this process
 _ending = threading.Lock()  # of this process
 _GO_ON = "Run the same command again, on every host: it goes on from the last complete checkpoint."
@@ -65,7 +69,7 @@ class Watchdog:
         self._interval = min(stuck_seconds, lost_seconds) / 10
         self._me = jax.process_index()
         self._others = [index for index in range(jax.process_count()) if index != self._me]
-        self._steps = 0
+        self._steps, self._failed = 0, False
         self._heard: dict[int, str | None] = dict.fromkeys(self._others)
         self._leaving = threading.Event()
         # Two threads, because talking to a first host that is gone may itself wait for ever.
@@ -80,6 +84,7 @@ class Watchdog:
         return self
 
     def __exit__(self, _: Any, error: BaseException | None, __: Any) -> None:
+        self._failed = error is not None and not isinstance(error, Preempted)
         self._leaving.set()
         if self._others and error is None:
             for thread in self._threads:
@@ -97,7 +102,8 @@ class Watchdog:
                     self._heard[index] = host_values.ask(f"alive/{index}")
             if self._leaving.wait(self._interval):
                 break
-        self._say(_LEFT)
+        if not self._failed:  # else nobody shall wait for this host: it is as good as lost
+            self._say(_LEFT)
 
     def _watch(self) -> None:
         # Time is counted in intervals that this thread lived through: a machine that was asleep is not at fault.
@@ -131,11 +137,15 @@ class Watchdog:
 
 
 def lost_host(error: BaseException) -> str | None:
-    """A message, where an error of JAX says that other hosts did not answer; else None."""
-    if jax.process_count() == 1 or not isinstance(error, jax.errors.JaxRuntimeError):
+    """A message, where an error, or what caused it, says that other hosts did not answer; else None."""
+    if jax.process_count() == 1:
         return None
-    text = " ".join(str(error).split())
-    signs = ("gloo", "connection", "unavailable", "heartbeat", "barrier", "deadline_exceeded")
-    if not any(sign in text.lower() for sign in signs):
-        return None
-    return f"Another host was lost in the middle of a step: {text[:200]}. What happened is in its own output. {_GO_ON}"
+    while error is not None:
+        text = " ".join(str(error).split())
+        # JAX's own functions raise some of its native errors as ValueError.
+        native = isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(text)
+        if native and any(sign in text.lower() for sign in _SIGNS):
+            happened = "What happened is in its own output."
+            return f"Another host was lost in the middle of a step: {text[:200]}. {happened} {_GO_ON}"
+        error = error.__cause__ or error.__context__
+    return None

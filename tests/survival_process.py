@@ -9,6 +9,7 @@ It prints "logged" after every step, and does to itself what $FAULT says:
                       removed
     poison:K          the loss is not a number from step K on
     hang:K            on the second host the device never ends its work of the step after step K, nor of any later one
+    refuse:K          the second host cannot read its batch K
     slow:             a third of a second for each step
 """
 
@@ -27,6 +28,7 @@ if __name__ == "__main__":
 from tiny_job import tiny_config, tiny_job  # noqa: E402
 
 from dalle_jax import main  # noqa: E402
+from dalle_jax.errors import DataError  # noqa: E402
 from dalle_jax.train import train  # noqa: E402
 
 FAULT, _, COUNT = os.environ.get("FAULT", "").partition(":")
@@ -36,18 +38,27 @@ def get_config():
     return tiny_config(steps=12, cadence__checkpoint=3, cadence__eval=6)
 
 
-class Stalling:
-    """Another iterator that stops to deliver, and never says so."""
+class Stopping:
+    """Another iterator, that does something else after so many batches."""
 
-    def __init__(self, batches, left):
-        self._batches, self._left = batches, left
+    def __init__(self, batches, left, then):
+        self._batches, self._left, self._then = batches, left, then
         self.get_state, self.set_state = batches.get_state, batches.set_state
 
     def __next__(self):
         if self._left == 0:
-            threading.Event().wait()
+            self._then()
         self._left -= 1
         return next(self._batches)
+
+
+def stall():
+    threading.Event().wait()
+
+
+def refuse():
+    if jax.process_index() == 1:
+        raise DataError("a bad picture on this host")
 
 
 def hang_from(step, host, loss):
@@ -75,8 +86,8 @@ def run(config, workdir):
     if FAULT == "hang":
         job.task.loss = hang_from(int(COUNT), 1, job.task.loss)
     batches = job.train_batches
-    if FAULT == "stall":
-        batches = lambda: Stalling(job.train_batches(), int(COUNT))
+    if FAULT in ("stall", "refuse"):
+        batches = lambda: Stopping(job.train_batches(), int(COUNT), {"stall": stall, "refuse": refuse}[FAULT])
     state = train(config, workdir, dataclasses.replace(job, train_batches=batches, data_counts=logged))
     print(f"done at step {int(state.step)}", flush=True)
 

@@ -4,7 +4,7 @@ import pytest
 
 from dalle_jax import stages
 from dalle_jax.compile import load_target
-from dalle_jax.errors import MeshError
+from dalle_jax.errors import ConfigError, MeshError
 
 
 class Trained(Exception):
@@ -46,5 +46,21 @@ def test_the_tokenizer_sees_the_same_pictures(config, trained):
 def test_a_mesh_that_does_not_fit_is_refused_before(config, trained, wrong):
     config.update_from_flattened_dict(wrong)
     with pytest.raises(MeshError):
+        stages.run(config, config.workdir)
+    assert not trained
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"profile_steps": -1},
+        {"max_nonfinite": 0},
+        {"schedules.learning_rate.kind": "no"},
+        {"optimizer.decay": "no"},
+    ],
+)
+def test_values_that_no_training_can_use_are_refused_before(config, trained, wrong):
+    config.update_from_flattened_dict(wrong)
+    with pytest.raises(ConfigError):
         stages.run(config, config.workdir)
     assert not trained

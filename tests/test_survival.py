@@ -206,15 +206,16 @@ def test_stuck_data(tmp_path):
 # -- several hosts -----------------------------------------------------------------------------------------------------
 
 
-def stop_one(workdir, which):
-    """SIGTERM to one of two hosts; the step at which both say that they have saved."""
+def stop_one(workdir, which, how=signal.SIGTERM):
+    """A signal to one of two hosts; the step at which both say that they have saved."""
     processes = start_hosts(workdir, FAULT="slow")
     wait_for_steps(processes[0], 2)
-    processes[which].send_signal(signal.SIGTERM)
+    processes[which].send_signal(how)
     said = finish(processes, PATIENCE)
     assert [status for status, *_ in said] == [0, 0], said
     (step,) = complete_steps(workdir)[-1:]
     assert 2 <= step < 12 and f"stopped at step {step} of 12 and saved" in said[0][1], said
+    assert not any("Traceback" in error for _, _, error in said), said
     assert "done" not in said[0][1] + said[1][1]
     with Checkpoints(str(workdir), read_only=True) as checkpoints:
         folder = checkpoints.directory / str(step) / "data"
@@ -243,6 +244,20 @@ def test_sigterm_of_the_first_host(tmp_path):
 
 
 @pytest.mark.slow
+def test_ctrl_c_of_one_host(tmp_path):
+    stop_one(tmp_path, 1, signal.SIGINT)
+
+
+def test_an_error_of_one_host(tmp_path):
+    """It ends with its own words and status; the other one says that it lost a host.  Nobody waits, or aborts."""
+    first, second = finish(start_hosts(tmp_path, FAULT="refuse:8"), PATIENCE)
+    assert second[0] == 1 and "error: a bad picture on this host" in second[2], second
+    assert first[0] == 1 and "was lost" in first[2], first
+    assert "Traceback" not in first[2] + second[2] and "Fatal Python error" not in first[2] + second[2]
+    assert complete_steps(tmp_path)[:1] == [3]
+
+
+@pytest.mark.slow
 def test_goes_on_on_two_hosts(undisturbed, tmp_path):
     """From a checkpoint of one host, the newest being damaged: both take the same one."""
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
@@ -265,15 +280,16 @@ def test_goes_on_on_two_hosts(undisturbed, tmp_path):
 )
 def test_lost_host(tmp_path, how, which):
     """A host that is gone, or silent for --lost_host_seconds: the other one ends in an error that says so."""
-    processes = start_hosts(tmp_path, "--config.steps=100000", "--config.cadence.eval=0")
+    processes = start_hosts(tmp_path, "--config.steps=100000", "--config.cadence.eval=0", FAULT="slow")
     wait_for_steps(processes[0], 8)
     processes[which].send_signal(how)
     began = time.monotonic()
     try:
         (status, _, error) = finish([processes[1 - which]], PATIENCE)[0]
-        assert status not in (0, -signal.SIGKILL)
-        # JAX ends a process at once, in its own words, where it is the first to notice.
-        assert "was lost" in error or "another task died" in error, error
+        if (how, which) == (signal.SIGKILL, 0):  # the end of JAX's own service: JAX aborts at once, in its own words
+            assert status not in (0, -signal.SIGKILL) and ("was lost" in error or "another task died" in error), error
+        else:
+            assert status == 1 and "was lost" in error and "Traceback" not in error, (status, error)
         assert how == signal.SIGKILL or f"Host {which} of 2 was lost: nothing heard of it for" in error
         assert time.monotonic() - began < PATIENCE / 2
     finally:

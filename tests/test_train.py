@@ -27,10 +27,12 @@ from dalle_jax.errors import (
     MeshError,
     NonFiniteError,
     Preempted,
+    UserError,
 )
 from dalle_jax.metric_writer import read_metrics
 from dalle_jax.train import train
 from dalle_jax.warm_start import warm_start
+from dalle_jax.workdir import read_config
 
 
 def run(workdir, *, noise=0.1, poison=(), **changes):
@@ -235,6 +237,8 @@ def test_checkpoint_is_of_its_step(tmp_path, monkeypatch, donated):
         ({"max_nonfinite": 0}, ConfigError, "config.max_nonfinite=0"),
         ({"cadence__log": 0}, ConfigError, "config.cadence.log=0"),
         ({"timeout_seconds__data": 0.0}, ConfigError, "config.timeout_seconds.data=0.0"),
+        ({"timeout_seconds__data": float("inf")}, ConfigError, r"config.timeout_seconds.data=inf: .*at most 1e\+09"),
+        ({"profile_steps": -1}, ConfigError, "config.profile_steps=-1"),
         ({"schedules__learning_rate__kind": "magic"}, ConfigError, "learning_rate.*'magic'"),
         ({"task": "unheard"}, ConfigError, r"config.task='unheard': expected one of clip, dvae, prior"),
     ],
@@ -356,6 +360,41 @@ def test_stops_for_a_signal_and_goes_on(uninterrupted, tmp_path):
         assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert_states_equal(run(tmp_path), state)
     assert series(tmp_path, "train/loss") == series(workdir, "train/loss")
+
+
+def test_a_signal_before_the_first_step(tmp_path):
+    """While data, checkpoint and program are made ready: nothing is lost then either."""
+    config = tiny_config()
+    job = tiny_job(config)
+
+    def train_batches():
+        os.kill(os.getpid(), signal.SIGTERM)
+        return job.train_batches()
+
+    for step in (0, 5):
+        with pytest.raises(Preempted) as stopped:
+            train(config, str(tmp_path), dataclasses.replace(job, train_batches=train_batches))
+        assert f"stopped at step {step} of 10 and saved" in stopped.value.message
+        run(tmp_path, steps=5)
+
+
+def test_the_configuration_in_the_workdir(tmp_path):
+    """That of the training whose state is there; in one piece, or an error that says what to do."""
+    run(tmp_path, steps=2)
+    run(tmp_path, steps=1)
+    assert read_config(tmp_path)["steps"] == 2
+    (tmp_path / "config.json").write_text('{"steps": 2, "se')
+    with pytest.raises(CheckpointError, match="config.json is damaged: .*Start the training again"):
+        read_config(tmp_path)
+    run(tmp_path, steps=3)
+    assert read_config(tmp_path)["steps"] == 3
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no disk to be full")
+def test_a_disk_that_is_full_from_the_start(tmp_path):
+    (tmp_path / "config.json.unfinished").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="Cannot write .*config.json: .*No space left on device.*Free space"):
+        run(tmp_path)
 
 
 def test_trains_in_a_thread(tmp_path):
