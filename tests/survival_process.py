@@ -10,7 +10,7 @@ It prints "logged" after every step, and does to itself what $FAULT says:
     poison:K          the loss is not a number from step K on
     hang:K            on the second host the device never ends its work of the step after step K, nor of any later one
     refuse:K          the second host cannot read its batch K
-    slow:             a third of a second for each step
+    slow:S            S seconds for each step
 """
 
 import dataclasses
@@ -77,7 +77,7 @@ def hang_from(step, host, loss):
 
 def logged():
     print("logged", flush=True)
-    time.sleep(0.3 if FAULT == "slow" else 0.0)
+    time.sleep(float(COUNT) if FAULT == "slow" else 0.0)
     return {}
 
 

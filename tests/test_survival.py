@@ -116,7 +116,7 @@ def test_killed_at_any_time(undisturbed, tmp_path):
     draw = random.Random(2)
     for _ in range(5):
         before = complete_steps(tmp_path)
-        process = command(tmp_path, FAULT="slow")
+        process = command(tmp_path, FAULT="slow:0.3")
         wait_for_steps(process, draw.randrange(1, 5))
         time.sleep(draw.random() * 0.3)
         process.kill()
@@ -208,7 +208,7 @@ def test_stuck_data(tmp_path):
 
 def stop_one(workdir, which, how=signal.SIGTERM):
     """A signal to one of two hosts; the step at which both say that they have saved."""
-    processes = start_hosts(workdir, FAULT="slow")
+    processes = start_hosts(workdir, FAULT="slow:1")  # which leaves them ten seconds to agree on a step
     wait_for_steps(processes[0], 2)
     processes[which].send_signal(how)
     said = finish(processes, PATIENCE)
@@ -248,6 +248,27 @@ def test_ctrl_c_of_one_host(tmp_path):
     stop_one(tmp_path, 1, signal.SIGINT)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("hosts", [1, 2])
+def test_a_signal_to_all_processes_of_a_host(tmp_path, hosts):
+    """The command line's own training, with data workers: they get the signal too, as at a machine's shutdown."""
+    address = free_address()
+    command = ["-m", "dalle_jax.main", f"--config=tests/small_prior.py:{tmp_path}", "--config.data.workers=2"]
+    endless = [f"--config.cadence.{name}=0" for name in ("eval", "preview", "checkpoint")] + ["--config.steps=1000000"]
+    processes = [
+        spawn([*command, *endless, *host_flags(address, hosts, i)], devices=4 // hosts, session=True)
+        for i in range(hosts)
+    ]
+    for line in processes[0].stdout:
+        if f"{tmp_path}/prior: " in line and "compiled in" in line:
+            break
+    os.killpg(processes[-1].pid, signal.SIGTERM)
+    said = finish(processes, PATIENCE)
+    assert [status for status, *_ in said] == [0] * hosts, said
+    assert "of 1000000 and saved" in said[0][1] and not any("Traceback" in error for *_, error in said), said
+    assert complete_steps(tmp_path / "prior")
+
+
 def test_an_error_of_one_host(tmp_path):
     """It ends with its own words and status; the other one says that it lost a host.  Nobody waits, or aborts."""
     first, second = finish(start_hosts(tmp_path, FAULT="refuse:8"), PATIENCE)
@@ -280,7 +301,7 @@ def test_goes_on_on_two_hosts(undisturbed, tmp_path):
 )
 def test_lost_host(tmp_path, how, which):
     """A host that is gone, or silent for --lost_host_seconds: the other one ends in an error that says so."""
-    processes = start_hosts(tmp_path, "--config.steps=100000", "--config.cadence.eval=0", FAULT="slow")
+    processes = start_hosts(tmp_path, "--config.steps=100000", "--config.cadence.eval=0", FAULT="slow:0.3")
     wait_for_steps(processes[0], 8)
     processes[which].send_signal(how)
     began = time.monotonic()
