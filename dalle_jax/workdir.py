@@ -116,8 +116,11 @@ def ensure_text_model(section: ConfigDict, captions: Iterable[str], workdir: epa
       captions: of the training split; read only where a model is trained.
 
     Raises:
-      ConfigError: where the model has another vocabulary than a model that is already there.
+      ConfigError: where the model has another vocabulary than a model that is already there, or a size is below one.
     """
+    for name in ("vocab_size", "length"):
+        if section[name] < 1:
+            raise ConfigError(f"config.text.{name} is {section[name]}; expected at least 1.")
     path = text_model_path(workdir)
     with distributed.first_host_first(f"the text model {path}"):
         if not path.exists():

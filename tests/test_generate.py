@@ -195,6 +195,8 @@ def test_maskgit_starts_from_the_autoregressive_prior(trained, tmp_path):
         ({"data": {"augment": "prior"}}, "data_tokens is 'once' but config.data.augment is 'prior'"),
         ({"data": {"image_size": 18}}, "18 pixels"),
         ({"text": {"vocab_size": 30}}, r"has \d+ ids but config.text.vocab_size is 30"),
+        ({"text": {"vocab_size": 0}}, "config.text.vocab_size is 0; expected at least 1"),
+        ({"text": {"length": 0}}, "config.text.length is 0; expected at least 1"),
         ({"prior": "diffusion"}, "config.prior is 'diffusion'"),
     ],
     ids=lambda x: str(x)[:30],

@@ -76,6 +76,8 @@ class AutoregressiveOptions:
         for name, known in (("attention", ATTENTION), ("order", ORDERS)):
             if getattr(self, name) not in known:
                 raise ValueError(f"model.{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}.")
+        if self.kernel < 1 or self.kernel % 2 == 0:
+            raise ValueError(f"model.kernel is {self.kernel}; expected an odd number, the paper's being 11.")
         for name in ("text_weight", "caption_drop"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1].")
