@@ -36,7 +36,7 @@ from dalle_jax.errors import ConfigError, UserError
 
 CONNECT_SECONDS = 300
 LOST_HOST_SECONDS = 60
-_METADATA_SECONDS = 10
+_METADATA_SECONDS = 5
 _TURN_SECONDS = 24 * 3600  # for what the first host makes alone; should it die, the others hear of it much earlier
 _FLAGS = ("coordinator_address", "num_processes", "process_id")
 _lost_host_seconds = LOST_HOST_SECONDS
@@ -89,7 +89,7 @@ def start(
     if given["coordinator_address"] == "none":
         return
     unasked = all(value is None for value in given.values())
-    detected = given["coordinator_address"] == "auto" or unasked and (_launched_by(environment) or _tpu_workers() > 1)
+    detected = given["coordinator_address"] == "auto" or unasked and _launched_by(environment)
     if unasked and not detected:
         return
     values = {} if detected else _checked(given)
@@ -143,7 +143,9 @@ def _launched_by(environment: Mapping[str, str]) -> bool:
     counts = ["MEGASCALE_NUM_SLICES", "OMPI_COMM_WORLD_SIZE"]
     if "SLURM_STEP_NODELIST" in environment:
         counts.append("SLURM_NTASKS")
-    return "," in workers or any(environment.get(name) not in (None, "", "1") for name in counts)
+    if "," in workers or any(environment.get(name) not in (None, "", "1") for name in counts):
+        return True
+    return not workers and _tpu_workers() > 1
 
 
 def _tpu_workers() -> int:
@@ -154,9 +156,9 @@ def _tpu_workers() -> int:
     # JAX, when it was imported, set the first where it found no TPU chip.
     if "TPU_SKIP_MDS_QUERY" in os.environ or "tpu" not in (os.environ.get("JAX_PLATFORMS") or "tpu"):
         return 1
-    workers = len(_metadata("worker-network-endpoints").split(","))
-    slices = re.search(r"^MEGASCALE_NUM_SLICES: '?(\d+)", _metadata("tpu-env"), re.MULTILINE)
-    return workers * int(slices[1] if slices else 1)
+    workers = _metadata("worker-network-endpoints")
+    slices = re.search(r"^MEGASCALE_NUM_SLICES: '?(\d+)", _metadata("tpu-env") if workers else "", re.MULTILINE)
+    return len(workers.split(",")) * int(slices[1] if slices else 1)
 
 
 def _metadata(name: str) -> str:
