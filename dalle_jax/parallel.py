@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
@@ -103,13 +104,18 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
     if used < count:
         if jax.process_count() > 1:
             raise MeshError(f"Mesh {asked} uses {used} of {count} devices; with several hosts it must use all of them.")
-        logging.warning("Mesh %s uses %d of %d devices.", asked, used, count)
+        _warn_once(f"Mesh {asked} uses {used} of {count} devices.")
     automatic = (AxisType.Auto,) * len(MESH_AXES)
     if len({_slice(device) for device in devices}) > 1:
         return Mesh(_over_slices(devices, **sizes), MESH_AXES, axis_types=automatic)
     # (jax.make_mesh refuses, on v5p and v6e, an axis that is no product of whole axes of the torus.)
     laid_out = mesh_utils.create_device_mesh(tuple(sizes.values()), devices[:used], allow_split_physical_axes=True)
     return Mesh(laid_out, MESH_AXES, axis_types=automatic)
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    logging.warning("%s", message)
 
 
 def local_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:

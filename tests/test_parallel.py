@@ -150,3 +150,10 @@ def test_batch_that_cannot_be_split():
         parallel.check_batch(mesh, 10)
     with pytest.raises(MeshError, match="multiple of 12"):
         parallel.check_batch(mesh, 16, accumulate_steps=3)
+
+
+def test_devices_that_are_not_used_are_told_once(caplog):
+    parallel._warn_once.cache_clear()
+    for _ in range(2):
+        parallel.make_mesh(data=3)
+    assert [record.message for record in caplog.records] == ["Mesh data=3, fsdp=1, tensor=1 uses 3 of 8 devices."]
