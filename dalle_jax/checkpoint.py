@@ -194,7 +194,7 @@ class Checkpoints:
 
         To be called at every step on every host.  Always false where `jax.distributed` is not in use.
         """
-        return self._manager.reached_preemption(step)
+        return self._manager.asked_to_stop(step)
 
     def wait(self) -> None:
         """Blocks until everything is on disk.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +16,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from dalle_jax.stored_checkpoint import DataState
 
 PyTree = Any
+_boundaries = itertools.count()  # between steps, over all trainings of this process
 
 
 class Manager(ocp.CheckpointManager):
@@ -22,6 +24,8 @@ class Manager(ocp.CheckpointManager):
 
     def __init__(self, directory: epath.Path, *, keep_last: int, keep_best: int, best_metric: str, read_only: bool):
         """Opens the folder; the arguments are those of `Checkpoints`."""
+
+        self._stop_at: int | None = None
 
         def best(metrics: Mapping[str, float]) -> float:
             value = metrics.get(best_metric, math.nan)
@@ -76,6 +80,20 @@ class Manager(ocp.CheckpointManager):
         }
         numbers = None if metrics is None else {name: float(value) for name, value in metrics.items()}
         self.save(step, args=ocp.args.Composite(**items), metrics=numbers, force=True)
+
+    def asked_to_stop(self, step: int) -> bool:
+        """Whether all hosts stop at `step`, because one of them was told to.  To be called once for each step.
+
+        Orbax would ask JAX with `step`; but JAX wants numbers that rise, also from one training to the next: hosts that
+        are told to stop in the last step of one agree on the first of the other.
+        """
+        if super().reached_preemption(next(_boundaries)):
+            self._stop_at = step
+        return self._stop_at == step
+
+    def reached_preemption(self, step: int) -> bool:
+        """What `asked_to_stop` has found: Orbax asks again, from its threads too, and JAX is asked once a step."""
+        return self._stop_at == step
 
     def metrics(self, step: int) -> PyTree | None:
         """The measures of a checkpoint; None where there are none, or they are damaged."""

@@ -17,19 +17,16 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.linen as nn
-import flax.serialization
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from dalle_jax import parallel, storage
+from dalle_jax import frozen, parallel, storage
 from dalle_jax import workdir as workdirs
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.chunks import in_chunks
@@ -104,13 +101,10 @@ class ClipScorer:
         """Freezes it into `<folder>/clip`, from where `load` reads it."""
         target = epath.Path(folder).expanduser() / "clip"
         with storage.write_errors(target):
-            stored = flax.serialization.msgpack_serialize(jax.device_get(self.params))
-            storage.write_whole(target / "params.msgpack", stored)
-        self.text_model.save(target / "text.model")
+            self.text_model.save(target / "text.model")
         kind = "byte_pairs" if isinstance(self.text_model, BytePairs) else "sentencepiece"
         options = {"text_model": kind, **dataclasses.asdict(self.clip.options)}
-        # Written last: its presence says that the rest is whole.
-        storage.write_json(target / "options.json", options)
+        frozen.save(target, options, self.params)
 
     # -- comparing ------------------------------------------------------------------------------------------------
 
@@ -187,17 +181,16 @@ def _encode_text(clip: CLIP, params: PyTree, text: jax.Array) -> jax.Array:
 
 def has_clip(folder: str | epath.PathLike) -> bool:
     """Whether a frozen CLIP is there, whole."""
-    return (epath.Path(folder).expanduser() / "clip" / "options.json").exists()
+    return frozen.is_there(epath.Path(folder).expanduser() / "clip")
 
 
 def _load_frozen(folder: epath.Path) -> tuple[CLIP, PyTree, TextModel | BytePairs]:
-    options = json.loads((folder / "options.json").read_text())
+    options, params = frozen.load(folder, "Delete it, and freeze the CLIP again (ClipScorer.save, or its importer).")
     kind = options.pop("text_model", None)
     if kind not in _TEXT_MODELS:
         raise CheckpointError(f"{folder}: text model of kind {kind!r}; expected one of {', '.join(_TEXT_MODELS)}.")
     clip = CLIP(from_config(CLIPOptions, options, "options"))
-    params = flax.serialization.msgpack_restore((folder / "params.msgpack").read_bytes())
-    return clip, jax.tree.map(jnp.asarray, params), _TEXT_MODELS[kind](folder / "text.model")
+    return clip, params, _TEXT_MODELS[kind](folder / "text.model")
 
 
 def _check_fit(clip: CLIP, params: PyTree, folder: epath.PathLike) -> None:

@@ -18,6 +18,7 @@ Host 0 is the first: it alone writes configuration, metrics, pictures and progre
 from __future__ import annotations
 
 import contextlib
+import http.client
 import itertools
 import os
 import re
@@ -76,7 +77,7 @@ def start(
       connect_seconds: how long to wait for the first host, or as the first one for all others.
       lost_host_seconds: a host that is silent for so long counts as lost, and ends the others; also how long a host
         that ends waits for the others to end.
-      environment: where variables are looked up.
+      environment: where variables of launchers are looked up; about Cloud TPUs `os.environ` is asked.
 
     Raises:
       ConfigError: some of the three values are missing or wrong, or several processes are to do another job.
@@ -98,7 +99,7 @@ def start(
     if job != "train":
         raise ConfigError(
             f"config.job={job!r} runs in one process, and "
-            f"{'the environment' if detected else '--num_processes'} asks for several: run it on one host, with "
+            f"{'the cluster has' if detected else '--num_processes asks for'} several: run it on one host, with "
             "--coordinator_address=none."
         )
     global _lost_host_seconds
@@ -162,16 +163,20 @@ def _tpu_workers() -> int:
 
 
 def _metadata(name: str) -> str:
-    """An attribute of this machine, from Google's metadata server; empty where there is none."""
+    """An attribute of this machine, from Google's metadata server; empty where there is none, or no answer."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{name}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
     directly = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with directly.open(request, timeout=_METADATA_SECONDS) as answer:
-            return answer.read().decode()
-    except OSError:  # not found, or no such server: another maker's machine
-        return ""
+    for wait in (1.0, 1.0, 0.0):
+        try:
+            with directly.open(request, timeout=_METADATA_SECONDS) as answer:
+                return answer.read().decode(errors="replace")
+        except (OSError, http.client.HTTPException) as error:
+            if getattr(error, "code", None) == 404:
+                break
+            time.sleep(wait)
+    return ""  # another maker's machine; of several hosts `train.check` finds that they were not joined
 
 
 def _checked(given: Mapping[str, Any]) -> dict[str, Any]:

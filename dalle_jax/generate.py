@@ -15,7 +15,7 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from dalle_jax import parallel, report
+from dalle_jax import parallel, report, storage
 from dalle_jax.errors import DataError
 from dalle_jax.options import from_config
 from dalle_jax.priors.sampling import SamplingOptions
@@ -56,7 +56,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         "rows_at_once": config.rows_at_once, "mesh": dict(mesh.shape), "clip": config.clip, "captions": captions,
         "n": config.candidates or config.n, "samples": entries,
     }  # fmt: skip
-    (out / "manifest.json").write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n")
+    storage.write_json(out / "manifest.json", manifest)
     shown = min(config.n, 8)
     report.save_png(out / "grid.png", report.grid([(c, ranked.images[i, :shown]) for i, c in enumerate(captions[:16])]))
     print(f"{len(entries)} pictures, grid.png and manifest.json in {out}")

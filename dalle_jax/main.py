@@ -2,11 +2,12 @@
 
     python -m dalle_jax.main --config=configs/prior.py[:variant] [--workdir=DIR] [--config.key=value ...]
 
-Exit status: 0 done (or stopped and saved), 1 an error, 2 a wrong flag or configuration.
+Exit status: 0 done (or stopped and saved), 1 an error, 2 a wrong flag or configuration, 130 a second Ctrl-C.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import sys
 import traceback
@@ -74,11 +75,14 @@ def main() -> None:
             end_process(str(error), error.exit_code)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except (Exception, KeyboardInterrupt) as error:
+    except KeyboardInterrupt:
+        end_process("interrupted", 130)  # Python's usual end would wait for data that may never come
+    except Exception as error:
         if not distributed.joined():
             raise
         # Python's usual end would wait for the other hosts, which wait for this one, and then abort.
-        traceback.print_exc()
+        with contextlib.suppress(OSError):
+            traceback.print_exc()
         end_process(f"{type(error).__name__}: {error}", 1)
 
 

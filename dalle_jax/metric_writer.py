@@ -183,14 +183,19 @@ class Progress:
         self._shown = elapsed
         left = (self._total - step) * elapsed / (step - self._start)
         text = f"{self._summary(step, elapsed)} · loss {loss:.4g} · {_duration(left)} left"
-        self._out.write(f"\r\x1b[2K{text}" if self._tty else f"{text}\n")
-        self._out.flush()
+        self._print(f"\r\x1b[2K{text}" if self._tty else f"{text}\n")
 
     def note(self, text: str) -> None:
         """Prints a line of its own."""
         if self._active:
-            self._out.write(f"\r\x1b[2K{text}\n" if self._tty else f"{text}\n")
+            self._print(f"\r\x1b[2K{text}\n" if self._tty else f"{text}\n")
+
+    def _print(self, text: str) -> None:
+        try:
+            self._out.write(text)
             self._out.flush()
+        except (OSError, ValueError):  # nobody reads any more (a Ctrl-C ends `| tee log` too): no reason not to save
+            self._active = False
 
     def finish(self, step: int, shares: str) -> None:
         """Prints the average speed of the whole run, and what its time went to (`profiling.StepClock.shares`)."""

@@ -73,15 +73,19 @@ def access(workdir: epath.PathLike) -> Iterator[None]:
 
 
 def write_whole(path: epath.PathLike, content: bytes) -> None:
-    """Writes a file that nobody ever finds half written; makes its folder where needed."""
+    """Writes a file that nobody finds half written, whenever the process ends; makes its folder where needed."""
     path = epath.Path(path)
     if is_remote(path):
         path.write_bytes(content)  # an object is there when it is whole
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
-    unfinished.write_bytes(content)
-    unfinished.replace(path)
+    try:
+        unfinished.write_bytes(content)
+        unfinished.replace(path)
+    except OSError:
+        unfinished.unlink(missing_ok=True)
+        raise
 
 
 def write_json(path: epath.PathLike, values: Any) -> None:
@@ -91,7 +95,7 @@ def write_json(path: epath.PathLike, values: Any) -> None:
       UserError: where it cannot be written.
     """
     with write_errors(path):
-        write_whole(path, f"{json.dumps(values, indent=2)}\n".encode())
+        write_whole(path, f"{json.dumps(values, indent=2, ensure_ascii=False)}\n".encode())
 
 
 @contextmanager

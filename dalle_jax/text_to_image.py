@@ -191,10 +191,15 @@ class TextToImage(Editing, Reranking):
         Args:
           captions, n, seed, **options: as in `generate`.
           i, j: of the caption, and of its picture.
+
+        Raises:
+          ConfigError: there is no such caption or picture.
         """
         _check_count(n, seed)
         negative, options = _parse(options)
         text = self.encode_text(captions)
+        if not (0 <= i < len(text) and 0 <= j < n):
+            raise ConfigError(f"Picture {j} of caption {i}: expected 0 ≤ j < {n} and 0 ≤ i < {len(text)}.")
         many, candidates = self._chunk_shape(len(text), n)
         (c, row), (d, column) = divmod(i, many), divmod(j, candidates)
         return self._chunk(text, n, seed, options, negative, c * many, d * candidates)[row, column]

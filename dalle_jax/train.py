@@ -42,6 +42,7 @@ from dalle_jax.tasks import Job
 from dalle_jax.train_step import TrainState, make_init, make_train_step
 from dalle_jax.warm_start import warm_start
 from dalle_jax.watchdog import Watchdog, lost_host
+from dalle_jax.workdir import read_config
 
 _LONGEST = 1e9  # seconds: what Python can wait is not much more
 
@@ -99,7 +100,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
             if config.get("start_from"):
                 state = warm_start(state, config.start_from)
         start = int(state.step)
-        if distributed.is_first() and start <= total:  # else that of the longer training stays
+        if distributed.is_first() and (start <= total or not _has_config(workdir)):  # else the longer training's stays
             storage.write_json(epath.Path(workdir) / "config.json", to_json(config))
 
         # ------------------------------------------------------------------------------------ what the run reports
@@ -192,7 +193,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
                         with jax.profiler.TraceAnnotation("checkpoint"):
                             checkpoints.save(step, state, batches, config, measures)
                         watchdog.gets_on()
-            if stopping:
+            if stopping or last and stop.is_set():  # a training that follows this one is not to begin
                 checkpoints.wait()
                 message = f"{workdir}: stopped at step {step} of {total} and saved; the same command goes on from there"
                 progress.note(message)
@@ -237,6 +238,11 @@ def check(config: ConfigDict) -> tuple[Mesh, OptimizerOptions, AverageOptions]:
             raise ConfigError(
                 f"config.timeout_seconds.{name}={seconds!r}: expected seconds, more than 0 and at most {_LONGEST:g}."
             )
+    if jax.process_count() > 1 and not distributed.joined():
+        raise ConfigError(
+            f"This is one of {jax.process_count()} hosts of a TPU slice, and was not joined to them: give "
+            "--coordinator_address=auto on each."
+        )
     check_profile_steps(config.profile_steps)
     for name, section in config.schedules.items():
         schedules.make(section, name)
@@ -261,6 +267,13 @@ def _make(workdir: str) -> str:
                 "that all of them see (a network file system, or gs://…)."
             )
         return str(path)
+
+
+def _has_config(workdir: str) -> bool:
+    try:
+        return bool(read_config(workdir))
+    except UserError:
+        return False
 
 
 def _closing(close: Callable[[], None]) -> Callable[..., None]:
@@ -301,19 +314,21 @@ def _stop_signals() -> Iterator[threading.Event]:
     """Context in which SIGTERM and Ctrl-C set the event that it gives, instead of ending the process at once.
 
     A second Ctrl-C interrupts as usual.  With several hosts JAX's own preemption service catches SIGTERM and agrees
-    on a common step (`Checkpoints.reached_preemption`); a Ctrl-C is passed on to it.
+    on a common step (`Checkpoints.reached_preemption`); a Ctrl-C is passed on to it.  In another thread than the main
+    one Python allows no handlers, and nothing is done.
     """
     requested = threading.Event()
     alone = jax.process_count() == 1
 
     def request(number: int, _: Any) -> None:
         if number == signal.SIGINT:
-            os.write(2, b"\nstopping: it saves first (Ctrl-C again: ends at once)\n")  # print may be at work already
             signal.signal(signal.SIGINT, signal.default_int_handler)
         if alone:
             requested.set()
         else:
             os.kill(os.getpid(), signal.SIGTERM)
+        with contextlib.suppress(OSError):  # not by print, which may be at work already
+            os.write(2, b"\nstopping: it saves as soon as it can (a second Ctrl-C ends it at once)\n")
 
     previous = {}
     if threading.current_thread() is threading.main_thread():
@@ -323,4 +338,4 @@ def _stop_signals() -> Iterator[threading.Event]:
         yield requested
     finally:
         for number, handler in previous.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's

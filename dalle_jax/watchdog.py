@@ -12,7 +12,6 @@ import contextlib
 import itertools
 import multiprocessing
 import os
-import re
 import sys
 import threading
 import time
@@ -26,8 +25,8 @@ from dalle_jax.errors import Preempted
 _EARLIER = 0.7  # share of JAX's own time after which a silent host counts as lost
 _LEFT = "left"
 _LINGER = 3  # intervals for which a stuck host waits for the others to say the same
-_STATUS = re.compile(r"(ABORTED|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION|INTERNAL|UNAVAILABLE|UNKNOWN): ")
-_SIGNS = ("gloo", "connection", "unavailable", "heartbeat", "barrier", "deadline_exceeded")
+_SIGNS_OF_HOSTS = ("gloo", "heartbeat", "barrier", "coordination service")
+_SIGNS = (*_SIGNS_OF_HOSTS, "connection", "unavailable", "deadline_exceeded")
 _beats = itertools.count()  # over all trainings of this process
 _ending = threading.Lock()  # of this process
 _GO_ON = "Run the same command again, on every host: it goes on from the last complete checkpoint."
@@ -42,13 +41,15 @@ def end_process(message: str, status: int, linger: float = 0.0) -> NoReturn:
       linger: seconds until it ends.
     """
     _ending.acquire()  # for good
-    print(f"error: {message}", file=sys.stderr)
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
-    time.sleep(linger)
-    for child in multiprocessing.active_children():
-        child.kill()
-    os._exit(status)
+    try:
+        print(f"error: {message}", file=sys.stderr)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        time.sleep(linger)
+        for child in multiprocessing.active_children():
+            child.kill()
+    finally:  # also where nothing can be written: a full disk, a pipe whose reader is gone
+        os._exit(status)
 
 
 class Watchdog:
@@ -140,12 +141,14 @@ def lost_host(error: BaseException) -> str | None:
     """A message, where an error, or what caused it, says that other hosts did not answer; else None."""
     if jax.process_count() == 1:
         return None
-    while error is not None:
+    seen = []
+    while error is not None and error not in seen:
         text = " ".join(str(error).split())
-        # JAX's own functions raise some of its native errors as ValueError.
-        native = isinstance(error, jax.errors.JaxRuntimeError) or _STATUS.match(text)
-        if native and any(sign in text.lower() for sign in _SIGNS):
+        # JAX's own functions raise some of its native errors as ValueError; so does tensorstore those of a bucket.
+        signs = _SIGNS if isinstance(error, jax.errors.JaxRuntimeError) else _SIGNS_OF_HOSTS
+        if any(sign in text.lower() for sign in signs):
             happened = "What happened is in its own output."
             return f"Another host was lost in the middle of a step: {text[:200]}. {happened} {_GO_ON}"
+        seen.append(error)
         error = error.__cause__ or error.__context__
     return None

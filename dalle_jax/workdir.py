@@ -15,14 +15,11 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import flax.serialization
-import jax
-import jax.numpy as jnp
 from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from dalle_jax import distributed, storage
+from dalle_jax import distributed, frozen, storage
 from dalle_jax.checkpoint import Checkpoints
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import CheckpointError, ConfigError
@@ -51,13 +48,10 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
             f"{workdir} is not the workdir of a training: it has no config.json. Train first "
             "(python -m dalle_jax.main --config=configs/prior.py), or check the path."
         )
-    return _read_json(path, "Start the training again: it writes this file first of all.")
-
-
-def _read_json(path: epath.Path, remedy: str) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
+        remedy = "Start the training again: it writes this file when it begins."
         raise CheckpointError(f"{path} is damaged: {error}. {remedy}") from error
 
 
@@ -66,17 +60,12 @@ def _read_json(path: epath.Path, remedy: str) -> dict[str, Any]:
 
 def has_tokenizer(workdir: epath.PathLike) -> bool:
     """Whether a frozen image tokenizer is there, whole."""
-    return _path(workdir, "image_tokenizer", "options.json").exists()
+    return frozen.is_there(_path(workdir, "image_tokenizer"))
 
 
 def save_tokenizer(workdir: epath.PathLike, tokenizer: ImageTokenizer, params: PyTree) -> None:
     """Freezes an image tokenizer into `workdir`."""
-    folder = _path(workdir, "image_tokenizer")
-    with storage.write_errors(folder):
-        stored = flax.serialization.msgpack_serialize(jax.device_get(params))
-        storage.write_whole(folder / "params.msgpack", stored)
-    # Written last: its presence says that the rest is whole.
-    storage.write_json(folder / "options.json", tokenizers.to_dict(tokenizer))
+    frozen.save(_path(workdir, "image_tokenizer"), tokenizers.to_dict(tokenizer), params)
 
 
 def load_tokenizer(workdir: epath.PathLike) -> tuple[ImageTokenizer, PyTree]:
@@ -87,10 +76,8 @@ def load_tokenizer(workdir: epath.PathLike) -> tuple[ImageTokenizer, PyTree]:
     """
     if has_tokenizer(workdir):
         folder = _path(workdir, "image_tokenizer")
-        told = _read_json(folder / "options.json", f"Delete {folder}: the training freezes its tokenizer there again.")
-        tokenizer = tokenizers.from_dict(told)
-        stored = flax.serialization.msgpack_restore((folder / "params.msgpack").read_bytes())
-        return tokenizer, jax.tree.map(jnp.asarray, stored)
+        options, params = frozen.load(folder, "Delete it: the training freezes its tokenizer there again.")
+        return tokenizers.from_dict(options), params
     config = read_config(workdir)
     if config.get("task") != "dvae":
         raise CheckpointError(f"{workdir} holds no image tokenizer: its task is {config.get('task')!r}, not 'dvae'.")

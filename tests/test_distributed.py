@@ -221,6 +221,7 @@ TPU_ENV = "ACCELERATOR_TYPE: 'v5p-128'\nMEGASCALE_NUM_SLICES: '2'\nZONE: 'us-eas
         ({ENDPOINTS: "unused:a:10.0.0.2,unused:b:10.0.0.3"}, "", True),
         ({ENDPOINTS: "10.0.0.2", "tpu-env": "ZONE: 'us-east5-a'\n"}, "", False),
         ({ENDPOINTS: "10.0.0.2", "tpu-env": TPU_ENV}, "tpu,cpu", True),
+        ({ENDPOINTS: "10.0.0.2,10.0.0.3", "busy": 2}, "", True),
         ({ENDPOINTS: "10.0.0.2,10.0.0.3"}, "cpu", False),  # asked for by the user: no TPU, nobody to join
         ({}, "", False),
     ],
@@ -231,10 +232,13 @@ def test_a_cloud_tpu_says_how_many_hosts_it_has(joined, monkeypatch, attributes,
     class Metadata(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             name = self.path.removeprefix("/computeMetadata/v1/instance/attributes/")
+            busy = attributes.pop("busy", 0)  # how often it has no time
+            if busy:
+                attributes["busy"] = busy - 1
             found = name in attributes and self.headers["Metadata-Flavor"] == "Google"
-            self.send_response(200 if found else 404)
+            self.send_response(503 if busy else 200 if found else 404)
             self.end_headers()
-            self.wfile.write(attributes[name].encode() if found else b"not found")
+            self.wfile.write(attributes[name].encode() if found and not busy else b"not found")
 
         def log_message(self, *_):
             pass

@@ -367,6 +367,15 @@ def test_captions_of_a_job(tmp_path):
 # -- jobs ---------------------------------------------------------------------------------------------------------
 
 
+def test_one_picture_of_a_drawing(model):
+    captions = [CAPTION, "a green star"]
+    images = model.generate(captions, n=3, seed=2)
+    np.testing.assert_array_equal(model.picture(captions, 3, 1, 2, seed=2), images[1, 2])
+    for i, j in ((2, 0), (-1, 0), (0, 3), (0, -1)):
+        with pytest.raises(ConfigError, match=f"Picture {j} of caption {i}: expected"):
+            model.picture(captions, 3, i, j, seed=2)
+
+
 def test_every_picture_of_a_manifest_can_be_made_again(trained, tmp_path):
     config = config_files.module(CONFIGS, "generate.py").get_config()
     config.update(

@@ -203,6 +203,18 @@ def test_stuck_data(tmp_path):
     assert complete_steps(tmp_path)[:1] == [3]
 
 
+def test_a_second_ctrl_c(tmp_path):
+    """It does not wait for data that may never come."""
+    process = command(tmp_path, FAULT="stall:7")
+    wait_for_steps(process, 4)
+    for _ in range(2):
+        time.sleep(1.0)
+        process.send_signal(signal.SIGINT)
+    ((status, _, error),) = finish([process], PATIENCE)
+    assert status == 130 and "a second Ctrl-C ends it" in error and "error: interrupted" in error, error
+    assert "Traceback" not in error and complete_steps(tmp_path)[:1] == [3]
+
+
 # -- several hosts -----------------------------------------------------------------------------------------------------
 
 

@@ -1,6 +1,7 @@
 """The training loop: what it must not change (mesh, interruption, slices of the batch), and how it stops."""
 
 import dataclasses
+import io
 import json
 import os
 import signal
@@ -378,6 +379,41 @@ def test_a_signal_before_the_first_step(tmp_path):
         run(tmp_path, steps=5)
 
 
+def test_a_signal_at_the_last_step(tmp_path):
+    """In its evaluation: what would follow this training does not begin."""
+    config = tiny_config(steps=2)
+    job = tiny_job(config)
+
+    def eval_batches():
+        os.kill(os.getpid(), signal.SIGTERM)
+        return job.eval_batches()
+
+    with pytest.raises(Preempted, match="0"):
+        train(config, str(tmp_path), dataclasses.replace(job, eval_batches=eval_batches))
+    assert int(run(tmp_path, steps=2).step) == 2
+
+
+def test_hosts_agree_on_a_step_across_trainings(tmp_path, monkeypatch):
+    """JAX's service is asked with numbers that rise by one, though each training counts from 0."""
+    asked = []
+    ask = lambda number: asked.append(number) or False
+    monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", ask)
+    for name in "ab":
+        run(tmp_path / name, steps=3, cadence__checkpoint=2)
+    assert asked == list(range(asked[0], asked[0] + 8))
+
+
+def test_nobody_reads_what_it_prints(tmp_path, monkeypatch):
+    """A Ctrl-C in `train | tee log` ends tee too: the training saves none the less."""
+
+    class Broken(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Broken())
+    assert int(run(tmp_path, steps=2).step) == 2
+
+
 def test_the_configuration_in_the_workdir(tmp_path):
     """That of the training whose state is there; in one piece, or an error that says what to do."""
     run(tmp_path, steps=2)
@@ -386,8 +422,9 @@ def test_the_configuration_in_the_workdir(tmp_path):
     (tmp_path / "config.json").write_text('{"steps": 2, "se')
     with pytest.raises(CheckpointError, match="config.json is damaged: .*Start the training again"):
         read_config(tmp_path)
-    run(tmp_path, steps=3)
-    assert read_config(tmp_path)["steps"] == 3
+    for steps in (1, 3):
+        run(tmp_path, steps=steps)
+        assert read_config(tmp_path)["steps"] == steps
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no disk to be full")

@@ -19,6 +19,7 @@ from typing import Any
 
 from etils import epath
 
+from dalle_jax import storage
 from dalle_jax.errors import DataError
 
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
@@ -67,7 +68,7 @@ class BytePairs:
 
     def save(self, path: str | epath.PathLike) -> None:
         """Writes it as one `tokenizer.json`."""
-        epath.Path(path).write_text(self._tokenizer.to_str())
+        storage.write_whole(path, self._tokenizer.to_str().encode())
 
     def encode(self, text: str, *, max_length: int) -> tuple[list[int], bool]:
         """A caption as ids, with the start token and without the end token.

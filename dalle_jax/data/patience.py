@@ -38,13 +38,13 @@ class Patient(Iterator[Any]):
           StuckDataError: it did not come in time.
           DataError: a worker process behind the iterator is gone.
         """
-        if self._stuck:
+        if self._stuck or self._waiting:
             raise self._too_late()
         if self._thread is None:
             self._thread = threading.Thread(target=self._fetch, name="data", daemon=True)
             self._thread.start()
-        self._asked.put(True)
         self._waiting = True  # and remains so where a Ctrl-C ends the wait
+        self._asked.put(True)
         try:
             item, error = self._given.get(timeout=self._seconds)
             self._waiting = False
