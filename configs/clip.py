@@ -15,8 +15,8 @@ the batch's pictures (`dalle_jax/negatives.py`). The others have the same option
 published weights instead: `python -m dalle_jax.pretrained.clip`. `coco` and `cub` rank candidates for the paper's
 evaluation sets, learned from their training splits alone (82,783 pictures seen 62 times, 5,994 seen 171 times); a
 published CLIP has seen far more. The batch is compared as a whole, over all devices; `optimizer.accumulate_steps` must
-stay 1. By the TPU compiler with low effort, `vit_b32` needs 7.5 of 16 GiB of each chip of a v5e:16x16 and 66 ms a step
-by the roofline, 43% of the peak; 21.0 of 95 GiB of a v5p:4x4x4's, 80 ms, 61% (configs/compile.py prints them).
+stay 1. By the TPU compiler `vit_b32` needs 7.5 of 16 GiB of each chip of a v5e:16x16 and 46 ms a step by the roofline,
+62% of the peak; 21.2 of 95 GiB of a v5p:4x4x4's, 77 ms, 64% (configs/compile.py prints them).
 
 Measured: shapes and emoji, see README.md and experiments/results/. Not yet measured: folder, coco, cub, vit_b32.
 """

@@ -7,9 +7,9 @@
     python -m dalle_jax.main --config=configs/dvae.py:cub --config.data.path=DIR
     python -m dalle_jax.main --config=configs/dvae.py:paper --config.data.path=DIR
 
-`paper` is the published size, its numbers those of appendix A. By the TPU compiler with low effort, each chip of a
-v5e:8x8 needs 7.5 of 16 GiB and 118 ms a step by the roofline, 60% of the peak; of a v5p:2x4x4, 13.1 of 95 GiB, 82 ms,
-74% (configs/compile.py prints them; experiments/results/compile/compile.md).
+`paper` is the published size, its numbers those of appendix A. By the TPU compiler each chip of a v5e:8x8 needs 7.7 of
+16 GiB and 111 ms a step by the roofline, 64% of the peak; of a v5p:2x4x4, 13.3 of 95 GiB, 82 ms, 74%
+(configs/compile.py prints them; experiments/results/compile/compile.md).
 
 `shapes` and `emoji` have a space-to-depth stem, and start their codes from clusters of patches
 (dalle_jax/models/kmeans_init.py): a few thousand updates are too few for the paper's start. Their encoder then moves
@@ -84,7 +84,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     length = common.set_steps(config, steps)
 
     config.data = data
-    # On the emoji's edges, -1.5 costs half a decibel: where b may be small elsewhere, they weigh little.
+    # The least ln b of the Laplace distributions. With -1.5 the emoji's edges weigh too little beside their flat areas.
     floor = {"shapes": -1.5, "emoji": -0.5}.get(variant, placeholder(float))
     config.model = ConfigDict({**model, "logit_scale": 1.0, "codebook_scale": 1.0, "min_log_scale": floor})
     config.objective = ConfigDict({"init": "kmeans" if small else "paper", "kmeans_sharpness": 10.0})

@@ -26,8 +26,8 @@ memory, and want the `--config.model.trunk.remat` of the table. By the TPU compi
     paper    v5e:16x16   256  remat=full       11.5 of 16    377.7   487.4    3508 ms   55%
     paper    v6e:16x16   256  remat=attention  25.9 of 32    377.7   456.4    1009 ms   41%
     5.6b     v5p:4x4x8   128                   47.1 of 95    350.1   344.7    1234 ms   62%
-    5.6b     v5e:8x16    128  remat=full       10.4 of 16    350.1   448.9    3434 ms   52%  (low effort)
-    5.6b     v6e:8x16    128  remat=attended   18.5 of 32    350.1   448.9    1050 ms   36%  (low effort)
+    5.6b     v5e:8x16    128  remat=full       10.9 of 16    350.1   448.9    3230 ms   55%
+    5.6b     v6e:8x16    128  remat=attended   18.9 of 32    350.1   448.9     955 ms   40%
     2.8b     v5p:4x4x4    64                   64.8 of 95    362.2   354.5    1387 ms   57%
     2.8b     v5e:8x16    128  remat=full        7.2 of 16    181.1   230.4    1795 ms   51%
     2.8b     v6e:8x8      64  remat=attended   23.7 of 32    362.2   460.8    1092 ms   36%
