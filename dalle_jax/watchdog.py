@@ -127,8 +127,8 @@ class Watchdog:
             if stuck > self._stuck_seconds:
                 # The others are as stuck and about to say so: without this host they would only say that it was lost.
                 end_process(
-                    f"Nothing got on for {stuck:.0f} s (config.timeout_seconds.step), though all hosts are there: a "
-                    f"device or the network between hosts is stuck, or the time is too short. {_GO_ON}", 1,
+                    f"Nothing got on for {self._stuck_seconds:g} s (config.timeout_seconds.step), though all hosts are "
+                    f"there: a device or the network between hosts is stuck, or the time is too short. {_GO_ON}", 1,
                     linger=_LINGER * self._interval,
                 )  # fmt: skip
 
