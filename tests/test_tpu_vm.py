@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -58,7 +59,8 @@ START = (
 )
 DESCRIBE = r"tpu-vm describe pod --format=value\(state\)"
 STATUS = (
-    r"tpu-vm ssh pod --worker=all --command=bash\ worker.sh\ status "
+    r"tpu-vm ssh pod --worker=all --command=timeout\ 120\ bash\ -c\ \'if\ \[\ -e\ worker.sh\ \]\;\ then\ "
+    r"bash\ worker.sh\ status\;\ else\ echo\ worker.sh:\ none\;\ fi\' "
     "--ssh-flag=-oConnectTimeout=60 --ssh-flag=-oServerAliveInterval=30"
 )
 CREATE = "tpu-vm create pod --version=v2-alpha-tpuv6e --accelerator-type=v6e-16"
@@ -169,8 +171,8 @@ def test_a_local_workdir_is_warned_of(tmp_path):
 
 GCLOUD = '''\
 #!{python} -IS
-"""Keeps its arguments, and answers from files: a line each time, "!STATUS text" for a failure."""
-import json, pathlib, sys
+"""Keeps its arguments, and answers from files: a line each time, "!STATUS text" for a failure, "hangs" for no end."""
+import json, pathlib, subprocess, sys
 home = pathlib.Path(__file__).parent
 arguments = sys.argv[1:]
 with open(home / "calls.jsonl", "a") as file:
@@ -178,7 +180,7 @@ with open(home / "calls.jsonl", "a") as file:
 kind = next(word for word in ("describe", "create", "delete", "scp", "ssh") if word in arguments)
 if kind == "describe" and "queued-resources" in arguments:
     kind = "request"
-if kind == "ssh" and not any(word.endswith("worker.sh status") for word in arguments):
+if kind == "ssh" and not any("worker.sh status" in word for word in arguments):
     kind = "worker"
 path = home / kind
 lines = path.read_text().splitlines() if path.exists() else []
@@ -186,9 +188,13 @@ if lines:
     path.write_text("".join(line + "\\n" for line in lines[1:]))
     if lines[0].startswith("!"):
         sys.exit(lines[0][1:] if lines[0][1:] else 1)
+    if lines[0] == "hangs":
+        subprocess.run(["sleep", "50"])  # a child with the same output, as gcloud's ssh
     for line in lines[0].split("|"):
         print(line)
 '''
+
+ASKED = {"status": "worker.sh status"}
 
 
 class Fake:
@@ -213,8 +219,15 @@ class Fake:
             arguments = json.loads(line)
             told = [word.removeprefix("--command=") for word in arguments if word.startswith("--command=")]
             verb = " ".join(arguments[2:4]) if arguments[2] == "queued-resources" else arguments[3]
+            if told and told[0].startswith("timeout"):
+                told = [word for word in ASKED if ASKED[word] in told[0]] or told
             found.append(told[0].removeprefix("bash worker.sh ") if told else verb)
         return found
+
+    def told(self, word):
+        """A command that the workers got, as `ASKED` calls it."""
+        lines = [json.loads(line) for line in (self.folder / "calls.jsonl").read_text().splitlines()]
+        return next(each[len("--command=") :] for line in lines for each in line if ASKED[word] in each)
 
     def exhausted(self):
         return all(not path.read_text() for path in self.folder.iterdir() if path.name not in ("gcloud", "calls.jsonl"))
@@ -338,6 +351,58 @@ def test_an_answer_ends_the_silence(fake):
     fake.answers(describe=["READY"] * 4, ssh=["!Connection refused", RUNNING, "!Connection refused", DONE])
     status, said = resume(fake, "--poll=1", TPU_VM_PATIENCE_SECONDS="2")
     assert status == 0 and fake.exhausted(), said
+
+
+def test_a_gcloud_that_hangs_is_no_answer(fake):
+    """Its children too, which have its output; the script does not wait for them."""
+    fake.answers(describe=["READY"] * 3, ssh=[RUNNING, "hangs", DONE])
+    began = time.monotonic()
+    status, said = resume(fake, TPU_VM_ANSWER_SECONDS="2")
+    assert status == 0 and "READY, no answer" in said and fake.exhausted(), said
+    assert time.monotonic() - began < 40
+
+
+def test_resume_ends_at_ctrl_c_while_it_asks(fake):
+    fake.answers(describe=["READY"], ssh=["hangs"])
+    ctrl_c = "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execvp('bash', sys.argv[1:])"
+    line = ["bash", str(FOLDER / "tpu_vm.sh"), "resume", *HERE, *TYPE, *JOB, *TRAINING]
+    environment = {**os.environ, "PATH": fake.path, "TPU_VM_ANSWER_SECONDS": "20"}
+    process = subprocess.Popen([sys.executable, "-c", ctrl_c, *line], env=environment, start_new_session=True)
+    try:
+        while len(fake.calls()) < len(ASK):
+            time.sleep(0.05)
+        began = time.monotonic()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(60) != 0 and time.monotonic() - began < 10
+    finally:
+        process.kill()
+
+
+def test_resume_without_coreutils(fake, tmp_path):
+    fake.answers(describe=["READY"] * 3, ssh=[RUNNING, "!Connection refused", DONE])
+    path = f"{fake.folder}{os.pathsep}{no_gcloud(tmp_path)}"
+    assert shutil.which("timeout", path=path) is None
+    status, said = script("resume", *HERE, *TYPE, "--poll=0", *JOB, *TRAINING, PATH=path)
+    assert status == 0 and fake.exhausted() and "READY, no answer" in said, said
+
+
+def test_what_the_workers_are_asked(fake, tmp_path):
+    """As a worker's shell runs it: a new TPU has nothing yet, and a status that hangs ends."""
+    fake.answers(describe=["READY"], ssh=[DONE])
+    resume(fake)
+    command = fake.told("status")
+    assert command.startswith("timeout 120 ")
+
+    def on_worker():
+        command_now = ["bash", "-c", command.replace("timeout 120", "timeout 2")]
+        done = subprocess.run(command_now, cwd=tmp_path, capture_output=True, text=True, timeout=40, check=False)
+        return done.returncode, done.stdout
+
+    assert on_worker() == (0, "worker.sh: none\n")
+    (tmp_path / "worker.sh").write_text("echo worker.sh: $1")
+    assert on_worker() == (0, "worker.sh: status\n")
+    (tmp_path / "worker.sh").write_text("sleep 50\necho worker.sh: $1")
+    assert on_worker() == (124, "")
 
 
 def test_resume_launches_whole_or_again(fake):

@@ -120,14 +120,14 @@ fi
 # Functions below join their steps by `&&`: `set -e` is off in whatever an `if` calls, and resume has to outlive failures.
 
 where=("--zone=$zone" ${project:+"--project=$project"})
-errors=$(mktemp)
-trap 'rm -f "$errors"' EXIT
+errors=$(mktemp) answers=$(mktemp)
+trap 'rm -f "$errors" "$answers"' EXIT
 
-run() { # prints a command as it could be typed, then runs it
+run() { # prints a command as it could be typed, then runs it, within `limit` where its caller has one
   printf '+' >&2
   printf ' %q' "$@" >&2
   printf '\n' >&2
-  $dry_run || "$@"
+  $dry_run || ${limit[@]+"${limit[@]}"} "$@"
 }
 
 tpu() { run gcloud compute tpus tpu-vm "$@" "${where[@]}"; }
@@ -195,19 +195,28 @@ pause() { $dry_run || sleep "$poll"; }
 
 healthy=${TPU_VM_HEALTHY_SECONDS:-3600} # longer than the others wait for a lost worker: config.timeout_seconds.step
 patience=${TPU_VM_PATIENCE_SECONDS:-1800}
+slowest=${TPU_VM_ANSWER_SECONDS:-300} # for gcloud, the connections, and the 120 s that a worker has
 prompt=(--ssh-flag=-oConnectTimeout=60 --ssh-flag=-oServerAliveInterval=30) # a worker that hangs is no answer, soon
+
+# Sets `said` to what the workers answer to a command (without '). False where one does not answer, or not in time.
+hear() { # WORKERS COMMAND
+  local limit=()
+  if type timeout >/dev/null 2>&1; then limit=(timeout -k 10 "$slowest"); fi # macOS may have none
+  # In the background: Ctrl-C ends a `wait`, but does not reach what `timeout` runs, and `$(…)` would wait for that.
+  workers "$1" "timeout 120 bash -c '$2'" "${prompt[@]}" </dev/null >"$answers" &
+  wait $! && said=$(<"$answers")
+}
 
 # Sets `job` to what the workers say of the training: done, running, failed, mixed (some of each), over or no answer.
 ask() {
   local said
-  if $dry_run; then
-    workers all "bash worker.sh status" "${prompt[@]}"
-    [[ ${started:-} ]] && job='done' || job=over
-    say "(dry run: taken to be $job)"
+  if ! hear all 'if [ -e worker.sh ]; then bash worker.sh status; else echo worker.sh: none; fi'; then # (none: a new TPU)
+    job='no answer'
     return
   fi
-  if ! said=$(workers all "bash worker.sh status" "${prompt[@]}" </dev/null); then
-    job='no answer'
+  if $dry_run; then
+    [[ ${started:-} ]] && job='done' || job=over
+    say "(dry run: taken to be $job)"
     return
   fi
   said=$(sed -n 's/^worker\.sh: \([a-z]*\).*/\1/p' <<<"$said" | sort -u | tr '\n' ' ')
