@@ -180,7 +180,9 @@ with open(home / "calls.jsonl", "a") as file:
 kind = next(word for word in ("describe", "create", "delete", "scp", "ssh") if word in arguments)
 if kind == "describe" and "queued-resources" in arguments:
     kind = "request"
-if kind == "ssh" and not any("worker.sh status" in word for word in arguments):
+if any("going on from step" in word for word in arguments):
+    kind = "begun"
+elif kind == "ssh" and not any("worker.sh status" in word for word in arguments):
     kind = "worker"
 path = home / kind
 lines = path.read_text().splitlines() if path.exists() else []
@@ -194,7 +196,7 @@ if lines:
         print(line)
 '''
 
-ASKED = {"status": "worker.sh status"}
+ASKED = {"status": "worker.sh status", "begun": "going on from step"}
 
 
 class Fake:
@@ -220,7 +222,7 @@ class Fake:
             told = [word.removeprefix("--command=") for word in arguments if word.startswith("--command=")]
             verb = " ".join(arguments[2:4]) if arguments[2] == "queued-resources" else arguments[3]
             if told and told[0].startswith("timeout"):
-                told = [word for word in ASKED if ASKED[word] in told[0]] or told
+                told = [word for word in ASKED if ASKED[word] in told[0]] or [told[0].split("'")[1]]
             found.append(told[0].removeprefix("bash worker.sh ") if told else verb)
         return found
 
@@ -259,7 +261,9 @@ RUNNING, DONE, SAVED = ("worker.sh: running|worker.sh: running", "worker.sh: don
                         "worker.sh: stopped|worker.sh: done")  # fmt: skip
 LAUNCH = ["scp", "setup https://host/dalle_jax.git v1",
           r"start --config=configs/prior.py:2.8b --workdir=gs://bucket/a\ b --config.steps=7"]  # fmt: skip
-LOOK, ASK = ["describe"], ["describe", "status"]
+LOOK, ASK, FAIL = ["describe"], ["describe", "status"], ["describe", "status", "begun"]
+FAILED = "worker.sh: failed, status 1|worker.sh: failed, status 1"
+MIXED = "worker.sh: running|worker.sh: failed, status 1"
 
 
 def test_resume_after_preemption(fake):
@@ -305,39 +309,68 @@ def test_resume_after_maintenance(fake, state):
 
 def test_resume_waits_for_what_is_not_yet_clear(fake):
     """gcloud or a worker that does not answer, or workers that end one after the other, are looked at again."""
-    mixed = "worker.sh: running|worker.sh: failed, status 1"
     fake.answers(
         describe=["!network is unreachable"] + ["READY"] * 6,
-        ssh=["!Connection refused", mixed, RUNNING, mixed, mixed, DONE],
+        ssh=["!Connection refused", MIXED, RUNNING, MIXED, MIXED, DONE],
     )
     status, said = resume(fake)
     assert status == 0 and fake.exhausted(), said
-    assert fake.calls() == [*LOOK, *ASK, *ASK, *ASK, *ASK, *ASK, *LAUNCH, *ASK]
+    assert fake.calls() == [*LOOK, *ASK, *ASK, *ASK, *ASK, *ASK, "begun", *LAUNCH, *ASK]
     assert "no answer: network is unreachable" in said
 
 
 def test_resume_gives_up_a_training_that_fails(fake):
-    failed = "worker.sh: failed, status 1|worker.sh: failed, status 1"
-    fake.answers(describe=["READY"] * 3, ssh=[failed] * 3, worker=[""] * 4 + ["error: The disk is full."])
+    fake.answers(describe=["READY"] * 3, ssh=[FAILED] * 3, worker=[""] * 4 + ["error: The disk is full."])
     status, said = resume(fake)
-    assert status == 1 and "error: The disk is full." in said and "failed three times" in said, said
-    assert fake.calls() == [*ASK, *LAUNCH, *ASK, *LAUNCH, *ASK, "tail -n 20 dalle_jax_run/log"]
+    assert status == 1 and "error: The disk is full." in said, said
+    assert "the training failed three times in a row from the beginning" in said
+    assert fake.calls() == [*FAIL, *LAUNCH, *FAIL, *LAUNCH, *FAIL, "tail -n 20 dalle_jax_run/log"]
 
 
-@pytest.mark.parametrize("healthy, ends", [("0", False), ("3600", True)], ids=["long", "short"])
-def test_resume_counts_failures_anew_after_a_healthy_run(fake, healthy, ends):
-    failed = "worker.sh: failed, status 1|worker.sh: failed, status 1"
-    fake.answers(describe=["READY"] * 9, ssh=[failed, RUNNING] * 4 + [DONE])
-    status, said = resume(fake, TPU_VM_HEALTHY_SECONDS=healthy)
-    assert status == ends and ("the training failed three times" in said) == ends, said
-    assert fake.calls().count("scp") == (2 if ends else 4)
+def begun(*steps):
+    """What worker 0 answers; a run from the beginning (0) says nothing."""
+    return [f"going on from step {step} of 90" if step else "" for step in steps]
 
 
-def test_only_a_run_in_one_piece_is_healthy(fake):
-    failed = "worker.sh: failed, status 1"
-    fake.answers(describe=["READY"] * 6, ssh=[failed, RUNNING, failed, RUNNING, failed, DONE])
-    status, said = resume(fake, "--poll=1", TPU_VM_HEALTHY_SECONDS="2")
-    assert status == 1 and "the training failed three times" in said, said
+@pytest.mark.parametrize(
+    "steps, launches, words",
+    [
+        ([6, 6, 6], 2, "from step 6 of 90;"),  # however long each ran: it fails at the same place
+        ([0, 0, 6, 6, 12, 12, 12], 6, "from step 12 of 90;"),
+        ([0, 6, 12, 18, 24], 5, ""),
+        ([6, 6, 12, 6, 6], 5, ""),
+    ],
+    ids=["stuck", "got on, then stuck", "gets on", "not in a row"],
+)
+def test_resume_counts_failures_from_the_same_step(fake, steps, launches, words):
+    answers = [row for _ in steps for row in (RUNNING, RUNNING, FAILED)]
+    if not words:
+        answers.append(DONE)
+    fake.answers(describe=["READY"] * len(answers), ssh=answers, begun=begun(*steps))
+    status, said = resume(fake)
+    assert (status, fake.calls().count("scp")) == (bool(words), launches) and fake.exhausted(), said
+    assert words in said and ("the training failed three times in a row" in said) == bool(words)
+
+
+def test_a_host_that_fails_while_the_others_wait_is_a_failure(fake):
+    fake.answers(describe=["READY"] * 6, ssh=[RUNNING, MIXED, MIXED, FAILED, MIXED, MIXED], begun=begun(6, 6, 6))
+    status, said = resume(fake)
+    assert status == 1 and "the training failed three times in a row from step 6 of 90;" in said, said
+    assert fake.calls() == [*ASK, *ASK, *FAIL, *LAUNCH, *FAIL, *LAUNCH, *ASK, *FAIL, "tail -n 20 dalle_jax_run/log"]
+
+
+def test_failures_are_counted_anew_on_a_new_tpu(fake):
+    states = ["READY", "READY", "PREEMPTED", "READY", "READY", "READY"]
+    fake.answers(describe=states, ssh=[FAILED] * 4 + [DONE], begun=begun(6, 6, 6, 6))
+    status, said = resume(fake)
+    assert status == 0 and fake.exhausted(), said
+
+
+def test_no_failure_counts_until_worker_0_says_where_it_began(fake):
+    fake.answers(describe=["READY"] * 4, ssh=[FAILED] * 3 + [DONE], begun=["!Connection refused"] * 2 + begun(6))
+    status, said = resume(fake)
+    assert status == 0 and fake.exhausted(), said
+    assert fake.calls() == [*FAIL, *FAIL, *FAIL, *LAUNCH, *ASK]
 
 
 def test_resume_gives_up_workers_that_do_not_answer(fake):
@@ -388,12 +421,12 @@ def test_resume_without_coreutils(fake, tmp_path):
 
 def test_what_the_workers_are_asked(fake, tmp_path):
     """As a worker's shell runs it: a new TPU has nothing yet, and a status that hangs ends."""
-    fake.answers(describe=["READY"], ssh=[DONE])
+    fake.answers(describe=["READY"] * 2, ssh=[FAILED, DONE])
     resume(fake)
-    command = fake.told("status")
-    assert command.startswith("timeout 120 ")
 
-    def on_worker():
+    def on_worker(what="status"):
+        command = fake.told(what)
+        assert command.startswith("timeout 120 ")
         command_now = ["bash", "-c", command.replace("timeout 120", "timeout 2")]
         done = subprocess.run(command_now, cwd=tmp_path, capture_output=True, text=True, timeout=40, check=False)
         return done.returncode, done.stdout
@@ -403,6 +436,16 @@ def test_what_the_workers_are_asked(fake, tmp_path):
     assert on_worker() == (0, "worker.sh: status\n")
     (tmp_path / "worker.sh").write_text("sleep 50\necho worker.sh: $1")
     assert on_worker() == (124, "")
+    assert on_worker("begun") == (0, "")
+    log = tmp_path / "dalle_jax_run/log"
+    log.parent.mkdir()
+    log.write_text("python -m dalle_jax.main\nmesh: data 4\n")
+    assert on_worker("begun") == (0, "")
+    with log.open("ab") as file:  # its tokenizer's first; a bar of progress is no text
+        file.write(
+            b"gs://b/dvae: going on from step 7 of 9\n\r\0\xff 12\ngs://b/prior: going on from step 6 of 90\nstep 8\n"
+        )
+    assert on_worker("begun") == (0, "going on from step 6 of 90\n")
 
 
 def test_resume_launches_whole_or_again(fake):
@@ -613,10 +656,14 @@ def test_worker_after_a_kill(worker):
     other.wait()
 
 
-def test_worker_knows_what_the_loop_says():
-    """By this line `resume` tells a training that was stopped from one that is done."""
+def test_both_scripts_know_what_the_loop_says():
+    """By these lines `resume` tells a training that was stopped from one that is done, and whether it gets on."""
+    loop = pathlib.Path(train.__file__).read_text()
     (line,) = [row for row in (FOLDER / "worker.sh").read_text().splitlines() if row.startswith("goes_on=")]
-    assert line.split("'")[1] in pathlib.Path(train.__file__).read_text()
+    assert line.split("'")[1] in loop
+    (line,) = [row for row in (FOLDER / "tpu_vm.sh").read_text().splitlines() if row.startswith("going_on=")]
+    assert line.split("'")[1] == "going on from step"
+    assert "{'going on from' if start < total else 'complete:'} step {start} of {total}" in loop
 
 
 def test_worker_refuses_what_it_does_not_know(worker):

@@ -193,7 +193,7 @@ pause() { $dry_run || sleep "$poll"; }
 
 # -- resume ------------------------------------------------------------------------------------------------------------
 
-healthy=${TPU_VM_HEALTHY_SECONDS:-3600} # longer than the others wait for a lost worker: config.timeout_seconds.step
+going_on='going on from step' # what dalle_jax.train prints, with "N of M", where there is a checkpoint
 patience=${TPU_VM_PATIENCE_SECONDS:-1800}
 slowest=${TPU_VM_ANSWER_SECONDS:-300} # for gcloud, the connections, and the 120 s that a worker has
 prompt=(--ssh-flag=-oConnectTimeout=60 --ssh-flag=-oServerAliveInterval=30) # a worker that hangs is no answer, soon
@@ -230,12 +230,19 @@ ask() {
   esac
 }
 
+# Sets `begun` to the step from which the run on the workers went on, as "6 of 12"; empty where it is the first.
+ask_begun() {
+  local said
+  hear 0 "grep -a -s -o \"$going_on [0-9]* of [0-9]*\" dalle_jax_run/log | tail -n 1" || return
+  begun=$(sed -n "s/^$going_on //p" <<<"$said")
+}
+
 resume() {
-  local failures=0 before='' seen well='' silent='' # since when all run, or not all answer, in SECONDS
+  local failures=0 begun='' failed_from='' before='' seen said silent='' # since when not all answer, in SECONDS
   while true; do
     look
     seen=$state
-    case $state in READY | UNKNOWN) ;; *) well='' silent='' ;; esac
+    case $state in READY | UNKNOWN) ;; *) silent='' ;; esac
     case $state in
       ABSENT) make || say "it could not be made now" ;;
       LOST)
@@ -245,16 +252,15 @@ resume() {
       READY)
         ask
         seen="READY, $job"
-        # The others notice a lost worker within their own time-out; what is still mixed a look later is started anew.
+        # The others notice a lost worker within their own time-out; what is still mixed a look later has failed.
         if [ "$job" = mixed ] && [ "$before" != "$seen" ]; then job=running; fi
+        case $job in failed | mixed) ask_begun || job='no answer' ;; esac
         if [ "$job" != 'no answer' ]; then silent=''; fi
         case $job in
           'done')
             say "the training is done: $workdir"
             return ;;
-          running)
-            well=${well:-$SECONDS}
-            if [ $((SECONDS - well)) -ge "$healthy" ]; then failures=0; fi ;;
+          running) ;;
           'no answer')
             silent=${silent:-$SECONDS}
             if [ $((SECONDS - silent)) -ge "$patience" ]; then
@@ -264,11 +270,14 @@ resume() {
               exit 1
             fi ;;
           *)
-            well=''
-            if [ "$job" = failed ]; then failures=$((failures + 1)); fi
+            case $job in failed | mixed) # what fails again from a newer checkpoint has got on in between
+              if [ "$begun" != "$failed_from" ]; then failures=0; fi
+              failed_from=$begun failures=$((failures + 1)) ;;
+            esac
             if [ $failures -ge 3 ]; then
-              workers 0 "tail -n 20 dalle_jax_run/log" || true
-              say "the training failed three times, and ran well for less than $healthy s between; its log ends as above"
+              if hear 0 "tail -n 20 dalle_jax_run/log"; then echo "$said"; fi
+              say "the training failed three times in a row from ${begun:+step }${begun:-the beginning};" \
+                "the log of worker 0 ends as above"
               exit 1
             fi
             if start; then started=yes; else say "it could not be started now"; fi ;;
