@@ -28,8 +28,7 @@ class Patient(Iterator[Any]):
         self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._given: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._stuck = False
-        self._waiting = False
+        self._waiting = False  # for an item; remains so where the time, or a Ctrl-C, ends the wait
 
     def __next__(self) -> Any:
         """The next item.
@@ -38,18 +37,17 @@ class Patient(Iterator[Any]):
           StuckDataError: it did not come in time.
           DataError: a worker process behind the iterator is gone.
         """
-        if self._stuck or self._waiting:
+        if self._waiting:
             raise self._too_late()
         if self._thread is None:
             self._thread = threading.Thread(target=self._fetch, name="data", daemon=True)
             self._thread.start()
-        self._waiting = True  # and remains so where a Ctrl-C ends the wait
+        self._waiting = True
         self._asked.put(True)
         try:
             item, error = self._given.get(timeout=self._seconds)
             self._waiting = False
         except queue.Empty:
-            self._stuck = True
             raise self._too_late() from None
         if isinstance(error, RuntimeError) and "Worker process was terminated" in str(error):
             raise DataError(
@@ -82,7 +80,7 @@ class Patient(Iterator[Any]):
 
     def close(self) -> None:
         """Ends the thread, and the workers behind the iterator; where they may be stuck they are left alone."""
-        if self._stuck or self._waiting:
+        if self._waiting:
             return
         if self._thread is not None:
             self._asked.put(False)

@@ -11,6 +11,7 @@ hosts or workers.
 from __future__ import annotations
 
 import collections
+import contextlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -188,12 +189,11 @@ class PipelineIterator(Iterator[dict[str, np.ndarray]]):
         if self._delivered >= self._last:
             self.close()
             raise StopIteration
-        if self._batches is None:
-            with worker_processes.deaf():
+        starting = self._batches is None
+        with worker_processes.deaf() if starting and self._workers else contextlib.nullcontext():
+            if starting:
                 self._batches = iter(self._dataset(self._delivered))
-                batch, notes = next(self._batches)  # starts the workers
-        else:
-            batch, notes = next(self._batches)
+            batch, notes = next(self._batches)  # the first one starts the workers
         self._delivered += 1
         self._tally.add(notes)
         if self._workers:  # in memory shared with them, which has to be given back before Python ends
