@@ -9,7 +9,7 @@
 
 `shapes` leaves OpenAI's recipe in three places (README.md says what for): the image tower's positions start eight times
 as large, a picture is read from all its patches, and each caption meets its own picture spoiled in a few squares beside
-the batch's pictures (`dalle_jax/negatives.py`). The others have the same options, and have them off.
+the batch's pictures (`dalle_jax/tasks/corrupted_negatives.py`). The others have the same options, and have them off.
 
 `vit_b32` has the size of OpenAI's ViT-B/32 (151,277,313 parameters with a full text vocabulary) and its numbers. To use
 published weights instead: `python -m dalle_jax.pretrained.clip`. `coco` and `cub` rank candidates for the paper's
@@ -24,7 +24,7 @@ Measured: shapes and emoji, see README.md and experiments/results/. Not yet meas
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from dalle_jax import config_files
+from dalle_jax.configuration import config_files
 
 common = config_files.module(__file__, "common.py")
 schedule = common.schedule

@@ -58,7 +58,7 @@ def cub(image_size: int = 256, **options) -> ConfigDict:
 
 
 def schedule(kind: str, **numbers) -> dict:
-    """A section of `schedules` (dalle_jax/schedules.py has the kinds)."""
+    """A section of `schedules` (dalle_jax/optim/schedules.py has the kinds)."""
     return {"kind": kind, **{name: _own(number) for name, number in numbers.items()}}
 
 
@@ -97,7 +97,7 @@ def run(config: ConfigDict, *, batch_size: int, every: int | FieldReference, spl
 
 
 def mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> ConfigDict:
-    """How many devices along each axis (dalle_jax/parallel.py); -1: all that are left."""
+    """How many devices along each axis (dalle_jax/distributed/sharding.py); -1: all that are left."""
     return ConfigDict({"data": data, "fsdp": fsdp, "tensor": tensor})
 
 

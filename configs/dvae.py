@@ -12,8 +12,8 @@
 (configs/compile.py prints them; experiments/results/compile/compile.md).
 
 `shapes` and `emoji` have a space-to-depth stem, and start their codes from clusters of patches
-(dalle_jax/models/kmeans_init.py): a few thousand updates are too few for the paper's start. Their encoder then moves
-slowly (`optimizer.scales`) while the decoder learns what the codes mean.
+(dalle_jax/image_tokenizers/kmeans_init.py): a few thousand updates are too few for the paper's start. Their encoder
+then moves slowly (`optimizer.scales`) while the decoder learns what the codes mean.
 
 `coco` and `cub` have the paper's pictures (256 pixels), codes and 32x32 grid, at half its width and with batches of 32,
 for one GPU or one TPU host: a quarter of the paper's arithmetic for each picture. 200,000 updates are 77 passes over
@@ -25,7 +25,7 @@ Measured: see README.md (shapes) and experiments/results/emoji/. Not yet measure
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from dalle_jax import config_files
+from dalle_jax.configuration import config_files
 
 common = config_files.module(__file__, "common.py")
 schedule = common.schedule

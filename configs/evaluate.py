@@ -9,8 +9,8 @@
 
 Without a variant: a held-out split of the model's own data. `coco` and `cub` are DALL-E's evaluation (section 3.1),
 whatever the model was trained on: 30,000 captions of MS-COCO's validation split, all unique captions of CUB's test
-split. `dalle_jax/protocol.py` says which choices the paper leaves open and which are taken here; they are written into
-the report.
+split. `dalle_jax/evaluation/test_sets.py` says which choices the paper leaves open and which are taken here; they are
+written into the report.
 
 Figures: PSNR, SSIM, codebook use and FID of reconstructions; nats per token, seconds per picture; FID, Inception score,
 precision and recall where the weights of Inception-v3 are given; the same by CLIP's features (`fid_clip`), CLIP score
@@ -20,7 +20,7 @@ and the best of N where a CLIP is; and on the embedded shapes whether pictures s
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from dalle_jax import config_files
+from dalle_jax.configuration import config_files
 
 common = config_files.module(__file__, "common.py")
 

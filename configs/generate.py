@@ -5,14 +5,14 @@
 
 With `--config.clip=runs/clip-shapes --config.candidates=16`, the best 4 of 16 by CLIP, their scores in the manifest.
 
-Writes one PNG a sample, `grid.png`, and `manifest.json`, from which `dalle_jax.generate.remake(manifest, file)` makes
-each picture again. Runs wherever the prior was trained; a laptop's CPU is enough for shapes and emoji.
+Writes one PNG a sample, `grid.png`, and `manifest.json`, from which `dalle_jax.jobs.generate.remake(manifest, file)`
+makes each picture again. Runs wherever the prior was trained; a laptop's CPU is enough for shapes and emoji.
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from dalle_jax import config_files
+from dalle_jax.configuration import config_files
 
 common = config_files.module(__file__, "common.py")
 

@@ -34,7 +34,7 @@ Not yet measured: the others.
 
 from ml_collections import ConfigDict
 
-from dalle_jax import config_files
+from dalle_jax.configuration import config_files
 
 common = config_files.module(__file__, "common.py")
 autoregressive = config_files.module(__file__, "prior.py")

@@ -42,7 +42,7 @@ paper.
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from dalle_jax import config_files
+from dalle_jax.configuration import config_files
 
 common = config_files.module(__file__, "common.py")
 schedule = common.schedule

@@ -8,7 +8,7 @@ interruption and it goes on. README.md has its measured time and figures.
 
 from ml_collections import ConfigDict
 
-from dalle_jax import config_files
+from dalle_jax.configuration import config_files
 
 
 def get_config() -> ConfigDict:

@@ -12,7 +12,7 @@ __all__ = ["TextToImage"]
 
 def __getattr__(name: str) -> Any:  # the import of jax waits until something is used
     if name == "TextToImage":
-        from dalle_jax.text_to_image import TextToImage
+        from dalle_jax.text_to_image.text_to_image import TextToImage
 
         return TextToImage
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,10 +16,11 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from dalle_jax import compilation_cache, distributed
+from dalle_jax import compilation_cache
+from dalle_jax.configuration.options import explain_flag_error
+from dalle_jax.distributed import joining as distributed
+from dalle_jax.distributed.watchdog import end_process
 from dalle_jax.errors import ConfigError, UserError
-from dalle_jax.options import explain_flag_error
-from dalle_jax.watchdog import end_process
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config", lock_config=True, help_string="What to do: configs/NAME.py[:variant]."
@@ -29,11 +30,11 @@ _start_hosts = distributed.define_flags()
 
 # config.job → the module whose run(config, workdir) does it.
 JOBS = {
-    "train": "dalle_jax.stages",
-    "generate": "dalle_jax.generate",
-    "evaluate": "dalle_jax.evaluate",
-    "quickstart": "dalle_jax.quickstart",
-    "compile": "dalle_jax.compile",
+    "train": "dalle_jax.jobs.train",
+    "generate": "dalle_jax.jobs.generate",
+    "evaluate": "dalle_jax.evaluation.measure",
+    "quickstart": "dalle_jax.jobs.quickstart",
+    "compile": "dalle_jax.aot.target",
 }
 
 

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
-from dalle_jax import report
-from dalle_jax.clip import ClipScorer
-from dalle_jax.data.shapes_captions import drawing, scenes
-from dalle_jax.data.shapes_captions.scenes import Scene
+from dalle_jax.data.builders.shapes_captions import drawing, scenes
+from dalle_jax.data.builders.shapes_captions.scenes import Scene
+from dalle_jax.reporting import images as report
+from dalle_jax.text_to_image.clip_scorer import ClipScorer
 
 Change = Callable[[Scene], Scene]
 

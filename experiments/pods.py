@@ -26,8 +26,8 @@ class Pod:
 
     Attributes:
       target: config file and variant.
-      topology: see `dalle_jax.tpu.topologies`.
-      overrides: see `dalle_jax.compile`.
+      topology: see `dalle_jax.aot.topologies`.
+      overrides: see `dalle_jax.aot.target`.
     """
 
     target: str
@@ -69,7 +69,7 @@ COLUMNS = (
 
 
 def row(pod: Pod, f: dict) -> dict[str, str]:
-    """A line of the table from the figures of `dalle_jax.compile`; all but parameters and batch are those of a chip."""
+    """A line of the table from the figures of `aot.target`; all but parameters and batch are those of a chip."""
     size, seconds, gib = f["bytes"], f["seconds"], 2**30
     moved = sum(one["bytes"] for one in f["collectives"].values())
     hidden = sum(one["bytes"] * one["overlapped"] for one in f["collectives"].values())
@@ -93,7 +93,7 @@ def figures_of(pod: Pod, effort: str) -> dict:
       effort: see configs/compile.py.
 
     Returns:
-      The figures of `dalle_jax.compile`.
+      The figures of `dalle_jax.aot.target`.
 
     Raises:
       RuntimeError: with the last lines that it printed, where it does not compile or does not fit.
@@ -157,8 +157,8 @@ def write(output: Path) -> None:
         "# Every config that is meant for pods, by the TPU compiler",
         "",
         f"`python experiments/pods.py --output DIR` wrote this ({', '.join(sorted(versions))}); no TPU was "
-        "there. Each row is the update that `dalle_jax/train.py` runs; with low effort (`--effort low`) the compiler "
-        "overlaps no exchange, and needs up to an eighth less memory. `dalle_jax/tpu/figures.py` says what the "
+        "there. Each row is the update that `dalle_jax/training/loop.py` runs; with low effort (`--effort low`) the "
+        "compiler overlaps no exchange, and needs up to an eighth less memory. `dalle_jax/aot/costs.py` says what the "
         "roofline counts.",
         "",
         "| " + " | ".join(COLUMNS) + " |",

@@ -166,7 +166,7 @@ def main() -> int:
     arguments = parser.parse_args()
     work = Path(arguments.workdir or tempfile.mkdtemp()).resolve()
 
-    from dalle_jax.data.emoji_captions import Builder as Emoji  # only to ask whether its font is here
+    from dalle_jax.data.builders.emoji_captions import Builder as Emoji  # only to ask whether its font is here
     from dalle_jax.errors import DataError
 
     try:

@@ -15,11 +15,12 @@ import matplotlib
 import numpy as np
 from etils import epath
 
-from dalle_jax import evaluate, report
-from dalle_jax import workdir as workdirs
+from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.evaluation import measure as evaluate
+from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.priors.sampling import SamplingOptions
-from dalle_jax.protocol import Protocol, open_test_set
-from dalle_jax.text_to_image import TextToImage
+from dalle_jax.reporting import images as report
+from dalle_jax.text_to_image.text_to_image import TextToImage
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402

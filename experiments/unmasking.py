@@ -15,11 +15,11 @@ import numpy as np
 from etils import epath
 from PIL import Image
 
-from dalle_jax import report
-from dalle_jax import workdir as workdirs
-from dalle_jax.editing import pixels_of
-from dalle_jax.protocol import Protocol, open_test_set
-from dalle_jax.text_to_image import TextToImage, row_keys
+from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.evaluation.test_sets import Protocol, open_test_set
+from dalle_jax.reporting import images as report
+from dalle_jax.text_to_image.editing import pixels_of
+from dalle_jax.text_to_image.text_to_image import TextToImage, row_keys
 
 GREY = 190
 

@@ -15,13 +15,13 @@ import jax
 import numpy as np
 import optax
 
-from dalle_jax import schedules
-from dalle_jax.layout import TokenLayout
-from dalle_jax.models.dvae import DVAEOptions, DVAETokenizer
+from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.optim import schedules
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
 from dalle_jax.priors.maskgit import MaskGITOptions, MaskGITPrior
 from dalle_jax.tasks.dvae import DVAETask
+from dalle_jax.token_layout import TokenLayout
 
 FOLDER = pathlib.Path(__file__).with_name("golden")
 

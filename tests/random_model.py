@@ -4,11 +4,11 @@ import jax
 from flax import linen as nn
 
 from dalle_jax.data.text import TextModel
-from dalle_jax.layout import TokenLayout
-from dalle_jax.models.dvae import DVAEOptions, DVAETokenizer
+from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.models.transformer import TransformerOptions
 from dalle_jax.priors.maskgit import MaskGITOptions, MaskGITPrior
-from dalle_jax.text_to_image import TextToImage
+from dalle_jax.text_to_image.text_to_image import TextToImage
+from dalle_jax.token_layout import TokenLayout
 
 SIZE, SIDE = 16, 4
 TRUNK = TransformerOptions(width=16, depth=2, heads=2, dtype="float32", scan=False)

@@ -4,7 +4,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from dalle_jax import config_files
+from dalle_jax.configuration import config_files
 
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs" / "any"
 

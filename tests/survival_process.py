@@ -29,7 +29,7 @@ from tiny_job import tiny_config, tiny_job  # noqa: E402
 
 from dalle_jax import main  # noqa: E402
 from dalle_jax.errors import DataError  # noqa: E402
-from dalle_jax.train import train  # noqa: E402
+from dalle_jax.training.loop import train  # noqa: E402
 
 FAULT, _, COUNT = os.environ.get("FAULT", "").partition(":")
 

@@ -14,8 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from dalle_jax import parallel
-from dalle_jax.parallel import constrain
+from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.sharding import constrain
 from dalle_jax.tasks import Job
 
 FEATURES, HIDDEN, TARGETS = 8, 16, 4

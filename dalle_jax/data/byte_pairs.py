@@ -19,8 +19,8 @@ from typing import Any
 
 from etils import epath
 
-from dalle_jax import storage
 from dalle_jax.errors import DataError
+from dalle_jax.storage import files as storage
 
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 _MERGES = 49_152 - 256 - 2  # of those in OpenAI's file, which holds more

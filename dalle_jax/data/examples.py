@@ -23,17 +23,10 @@ import jax
 import numpy as np
 
 from dalle_jax.data.augment import augment
-from dalle_jax.data.sources import (
-    DataOptions,
-    Record,
-    Source,
-    UnreadableExample,
-    decode_captions,
-    decode_image,
-)
+from dalle_jax.data.sources.source import DataOptions, Record, Source, UnreadableExample, decode_captions, decode_image
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import DataError
-from dalle_jax.layout import TokenLayout
+from dalle_jax.token_layout import TokenLayout
 
 # A source of which this many examples in a row are unreadable is given up on.
 _MAX_SUBSTITUTES = 1000

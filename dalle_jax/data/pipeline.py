@@ -23,7 +23,7 @@ from absl import flags, logging
 
 from dalle_jax.data import workers as worker_processes
 from dalle_jax.data.examples import ExampleMaker, Note
-from dalle_jax.data.sources import (
+from dalle_jax.data.sources.source import (
     DataOptions,
     LeftOut,
     Source,
@@ -34,7 +34,7 @@ from dalle_jax.data.sources import (
 )
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
-from dalle_jax.layout import TokenLayout
+from dalle_jax.token_layout import TokenLayout
 
 _NAMED_PER_REASON = 5  # so many examples are named in the log for each reason
 _LAST_BATCH = sys.maxsize // 2**20  # "endless": no position of any batch overflows 64 bits

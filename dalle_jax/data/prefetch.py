@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from dalle_jax import parallel
+from dalle_jax.distributed import sharding as parallel
 
 
 class prefetch_to_mesh(Iterator[dict[str, jax.Array]]):

@@ -24,8 +24,8 @@ import sentencepiece
 from absl import logging
 from etils import epath
 
-from dalle_jax import storage
 from dalle_jax.errors import ConfigError, DataError
+from dalle_jax.storage import files as storage
 
 _SPACE = "\u2581"  # what sentencepiece writes for the blank before a word
 _UNKNOWN = 0

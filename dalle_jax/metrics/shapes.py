@@ -18,8 +18,8 @@ from collections.abc import Sequence
 import numpy as np
 import PIL.Image
 
-from dalle_jax.data.shapes_captions import drawing
-from dalle_jax.data.shapes_captions.scenes import BACKGROUNDS, COLORS, SHAPES, Object, Scene
+from dalle_jax.data.builders.shapes_captions import drawing
+from dalle_jax.data.builders.shapes_captions.scenes import BACKGROUNDS, COLORS, SHAPES, Object, Scene
 
 ATTRIBUTES = ("shape", "color", "size", "relation", "background")
 _NOTHING = Object(None, None)

@@ -29,13 +29,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dalle_jax.configuration.options import from_config as options_from_config
+from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
-from dalle_jax.models.attention import attend_reference
+from dalle_jax.image_tokenizers.dvae import space_to_depth
+from dalle_jax.models.attention.xla import attend_reference
 from dalle_jax.models.dense import Dense
-from dalle_jax.models.dvae import space_to_depth
 from dalle_jax.models.transformer import Norm
-from dalle_jax.options import from_config as options_from_config
-from dalle_jax.parallel import constrain
 
 PyTree = Any
 

@@ -12,8 +12,8 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from dalle_jax.parallel import platform
-from dalle_jax.per_device import contract
+from dalle_jax.distributed.per_device import contract
+from dalle_jax.distributed.sharding import platform
 
 
 def rows_product(x: jax.Array, kernel: jax.Array, **kwargs) -> jax.Array:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.layout import TokenLayout
+from dalle_jax.token_layout import TokenLayout
 
 
 def rotary_angles(layout: TokenLayout, head_dim: int) -> np.ndarray:

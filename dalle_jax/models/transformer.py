@@ -25,12 +25,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 
-from dalle_jax.layout import TokenLayout
-from dalle_jax.models import splash
-from dalle_jax.models.attention import ATTENDED, HEADS, Pattern, attend, attend_image, attend_reference, attend_step
+from dalle_jax.distributed.sharding import constrain
+from dalle_jax.models.attention import splash
+from dalle_jax.models.attention.xla import ATTENDED, HEADS, Pattern, attend, attend_image, attend_reference, attend_step
 from dalle_jax.models.dense import Dense
 from dalle_jax.models.rotary import rotary_angles, rotate
-from dalle_jax.parallel import constrain
+from dalle_jax.token_layout import TokenLayout
 
 NORMS = ("layernorm", "rmsnorm")
 ACTIVATIONS = {

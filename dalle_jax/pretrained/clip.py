@@ -3,7 +3,7 @@
     python -m dalle_jax.pretrained.clip --weights=ViT-B-32.pt --vocabulary=bpe_simple_vocab_16e6.txt.gz \
         --output=runs/openai-clip
 
-The output is a folder that `dalle_jax.clip.ClipScorer.load` reads. The weights may be safetensors, npz, or written by
+The output is a folder that `ClipScorer.load` reads. The weights may be safetensors, npz, or written by
 `torch.save` or `torch.jit.save`, read by `restricted_pickle` and never executed; torch is not needed. The vocabulary is
 the user's own file as well, see `data.byte_pairs`. Towers other than vision transformers are refused.
 
@@ -25,12 +25,12 @@ import numpy as np
 from absl import app, flags
 from flax import linen as nn
 
-from dalle_jax.clip import ClipScorer
-from dalle_jax.compatibility import wrong_parameter
+from dalle_jax.checkpoints.compatibility import wrong_parameter
 from dalle_jax.data.byte_pairs import BytePairs
 from dalle_jax.errors import ConfigError, PretrainedError, UserError
 from dalle_jax.models.clip import ACTIVATIONS, CLIP, CLIPOptions
 from dalle_jax.pretrained import state_dict
+from dalle_jax.text_to_image.clip_scorer import ClipScorer
 
 PyTree = Any
 StateDict = Mapping[str, np.ndarray]

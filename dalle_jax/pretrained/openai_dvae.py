@@ -24,7 +24,7 @@ from absl import app, flags
 from flax import linen as nn
 
 from dalle_jax.errors import ConfigError, PretrainedError, UserError
-from dalle_jax.models.dvae import DVAEOptions, DVAETokenizer
+from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.pretrained import state_dict
 
 PyTree = Any
@@ -160,7 +160,7 @@ def load(encoder: str | os.PathLike, decoder: str | os.PathLike, image_size: int
 
 def main(argv: list[str]) -> None:
     """Imports the files named by the flags."""
-    from dalle_jax import workdir  # not needed by `load`
+    from dalle_jax.checkpoints import workdir  # not needed by `load`
 
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments {argv[1:]}.")

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 import jax
 import optax
 
+from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import ConfigError
-from dalle_jax.layout import TokenLayout
 from dalle_jax.models.transformer import TransformerOptions
-from dalle_jax.options import from_config
+from dalle_jax.token_layout import TokenLayout
 
 Params = Any
 

@@ -24,16 +24,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
-from dalle_jax.layout import TokenLayout
-from dalle_jax.models.attention import CausalPattern, full_layers, sparse_layers
+from dalle_jax.models.attention.xla import CausalPattern, full_layers, sparse_layers
 from dalle_jax.models.dense import outputs_first
 from dalle_jax.models.transformer import TransformerOptions, Trunk, for_decoding
-from dalle_jax.parallel import constrain
 from dalle_jax.priors import orders, sampling
 from dalle_jax.priors.embedding import StreamEmbedding, project, start_from_codebook
 from dalle_jax.priors.losses import cross_entropy, drop_captions, mean_over
 from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.token_layout import TokenLayout
 
 ATTENTION = ("sparse", "full")
 ORDERS = ("raster", "random")

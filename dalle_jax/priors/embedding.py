@@ -12,10 +12,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.layout import TokenLayout
+from dalle_jax.distributed.per_device import contract
 from dalle_jax.models.dense import rows_product
 from dalle_jax.models.transformer import TransformerOptions
-from dalle_jax.per_device import contract
+from dalle_jax.token_layout import TokenLayout
 
 
 class StreamEmbedding(nn.Module):

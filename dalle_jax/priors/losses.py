@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.layout import TokenLayout
+from dalle_jax.token_layout import TokenLayout
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:

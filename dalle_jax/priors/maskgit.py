@@ -21,15 +21,15 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from dalle_jax.layout import TokenLayout
-from dalle_jax.models.attention import Bidirectional, Pattern
+from dalle_jax.distributed.sharding import constrain
+from dalle_jax.models.attention.xla import Bidirectional, Pattern
 from dalle_jax.models.dense import Dense
 from dalle_jax.models.transformer import Norm, TransformerOptions, Trunk, for_decoding
-from dalle_jax.parallel import constrain
 from dalle_jax.priors import masking, sampling
 from dalle_jax.priors.embedding import StreamEmbedding, start_from_codebook
 from dalle_jax.priors.losses import cross_entropy, drop_captions, mean_over, uniform_cross_entropy
 from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.token_layout import TokenLayout
 
 HEADS = ("mlm", "linear")
 BUCKETS = 4  # of the share of masked tokens, for the log

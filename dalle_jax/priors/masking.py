@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.errors import ConfigError
-from dalle_jax.layout import TokenLayout
 from dalle_jax.priors import orders
+from dalle_jax.token_layout import TokenLayout
 
 # -- how many -----------------------------------------------------------------------------------------------------
 

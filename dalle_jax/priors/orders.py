@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.layout import TokenLayout
+from dalle_jax.token_layout import TokenLayout
 
 NAMES = ("raster", "random", "halton")
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.errors import ConfigError
-from dalle_jax.layout import TokenLayout
+from dalle_jax.token_layout import TokenLayout
 
 Knobs = dict[str, jax.Array]
 

@@ -22,21 +22,21 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from dalle_jax import report
-from dalle_jax import workdir as workdirs
+from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.configuration.options import from_config
 from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.pipeline import Pipeline
-from dalle_jax.data.sources import DataOptions, open_source
+from dalle_jax.data.sources.source import DataOptions, open_source
 from dalle_jax.data.text import TextModel
+from dalle_jax.distributed.sharding import constrain, to_host
 from dalle_jax.errors import ConfigError
-from dalle_jax.layout import TokenLayout
 from dalle_jax.metrics.retrieval import AMONG, retrieval
 from dalle_jax.models import clip as models
 from dalle_jax.models.clip import CLIP
-from dalle_jax.negatives import NegativeOptions, spoil
-from dalle_jax.options import from_config
-from dalle_jax.parallel import constrain, to_host
+from dalle_jax.reporting import images as report
 from dalle_jax.tasks import Batch, Job
+from dalle_jax.tasks.corrupted_negatives import NegativeOptions, spoil
+from dalle_jax.token_layout import TokenLayout
 
 PyTree = Any
 

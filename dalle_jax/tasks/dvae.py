@@ -23,18 +23,20 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from dalle_jax import keys, report, schedules
+from dalle_jax import keys
+from dalle_jax.configuration.options import from_config as from_section
 from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.pipeline import Pipeline
-from dalle_jax.data.sources import DataOptions
+from dalle_jax.data.sources.source import DataOptions
+from dalle_jax.distributed.sharding import to_host
 from dalle_jax.errors import ConfigError
+from dalle_jax.image_tokenizers import logit_laplace
+from dalle_jax.image_tokenizers.dvae import DVAETokenizer, gumbel_softmax, kl_to_uniform
+from dalle_jax.image_tokenizers.kmeans_init import kmeans_init
+from dalle_jax.image_tokenizers.tokenizer import from_config
 from dalle_jax.metrics import codebook
-from dalle_jax.models import logit_laplace
-from dalle_jax.models.dvae import DVAETokenizer, gumbel_softmax, kl_to_uniform
-from dalle_jax.models.kmeans_init import kmeans_init
-from dalle_jax.models.tokenizer import from_config
-from dalle_jax.options import from_config as from_section
-from dalle_jax.parallel import to_host
+from dalle_jax.optim import schedules
+from dalle_jax.reporting import images as report
 from dalle_jax.tasks import Batch, Job, PyTree
 
 # True codes are decoded for every eighth row of a training batch only: enough for the log, cheap enough for each step.

@@ -18,20 +18,23 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dalle_jax import distributed, keys, priors, report, storage
-from dalle_jax import workdir as workdirs
+from dalle_jax import keys, priors
+from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.pipeline import Pipeline
-from dalle_jax.data.sources import DataOptions, open_source
+from dalle_jax.data.sources.source import DataOptions, open_source
 from dalle_jax.data.text import TextModel
+from dalle_jax.distributed import joining as distributed
+from dalle_jax.distributed.sharding import to_host
 from dalle_jax.errors import ConfigError
-from dalle_jax.layout import TokenLayout
-from dalle_jax.metric_writer import Mean
-from dalle_jax.models import tokenizer as tokenizers
-from dalle_jax.models.tokenizer import ImageTokenizer
-from dalle_jax.parallel import to_host
+from dalle_jax.image_tokenizers import tokenizer as tokenizers
+from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.priors import TokenPrior
+from dalle_jax.reporting import images as report
+from dalle_jax.reporting.metric_writer import Mean
+from dalle_jax.storage import files as storage
 from dalle_jax.tasks import Batch, Job, zeros_like
+from dalle_jax.token_layout import TokenLayout
 
 PyTree = Any
 

@@ -6,11 +6,11 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from dalle_jax.layout import TokenLayout
 from dalle_jax.models.transformer import TransformerOptions
 from dalle_jax.priors import TokenPrior
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
 from dalle_jax.priors.maskgit import MaskGITOptions, MaskGITPrior
+from dalle_jax.token_layout import TokenLayout
 
 
 def build(*, smoke: bool, attention: str = "sparse", kind: str = "autoregressive", side: int = 32):

@@ -6,8 +6,10 @@ import _measure as m  # first: it limits the threads
 import jax
 import optax
 
-from dalle_jax import optimizers, parallel, train_step
-from dalle_jax.optimizers import AverageOptions, OptimizerOptions
+from dalle_jax.distributed import sharding as parallel
+from dalle_jax.optim import optimizers
+from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
+from dalle_jax.training import step as train_step
 
 
 def time_step(task, batch: dict, schedules: dict, runs: int, **timing) -> dict:

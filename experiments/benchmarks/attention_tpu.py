@@ -29,11 +29,11 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from dalle_jax import parallel  # noqa: E402
-from dalle_jax.layout import TokenLayout  # noqa: E402
-from dalle_jax.models import splash  # noqa: E402
-from dalle_jax.models.attention import Bidirectional, Column, Convolutional, Full, Row  # noqa: E402
+from dalle_jax.distributed import sharding as parallel  # noqa: E402
+from dalle_jax.models.attention import splash  # noqa: E402
+from dalle_jax.models.attention.xla import Bidirectional, Column, Convolutional, Full, Row  # noqa: E402
 from dalle_jax.models.transformer import Attention, TransformerOptions  # noqa: E402
+from dalle_jax.token_layout import TokenLayout  # noqa: E402
 
 PATTERNS = {
     "row": Row(), "column": Column(), "convolutional": Convolutional(11), "full": Full(),

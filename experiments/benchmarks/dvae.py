@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from dalle_jax.models.dvae import DVAEOptions, DVAETokenizer
+from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.tasks.dvae import DVAETask
 
 FULL = dict(hidden=256, blocks_per_group=2, vocab_size=8192)

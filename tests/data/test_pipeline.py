@@ -11,10 +11,10 @@ from memory_source import CAPTIONS, SIZE, MemorySource
 
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.prefetch import prefetch_to_mesh
-from dalle_jax.data.sources import DataOptions
+from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
-from dalle_jax.layout import TokenLayout
+from dalle_jax.token_layout import TokenLayout
 
 
 @pytest.fixture(scope="module")

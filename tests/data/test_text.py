@@ -6,7 +6,7 @@ import pytest
 
 from dalle_jax.data.text import TextModel, normalize
 from dalle_jax.errors import ConfigError, DataError
-from dalle_jax.layout import TokenLayout
+from dalle_jax.token_layout import TokenLayout
 
 CAPTIONS = [
     f"A {size} {color} {shape} above a Black square, on a {ground} background"

@@ -10,11 +10,11 @@ from processes import finish, spawn
 READER = """
 import multiprocessing, signal, sys, threading, time
 
-sys.path.insert(0, "tests/data")
+sys.path.insert(0, "tests")
 from memory_source import SIZE, MemorySource
 
 from dalle_jax.data.pipeline import Pipeline
-from dalle_jax.data.sources import DataOptions
+from dalle_jax.data.sources.source import DataOptions
 
 if __name__ == "__main__":
     asked = threading.Event()

@@ -6,7 +6,7 @@ import os
 import numpy as np
 from processes import finish, free_address, spawn
 
-from dalle_jax.metrics import frechet, hosts, inception_score, pictures, precision_recall
+from dalle_jax.metrics import frechet, hosts, image_quality, inception_score, precision_recall
 
 WIDTH, COUNT = 6, 24
 
@@ -36,7 +36,7 @@ with open(result, "w") as file:  # not on stdout, where native threads write too
     json.dump({"count": stats[0].count, "figures": figures(merged), "rows": rows}, file)
 """
 
-MERGES = (frechet.merge, inception_score.merge, precision_recall.merge, pictures.merge)
+MERGES = (frechet.merge, inception_score.merge, precision_recall.merge, image_quality.merge)
 
 
 def accumulate(place, place_twice):
@@ -46,7 +46,7 @@ def accumulate(place, place_twice):
     images = rng.integers(0, 256, (2, COUNT, 12, 12, 3), np.uint8)
     stats = [
         frechet.empty(WIDTH, "test"), inception_score.empty(COUNT, 3, WIDTH), precision_recall.empty(WIDTH, "test"),
-        pictures.empty(),
+        image_quality.empty(),
     ]  # fmt: skip
     for i, put in enumerate((place, place_twice, place)):
         batch = slice(8 * i, 8 * i + 8)
@@ -55,7 +55,7 @@ def accumulate(place, place_twice):
             frechet.add(stats[0], rows, valid),
             inception_score.add(stats[1], rows, put(np.arange(COUNT)[batch])),
             precision_recall.add(stats[2], rows),
-            pictures.add(stats[3], *(put(side[batch]) for side in images), valid),
+            image_quality.add(stats[3], *(put(side[batch]) for side in images), valid),
         ]
     return stats
 
@@ -67,7 +67,7 @@ def figures(stats):
     others = precision_recall.add(precision_recall.empty(WIDTH, "test"), rng.normal(size=(50, WIDTH)) + 2)
     return {
         **frechet.compute(stats[0], other), **inception_score.compute(stats[1]),
-        **precision_recall.compute(stats[2], others), **pictures.compute(stats[3]),
+        **precision_recall.compute(stats[2], others), **image_quality.compute(stats[3]),
     }  # fmt: skip
 
 
@@ -87,5 +87,5 @@ def test_two_hosts_measure_what_one_measures(tmp_path):
 
 
 def test_one_host_has_nothing_to_merge():
-    stats = pictures.empty()
-    assert hosts.merge_over_hosts(stats, pictures.merge) is stats
+    stats = image_quality.empty()
+    assert hosts.merge_over_hosts(stats, image_quality.merge) is stats

@@ -7,9 +7,9 @@ import PIL.Image
 import PIL.ImageFilter
 import pytest
 
-from dalle_jax.data.shapes_captions import drawing
-from dalle_jax.data.shapes_captions.scenes import BACKGROUNDS, COLORS, SHAPES, Object, Scene
-from dalle_jax.data.shapes_captions.shapes_captions_dataset_builder import make_example
+from dalle_jax.data.builders.shapes_captions import drawing
+from dalle_jax.data.builders.shapes_captions.scenes import BACKGROUNDS, COLORS, SHAPES, Object, Scene
+from dalle_jax.data.builders.shapes_captions.shapes_captions_dataset_builder import make_example
 from dalle_jax.metrics import shapes
 
 

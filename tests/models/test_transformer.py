@@ -10,8 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.layout import TokenLayout
-from dalle_jax.models.attention import Column, Convolutional, Row, full_layers, sparse_layers
+from dalle_jax.models.attention.xla import Column, Convolutional, Row, full_layers, sparse_layers
 from dalle_jax.models.rotary import rotary_angles, rotate
 from dalle_jax.models.transformer import (
     MLP,
@@ -22,6 +21,7 @@ from dalle_jax.models.transformer import (
     stacking,
     unstack,
 )
+from dalle_jax.token_layout import TokenLayout
 
 LAYOUT = TokenLayout(text_vocab=9, image_vocab=9, text_length=3, height=3, width=4)
 OPTIONS = TransformerOptions(width=16, depth=4, heads=2, dtype="float32")

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from torchvision_on_cpu import import_torchvision
 
-from dalle_jax.clip import ClipScorer
 from dalle_jax.errors import PretrainedError
 from dalle_jax.models.clip import CLIP, CLIPOptions, preprocess
 from dalle_jax.pretrained import clip as importer
+from dalle_jax.text_to_image.clip_scorer import ClipScorer
 
 SMALL = CLIPOptions(
     image_size=32, patch=8, image_width=64, image_depth=3, image_heads=4, text_width=48, text_depth=2, text_heads=3,

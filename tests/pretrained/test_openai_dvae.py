@@ -8,9 +8,9 @@ import jax
 import numpy as np
 import pytest
 
-from dalle_jax import workdir
+from dalle_jax.checkpoints import workdir
 from dalle_jax.errors import PretrainedError
-from dalle_jax.models.dvae import DVAEOptions, DVAETokenizer
+from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.pretrained import openai_dvae
 
 needs_package = pytest.mark.skipif(

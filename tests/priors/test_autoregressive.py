@@ -12,12 +12,13 @@ import pytest
 from ml_collections import ConfigDict
 from prior_cases import LAYOUT, N, T, V, autoregressive, loss_of, params_of, rows
 
-from dalle_jax import config_files, priors
+from dalle_jax import priors
+from dalle_jax.configuration import config_files
 from dalle_jax.errors import ConfigError
-from dalle_jax.layout import TokenLayout
 from dalle_jax.models.transformer import unstack
 from dalle_jax.priors import sampling
 from dalle_jax.priors.autoregressive import AutoregressiveModel
+from dalle_jax.token_layout import TokenLayout
 
 
 def make(trunk=None, **options):

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dalle_jax.layout import TokenLayout
 from dalle_jax.priors import masking, orders
+from dalle_jax.token_layout import TokenLayout
 
 SCHEDULES = [*masking.SCHEDULES, "pow2", "pow3", "pow0.5"]
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prior_cases import LAYOUT, PRIORS, N, T, V, changed, loss_of, params_of, rows
 
-from dalle_jax import parallel
+from dalle_jax.distributed import sharding as parallel
 from dalle_jax.errors import ConfigError
 
 SLOW = ("any order", "maskgit, small data")

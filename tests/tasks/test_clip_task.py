@@ -12,14 +12,15 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dalle_jax import parallel, tasks
+from dalle_jax import tasks
 from dalle_jax.data.text import TextModel
+from dalle_jax.distributed import sharding as parallel
 from dalle_jax.errors import ConfigError
-from dalle_jax.layout import TokenLayout
 from dalle_jax.metrics.retrieval import retrieval
 from dalle_jax.models.clip import CLIP, CLIPOptions
-from dalle_jax.negatives import NegativeOptions, spoil
 from dalle_jax.tasks.clip import CLIPTask, contrastive_loss
+from dalle_jax.tasks.corrupted_negatives import NegativeOptions, spoil
+from dalle_jax.token_layout import TokenLayout
 
 OPTIONS = CLIPOptions(
     image_size=16, patch=8, image_width=32, image_depth=1, image_heads=2,

@@ -11,11 +11,12 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from dalle_jax import schedules, tasks
+from dalle_jax import tasks
 from dalle_jax.errors import ConfigError
-from dalle_jax.models import logit_laplace
-from dalle_jax.models.dvae import DVAEOptions, DVAETokenizer, gumbel_softmax
-from dalle_jax.optimizers import OptimizerOptions, make_optimizer
+from dalle_jax.image_tokenizers import logit_laplace
+from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer, gumbel_softmax
+from dalle_jax.optim import schedules
+from dalle_jax.optim.optimizers import OptimizerOptions, make_optimizer
 from dalle_jax.tasks.dvae import DVAETask
 
 OPTIONS = DVAEOptions(

@@ -1,0 +1,150 @@
+"""Floating-point operations that a model asks for, counted from its sizes: what utilisation is measured by.
+
+Matrix products, convolutions and attention, two operations for each multiplication; attention counts the pairs of
+positions that the pattern's mask allows. The backward pass costs twice the forward one (for the pictures, which need no
+gradient, once). What a program does beyond that is not the model's: recomputed activations, masked pairs that are
+computed all the same, measures for the log.
+
+    B rows    T text    N image tokens    D width    H heads    K head size    F hidden width    V vocabulary
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from dalle_jax.image_tokenizers.dvae import DVAEOptions
+from dalle_jax.models.clip import CLIPOptions
+from dalle_jax.models.transformer import ACTIVATIONS, TransformerOptions
+from dalle_jax.priors import TokenPrior
+from dalle_jax.priors.maskgit import MaskGITPrior
+from dalle_jax.tasks import Batch, Task
+from dalle_jax.tasks.clip import CLIPTask
+from dalle_jax.tasks.dvae import DVAETask
+from dalle_jax.tasks.prior import PriorTask
+
+
+def training(task: Task, batch: Batch) -> float:
+    """Of one update over a batch (shapes will do): forward and backward, and a frozen image tokenizer forward.
+
+    Raises:
+      ValueError: a task whose sizes are not known here.
+    """
+    rows, side = batch["image"].shape[:2]
+    if isinstance(task, PriorTask):
+        o = dataclasses.replace(task.tokenizer.options, image_size=side)
+        return rows * (3 * prior(task.prior) + (0.0 if "tokens" in task.frozen else encoder(o)))
+    if isinstance(task, DVAETask):
+        o = task.tokenizer.options
+        return rows * (3 * (encoder(o) + decoder(o)) - first_layer(o))
+    if isinstance(task, CLIPTask):
+        o = task.clip.options
+        seen = 1 + task.negatives.spoiled
+        similarities = 2 * rows * (rows + task.negatives.spoiled) * o.embed_dim
+        return rows * (3 * (seen * image_tower(o) + text_tower(o)) - seen * patches(o)) + 3 * similarities
+    raise ValueError(f"The sizes of {type(task).__name__} are not known here.")
+
+
+def sampling(prior_: TokenPrior, rows: int) -> float:
+    """Of drawing the image tokens of `rows` pictures, each with a caption of its own: every position once where tokens
+    are cached, all image positions at each step where they are refined."""
+    lay = prior_.layout
+    text = _trunk(prior_, lay.text_length, slice(0, lay.text_length))
+    steps = prior_.decoding_steps(None) if isinstance(prior_, MaskGITPrior) else 1
+    image = _trunk(prior_, lay.image_length, slice(lay.text_length, None)) + _image_head(prior_)
+    return rows * (text + steps * image)
+
+
+def prior(one: TokenPrior) -> float:
+    """Of one row's forward pass in training."""
+    lay = one.layout
+    text_head = 0 if isinstance(one, MaskGITPrior) else 2 * (lay.text_length - 1) * _width(one) * (lay.text_vocab + 1)
+    return _trunk(one, lay.length, slice(None)) + text_head + _image_head(one)
+
+
+def _width(one: TokenPrior) -> int:
+    return one.options.trunk.width
+
+
+def _image_head(one: TokenPrior) -> float:
+    lay, d = one.layout, _width(one)
+    dense = 2 * lay.image_length * d * d if getattr(one.options, "head", "") == "mlm" else 0
+    return dense + 2 * lay.image_length * d * lay.image_vocab
+
+
+def _trunk(one: TokenPrior, positions: int, queries: slice) -> float:
+    """All layers at so many positions, whose queries are those rows of the masks."""
+    o: TransformerOptions = one.options.trunk
+    pairs = {pattern: int(pattern.mask(one.layout)[queries].sum()) for pattern in set(one.options.patterns)}
+    attention = sum(4 * o.heads * o.size_per_head * pairs[pattern] for pattern in one.options.patterns)
+    kernels = 2 if ACTIVATIONS[o.activation][1] else 1
+    per_layer = 4 * o.width * o.heads * o.size_per_head + (kernels + 1) * o.width * o.hidden
+    return 2 * positions * o.depth * per_layer + attention
+
+
+# -- the dVAE -----------------------------------------------------------------------------------------------------
+
+
+def first_layer(o: DVAEOptions) -> float:
+    """Of the encoder's first convolution, over one picture."""
+    side = o.image_size // o.stem_factor
+    return 2 * side**2 * o.in_kernel**2 * 3 * o.stem_factor**2 * o.hidden
+
+
+def _block(side: int, inputs: int, outputs: int, kernels: tuple[int, ...]) -> float:
+    widths = (inputs, *[outputs // 4] * 3, outputs)
+    residual = sum(k * k * a * b for k, a, b in zip(kernels, widths, widths[1:]))
+    return 2 * side**2 * (residual + (inputs * outputs if inputs != outputs else 0))
+
+
+def _blocks(o: DVAEOptions, widths: list[int], sides: list[int], before: int, kernels: tuple[int, ...]) -> float:
+    total = 0.0
+    for width, side in zip(widths, sides):
+        for _ in range(o.blocks_per_group):
+            total += _block(side, before, width, kernels)
+            before = width
+    return total
+
+
+def encoder(o: DVAEOptions) -> float:
+    """Of one picture's logits."""
+    side = o.image_size // o.stem_factor
+    widths, sides = [o.hidden * 2**g for g in range(o.groups)], [side // 2**g for g in range(o.groups)]
+    output = 2 * sides[-1] ** 2 * widths[-1] * o.vocab_size
+    return first_layer(o) + _blocks(o, widths, sides, o.hidden, (3, 3, 3, 1)) + output
+
+
+def decoder(o: DVAEOptions) -> float:
+    """Of one picture from relaxed codes."""
+    side = o.image_size // o.stem_factor
+    widths = [o.hidden * 2**g for g in reversed(range(o.groups))]
+    sides = [side // 2**g for g in reversed(range(o.groups))]
+    codebook = 2 * sides[0] ** 2 * o.vocab_size * o.codebook_dim
+    output = 2 * side**2 * o.hidden * 6 * o.stem_factor**2
+    return codebook + _blocks(o, widths, sides, o.codebook_dim, (1, 3, 3, 3)) + output
+
+
+# -- CLIP ---------------------------------------------------------------------------------------------------------
+
+
+def patches(o: CLIPOptions) -> float:
+    """Of one picture's patches before the first block."""
+    return 2 * o.patches * 3 * o.patch**2 * o.image_width
+
+
+def image_tower(o: CLIPOptions) -> float:
+    """Of one picture."""
+    with_class = o.image_readout == "class_token"
+    seen, read = o.patches + with_class, 1 if with_class else o.patches
+    projection = 2 * read * o.image_width * o.embed_dim
+    return patches(o) + _tower(seen, seen**2, o.image_width, o.image_depth) + projection
+
+
+def text_tower(o: CLIPOptions) -> float:
+    """Of one caption."""
+    projection = 2 * o.text_width * o.embed_dim
+    return _tower(o.text_length, math.comb(o.text_length + 1, 2), o.text_width, o.text_depth) + projection
+
+
+def _tower(positions: int, pairs: int, width: int, depth: int) -> float:
+    return depth * (2 * positions * 12 * width**2 + 4 * width * pairs)

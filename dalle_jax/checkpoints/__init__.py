@@ -1,0 +1,1 @@
+"""Checkpoints, frozen modules, and what else a run directory holds."""

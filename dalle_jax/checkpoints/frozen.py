@@ -1,0 +1,59 @@
+"""A trained module put away whole in a folder of its own: what it is, and its parameters.
+
+    options.json      written last: its presence says that the rest is whole
+    params.msgpack
+
+Folders may be local or remote ("gs://…").
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import flax.serialization
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from dalle_jax.errors import CheckpointError
+from dalle_jax.storage import files as storage
+
+PyTree = Any
+
+
+def is_there(folder: epath.PathLike) -> bool:
+    """Whether a module is there, whole."""
+    return (epath.Path(folder).expanduser() / "options.json").exists()
+
+
+def save(folder: epath.PathLike, options: Mapping[str, Any], params: PyTree) -> None:
+    """Writes both files.
+
+    Raises:
+      UserError: where they cannot be written.
+    """
+    folder = epath.Path(folder).expanduser()
+    with storage.write_errors(folder):
+        storage.write_whole(folder / "params.msgpack", flax.serialization.msgpack_serialize(jax.device_get(params)))
+    storage.write_json(folder / "options.json", options)
+
+
+def load(folder: epath.PathLike, remedy: str) -> tuple[dict[str, Any], PyTree]:
+    """The options, and the parameters as JAX arrays.
+
+    Args:
+      folder: where they are.
+      remedy: what to do where they are damaged.
+
+    Raises:
+      CheckpointError: where a file is missing or damaged.
+    """
+    folder = epath.Path(folder).expanduser()
+    try:
+        options = json.loads((folder / "options.json").read_text())
+        params = flax.serialization.msgpack_restore((folder / "params.msgpack").read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder} is damaged: {error}. {remedy}") from error
+    return options, jax.tree.map(jnp.asarray, params)

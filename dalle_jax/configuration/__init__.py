@@ -1,0 +1,1 @@
+"""From config files and flags to typed options."""

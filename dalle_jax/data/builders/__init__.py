@@ -1,0 +1,1 @@
+"""TFDS builders: embedded data sets and data sets made from your own files."""

@@ -1,0 +1,147 @@
+"""MS-COCO's pictures and captions, from a copy in the layout in which its archives unpack.
+
+    DIR/annotations/captions_train2014.json    DIR/train2014/COCO_train2014_000000000009.jpg …
+    DIR/annotations/captions_val2014.json      DIR/val2014/COCO_val2014_000000000042.jpg …
+
+train       train2014
+validation  val2014, of which DALL-E is evaluated on 30,000 captions
+
+Pictures come in the order of their ids, the (about five) captions of each in the order of theirs; training draws one of
+them each time, evaluation takes the first. Features have the names of TFDS's `coco_captions`.
+
+TFDS's own data set takes the archives themselves, with TensorFlow installed and without a network where all eight that
+it asks for lie in DIR (those of the test sets, which have no captions, are among them): `tfds build coco_captions
+--manual_dir=DIR --file_format=array_record --data_dir=…`. Where that is done, it is read instead of this one
+(tfds_source.py).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from etils import epath
+
+from dalle_jax.data.builders.own_copy import Examples, OwnCopyBuilder, ReadOnce, in_parts, read_text
+from dalle_jax.errors import ConfigError, DataError
+
+_YEARS = (2014, 2017)
+_FOLDERS = {"train": "train", "validation": "val"}
+_PICTURES_PER_SHARD = 2048  # about 300 MB
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class CocoConfig(tfds.core.BuilderConfig):
+    """Which of COCO's divisions; the name tells them apart on disk.
+
+    Attributes:
+      year: 2014 (the paper's) or 2017 (the same pictures, only 5,000 of them for validation).
+    """
+
+    name: str = dataclasses.field(init=False)
+    year: int = 2014
+
+    def __post_init__(self):
+        if self.year not in _YEARS:
+            raise ConfigError(f"coco_captions: year is {self.year!r}; expected 2014 or 2017.")
+        self.name = str(self.year)
+
+
+class Builder(OwnCopyBuilder):
+    """TFDS builder `coco_captions_local`; keyword arguments are those of `CocoConfig`.
+
+    Features: `image` (JPEG), `image/filename`, `image/id`, `captions` (several `text` with their `id`).
+    """
+
+    VERSION = tfds.core.Version("1.0.0")
+    CONFIG = CocoConfig
+    MANUAL_DOWNLOAD_INSTRUCTIONS = """
+    From cocodataset.org: "2014 Train images", "2014 Val images" and "2014 Train/Val annotations", unpacked there into
+    train2014/, val2014/ and annotations/.
+    """
+
+    def features(self) -> tfds.features.FeaturesDict:
+        return tfds.features.FeaturesDict(
+            {
+                "image": tfds.features.Image(encoding_format="jpeg"),
+                "image/filename": tfds.features.Text(),
+                "image/id": np.int64,
+                "captions": tfds.features.Sequence({"text": tfds.features.Text(), "id": np.int64}),
+            }
+        )
+
+    def shards(self, dl_manager):
+        root, year = self.own_copy(dl_manager), self.builder_config.year
+        _check_layout(root, year)
+        shards = {}
+        for split, folder in _FOLDERS.items():
+            pictures = read_annotations(root / f"annotations/captions_{folder}{year}.json")
+            shards[split] = [
+                functools.partial(self._examples, split, root / f"{folder}{year}", part)
+                for part in in_parts(pictures, _PICTURES_PER_SHARD)
+            ]
+        return shards
+
+    def _examples(self, split: str, folder: epath.Path, pictures: Sequence[dict[str, Any]]) -> Examples:
+        for picture in pictures:
+            name = picture["image/filename"]
+            try:
+                content = (folder / name).read_bytes()
+            except OSError as error:
+                self.leave_out(split, "missing file", f"{folder.name}/{name} ({error})")
+                continue
+            yield name, {"image": ReadOnce(content), **picture}
+
+
+def read_annotations(file: epath.Path) -> list[dict[str, Any]]:
+    """Reads one of COCO's caption files.
+
+    Args:
+      file: `captions_<split><year>.json`.
+
+    Returns:
+      For each picture {"image/filename", "image/id", "captions": list of {"text", "id"}}, in the order of the ids.
+
+    Raises:
+      DataError: where it is not such a file.
+    """
+    captions = collections.defaultdict(list)
+    try:
+        content = json.loads(read_text(file))
+        for annotation in sorted(content["annotations"], key=lambda each: each["id"]):
+            captions[annotation["image_id"]].append({"text": annotation["caption"], "id": annotation["id"]})
+        return [
+            {"image/filename": image["file_name"], "image/id": image["id"], "captions": captions[image["id"]]}
+            for image in sorted(content["images"], key=lambda each: each["id"])
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{file} is not one of COCO's caption files ({type(error).__name__}: {error}): expected JSON with 'images' "
+            "(id, file_name) and 'annotations' (id, image_id, caption). Unpack the archive of annotations again."
+        ) from error
+
+
+def _check_layout(root: epath.Path, year: int) -> None:
+    """Says all that is missing at once, before an hour of writing."""
+    expected = [f"annotations/captions_{folder}{year}.json" for folder in _FOLDERS.values()]
+    expected += [f"{folder}{year}" for folder in _FOLDERS.values()]
+    missing = [path for path in expected if not (root / path).exists()]
+    if not missing:
+        return
+    others = [
+        other for other in _YEARS if (root / f"annotations/captions_train{other}.json").exists() and other != year
+    ]
+    raise DataError(
+        f"{root} is not a copy of COCO {year} as its archives unpack: {', '.join(missing)} not found there. Unpack "
+        f"train{year}.zip, val{year}.zip and annotations_trainval{year}.zip (cocodataset.org) into that folder"
+        + "".join(f", or set data.builder_kwargs.year={other}, which is there" for other in others)
+        + "."
+    )

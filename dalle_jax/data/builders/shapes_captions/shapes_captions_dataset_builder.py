@@ -1,0 +1,122 @@
+"""The embedded data set: pictures of coloured shapes with captions, made on the spot by numpy.
+
+    train       seen combinations
+    validation  seen combinations, unseen pictures
+    heldout     combinations that training never sees (see scenes.py)
+
+Example i of a split is a pure function of (seed, split, i, image_size), so a longer training split begins
+with the shorter one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import tensorflow_datasets as tfds
+
+from dalle_jax.data.builders.shapes_captions import drawing, scenes
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class ShapesConfig(tfds.core.BuilderConfig):
+    """What the pictures on disk depend on; the name tells configurations apart there.
+
+    Attributes:
+      image_size: height and width in pixels.
+      num_train, num_validation, num_heldout: examples per split.
+      seed: of all choices.
+    """
+
+    name: str = dataclasses.field(init=False)
+    image_size: int = 32
+    num_train: int = 8192
+    num_validation: int = 512
+    num_heldout: int = 512
+    seed: int = 0
+
+    def __post_init__(self):
+        sizes = f"{self.num_train}-{self.num_validation}-{self.num_heldout}"
+        self.name = f"{self.image_size}px_{sizes}_seed{self.seed}"
+
+
+class Builder(tfds.core.GeneratorBasedBuilder):
+    """TFDS builder `shapes_captions`; keyword arguments are those of `ShapesConfig`.
+
+    Features: `image` (PNG), `caption`, `scene` (what the caption states, as `Scene.to_json`).
+    """
+
+    VERSION = tfds.core.Version("2.0.0")
+
+    def __init__(
+        self,
+        *,
+        config: ShapesConfig | None = None,
+        file_format: str = "array_record",
+        data_dir=None,
+        version=None,
+        **options: Any,
+    ):
+        config = config or ShapesConfig(**options)
+        super().__init__(config=config, file_format=file_format, data_dir=data_dir, version=version)
+
+    def _create_builder_config(self, builder_config, version):
+        return builder_config  # TFDS would warn, at every opening, of all not listed in advance
+
+    def _info(self) -> tfds.core.DatasetInfo:
+        size = self.builder_config.image_size
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=__doc__,
+            features=tfds.features.FeaturesDict(
+                {
+                    "image": tfds.features.Image(shape=(size, size, 3), encoding_format="png"),
+                    "caption": tfds.features.Text(),
+                    "scene": tfds.features.Text(),
+                }
+            ),
+            supervised_keys=None,
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager) -> dict[str, Any]:
+        counts = self.builder_config
+        return {
+            "train": self._generate_examples("train", counts.num_train),
+            "validation": self._generate_examples("validation", counts.num_validation),
+            "heldout": self._generate_examples("heldout", counts.num_heldout),
+        }
+
+    def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
+        options = self.builder_config
+        for index in range(count):
+            image, caption, stated = make_example(options.seed, split, index, options.image_size)
+            png = io.BytesIO()  # an array would make TFDS import TensorFlow to encode it
+            PIL.Image.fromarray(image).save(png, format="png", compress_level=1)
+            png.seek(0)
+            yield index, {"image": png, "caption": caption, "scene": stated.to_json()}
+
+
+def make_example(seed: int, split: str, index: int, image_size: int) -> tuple[np.ndarray, str, scenes.Scene]:
+    """Makes one example.
+
+    Args:
+      seed: of the data set.
+      split: "heldout", or any other name for seen combinations.
+      index: of the example in its split.
+      image_size: H and W.
+
+    Returns:
+      image: uint8 [H, W, 3].
+      caption: lower-case text.
+      stated: what the caption states.
+    """
+    rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
+    shown, stated = scenes.draw_scene(rng, held_out=split == "heldout")
+    caption = scenes.write_caption(rng, stated)
+    return drawing.draw(shown, image_size), caption, stated

@@ -1,5 +1,0 @@
-"""`coco_captions_local`: MS-COCO's captions from the user's own copy.  Importing this registers it with TFDS."""
-
-from dalle_jax.data.coco_captions_local.coco_captions_local_dataset_builder import Builder, CocoConfig
-
-__all__ = ["Builder", "CocoConfig"]

@@ -1,5 +1,0 @@
-"""`cub_captions`: CUB-200-2011 with ten captions a picture, from the user's own copy.  Importing this registers it."""
-
-from dalle_jax.data.cub_captions.cub_captions_dataset_builder import Builder, CubConfig
-
-__all__ = ["Builder", "CubConfig"]

@@ -1,0 +1,1 @@
+"""Devices and hosts: mesh, layouts, joining, and detection of lost hosts."""

@@ -1,0 +1,1 @@
+"""Image tokenizers: images to grids of tokens and back."""

@@ -1,0 +1,1 @@
+"""One file for each `config.job`: train, generate, evaluate, compile, quickstart."""

@@ -1,0 +1,120 @@
+"""The job of `configs/generate.py`: captions to PNGs, a grid, and a manifest from which each picture can be made again.
+
+python -m dalle_jax.main --config=configs/generate.py --config.model_workdir=DIR --config.prompts="a red circle"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import jax
+import numpy as np
+from absl import logging
+from etils import epath
+from ml_collections import ConfigDict
+
+from dalle_jax.configuration.options import from_config
+from dalle_jax.distributed import sharding as parallel
+from dalle_jax.errors import DataError
+from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.reporting import images as report
+from dalle_jax.storage import files as storage
+from dalle_jax.text_to_image.best_of_n import Ranked
+from dalle_jax.text_to_image.text_to_image import TextToImage
+
+
+def run(config: ConfigDict, workdir: str) -> None:
+    """Writes one PNG for each sample, a grid, and `manifest.json`.
+
+    Args:
+      config: see `configs/generate.py`.
+      workdir: where to write.
+    """
+    captions = read_captions(config)
+    mesh = parallel.local_mesh(**config.mesh)
+    model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once, config.clip, mesh)
+    options = from_config(SamplingOptions, config.sampling, "sampling")
+    knobs = {"negative": config.negative or None, **dataclasses.asdict(options)}
+    if config.candidates:
+        ranked = model.best_of(captions, config.candidates, config.n, config.seed, **knobs)
+    else:
+        images = model.generate(captions, config.n, config.seed, **knobs)
+        ranked = Ranked(images, None, np.tile(np.arange(config.n), (len(captions), 1)))
+    out = epath.Path(workdir).expanduser()
+    for path in _earlier(out):  # those of more captions would stand beside the new ones
+        path.unlink(missing_ok=True)
+    entries = []
+    for i, caption in enumerate(captions):
+        for j in range(config.n):
+            name = f"{i:04d}-{j:03d}.png"
+            report.save_png(out / name, ranked.images[i, j])
+            entry = {"file": name, "caption": caption, "caption_index": i, "index": int(ranked.numbers[i, j])}
+            entries.append(entry if ranked.scores is None else entry | {"score": float(ranked.scores[i, j])})
+    manifest = {
+        "workdir": model.workdir, "step": model.step, "seed": config.seed,
+        "sampling": dataclasses.asdict(options), "negative": config.negative or None,
+        "rows_at_once": config.rows_at_once, "mesh": dict(mesh.shape), "clip": config.clip, "captions": captions,
+        "n": config.candidates or config.n, "samples": entries,
+    }  # fmt: skip
+    storage.write_json(out / "manifest.json", manifest)
+    shown = min(config.n, 8)
+    report.save_png(out / "grid.png", report.grid([(c, ranked.images[i, :shown]) for i, c in enumerate(captions[:16])]))
+    print(f"{len(entries)} pictures, grid.png and manifest.json in {out}")
+
+
+def _earlier(out: epath.Path) -> list[epath.Path]:
+    """The pictures of the manifest in a folder, and itself; nothing where it is none."""
+    try:
+        names = [sample["file"] for sample in json.loads((out / "manifest.json").read_text())["samples"]]
+    except (OSError, ValueError, LookupError, TypeError):
+        return []
+    return [out / name for name in ("manifest.json", *names) if epath.Path(name).name == name]
+
+
+def remake(manifest: str, file: str) -> np.ndarray:
+    """One picture of a manifest, made again: uint8 [H, W, 3], bit for bit on the same kind and number of devices.
+
+    Args:
+      manifest: path of a `manifest.json`.
+      file: the sample's file name in it.
+
+    Raises:
+      DataError: where the manifest does not list that file.
+    """
+    record = json.loads(epath.Path(manifest).expanduser().read_text())
+    entry = next((sample for sample in record["samples"] if sample["file"] == file), None)
+    if entry is None:
+        raise DataError(f"{manifest} lists no sample {file!r}; it has {len(record['samples'])} samples.")
+    sizes = record.get("mesh", {"data": 1})  # (which earlier versions did not write)
+    if math.prod(sizes.values()) <= jax.local_device_count():
+        mesh = parallel.local_mesh(**sizes)
+    else:
+        mesh = None
+        logging.warning("%s: drawn on more devices than are here; a pixel may be rounded the other way.", manifest)
+    model = TextToImage.load(record["workdir"], record["step"], record["rows_at_once"], mesh=mesh)
+    knobs = {"negative": record.get("negative"), **record["sampling"]}
+    i, j = entry["caption_index"], entry["index"]
+    return model.picture(record["captions"], record["n"], i, j, record["seed"], **knobs)
+
+
+def read_captions(config: ConfigDict) -> list[str]:
+    """`config.prompts` (several are separated by "|"), or the lines of the file `config.prompts_file`.
+
+    Raises:
+      DataError: where neither or both are given, or the file is missing or empty.
+    """
+    if bool(config.prompts) == bool(config.prompts_file):
+        raise DataError(
+            "Give captions by --config.prompts='a red circle|a blue square' or by --config.prompts_file=FILE."
+        )
+    if config.prompts:
+        return [part.strip() for part in config.prompts.split("|")]
+    path = epath.Path(config.prompts_file).expanduser()
+    if not path.exists():
+        raise DataError(f"There is no file of captions {path}.")
+    captions = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+    if not captions:
+        raise DataError(f"{path} holds no caption; expected one a line.")
+    return captions

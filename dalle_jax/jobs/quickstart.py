@@ -1,0 +1,74 @@
+"""The whole system in one go: every training in turn, then pictures for unseen captions, a grid and a report."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.configuration.options import from_config
+from dalle_jax.distributed import sharding as parallel
+from dalle_jax.evaluation import measure as evaluate
+from dalle_jax.evaluation.test_sets import Protocol, open_test_set
+from dalle_jax.jobs import train as stages
+from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
+from dalle_jax.text_to_image.text_to_image import TextToImage
+
+
+def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
+    """Trains, generates, scores; writes what `evaluate.write` writes.
+
+    Args:
+      config: see `configs/quickstart.py`: the whole configurations of both priors (their tokenizer's included), of the
+        CLIP and of the evaluation.
+      workdir: holds `dvae/`, `prior/`, `maskgit/`, `clip/`, and the results.
+
+    Returns:
+      What `report.json` holds.
+    """
+    start = time.perf_counter()
+    out = epath.Path(workdir).expanduser()
+    config = config.copy_and_resolve_references()
+    tokenizer, evaluation = config.prior.tokenizer, config.evaluate
+    tokenizer.workdir, config.prior.workdir = str(out / "dvae"), str(out / "prior")
+    config.maskgit.workdir, config.maskgit.start_from = str(out / "maskgit"), config.prior.workdir
+    config.clip.workdir = str(out / "clip")
+    config.clip.text.path = str(workdirs.text_model_path(config.prior.workdir))
+    resumed = (out / "dvae" / "config.json").exists()
+
+    seconds = {}
+    stage = {"dvae": tokenizer, "prior": config.prior, "maskgit": config.maskgit, "clip": config.clip}
+    for name, section in stage.items():
+        began = time.perf_counter()
+        stages.run(section, section.workdir)
+        seconds[name] = time.perf_counter() - began
+
+    began = time.perf_counter()
+    models, mesh = {}, parallel.local_mesh(**evaluation.mesh)
+    for section, knobs in ((config.prior, evaluation.sampling), (config.maskgit, config.maskgit_sampling)):
+        if not has_clip(section.workdir):  # so that the workdir alone is enough to draw the best of N
+            ClipScorer.load(config.clip.workdir).save(section.workdir)
+        model = TextToImage.load(section.workdir, rows_at_once=evaluation.rows_at_once, mesh=mesh)
+        models[model.prior.name] = evaluate.Model(model, from_config(SamplingOptions, knobs, "sampling"))
+    data = workdirs.read_config(config.prior.workdir)["data"]
+    tests = open_test_set(data, Protocol(evaluation.split, evaluation.captions, evaluation.count, evaluation.seed))
+    options = from_config(evaluate.Options, {"seed": evaluation.seed, **evaluation.metrics}, "metrics")
+    measured = evaluate.measure(models, tests, options)
+    per_image = [measured.figures[name]["seconds_per_image"] for name in ("autoregressive", "maskgit")]
+    seconds["evaluation"] = time.perf_counter() - began
+    measured.figures["protocol"]["device"] += f", {os.cpu_count()} cores, {platform.machine()}"
+    measured.figures["run"] = {
+        "speedup_over_autoregressive": per_image[0] / per_image[1],
+        "seconds": seconds,
+        "wall_seconds": time.perf_counter() - start,  # of this run: what an interrupted one did before is not in it
+        "resumed": resumed,
+    }
+    title = "Captions held out of training" if evaluation.split == "heldout" else evaluation.split
+    evaluate.write(measured, tests, out, title, config)
+    return measured.figures

@@ -1,0 +1,52 @@
+"""The order of trainings: an image tokenizer before the prior that needs it.
+
+`configs/prior.py` holds the whole configuration of its tokenizer, so that one command works on a fresh machine.
+"""
+
+from __future__ import annotations
+
+from absl import logging
+from ml_collections import ConfigDict
+
+from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.distributed import joining as distributed
+from dalle_jax.training.loop import check, train
+from dalle_jax.training.step import TrainState
+
+
+def run(config: ConfigDict, workdir: str) -> TrainState:
+    """Trains what `config` describes, after whatever it needs first.
+
+    Args:
+      config: a training configuration. With a section `tokenizer` (a training configuration of its own), the frozen
+        tokenizer is taken from, in this order: `workdir` itself; `config.tokenizer_from`, a workdir or a folder that
+        the importers of `dalle_jax.pretrained` wrote; `config.tokenizer.workdir`, after training it there (on the same
+        pictures, where its `data.path` is not set). With `start_from`, the workdir of another prior, tokenizer and text
+        model are that one's unless others are named.
+      workdir: directory of the run.
+
+    Returns:
+      The final state.
+
+    Raises:
+      UserError: what no training can use, before the first one begins; and whatever `train` raises.
+    """
+    check(config)  # now, and not after days of training its tokenizer
+    if "tokenizer" in config and config.tokenizer.data.source == config.data.source:
+        config = config.copy_and_resolve_references()
+        config.tokenizer.data.path = config.tokenizer.data.path or config.data.path
+    if config.get("start_from"):
+        config = config.copy_and_resolve_references()
+        config.tokenizer_from = config.tokenizer_from or config.start_from
+        config.text.path = config.text.path or str(workdirs.text_model_path(config.start_from))
+    if "tokenizer" in config and not distributed.first_host_says("has a tokenizer", workdirs.has_tokenizer(workdir)):
+        source = config.tokenizer_from or config.tokenizer.workdir
+        trained = config.tokenizer_from or workdirs.is_complete(source, config.tokenizer)
+        if not distributed.first_host_says("tokenizer is trained", bool(trained)):
+            logging.info("%s needs an image tokenizer, and %s holds none yet: training it first.", workdir, source)
+            run(config.tokenizer, source)
+        tokenizer, params = workdirs.load_tokenizer(source)
+        with distributed.first_host_first("the frozen image tokenizer"):
+            if not workdirs.has_tokenizer(workdir):
+                workdirs.save_tokenizer(workdir, tokenizer, params)
+    return train(config, workdir)

@@ -1,0 +1,1 @@
+"""Attention patterns, their implementations and their decode caches."""

@@ -1,0 +1,129 @@
+"""Schedules: functions of the number of updates done, from a section of a configuration.
+
+    learning_rate=dict(kind="cosine", start=1e-4, end=1.25e-6, steps=1_200_000)
+
+Every kind is a frozen dataclass and is itself the function (an `optax.Schedule`): it takes an int32 step, traced or
+not, and gives a float32 value. All of them hold their last value after the end.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from dalle_jax.configuration.options import from_config
+from dalle_jax.errors import ConfigError
+
+
+def _cosine(start: float, end: float, fraction: jax.Array) -> jax.Array:
+    """Half a cosine from `start` (fraction 0) to `end` (fraction 1), held outside."""
+    return end + (start - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(fraction, 0.0, 1.0)))
+
+
+def _progress(step: jax.Array | int, steps: int) -> jax.Array:
+    """How much of `steps` is done, float32, 1 and more after the end."""
+    return jnp.asarray(step, jnp.float32) / max(steps, 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """`value` at every step."""
+
+    value: float
+
+    def __call__(self, step: jax.Array | int) -> jax.Array:
+        return jnp.full(jnp.shape(step), self.value, jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Linear:
+    """A straight line from `start` to `end` in `steps` updates."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __call__(self, step: jax.Array | int) -> jax.Array:
+        return self.start + (self.end - self.start) * jnp.clip(_progress(step, self.steps), 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cosine:
+    """Half a cosine from `start` to `end`, rising or falling, in `steps` updates: the dVAE's three schedules."""
+
+    start: float
+    end: float
+    steps: int
+
+    def __call__(self, step: jax.Array | int) -> jax.Array:
+        return _cosine(self.start, self.end, _progress(step, self.steps))
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmupConstant:
+    """A straight line from 0 to `value` in `warmup_steps` updates, then `value`."""
+
+    value: float
+    warmup_steps: int
+
+    def __call__(self, step: jax.Array | int) -> jax.Array:
+        return self.value * jnp.clip(_progress(step, self.warmup_steps), 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class WarmupCosine:
+    """A straight line from 0 to `peak` in `warmup_steps` updates, then half a cosine to `end` at update `steps`.
+
+    A training of no more than `warmup_steps` updates (somebody's trial) ends on the straight line.
+    """
+
+    peak: float
+    end: float
+    warmup_steps: int
+    steps: int
+
+    def __call__(self, step: jax.Array | int) -> jax.Array:
+        warmup = self.peak * _progress(step, self.warmup_steps)
+        after = jnp.asarray(step, jnp.float32) - self.warmup_steps
+        fall = _cosine(self.peak, self.end, after / max(self.steps - self.warmup_steps, 1))
+        return jnp.where(jnp.asarray(step) < self.warmup_steps, warmup, fall)
+
+
+_KINDS = {
+    "constant": Constant,
+    "linear": Linear,
+    "cosine": Cosine,
+    "warmup_constant": WarmupConstant,
+    "warmup_cosine": WarmupCosine,
+}
+
+
+def make(section: Mapping[str, Any], name: str = "schedule") -> optax.Schedule:
+    """Builds a schedule from its section of a configuration.
+
+    Args:
+      section: mapping with "kind" (constant, linear, cosine, warmup_constant, warmup_cosine) and that kind's fields.
+      name: of the schedule, for messages.
+
+    Returns:
+      A function from int32 step [...] to float32 [...].
+
+    Raises:
+      ConfigError: an unknown kind or field, a missing field, a value that is not a number, a negative number of steps.
+    """
+    where = f"schedules.{name}"
+    kind = section.get("kind")
+    if kind not in _KINDS:
+        raise ConfigError(f"config.{where}.kind is {kind!r}: expected one of {', '.join(_KINDS)}.")
+    fields = {key: section[key] for key in section if key != "kind"}
+    for key, value in fields.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ConfigError(f"config.{where}.{key} is {value!r}: expected a number.")
+        if key.endswith("steps") and (value < 0 or value != int(value)):
+            raise ConfigError(f"config.{where}.{key} is {value!r}: expected a whole number of updates, 0 or more.")
+    return from_config(_KINDS[kind], fields, where)

@@ -1,0 +1,1 @@
+"""Metrics, progress, images and tables that people read."""

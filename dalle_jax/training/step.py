@@ -1,0 +1,178 @@
+"""The state of a training run and the one compiled function that advances it.
+
+`train.py` runs this step; whoever wants to know what it costs lowers it (`make_train_step(...).lower`) from the same
+abstract arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from dalle_jax import keys
+from dalle_jax.distributed import sharding as parallel
+from dalle_jax.optim import optimizers
+from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
+from dalle_jax.tasks import Task
+
+PyTree = Any
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that training changes.
+
+    Attributes:
+      step: int32 scalar, number of steps done, skipped ones included.
+      params: float32 parameters.
+      ema: their moving average, None where none is kept.
+      opt_state: the optimizer's.
+      skipped: int32 scalar, number of steps whose update was skipped because it was not finite.
+      skipped_in_row: int32 scalar, how many of them are the latest steps.
+    """
+
+    step: jax.Array
+    params: PyTree
+    ema: PyTree | None
+    opt_state: PyTree
+    skipped: jax.Array
+    skipped_in_row: jax.Array
+
+    @property
+    def eval_params(self) -> PyTree:
+        """The parameters to evaluate and generate with: the average, or `params` where none is kept."""
+        return self.params if self.ema is None else self.ema
+
+
+def make_init(
+    task: Task, optimizer: optax.GradientTransformation, average: AverageOptions, mesh: Mesh, seed: int
+) -> tuple[Callable[[], TrainState], TrainState]:
+    """A function that makes the initial state, already laid out on the mesh.
+
+    Args:
+      task: gives the parameters.
+      optimizer: gives its state.
+      average: says whether an average is kept.
+      mesh: where to; call the result inside `parallel.on_mesh(mesh)`.
+      seed: of the run.
+
+    Returns:
+      The function, and the abstract state (`ShapeDtypeStruct`s with shardings) it makes: enough to restore or to
+      compile without making one.
+    """
+
+    def boxed_params() -> PyTree:
+        return task.init(keys.stream(jax.random.key(seed), "init"))
+
+    def init() -> TrainState:
+        params = nn.meta.unbox(boxed_params())
+        ema = jax.tree.map(jnp.copy, params) if average.decay else None
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(zero, params, ema, optimizer.init(params), zero, zero)
+
+    with parallel.on_mesh(mesh):
+        boxed, shapes = jax.eval_shape(boxed_params), jax.eval_shape(init)
+    params = parallel.shardings_of(boxed, mesh)
+    everywhere = parallel.replicated(mesh)
+    shardings = TrainState(
+        step=everywhere,
+        params=params,
+        ema=params if average.decay else None,
+        opt_state=optax.tree_utils.tree_map_params(
+            optimizer, lambda _, sharding: sharding, shapes.opt_state, params, transform_non_params=lambda _: everywhere
+        ),
+        skipped=everywhere,
+        skipped_in_row=everywhere,
+    )
+    # Runs once: on a CPU, optimising its hundreds of small draws would take minutes. The numbers stay the same.
+    quick = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
+    return jax.jit(init, out_shardings=shardings, compiler_options=quick), parallel.abstract(shapes, shardings)
+
+
+def make_train_step(
+    task: Task,
+    optimizer: optax.GradientTransformation,
+    options: OptimizerOptions,
+    average: AverageOptions,
+    schedules: Mapping[str, optax.Schedule],
+    state: TrainState,
+    overlap: bool = False,
+) -> Any:
+    """The compiled update: (state, frozen, batch, key) -> (state, scalars).
+
+    Except on CPUs, the state's buffers are donated: the old state cannot be used again.  An update whose loss or
+    gradients are not finite leaves everything but the counters as it was.
+
+    Args:
+      task: gives the loss.
+      optimizer: from `optimizers.make_optimizer(options)`.
+      options: for the accumulation steps.
+      average: for the moving average.
+      schedules: to log, by name; "learning_rate" among them multiplies the update.
+      state: the abstract state, for its shardings.
+      overlap: whether to compile with `parallel.OVERLAP`, on TPUs.
+
+    Returns:
+      A jitted function; the scalars are float32, laid out on every device.
+    """
+
+    def train_step(state: TrainState, frozen: PyTree, batch: PyTree, key: jax.Array):
+        scheduled = {name: schedule(state.step) for name, schedule in schedules.items()}
+
+        def loss(params: PyTree, rows: PyTree, key: jax.Array):
+            return task.loss(params, frozen, rows, key, state.step)
+
+        key = keys.stream(key, "loss", state.step)
+        grads, scalars = optimizers.accumulated_gradients(loss, state.params, batch, key, options.accumulate_steps)
+        gradient_norm = optax.tree.norm(grads)
+        finite = jnp.isfinite(scalars["loss"]) & jnp.isfinite(gradient_norm)
+
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates = jax.tree.map(lambda u: -scheduled["learning_rate"] * u, updates)
+        params = optax.apply_updates(state.params, updates)
+        ema = None if state.ema is None else optimizers.update_average(state.ema, params, state.step + 1, average)
+
+        def keep(new: PyTree, old: PyTree) -> PyTree:
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        new_state = TrainState(
+            step=state.step + 1,
+            params=keep(params, state.params),
+            ema=keep(ema, state.ema),
+            opt_state=keep(opt_state, state.opt_state),
+            skipped=state.skipped + ~finite,
+            skipped_in_row=jnp.where(finite, 0, state.skipped_in_row + 1),
+        )
+        scalars = {
+            **scalars,
+            **scheduled,
+            "gradient_norm": gradient_norm,
+            "skipped": new_state.skipped,
+            "skipped_in_row": new_state.skipped_in_row,
+        }
+        return new_state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), scalars)
+
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    mesh = state.step.sharding.mesh
+    asked = parallel.OVERLAP if overlap and mesh.devices.flat[0].platform == "tpu" else None
+    return jax.jit(
+        train_step,
+        donate_argnums=(0,) if donates(mesh) else (),
+        out_shardings=(shardings, None),
+        compiler_options=asked,
+    )
+
+
+def donates(mesh: Mesh) -> bool:
+    """Whether the train step writes the new state over the old one.
+
+    On CPUs it does not: small models' steps take up to a third longer with it there.
+    """
+    return mesh.devices.flat[0].platform != "cpu"

@@ -1,0 +1,63 @@
+"""Operations counted from sizes, against those of compiled programs."""
+
+import jax
+import pytest
+
+from dalle_jax import keys, tasks
+from dalle_jax.aot import model_flops
+from dalle_jax.aot.program import Program
+from dalle_jax.aot.target import load_target
+
+SMALL = "model.trunk.depth=3,model.trunk.scan=False,model.trunk.remat=none,batch_size=4"
+
+
+def program_of(config):
+    """A task, its batch, and the loss with its gradients, lowered for one CPU device."""
+    task, batch = tasks.abstract(config)
+    params = tasks.zeros_like(task.init, jax.random.key(0))
+
+    def update(params, frozen, batch):
+        return jax.value_and_grad(task.loss, has_aux=True)(
+            params, frozen, batch, keys.stream(jax.random.key(0), "x"), 0
+        )
+
+    shapes = lambda tree: jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+    lowered = jax.jit(update).lower(shapes(params), shapes(task.frozen), batch)
+    return task, batch, lowered
+
+
+def counted(lowered):
+    return Program(lowered.compiler_ir("hlo").as_hlo_module().to_string()).flops
+
+
+@pytest.mark.parametrize(
+    "target, overrides, less, more",  # than the program, which leaves out the borders that convolutions pad
+    [
+        ("configs/maskgit.py", SMALL, 0.01, 0.0),  # its attention computes just what it needs
+        ("configs/maskgit.py:folder", f"{SMALL},data.image_size=32", 0.0, 0.3),
+        ("configs/prior.py", SMALL, 0.15, 0.0),  # its groups of queries compute masked pairs too
+        ("configs/clip.py", "batch_size=8", 0.05, 0.0),  # so does its text tower
+        ("configs/clip.py", "batch_size=8,negatives.spoiled=0,model.image_readout=class_token", 0.05, 0.0),
+        ("configs/dvae.py", "batch_size=8", 0.1, 0.1),  # every eighth row is decoded once more, for the log
+        ("configs/dvae.py:folder", "batch_size=8,data.image_size=64,model.hidden=16", 0.1, 0.1),
+    ],
+)
+def test_against_the_program(target, overrides, less, more):
+    config = load_target(target, overrides)
+    task, batch, lowered = program_of(config)
+    wanted, found = model_flops.training(task, batch), counted(lowered)
+    assert (1 - less) * 0.999 <= wanted / found <= (1 + more) * 1.001
+
+
+def test_scan_and_remat_change_the_program_not_the_model():
+    plain, again = (
+        load_target("configs/maskgit.py", f"model.trunk.depth=4,batch_size=4,model.trunk.{how}")
+        for how in ("scan=False", "scan=True,model.trunk.remat=full")
+    )
+    task, batch, lowered = program_of(plain)
+    unrolled = counted(lowered)
+    other, _, lowered = program_of(again)
+    assert model_flops.training(task, batch) == model_flops.training(other, batch)
+    compiled = lowered.compile()  # trip counts are known after optimisation
+    assert 1.2 < Program(compiled.as_text()).flops / unrolled < 1.4  # the forward pass twice
+    assert compiled.cost_analysis()["flops"] < 0.7 * unrolled  # XLA's own count: the body once

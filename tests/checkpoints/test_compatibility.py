@@ -1,0 +1,35 @@
+"""What may change in a configuration when a run goes on."""
+
+import pytest
+from tiny_job import tiny_config
+
+from dalle_jax.checkpoints.compatibility import check_same_model, differences, to_json
+from dalle_jax.errors import ConfigMismatch
+
+
+def test_differences_of_configurations():
+    old = {"a": {"b": 1, "c": [1, 2]}, "d": None}
+    assert differences(old, {"a": {"b": 2, "c": [1, 2]}, "e": 5}) == {"a.b": (1, 2), "e": (None, 5)}
+
+
+def test_same_model():
+    stored = to_json(tiny_config())
+    check_same_model(stored, to_json(tiny_config(steps=99, batch_size=8, model__remat=True)), "x")
+    with pytest.raises(
+        ConfigMismatch, match=r"model.hidden \(checkpoint: 16, given: 32\).*text.length .*another --workdir"
+    ):
+        check_same_model(stored, to_json(tiny_config(model__hidden=32, text__length=5)), "x")
+    with pytest.raises(ConfigMismatch, match="data.image_size"):
+        check_same_model(stored, to_json(tiny_config(data__image_size=16)), "x")
+    with pytest.raises(ConfigMismatch, match="ema.decay"):
+        check_same_model(stored, to_json(tiny_config(ema__decay=0.0)), "x")
+    check_same_model(stored, to_json(tiny_config(ema__decay=0.99)), "x")
+
+
+def test_how_a_trunk_is_computed_may_change():
+    """Also where the checkpoint was written before there was a choice of attention kernels."""
+    stored = {"model": {"trunk": {"width": 16, "remat": "none", "dtype": "float32"}}}
+    given = {"model": {"trunk": {"width": 16, "remat": "full", "dtype": "bfloat16", "attention_kernel": "splash"}}}
+    check_same_model(stored, given, "x")
+    with pytest.raises(ConfigMismatch, match=r"model.trunk.width \(checkpoint: 16, given: 32\)"):
+        check_same_model(stored, {"model": {"trunk": given["model"]["trunk"] | {"width": 32}}}, "x")

@@ -1,0 +1,202 @@
+"""Every config file and variant loads, and its sections are ones that the code takes."""
+
+import pathlib
+
+import jax
+import optax
+import pytest
+from flax import traverse_util
+
+from dalle_jax import priors
+from dalle_jax.configuration import config_files
+from dalle_jax.configuration.options import from_config
+from dalle_jax.data.sources.source import DataOptions
+from dalle_jax.distributed import sharding as parallel
+from dalle_jax.errors import ConfigError
+from dalle_jax.evaluation.measure import Options
+from dalle_jax.evaluation.test_sets import Protocol
+from dalle_jax.image_tokenizers import tokenizer
+from dalle_jax.models import clip
+from dalle_jax.optim import optimizers, schedules
+from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.token_layout import TokenLayout
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+TRAININGS = {"dvae": "dvae", "prior": "prior", "maskgit": "prior", "clip": "clip"}  # config file: its task
+
+
+def load(name):
+    return config_files.module(CONFIGS / "any", f"{name}.py")
+
+
+ROWS = [(name, variant) for name in TRAININGS for variant in load(name).VARIANTS]
+
+
+def check_training(config, name):
+    data = config.data.copy_and_resolve_references()
+    if data.source in ("folder", "tar_shards"):
+        data.path = "somewhere"
+    options = DataOptions.from_config(data)
+    for key, section in config.schedules.items():
+        schedule = schedules.make(section, key)
+        assert float(schedule(0)) >= 0 and float(schedule(config.steps)) >= 0
+    assert isinstance(
+        optimizers.make_optimizer(from_config(optimizers.OptimizerOptions, config.optimizer, "optimizer")),
+        optax.GradientTransformation,
+    )
+    from_config(optimizers.AverageOptions, config.ema, "ema")
+    parallel.check_batch(parallel.make_mesh(**config.mesh), config.batch_size, config.optimizer.accumulate_steps)
+    assert config.workdir == f"runs/{name}-{config.variant}"
+    assert set(config.cadence) == {"log", "eval", "preview", "checkpoint"} and set(config.keep) == {"last", "best"}
+    return options
+
+
+@pytest.mark.parametrize("name, variant", ROWS, ids=[":".join(row) for row in ROWS])
+def test_trainings(name, variant):
+    config = load(name).get_config(variant)
+    assert (config.job, config.task, config.variant) == ("train", TRAININGS[name], variant)
+    options = check_training(config, name)
+    if name == "clip":
+        sizes = clip.from_config(config, config.text.vocab_size)
+        assert config.optimizer.accumulate_steps == 1
+        assert (sizes == clip.CLIPOptions(dtype="bfloat16")) == (variant == "vit_b32"), "the published size"
+        recipe = (sizes.image_positions, sizes.image_readout, config.negatives.spoiled)
+        assert (recipe == (1.0, "class_token", 0)) == (variant != "shapes"), "OpenAI's"
+        jax.eval_shape(clip.CLIP(sizes).init, jax.random.key(0))
+        return
+    images = tokenizer.from_config(config if name == "dvae" else config.tokenizer)
+    grid = images.grid(options.image_size)
+    if name != "dvae":
+        inner = check_training(config.tokenizer, "dvae")
+        assert inner.image_size == options.image_size, "the tokenizer is trained at the prior's picture size"
+        layout = TokenLayout(config.text.vocab_size, images.vocab_size, config.text.length, *grid)
+        prior = priors.make(config.prior, config.model, layout)
+        if config.model.trunk.depth <= 24:  # tests/priors/test_autoregressive.py counts the large ones
+            jax.eval_shape(prior.init, jax.random.key(0))
+        assert config.data_tokens == "each_batch" or options.augment == "none"
+    else:
+        jax.eval_shape(images.init, jax.random.key(0))
+
+
+def numbers_of(config):
+    """What follows the length of a training, or could: by its whole name."""
+    sections = {"steps": config.steps, "cadence": config.cadence.to_dict(), "schedules": config.schedules.to_dict()}
+    return {"/".join(path): value for path, value in traverse_util.flatten_dict(sections).items()}
+
+
+@pytest.mark.parametrize("name, variant", ROWS, ids=[":".join(row) for row in ROWS])
+def test_schedules_follow_the_length_of_the_training(name, variant):
+    config = load(name).get_config(variant)
+    before = numbers_of(config)
+    config.steps *= 3
+    after = numbers_of(config)
+    follow = {key for key in after if after[key] != before[key]} - {"steps"}
+    rate = "schedules/learning_rate"
+    if variant in ("shapes", "emoji"):
+        expected = {f"{rate}/steps", "cadence/eval", "cadence/preview", "cadence/checkpoint"}
+        expected |= {"schedules/temperature/steps"} if name == "dvae" else set()
+        expected |= {f"{rate}/warmup_steps"} if name in ("prior", "maskgit") else set()
+    else:
+        expected = {f"{rate}/steps"} if name == "clip" else set()
+        if name == "dvae" and variant != "paper":
+            expected = {f"{rate}/steps", "schedules/temperature/steps"}
+    assert follow == expected
+    for key in follow:
+        assert after[key] == pytest.approx(3 * before[key], abs=3)
+        part, value = config[key.partition("/")[0]], key.partition("/")[2].replace("/", ".")
+        part.update_from_flattened_dict({value: 5})  # by itself
+        assert numbers_of(config) == after | {key: 5}
+        after[key] = 5
+
+
+def test_the_papers_numbers():
+    dvae, prior = load("dvae").get_config("paper"), load("prior").get_config("paper")
+    assert (dvae.data.image_size, dvae.model.vocab_size, dvae.batch_size) == (256, 8192, 512)
+    rate, tau, kl = (schedules.make(dvae.schedules[k], k) for k in ("learning_rate", "temperature", "kl_weight"))
+    assert [float(s(0)) for s in (rate, tau, kl)] == pytest.approx([1e-4, 1.0, 0.0])
+    assert float(rate(1_200_000)) == pytest.approx(1.25e-6, rel=1e-4)
+    assert float(tau(150_000)) == pytest.approx(1 / 16, rel=1e-4) and float(kl(5000)) == pytest.approx(6.6, rel=1e-4)
+    trunk, optimizer = prior.model.trunk, prior.optimizer
+    assert (trunk.width, trunk.depth, trunk.heads, prior.model.kernel, prior.text.length) == (3968, 64, 62, 11, 256)
+    assert (optimizer.b2, optimizer.weight_decay, optimizer.clip_norm) == (0.96, 4.5e-2, 4.0)
+    assert prior.data.augment == "prior" and prior.data.bpe_dropout == 0.1 and prior.batch_size == 1024
+    assert float(schedules.make(prior.schedules.learning_rate, "learning_rate")(5000)) == pytest.approx(4.5e-4)
+
+
+@pytest.mark.parametrize("name", ["generate", "evaluate"])
+def test_jobs_on_a_trained_workdir(name):
+    config = load(name).get_config()
+    assert config.job == name
+    assert from_config(SamplingOptions, config.sampling, "sampling") == SamplingOptions()
+    assert config.model_workdir == load("prior").get_config().workdir
+
+
+def test_quickstart_is_the_default_priors_and_their_evaluation():
+    config = load("quickstart").get_config()
+    trunk, bidirectional = config.prior.model.trunk, config.maskgit.model.trunk
+    assert config.maskgit.start_from == config.prior.workdir and trunk == bidirectional, "the trunk is taken over whole"
+    assert config.maskgit.schedules.learning_rate.steps == config.maskgit.steps
+    assert from_config(SamplingOptions, config.maskgit_sampling, "sampling").steps in (None, 8)
+    assert config.job == "quickstart" and config.prior.variant == "shapes"
+    assert config.evaluate.model_workdir == config.prior.workdir and config.evaluate.count >= 256
+    assert config.evaluate.split == "heldout" and config.clip.task == "clip"
+    assert from_config(Options, config.evaluate.metrics, "metrics").candidates == 16
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+def test_unknown_variants(name):
+    with pytest.raises(ConfigError, match=f"{name}.py has no variant 'emojis' .did you mean \"emoji\".*shapes, emoji"):
+        load(name).get_config("emojis")
+    assert load(name).get_config().variant == "shapes", "the first one is the default"
+
+
+def test_a_missing_config_file():
+    with pytest.raises(ConfigError, match="There is no config file .*nowhere.py: run from the repository's root"):
+        load("nowhere")
+
+
+@pytest.mark.parametrize("name", ["compile", "generate", "quickstart"])
+def test_configs_without_variants(name):
+    path = CONFIGS / f"{name}.py"
+    with pytest.raises(ConfigError, match=f"--config={path}:paper: this config has no variants; leave out the colon"):
+        config_files.load(f"{path}:paper", "--config")
+    assert config_files.load(str(path), "--config").job == name
+
+
+def test_a_config_with_a_fault_keeps_its_traceback(tmp_path):
+    path = tmp_path / "a.py"
+    path.write_text("def get_config():\n    return get_config(3)\n")
+    with pytest.raises(TypeError, match="takes 0 positional"):
+        config_files.load(str(path), "--config")
+
+
+def test_the_papers_data_sets():
+    """What the other configs are built on: names and keys of COCO, CUB and tar shards."""
+    common = load("common")
+    for section, source, image_size, caption_key, splits in (
+        (common.coco(), "coco_captions", 256, "captions/text", ("train", "validation")),
+        (common.cub(224), "cub_captions", 224, "caption", ("train", "test")),
+        (common.tar_shards(64, path="DIR"), "tar_shards", 64, "caption", ("train", "validation")),
+    ):
+        options = DataOptions.from_config(section)
+        assert (options.source, options.image_size, options.caption_key) == (source, image_size, caption_key)
+        assert (options.train_split, options.eval_split) == splits
+    for name in TRAININGS:
+        for variant in ("coco", "cub"):
+            assert load(name).get_config(variant).data.image_size == (224 if name == "clip" else 256)
+
+
+def test_the_papers_protocols():
+    """DALL-E, section 3.1: 30,000 captions of MS-COCO, all unique captions of CUB, radii 0 to 8."""
+    for variant, source, split, captions, count in (
+        ("coco", "coco_captions", "validation", "drawn", 30_000),
+        ("cub", "cub_captions", "test", "unique", None),
+    ):
+        config = load("evaluate").get_config(variant)
+        assert Protocol(config.split, config.captions, config.count) == Protocol(split, captions, count)
+        options = DataOptions.from_config(config.data)
+        assert (options.source, options.path) == (source, None)
+        assert "image_size" not in config.data, "the model says which"
+        assert config.workdir == f"runs/evaluated-{variant}"
+        assert from_config(Options, config.metrics, "metrics").blur == (0, 1, 2, 4, 8)
+    assert "data" not in load("evaluate").get_config(), "the model's own"

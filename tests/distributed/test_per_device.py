@@ -1,0 +1,58 @@
+"""Products of parameters that are split over devices."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.per_device import contract
+
+MIXED = ("embed", None, "heads"), (0,)  # contracted along fsdp, split along tensor
+SUMMED = ("heads", "embed"), (0,)  # contracted along tensor, gathered along fsdp
+
+
+@pytest.mark.parametrize("axes", [(2, 2, 2), (1, 4, 2), (4, 2, 1), (1, 8, 1), (2, 1, 4)])
+@pytest.mark.parametrize("names, contracted", [MIXED, SUMMED, (("vocab", "embed"), (1,))])
+def test_contract_is_the_product(axes, names, contracted):
+    """With its gradients, whatever is gathered, summed and scattered; and where nothing is."""
+    rng = np.random.default_rng(0)
+    shape = (8, 3, 8)[: len(names)] if len(names) == 3 else (8, 16)
+    kernel = rng.normal(size=shape).astype(np.float32)
+    x = rng.normal(size=(8, 5, shape[contracted[0]])).astype(np.float32)
+    product = lambda x, k: jnp.tensordot(x, k, ((2,), contracted))
+    loss = lambda x, k: jnp.sin(contract(product, x, k, names, contracted)).sum()
+    step = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    expected = step(x, kernel)
+    mesh = parallel.make_mesh(*axes)
+    with parallel.on_mesh(mesh):
+        layout = NamedSharding(mesh, parallel.partition_spec(names, shape, mesh))
+        rows = parallel.to_mesh({"x": x}, parallel.batch_sharding(mesh))["x"]
+        value, gradients = step(rows, jax.device_put(kernel, layout))
+    np.testing.assert_allclose(value, expected[0], rtol=1e-5)
+    for ours, theirs in zip(gradients, expected[1]):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_contract_gathers_once_and_scatters_once():
+    """One all-gather of the kernel, one reduce-scatter of its gradient; what is scattered is added up over `data`."""
+    mesh = parallel.make_mesh(data=2, fsdp=4)
+    with parallel.on_mesh(mesh):
+        kernel = jax.device_put(np.ones((16, 8), np.float32), NamedSharding(mesh, PartitionSpec("fsdp")))
+        x = parallel.to_mesh({"x": np.ones((8, 3, 16), np.float32)}, parallel.batch_sharding(mesh))["x"]
+        loss = lambda k: jnp.square(contract(jnp.matmul, x, k, ("embed", "mlp"), (0,))).sum()
+        text = jax.jit(jax.grad(loss)).lower(kernel).as_text()
+    assert text.count("stablehlo.all_gather") == 1 and text.count("stablehlo.reduce_scatter") == 1
+    sums = [line for line in text.splitlines() if line.lstrip().startswith("}) : (tensor<")]
+    assert any("(tensor<4x8xf32>) -> tensor<4x8xf32>" in line for line in sums)  # a quarter of the kernel's 16 rows
+    assert not any("(tensor<16x8xf32>) -> tensor<16x8xf32>" in line for line in sums)
+
+
+def test_contract_of_rows_that_cannot_be_split():
+    mesh = parallel.make_mesh(data=2, fsdp=4)
+    one = np.arange(16, dtype=np.float32).reshape(1, 1, 16)
+    with parallel.on_mesh(mesh):
+        kernel = jax.device_put(np.eye(16, dtype=np.float32), NamedSharding(mesh, PartitionSpec("fsdp")))
+        ours = jax.jit(lambda x, k: contract(jnp.matmul, x, k, ("embed", "mlp"), (0,)))(one, kernel)
+    np.testing.assert_array_equal(ours, one)

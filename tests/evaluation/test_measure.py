@@ -1,0 +1,209 @@
+"""Figures of an evaluation against what can be computed by hand. Random weights, noise for pictures."""
+
+import csv
+import dataclasses
+import json
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+import random_model
+from flax import traverse_util
+from ml_collections import ConfigDict
+from PIL import Image
+
+from dalle_jax.data.builders.shapes_captions.scenes import Object, Scene
+from dalle_jax.distributed import sharding as parallel
+from dalle_jax.errors import ConfigError
+from dalle_jax.evaluation import measure as evaluate
+from dalle_jax.evaluation.measure import Options
+from dalle_jax.evaluation.test_sets import Protocol, open_test_set
+from dalle_jax.metrics import clip_score, codebook, frechet, shapes
+from dalle_jax.metrics.retrieval import retrieval
+from dalle_jax.models.clip import CLIP, CLIPOptions
+from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.text_to_image.clip_scorer import ClipScorer
+
+COUNT, N = 5, 5
+WORDS = ["a red circle", "a blue square", "a green star", "a red circle above a blue square", "red"]
+SAMPLING = SamplingOptions(temperature=0.7)
+OPTIONS = Options(seed=3, blur=(0, 1), candidates=N, candidate_captions=4)
+
+
+@pytest.fixture(scope="module")
+def tests(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    for i, words in enumerate(WORDS):
+        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(words)
+    data = {"source": "folder", "path": str(folder), "image_size": 16}
+    scenes = tuple(Scene((Object(color, None),)) for color in ("red", "green", "blue", "red", "blue"))
+    return dataclasses.replace(open_test_set(data, Protocol("all", "first", COUNT)), scenes=scenes)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """Draws two at once, so that the last batch of five is filled up."""
+    model = random_model.text_to_image(tmp_path_factory.mktemp("text"))
+    sizes = dict(image_size=16, patch=8, image_width=8, image_depth=1, image_heads=1, text_width=8, text_depth=1)
+    end = model.text_model.vocab_size
+    clip = CLIP(CLIPOptions(**sizes, text_heads=1, embed_dim=6, text_length=9, text_vocab=end + 1, end_id=end))
+    scorer = ClipScorer(clip, nn.meta.unbox(clip.init(jax.random.key(0))), model.text_model, rows_at_once=2)
+    return dataclasses.replace(model, scorer=scorer)
+
+
+@pytest.fixture(scope="module")
+def measured(model, tests):
+    return evaluate.measure({"maskgit": evaluate.Model(model, SAMPLING)}, tests, OPTIONS)
+
+
+def test_devices_share_the_work(measured, model, tests):
+    """Every batch split over two devices, the last one half empty: the same figures."""
+    mesh = parallel.make_mesh(data=2)
+    put = lambda tree: jax.device_put(tree, parallel.replicated(mesh))
+    scorer = dataclasses.replace(model.scorer, params=put(model.scorer.params), mesh=mesh)
+    params = {"params": put(model.params), "tokenizer_params": put(model.tokenizer_params)}
+    spread = dataclasses.replace(model, **params, scorer=scorer, mesh=mesh)
+    again = evaluate.measure({"maskgit": evaluate.Model(spread, SAMPLING)}, tests, OPTIONS)
+    assert (measured.figures["protocol"]["device"], again.figures["protocol"]["device"]) == ("1 x cpu", "2 x cpu")
+    one, other = (numbers(found.figures) for found in (measured, again))
+    assert one.keys() == other.keys() and ("maskgit", "image_nats_per_token") in one
+    for name in one:
+        assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4, nan_ok=True), name
+
+
+def numbers(figures):
+    """All but the time."""
+    flat = traverse_util.flatten_dict(figures).items()
+    return {name: x for name, x in flat if isinstance(x, float) and name[-1] != "seconds_per_image"}
+
+
+def fid(model, real, drawn):
+    sets = [frechet.add(frechet.empty(6, "clip"), model.scorer.image_features(x)) for x in (real, drawn)]
+    return pytest.approx(frechet.distance(*sets), rel=1e-4, abs=1e-9)
+
+
+def test_the_tokenizer(measured, model, tests):
+    real = tests.images(range(COUNT))
+    tokens = model.encode(real)
+    shown, found = model.decode(tokens), measured.figures["dvae"]
+    error = np.square((real.astype(float) - shown) / 255).mean((1, 2, 3))
+    assert found["psnr"] == pytest.approx((-10 * np.log10(error)).mean(), rel=1e-5)
+    assert found["codebook_usage"] == pytest.approx(float(codebook.usage(codebook.count(tokens, 24))))
+    assert found["rfid_clip"] == fid(model, real, shown) and found["rfid_clip"] > 0
+    assert found["caption_accuracy"] == shapes.score(shown, tests.scenes)["caption_accuracy"]
+    assert found.keys() >= {"ssim", "precision_clip", "recall_clip"} and "fid_clip" not in found
+
+
+def test_one_sample_for_each_caption(measured, model, tests):
+    """In batches of two, the last one filled up: each counts once."""
+    drawn = model.generate(tests.captions, seed=3, temperature=0.7)[:, 0]
+    found, real = measured.figures["maskgit"], tests.images(range(COUNT))
+    text, tokens, nats = model.encode_text(tests.captions), model.encode(real), 0
+    for rows, valid in (([0, 1], [1, 1]), ([2, 3], [1, 1]), ([4, 4], [1, 0])):
+        given = text[rows], tokens[rows], jax.random.key(0)
+        _, scalars = model.prior.loss(model.params, *given, train=False, valid=jax.numpy.array(valid, bool))
+        nats += sum(valid) * float(scalars["image_nats"])
+    assert found["fid_clip"] == fid(model, real, drawn)
+    cosines = model.scorer.score(drawn, tests.captions)
+    assert found["clip_score"] == pytest.approx(100 * np.maximum(cosines, 0).mean(), rel=1e-5)
+    assert found["caption_accuracy"] == shapes.score(drawn, tests.scenes)["caption_accuracy"]
+    assert found["steps"] == 3 and found["seconds_per_image"] > 0
+    assert found["image_nats_per_token"] == pytest.approx(nats / COUNT, rel=1e-5)
+
+
+def test_retrieval_of_the_judge(measured, model, tests):
+    scorer, captions = model.scorer, tests.captions
+    real = tests.images(range(COUNT))
+    expected = retrieval(scorer.image_features(real), scorer.text_features(captions), scorer.encode_text(captions))
+    assert measured.figures["clip"] == expected
+
+
+def test_the_best_of_each_number(measured, model, tests):
+    captions, scenes = tests.captions[:4], tests.scenes[:4]
+    drawn = model.generate(captions, n=N, seed=3, temperature=0.7)
+    scores = np.stack([model.scorer.score(images, [caption] * N) for images, caption in zip(drawn, captions)])
+    right = np.stack([shapes.right_captions(images, [scene] * N) for images, scene in zip(drawn, scenes)])
+    found = measured.figures["best_of"]["maskgit"]
+    assert list(found) == ["1", "2", "4", "5"]
+    for number in (1, 2, 4, 5):
+        best = [
+            (scores[c, group][k], right[c, group][k])
+            for c in range(4)
+            for group in (slice(i, i + number) for i in range(0, N - number + 1, number))
+            for k in [scores[c, group].argmax()]
+        ]
+        row = found[str(number)]
+        assert row["clip_score"] == pytest.approx(100 * np.mean([max(score, 0) for score, _ in best]), rel=1e-5)
+        assert row["caption_accuracy"] == pytest.approx(np.mean([verdict for _, verdict in best]))
+        first = np.stack([images[s[:number].argmax()] for images, s in zip(drawn, scores)])
+        assert row["fid_clip"] == fid(model, tests.images(range(COUNT)), first)
+    assert [found[n]["clip_score"] for n in found] == sorted(found[n]["clip_score"] for n in found)
+    assert len({row["fid_clip"] for row in found.values()}) > 1
+
+
+def test_blur_of_all_sets(measured):
+    found = measured.figures["blur"]
+    assert found.keys() == {"reconstructed", "maskgit"} and found["maskgit"].keys() == {"0", "1"}
+    assert found["maskgit"]["0"] == {"fid_clip": measured.figures["maskgit"]["fid_clip"]}
+    assert found["reconstructed"]["0"]["fid_clip"] == measured.figures["dvae"]["rfid_clip"]
+    assert found["maskgit"]["1"] != found["maskgit"]["0"]
+
+
+def test_the_protocol(measured, model):
+    found = measured.figures["protocol"]
+    assert found["captions"] == "5, first" and found["seed"] == 3 and found["candidate_captions"] == 4
+    assert found["sampling"]["maskgit"]["temperature"] == 0.7
+    weights = found["weights"]
+    assert weights.keys() == {"tokenizer", "maskgit", "clip"} and len(set(weights.values())) == 3
+    other = jax.tree.map(lambda x: x + 1e-3, model.scorer.params)
+    assert dataclasses.replace(model.scorer, params=other).fingerprint() != weights["clip"]
+
+
+def test_without_a_clip(model, tests):
+    bare = {"maskgit": evaluate.Model(dataclasses.replace(model, scorer=None), SAMPLING)}
+    with pytest.raises(ConfigError, match="config.metrics.candidates=5: the best of them is chosen by a CLIP. Give"):
+        evaluate.measure(bare, tests, OPTIONS)
+    figures = evaluate.measure(bare, tests, dataclasses.replace(OPTIONS, candidates=0)).figures
+    assert figures.keys() == {"dvae", "maskgit", "protocol"}
+    assert figures["maskgit"].keys() >= {"image_nats_per_token"} and "clip_score" not in figures["maskgit"]
+
+
+def test_priors_over_different_tokens_are_refused(model, tests):
+    other = dataclasses.replace(model, tokenizer_params=jax.tree.map(lambda x: -x, model.tokenizer_params))
+    models = {name: evaluate.Model(each, SAMPLING) for name, each in (("one", model), ("two", other))}
+    with pytest.raises(ConfigError, match="different image tokenizers"):
+        evaluate.measure(models, tests, OPTIONS)
+
+
+def test_what_is_written(measured, tests, tmp_path, capsys):
+    evaluate.write(measured, tests, tmp_path, "A title", ConfigDict({"job": "evaluate", "count": 5}))
+    printed = capsys.readouterr().out
+    assert "maskgit.fid_clip" in printed and str(tmp_path / "report.html") in printed
+    figures = json.loads((tmp_path / "report.json").read_text())
+    assert figures.keys() == measured.figures.keys()
+    with (tmp_path / "best_of.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["prior"], row["candidates"]) for row in rows] == [("maskgit", n) for n in "1245"]
+    assert float(rows[2]["fid_clip"]) == pytest.approx(
+        measured.figures["best_of"]["maskgit"]["4"]["fid_clip"], rel=1e-5
+    )
+    with (tmp_path / "blur.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["pictures"], row["radius"]) for row in rows] == [
+        ("maskgit", "0"), ("maskgit", "1"), ("reconstructed", "0"), ("reconstructed", "1"),
+    ]  # fmt: skip
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg") == 4  # three figures by candidates, one by radius
+    for text in ("A title", "captions_sha256", "job: evaluate", "maskgit, 4", f"{COUNT}, first"):
+        assert text in page, text
+    names = [name for name, _ in measured.columns]
+    assert names == ["real", "reconstructed", "maskgit", f"best of {N}"]
+    assert np.asarray(Image.open(tmp_path / "grid.png")).ndim == 3
+
+
+def test_a_score_of_no_cosines_is_refused():
+    with pytest.raises(ValueError, match="Expected cosines"):
+        clip_score.add(clip_score.empty(), np.array([20.0]))

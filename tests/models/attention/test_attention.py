@@ -1,0 +1,237 @@
+"""Attention patterns: masks against brute force from the paper's words, and every fast path against the mask."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.models.attention.xla import (
+    Bidirectional,
+    Column,
+    Convolutional,
+    Full,
+    Row,
+    attend,
+    attend_reference,
+    full_layers,
+    group_mask,
+    sparse_layers,
+)
+from dalle_jax.token_layout import TokenLayout
+
+CAUSAL = [Full(), Row(), Column(), *(Convolutional(k, wrap) for k in (1, 3, 5, 11) for wrap in (True, False))]
+PATTERNS = [*CAUSAL, Bidirectional()]
+GRIDS = [(4, 4), (3, 5), (5, 3), (1, 6), (6, 1)]
+every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
+
+
+def layout_of(height, width, text=3):
+    return TokenLayout(text_vocab=9, image_vocab=9, text_length=text, height=height, width=width)
+
+
+def readable(pattern, query, height, width):
+    """Image positions that `query` may read: FACTS of the paper, one by one."""
+    row, column = query // width, query % width
+    if isinstance(pattern, Full):
+        return set(range(query + 1))
+    if isinstance(pattern, Bidirectional):
+        return set(range(height * width))
+    if isinstance(pattern, Row):  # itself and the W before it
+        return {query - back for back in range(width + 1) if query - back >= 0}
+    if isinstance(pattern, Column):  # itself and what stands above it
+        return {r * width + column for r in range(row + 1)}
+    half, found = pattern.kernel // 2, set()
+    for r in range(row - half, row + 1):
+        for c in range(column - half, column + half + 1):
+            inside = 0 <= c < width
+            key = r * width + c  # with c outside the row this runs on into the next or the previous one
+            if r <= row and 0 <= key <= query and (inside or pattern.wrap) and (r >= 0 or pattern.wrap):
+                found.add(key)
+    return found
+
+
+def brute_force(pattern, layout):
+    t, mask = layout.text_length, np.zeros((layout.length, layout.length), bool)
+    for query in range(t):
+        mask[query, : t if isinstance(pattern, Bidirectional) else query + 1] = True
+    for query in range(layout.image_length):
+        mask[t + query, :t] = True
+        for key in readable(pattern, query, layout.height, layout.width):
+            mask[t + query, t + key] = True
+    return mask
+
+
+# -- masks --------------------------------------------------------------------------------------------------------
+
+
+@every_pattern
+@pytest.mark.parametrize("grid", [*GRIDS, (32, 32)], ids=str)
+def test_mask_is_the_definition(pattern, grid):
+    layout = layout_of(*grid)
+    mask = pattern.mask(layout)
+    assert mask.dtype == bool
+    np.testing.assert_array_equal(mask, brute_force(pattern, layout))
+
+
+@pytest.mark.parametrize(
+    "pattern, expected",
+    [
+        (Row(), [5, 6, 7, 8, 9]),
+        (Column(), [1, 5, 9]),
+        (Convolutional(3), [4, 5, 6, 8, 9]),
+        (Full(), list(range(10))),
+        # Token 9 stands in column 1; the window of 5 reaches column -1, which is the row before's last one.
+        (Convolutional(5), [*range(0, 4), *range(3, 8), 8, 9]),
+        (Convolutional(5, wrap=False), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
+    ],
+    ids=str,
+)
+def test_token_9_of_the_papers_grid(pattern, expected):
+    layout = layout_of(4, 4)
+    row = pattern.mask(layout)[3 + 9]
+    assert row[:3].all(), "an image token reads all text"
+    assert (row[3:].nonzero()[0]).tolist() == sorted(set(expected))
+
+
+def test_wrap_around_at_a_row_end():
+    """Token 8 opens a row: the window's left side is the end of the row before."""
+    layout = layout_of(4, 4)
+    seen = lambda wrap: Convolutional(3, wrap).mask(layout)[3 + 8][3:].nonzero()[0].tolist()  # noqa: E731
+    assert seen(True) == [3, 4, 5, 7, 8]
+    assert seen(False) == [4, 5, 8]
+
+
+def test_the_papers_layers():
+    layers = sparse_layers(64)
+    assert len(layers) == 64 and layers[-1] == Convolutional(11)
+    for number, layer in enumerate(layers[:-1], start=1):
+        assert layer == (Column() if (number - 2) % 4 == 0 else Row()), number
+    assert sparse_layers(1, 3, False) == (Convolutional(3, wrap=False),)
+    assert full_layers(2) == (Full(), Full())
+
+
+@pytest.mark.parametrize("kernel", [0, -1, 4])
+def test_kernels_are_odd(kernel):
+    with pytest.raises(ValueError, match="odd and positive"):
+        Convolutional(kernel)
+
+
+# -- training: groups ---------------------------------------------------------------------------------------------
+
+
+@every_pattern
+@every_grid
+def test_groups_cover_the_mask_exactly_once(pattern, grid):
+    layout = layout_of(*grid)
+    n, t = layout.image_length, layout.text_length
+    queries, keys = pattern.groups(layout)
+    inside = group_mask(pattern, layout)
+    times = np.zeros((n, n), int)
+    for group, query, key in np.argwhere(inside):
+        times[queries[group, query], keys[group, key]] += 1
+    np.testing.assert_array_equal(times, pattern.mask(layout)[t:, t:].astype(int))
+    assert sorted(queries.ravel().tolist()) == list(range(n))
+
+
+@pytest.mark.parametrize("pattern", [Full(), Row(), Column(), Convolutional(3), Convolutional(5)], ids=str)
+@pytest.mark.parametrize("grid", [(4, 4), (3, 5)], ids=str)
+def test_groups_are_cut_out_where_they_say(pattern, grid):
+    layout = layout_of(*grid)
+    positions = jnp.arange(layout.image_length, dtype=jnp.float32).reshape(1, *grid, 1, 1)
+    queries, keys = pattern.groups(layout)
+    np.testing.assert_array_equal(pattern.group_queries(positions)[0, ..., 0, 0].reshape(queries.shape), queries)
+    cut = pattern.group_keys(positions, layout)[0, ..., 0, 0]
+    np.testing.assert_array_equal(np.where(keys < 0, 0, cut), np.maximum(keys, 0))
+    restored = pattern.ungroup(pattern.group_queries(positions), layout)
+    np.testing.assert_array_equal(restored, positions.reshape(1, -1, 1, 1))
+
+
+@pytest.mark.parametrize("grid", [(3, 5), (5, 2)], ids=str)
+def test_fast_attention_equals_the_reference_forward_and_backward(grid):
+    layout = layout_of(*grid)
+    keys = jax.random.split(jax.random.key(0), 4)
+    q, k, v, cotangent = (jax.random.normal(key, (2, layout.length, 2, 8)) for key in keys)
+    q = 3 * q  # sharp enough for each key to matter
+
+    @jax.jit
+    def reference(mask):
+        out, back = jax.vjp(lambda *x: attend_reference(*x, mask), q, k, v)
+        return out, *back(cotangent)
+
+    patterns = [Full(), Row(), Column(), Convolutional(3), Convolutional(3, wrap=False), Convolutional(11)]
+    patterns += [Bidirectional()]
+
+    @jax.jit
+    def fast():
+        results = []
+        for pattern in patterns:
+            out, back = jax.vjp(lambda *x, p=pattern: attend(*x, p, layout), q, k, v)
+            results.append((out, *back(cotangent)))
+        return results
+
+    for pattern, ours in zip(patterns, fast()):
+        for name, a, b in zip(("out", "dq", "dk", "dv"), ours, reference(pattern.mask(layout))):
+            np.testing.assert_allclose(a, b, atol=2e-5, err_msg=f"{pattern} {name}")
+
+
+def test_reference_is_softmax_over_what_the_mask_allows():
+    rng = np.random.default_rng(0)
+    q, k, v = rng.normal(size=(3, 1, 4, 1, 6)).astype(np.float32)
+    mask = np.tril(np.ones((4, 4), bool))
+    mask[3, 1] = False
+    ours = attend_reference(q, k, v, mask)[0, :, 0]
+    for i in range(4):
+        seen = mask[i].nonzero()[0]
+        weights = np.exp(k[0, seen, 0] @ q[0, i, 0] / np.sqrt(6))
+        np.testing.assert_allclose(ours[i], weights @ v[0, seen, 0] / weights.sum(), rtol=1e-5)
+
+
+# -- decoding: caches ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "pattern, slots",
+    [(Row(), 33), (Convolutional(11), 5 * 32 + 5 + 1), (Convolutional(11, wrap=False), 166), (Full(), 1024)],
+    ids=str,
+)
+def test_rings_are_as_large_as_the_pattern_reaches(pattern, slots):
+    cache = pattern.cache(layout_of(32, 32)).init(2, 3, 8, jnp.bfloat16)
+    assert cache.shape == (2, 3, slots, 8) and cache.dtype == jnp.bfloat16
+
+
+def test_column_layers_read_one_column():
+    store = Column().cache(layout_of(32, 16))
+    cache = store.init(2, 3, 8, jnp.float32)
+    assert cache.size == 2 * 3 * 8 * 32 * 16
+    assert store.read(cache, jnp.int32(100)).shape == (2, 3, 32, 8)
+
+
+def played_back(pattern, layout):
+    """For each position, the positions that its query finds visible in the cache, after writing 0…position."""
+    store = pattern.cache(layout)
+
+    @jax.jit
+    def play():
+        def step(cache, position):
+            cache = store.write(cache, jnp.full((1, 1, 1), position, jnp.float32), position)
+            return cache, (store.read(cache, position)[0, 0, :, 0], store.visible(position))
+
+        # -1: never written, so that a slot read too early shows.
+        empty = jnp.full_like(store.init(1, 1, 1, jnp.float32), -1)
+        return jax.lax.scan(step, empty, jnp.arange(layout.image_length))[1]
+
+    values, visible = jax.device_get(play())
+    return [sorted(row[seen].astype(int).tolist()) for row, seen in zip(values, visible)]
+
+
+CACHED = [(p, g) for p in CAUSAL for g in [(3, 5), (6, 1)]]
+CACHED += [(p, (32, 32)) for p in (Row(), Column(), Convolutional(11))]
+
+
+@pytest.mark.parametrize("pattern, grid", CACHED, ids=str)
+def test_what_the_cache_shows_is_the_masks_row(pattern, grid):
+    layout = layout_of(*grid)
+    t = layout.text_length
+    image = pattern.mask(layout)[t:, t:]
+    assert played_back(pattern, layout) == [row.nonzero()[0].tolist() for row in image]

@@ -1,0 +1,74 @@
+"""Small priors of every kind, and what their tests share."""
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.priors.maskgit import MaskGITOptions, MaskGITPrior
+from dalle_jax.token_layout import TokenLayout
+
+LAYOUT = TokenLayout(text_vocab=10, image_vocab=16, text_length=4, height=3, width=4)
+T, N, V = LAYOUT.text_length, LAYOUT.image_length, LAYOUT.image_vocab
+
+
+def trunk_of(**changes):
+    return TransformerOptions(**{"width": 16, "depth": 2, "heads": 2, "dtype": "float32", "scan": False, **changes})
+
+
+def autoregressive(trunk=None, **options):
+    return AutoregressivePrior(LAYOUT, AutoregressiveOptions(trunk_of(**(trunk or {})), **{"kernel": 3, **options}))
+
+
+def maskgit(trunk=None, **options):
+    return MaskGITPrior(LAYOUT, MaskGITOptions(trunk_of(**(trunk or {})), **{"steps": 4, **options}))
+
+
+PRIORS = {
+    "autoregressive": autoregressive(),
+    "any order": autoregressive(attention="full", order="random"),
+    "maskgit": maskgit(),
+    "maskgit, small data": maskgit(head="linear", tied_embeddings=False, neighbour_kernel=3),
+}
+
+
+def changed(prior, trunk=None, **options):
+    """The same prior with other options."""
+    new = dataclasses.replace(prior.options, **options)
+    return dataclasses.replace(
+        prior, options=dataclasses.replace(new, trunk=dataclasses.replace(new.trunk, **(trunk or {})))
+    )
+
+
+def drawn(prior, scale=0.3):
+    """Parameters of the prior's shapes, drawn by numpy: large enough for every input to matter."""
+    rng = np.random.default_rng(2)
+    shapes = nn.meta.unbox(jax.eval_shape(prior.init, jax.random.key(0)))
+
+    def draw(path, leaf):
+        around = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return (around + scale * rng.normal(size=leaf.shape)).astype(np.float32)
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+@functools.cache
+def params_of(prior):
+    return drawn(prior)
+
+
+def rows(count, seed=0, layout=LAYOUT):
+    """Random captions, int32 [count, T], and tokens, int32 [count, N]."""
+    rng = np.random.default_rng(seed)
+    captions = [rng.integers(0, layout.text_vocab, rng.integers(1, layout.text_length + 1)) for _ in range(count)]
+    tokens = rng.integers(0, layout.image_vocab, (count, layout.image_length), dtype=np.int32)
+    return np.stack([layout.pad_text(ids) for ids in captions]), tokens
+
+
+@functools.partial(jax.jit, static_argnums=(0, 5))
+def loss_of(prior, params, text, tokens, key, train, valid=None):
+    return prior.loss(params, text, tokens, key, train=train, valid=valid)

@@ -1,0 +1,255 @@
+"""Workdirs on object storage: gs:// through gcsfs, orbax and tensorstore, against an emulator (object_storage.py)."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import textwrap
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from object_storage import emulated_bucket, names
+from tiny_job import tiny_config, tiny_job
+
+from dalle_jax.checkpoints.checkpoints import Checkpoints
+from dalle_jax.checkpoints.workdir import read_config
+from dalle_jax.errors import CheckpointError, ConfigError, UserError
+from dalle_jax.reporting.metric_writer import MetricWriter, read_metrics
+from dalle_jax.storage import files as storage
+from dalle_jax.training.loop import train
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    with emulated_bucket() as path:
+        yield path
+
+
+# -- paths and files ----------------------------------------------------------------------------------------------
+
+
+def test_paths_from_the_root(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(storage.full_path("gs://bucket/run")) == "gs://bucket/run"
+    assert str(storage.full_path("~/run")) == str(storage.full_path("run")) == str(tmp_path / "run")
+    assert storage.make_workdir("~/run") == str(tmp_path / "run") and (tmp_path / "run").is_dir()
+
+
+def test_a_workdir_has_to_be_within_reach(bucket, monkeypatch):
+    assert storage.make_workdir(bucket / "made") == "gs://bucket/made"
+    with pytest.raises(ConfigError, match="'gs://nowhere/run'.*no bucket 'nowhere', or no access"):
+        storage.make_workdir("gs://nowhere/run")
+
+    def missing(*_):
+        raise ImportError("Install gcsfs to access Google Storage")
+
+    monkeypatch.setattr("etils.epath.backend._FileSystemSpecBackend.fs", missing)
+    for first_use in (storage.make_workdir, read_config):
+        with pytest.raises(ConfigError, match=r"Install gcsfs.*pip install 'dalle_jax\[gcs\]'"):
+            first_use("gs://bucket/run")
+
+
+def test_a_refusal_names_its_reason(bucket, monkeypatch):
+    def refused(*_, **__):
+        raise OSError("Forbidden: https://storage.googleapis.com/…")  # as gcsfs raises it
+
+    with monkeypatch.context() as patch:
+        patch.setattr("etils.epath.backend._FileSystemSpecBackend.exists", refused)
+        with pytest.raises(ConfigError, match="Cannot use 'gs://bucket/run'.*Forbidden"):
+            storage.make_workdir("gs://bucket/run")
+    monkeypatch.setattr("dalle_jax.checkpoints.checkpoints.Manager", refused)
+    with pytest.raises(CheckpointError, match="Cannot open checkpoints in gs://bucket/run/checkpoints: Forbidden"):
+        Checkpoints("gs://bucket/run")
+
+
+def test_whole_files(bucket, tmp_path):
+    for folder in (bucket / "whole", tmp_path / "whole"):
+        storage.write_whole(folder / "a", b"first")
+        storage.write_whole(folder / "a", b"second")
+        assert (folder / "a").read_bytes() == b"second" and names(folder) == ["a"]
+
+
+def test_a_mirror_copies_what_changed(bucket, monkeypatch):
+    target = bucket / "mirror"
+    (target / "kept").write_bytes(b"old")
+    mirror = storage.Mirror(target)
+    mirror.fetch("kept")
+    mirror.fetch("missing")
+    with open(mirror.folder / "kept", "ab") as file:
+        file.write(b" and new")
+    (mirror.folder / "deep" / "er").mkdir(parents=True)
+    (mirror.folder / "deep" / "er" / "file").write_bytes(b"1")
+    mirror.upload()
+    assert names(target) == ["deep/er/file", "kept"] and (target / "kept").read_bytes() == b"old and new"
+    (target / "kept").unlink()
+    (mirror.folder / "deep" / "er" / "file").write_bytes(b"12")
+    mirror.close()
+    assert names(target) == ["deep/er/file"] and (target / "deep" / "er" / "file").read_bytes() == b"12"
+    assert not mirror.folder.exists()
+
+
+def test_metrics_and_pictures_reach_the_bucket(bucket, monkeypatch):
+    """At a flush; an outage in between is told and waited out; a run that goes on keeps what was there."""
+    workdir = str(bucket / "metrics")
+    writer = MetricWriter(workdir)
+    writer.scalars(1, {"train/loss": 2.0})
+    assert read_metrics(workdir) == []
+    writer.picture(1, "preview", np.zeros((4, 6, 3), np.uint8))
+    writer.flush()
+    assert [line["step"] for line in read_metrics(workdir)] == [1]
+
+    told = []
+    monkeypatch.setattr(storage.logging, "warning", lambda text, *values: told.append(text % values))
+    monkeypatch.setattr(storage, "_UPLOAD_SECONDS", 0.0)
+    with monkeypatch.context() as outage:
+
+        def down(*_, **__):
+            raise OSError(5, "the storage is down")
+
+        outage.setattr("etils.epath.backend._FileSystemSpecBackend.open", down)
+        writer.scalars(2, {"train/loss": 1.0})
+        with pytest.raises(UserError, match="Cannot write gs://bucket/metrics.*the storage is down"):
+            writer.flush()
+    assert len(told) == 1 and "the storage is down" in told[0]
+    writer.scalars(3, {"train/loss": 0.5})
+    assert [line["step"] for line in read_metrics(workdir)] == [1, 2, 3]
+    writer.close()
+
+    writer = MetricWriter(workdir, start=2)
+    writer.close()
+    assert [line["step"] for line in read_metrics(workdir)] == [1, 2]
+    kinds = {name.split("/")[0] for name in names(epath.Path(workdir))}
+    assert kinds == {"metrics.jsonl", "samples", "tensorboard"}
+
+
+def test_metrics_are_in_the_bucket_before_a_checkpoint(bucket, monkeypatch):
+    """A run that is killed right after a checkpoint goes on from it with every line up to it."""
+    seen = {}
+    workdir = str(bucket / "before")
+    monkeypatch.setattr(Checkpoints, "save", lambda self, step, *_: seen.update({step: len(read_metrics(workdir))}))
+    config = tiny_config(steps=4, cadence__eval=0, cadence__checkpoint=2)
+    train(config, workdir, tiny_job(config))
+    assert seen == {2: 2, 4: 5}  # the last step is evaluated, too
+
+
+@pytest.mark.slow
+def test_half_a_checkpoint_is_none(bucket):
+    """What a killed process left: objects without the mark that comes last.  The one before is taken, and goes on."""
+    workdir = str(bucket / "half")
+    run = lambda steps: train(config := tiny_config(steps=steps, cadence__checkpoint=1), workdir, tiny_job(config))
+    run(2)
+    (bucket / "half" / "checkpoints" / "2" / "commit_success.txt").unlink()
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        assert checkpoints.steps == [1]
+    assert int(run(3).step) == 3
+    with Checkpoints(workdir, read_only=True) as checkpoints:
+        assert checkpoints.latest_step == 3
+
+
+def test_event_files_stay_small(tmp_path, monkeypatch):
+    """TensorBoard reads them in the order of their names."""
+    monkeypatch.setattr("dalle_jax.reporting.metric_writer._LARGEST_EVENT_FILE", 100)
+    writer = MetricWriter(str(tmp_path))
+    for step in range(9):
+        writer.scalars(step, {f"train/{'a' * 50}": 1.0})
+    writer.close()
+    files = sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.name)
+    assert 3 < len(files) < 9 and all(path.stat().st_size < 500 for path in files)
+    assert [path.name[-4:] for path in files] == [f"{i:04d}" for i in range(len(files))]
+
+
+# -- whole runs, in processes of their own ------------------------------------------------------------------------
+
+_RUN = textwrap.dedent("""
+    import dataclasses, os, pickle, signal, sys
+    import jax
+    from tiny_job import tiny_config, tiny_job
+    from dalle_jax.training.loop import train
+
+    workdir, stop_at, result = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    logged = []
+
+    def data_counts():
+        logged.append(1)
+        if len(logged) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"unreadable": 2}
+
+    config = tiny_config(cadence__checkpoint=3, keep__last=1, keep__best=0)
+    state = train(config, workdir, dataclasses.replace(tiny_job(config), data_counts=data_counts))
+    with open(result, "wb") as file:
+        pickle.dump(jax.device_get(state.params), file)
+""")
+
+
+def process(script, *arguments):
+    here = str(pathlib.Path(__file__).parents[1])
+    path = os.pathsep.join([here, f"{here}/text_to_image", os.path.dirname(here)])
+    done = subprocess.run(
+        [sys.executable, "-c", script, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_run_stops_and_goes_on_bit_for_bit(bucket, tmp_path):
+    """SIGTERM at step 4 → saved in the bucket; the same command goes on to the very end of an uninterrupted run."""
+    workdir, result = bucket / "run", tmp_path / "params"
+    assert "stopped at step" in process(_RUN, workdir, 4, result)
+    (stopped,) = [path.name for path in (workdir / "checkpoints").iterdir()]
+    assert 4 <= int(stopped) < 10 and not result.exists()
+    assert f"going on from step {stopped} of 10" in process(_RUN, workdir, 99, result)
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["10"]  # the older ones are deleted, whole
+    config = tiny_config()
+    state = train(config, str(tmp_path / "local"), tiny_job(config))
+    jax.tree.map(np.testing.assert_array_equal, np.load(result, allow_pickle=True), jax.device_get(state.params))
+    lines = [read_metrics(str(run)) for run in (workdir, tmp_path / "local")]
+    losses = [[line["train/loss"] for line in run if "train/loss" in line] for run in lines]
+    assert losses[0] == losses[1] and len(losses[0]) == 10
+    assert json.loads((workdir / "config.json").read_text())["model"] == {"hidden": 16, "remat": False}
+    assert any("tensorboard/events" in name for name in names(workdir))
+
+
+_PRIOR = textwrap.dedent("""
+    import pathlib, sys
+    import numpy as np
+    from etils import epath
+    from test_text_to_image import tiny_prior
+    from dalle_jax import TextToImage
+    from dalle_jax.configuration import config_files
+    from dalle_jax.jobs import generate, train as stages
+
+    bucket, data = epath.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
+    config = tiny_prior(bucket, data)
+    config.data_tokens = "once"
+    config.profile_steps = 1
+    stages.run(config, config.workdir)
+    model = TextToImage.load(config.workdir, rows_at_once=2)
+    images = model.generate("a red circle", n=2, seed=0)
+    np.testing.assert_array_equal(images, TextToImage.load(config.workdir, step="best").generate("a red circle", n=2))
+    jobs = config_files.module(pathlib.Path(sys.argv[3]), "generate.py").get_config()
+    jobs.update({"model_workdir": config.workdir, "prompts": "a red circle", "n": 2})
+    generate.run(jobs, str(bucket / "pictures"))
+""")
+
+
+@pytest.mark.slow
+def test_a_prior_and_its_pictures_in_a_bucket(bucket, tmp_path):
+    """Tokenizer, prior, frozen files, profile, and pictures drawn from it: nothing of it on the local disk."""
+    configs = os.path.join(pathlib.Path(__file__).parents[2], "configs", "any")
+    process(_PRIOR, bucket / "prior_runs", tmp_path, configs)
+    found = names(bucket / "prior_runs")
+    tops = {"/".join(name.split("/")[:2]) for name in found}
+    assert {"prior/config.json", "prior/text", "prior/image_tokenizer", "dvae/metrics.jsonl"} <= tops
+    assert sum(name.startswith("prior/tokens-") and name.endswith(".npy") for name in found) == 1
+    assert any(name.startswith("prior/profile/") and name.endswith(".xplane.pb") for name in found)
+    assert "pictures/manifest.json" in found and sum(n.startswith("pictures/") for n in found) >= 3

@@ -1,0 +1,139 @@
+"""The best of N. Pictures at random, and a judge whose verdicts can be computed: the red of a picture, or its blue."""
+
+import dataclasses
+import types
+import weakref
+
+import jax
+import numpy as np
+import pytest
+
+from dalle_jax.data.text import TextModel
+from dalle_jax.errors import ConfigError, DataError
+from dalle_jax.text_to_image import best_of_n
+from dalle_jax.text_to_image.text_to_image import TextToImage
+from dalle_jax.token_layout import TokenLayout
+
+CAPTIONS = ["a red circle", "a blue square", "a green star"]
+
+
+class Judge:
+    """Finds the reddest picture fittest, the bluest where the caption says blue. Counts what it sees in one go."""
+
+    def __init__(self):
+        self.most = 0
+
+    def score(self, images, captions):
+        assert len(images) == len(captions) and images.dtype == np.uint8
+        self.most = max(self.most, len(images))
+        means = images.astype(np.float32).mean((1, 2))
+        return np.where(["blue" in caption for caption in captions], means[:, 2], means[:, 0])
+
+
+@dataclasses.dataclass
+class Drawn(best_of_n.Reranking):
+    """Pictures out of a table in place of a model's, in pieces as `TextToImage.chunks` has them.
+
+    Attributes:
+      shape: captions and pictures of a piece at most.
+    """
+
+    shape: tuple[int, int]
+    scorer: Judge = dataclasses.field(default_factory=Judge)
+    workdir: str | None = None
+
+    def table(self, captions, n, seed):
+        rng = np.random.default_rng(seed)
+        return rng.integers(0, 256, (len(captions), 99, 2, 2, 3), np.uint8)[:, :n]
+
+    def chunks(self, captions, n, seed=0):
+        pieces = []
+        for c in range(0, len(captions), self.shape[0]):
+            for i in range(0, n, self.shape[1]):
+                assert sum(piece() is not None for piece in pieces) <= 1, "pieces are held beyond the next one"
+                piece = self.table(captions, n, seed)[c : c + self.shape[0], i : i + self.shape[1]].copy()
+                pieces.append(weakref.ref(piece))
+                yield c, i, piece
+                del piece
+
+
+class Quick(TextToImage):
+    """Pictures that depend on caption and key alone, without a prior or a decoder."""
+
+    def _sample(self, text, keys, options, negative, known=None):
+        text = np.repeat(text, len(keys) // len(text), axis=0)
+        return np.concatenate([text, jax.random.key_data(keys)], axis=1)
+
+    def decode(self, tokens):
+        return np.stack([np.random.default_rng(row).integers(0, 256, (4, 4, 3), np.uint8) for row in tokens])
+
+
+@pytest.fixture(scope="module")
+def model():
+    text = TextModel.train(CAPTIONS * 9, 40)
+    prior = types.SimpleNamespace(layout=TokenLayout(text.vocab_size, 24, 8, 2, 2))
+    return Quick(prior, {}, None, {}, text, 4, rows_at_once=2, scorer=Judge())
+
+
+def check_best(ranked, candidates):
+    """The highest verdicts of all candidates [C, N], in falling order."""
+    for caption, drawn, images, scores, numbers in zip(
+        CAPTIONS, candidates, ranked.images, ranked.scores, ranked.numbers
+    ):
+        verdicts = Judge().score(drawn, [caption] * len(drawn))
+        expected = np.argsort(-verdicts, kind="stable")[: len(numbers)]
+        np.testing.assert_array_equal(numbers, expected)
+        np.testing.assert_array_equal(images, drawn[expected])
+        np.testing.assert_allclose(scores, verdicts[expected])
+    assert len(set(ranked.numbers[:, 0].tolist())) > 1, "candidates of all captions rank alike: nothing is tested"
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (1, 4), (2, 7), (3, 7)], ids=str)
+def test_the_best_of_all_candidates_the_best_first(shape):
+    """As if all had been drawn and sorted, whatever the pieces."""
+    drawn = Drawn(shape)
+    ranked = drawn.best_of(CAPTIONS, candidates=7, keep=3, seed=3)
+    assert ranked.images.shape == (3, 3, 2, 2, 3) and ranked.scores.shape == ranked.numbers.shape == (3, 3)
+    assert drawn.scorer.most <= shape[0] * shape[1]
+    check_best(ranked, drawn.table(CAPTIONS, 7, 3))
+
+
+def test_the_best_of_fewer():
+    """From one drawing of many, what each smaller number of candidates would have given."""
+    drawn = Drawn((1, 4))
+    everything = drawn.best_of(CAPTIONS, candidates=16, keep=16, seed=2)
+    for count in (1, 2, 4, 8, 16):
+        fewer, expected = everything.best_of_first(count), drawn.best_of(CAPTIONS, candidates=count, seed=2)
+        np.testing.assert_array_equal(fewer.numbers, expected.numbers)
+        np.testing.assert_array_equal(fewer.images, expected.images)
+        np.testing.assert_array_equal(fewer.scores, expected.scores)
+
+
+def test_of_equal_scores_the_first_candidate_wins():
+    level = Drawn((1, 4), scorer=type("Level", (), {"score": lambda self, x, _: np.zeros(len(x))})())
+    assert level.best_of(CAPTIONS, candidates=7, keep=3).numbers.tolist() == [[0, 1, 2]] * 3
+
+
+def test_generate_returns_the_best_of_the_candidates_it_would_draw(model):
+    """Never more than `rows_at_once`, two, are drawn and judged in one go."""
+    judge = Judge()
+    model = dataclasses.replace(model, scorer=judge)
+    ranked = model.best_of(CAPTIONS, candidates=5, keep=2, seed=1)
+    assert judge.most == model.rows_at_once == 2
+    check_best(ranked, model.generate(CAPTIONS, n=5, seed=1))
+    np.testing.assert_array_equal(model.generate(CAPTIONS, n=2, seed=1, candidates=5), ranked.images)
+    np.testing.assert_array_equal(model.generate(CAPTIONS, seed=1, candidates=5, keep=2), ranked.images)
+    np.testing.assert_array_equal(model.generate(CAPTIONS[0], seed=1, candidates=5), ranked.images[0, :1])
+
+
+def test_refused(model):
+    without = dataclasses.replace(model, scorer=None)
+    with pytest.raises(ConfigError, match="ranked by a CLIP, and this model was loaded without one: give"):
+        without.generate(CAPTIONS, candidates=4)
+    for keep in (0, 5):
+        with pytest.raises(ConfigError, match=f"keep is {keep} of candidates=4; expected 1 to 4"):
+            model.generate(CAPTIONS, candidates=4, keep=keep)
+    with pytest.raises(ConfigError, match="keep is 2, of how many candidates"):
+        model.generate(CAPTIONS, keep=2)
+    with pytest.raises(DataError, match="No caption was given"):
+        model.generate([], candidates=4)

@@ -1,0 +1,501 @@
+"""The whole way in small: trainings in order, then pictures, manifests, completion and evaluation from the workdir."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import pytest
+from PIL import Image
+
+from dalle_jax import TextToImage, tasks
+from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.checkpoints.checkpoints import Checkpoints
+from dalle_jax.configuration import config_files
+from dalle_jax.data.sources.source import DataOptions
+from dalle_jax.data.text import TextModel
+from dalle_jax.distributed import sharding as parallel
+from dalle_jax.errors import CheckpointError, ConfigError, DataError
+from dalle_jax.evaluation import measure as evaluate
+from dalle_jax.jobs import generate
+from dalle_jax.jobs import train as stages
+from dalle_jax.models.clip import CLIP, CLIPOptions
+from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.tasks import prior as prior_task
+from dalle_jax.text_to_image.clip_scorer import ClipScorer
+from dalle_jax.text_to_image.text_to_image import row_keys
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "any"
+CAPTION = "a red circle above a blue square"
+
+
+def tiny_prior(folder, data_dir):
+    """configs/prior.py in very small: pictures of 16 pixels, 4×4 tokens, three steps of each training."""
+    config = config_files.module(CONFIGS, "prior.py").get_config("shapes")
+    shapes = {
+        "image_size": 16, "data_dir": str(data_dir),
+        "builder_kwargs": {"image_size": 16, "num_train": 64, "num_validation": 16, "num_heldout": 16},
+    }  # fmt: skip
+    run = {
+        "batch_size": 16, "steps": 3, "eval_batches": 1,
+        "cadence": {"log": 1, "eval": 3, "preview": 3, "checkpoint": 3},
+    }  # fmt: skip
+    config.update({"workdir": str(folder / "prior"), "data": shapes, **run})
+    config.update({
+        "text": {"vocab_size": 64, "length": 20},
+        "model": {"trunk": {"width": 16, "depth": 2, "heads": 2}},
+        "mesh": {"data": 1},
+    })  # fmt: skip
+    config.tokenizer.update({"workdir": str(folder / "dvae"), "data": shapes, **run})
+    config.tokenizer.update({
+        "model": {"vocab_size": 16, "hidden": 96, "blocks_per_group": 1, "codebook_dim": 96}, "mesh": {"data": 1},
+    })  # fmt: skip
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A finished training of the tiny prior."""
+
+    config: Any
+    workdir: str
+    params: Any
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The prior, trained from nothing."""
+    folder = tmp_path_factory.mktemp("runs")
+    config = tiny_prior(folder, tmp_path_factory.mktemp("data"))
+    state = stages.run(config, config.workdir)
+    assert int(state.step) == 3
+    return Trained(config, config.workdir, jax.device_get(state.params))
+
+
+@pytest.fixture(scope="module")
+def model(trained):
+    # Chunks of two rows: nearly every call below is the same compiled program.
+    return TextToImage.load(trained.workdir, rows_at_once=2, mesh=parallel.make_mesh(data=1))
+
+
+@pytest.fixture(scope="module")
+def picture():
+    blocks = np.random.default_rng(0).integers(0, 256, (4, 4, 3), np.uint8)
+    return blocks.repeat(4, axis=0).repeat(4, axis=1)
+
+
+# -- trainings in order -------------------------------------------------------------------------------------------
+
+
+def test_a_prior_trains_its_tokenizer_first(trained):
+    config, workdir = trained.config, trained.workdir
+    inner = config.tokenizer.workdir
+    assert workdirs.is_complete(inner, config.tokenizer) and workdirs.read_config(inner)["task"] == "dvae"
+    assert workdirs.has_tokenizer(workdir), "a prior's workdir is all that generation needs"
+    _, frozen = workdirs.load_tokenizer(workdir)
+    _, own = workdirs.load_tokenizer(inner)
+    assert jax.tree.all(jax.tree.map(np.array_equal, frozen, own))
+    names = {"config.json", "checkpoints", "metrics.jsonl", "tensorboard", "samples", "text", "image_tokenizer"}
+    assert names <= {path.name for path in pathlib.Path(workdir).iterdir()}
+    rows = [json.loads(line) for line in (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()]
+    seen = set().union(*rows)
+    assert {"train/image_nats", "train/text_nats", "eval/image_nats", "train/learning_rate"} <= seen
+    assert next((pathlib.Path(workdir) / "samples").rglob("*.png"))
+
+
+def test_the_same_command_again_trains_nothing(trained, capsys):
+    config, workdir = trained.config, trained.workdir
+    before = {p: p.stat().st_mtime_ns for p in pathlib.Path(config.tokenizer.workdir).rglob("*") if p.is_file()}
+    assert int(stages.run(config, workdir).step) == 3
+    assert "complete" in "".join(capsys.readouterr())
+    assert before == {p: p.stat().st_mtime_ns for p in pathlib.Path(config.tokenizer.workdir).rglob("*") if p.is_file()}
+
+
+def test_another_runs_tokenizer_and_tokens_of_each_batch(trained, tmp_path):
+    """The same training, with the tokenizer taken from elsewhere and the pictures encoded batch by batch."""
+    config = trained.config.copy_and_resolve_references()
+    config.update({"tokenizer_from": trained.workdir, "data_tokens": "each_batch", "workdir": str(tmp_path / "second")})
+    config.tokenizer.workdir = str(tmp_path / "untouched")
+    state = stages.run(config, config.workdir)
+    assert workdirs.has_tokenizer(config.workdir) and not (tmp_path / "untouched").exists()
+    for (path, a), b in zip(jax.tree.leaves_with_path(state.params), jax.tree.leaves(trained.params)):
+        np.testing.assert_allclose(a, b, atol=1e-5, err_msg=jax.tree_util.keystr(path))
+
+    config.tokenizer_from, config.workdir = str(tmp_path / "nowhere"), str(tmp_path / "third")
+    with pytest.raises(CheckpointError, match="nowhere is not the workdir of a training"):
+        stages.run(config, config.workdir)
+
+
+def test_the_training_splits_tokens_are_made_once(trained, tmp_path, monkeypatch):
+    """A run that goes on, and one that starts from it, read them; another tokenizer has others."""
+    options = DataOptions.from_config(trained.config.data)
+    tokenizer, params = workdirs.load_tokenizer(trained.workdir)
+    (file,) = pathlib.Path(trained.workdir).glob("tokens-*")
+    encode = prior_task.encode_split
+    np.testing.assert_array_equal(np.load(file), encode(options, "train", tokenizer, params))
+
+    encoded = []
+    monkeypatch.setattr(prior_task, "encode_split", lambda *args: encoded.append(args) or encode(*args))
+    get = lambda params, options, *folders: prior_task.tokens_of_split(options, "train", tokenizer, params, folders)
+    kept = get(params, options, tmp_path, trained.workdir)
+    np.testing.assert_array_equal(kept, np.load(file))
+    assert not encoded and not list(tmp_path.iterdir())
+    other = jax.tree.map(lambda x: -x, params)
+    for _ in range(2):
+        assert (get(other, options, tmp_path, trained.workdir) != kept).any()
+    assert len(encoded) == 1 and len(list(tmp_path.iterdir())) == 1
+
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "a.png")
+    changing = DataOptions(source="folder", path=str(folder), image_size=16)
+    for _ in range(2):
+        get(params, changing, tmp_path)
+    assert len(encoded) == 3, "the pictures of a folder may have changed"
+
+
+def test_a_prior_starts_with_its_tokenizers_codebook(trained):
+    """Tokens whose codes lie near each other have embeddings near each other before any update."""
+    config = trained.config.copy_and_resolve_references()
+    config.model.codebook_init = True
+    init = tasks.build(config, trained.workdir).task.init
+    fresh = nn.meta.unbox(jax.jit(init)(jax.random.key(0)))["embedding"]["image"]
+    _, params = workdirs.load_tokenizer(trained.workdir)
+    distances = lambda x: np.linalg.norm(np.asarray(x)[:, None] - np.asarray(x)[None], axis=-1).ravel()
+    codes = distances(params["codebook"]["kernel"])
+    assert np.corrcoef(distances(fresh), codes)[0, 1] > 0.6
+
+
+def test_maskgit_starts_from_the_autoregressive_prior(trained, tmp_path):
+    """One line swaps the prior and one more says where from: tokenizer, text model, trunk and embeddings are its."""
+    config = config_files.module(CONFIGS, "maskgit.py").get_config("shapes")
+    for section in ("data", "text", "mesh"):
+        config[section] = trained.config[section].copy_and_resolve_references()
+    config.model.trunk = trained.config.model.trunk.copy_and_resolve_references()
+    config.update(
+        {"steps": 1, "batch_size": 16, "eval_batches": 1, "start_from": trained.workdir, "workdir": str(tmp_path)}
+    )
+    config.schedules.learning_rate = {"kind": "constant", "value": 0.0}
+    state = stages.run(config, config.workdir)
+    _, theirs = workdirs.load_tokenizer(trained.workdir)
+    jax.tree.map(np.testing.assert_array_equal, workdirs.load_tokenizer(tmp_path)[1], theirs)
+    assert workdirs.text_model_path(tmp_path).read_bytes() == workdirs.text_model_path(trained.workdir).read_bytes()
+    with Checkpoints(trained.workdir, read_only=True) as checkpoints:
+        before = checkpoints.restore_params()
+    jax.tree.map(np.testing.assert_array_equal, state.params["trunk"], before["trunk"])
+    shared = set(before["embedding"]) - {"text_head_kernel"}
+    assert shared < set(state.params["embedding"])
+    for name in shared:
+        np.testing.assert_array_equal(state.params["embedding"][name], before["embedding"][name])
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"data_tokens": "twice"}, "data_tokens is 'twice'; expected 'once' or 'each_batch'"),
+        ({"data": {"augment": "prior"}}, "data_tokens is 'once' but config.data.augment is 'prior'"),
+        ({"data": {"image_size": 18}}, "18 pixels"),
+        ({"text": {"vocab_size": 30}}, r"has \d+ ids but config.text.vocab_size is 30"),
+        ({"text": {"vocab_size": 0}}, "config.text.vocab_size is 0; expected at least 1"),
+        ({"text": {"length": 0}}, "config.text.length is 0; expected at least 1"),
+        ({"prior": "diffusion"}, "config.prior is 'diffusion'"),
+    ],
+    ids=lambda x: str(x)[:30],
+)
+def test_configurations_that_do_not_fit_the_workdir(trained, changes, words):
+    config = trained.config.copy_and_resolve_references()
+    config.update(changes)
+    with pytest.raises(ConfigError, match=words):
+        stages.run(config, trained.workdir)
+
+
+# -- pictures -----------------------------------------------------------------------------------------------------
+
+
+def test_generate(model):
+    images = model.generate(CAPTION, n=4, seed=1)
+    assert images.shape == (4, 16, 16, 3) and images.dtype == np.uint8
+    both = model.generate([CAPTION, "a green star"], n=2, seed=1)
+    assert both.shape == (2, 2, 16, 16, 3)
+    np.testing.assert_array_equal(both[0], images[:2])
+    assert (model.generate(CAPTION, n=4, seed=2) != images).any()
+    assert model.step == 3 and model.image_size == 16
+
+
+def test_a_picture_is_the_same_whatever_else_is_drawn(trained, model):
+    """Picture i of (caption, seed): for any n, among any captions, in chunks of any size."""
+    many = model.generate(CAPTION, n=6, seed=5)  # in three chunks
+    np.testing.assert_array_equal(model.generate(CAPTION, n=1, seed=5), many[:1])
+    among = model.generate(["a green star", CAPTION, "a small cross"], n=2, seed=5)
+    np.testing.assert_array_equal(among[1], many[:2])
+    larger = TextToImage.load(trained.workdir, rows_at_once=64, mesh=parallel.make_mesh(data=1))
+    # Another program decodes these: a pixel may be rounded the other way.
+    np.testing.assert_allclose(larger.generate(CAPTION, n=6, seed=5).astype(int), many.astype(int), rtol=0, atol=1)
+    assert len({image.tobytes() for image in many}) > 3
+
+
+@pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["rows", "parameters"])
+def test_devices_share_the_drawing(trained, model, picture, sizes):
+    """The same pictures; each device holds and computes its part."""
+    mesh = parallel.make_mesh(**sizes)
+    spread = TextToImage.load(trained.workdir, rows_at_once=8, mesh=mesh)
+    kernel = spread.params["trunk"]["layer_0"]["mlp"]["up"]["kernel"]
+    assert kernel.addressable_shards[0].data.size * sizes.get("fsdp", 1) * sizes.get("tensor", 1) == kernel.size
+    rows = model.encode_text([CAPTION] * 8)
+    tokens = spread._sample(rows, row_keys(0, rows, np.arange(8)), SamplingOptions(), None)
+    assert tokens.addressable_shards[0].data.shape[0] == 8 // parallel.batch_shards(mesh)
+    for draw in (
+        lambda model: model.generate([CAPTION, "a green star"], n=4, seed=3),
+        lambda model: model.generate(CAPTION, n=3, seed=3, guidance=1.0),
+        lambda model: model.complete(picture, 2, CAPTION, n=8),
+    ):
+        # (Another program decodes these: a pixel may be rounded the other way.)
+        np.testing.assert_allclose(draw(spread).astype(int), draw(model).astype(int), rtol=0, atol=1)
+
+
+def test_complete_keeps_the_given_rows(model, picture):
+    given = model.encode(picture[None])
+    for rows in (0, 2, 4):
+        drawn = drawn_tokens(model, lambda rows=rows: model.complete(picture, rows, CAPTION, n=2, seed=0))
+        np.testing.assert_array_equal(drawn[:, : 4 * rows], np.tile(given[:, : 4 * rows], (len(drawn), 1)))
+    whole = model.complete(picture, 4, CAPTION, n=2)
+    np.testing.assert_array_equal(whole, np.stack([picture] * 2))
+    np.testing.assert_array_equal(model.complete(picture, 0, CAPTION, n=2), model.generate(CAPTION, n=2))
+
+
+def drawn_tokens(model, call):
+    """The tokens that `call` decodes."""
+    seen = []
+    decode = TextToImage.decode
+
+    def watched(self, tokens):
+        seen.append(np.asarray(tokens))
+        return decode(self, tokens)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextToImage, "decode", watched)
+        call()
+    return np.concatenate(seen)
+
+
+def test_sampling_options_reach_the_sampler(model):
+    greedy = model.generate(CAPTION, n=4, temperature=0)
+    assert (greedy == greedy[0]).all()
+    np.testing.assert_array_equal(model.generate(CAPTION, n=2, top_k=1), greedy[:2])
+    np.testing.assert_array_equal(model.generate(CAPTION, n=2, top_p=1e-6), greedy[:2])
+    assert (model.generate(CAPTION, n=2, top_k=9, guidance=30.0) != model.generate(CAPTION, n=2, top_k=9)).any()
+
+
+# -- errors -------------------------------------------------------------------------------------------------------
+
+
+def test_refused_calls(model, picture):
+    for caption in ("", "  "):
+        with pytest.raises(DataError, match="is empty; give a few words"):
+            model.generate(caption)
+    with pytest.raises(DataError, match="No caption was given"):
+        model.generate([])
+    with pytest.raises(DataError, match=r"uint8 \(8, 16, 3\); this model works on uint8 \(16, 16, 3\): resize it"):
+        model.complete(picture[:8], 1, CAPTION)
+    with pytest.raises(DataError, match="float32"):
+        model.complete(picture.astype(np.float32), 1, CAPTION)
+    for rows in (-1, 5):
+        with pytest.raises(ConfigError, match=f"rows is {rows}; this model's token grid has 4 rows: give 0 to 4"):
+            model.complete(picture, rows, CAPTION)
+    with pytest.raises(ConfigError, match="Use complete.. with it"):
+        model.inpaint(picture, np.ones((16, 16), bool), CAPTION)
+    for wrong in ({"seed": -1}, {"n": 0}):
+        with pytest.raises(ConfigError, match="expected seed ≥ 0 and n ≥ 1"):
+            model.generate(CAPTION, **wrong)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"temperature": -1.0}, "temperature is -1.0"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"guidance": -2.0}, "guidance is -2.0"),
+    ],
+)
+def test_refused_sampling_options(options, words):
+    with pytest.raises(ConfigError, match=words):
+        SamplingOptions(**options)
+
+
+def test_wrong_workdirs(trained, tmp_path):
+    with pytest.raises(CheckpointError, match="is not the workdir of a training: it has no config.json"):
+        TextToImage.load(str(tmp_path))
+    with pytest.raises(ConfigError, match="holds a training of task 'dvae'"):
+        TextToImage.load(trained.config.tokenizer.workdir)
+    with pytest.raises(CheckpointError, match="17"):
+        TextToImage.load(trained.workdir, step=17)
+
+
+def test_a_text_model_of_another_vocabulary(trained, tmp_path):
+    workdir = pathlib.Path(shutil.copytree(trained.workdir, tmp_path / "copy"))
+    workdirs.text_model_path(workdir).unlink()
+    TextModel.train(["red blue green circle square"] * 3, 30, workdirs.text_model_path(workdir))
+    ids = workdirs.load_text_model(workdir).vocab_size
+    with pytest.raises(CheckpointError, match=rf"its text model \({ids} ids\).*put back the text/"):
+        TextToImage.load(str(workdir))
+    config = trained.config.copy_and_resolve_references()
+    config.steps = 4
+    with pytest.raises(CheckpointError, match="embedding/text is .* there, .* here"):
+        stages.run(config, str(workdir))
+
+
+def test_captions_of_a_job(tmp_path):
+    config = config_files.module(CONFIGS, "generate.py").get_config()
+    with pytest.raises(DataError, match="Give captions by --config.prompts"):
+        generate.read_captions(config)
+    config.prompts = " a red circle | a star"
+    assert generate.read_captions(config) == ["a red circle", "a star"]
+    config.prompts_file = str(tmp_path / "captions.txt")
+    with pytest.raises(DataError, match="Give captions by"):
+        generate.read_captions(config)
+    config.prompts = ""
+    with pytest.raises(DataError, match="There is no file of captions"):
+        generate.read_captions(config)
+    (tmp_path / "captions.txt").write_text("\n")
+    with pytest.raises(DataError, match="holds no caption"):
+        generate.read_captions(config)
+    (tmp_path / "captions.txt").write_text("a red circle\n\na star \n")
+    assert generate.read_captions(config) == ["a red circle", "a star"]
+
+
+# -- jobs ---------------------------------------------------------------------------------------------------------
+
+
+def test_one_picture_of_a_drawing(model):
+    captions = [CAPTION, "a green star"]
+    images = model.generate(captions, n=3, seed=2)
+    np.testing.assert_array_equal(model.picture(captions, 3, 1, 2, seed=2), images[1, 2])
+    for i, j in ((2, 0), (-1, 0), (0, 3), (0, -1)):
+        with pytest.raises(ConfigError, match=f"Picture {j} of caption {i}: expected"):
+            model.picture(captions, 3, i, j, seed=2)
+
+
+def test_every_picture_of_a_manifest_can_be_made_again(trained, tmp_path):
+    config = config_files.module(CONFIGS, "generate.py").get_config()
+    config.update(
+        {"model_workdir": trained.workdir, "prompts": f"{CAPTION}|a green star|a small cross", "n": 3, "seed": 4}
+    )
+    config.update({"rows_at_once": 2, "sampling": {"temperature": 0.8, "top_k": 9, "guidance": 1.0}})
+    config.mesh.data = 2
+    generate.run(config, str(tmp_path))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert len(manifest["samples"]) == 9 and manifest["step"] == 3 and manifest["seed"] == 4
+    assert manifest["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1}
+    assert manifest["samples"][4] == {
+        "file": "0001-001.png", "caption": "a green star", "caption_index": 1, "index": 1,
+    }  # fmt: skip
+    assert (tmp_path / "grid.png").exists()
+    for name in ("0000-000.png", "0001-002.png", "0002-001.png"):
+        stored = np.asarray(Image.open(tmp_path / name))
+        np.testing.assert_array_equal(generate.remake(str(tmp_path / "manifest.json"), name), stored)
+    with pytest.raises(DataError, match="lists no sample 'x.png'; it has 9 samples"):
+        generate.remake(str(tmp_path / "manifest.json"), "x.png")
+
+    # By an earlier version, on one device; and on more devices than there are.
+    for sizes in (None, {"data": 64, "fsdp": 1, "tensor": 1}):
+        other = {**manifest, "mesh": sizes}
+        if sizes is None:
+            del other["mesh"]
+        (tmp_path / "other.json").write_text(json.dumps(other))
+        again = generate.remake(str(tmp_path / "other.json"), name)
+        np.testing.assert_allclose(again.astype(int), stored.astype(int), rtol=0, atol=1)
+
+
+def test_a_used_folder_loses_the_pictures_of_its_manifest(trained, tmp_path):
+    config = config_files.module(CONFIGS, "generate.py").get_config()
+    config.update({"model_workdir": trained.workdir, "prompts": CAPTION, "n": 2, "rows_at_once": 2})
+    config.mesh.data = 1
+    out = tmp_path / "out"
+    generate.run(config, str(out))
+    manifest = json.loads((out / "manifest.json").read_text())
+    manifest["samples"].append({"file": "../outside.png"})
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    for kept in (out / "mine.png", tmp_path / "outside.png"):
+        kept.touch()
+    config.n = 1
+    generate.run(config, str(out))
+    written = {"0000-000.png", "grid.png", "manifest.json"}
+    assert {path.name for path in out.iterdir()} == {*written, "mine.png"} and (tmp_path / "outside.png").exists()
+    for broken in ("{", "[1]", '{"samples": 3}'):
+        (out / "manifest.json").write_text(broken)
+        assert generate._earlier(out) == []
+
+
+def test_devices_get_rows_of_the_same_number(model):
+    shape = lambda captions, n, devices, rows: dataclasses.replace(
+        model, mesh=parallel.make_mesh(data=devices), rows_at_once=rows
+    )._chunk_shape(captions, n)
+    assert shape(3, 4, 8, 64) == (4, 4) and shape(1, 1, 8, 64) == (8, 1) and shape(5, 3, 1, 64) == (5, 3)
+    assert shape(1, 100, 8, 64) == (1, 64) and shape(1, 10, 8, 64) == (1, 16) and shape(9, 64, 6, 64) == (1, 66)
+
+
+def test_a_manifest_of_the_best_candidates(trained, model, tmp_path):
+    """The same with a CLIP: random, frozen into a folder."""
+    sizes = dict(image_size=16, patch=8, image_width=8, image_depth=1, image_heads=1, embed_dim=4)
+    sizes |= dict(text_width=8, text_depth=1, text_heads=1, text_length=9, end_id=model.text_model.vocab_size)
+    clip = CLIP(CLIPOptions(text_vocab=model.text_model.vocab_size + 1, **sizes))
+    params = nn.meta.unbox(jax.jit(clip.init)(jax.random.key(0)))
+    ClipScorer(clip, params, model.text_model).save(tmp_path)
+    config = config_files.module(CONFIGS, "generate.py").get_config()
+    config.update({"model_workdir": trained.workdir, "prompts": f"{CAPTION}|a green star", "n": 2, "candidates": 5})
+    config.update({"rows_at_once": 2, "clip": str(tmp_path)})
+    config.mesh.data = 1
+    generate.run(config, str(tmp_path))
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["clip"] == str(tmp_path) and len(manifest["samples"]) == 4
+    one = parallel.make_mesh(data=1)
+    loaded = TextToImage.load(trained.workdir, rows_at_once=2, clip=str(tmp_path), mesh=one)
+    ranked = loaded.best_of([CAPTION, "a green star"], 5, 2)
+    for sample, score, number in zip(manifest["samples"], ranked.scores.ravel(), ranked.numbers.ravel()):
+        assert sample["index"] == number and sample["score"] == pytest.approx(float(score))
+        stored = np.asarray(Image.open(tmp_path / sample["file"]))
+        np.testing.assert_array_equal(generate.remake(str(tmp_path / "manifest.json"), sample["file"]), stored)
+
+
+@pytest.mark.slow
+def test_evaluation_of_workdirs(trained, tmp_path):
+    """From the command's configuration: one prior under two names, beside a CLIP."""
+    text_model = workdirs.load_text_model(trained.workdir)
+    sizes = dict(image_size=16, patch=8, image_width=8, image_depth=1, image_heads=1, text_width=8, text_depth=1)
+    vocab = dict(text_heads=1, embed_dim=8, text_length=21, text_vocab=text_model.vocab_size + 1)
+    clip = CLIP(CLIPOptions(**sizes, **vocab, end_id=text_model.vocab_size))
+    ClipScorer(clip, nn.meta.unbox(clip.init(jax.random.key(0))), text_model).save(tmp_path)
+    shutil.copytree(trained.workdir, tmp_path / "again")
+    config = config_files.module(CONFIGS, "evaluate.py").get_config()
+    both = f"{trained.workdir}, {tmp_path / 'again'}"
+    config.update({"model_workdir": both, "count": 5, "rows_at_once": 2, "clip": str(tmp_path)})
+    config.metrics.update({"candidates": 2, "candidate_captions": 3})
+    figures = evaluate.run(config, str(tmp_path / "out"))
+    written = json.loads((tmp_path / "out" / "report.json").read_text())
+    names = [trained.workdir, str(tmp_path / "again")]
+    assert written.keys() == figures.keys() == {"clip", "dvae", *names, "best_of", "blur", "protocol"}
+    assert written[names[0]].keys() >= {"caption_accuracy", "image_nats_per_token", "fid_clip", "clip_score"}
+    one, other = ({**written[name], "seconds_per_image": 0} for name in names)
+    assert one == other and written["best_of"][names[0]] == written["best_of"][names[1]]
+    assert written["protocol"]["checkpoints"][names[0]] == f"{trained.workdir}, step 3"
+    assert written["protocol"]["captions"] == "5, first"
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "report.html", "report.json", "grid.png", "blur.csv", "best_of.csv",
+    }  # fmt: skip
+
+
+def test_every_candidate_has_noise_of_its_own():
+    """Captions of one call too; and the same noise in another company."""
+    text = np.int32([[1, 2, 3], [1, 2, 4]])
+    bits = lambda *arguments: np.asarray(jax.random.key_data(row_keys(*arguments)))
+    both = bits(0, text, np.int32([0, 1, 0, 1]))
+    assert len(np.unique(both, axis=0)) == 4
+    np.testing.assert_array_equal(bits(0, text[1:], np.int32([1])), both[3:])
+    others = np.concatenate([both, bits(1, text, np.int32([0, 1, 0, 1])), bits(0, text, np.int32([0, 1, 0, 1]), 1)])
+    assert len(np.unique(others, axis=0)) == 12

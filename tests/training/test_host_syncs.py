@@ -1,0 +1,124 @@
+"""In the steady state host and device meet in two places: `report` fetches scalars, `to_mesh` sends batches.
+
+JAX's transfer guard lets explicit transfers pass (`device_get`, `device_put`) and raises at any other that it sees. On
+a CPU it sees those to the device; reading an array there copies nothing and is not guarded. So whoever reads or waits
+for one is written down here too.
+"""
+
+import dataclasses
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_job import tiny_config, tiny_job
+
+from dalle_jax.training import loop as train_module
+from dalle_jax.training.loop import train
+
+FIRST, LAST = 4, 9  # watched from the making of this batch to that of this one
+
+
+class Watch:
+    """Who moves or waits for arrays while `on`."""
+
+    def __init__(self, monkeypatch):
+        self.on, self._explicit, self.explicit, self.other = False, 0, [], []
+        array = type(jnp.zeros(()))
+        for name in ("device_get", "device_put"):
+            monkeypatch.setattr(jax, name, self._recorded(name, getattr(jax, name), self.explicit))
+        monkeypatch.setattr(jax, "block_until_ready", self._recorded("wait", jax.block_until_ready, self.other))
+        monkeypatch.setattr(array, "block_until_ready", self._recorded("wait", array.block_until_ready, self.other))
+        read = self._recorded("read", array._value.fget, self.other)
+        monkeypatch.setattr(array, "_value", property(read))
+
+    def _recorded(self, name, call, where):
+        def recorded(*args, **kwargs):
+            if self.on and not self._explicit:
+                where.append((name, sys._getframe(1).f_code.co_qualname))
+            self._explicit += where is self.explicit
+            try:
+                return call(*args, **kwargs)
+            finally:
+                self._explicit -= where is self.explicit
+
+        return recorded
+
+    def switch(self, on):
+        self.on = on
+        jax.config.update("jax_transfer_guard", "disallow" if on else "allow")
+
+
+class Watched:
+    """A training iterator that watches from its batch FIRST to its batch LAST."""
+
+    def __init__(self, batches, watch):
+        self._batches, self._watch, self._made = batches, watch, 0
+
+    def __next__(self):
+        self._made += 1
+        if self._made in (FIRST, LAST):
+            self._watch.switch(self._made == FIRST)
+        return next(self._batches)
+
+    def get_state(self):
+        return self._batches.get_state()
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    watch = Watch(monkeypatch)
+    yield watch
+    watch.switch(False)
+
+
+def run(workdir, watch, monkeypatch, beside=lambda state, scalars: None):
+    """Trains on eight devices; `beside` is done after each step."""
+    config = tiny_config(steps=12, mesh__data=2, mesh__fsdp=2, mesh__tensor=2, cadence__eval=0, cadence__checkpoint=0)
+    job = tiny_job(config)
+    make = train_module.make_train_step
+
+    def make_and_do(*args):
+        def compiled(*arguments, step):
+            state, scalars = step(*arguments)
+            beside(state, scalars)
+            return state, scalars
+
+        class Lowered:
+            def __init__(self, *arguments):
+                self._step = make(*args).lower(*arguments).compile()
+
+            def compile(self):
+                return lambda *arguments: compiled(*arguments, step=self._step)
+
+        return type("Step", (), {"lower": Lowered})()
+
+    monkeypatch.setattr(train_module, "make_train_step", make_and_do)
+    train(config, str(workdir), dataclasses.replace(job, train_batches=lambda: Watched(job.train_batches(), watch)))
+
+
+def test_only_the_named_places(tmp_path, watch, monkeypatch):
+    run(tmp_path, watch, monkeypatch)
+    assert set(watch.explicit) == {("device_get", "train.<locals>.report"), ("device_put", "to_mesh")}
+    assert watch.explicit.count(("device_get", "train.<locals>.report")) == LAST - FIRST  # once a step
+    assert not watch.other
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        lambda state, scalars: float(scalars["loss"]),
+        lambda state, scalars: np.asarray(state.step),
+        lambda state, scalars: jax.block_until_ready(state.params),
+        lambda state, scalars: state.step.block_until_ready(),
+    ],
+)
+def test_another_place_is_noticed(tmp_path, watch, monkeypatch, beside):
+    run(tmp_path, watch, monkeypatch, beside)
+    assert watch.other and all("<lambda>" in place or "Array" in place for _, place in watch.other)
+
+
+def test_another_transfer_is_refused(tmp_path, watch, monkeypatch):
+    with pytest.raises(Exception, match="Disallowed host-to-device transfer"):
+        run(tmp_path, watch, monkeypatch, lambda state, scalars: state.step + np.int32(1))

@@ -1,0 +1,493 @@
+"""The training loop: what it must not change (mesh, interruption, slices of the batch), and how it stops."""
+
+import dataclasses
+import io
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from tiny_job import tiny_config, tiny_job
+
+from dalle_jax.checkpoints.checkpoints import Checkpoints
+from dalle_jax.checkpoints.workdir import read_config
+from dalle_jax.errors import (
+    CheckpointError,
+    ConfigError,
+    ConfigMismatch,
+    DataError,
+    MeshError,
+    NonFiniteError,
+    Preempted,
+    UserError,
+)
+from dalle_jax.reporting.metric_writer import read_metrics
+from dalle_jax.training import loop as train_module
+from dalle_jax.training import step as train_step
+from dalle_jax.training.loop import train
+from dalle_jax.training.warm_start import warm_start
+
+
+def run(workdir, *, noise=0.1, poison=(), **changes):
+    config = tiny_config(**changes)
+    return train(config, str(workdir), tiny_job(config, noise=noise, poison=poison))
+
+
+def series(workdir, name):
+    return {line["step"]: line[name] for line in read_metrics(str(workdir)) if name in line}
+
+
+def assert_states_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Ten steps on one device; several tests compare with them."""
+    workdir = tmp_path_factory.mktemp("uninterrupted")
+    return workdir, run(workdir)
+
+
+def test_learns_and_writes_everything(uninterrupted):
+    workdir, state = uninterrupted
+    assert int(state.step) == 10 and state.eval_params is state.ema
+    loss = series(workdir, "train/loss")
+    assert list(loss) == list(range(1, 11)) and loss[10] < loss[1]
+    names = {"gradient_norm", "learning_rate", "noise", "mean_x", "skipped", "examples_per_second", "seconds_per_step"}
+    assert {f"train/{name}" for name in names} <= set(read_metrics(str(workdir))[0])
+    assert series(workdir, "train/noise")[3] == pytest.approx(0.1 / 3)  # the schedule at the step it was used
+    assert series(workdir, "train/left_out/unreadable")[10] == 2
+    assert len(set(series(workdir, "train/drawn").values())) == 10  # every step has a key of its own
+    assert list(series(workdir, "eval/error")) == [5, 10]
+    assert series(workdir, "eval/batches")[10] == 2  # config.eval_batches, of three
+    assert json.loads((workdir / "config.json").read_text())["model"] == {"hidden": 16, "remat": False}
+    assert np.asarray(Image.open(workdir / "samples" / "preview_0000010.png")).shape == (4, 6, 3)
+    assert list((workdir / "tensorboard").glob("events*"))
+
+
+@pytest.mark.parametrize("mesh", [{"data": 8}, {"data": 1, "fsdp": 8}, {"data": 2, "fsdp": 2, "tensor": 2}])
+def test_sharded_equals_unsharded(uninterrupted, tmp_path, mesh):
+    workdir, state = uninterrupted
+    sharded = run(tmp_path, **{f"mesh__{axis}": size for axis, size in mesh.items()})
+    expected, got = series(workdir, "train/loss"), series(tmp_path, "train/loss")
+    np.testing.assert_allclose(list(got.values()), list(expected.values()), atol=1e-5, rtol=0)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), sharded.params, state.params)
+    kernel = sharded.params["up"]["kernel"]
+    ways = mesh.get("fsdp", 1) * mesh.get("tensor", 1)
+    assert kernel.addressable_shards[0].data.size == kernel.size // ways
+    assert sharded.opt_state[1].mu["up"]["kernel"].sharding == kernel.sharding
+
+
+def test_resumed_equals_uninterrupted(uninterrupted, tmp_path):
+    """Bit for bit, data order included; on the way the run had got further than its last checkpoint."""
+    workdir, state = uninterrupted
+    run(tmp_path, steps=5)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": 7, "train/loss": -1.0}) + '\n{"step": 8, "train/l')
+    resumed = run(tmp_path)
+    assert_states_equal(resumed, state)
+    for name in ("train/loss", "train/mean_x", "train/drawn", "eval/error"):
+        assert series(tmp_path, name) == series(workdir, name)
+
+
+def test_finished_run_is_left_alone(uninterrupted):
+    workdir, state = uninterrupted
+    before = (workdir / "metrics.jsonl").read_bytes()
+    assert_states_equal(run(workdir), state)
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+def test_goes_on_on_another_mesh(uninterrupted, tmp_path):
+    workdir, _ = uninterrupted
+    run(tmp_path, steps=5)
+    run(tmp_path, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+    np.testing.assert_allclose(
+        list(series(tmp_path, "train/loss").values()), list(series(workdir, "train/loss").values()), atol=1e-5, rtol=0
+    )
+
+
+def test_accumulation_equals_the_large_batch(tmp_path):
+    whole = run(tmp_path / "1", noise=0.0, mesh__data=2)
+    slices = run(tmp_path / "4", noise=0.0, mesh__data=2, optimizer__accumulate_steps=4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), slices.params, whole.params)
+    np.testing.assert_allclose(
+        list(series(tmp_path / "4", "train/loss").values()),
+        list(series(tmp_path / "1", "train/loss").values()),
+        atol=1e-5,
+    )
+
+
+def test_without_average(tmp_path):
+    state = run(tmp_path, steps=2, ema__decay=0.0)
+    assert state.ema is None and state.eval_params is state.params
+    with Checkpoints(str(tmp_path), read_only=True) as checkpoints:
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_params(), state.params)
+
+
+def test_updates_that_are_not_finite_are_skipped(tmp_path):
+    before = run(tmp_path / "before", steps=3)
+    after = run(tmp_path / "after", steps=5, poison=(3, 4))
+    assert int(after.step) == 5 and int(after.skipped) == int(after.skipped_in_row) == 2
+    for part in ("params", "ema", "opt_state"):
+        assert_states_equal(getattr(after, part), getattr(before, part))
+    assert series(tmp_path / "after", "train/loss")[4] is None
+    assert series(tmp_path / "after", "train/skipped") == {1: 0, 2: 0, 3: 0, 4: 1, 5: 2}
+    recovered = run(tmp_path / "recovered", steps=7, poison=(3, 4))
+    assert int(recovered.skipped_in_row) == 0 and np.isfinite(series(tmp_path / "recovered", "train/loss")[7])
+
+
+def test_stops_after_too_many_in_a_row(tmp_path):
+    with pytest.raises(NonFiniteError, match=r"3 steps in a row \(until step 9\).*checkpoint, of step 5, is good"):
+        run(tmp_path, poison=(1, 2, 6, 7, 8, 9))
+    with Checkpoints(str(tmp_path), read_only=True) as checkpoints:
+        assert checkpoints.steps == [5]
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoints.restore_params()))
+
+
+def test_keeps_the_best(tmp_path):
+    config = tiny_config(steps=8, cadence__eval=2, cadence__checkpoint=2, keep__last=1)
+    job = tiny_job(config)
+    errors = iter([3.0, 1.0, 2.0, 4.0])
+    job.task.evaluate = lambda *_: {"error": next(errors)}
+    train(config, str(tmp_path), job)
+    with Checkpoints(str(tmp_path), best_metric="error", keep_best=1, read_only=True) as checkpoints:
+        assert checkpoints.steps == [4, 8] and checkpoints.best_step == 4
+
+
+def test_scalars_are_fetched_one_step_late(tmp_path, monkeypatch):
+    """In the steady state the host waits for a step only when the next one is queued, and copies nothing unasked."""
+    events = []
+    original = train_module.make_train_step
+
+    def spied(*args):
+        class Lowered:
+            def lower(self, *arguments):
+                compiled = original(*args).lower(*arguments).compile()
+
+                def call(state, frozen, batch, key):
+                    with jax.transfer_guard("disallow"):
+                        state, scalars = compiled(state, frozen, batch, key)
+                    events.append("queue")
+                    return state, scalars
+
+                return type("Compiled", (), {"compile": lambda self: call})()
+
+        return Lowered()
+
+    def fetch(tree, get=jax.device_get):
+        if "loss" in tree:
+            events.append("fetch")
+        return get(tree)
+
+    monkeypatch.setattr(train_module, "make_train_step", spied)
+    monkeypatch.setattr(jax, "device_get", fetch)
+    run(tmp_path, steps=5, cadence__eval=0, cadence__checkpoint=0)
+    assert events == ["queue", "queue", "fetch", "queue", "fetch", "queue", "fetch", "queue", "fetch", "fetch"]
+
+
+@pytest.mark.parametrize("donated", [True, False])
+def test_state_is_donated(tmp_path, monkeypatch, donated):
+    """The old state's memory is used again, except on a CPU."""
+    if donated:
+        monkeypatch.setattr(train_step, "donates", lambda mesh: True)
+    seen = []
+    original = train_module.make_train_step
+
+    def spied(*args):
+        lower = original(*args).lower
+
+        def lowered(state, *rest):
+            seen.append(state)
+            return lower(state, *rest)
+
+        return type("Step", (), {"lower": staticmethod(lowered)})()
+
+    monkeypatch.setattr(train_module, "make_train_step", spied)
+    run(tmp_path, steps=2)
+    state = (seen[0].params, seen[0].opt_state, seen[0].ema)
+    assert all(x.is_deleted() == donated for x in jax.tree.leaves(state))
+
+
+@pytest.mark.parametrize("donated", [True, False])
+def test_checkpoint_is_of_its_step(tmp_path, monkeypatch, donated):
+    """Written while the training went on, in the same memory or not, and yet that of a run which ended there."""
+    monkeypatch.setattr(train_step, "donates", lambda mesh: donated)
+    run(tmp_path / "longer")
+    ended = run(tmp_path / "ended", steps=5)
+    with Checkpoints(str(tmp_path / "longer"), read_only=True) as checkpoints:
+        assert checkpoints.steps == [5, 10]
+        assert_states_equal(checkpoints.restore_params(5, ema=False), ended.params)
+        assert_states_equal(checkpoints.restore_params(5), ended.ema)
+
+
+@pytest.mark.parametrize(
+    "changes, error, words",
+    [
+        ({"mesh__data": 3, "mesh__tensor": 3}, MeshError, "needs 9 devices, there are 8"),
+        ({"mesh__data": 8, "batch_size": 12}, MeshError, "multiple of 8"),
+        ({"steps": 0}, ConfigError, "config.steps=0"),
+        ({"max_nonfinite": 0}, ConfigError, "config.max_nonfinite=0"),
+        ({"cadence__log": 0}, ConfigError, "config.cadence.log=0"),
+        ({"timeout_seconds__data": 0.0}, ConfigError, "config.timeout_seconds.data=0.0"),
+        ({"timeout_seconds__data": float("inf")}, ConfigError, r"config.timeout_seconds.data=inf: .*at most 1e\+09"),
+        ({"profile_steps": -1}, ConfigError, "config.profile_steps=-1"),
+        ({"schedules__learning_rate__kind": "magic"}, ConfigError, "learning_rate.*'magic'"),
+        ({"task": "unheard"}, ConfigError, r"config.task='unheard': expected one of clip, dvae, prior"),
+    ],
+)
+def test_refuses(tmp_path, changes, error, words):
+    with pytest.raises(error, match=words):
+        config = tiny_config(**changes)
+        train(config, str(tmp_path), None if "task" in changes else tiny_job(config))
+
+
+def test_refuses_workdirs(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="Cannot use .*file"):
+        run(tmp_path / "file")
+    with pytest.raises(ConfigError, match="No workdir"):
+        run("")
+
+
+def test_refuses_unknown_options(tmp_path):
+    config = tiny_config()
+    with config.unlocked():
+        config.optimizer.beta1 = 0.9
+    with pytest.raises(ConfigError, match=r"config.optimizer has no key 'beta1'.*b1, b2"):
+        train(config, str(tmp_path), tiny_job(config))
+
+
+def test_refuses_another_model(uninterrupted):
+    workdir, _ = uninterrupted
+    before = (workdir / "config.json").read_bytes()
+    with pytest.raises(ConfigMismatch, match=r"model.hidden \(checkpoint: 16, given: 32\)"):
+        run(workdir, model__hidden=32)
+    assert (workdir / "config.json").read_bytes() == before
+
+
+def test_starts_from_another_runs_parameters(uninterrupted, tmp_path):
+    """The other run's average, where name and shape agree, in parameters and average; read once, when fresh."""
+    other, theirs = uninterrupted
+
+    def started(name, start_from, **changes):
+        config = tiny_config(schedules__learning_rate__value=0.0, cadence__checkpoint=1, **changes)
+        config.start_from = start_from
+        return train(config, str(tmp_path / name), tiny_job(config))
+
+    same = started("same", str(other), steps=1)
+    for ours in (same.params, same.ema):
+        assert_states_equal(jax.device_get(ours), jax.device_get(theirs.ema))
+    assert int(same.step) == 1 and int(started("same", str(other), steps=2).step) == 2
+    wider = same.replace(params={**same.params, "up": {"kernel": jnp.ones((8, 32)), "bias": jnp.ones(32)}})
+    mixed = warm_start(wider.replace(params=jax.tree.map(jnp.ones_like, wider.params)), str(other))
+    np.testing.assert_array_equal(mixed.params["up"]["kernel"], np.ones((8, 32)))
+    assert_states_equal(jax.device_get(mixed.params["down"]), jax.device_get(theirs.ema["down"]))
+    with pytest.raises(ConfigError, match="none of its parameters has the name and shape"):
+        warm_start(same.replace(params={"other": same.params}), str(other))
+    with pytest.raises(CheckpointError, match="nowhere"):
+        started("missing", str(tmp_path / "nowhere"), steps=1)
+
+
+def test_data_that_ends(tmp_path):
+    config = tiny_config()
+    job = tiny_job(config)
+
+    class Two:
+        batches, closed = 2, False
+
+        def __next__(self):
+            self.batches -= 1
+            if self.batches < 0:
+                raise StopIteration
+            return {"x": np.ones((16, 8), np.float32), "y": np.ones((16, 4), np.float32)}
+
+        def get_state(self):
+            return self.batches
+
+        def close(self):
+            self.closed = True
+
+    two = Two()
+    with pytest.raises(DataError, match="training data ended"):
+        train(config, str(tmp_path), dataclasses.replace(job, train_batches=lambda: two))
+    assert two.closed
+
+
+def test_full_disk_while_saving(tmp_path, monkeypatch):
+    original = train_module.Checkpoints.save
+
+    def save(self, step, *rest):
+        if step == 10:
+
+            def full(*_, **__):
+                raise OSError(28, "No space left on device")
+
+            monkeypatch.setattr("tensorstore.open", full)
+        original(self, step, *rest)
+
+    monkeypatch.setattr(train_module.Checkpoints, "save", save)
+    with pytest.raises(CheckpointError, match="no space left on device.*Checkpoints written before are intact"):
+        run(tmp_path)
+    monkeypatch.undo()
+    assert int(run(tmp_path).step) == 10  # goes on from step 5
+
+
+def test_stops_for_a_signal_and_goes_on(uninterrupted, tmp_path):
+    """In this process: SIGTERM and Ctrl-C set a flag, the state is saved, the old handlers come back."""
+    workdir, state = uninterrupted
+    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    for number, at in ((signal.SIGTERM, 3), (signal.SIGINT, 7)):
+        config = tiny_config()
+        job = tiny_job(config)
+        counts = iter(range(at if number == signal.SIGTERM else at - 3, 0, -1))
+
+        def data_counts(counts=counts, number=number):
+            if next(counts, 0) == 1:
+                os.kill(os.getpid(), number)
+            return {"unreadable": 2}
+
+        with pytest.raises(Preempted) as stopped:
+            train(config, str(tmp_path), dataclasses.replace(job, data_counts=data_counts))
+        assert stopped.value.code == 0 and "goes on from there" in stopped.value.message
+        assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
+    assert_states_equal(run(tmp_path), state)
+    assert series(tmp_path, "train/loss") == series(workdir, "train/loss")
+
+
+def test_a_signal_before_the_first_step(tmp_path):
+    """While data, checkpoint and program are made ready: nothing is lost then either."""
+    config = tiny_config()
+    job = tiny_job(config)
+
+    def train_batches():
+        os.kill(os.getpid(), signal.SIGTERM)
+        return job.train_batches()
+
+    for step in (0, 5):
+        with pytest.raises(Preempted) as stopped:
+            train(config, str(tmp_path), dataclasses.replace(job, train_batches=train_batches))
+        assert f"stopped at step {step} of 10 and saved" in stopped.value.message
+        run(tmp_path, steps=5)
+
+
+def test_a_signal_at_the_last_step(tmp_path):
+    """In its evaluation: what would follow this training does not begin."""
+    config = tiny_config(steps=2)
+    job = tiny_job(config)
+
+    def eval_batches():
+        os.kill(os.getpid(), signal.SIGTERM)
+        return job.eval_batches()
+
+    with pytest.raises(Preempted, match="0"):
+        train(config, str(tmp_path), dataclasses.replace(job, eval_batches=eval_batches))
+    assert int(run(tmp_path, steps=2).step) == 2
+
+
+def test_hosts_agree_on_a_step_across_trainings(tmp_path, monkeypatch):
+    """JAX's service is asked with numbers that rise by one, though each training counts from 0."""
+    asked = []
+    ask = lambda number: asked.append(number) or False
+    monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", ask)
+    for name in "ab":
+        run(tmp_path / name, steps=3, cadence__checkpoint=2)
+    assert asked == list(range(asked[0], asked[0] + 8))
+
+
+def test_nobody_reads_what_it_prints(tmp_path, monkeypatch):
+    """A Ctrl-C in `train | tee log` ends tee too: the training saves none the less."""
+
+    class Broken(io.StringIO):
+        def write(self, _):
+            raise BrokenPipeError
+
+    monkeypatch.setattr(sys, "stdout", Broken())
+    assert int(run(tmp_path, steps=2).step) == 2
+
+
+def test_the_configuration_in_the_workdir(tmp_path):
+    """That of the training whose state is there; in one piece, or an error that says what to do."""
+    run(tmp_path, steps=2)
+    run(tmp_path, steps=1)
+    assert read_config(tmp_path)["steps"] == 2
+    (tmp_path / "config.json").write_text('{"steps": 2, "se')
+    with pytest.raises(CheckpointError, match="config.json is damaged: .*Start the training again"):
+        read_config(tmp_path)
+    for steps in (1, 3):
+        run(tmp_path, steps=steps)
+        assert read_config(tmp_path)["steps"] == steps
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no disk to be full")
+def test_a_disk_that_is_full_from_the_start(tmp_path):
+    (tmp_path / "config.json.unfinished").symlink_to("/dev/full")
+    with pytest.raises(UserError, match="Cannot write .*config.json: .*No space left on device.*Free space"):
+        run(tmp_path)
+
+
+def test_trains_in_a_thread(tmp_path):
+    states = []
+    thread = threading.Thread(target=lambda: states.append(run(tmp_path, steps=1)))
+    thread.start()
+    thread.join()
+    assert int(states[0].step) == 1
+
+
+def test_sigterm_of_a_process(uninterrupted, tmp_path):
+    """A real process: SIGTERM → saved, status 0; the same command goes on to the same end."""
+    workdir, state = uninterrupted
+    script = textwrap.dedent("""
+        import sys, time
+        from tiny_job import tiny_config, tiny_job
+        from dalle_jax.training.loop import train
+        import dataclasses
+
+        def data_counts():
+            print("logged", flush=True)
+            time.sleep(float(sys.argv[2]))
+            return {"unreadable": 2}
+
+        config = tiny_config()
+        train(config, sys.argv[1], dataclasses.replace(tiny_job(config), data_counts=data_counts))
+        print("done")
+    """)
+    here = str(pathlib.Path(__file__).parents[1])
+    path = os.pathsep.join([here, os.path.dirname(here)])
+    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
+
+    def start(seconds):
+        command = [sys.executable, "-c", script, str(tmp_path), str(seconds)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
+
+    with start(0.3) as process:
+        for line in process.stdout:
+            if line.startswith("logged"):
+                process.send_signal(signal.SIGTERM)
+                break
+        rest = process.stdout.read()
+    assert process.returncode == 0 and "the same command goes on from there" in rest and "done" not in rest
+    with start(0.0) as process:
+        rest = process.stdout.read()
+    assert process.returncode == 0 and "going on from step" in rest and "done" in rest, rest
+    assert series(tmp_path, "train/loss") == series(workdir, "train/loss")
+    with Checkpoints(str(tmp_path), read_only=True) as checkpoints:
+        jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_params(ema=False), state.params)
+
+
+def test_average_follows_the_parameters(tmp_path):
+    """The average that the loop keeps is the one that `update_average` defines."""
+    from dalle_jax.optim.optimizers import AverageOptions, update_average
+
+    states = [run(tmp_path / str(n), steps=n, ema__decay=0.5) for n in (1, 2)]
+    expected = update_average(states[0].ema, states[1].params, jnp.int32(2), AverageOptions(decay=0.5))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), states[1].ema, expected)

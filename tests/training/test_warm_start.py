@@ -1,0 +1,58 @@
+"""A prior that starts from another one's parameters: layers that scans fold in different ways are the same layers."""
+
+import contextlib
+import dataclasses
+import types
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dalle_jax.models.transformer import TransformerOptions, unstack
+from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.priors.maskgit import MaskGITOptions, MaskGITPrior
+from dalle_jax.token_layout import TokenLayout
+from dalle_jax.training import warm_start as module
+from dalle_jax.training.step import TrainState
+
+LAYOUT = TokenLayout(text_vocab=9, image_vocab=9, text_length=3, height=2, width=2)
+TRUNK = TransformerOptions(width=8, depth=4, heads=2, dtype="float32")
+
+
+def params_of(prior, seed):
+    shapes = nn.meta.unbox(jax.eval_shape(prior.init, jax.random.key(0)))
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), x.dtype), shapes)
+
+
+def started(monkeypatch, own, given):
+    """Parameters of a fresh state after it started from a checkpoint with the given ones."""
+    checkpoints = types.SimpleNamespace(restore_params=lambda: given)
+    monkeypatch.setattr(module, "Checkpoints", lambda *_, **__: contextlib.nullcontext(checkpoints))
+    zero = jnp.zeros((), jnp.int32)
+    return module.warm_start(TrainState(zero, own, None, (), zero, zero), "elsewhere").params
+
+
+@pytest.mark.parametrize("scans", [(True, True), (True, False), (False, True)])
+def test_every_layer_is_taken_over(monkeypatch, scans):
+    """Row, column, row, convolutional: two units of two. Bidirectional throughout: four of one."""
+    first, second = (dataclasses.replace(TRUNK, scan=scan) for scan in scans)
+    given = params_of(AutoregressivePrior(LAYOUT, AutoregressiveOptions(first, kernel=3)), 1)
+    own = params_of(MaskGITPrior(LAYOUT, MaskGITOptions(second)), 2)
+    mixed = started(monkeypatch, own, given)
+    ours, theirs = unstack(mixed["trunk"]), unstack(given["trunk"])
+    assert set(ours) == {"layer_0", "layer_1", "layer_2", "layer_3", "final_norm"}
+    jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+    assert jax.tree.structure(mixed) == jax.tree.structure(own)
+
+
+def test_layers_of_another_width_or_number_stay_fresh(monkeypatch):
+    given = params_of(
+        AutoregressivePrior(LAYOUT, AutoregressiveOptions(dataclasses.replace(TRUNK, depth=2), kernel=3)), 1
+    )
+    own = params_of(MaskGITPrior(LAYOUT, MaskGITOptions(TRUNK)), 2)
+    mixed = started(monkeypatch, own, given)
+    jax.tree.map(np.testing.assert_array_equal, mixed["trunk"]["units"], own["trunk"]["units"])
+    np.testing.assert_array_equal(mixed["embedding"]["text"], given["embedding"]["text"])
