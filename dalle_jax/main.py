@@ -17,8 +17,9 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dalle_jax import compilation_cache
-from dalle_jax.configuration.options import explain_flag_error
-from dalle_jax.distributed import joining as distributed
+from dalle_jax.configuration.flag_errors import explain_flag_error
+from dalle_jax.distributed.joining import define_flags
+from dalle_jax.distributed.turns import is_first, joined
 from dalle_jax.distributed.watchdog import end_process
 from dalle_jax.errors import ConfigError, UserError
 
@@ -26,15 +27,15 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config", lock_config=True, help_string="What to do: configs/NAME.py[:variant]."
 )
 _WORKDIR = flags.DEFINE_string("workdir", "", "Where the run keeps its files (default: config.workdir).")
-_start_hosts = distributed.define_flags()
+_start_hosts = define_flags()
 
 # config.job → the module whose run(config, workdir) does it.
 JOBS = {
     "train": "dalle_jax.jobs.train",
     "generate": "dalle_jax.jobs.generate",
-    "evaluate": "dalle_jax.evaluation.measure",
+    "evaluate": "dalle_jax.jobs.evaluate",
     "quickstart": "dalle_jax.jobs.quickstart",
-    "compile": "dalle_jax.aot.target",
+    "compile": "dalle_jax.jobs.compile",
 }
 
 
@@ -55,7 +56,7 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _worth_reading(record: Any) -> bool:
     """Our own news, of the first host; and everybody's warnings."""
-    return record.levelno >= 30 or ("dalle_jax" in record.pathname and distributed.is_first())
+    return record.levelno >= 30 or ("dalle_jax" in record.pathname and is_first())
 
 
 def _run(_: list[str]) -> None:
@@ -72,14 +73,14 @@ def main() -> None:
     try:
         app.run(_run, flags_parser=_parse)
     except UserError as error:
-        if not error.unwinds or distributed.joined():
+        if not error.unwinds or joined():
             end_process(str(error), error.exit_code)
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         end_process("interrupted", 130)  # Python's usual end would wait for data that may never come
     except Exception as error:
-        if not distributed.joined():
+        if not joined():
             raise
         # Python's usual end would wait for the other hosts, which wait for this one, and then abort.
         with contextlib.suppress(OSError):

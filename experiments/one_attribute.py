@@ -18,7 +18,7 @@ import numpy as np
 
 from dalle_jax.data.builders.shapes_captions import drawing, scenes
 from dalle_jax.data.builders.shapes_captions.scenes import Scene
-from dalle_jax.reporting import images as report
+from dalle_jax.reporting.tables import table
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 
 Change = Callable[[Scene], Scene]
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--clip", default="runs/clip-shapes", help="a folder that ClipScorer.load reads")
     parser.add_argument("--count", type=int, default=512)
     arguments = parser.parse_args()
-    print(report.table(measure(ClipScorer.load(arguments.clip), arguments.count)))
+    print(table(measure(ClipScorer.load(arguments.clip), arguments.count)))
 
 
 if __name__ == "__main__":

@@ -16,10 +16,11 @@ import numpy as np
 from etils import epath
 
 from dalle_jax.checkpoints import workdir as workdirs
-from dalle_jax.evaluation import measure as evaluate
+from dalle_jax.evaluation.measure import Model, Options, measure
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.priors.sampling import SamplingOptions
-from dalle_jax.reporting import images as report
+from dalle_jax.reporting.images import image_grid, save_png
+from dalle_jax.reporting.tables import save_json, table
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
 matplotlib.use("Agg")
@@ -72,11 +73,11 @@ def main() -> None:
     config = workdirs.read_config(args.workdir[0])
     models = [TextToImage.load(workdir) for workdir in args.workdir]
     sampling = {"guidance": args.guidance, "temperature": args.temperature}
-    measured = {model.prior.name: evaluate.Model(model, SamplingOptions(**sampling)) for model in models}
+    measured = {model.prior.name: Model(model, SamplingOptions(**sampling)) for model in models}
     figures, rows = {"runs": {model.prior.name: [model.workdir, model.step] for model in models}}, []
     for name, split in (("seen", config["data"]["train_split"]), ("held out", "heldout")):
         tests = open_test_set(config["data"], Protocol(split, "first", args.count))
-        figures[name] = evaluate.measure(measured, tests, evaluate.Options(blur=())).figures
+        figures[name] = measure(measured, tests, Options(blur=())).figures
         shown = np.linspace(0, args.count - 1, args.rows).astype(int)
         real, captions = tests.images(shown), [tests.captions[i] for i in shown]
         reconstructed = models[0].decode(models[0].encode(real))
@@ -86,12 +87,12 @@ def main() -> None:
             rows.append((f"{name}: {caption}", [real[number], reconstructed[number], *drawn]))
     out = epath.Path(args.output)
     columns = ("real", "dVAE", *(model.prior.name for model in models for _ in range(args.samples)))
-    report.save_png(out / "grid.png", report.grid(rows, columns, picture_size=96, blocks=2))
-    report.save_json(out / "training.json", figures)
+    save_png(out / "grid.png", image_grid(rows, columns, picture_size=96, blocks=2))
+    save_json(out / "training.json", figures)
     tokenizer = args.tokenizer_workdir or config["tokenizer"]["workdir"]
     priors = {model.prior.name: read_metrics(workdir) for model, workdir in zip(models, args.workdir)}
     curves(read_metrics(tokenizer), priors, out / "curves.png")
-    print(report.table(figures))
+    print(table(figures))
 
 
 if __name__ == "__main__":

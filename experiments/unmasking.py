@@ -17,7 +17,7 @@ from PIL import Image
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
-from dalle_jax.reporting import images as report
+from dalle_jax.reporting.images import image_grid, save_png
 from dalle_jax.text_to_image.editing import pixels_of
 from dalle_jax.text_to_image.text_to_image import TextToImage, row_keys
 
@@ -72,9 +72,9 @@ def main() -> None:
     frames = trajectory(model, tests.captions, args.seed, args.steps)
     names = [f"step {t + 1}" for t in range(args.steps)]
     strip = [(caption, list(frames[:, i])) for i, caption in enumerate(tests.captions)]
-    report.save_png(out / "strip.png", report.grid(strip, names, picture_size=96))
+    save_png(out / "strip.png", image_grid(strip, names, picture_size=96))
     sheets = [
-        Image.fromarray(report.grid([(c, [f[i]]) for i, c in enumerate(tests.captions)], picture_size=96, blocks=2))
+        Image.fromarray(image_grid([(c, [f[i]]) for i, c in enumerate(tests.captions)], picture_size=96, blocks=2))
         for f in frames
     ]
     with (out / "unmasking.gif").open("wb") as file:
@@ -82,7 +82,7 @@ def main() -> None:
         sheets[0].save(file, format="GIF", save_all=True, append_images=sheets[1:], duration=durations, loop=0)
     columns = ("real", "right half inpainted", "extended to the right", "a third varied", "the other caption")
     rows = edits(model, images, tests.captions, args.seed)
-    report.save_png(out / "edits.png", report.grid(rows, columns, picture_size=128))
+    save_png(out / "edits.png", image_grid(rows, columns, picture_size=128))
     print(f"strip.png, unmasking.gif and edits.png in {out}")
 
 

@@ -14,9 +14,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.mesh import make_mesh
+from dalle_jax.distributed.rows import host_rows
 from dalle_jax.distributed.sharding import constrain
-from dalle_jax.tasks import Job
+from dalle_jax.tasks.task import Job
 
 FEATURES, HIDDEN, TARGETS = 8, 16, 4
 
@@ -119,7 +120,7 @@ def tiny_job(config: ConfigDict, **task: Any) -> Job:
     """A job of `TinyTask(**task)`; its evaluation has three batches."""
 
     def rows_here():
-        return parallel.host_rows(parallel.make_mesh(**config.mesh), config.batch_size)
+        return host_rows(make_mesh(**config.mesh), config.batch_size)
 
     def eval_batches():
         rngs, here = [np.random.default_rng(i) for i in range(3)], rows_here()

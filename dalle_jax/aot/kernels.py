@@ -12,7 +12,7 @@ from typing import Any
 from dalle_jax.aot import topologies
 from dalle_jax.aot.topologies import Chip
 from dalle_jax.models.attention import splash
-from dalle_jax.models.attention.xla import Pattern
+from dalle_jax.models.attention.patterns import Pattern
 from dalle_jax.token_layout import TokenLayout
 
 

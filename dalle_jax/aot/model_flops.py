@@ -16,12 +16,12 @@ import math
 from dalle_jax.image_tokenizers.dvae import DVAEOptions
 from dalle_jax.models.clip import CLIPOptions
 from dalle_jax.models.transformer import ACTIVATIONS, TransformerOptions
-from dalle_jax.priors import TokenPrior
 from dalle_jax.priors.maskgit import MaskGITPrior
-from dalle_jax.tasks import Batch, Task
+from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.tasks.clip import CLIPTask
 from dalle_jax.tasks.dvae import DVAETask
 from dalle_jax.tasks.prior import PriorTask
+from dalle_jax.tasks.task import Batch, Task
 
 
 def training(task: Task, batch: Batch) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from dalle_jax.aot import topologies
 from dalle_jax.aot.costs import bytes_per_chip
 from dalle_jax.aot.topologies import GIB
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.sharding import batch_shards
 from dalle_jax.models.transformer import REMAT
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
@@ -62,9 +62,9 @@ def _remedies(options: Any, subject: Any, needed: float, available: float, lasti
     passing = max(needed - lasting, 0.0) if needed == needed else 0.0
     room = _KEPT_FREE * available - lasting
     if options.what == "sample":
-        if room > 0 and options.rows > parallel.batch_shards(mesh):
+        if room > 0 and options.rows > batch_shards(mesh):
             fewer = max(int(options.rows * room / passing) if passing else options.rows // 2, 1)
-            shards = parallel.batch_shards(mesh)
+            shards = batch_shards(mesh)
             found.append(f"Draw fewer pictures at once: --config.rows={max(fewer // shards, 1) * shards}")
         return [*found, *_split(config, mesh, available, lasting, passing)] or [_larger(options)]
     if room > 0:  # what passes is too much: recompute, or take the batch in slices
@@ -82,7 +82,7 @@ def _slices(config: Any, mesh: Any, passing: float, room: float) -> int | None:
     """The smallest number of accumulation steps after which the activations fit, if the batch allows one."""
     if config.task == "clip":
         return None
-    now, rows = config.optimizer.accumulate_steps, config.batch_size // parallel.batch_shards(mesh)
+    now, rows = config.optimizer.accumulate_steps, config.batch_size // batch_shards(mesh)
     fitting = (n for n in range(now + 1, rows + 1) if rows % n == 0 and passing * now / n <= room)
     return next(fitting, None)
 

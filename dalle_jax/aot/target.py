@@ -14,31 +14,33 @@ import dataclasses
 import functools
 import importlib.metadata
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import logging
-from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
-from dalle_jax import compilation_cache, tasks
+from dalle_jax import compilation_cache
 from dalle_jax.aot import costs, kernels, model_flops, remedies, topologies
 from dalle_jax.aot.program import Program
 from dalle_jax.configuration import config_files
 from dalle_jax.configuration.options import from_config
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.mesh import make_mesh
+from dalle_jax.distributed.rows import check_batch
+from dalle_jax.distributed.sharding import abstract, batch_sharding, batch_shards, on_mesh, replicated
 from dalle_jax.errors import ConfigError, DoesNotFit
 from dalle_jax.optim import optimizers, schedules
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
-from dalle_jax.storage import files as storage
-from dalle_jax.tasks import Task
+from dalle_jax.pytree import PyTree
+from dalle_jax.tasks import registry
+from dalle_jax.tasks.task import Task
 from dalle_jax.training.step import TrainState, make_init, make_train_step
 
-PyTree = Any
 WHAT = ("train", "sample")
+
+
 EFFORTS = {"full": {}, "low": {"exec_time_optimization_effort": -1.0}}
 
 
@@ -108,7 +110,7 @@ class Subject:
     Attributes:
       config: its configuration.
       mesh: of the topology's devices.
-      task: see `tasks.abstract`.
+      task: see `abstract`.
       state, frozen, batch: `ShapeDtypeStruct`s with shardings, arguments of the update.
       options, average: of the update.
     """
@@ -129,18 +131,18 @@ def make_subject(config: ConfigDict, devices: Any) -> Subject:
     Raises:
       UserError: a configuration or mesh that cannot be.
     """
-    mesh = parallel.make_mesh(**config.mesh, devices=devices)
+    mesh = make_mesh(**config.mesh, devices=devices)
     options = from_config(OptimizerOptions, config.optimizer, "optimizer")
     average = from_config(AverageOptions, config.ema, "ema")
-    parallel.check_batch(mesh, config.batch_size, options.accumulate_steps)
-    task, batch = tasks.abstract(config)
+    check_batch(mesh, config.batch_size, options.accumulate_steps)
+    task, batch = registry.abstract(config)
     _, state = make_init(task, optimizers.make_optimizer(options), average, mesh, config.seed)
-    frozen = _on(task.frozen, parallel.replicated(mesh))
-    return Subject(config, mesh, task, state, frozen, _on(batch, parallel.batch_sharding(mesh)), options, average)
+    frozen = _on(task.frozen, replicated(mesh))
+    return Subject(config, mesh, task, state, frozen, _on(batch, batch_sharding(mesh)), options, average)
 
 
 def _on(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    return parallel.abstract(tree, jax.tree.map(lambda _: sharding, tree))
+    return abstract(tree, jax.tree.map(lambda _: sharding, tree))
 
 
 def lower_train_step(subject: Subject) -> tuple[jax.stages.Lowered, dict[str, PyTree]]:
@@ -156,8 +158,8 @@ def lower_train_step(subject: Subject) -> tuple[jax.stages.Lowered, dict[str, Py
         s.state,
         overlap=s.config.overlap_exchanges,
     )
-    key = _on(jax.eval_shape(jax.random.key, 0), parallel.replicated(s.mesh))
-    with parallel.on_mesh(s.mesh):
+    key = _on(jax.eval_shape(jax.random.key, 0), replicated(s.mesh))
+    with on_mesh(s.mesh):
         lowered = step.lower(s.state, s.frozen, s.batch, key)
     state = {"parameters": s.state.params, "average": s.state.ema, "optimizer": s.state.opt_state}
     return lowered, {**state, "frozen": s.frozen, "batch": s.batch}
@@ -175,16 +177,16 @@ def lower_sampler(subject: Subject, rows: int) -> tuple[jax.stages.Lowered, dict
         raise ConfigError(
             f"config.what='sample': only a prior draws pictures, and the task is {subject.config.task!r}."
         )
-    shards = parallel.batch_shards(subject.mesh)
+    shards = batch_shards(subject.mesh)
     if rows % shards:
         raise ConfigError(
             f"config.rows={rows} cannot be split over {shards} devices (mesh {dict(subject.mesh.shape)}): give a "
             f"multiple of {shards}, or another mesh in config.overrides."
         )
-    by_row = parallel.batch_sharding(subject.mesh)
+    by_row = batch_sharding(subject.mesh)
     text = _on(jax.ShapeDtypeStruct((rows, prior.layout.text_length), jnp.int32), by_row)
     keys = _on(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)), by_row)
-    with parallel.on_mesh(subject.mesh):
+    with on_mesh(subject.mesh):
         lowered = jax.jit(prior.sample).lower(subject.state.eval_params, text, keys)
     return lowered, {"parameters": subject.state.eval_params, "captions": text}
 
@@ -237,35 +239,3 @@ def compile_target(options: CompileOptions) -> dict[str, Any]:
         "compile_seconds": seconds,
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "libtpu")},
     }
-
-
-def run(config: ConfigDict, workdir: str) -> Mapping[str, Any]:
-    """The job of `configs/compile.py`: prints a table, and writes `compile.json` into `workdir`.
-
-    Raises:
-      ConfigError: a workdir that cannot be written; and see `compile_target`.
-      DoesNotFit: after the table and the file, where there is a program to tell of.
-    """
-    fields = {field.name for field in dataclasses.fields(CompileOptions)}
-    options = CompileOptions(**{name: value for name, value in config.items() if name in fields})
-    folder = _writable(workdir)
-    found = compile_target(options)
-    print(costs.table(found))
-    storage.write_json(folder / "compile.json", found)
-    if not found["fits"]:
-        raise DoesNotFit(found["remedies"])
-    return found
-
-
-def _writable(workdir: str) -> epath.Path:
-    """The folder for the results, made and tried before the minutes or hours that they take.
-
-    Raises:
-      ConfigError: it cannot be made, or nothing can be written there.
-    """
-    folder = epath.Path(storage.make_workdir(workdir))
-    with storage.access(workdir):
-        trial = folder / "compile.json.trial"
-        trial.write_text("")
-        trial.unlink()
-    return folder

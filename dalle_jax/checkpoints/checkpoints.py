@@ -30,13 +30,13 @@ from dalle_jax.checkpoints import checksums
 from dalle_jax.checkpoints.compatibility import check_same_model, to_json
 from dalle_jax.checkpoints.manager import Manager
 from dalle_jax.checkpoints.stored import Damaged, DataState, StoredCheckpoint
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.sharding import abstract
 from dalle_jax.errors import CheckpointError
-from dalle_jax.storage import files as storage
+from dalle_jax.pytree import PyTree
 from dalle_jax.storage.errors import storage_cause
+from dalle_jax.storage.files import full_path, is_remote
 from dalle_jax.training.step import TrainState
 
-PyTree = Any
 T = TypeVar("T")
 
 _INTACT = (
@@ -66,7 +66,7 @@ class Checkpoints:
           best_metric: which of the metrics given to `save` makes the best; lower is better.
           read_only: never write or delete anything.
         """
-        self.directory = storage.full_path(workdir) / "checkpoints"
+        self.directory = full_path(workdir) / "checkpoints"
         with self._storage_errors("open"):
             self._manager = Manager(
                 self.directory,
@@ -181,7 +181,7 @@ class Checkpoints:
             stored = StoredCheckpoint(self.directory / str(step))
             item = "ema" if ema and stored.has("ema") else "params"
             shapes = stored.abstract(item)
-            items = {item: stored.arrays(item, parallel.abstract(shapes, layout(shapes)))}
+            items = {item: stored.arrays(item, abstract(shapes, layout(shapes)))}
             stored.check_sums(items)
             return items[item]
 
@@ -240,7 +240,7 @@ class Checkpoints:
 
     def _check_space(self, state: TrainState) -> None:
         """Refuses to begin what cannot fit: cheaper and clearer than an error from the middle of it."""
-        if storage.is_remote(self.directory):
+        if is_remote(self.directory):
             return
         arrays = jax.tree.leaves(state)
         here = sum(shard.data.nbytes for x in arrays for shard in x.addressable_shards if shard.replica_id == 0)

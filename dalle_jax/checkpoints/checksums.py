@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-PyTree = Any
+from dalle_jax.pytree import PyTree, leaf_path
 
 
 def of_arrays(tree: PyTree) -> dict[str, dict[str, Any]]:
@@ -32,10 +32,7 @@ def of_arrays(tree: PyTree) -> dict[str, dict[str, Any]]:
 
 def shapes(tree: PyTree) -> dict[str, dict[str, Any]]:
     """{name: {"shape"}} of every array of a tree, abstract or not."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): {"shape": list(x.shape)}
-        for path, x in jax.tree.leaves_with_path(tree)
-    }
+    return {leaf_path(path): {"shape": list(x.shape)} for path, x in jax.tree.leaves_with_path(tree)}
 
 
 def changed_array(stored: Mapping[str, Any], tree: PyTree) -> str | None:

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from typing import Any
 
-import jax
-import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -68,32 +65,3 @@ def check_same_model(stored: Mapping[str, Any], given: Mapping[str, Any], where:
         )
     for key, (old, new) in changed.items():
         logging.info("config.%s changed since the checkpoint: %r -> %r", key, old, new)
-
-
-def wrong_parameter(given: Any, expected: Any) -> tuple[str, Any, Any] | None:
-    """The first parameter that two trees do not share in name and shape.
-
-    Args:
-      given: tree of arrays.
-      expected: tree of arrays or `ShapeDtypeStruct`s, unboxed.
-
-    Returns:
-      Its path, its shape in `given` and in `expected` (None where it is absent); None where the trees agree.
-    """
-    old, new = (
-        {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in jax.tree.leaves_with_path(tree)}
-        for tree in (given, expected)
-    )
-    wrong = next((name for name in sorted({*old, *new}) if old.get(name) != new.get(name)), None)
-    return None if wrong is None else (wrong, old.get(wrong), new.get(wrong))
-
-
-def fingerprint(params: Any) -> str:
-    """A hash of parameters, their names, types and shapes: 16 hexadecimal digits of SHA-256."""
-    found = hashlib.sha256()
-    for path, leaf in jax.tree.leaves_with_path(params):
-        array = np.ascontiguousarray(jax.device_get(leaf))
-        name = jax.tree_util.keystr(path, simple=True, separator="/")
-        found.update(f"{name} {array.dtype} {array.shape}\n".encode())
-        found.update(array.tobytes())
-    return found.hexdigest()[:16]

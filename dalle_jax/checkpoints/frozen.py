@@ -18,9 +18,8 @@ import jax.numpy as jnp
 from etils import epath
 
 from dalle_jax.errors import CheckpointError
-from dalle_jax.storage import files as storage
-
-PyTree = Any
+from dalle_jax.pytree import PyTree
+from dalle_jax.storage.files import write_errors, write_json, write_whole
 
 
 def is_there(folder: epath.PathLike) -> bool:
@@ -35,9 +34,9 @@ def save(folder: epath.PathLike, options: Mapping[str, Any], params: PyTree) -> 
       UserError: where they cannot be written.
     """
     folder = epath.Path(folder).expanduser()
-    with storage.write_errors(folder):
-        storage.write_whole(folder / "params.msgpack", flax.serialization.msgpack_serialize(jax.device_get(params)))
-    storage.write_json(folder / "options.json", options)
+    with write_errors(folder):
+        write_whole(folder / "params.msgpack", flax.serialization.msgpack_serialize(jax.device_get(params)))
+    write_json(folder / "options.json", options)
 
 
 def load(folder: epath.PathLike, remedy: str) -> tuple[dict[str, Any], PyTree]:

@@ -14,8 +14,8 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dalle_jax.checkpoints.stored import DataState
+from dalle_jax.pytree import PyTree
 
-PyTree = Any
 _boundaries = itertools.count()  # between steps, over all trainings of this process
 
 

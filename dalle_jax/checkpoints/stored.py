@@ -17,9 +17,8 @@ from etils import epath
 
 from dalle_jax.checkpoints import checksums
 from dalle_jax.errors import CheckpointError, UserError
+from dalle_jax.pytree import PyTree
 from dalle_jax.storage.errors import storage_cause
-
-PyTree = Any
 
 
 class Damaged(Exception):

@@ -22,13 +22,12 @@ from ml_collections import ConfigDict
 from dalle_jax.checkpoints import frozen
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.data.text import TextModel
-from dalle_jax.distributed import joining as distributed
+from dalle_jax.distributed.turns import first_host_first
 from dalle_jax.errors import CheckpointError, ConfigError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
-from dalle_jax.storage import files as storage
-
-PyTree = Any
+from dalle_jax.pytree import PyTree
+from dalle_jax.storage.files import access
 
 
 def _path(workdir: epath.PathLike, *parts: str) -> epath.Path:
@@ -43,7 +42,7 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
       ConfigError: where its storage cannot be reached.
     """
     path = _path(workdir, "config.json")
-    with storage.access(workdir):
+    with access(workdir):
         there = path.exists()
     if not there:
         raise CheckpointError(
@@ -111,7 +110,7 @@ def ensure_text_model(section: ConfigDict, captions: Iterable[str], workdir: epa
         if section[name] < 1:
             raise ConfigError(f"config.text.{name} is {section[name]}; expected at least 1.")
     path = text_model_path(workdir)
-    with distributed.first_host_first(f"the text model {path}"):
+    with first_host_first(f"the text model {path}"):
         if not path.exists():
             if section.path:
                 TextModel.load(section.path).save(path)

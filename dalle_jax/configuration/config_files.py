@@ -11,7 +11,8 @@ from typing import TypeVar
 
 from ml_collections import ConfigDict
 
-from dalle_jax.configuration.options import closest, explain_config_error
+from dalle_jax.configuration.flag_errors import explain_config_error
+from dalle_jax.configuration.options import closest
 from dalle_jax.errors import ConfigError
 
 T = TypeVar("T")

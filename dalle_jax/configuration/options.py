@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import re
-import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar
 
-from dalle_jax.errors import ConfigError, UserError
+from dalle_jax.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -48,61 +46,3 @@ def from_config(cls: type[T], section: Mapping[str, Any], where: str) -> T:
     if missing:
         raise ConfigError(f"config.{where} lacks {', '.join(missing)}.")
     return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in section.items()})
-
-
-def explain_config_error(error: BaseException, given: str) -> ConfigError | None:
-    """What to raise where a file could not be run as a config because it is none, or has no variants.
-
-    Args:
-      error: what running the file, or calling its `get_config`, raised.
-      given: the option that names it, for the message.
-
-    Returns:
-      None where the file itself has a fault.
-    """
-    if isinstance(error, SyntaxError) and not (error.filename or "").endswith(".py"):
-        return ConfigError(f"{given}: not a Python file; expected a config file such as configs/prior.py.")
-    if not _raised_in(error, "ml_collections", "config_files"):
-        return None
-    if str(error).startswith("get_config() takes 0 positional arguments"):
-        return ConfigError(f"{given}: this config has no variants; leave out the colon and what follows it.")
-    if str(error).endswith("has no attribute 'get_config'"):
-        return ConfigError(f"{given}: no config, for it has no get_config(); expected one such as configs/prior.py.")
-    return None
-
-
-def _raised_in(error: BaseException, *names: str) -> bool:
-    """Whether the file that raised `error` has one of `names` in its path."""
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and any(name in frames[-1].filename for name in names)
-
-
-def explain_flag_error(error: Exception, argv: Sequence[str]) -> Exception:
-    """What to raise for an error that absl's or ml_collections' flag parsing raised.
-
-    Args:
-      error: the error.
-      argv: the command line.
-
-    Returns:
-      The `ConfigError` that a config file raised; else one that says in a line what is wrong with the command; the
-      error itself where the config file has a fault (its traceback is needed).
-    """
-    text, cause = str(error).replace("\\", ""), error
-    config = next((arg for arg in argv if arg.startswith("--config=")), "--config")
-    while cause is not None:  # a config file's own refusal, wrapped by the flag parser
-        found, cause = cause, cause.__cause__ or cause.__context__
-        if isinstance(found, UserError) and not str(found).startswith("Error whilst parsing"):
-            return found
-        if refused := explain_config_error(found, config):
-            return refused
-    if "Error whilst parsing config file" in text or not _raised_in(error, "absl", "ml_collections"):
-        return error
-    if isinstance(error, OSError):
-        return ConfigError(f"{config}: no such file; run from the repository's root, or give its whole path.")
-    if isinstance(error, (KeyError, AttributeError)) and (key := re.search(r"'(\w+)'", text)):
-        given = next((arg for arg in argv if f".{key[1]}" in arg), "The command")
-        near = re.search(r'Did you mean ("\w+")', text)
-        hint = f" (did you mean {near[1]}?)" if near else ""
-        return ConfigError(f"{given}: the configuration has no key {key[1]!r}{hint}.")
-    return ConfigError(" ".join(text.split()))

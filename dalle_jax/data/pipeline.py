@@ -23,15 +23,8 @@ from absl import flags, logging
 
 from dalle_jax.data import workers as worker_processes
 from dalle_jax.data.examples import ExampleMaker, Note
-from dalle_jax.data.sources.source import (
-    DataOptions,
-    LeftOut,
-    Source,
-    UnreadableExample,
-    decode_captions,
-    decode_image,
-    open_source,
-)
+from dalle_jax.data.sources.open import open_source
+from dalle_jax.data.sources.source import DataOptions, LeftOut, Source, UnreadableExample, decode_captions, decode_image
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
 from dalle_jax.token_layout import TokenLayout

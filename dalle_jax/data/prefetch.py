@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.rows import to_mesh
 
 
 class prefetch_to_mesh(Iterator[dict[str, jax.Array]]):
@@ -38,7 +38,7 @@ class prefetch_to_mesh(Iterator[dict[str, jax.Array]]):
                 batch = next(self._iterator)
             except StopIteration:
                 break
-            self._sent.append((parallel.to_mesh(batch, self._sharding), self._iterator.get_state()))
+            self._sent.append((to_mesh(batch, self._sharding), self._iterator.get_state()))
         if not self._sent:
             raise StopIteration
         batch, self._state = self._sent.popleft()

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dalle_jax.distributed.sharding import batch_shards, over_rows
-
-PyTree = Any
+from dalle_jax.distributed.rows import over_rows
+from dalle_jax.distributed.sharding import batch_shards
+from dalle_jax.pytree import PyTree
 
 
 def up_to_multiple(count: int, of: int) -> int:

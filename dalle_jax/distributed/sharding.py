@@ -12,25 +12,17 @@ One table, `RULES`, says which mesh axes each name is split over; nothing else i
 
 from __future__ import annotations
 
-import collections
 import contextlib
-import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
-import numpy as np
-from absl import logging
-from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from dalle_jax.errors import ConfigError, MeshError
-
-T = TypeVar("T")
-
-MESH_AXES = ("data", "fsdp", "tensor")
+from dalle_jax.errors import MeshError
+from dalle_jax.pytree import leaf_path
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     # activations
@@ -52,95 +44,10 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     ("codebook", "tensor"),
 )
 
-# Options with which the TPU compiler gathers the parameters of one product while it computes another (those that
-# MaxText publishes for v5p).
-OVERLAP = {
-    "xla_enable_async_all_gather": True,
-    "xla_tpu_enable_async_collective_fusion": True,
-    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
-    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
-    "xla_tpu_overlap_compute_collective_tc": True,
-}
 
 # A dimension that its mesh axes do not divide is kept whole in arrays up to this many elements (three input channels,
 # a bias); in a larger array that would quietly cost memory on every device, so it is an error.
 MAX_UNDIVIDED_ELEMENTS = 2**20
-
-
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
-    """Builds the mesh of axes (data, fsdp, tensor).
-
-    Where the devices belong to several slices (TPU pods joined by a data center's network, far slower than the links
-    inside of each), only `data` crosses from one to another: once a step, the gradients do.
-
-    Args:
-      data, fsdp, tensor: size of each axis; at most one may be -1 and takes all devices that are left.
-      devices: the devices to use (default: all of them, of all hosts).
-
-    Returns:
-      A mesh whose axes are automatic: `jax.jit` derives the layout of intermediate values.
-
-    Raises:
-      MeshError: sizes that do not multiply to the number of devices, or a `data` that does not cover the slices
-        evenly.  On one host a smaller mesh is allowed; the other devices idle, which is logged.
-    """
-    devices = list(jax.devices() if devices is None else devices)
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
-    free = [axis for axis, size in sizes.items() if size == -1]
-    if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise MeshError(f"Mesh {asked}: every axis needs a positive size; one of them may be -1 (all that is left).")
-    fixed = math.prod(size for size in sizes.values() if size != -1)
-    count = len(devices)
-    fits = count % fixed == 0 if free else fixed <= count
-    if not fits:
-        raise MeshError(
-            f"Mesh {asked} does not fit: it needs {'a multiple of ' if free else ''}{fixed} devices, there are {count} "
-            f"({devices[0].device_kind}). Change config.mesh so that data*fsdp*tensor = {count}."
-        )
-    if free:
-        sizes[free[0]] = count // fixed
-    used = math.prod(sizes.values())
-    if used < count:
-        if jax.process_count() > 1:
-            raise MeshError(f"Mesh {asked} uses {used} of {count} devices; with several hosts it must use all of them.")
-        _warn_once(f"Mesh {asked} uses {used} of {count} devices.")
-    automatic = (AxisType.Auto,) * len(MESH_AXES)
-    if len({_slice(device) for device in devices}) > 1:
-        return Mesh(_over_slices(devices, **sizes), MESH_AXES, axis_types=automatic)
-    # (jax.make_mesh refuses, on v5p and v6e, an axis that is no product of whole axes of the torus.)
-    laid_out = mesh_utils.create_device_mesh(tuple(sizes.values()), devices[:used], allow_split_physical_axes=True)
-    return Mesh(laid_out, MESH_AXES, axis_types=automatic)
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    logging.warning("%s", message)
-
-
-def local_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """`make_mesh` of this host's devices: for what a host does by itself."""
-    return make_mesh(data, fsdp, tensor, devices=jax.local_devices())
-
-
-def _slice(device: Any) -> int:
-    """Which slice a device belongs to; platforms without slices have one."""
-    return getattr(device, "slice_index", None) or 0
-
-
-def _over_slices(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -> np.ndarray:
-    """Devices of several slices as an array [data, fsdp, tensor], slice after slice along `data`."""
-    sizes = collections.Counter(_slice(device) for device in devices)
-    slices = len(sizes)
-    if data % slices or len(set(sizes.values())) > 1 or data * fsdp * tensor != len(devices):
-        raise MeshError(
-            f"Mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {slices} slices of "
-            f"{', '.join(str(size) for size in sizes.values())} devices: only data may cross slices. Give slices of "
-            f"one size, all their devices, and a config.mesh.data that is a multiple of {slices}."
-        )
-    return mesh_utils.create_hybrid_device_mesh(
-        (data // slices, fsdp, tensor), (slices, 1, 1), devices, allow_split_physical_axes=True
-    )
 
 
 @contextlib.contextmanager
@@ -193,99 +100,6 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
 def batch_shards(mesh: Mesh | None) -> int:
     """Into how many parts a batch is split; without a mesh, one."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in dict(RULES)["batch"])
-
-
-def check_batch(mesh: Mesh, batch_size: int, accumulate_steps: int = 1) -> None:
-    """Checks that a global batch can be split over the mesh, in `accumulate_steps` slices.
-
-    Raises:
-      ConfigError: a batch without rows.
-      MeshError: it cannot be split.
-    """
-    if batch_size < 1:
-        raise ConfigError(f"batch_size={batch_size}: expected at least 1.")
-    shards = batch_shards(mesh) * accumulate_steps
-    if batch_size % shards:
-        raise MeshError(
-            f"batch_size={batch_size} cannot be split over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} "
-            f"devices in {accumulate_steps} accumulation step(s): give a multiple of {shards}, or another config.mesh."
-        )
-
-
-def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which rows of a global batch lie on this host's devices: what its data pipeline has to make.
-
-    Args:
-      mesh: a mesh over the devices of all hosts. Hosts that share a row (its `tensor` axis crosses them) each get it.
-      batch_size: B, which `check_batch` has accepted.
-
-    Returns:
-      Row numbers, int [b], rising; all of them where there is one host.
-    """
-    size = batch_size // batch_shards(mesh)
-    return np.concatenate([np.arange(part * size, (part + 1) * size) for part in _host_parts(batch_sharding(mesh))])
-
-
-def _host_parts(sharding: NamedSharding) -> list[int]:
-    """Which of the parts that a batch is split into lie on this host's devices, rising."""
-    indices = sharding.addressable_devices_indices_map((batch_shards(sharding.mesh),))
-    return sorted({index[0].start or 0 for index in indices.values()})
-
-
-def to_mesh(batch: Any, sharding: NamedSharding) -> Any:
-    """Makes global arrays from this host's part of a batch.
-
-    Args:
-      batch: tree of host arrays, the rows of `host_rows` (all rows where there is one process).  Arrays that are on
-        the mesh already pass unchanged.
-      sharding: layout of the result, as from `batch_sharding`.
-
-    Returns:
-      The same tree of global `jax.Array`s.  The copy to the devices is asynchronous.
-    """
-
-    if jax.process_count() == 1:
-        return jax.device_put(batch, sharding)
-
-    parts, here = batch_shards(sharding.mesh), len(_host_parts(sharding))
-
-    def put(x: Any) -> jax.Array:
-        if isinstance(x, jax.Array) and x.sharding == sharding:
-            return x
-        x = np.asarray(x)
-        return jax.make_array_from_process_local_data(sharding, x, (x.shape[0] * parts // here, *x.shape[1:]))
-
-    return jax.tree.map(put, batch)
-
-
-def over_rows(mesh: Mesh | None, function: Callable[..., T], *rows: Any) -> T:
-    """Calls a function on a mesh, with rows split over its devices: drawing and judging, where batches come from here.
-
-    Args:
-      mesh: one host's; None: no mesh, the default device.
-      function: what it takes beside `rows` (parameters) is on the mesh already.
-      *rows: trees of arrays [B, ...], on the host, the default device or the mesh. Where the devices do not divide B,
-        each gets all rows.
-
-    Returns:
-      What `function` gives.
-    """
-    if mesh is None:
-        return function(*rows)
-    split, whole = batch_sharding(mesh), replicated(mesh)
-    layouts = jax.tree.map(lambda x: whole if x.shape[0] % batch_shards(mesh) else split, rows)
-    with on_mesh(mesh):
-        return function(*jax.device_put(rows, layouts))
-
-
-def to_host(tree: Any) -> Any:
-    """Numpy arrays, whole, of arrays on the mesh: the same on every host, and every host has to call it."""
-
-    def whole(x: Any) -> Any:
-        here = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated
-        return x if here else multihost_utils.process_allgather(x, tiled=True)
-
-    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def partition_spec(
@@ -353,7 +167,7 @@ def shardings_of(boxed: Any, mesh: Mesh) -> Any:
     def sharding(path: Any, leaf: Any) -> NamedSharding:
         if not is_box(leaf):
             return replicated(mesh)
-        where = jax.tree_util.keystr(path, simple=True, separator="/")
+        where = leaf_path(path)
         return NamedSharding(mesh, partition_spec(leaf.names, leaf.value.shape, mesh, where))
 
     return jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=is_box)
@@ -362,8 +176,3 @@ def shardings_of(boxed: Any, mesh: Mesh) -> Any:
 def abstract(tree: Any, shardings: Any) -> Any:
     """`ShapeDtypeStruct`s of `tree`, with `shardings`: what a compiler or a checkpoint reader needs to know."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
-
-
-def describe(mesh: Mesh) -> Mapping[str, Any]:
-    """One mapping for logs: axis sizes, device kind, number of hosts."""
-    return {**mesh.shape, "device": mesh.devices.flat[0].device_kind, "hosts": jax.process_count()}

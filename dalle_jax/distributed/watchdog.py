@@ -3,7 +3,7 @@
 A host that waits for another does so inside native code, in a collective or at a barrier, where no exception can reach
 it.  So a thread watches: hosts tell each other by JAX's coordination service that they are alive, and the loop says
 when it gets on.  Where either stops for too long, the thread says so and ends the process.  Of a lost host this
-comes before JAX's own end of the others (`distributed.LOST_HOST_SECONDS`), which tells less.
+comes before JAX's own end of the others (`LOST_HOST_SECONDS`), which tells less.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any, NoReturn, Self
 import jax
 
 from dalle_jax.distributed import host_values
-from dalle_jax.distributed import joining as distributed
+from dalle_jax.distributed.joining import lost_host_seconds
 from dalle_jax.errors import Preempted
 
 _EARLIER = 0.7  # share of JAX's own time after which a silent host counts as lost
@@ -66,7 +66,7 @@ class Watchdog:
           stuck_seconds: the longest time between two calls of `gets_on`.
           lost_seconds: how long another host may be silent; default: somewhat less than JAX itself allows it.
         """
-        lost_seconds = lost_seconds or _EARLIER * distributed.lost_host_seconds()
+        lost_seconds = lost_seconds or _EARLIER * lost_host_seconds()
         self._stuck_seconds, self._lost_seconds = stuck_seconds, lost_seconds
         self._interval = min(stuck_seconds, lost_seconds) / 10
         self._me = jax.process_index()

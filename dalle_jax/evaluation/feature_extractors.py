@@ -18,13 +18,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dalle_jax.checkpoints.compatibility import fingerprint
-from dalle_jax.distributed import sharding as parallel
 from dalle_jax.distributed.chunks import in_chunks
+from dalle_jax.distributed.sharding import replicated
 from dalle_jax.metrics import frechet, inception_score, precision_recall
 from dalle_jax.metrics.blur import gaussian_blur
 from dalle_jax.models import inception as networks
 from dalle_jax.pretrained import inception as weights
+from dalle_jax.pytree import fingerprint
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 
 
@@ -66,7 +66,7 @@ def inception(
     """
     networks.resize_matrix(1, 1, resize)  # refuses an unknown one before the weights are read
     params = weights.load(path)
-    params = params if mesh is None else jax.device_put(params, parallel.replicated(mesh))
+    params = params if mesh is None else jax.device_put(params, replicated(mesh))
 
     def look(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         seen = in_chunks(lambda rows: networks.extract(params, rows, resize), images, rows_at_once, mesh)

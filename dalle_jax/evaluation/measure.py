@@ -17,10 +17,8 @@ Figures stand under these names in `report.json`:
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
-import io
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -28,28 +26,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
-from dalle_jax.checkpoints import workdir as workdirs
-from dalle_jax.checkpoints.compatibility import fingerprint
-from dalle_jax.configuration.options import from_config
-from dalle_jax.distributed import sharding as parallel
 from dalle_jax.distributed.chunks import batches
+from dalle_jax.distributed.rows import over_rows
 from dalle_jax.errors import ConfigError
 from dalle_jax.evaluation import feature_extractors as looks
-from dalle_jax.evaluation import page
 from dalle_jax.evaluation.feature_extractors import Judge, PictureSet
-from dalle_jax.evaluation.test_sets import Protocol, TestSet, open_test_set
+from dalle_jax.evaluation.test_sets import TestSet
 from dalle_jax.metrics import blur, clip_score, codebook, image_quality, shapes
 from dalle_jax.metrics.retrieval import retrieval
 from dalle_jax.priors.sampling import SamplingOptions
-from dalle_jax.reporting import images as report
+from dalle_jax.pytree import fingerprint
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
 Figures = dict[str, Any]
+
+
 _SHOWN = 16  # rows of the grid
 
 
@@ -157,9 +151,6 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
     return Measured(figures, columns)
 
 
-# -- the parts ----------------------------------------------------------------------------------------------------
-
-
 def _retrieval(scorer: ClipScorer, tests: TestSet, real: PictureSet) -> Figures:
     """Of the test set's captions and their pictures."""
     captions = scorer.text_features(tests.captions)
@@ -209,7 +200,7 @@ def _prior(each: Model, tests: TestSet, tokens: np.ndarray, real: PictureSet, sc
     for places, valid in batches(count, min(model.rows_at_once, count)):
         codes = tokens[tests.owners[places]]
         loss = functools.partial(_nats, model.prior, model.params)
-        nats += valid.sum() * float(parallel.over_rows(model.mesh, loss, text[places], codes, valid))
+        nats += valid.sum() * float(over_rows(model.mesh, loss, text[places], codes, valid))
         captions, start = [tests.captions[i] for i in places], time.perf_counter()
         images = model.generate(captions, seed=options.seed, **knobs)[:, 0]
         seconds += time.perf_counter() - start
@@ -290,88 +281,6 @@ def _best_places(scores: np.ndarray, number: int) -> np.ndarray:
     groups = scores.shape[1] // number
     inside = scores[:, : groups * number].reshape(len(scores), groups, number).argmax(-1)
     return inside + number * np.arange(groups)
-
-
-# -- what a person gets -------------------------------------------------------------------------------------------
-
-
-def write(measured: Measured, tests: TestSet, out: epath.PathLike, title: str, config: ConfigDict) -> None:
-    """Writes `report.json`, `report.html`, `grid.png`, `blur.csv` and `best_of.csv`, and prints the figures.
-
-    Args:
-      measured: what is reported.
-      tests: on what.
-      out: the folder.
-      title: of the report.
-      config: the configuration that led there.
-    """
-    out, figures = epath.Path(out).expanduser(), measured.figures
-    sheet = grid(tests.captions, measured.columns, title)
-    report.save_png(out / "grid.png", sheet)
-    report.save_json(out / "report.json", figures)
-    written = ["report.html", "report.json", "grid.png"]
-    for name, head in (("blur", ("pictures", "radius")), ("best_of", ("prior", "candidates"))):
-        if name in figures:
-            (out / f"{name}.csv").write_text(_csv(figures[name], head))
-            written.append(f"{name}.csv")
-    (out / "report.html").write_text(page.evaluation(title, figures, sheet, config.to_yaml()))
-    apart = ("blur", "best_of", "protocol")
-    print("\n" + report.table({name: value for name, value in figures.items() if name not in apart}))
-    print("\n" + "\n".join(str(out / name) for name in written))
-
-
-def _csv(section: Mapping[str, Mapping[str, Figures]], head: tuple[str, str]) -> str:
-    """A line for each name and number."""
-    names = list(dict.fromkeys(name for rows in section.values() for row in rows.values() for name in row))
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow([*head, *names])
-    for outer, rows in section.items():
-        for inner, row in rows.items():
-            table.writerow([outer, inner, *(f"{row[name]:.6g}" if name in row else "" for name in names)])
-    return text.getvalue()
-
-
-def grid(captions: Sequence[str], columns: Sequence[tuple[str, np.ndarray]], title: str) -> np.ndarray:
-    """Captions beside their pictures: uint8 [H', W', 3].
-
-    Args:
-      captions: as many as there are pictures, or more.
-      columns: heading and pictures, uint8 [B, H, W, 3], of each column.
-      title: over everything.
-    """
-    rows = min(len(images) for _, images in columns)
-    shown = [(captions[i], [images[i] for _, images in columns]) for i in range(rows)]
-    return report.grid(shown, [name for name, _ in columns], title=title, blocks=2 if rows > 4 else 1)
-
-
-def run(config: ConfigDict, workdir: str) -> Figures:
-    """Writes the report, see `write`.
-
-    Args:
-      config: see `configs/evaluate.py`.
-      workdir: where to write.
-
-    Returns:
-      What `report.json` holds.
-    """
-    folders = [folder.strip() for folder in config.model_workdir.split(",")]
-    mesh = parallel.local_mesh(**config.mesh)
-    loaded = [TextToImage.load(folder, config.step, config.rows_at_once, config.clip, mesh) for folder in folders]
-    sampling = from_config(SamplingOptions, config.sampling, "sampling")
-    kinds = [model.prior.name for model in loaded]
-    names = kinds if len(set(kinds)) == len(kinds) else folders
-    data = config.get("data") or workdirs.read_config(folders[0])["data"]
-    protocol = Protocol(config.split, config.captions, config.count, config.seed)
-    tests = open_test_set(data, protocol, loaded[0].image_size)
-    options = from_config(Options, {"seed": config.seed, **config.metrics}, "metrics")
-    models = {name: Model(model, sampling) for name, model in zip(names, loaded)}
-    measured = measure(models, tests, options)
-    measured.figures["protocol"]["checkpoints"] = {
-        name: f"{m.workdir}, step {m.step}" for name, m in zip(names, loaded)
-    }
-    write(measured, tests, workdir, f"{', '.join(names)}: {tests.source.description}", config)
-    return measured.figures
 
 
 def device(mesh: Mesh | None) -> str:

@@ -25,14 +25,8 @@ from absl import logging
 
 from dalle_jax.data.augment import augment
 from dalle_jax.data.builders.shapes_captions.scenes import Scene
-from dalle_jax.data.sources.source import (
-    DataOptions,
-    Source,
-    UnreadableExample,
-    decode_captions,
-    decode_image,
-    open_source,
-)
+from dalle_jax.data.sources.open import open_source
+from dalle_jax.data.sources.source import DataOptions, Source, UnreadableExample, decode_captions, decode_image
 from dalle_jax.errors import ConfigError, DataError
 
 CAPTIONS = ("first", "drawn", "unique")

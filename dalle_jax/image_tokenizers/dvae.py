@@ -18,7 +18,6 @@ does best.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -27,8 +26,7 @@ import jax.numpy as jnp
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import logit_laplace
-
-PyTree = Any
+from dalle_jax.pytree import PyTree
 
 
 @dataclasses.dataclass(frozen=True)

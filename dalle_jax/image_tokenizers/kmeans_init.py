@@ -22,7 +22,8 @@ import jax.numpy as jnp
 
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import logit_laplace
-from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer, PyTree, space_to_depth
+from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer, space_to_depth
+from dalle_jax.pytree import PyTree
 
 _MAX_FEATURES = 32_768  # with fewer, rare patches (a shape and a colour on a background) get no code of their own
 _ROUNDS = 8

@@ -11,8 +11,7 @@ import jax
 from dalle_jax.configuration.options import from_config as options_from_config
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
-
-PyTree = Any
+from dalle_jax.pytree import PyTree
 
 _KINDS = {DVAETokenizer.kind: (DVAETokenizer, DVAEOptions)}
 

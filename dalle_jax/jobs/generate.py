@@ -16,11 +16,11 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dalle_jax.configuration.options import from_config
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.errors import DataError
 from dalle_jax.priors.sampling import SamplingOptions
-from dalle_jax.reporting import images as report
-from dalle_jax.storage import files as storage
+from dalle_jax.reporting.images import image_grid, save_png
+from dalle_jax.storage.files import write_json
 from dalle_jax.text_to_image.best_of_n import Ranked
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
@@ -33,7 +33,7 @@ def run(config: ConfigDict, workdir: str) -> None:
       workdir: where to write.
     """
     captions = read_captions(config)
-    mesh = parallel.local_mesh(**config.mesh)
+    mesh = local_mesh(**config.mesh)
     model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once, config.clip, mesh)
     options = from_config(SamplingOptions, config.sampling, "sampling")
     knobs = {"negative": config.negative or None, **dataclasses.asdict(options)}
@@ -49,7 +49,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     for i, caption in enumerate(captions):
         for j in range(config.n):
             name = f"{i:04d}-{j:03d}.png"
-            report.save_png(out / name, ranked.images[i, j])
+            save_png(out / name, ranked.images[i, j])
             entry = {"file": name, "caption": caption, "caption_index": i, "index": int(ranked.numbers[i, j])}
             entries.append(entry if ranked.scores is None else entry | {"score": float(ranked.scores[i, j])})
     manifest = {
@@ -58,9 +58,9 @@ def run(config: ConfigDict, workdir: str) -> None:
         "rows_at_once": config.rows_at_once, "mesh": dict(mesh.shape), "clip": config.clip, "captions": captions,
         "n": config.candidates or config.n, "samples": entries,
     }  # fmt: skip
-    storage.write_json(out / "manifest.json", manifest)
+    write_json(out / "manifest.json", manifest)
     shown = min(config.n, 8)
-    report.save_png(out / "grid.png", report.grid([(c, ranked.images[i, :shown]) for i, c in enumerate(captions[:16])]))
+    save_png(out / "grid.png", image_grid([(c, ranked.images[i, :shown]) for i, c in enumerate(captions[:16])]))
     print(f"{len(entries)} pictures, grid.png and manifest.json in {out}")
 
 
@@ -89,7 +89,7 @@ def remake(manifest: str, file: str) -> np.ndarray:
         raise DataError(f"{manifest} lists no sample {file!r}; it has {len(record['samples'])} samples.")
     sizes = record.get("mesh", {"data": 1})  # (which earlier versions did not write)
     if math.prod(sizes.values()) <= jax.local_device_count():
-        mesh = parallel.local_mesh(**sizes)
+        mesh = local_mesh(**sizes)
     else:
         mesh = None
         logging.warning("%s: drawn on more devices than are here; a pixel may be rounded the other way.", manifest)

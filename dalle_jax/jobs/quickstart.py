@@ -12,8 +12,9 @@ from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
-from dalle_jax.distributed import sharding as parallel
-from dalle_jax.evaluation import measure as evaluate
+from dalle_jax.distributed.mesh import local_mesh
+from dalle_jax.evaluation.measure import Model, Options, measure
+from dalle_jax.evaluation.report import write
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.jobs import train as stages
 from dalle_jax.priors.sampling import SamplingOptions
@@ -22,7 +23,7 @@ from dalle_jax.text_to_image.text_to_image import TextToImage
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Trains, generates, scores; writes what `evaluate.write` writes.
+    """Trains, generates, scores; writes what `write` writes.
 
     Args:
       config: see `configs/quickstart.py`: the whole configurations of both priors (their tokenizer's included), of the
@@ -50,16 +51,16 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         seconds[name] = time.perf_counter() - began
 
     began = time.perf_counter()
-    models, mesh = {}, parallel.local_mesh(**evaluation.mesh)
+    models, mesh = {}, local_mesh(**evaluation.mesh)
     for section, knobs in ((config.prior, evaluation.sampling), (config.maskgit, config.maskgit_sampling)):
         if not has_clip(section.workdir):  # so that the workdir alone is enough to draw the best of N
             ClipScorer.load(config.clip.workdir).save(section.workdir)
         model = TextToImage.load(section.workdir, rows_at_once=evaluation.rows_at_once, mesh=mesh)
-        models[model.prior.name] = evaluate.Model(model, from_config(SamplingOptions, knobs, "sampling"))
+        models[model.prior.name] = Model(model, from_config(SamplingOptions, knobs, "sampling"))
     data = workdirs.read_config(config.prior.workdir)["data"]
     tests = open_test_set(data, Protocol(evaluation.split, evaluation.captions, evaluation.count, evaluation.seed))
-    options = from_config(evaluate.Options, {"seed": evaluation.seed, **evaluation.metrics}, "metrics")
-    measured = evaluate.measure(models, tests, options)
+    options = from_config(Options, {"seed": evaluation.seed, **evaluation.metrics}, "metrics")
+    measured = measure(models, tests, options)
     per_image = [measured.figures[name]["seconds_per_image"] for name in ("autoregressive", "maskgit")]
     seconds["evaluation"] = time.perf_counter() - began
     measured.figures["protocol"]["device"] += f", {os.cpu_count()} cores, {platform.machine()}"
@@ -70,5 +71,5 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
         "resumed": resumed,
     }
     title = "Captions held out of training" if evaluation.split == "heldout" else evaluation.split
-    evaluate.write(measured, tests, out, title, config)
+    write(measured, tests, out, title, config)
     return measured.figures

@@ -9,7 +9,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
-from dalle_jax.distributed import joining as distributed
+from dalle_jax.distributed.turns import first_host_first, first_host_says
 from dalle_jax.training.loop import check, train
 from dalle_jax.training.step import TrainState
 
@@ -39,14 +39,14 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
         config = config.copy_and_resolve_references()
         config.tokenizer_from = config.tokenizer_from or config.start_from
         config.text.path = config.text.path or str(workdirs.text_model_path(config.start_from))
-    if "tokenizer" in config and not distributed.first_host_says("has a tokenizer", workdirs.has_tokenizer(workdir)):
+    if "tokenizer" in config and not first_host_says("has a tokenizer", workdirs.has_tokenizer(workdir)):
         source = config.tokenizer_from or config.tokenizer.workdir
         trained = config.tokenizer_from or workdirs.is_complete(source, config.tokenizer)
-        if not distributed.first_host_says("tokenizer is trained", bool(trained)):
+        if not first_host_says("tokenizer is trained", bool(trained)):
             logging.info("%s needs an image tokenizer, and %s holds none yet: training it first.", workdir, source)
             run(config.tokenizer, source)
         tokenizer, params = workdirs.load_tokenizer(source)
-        with distributed.first_host_first("the frozen image tokenizer"):
+        with first_host_first("the frozen image tokenizer"):
             if not workdirs.has_tokenizer(workdir):
                 workdirs.save_tokenizer(workdir, tokenizer, params)
     return train(config, workdir)

@@ -36,8 +36,7 @@ from dalle_jax.image_tokenizers.dvae import space_to_depth
 from dalle_jax.models.attention.xla import attend_reference
 from dalle_jax.models.dense import Dense
 from dalle_jax.models.transformer import Norm
-
-PyTree = Any
+from dalle_jax.pytree import PyTree
 
 # Of the pixels that OpenAI trained on, in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -16,7 +16,7 @@ picture smaller.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -24,8 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.errors import ConfigError
-
-PyTree = Any
+from dalle_jax.pytree import PyTree
 
 SIZE = 299  # of the network's input
 WIDTH = 2048  # of the pool features

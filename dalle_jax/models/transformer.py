@@ -27,7 +27,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.models.attention import splash
-from dalle_jax.models.attention.xla import ATTENDED, HEADS, Pattern, attend, attend_image, attend_reference, attend_step
+from dalle_jax.models.attention.patterns import ATTENDED, HEADS, Pattern
+from dalle_jax.models.attention.xla import attend, attend_image, attend_reference, attend_step
 from dalle_jax.models.dense import Dense
 from dalle_jax.models.rotary import rotary_angles, rotate
 from dalle_jax.token_layout import TokenLayout

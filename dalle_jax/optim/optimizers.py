@@ -22,8 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from dalle_jax.errors import ConfigError
-
-PyTree = Any
+from dalle_jax.pytree import PyTree
 
 
 @dataclasses.dataclass(frozen=True)

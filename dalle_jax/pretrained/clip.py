@@ -25,14 +25,13 @@ import numpy as np
 from absl import app, flags
 from flax import linen as nn
 
-from dalle_jax.checkpoints.compatibility import wrong_parameter
 from dalle_jax.data.byte_pairs import BytePairs
 from dalle_jax.errors import ConfigError, PretrainedError, UserError
 from dalle_jax.models.clip import ACTIVATIONS, CLIP, CLIPOptions
 from dalle_jax.pretrained import state_dict
+from dalle_jax.pytree import PyTree, first_mismatch
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 
-PyTree = Any
 StateDict = Mapping[str, np.ndarray]
 
 _HEAD_DIM = 64  # of all published models
@@ -176,7 +175,7 @@ def convert(arrays: StateDict, options: CLIPOptions) -> PyTree:
             node = node.setdefault(key, {})
         node[path[-1]] = np.asarray(_our_shape(path, np.asarray(array, np.float32), heads))
     expected = nn.meta.unbox(jax.eval_shape(CLIP(options).init, jax.random.key(0)))
-    if wrong := wrong_parameter(params, expected):
+    if wrong := first_mismatch(params, expected):
         name, given, asked = wrong
         raise PretrainedError(f"The weights do not fit {options}: array {name} has shape {given}, expected {asked}.")
     return params

@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +23,7 @@ from flax import traverse_util
 from dalle_jax.errors import PretrainedError
 from dalle_jax.models.inception import SIZE, Inception
 from dalle_jax.pretrained import state_dict
-
-PyTree = Any
+from dalle_jax.pytree import PyTree
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
 _EPSILON = 1e-3  # of the batch normalisation

@@ -26,8 +26,8 @@ from flax import linen as nn
 from dalle_jax.errors import ConfigError, PretrainedError, UserError
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.pretrained import state_dict
+from dalle_jax.pytree import PyTree, first_mismatch
 
-PyTree = Any
 StateDict = Mapping[str, np.ndarray]
 
 # Classes of which a published module consists. They become inert records.
@@ -112,14 +112,9 @@ def convert(encoder: StateDict, decoder: StateDict, options: DVAEOptions) -> PyT
             for key in path[:-1]:
                 node = node.setdefault(key, {})
             node[path[-1]] = np.asarray(array, np.float32)
-    given = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(params)}
-    wanted = {jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree.leaves_with_path(expected)}
-    for path in sorted(given.keys() | wanted.keys()):
-        if given.get(path) != wanted.get(path):
-            raise PretrainedError(
-                f"The weights do not fit {options}: array {path} has shape {given.get(path)}, "
-                f"expected {wanted.get(path)}."
-            )
+    if mismatch := first_mismatch(params, expected):
+        path, given, wanted = mismatch
+        raise PretrainedError(f"The weights do not fit {options}: array {path} has shape {given}, expected {wanted}.")
     return params
 
 

@@ -26,7 +26,7 @@ import optax
 
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
-from dalle_jax.models.attention.xla import CausalPattern, full_layers, sparse_layers
+from dalle_jax.models.attention.patterns import CausalPattern, full_layers, sparse_layers
 from dalle_jax.models.dense import outputs_first
 from dalle_jax.models.transformer import TransformerOptions, Trunk, for_decoding
 from dalle_jax.priors import orders, sampling

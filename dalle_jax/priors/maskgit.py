@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.distributed.sharding import constrain
-from dalle_jax.models.attention.xla import Bidirectional, Pattern
+from dalle_jax.models.attention.patterns import Bidirectional, Pattern
 from dalle_jax.models.dense import Dense
 from dalle_jax.models.transformer import Norm, TransformerOptions, Trunk, for_decoding
 from dalle_jax.priors import masking, sampling

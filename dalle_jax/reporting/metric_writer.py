@@ -11,11 +11,9 @@ import json
 import math
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -25,9 +23,12 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto import event_pb2
 from tensorboardX.proto.summary_pb2 import Summary
 
-from dalle_jax.storage import files as storage
+from dalle_jax.storage.files import write_errors, write_whole
+from dalle_jax.storage.mirror import Mirror
 
 _FLUSH_SECONDS = 10.0
+
+
 _LARGEST_EVENT_FILE = 16 << 20  # bytes
 
 
@@ -49,13 +50,13 @@ class MetricWriter:
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        self._mirror = storage.Mirror(workdir)
+        self._mirror = Mirror(workdir)
         path = self._mirror.folder / "metrics.jsonl"
         self._name = os.path.join(workdir, path.name)
-        with storage.write_errors(self._name):
+        with write_errors(self._name):
             self._mirror.fetch(path.name)
             kept = [line for line in _lines(path) if line["step"] <= start]
-            storage.write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._jsonl = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close())
             (self._mirror.folder / "samples").mkdir(exist_ok=True)
             self._board = _TensorBoard(self._mirror.folder / "tensorboard", start)
@@ -66,7 +67,7 @@ class MetricWriter:
             return
         plain = {name: float(value) for name, value in values.items()}
         finite = {name: value if math.isfinite(value) else None for name, value in plain.items()}
-        with storage.write_errors(self._name):
+        with write_errors(self._name):
             self._jsonl.write(json.dumps({"step": step, **finite}) + "\n")
             self._board.write(step, [Summary.Value(tag=name, simple_value=value) for name, value in plain.items()])
             self._mirror.upload_now_and_then()
@@ -76,7 +77,7 @@ class MetricWriter:
         if not self._active:
             return
         path = self._mirror.folder / "samples" / f"{name}_{step:07d}.png"
-        with storage.write_errors(path):
+        with write_errors(path):
             Image.fromarray(picture).save(path)
             height, width, _ = picture.shape
             image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
@@ -85,14 +86,14 @@ class MetricWriter:
     def flush(self) -> None:
         """Sees to it that what was written outlives the process."""
         if self._active:
-            with storage.write_errors(self._name):
+            with write_errors(self._name):
                 self._board.flush()
                 self._mirror.upload()
 
     def close(self) -> None:
         """Flushes and closes the files."""
         if self._active:
-            with storage.write_errors(self._name):
+            with write_errors(self._name):
                 self._jsonl.close()
                 self._board.close()
                 self._mirror.close()
@@ -138,100 +139,6 @@ class _TensorBoard:
         self._events.close()
 
 
-class Progress:
-    """The line that shows where a run is, how fast it goes and when it will end.
-
-    On a terminal the line is rewritten in place; elsewhere (a log file, a notebook) a new one is printed, at most
-    every `interval` seconds.  Time inside `pause()` (evaluation, checkpoints) is not counted as training time.
-    """
-
-    def __init__(self, start: int, total: int, batch_size: int, *, interval: float = 10.0, out: TextIO | None = None):
-        self._out = out or sys.stdout
-        self._active = jax.process_index() == 0
-        self._tty = self._out.isatty()
-        self._interval = 0.5 if self._tty else interval
-        self._start, self._total, self._batch_size = start, total, batch_size
-        self._paused = 0.0
-        self._began = time.perf_counter()
-        self._mark = (start, 0.0)
-        self._shown = 0.0
-
-    def _elapsed(self) -> float:
-        return time.perf_counter() - self._began - self._paused
-
-    @contextmanager
-    def pause(self) -> Iterator[None]:
-        """Context whose time is not training time."""
-        began = time.perf_counter()
-        try:
-            yield
-        finally:
-            self._paused += time.perf_counter() - began
-
-    def rates(self, step: int) -> dict[str, float]:
-        """Speed since the last call: {"seconds_per_step", "examples_per_second"}."""
-        (since, then), now = self._mark, self._elapsed()
-        self._mark = (step, now)
-        seconds = (now - then) / max(step - since, 1)
-        return {"seconds_per_step": seconds, "examples_per_second": self._batch_size / max(seconds, 1e-9)}
-
-    def show(self, step: int, loss: float) -> None:
-        """Shows the line, unless it was shown just before."""
-        elapsed = self._elapsed()
-        if not self._active or step <= self._start or elapsed - self._shown < self._interval:
-            return
-        self._shown = elapsed
-        left = (self._total - step) * elapsed / (step - self._start)
-        text = f"{self._summary(step, elapsed)} · loss {loss:.4g} · {_duration(left)} left"
-        self._print(f"\r\x1b[2K{text}" if self._tty else f"{text}\n")
-
-    def note(self, text: str) -> None:
-        """Prints a line of its own."""
-        if self._active:
-            self._print(f"\r\x1b[2K{text}\n" if self._tty else f"{text}\n")
-
-    def _print(self, text: str) -> None:
-        try:
-            self._out.write(text)
-            self._out.flush()
-        except (OSError, ValueError):  # nobody reads any more (a Ctrl-C ends `| tee log` too): no reason not to save
-            self._active = False
-
-    def finish(self, step: int, shares: str) -> None:
-        """Prints the average speed of the whole run, and what its time went to (`profiling.StepClock.shares`)."""
-        if step > self._start:
-            elapsed = self._elapsed()
-            self.note(f"{self._summary(step, elapsed)} · {_duration(elapsed)} of training ({shares})")
-
-    def _summary(self, step: int, elapsed: float) -> str:
-        seconds = elapsed / (step - self._start)
-        return (
-            f"step {step}/{self._total} · {1e3 * seconds:.0f} ms/step · "
-            f"{self._batch_size / max(seconds, 1e-9):.4g} examples/s"
-        )
-
-
-class Mean:
-    """Running mean of scalars, over the steps between two log lines or over batches; what is not finite is left out."""
-
-    def __init__(self):
-        self._sums: dict[str, list[float]] = {}
-
-    def add(self, scalars: Mapping[str, Any], weight: float = 1.0) -> None:
-        """Adds the scalars of one step, or of a batch of `weight` rows."""
-        for name, value in scalars.items():
-            total = self._sums.setdefault(name, [0.0, 0.0])
-            if math.isfinite(value):
-                total[0] += float(value) * weight
-                total[1] += weight
-
-    def take(self) -> dict[str, float]:
-        """The means so far (nan: no finite value); starts anew."""
-        means = {name: total / count if count else math.nan for name, (total, count) in self._sums.items()}
-        self._sums = {}
-        return means
-
-
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
     """The lines of a run's metrics.jsonl, in order ([] where there is none)."""
     return list(_lines(epath.Path(workdir) / "metrics.jsonl"))
@@ -244,9 +151,3 @@ def _lines(path: epath.PathLike) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
         except json.JSONDecodeError:
             continue  # the last line of a process that was killed while writing
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"

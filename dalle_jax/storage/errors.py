@@ -6,7 +6,7 @@ import errno
 
 import jax
 
-from dalle_jax.storage import files as storage
+from dalle_jax.storage.files import remote_cause
 
 
 def storage_cause(error: BaseException | None) -> str | None:
@@ -35,7 +35,7 @@ def storage_cause(error: BaseException | None) -> str | None:
             errno.EROFS,
         ):
             return (error.strerror or str(error)).lower()
-        if cause := storage.remote_cause(error):
+        if cause := remote_cause(error):
             return cause
         for text, meaning in texts.items():
             if text.lower() in str(error).lower():

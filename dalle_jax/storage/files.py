@@ -10,21 +10,17 @@ written into a local `Mirror`, from where whole files are copied.
 from __future__ import annotations
 
 import json
-import pathlib
-import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import fsspec
-from absl import logging
 from etils import epath
 
 from dalle_jax.errors import ConfigError, UserError
 
 _CLIENTS = ("gcsfs", "aiohttp", "google")  # packages whose errors are about the storage
-_UPLOAD_SECONDS = 60.0
+
 
 # Listings of a bucket are asked for anew each time: tensorstore and other processes write there too.
 fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
@@ -106,65 +102,6 @@ def write_errors(path: epath.PathLike) -> Iterator[None]:
     )
     with _storage_errors(UserError, f"Cannot write {path}", remedy):
         yield
-
-
-class Mirror:
-    """A local folder that stands for one which may be on object storage.
-
-    Of a folder on a disk it is that folder itself, and nothing is ever copied.
-    """
-
-    def __init__(self, target: epath.PathLike):
-        """Nothing is fetched, see `fetch`.
-
-        Args:
-          target: the folder that is stood for.
-        """
-        self._target = epath.Path(target)
-        self._temporary = tempfile.TemporaryDirectory(prefix="dalle_jax_") if is_remote(target) else None
-        self._copied: dict[pathlib.Path, tuple[int, int]] = {}  # size and time of change when last copied
-        self._uploaded = time.monotonic()
-        self.folder = pathlib.Path(self._temporary.name if self._temporary else self._target)
-
-    def fetch(self, name: str) -> None:
-        """Copies a file here, if it is there."""
-        if self._temporary and (self._target / name).exists():
-            (self.folder / name).write_bytes((self._target / name).read_bytes())
-
-    def upload(self) -> None:
-        """Copies what has changed since the last time.
-
-        Raises:
-          UserError: where that fails.
-        """
-        if not self._temporary:
-            return
-        for path in sorted(path for path in self.folder.rglob("*") if path.is_file()):
-            status = path.stat()
-            version = (status.st_size, status.st_mtime_ns)
-            if self._copied.get(path) != version:
-                target = self._target / path.relative_to(self.folder).as_posix()
-                with write_errors(target):
-                    target.write_bytes(path.read_bytes())
-                self._copied[path] = version
-        self._uploaded = time.monotonic()
-
-    def upload_now_and_then(self) -> None:
-        """`upload`, at most once a minute; what fails is told, and tried again the next time."""
-        if time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
-            self._uploaded = time.monotonic()
-            try:
-                self.upload()
-            except UserError as error:
-                logging.warning("%s", error)
-
-    def close(self) -> None:
-        """Uploads and removes the local folder, if it is not the one that is stood for."""
-        if self._temporary:
-            try:
-                self.upload()
-            finally:
-                self._temporary.cleanup()
 
 
 def remote_cause(error: BaseException) -> str | None:

@@ -26,19 +26,20 @@ from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
 from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.pipeline import Pipeline
-from dalle_jax.data.sources.source import DataOptions, open_source
+from dalle_jax.data.sources.open import open_source
+from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.text import TextModel
-from dalle_jax.distributed.sharding import constrain, to_host
+from dalle_jax.distributed.rows import to_host
+from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.metrics.retrieval import AMONG, retrieval
 from dalle_jax.models import clip as models
 from dalle_jax.models.clip import CLIP
-from dalle_jax.reporting import images as report
-from dalle_jax.tasks import Batch, Job
+from dalle_jax.pytree import PyTree
+from dalle_jax.reporting.images import image_grid
 from dalle_jax.tasks.corrupted_negatives import NegativeOptions, spoil
+from dalle_jax.tasks.task import Batch, Job
 from dalle_jax.token_layout import TokenLayout
-
-PyTree = Any
 
 _PREVIEW_ROWS, _PREVIEW_MATCHES = 6, 4
 
@@ -175,7 +176,7 @@ class CLIPTask:
         for i in range(min(_PREVIEW_ROWS, len(text))):
             caption = self._text_model.decode([token for token in text[i].tolist() if token < self.clip.options.end_id])
             shown.append((caption, [pictures[i], *pictures[best[i]]]))
-        return report.grid(shown, ("its picture", *["best matches"] * best.shape[1]))
+        return image_grid(shown, ("its picture", *["best matches"] * best.shape[1]))
 
 
 def _task(config: ConfigDict, text_vocab: int, text_model: TextModel | None) -> tuple[CLIPTask, TokenLayout]:

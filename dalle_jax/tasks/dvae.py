@@ -28,7 +28,7 @@ from dalle_jax.configuration.options import from_config as from_section
 from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources.source import DataOptions
-from dalle_jax.distributed.sharding import to_host
+from dalle_jax.distributed.rows import to_host
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import logit_laplace
 from dalle_jax.image_tokenizers.dvae import DVAETokenizer, gumbel_softmax, kl_to_uniform
@@ -36,8 +36,9 @@ from dalle_jax.image_tokenizers.kmeans_init import kmeans_init
 from dalle_jax.image_tokenizers.tokenizer import from_config
 from dalle_jax.metrics import codebook
 from dalle_jax.optim import schedules
-from dalle_jax.reporting import images as report
-from dalle_jax.tasks import Batch, Job, PyTree
+from dalle_jax.pytree import PyTree
+from dalle_jax.reporting.images import to_uint8
+from dalle_jax.tasks.task import Batch, Job
 
 # True codes are decoded for every eighth row of a training batch only: enough for the log, cheap enough for each step.
 _PROBE_EVERY = 8
@@ -183,7 +184,7 @@ class DVAETask:
         """Rows of real pictures, each above the row of its reconstructions from tokens."""
         del frozen, key
         real = to_host(batch["image"][: 2 * _PREVIEW_COLUMNS])
-        shown = report.to_uint8(to_host(self._reconstruct(params, real)))
+        shown = to_uint8(to_host(self._reconstruct(params, real)))
         starts = range(0, len(real), _PREVIEW_COLUMNS)
         strips = [np.concatenate(rows[i : i + _PREVIEW_COLUMNS], axis=1) for i in starts for rows in (real, shown)]
         strips = [

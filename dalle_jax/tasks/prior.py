@@ -6,37 +6,33 @@ B rows    T text    N = h·w image tokens
 from __future__ import annotations
 
 import functools
-import hashlib
-import io
-import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from ml_collections import ConfigDict
 
-from dalle_jax import keys, priors
+from dalle_jax import keys
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.pipeline import Pipeline
-from dalle_jax.data.sources.source import DataOptions, open_source
+from dalle_jax.data.sources.open import open_source
+from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.text import TextModel
-from dalle_jax.distributed import joining as distributed
-from dalle_jax.distributed.sharding import to_host
+from dalle_jax.distributed.rows import to_host
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
-from dalle_jax.priors import TokenPrior
-from dalle_jax.reporting import images as report
-from dalle_jax.reporting.metric_writer import Mean
-from dalle_jax.storage import files as storage
-from dalle_jax.tasks import Batch, Job, zeros_like
+from dalle_jax.metrics.mean import Mean
+from dalle_jax.priors.registry import make
+from dalle_jax.priors.token_prior import TokenPrior
+from dalle_jax.pytree import PyTree
+from dalle_jax.reporting.images import image_grid, to_uint8
+from dalle_jax.tasks.encoded_split import tokens_of_split
+from dalle_jax.tasks.task import Batch, Job, zeros_like
 from dalle_jax.token_layout import TokenLayout
-
-PyTree = Any
 
 
 class PriorTask:
@@ -112,58 +108,18 @@ class PriorTask:
         drawn = self.prior.sample(params, jnp.asarray(text), jax.random.split(key, 2 * rows))
         layout = self.prior.layout
         both = jnp.concatenate([tokens, drawn]).reshape(-1, layout.height, layout.width)
-        images = report.to_uint8(to_host(self.tokenizer.decode(frozen["tokenizer"], both)))
+        images = to_uint8(to_host(self.tokenizer.decode(frozen["tokenizer"], both)))
         captions = [self._text_model.decode([i for i in row if i < layout.text_vocab]) for row in text.tolist()]
         shown = [
             (captions[i], [real[i], images[i], images[rows + 2 * i], images[rows + 2 * i + 1]]) for i in range(rows)
         ]
-        return report.grid(shown, ("real", "reconstructed", "generated", "generated"))
-
-
-def encode_split(options: DataOptions, split: str, tokenizer: ImageTokenizer, params: PyTree, batch_size: int = 64):
-    """The image tokens of a whole split, int32 [examples, N], in the order of its source (zeros where unreadable)."""
-    encode = jax.jit(tokenizer.encode)
-    pipeline = Pipeline(options, split=split, train=False, batch_size=batch_size)
-    rows = None
-    for batch in pipeline:
-        tokens = np.asarray(encode(params, batch["image"])).reshape(batch_size, -1)
-        if rows is None:
-            rows = np.zeros((len(pipeline.source), tokens.shape[1]), np.int32)
-        rows[batch["index"][batch["valid"]]] = tokens[batch["valid"]]
-    return rows
-
-
-def tokens_of_split(
-    options: DataOptions, split: str, tokenizer: ImageTokenizer, params: PyTree, folders: Sequence[epath.PathLike]
-) -> np.ndarray:
-    """What `encode_split` makes, kept in a file where the source's examples cannot change.
-
-    Args:
-      folders: where such a file may be; the first one gets it.
-    """
-    identity = open_source(options, split).identity
-    if identity is None:
-        return encode_split(options, split, tokenizer, params)
-    what = [identity, options.image_size, options.image_key, tokenizers.to_dict(tokenizer)]
-    digest = hashlib.sha256(json.dumps(what).encode())
-    for leaf in jax.tree.leaves(params):
-        digest.update(np.asarray(leaf).tobytes())
-    paths = [epath.Path(folder).expanduser() / f"tokens-{digest.hexdigest()[:16]}.npy" for folder in folders]
-    with distributed.first_host_first(f"the tokens {paths[0]}"):
-        found = next((path for path in paths if path.exists()), None)
-        if found:
-            return np.load(io.BytesIO(found.read_bytes()))
-        tokens = encode_split(options, split, tokenizer, params)
-        written = io.BytesIO()
-        np.save(written, tokens)
-        storage.write_whole(paths[0], written.getvalue())
-    return tokens
+        return image_grid(shown, ("real", "reconstructed", "generated", "generated"))
 
 
 def _task(config: ConfigDict, tokenizer: ImageTokenizer, params: PyTree, text_vocab: int, **more: Any) -> PriorTask:
     height, width = tokenizer.grid(config.data.image_size)
     layout = TokenLayout(text_vocab, tokenizer.vocab_size, config.text.length, height, width)
-    return PriorTask(priors.make(config.prior, config.model, layout), tokenizer, params, **more)
+    return PriorTask(make(config.prior, config.model, layout), tokenizer, params, **more)
 
 
 def _encodes_once(config: ConfigDict) -> bool:

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -29,18 +28,17 @@ from jax.sharding import Mesh
 from dalle_jax.checkpoints import frozen
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.checkpoints import Checkpoints
-from dalle_jax.checkpoints.compatibility import fingerprint, wrong_parameter
 from dalle_jax.configuration.options import from_config
 from dalle_jax.data.byte_pairs import BytePairs
 from dalle_jax.data.text import TextModel, encode_captions
-from dalle_jax.distributed import sharding as parallel
 from dalle_jax.distributed.chunks import in_chunks
+from dalle_jax.distributed.mesh import local_mesh
+from dalle_jax.distributed.sharding import replicated
 from dalle_jax.errors import CheckpointError, DataError
 from dalle_jax.models import clip as models
 from dalle_jax.models.clip import CLIP, CLIPOptions
-from dalle_jax.storage import files as storage
-
-PyTree = Any
+from dalle_jax.pytree import PyTree, fingerprint, first_mismatch
+from dalle_jax.storage.files import write_errors
 
 _TEXT_MODELS = {"sentencepiece": TextModel.load, "byte_pairs": BytePairs}
 
@@ -96,13 +94,13 @@ class ClipScorer:
             with Checkpoints(str(folder), read_only=True) as checkpoints:
                 params = checkpoints.restore_params(step)
         _check_fit(clip, params, folder)
-        mesh = mesh or parallel.local_mesh()
-        return cls(clip, jax.device_put(params, parallel.replicated(mesh)), text_model, rows_at_once, mesh)
+        mesh = mesh or local_mesh()
+        return cls(clip, jax.device_put(params, replicated(mesh)), text_model, rows_at_once, mesh)
 
     def save(self, folder: str | epath.PathLike) -> None:
         """Freezes it into `<folder>/clip`, from where `load` reads it."""
         target = epath.Path(folder).expanduser() / "clip"
-        with storage.write_errors(target):
+        with write_errors(target):
             self.text_model.save(target / "text.model")
         kind = "byte_pairs" if isinstance(self.text_model, BytePairs) else "sentencepiece"
         options = {"text_model": kind, **dataclasses.asdict(self.clip.options)}
@@ -197,7 +195,7 @@ def _load_frozen(folder: epath.Path) -> tuple[CLIP, PyTree, TextModel | BytePair
 
 def _check_fit(clip: CLIP, params: PyTree, folder: epath.PathLike) -> None:
     """Refuses parameters of other shapes than configuration and text model ask for."""
-    wrong = wrong_parameter(params, nn.meta.unbox(jax.eval_shape(clip.init, jax.random.key(0))))
+    wrong = first_mismatch(params, nn.meta.unbox(jax.eval_shape(clip.init, jax.random.key(0))))
     if wrong is not None:
         name, given, asked = wrong
         raise CheckpointError(

@@ -25,24 +25,25 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dalle_jax import compilation_cache, keys, priors
+from dalle_jax import compilation_cache, keys
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.checkpoints import Checkpoints
-from dalle_jax.checkpoints.compatibility import wrong_parameter
 from dalle_jax.data.text import TextModel, encode_captions
-from dalle_jax.distributed import sharding as parallel
 from dalle_jax.distributed.chunks import up_to_multiple
+from dalle_jax.distributed.mesh import local_mesh
+from dalle_jax.distributed.rows import over_rows
+from dalle_jax.distributed.sharding import batch_shards, replicated, shardings_of
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
-from dalle_jax.priors import TokenPrior
+from dalle_jax.priors.registry import make
 from dalle_jax.priors.sampling import SamplingOptions
-from dalle_jax.reporting import images as report
+from dalle_jax.priors.token_prior import TokenPrior
+from dalle_jax.pytree import PyTree, first_mismatch
+from dalle_jax.reporting.images import to_uint8
 from dalle_jax.text_to_image.best_of_n import Reranking
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
 from dalle_jax.text_to_image.editing import Editing
 from dalle_jax.token_layout import TokenLayout
-
-PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +89,7 @@ class TextToImage(Editing, Reranking):
           step: a checkpoint's step, "best", or None for the latest.
           rows_at_once: most pictures drawn in one go, by all devices together.
           clip: what `ClipScorer.load` takes; None: the one frozen into `workdir`, if there is one.
-          mesh: as from `parallel.make_mesh`, whose `fsdp` and `tensor` split a prior that one device cannot hold; None:
+          mesh: as from `make_mesh`, whose `fsdp` and `tensor` split a prior that one device cannot hold; None:
             all devices of this host along `data`.
 
         Raises:
@@ -110,12 +111,12 @@ class TextToImage(Editing, Reranking):
         layout = TokenLayout(
             text_model.vocab_size, tokenizer.vocab_size, config["text"]["length"], *tokenizer.grid(size)
         )
-        prior = priors.make(config["prior"], config["model"], layout)
-        mesh = mesh or parallel.local_mesh()
+        prior = make(config["prior"], config["model"], layout)
+        mesh = mesh or local_mesh()
         with Checkpoints(workdir, read_only=True) as checkpoints:
             params = checkpoints.restore_params(step, layout=lambda stored: _layout(prior, stored, workdir, mesh))
             step = checkpoints.resolve(step)
-        tokenizer_params = jax.device_put(tokenizer_params, parallel.replicated(mesh))
+        tokenizer_params = jax.device_put(tokenizer_params, replicated(mesh))
         folder = clip or (workdir if has_clip(workdir) else None)
         scorer = ClipScorer.load(folder, rows_at_once=rows_at_once, mesh=mesh) if folder else None
         return cls(
@@ -230,9 +231,7 @@ class TextToImage(Editing, Reranking):
             raise DataError(
                 f"The picture is {images.dtype} {images.shape[1:]}; this model works on uint8 {expected}: resize it."
             )
-        tokens = parallel.over_rows(
-            self.mesh, functools.partial(_encode, self.tokenizer, self.tokenizer_params), images
-        )
+        tokens = over_rows(self.mesh, functools.partial(_encode, self.tokenizer, self.tokenizer_params), images)
         return np.asarray(tokens).reshape(len(images), -1)
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
@@ -243,13 +242,13 @@ class TextToImage(Editing, Reranking):
     def decode_grid(self, tokens: np.ndarray) -> np.ndarray:
         """Token grids of any size to pictures: int32 [B, h', w'] to uint8 [B, H', W', 3]."""
         decode = functools.partial(_decode, self.tokenizer, self.tokenizer_params)
-        return report.to_uint8(parallel.over_rows(self.mesh, decode, tokens))
+        return to_uint8(over_rows(self.mesh, decode, tokens))
 
     # -- in chunks of one size: bounded memory, one compilation, and a chunk can be drawn again by itself ----------
 
     def _chunk_shape(self, captions: int, n: int) -> tuple[int, int]:
         """(captions, candidates of each) drawn in one go: rows that the devices divide."""
-        shards, candidates = parallel.batch_shards(self.mesh), min(n, self.rows_at_once)
+        shards, candidates = batch_shards(self.mesh), min(n, self.rows_at_once)
         if candidates > shards:
             candidates = up_to_multiple(candidates, shards)
         many = max(1, min(self.rows_at_once // candidates, captions))
@@ -269,14 +268,14 @@ class TextToImage(Editing, Reranking):
         draw = lambda text, keys, known: self.prior.sample(
             self.params, text, keys, known=known, negative=away, **dataclasses.asdict(options)
         )
-        return parallel.over_rows(self.mesh, draw, text, keys, known)
+        return over_rows(self.mesh, draw, text, keys, known)
 
     def _draw(self, caption: str, n: int, seed: int, options, known, window: int = 0) -> np.ndarray:
         """Tokens of n pictures of one caption beside known ones, (int32 [n, N], bool [n, N]): int32 [n, N]."""
         _check_count(n, seed)
         negative, options = _parse(options)
         text = self.encode_text([caption])
-        rows = up_to_multiple(min(n, self.rows_at_once), parallel.batch_shards(self.mesh))
+        rows = up_to_multiple(min(n, self.rows_at_once), batch_shards(self.mesh))
         parts = []
         for first in range(0, n, rows):
             numbers = np.minimum(first + np.arange(rows), n - 1)  # surplus rows repeat the last
@@ -305,7 +304,7 @@ def _layout(prior: TokenPrior, stored: PyTree, workdir: str, mesh: Mesh) -> PyTr
     """Where each parameter goes; refuses those of another shape than the text model, the image tokenizer and the
     configuration ask for."""
     expected = jax.eval_shape(prior.init, jax.random.key(0))
-    wrong = wrong_parameter(stored, nn.meta.unbox(expected))
+    wrong = first_mismatch(stored, nn.meta.unbox(expected))
     if wrong is not None:
         name, given, asked = wrong
         raise CheckpointError(
@@ -313,7 +312,7 @@ def _layout(prior: TokenPrior, stored: PyTree, workdir: str, mesh: Mesh) -> PyTr
             f"and image tokenizer ({prior.layout.image_vocab} codes) ask for {asked}: put back the text/ and "
             "image_tokenizer/ that it was trained with. (Or an earlier version of dalle_jax wrote it.)"
         )
-    return parallel.shardings_of(expected, mesh)
+    return shardings_of(expected, mesh)
 
 
 def row_keys(seed: int, text: np.ndarray, numbers: np.ndarray, window: int = 0) -> jax.Array:

@@ -15,9 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -28,23 +25,29 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from dalle_jax import compilation_cache, keys, tasks
+from dalle_jax import compilation_cache, keys
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.checkpoints.compatibility import to_json
 from dalle_jax.checkpoints.workdir import read_config
 from dalle_jax.configuration.options import from_config
 from dalle_jax.data.prefetch import prefetch_to_mesh
 from dalle_jax.data.timeout_iterator import Patient
-from dalle_jax.distributed import joining as distributed
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.mesh import describe, make_mesh
+from dalle_jax.distributed.rows import check_batch, host_rows, to_mesh
+from dalle_jax.distributed.sharding import batch_sharding, on_mesh, replicated
+from dalle_jax.distributed.turns import first_host_first, is_first, joined
 from dalle_jax.distributed.watchdog import Watchdog, lost_host
 from dalle_jax.errors import ConfigError, DataError, LostHostError, NonFiniteError, Preempted, UserError
+from dalle_jax.metrics.mean import Mean
 from dalle_jax.optim import optimizers, schedules
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
-from dalle_jax.reporting.metric_writer import Mean, MetricWriter, Progress
-from dalle_jax.storage import files as storage
-from dalle_jax.tasks import Job
+from dalle_jax.reporting.metric_writer import MetricWriter
+from dalle_jax.reporting.progress import Progress
+from dalle_jax.storage.files import full_path, make_workdir, write_json
+from dalle_jax.tasks.registry import build
+from dalle_jax.tasks.task import Job
 from dalle_jax.training.profiling import StepClock, StepTrace, check_profile_steps
+from dalle_jax.training.signals import stop_signals
 from dalle_jax.training.step import TrainState, make_init, make_train_step
 from dalle_jax.training.warm_start import warm_start
 
@@ -60,7 +63,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
     Args:
       config: a training configuration (see `configs/`).
       workdir: directory of the run; made if needed.
-      job: what to train; default: `tasks.build` of `config` and `workdir`.
+      job: what to train; default: `build` of `config` and `workdir`.
 
     Returns:
       The final state, on the mesh.
@@ -73,24 +76,24 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
         compilation_cache.enable()
         mesh, options, average = check(config)
         workdir = _make(workdir)
-        stop = cleanup.enter_context(_stop_signals())
+        stop = cleanup.enter_context(stop_signals())
         total, cadence = config.steps, config.cadence
-        job = job or tasks.build(config, workdir, parallel.host_rows(mesh, config.batch_size))
+        job = job or build(config, workdir, host_rows(mesh, config.batch_size))
         task = job.task
         step_schedules = {
             **task.schedules,
             "learning_rate": schedules.make(config.schedules.learning_rate, "learning_rate"),
         }
         optimizer = optimizers.make_optimizer(options)
-        logging.info("mesh: %s", parallel.describe(mesh))
+        logging.info("mesh: %s", describe(mesh))
 
         # ------------------------------------------------------------ the state: shapes, their layout, then either
         #   1. the latest checkpoint in workdir (state and data iterator), whatever mesh it was written on, or
         #   2. fresh parameters, or those of config.start_from where they fit
-        cleanup.enter_context(parallel.on_mesh(mesh))
+        cleanup.enter_context(on_mesh(mesh))
         watchdog = cleanup.enter_context(Watchdog(config.timeout_seconds.step))
         init, abstract_state = make_init(task, optimizer, average, mesh, config.seed)
-        rows, everywhere = parallel.batch_sharding(mesh), parallel.replicated(mesh)
+        rows, everywhere = batch_sharding(mesh), replicated(mesh)
         batches = prefetch_to_mesh(Patient(job.train_batches(), config.timeout_seconds.data), rows)
         cleanup.push(_closing(batches.close))
         checkpoints = Checkpoints(
@@ -104,8 +107,8 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
             if config.get("start_from"):
                 state = warm_start(state, config.start_from)
         start = int(state.step)
-        if distributed.is_first() and (start <= total or not _has_config(workdir)):  # else the longer training's stays
-            storage.write_json(epath.Path(workdir) / "config.json", to_json(config))
+        if is_first() and (start <= total or not _has_config(workdir)):  # else the longer training's stays
+            write_json(epath.Path(workdir) / "config.json", to_json(config))
 
         # ------------------------------------------------------------------------------------ what the run reports
         writer, mean, progress = MetricWriter(workdir, start=start), Mean(), Progress(start, total, config.batch_size)
@@ -149,7 +152,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
         def evaluation_batches() -> Iterator[Any]:
             with contextlib.closing(Patient(iter(job.eval_batches()), config.timeout_seconds.data)) as every:
                 for batch in itertools.islice(every, config.eval_batches):
-                    yield parallel.to_mesh(batch, rows)
+                    yield to_mesh(batch, rows)
                     watchdog.gets_on()
 
         @functools.partial(jax.profiler.annotate_function, name="evaluate")
@@ -242,7 +245,7 @@ def check(config: ConfigDict) -> tuple[Mesh, OptimizerOptions, AverageOptions]:
             raise ConfigError(
                 f"config.timeout_seconds.{name}={seconds!r}: expected seconds, more than 0 and at most {_LONGEST:g}."
             )
-    if jax.process_count() > 1 and not distributed.joined():
+    if jax.process_count() > 1 and not joined():
         raise ConfigError(
             f"This is one of {jax.process_count()} hosts of a TPU slice, and was not joined to them: give "
             "--coordinator_address=auto on each."
@@ -250,10 +253,10 @@ def check(config: ConfigDict) -> tuple[Mesh, OptimizerOptions, AverageOptions]:
     check_profile_steps(config.profile_steps)
     for name, section in config.schedules.items():
         schedules.make(section, name)
-    mesh = parallel.make_mesh(**config.mesh)
+    mesh = make_mesh(**config.mesh)
     options = from_config(OptimizerOptions, config.optimizer, "optimizer")
     average = from_config(AverageOptions, config.ema, "ema")
-    parallel.check_batch(mesh, config.batch_size, options.accumulate_steps)
+    check_batch(mesh, config.batch_size, options.accumulate_steps)
     return mesh, options, average
 
 
@@ -261,10 +264,10 @@ def _make(workdir: str) -> str:
     """Makes the directory, the first host alone; gives its full name."""
     if not workdir:
         raise ConfigError("No workdir: give --workdir=DIR or config.workdir, where the run keeps its files.")
-    with distributed.first_host_first(f"the workdir {workdir}"):
-        if distributed.is_first():
-            return storage.make_workdir(workdir)
-        path = storage.full_path(workdir)
+    with first_host_first(f"the workdir {workdir}"):
+        if is_first():
+            return make_workdir(workdir)
+        path = full_path(workdir)
         if not path.exists():
             raise ConfigError(
                 f"{path}, which the first host made, is not there on this one: several hosts need a workdir "
@@ -311,35 +314,3 @@ def _next(batches: Iterator[Any]) -> Any:
         return next(batches)
     except StopIteration:
         raise DataError("The training data ended; the training iterator is expected to repeat for ever.") from None
-
-
-@contextlib.contextmanager
-def _stop_signals() -> Iterator[threading.Event]:
-    """Context in which SIGTERM and Ctrl-C set the event that it gives, instead of ending the process at once.
-
-    A second Ctrl-C interrupts as usual.  With several hosts JAX's own preemption service catches SIGTERM and agrees
-    on a common step (`Checkpoints.reached_preemption`); a Ctrl-C is passed on to it.  In another thread than the main
-    one Python allows no handlers, and nothing is done.
-    """
-    requested = threading.Event()
-    alone = jax.process_count() == 1
-
-    def request(number: int, _: Any) -> None:
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-        if alone:
-            requested.set()
-        else:
-            os.kill(os.getpid(), signal.SIGTERM)
-        with contextlib.suppress(OSError):  # not by print, which may be at work already
-            os.write(2, b"\nstopping: it saves as soon as it can (a second Ctrl-C ends it at once)\n")
-
-    previous = {}
-    if threading.current_thread() is threading.main_thread():
-        caught = (signal.SIGTERM, signal.SIGINT) if alone else (signal.SIGINT,)
-        previous = {number: signal.signal(number, request) for number in caught}
-    try:
-        yield requested
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's

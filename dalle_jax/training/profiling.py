@@ -10,7 +10,8 @@ import jax
 from etils import epath
 
 from dalle_jax.errors import ConfigError
-from dalle_jax.storage import files as storage
+from dalle_jax.storage.files import write_errors
+from dalle_jax.storage.mirror import Mirror
 
 _WARM_UP = 3  # steps before a trace begins: the first ones fill queues and caches
 
@@ -101,7 +102,7 @@ class StepTrace:
         self._first = max(min(start + _WARM_UP, total - count), start)
         self._last = min(self._first + count, total)
         self._target = epath.Path(workdir) / "profile"
-        self._mirror: storage.Mirror | None = None
+        self._mirror: Mirror | None = None
 
     def due(self, step: int) -> bool:
         """Whether the recording begins or ends when `step` steps are done; `advance` then does it."""
@@ -118,7 +119,7 @@ class StepTrace:
         if self._mirror is not None:
             self.close()
             return f"{self._target}: {what}"
-        self._mirror = storage.Mirror(self._target)
+        self._mirror = Mirror(self._target)
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # each Python call: a large file that hides the rest
         jax.profiler.start_trace(self._mirror.folder, create_perfetto_trace=True, profiler_options=options)
@@ -128,6 +129,6 @@ class StepTrace:
         """Ends a recording that is under way, and writes what there is of it."""
         if self._mirror is not None:
             mirror, self._mirror = self._mirror, None
-            with storage.write_errors(self._target):
+            with write_errors(self._target):
                 jax.profiler.stop_trace()
                 mirror.close()

@@ -17,12 +17,21 @@ import optax
 from jax.sharding import Mesh
 
 from dalle_jax import keys
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.sharding import abstract, on_mesh, replicated, shardings_of
 from dalle_jax.optim import optimizers
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
-from dalle_jax.tasks import Task
+from dalle_jax.pytree import PyTree
+from dalle_jax.tasks.task import Task
 
-PyTree = Any
+# Options with which the TPU compiler gathers the parameters of one product while it computes another (those that
+# MaxText publishes for v5p).
+OVERLAP = {
+    "xla_enable_async_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion": True,
+    "xla_tpu_enable_async_collective_fusion_fuse_all_gather": True,
+    "xla_tpu_enable_async_collective_fusion_multiple_steps": True,
+    "xla_tpu_overlap_compute_collective_tc": True,
+}
 
 
 @flax.struct.dataclass
@@ -60,7 +69,7 @@ def make_init(
       task: gives the parameters.
       optimizer: gives its state.
       average: says whether an average is kept.
-      mesh: where to; call the result inside `parallel.on_mesh(mesh)`.
+      mesh: where to; call the result inside `on_mesh(mesh)`.
       seed: of the run.
 
     Returns:
@@ -77,10 +86,10 @@ def make_init(
         zero = jnp.zeros((), jnp.int32)
         return TrainState(zero, params, ema, optimizer.init(params), zero, zero)
 
-    with parallel.on_mesh(mesh):
+    with on_mesh(mesh):
         boxed, shapes = jax.eval_shape(boxed_params), jax.eval_shape(init)
-    params = parallel.shardings_of(boxed, mesh)
-    everywhere = parallel.replicated(mesh)
+    params = shardings_of(boxed, mesh)
+    everywhere = replicated(mesh)
     shardings = TrainState(
         step=everywhere,
         params=params,
@@ -93,7 +102,7 @@ def make_init(
     )
     # Runs once: on a CPU, optimising its hundreds of small draws would take minutes. The numbers stay the same.
     quick = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
-    return jax.jit(init, out_shardings=shardings, compiler_options=quick), parallel.abstract(shapes, shardings)
+    return jax.jit(init, out_shardings=shardings, compiler_options=quick), abstract(shapes, shardings)
 
 
 def make_train_step(
@@ -117,7 +126,7 @@ def make_train_step(
       average: for the moving average.
       schedules: to log, by name; "learning_rate" among them multiplies the update.
       state: the abstract state, for its shardings.
-      overlap: whether to compile with `parallel.OVERLAP`, on TPUs.
+      overlap: whether to compile with `OVERLAP`, on TPUs.
 
     Returns:
       A jitted function; the scalars are float32, laid out on every device.
@@ -161,7 +170,7 @@ def make_train_step(
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     mesh = state.step.sharding.mesh
-    asked = parallel.OVERLAP if overlap and mesh.devices.flat[0].platform == "tpu" else None
+    asked = OVERLAP if overlap and mesh.devices.flat[0].platform == "tpu" else None
     return jax.jit(
         train_step,
         donate_argnums=(0,) if donates(mesh) else (),

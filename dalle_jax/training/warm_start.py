@@ -17,6 +17,7 @@ from absl import logging
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.transformer import unstack
+from dalle_jax.pytree import by_path
 from dalle_jax.training.step import TrainState
 
 
@@ -33,7 +34,7 @@ def warm_start(state: TrainState, workdir: str) -> TrainState:
     """
     with Checkpoints(str(workdir), read_only=True) as checkpoints:
         params = jax.device_get(checkpoints.restore_params())
-    own, given = _by_name(state.params), _by_name(_layer_by_layer(params))
+    own, given = by_path(state.params), by_path(_layer_by_layer(params))
     unit = len(state.params.get("trunk", {}).get("units", ()))
     found = {name: _folded(name, x.shape, given, unit) for name, x in own.items()}
     fresh = [name for name, x in own.items() if found[name] is None or found[name].shape != x.shape]
@@ -66,7 +67,3 @@ def _folded(name: str, shape: tuple[int, ...], given: dict[str, np.ndarray], uni
     if any(layer is None or layer.shape != shape[1:] for layer in layers):
         return None
     return np.stack(layers)
-
-
-def _by_name(params) -> dict[str, jax.Array]:
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): x for path, x in jax.tree.leaves_with_path(params)}

@@ -7,9 +7,9 @@ import jax
 import numpy as np
 
 from dalle_jax.models.transformer import TransformerOptions
-from dalle_jax.priors import TokenPrior
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
 from dalle_jax.priors.maskgit import MaskGITOptions, MaskGITPrior
+from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.token_layout import TokenLayout
 
 

@@ -6,7 +6,8 @@ import _measure as m  # first: it limits the threads
 import jax
 import optax
 
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.mesh import make_mesh
+from dalle_jax.distributed.sharding import on_mesh
 from dalle_jax.optim import optimizers
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.training import step as train_step
@@ -23,9 +24,9 @@ def time_step(task, batch: dict, schedules: dict, runs: int, **timing) -> dict:
       **timing: `warmup` and `inner` of `_measure.measure`.
     """
     options, average = OptimizerOptions(), AverageOptions()
-    optimizer, mesh = optimizers.make_optimizer(options), parallel.make_mesh()
+    optimizer, mesh = optimizers.make_optimizer(options), make_mesh()
     schedules = {"learning_rate": optax.constant_schedule(3e-4), **schedules}
-    with parallel.on_mesh(mesh):
+    with on_mesh(mesh):
         init, abstract = train_step.make_init(task, optimizer, average, mesh, seed=0)
         state, key = init(), jax.random.key(1)
         step = train_step.make_train_step(task, optimizer, options, average, schedules, abstract)

@@ -29,9 +29,10 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.experimental import topologies  # noqa: E402
 
-from dalle_jax.distributed import sharding as parallel  # noqa: E402
+from dalle_jax.distributed.mesh import make_mesh  # noqa: E402
+from dalle_jax.distributed.sharding import on_mesh, replicated  # noqa: E402
 from dalle_jax.models.attention import splash  # noqa: E402
-from dalle_jax.models.attention.xla import Bidirectional, Column, Convolutional, Full, Row  # noqa: E402
+from dalle_jax.models.attention.patterns import Bidirectional, Column, Convolutional, Full, Row  # noqa: E402
 from dalle_jax.models.transformer import Attention, TransformerOptions  # noqa: E402
 from dalle_jax.token_layout import TokenLayout  # noqa: E402
 
@@ -51,14 +52,14 @@ def layer_program(topology: str, pattern, kernel: str, heads: int, batch: int):
     options = TransformerOptions(width=64 * heads, depth=64, heads=heads, attention_kernel=kernel)
     layer = Attention(options, LAYOUT, (pattern,))
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    mesh = parallel.make_mesh(data=1, devices=devices[:1])
+    mesh = make_mesh(data=1, devices=devices[:1])
 
     def step(params, x, cotangent):
         out, back = jax.vjp(layer.apply, params, x)
         return out, back(cotangent)
 
-    with parallel.on_mesh(mesh):
-        whole = parallel.replicated(mesh)
+    with on_mesh(mesh):
+        whole = replicated(mesh)
         x = jax.ShapeDtypeStruct((batch, LAYOUT.length, options.width), jnp.bfloat16, sharding=whole)
         params = jax.eval_shape(lambda x: nn.meta.unbox(layer.init(jax.random.key(0), x)), x)
         params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.bfloat16, sharding=whole), params)

@@ -4,7 +4,7 @@ import pytest
 
 from dalle_jax.aot import kernels, topologies
 from dalle_jax.models.attention import splash
-from dalle_jax.models.attention.xla import Full, Row
+from dalle_jax.models.attention.patterns import Full, Row
 from dalle_jax.token_layout import TokenLayout
 
 PAPER = TokenLayout(text_vocab=16_384, image_vocab=8192, text_length=256, height=32, width=32)

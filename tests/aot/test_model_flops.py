@@ -3,18 +3,20 @@
 import jax
 import pytest
 
-from dalle_jax import keys, tasks
+from dalle_jax import keys
 from dalle_jax.aot import model_flops
 from dalle_jax.aot.program import Program
 from dalle_jax.aot.target import load_target
+from dalle_jax.tasks.registry import abstract
+from dalle_jax.tasks.task import zeros_like
 
 SMALL = "model.trunk.depth=3,model.trunk.scan=False,model.trunk.remat=none,batch_size=4"
 
 
 def program_of(config):
     """A task, its batch, and the loss with its gradients, lowered for one CPU device."""
-    task, batch = tasks.abstract(config)
-    params = tasks.zeros_like(task.init, jax.random.key(0))
+    task, batch = abstract(config)
+    params = zeros_like(task.init, jax.random.key(0))
 
     def update(params, frozen, batch):
         return jax.value_and_grad(task.loss, has_aux=True)(

@@ -7,11 +7,12 @@ import jax
 import pytest
 from ml_collections import ConfigDict
 
-from dalle_jax import tasks
 from dalle_jax.aot import costs, remedies, topologies
-from dalle_jax.aot import target as compile_module
 from dalle_jax.aot.target import CompileOptions, compile_target, load_target, lower_sampler, make_subject
 from dalle_jax.errors import ConfigError, DoesNotFit, UserError
+from dalle_jax.jobs import compile as compile_module
+from dalle_jax.jobs.compile import run
+from dalle_jax.tasks.registry import abstract
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (pip install -e '.[tpu]')"
@@ -87,7 +88,7 @@ def test_a_workdir_that_cannot_be_written_is_known_before_compiling(where, tmp_p
     (tmp_path / "a_file").touch()
     monkeypatch.setattr(compile_module, "compile_target", lambda options: pytest.fail("compiled"))
     with pytest.raises(ConfigError, match=f"Cannot use '.*{where}' as the workdir: .* Give another --workdir"):
-        compile_module.run(run_config("configs/prior.py"), str(tmp_path / where))
+        run(run_config("configs/prior.py"), str(tmp_path / where))
 
 
 def test_missing_libtpu_is_named(monkeypatch):
@@ -109,7 +110,7 @@ def test_topologies_that_do_not_exist(name):
 @pytest.mark.parametrize("target", ["configs/prior.py", "configs/dvae.py", "configs/clip.py", "configs/maskgit.py"])
 def test_abstract_batches_are_those_of_the_pipeline(target, tmp_path, monkeypatch):
     config = load_target(target, "batch_size=4,data.builder_kwargs.num_train=512")
-    _, batch = tasks.abstract(config)
+    _, batch = abstract(config)
     from dalle_jax.data.pipeline import Pipeline
     from dalle_jax.data.sources.source import DataOptions
     from dalle_jax.token_layout import TokenLayout
@@ -154,7 +155,7 @@ def test_figures_of_the_shapes_prior(compiled_prior):
 @needs_libtpu
 def test_the_table_and_the_file(compiled_prior, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(compile_module, "compile_target", lambda options: compiled_prior)
-    compile_module.run(run_config("configs/prior.py"), str(tmp_path / "new"))
+    run(run_config("configs/prior.py"), str(tmp_path / "new"))
     printed = capsys.readouterr().out
     assert "fits" in printed and "utilisation" in printed and "all-gather" in printed
     assert json.loads((tmp_path / "new" / "compile.json").read_text())["chips"] == 4
@@ -213,7 +214,7 @@ def test_what_was_compiled_and_does_not_fit_ends_with_a_remedy(tmp_path, capsys,
     with pytest.raises(
         DoesNotFit, match=r"does not fit v5e:2x2.*it needs 20.00 GiB of v5e's 16.00 .*accumulate_steps="
     ):
-        compile_module.run(run_config("configs/dvae.py", effort="low"), str(tmp_path))
+        run(run_config("configs/dvae.py", effort="low"), str(tmp_path))
     assert "DOES NOT FIT" in capsys.readouterr().out and not json.loads((tmp_path / "compile.json").read_text())["fits"]
 
 

@@ -13,7 +13,8 @@ from tiny_job import TinyTask, tiny_batches, tiny_config
 
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.checkpoints.compatibility import to_json
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.mesh import make_mesh
+from dalle_jax.distributed.sharding import on_mesh, replicated
 from dalle_jax.errors import CheckpointError
 from dalle_jax.optim import optimizers
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
@@ -22,8 +23,8 @@ from dalle_jax.training.step import TrainState, make_init
 
 @functools.cache
 def initial(average=0.9, **mesh):
-    mesh = parallel.make_mesh(**(mesh or {"data": 1}))
-    with parallel.on_mesh(mesh):
+    mesh = make_mesh(**(mesh or {"data": 1}))
+    with on_mesh(mesh):
         init, abstract = make_init(
             TinyTask(), optimizers.make_optimizer(OptimizerOptions()), AverageOptions(decay=average), mesh, seed=3
         )
@@ -66,7 +67,7 @@ def test_parameters_alone(tmp_path, average):
     with Checkpoints(str(tmp_path), read_only=True) as checkpoints:
         assert_trees_equal(checkpoints.restore_params(), state.eval_params)
         assert_trees_equal(checkpoints.restore_params(1, ema=False), state.params)
-        everywhere = parallel.replicated(parallel.make_mesh())
+        everywhere = replicated(make_mesh())
         kernel = checkpoints.restore_params(layout=lambda stored: jax.tree.map(lambda _: everywhere, stored))["up"][
             "kernel"
         ]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dalle_jax.checkpoints import checksums
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.mesh import make_mesh
 
 
 def by_hand(x):
@@ -24,7 +24,7 @@ def test_sums(dtype, shape):
 
 def test_sums_on_any_mesh():
     x = jax.random.normal(jax.random.key(0), (16, 8))
-    sharding = jax.sharding.NamedSharding(parallel.make_mesh(data=2, fsdp=4), jax.sharding.PartitionSpec("fsdp"))
+    sharding = jax.sharding.NamedSharding(make_mesh(data=2, fsdp=4), jax.sharding.PartitionSpec("fsdp"))
     assert checksums.of_arrays([jax.device_put(x, sharding)]) == checksums.of_arrays([x])
 
 

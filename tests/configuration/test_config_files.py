@@ -7,17 +7,18 @@ import optax
 import pytest
 from flax import traverse_util
 
-from dalle_jax import priors
 from dalle_jax.configuration import config_files
 from dalle_jax.configuration.options import from_config
 from dalle_jax.data.sources.source import DataOptions
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.mesh import make_mesh
+from dalle_jax.distributed.rows import check_batch
 from dalle_jax.errors import ConfigError
 from dalle_jax.evaluation.measure import Options
 from dalle_jax.evaluation.test_sets import Protocol
 from dalle_jax.image_tokenizers import tokenizer
 from dalle_jax.models import clip
 from dalle_jax.optim import optimizers, schedules
+from dalle_jax.priors.registry import make
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.token_layout import TokenLayout
 
@@ -45,7 +46,7 @@ def check_training(config, name):
         optax.GradientTransformation,
     )
     from_config(optimizers.AverageOptions, config.ema, "ema")
-    parallel.check_batch(parallel.make_mesh(**config.mesh), config.batch_size, config.optimizer.accumulate_steps)
+    check_batch(make_mesh(**config.mesh), config.batch_size, config.optimizer.accumulate_steps)
     assert config.workdir == f"runs/{name}-{config.variant}"
     assert set(config.cadence) == {"log", "eval", "preview", "checkpoint"} and set(config.keep) == {"last", "best"}
     return options
@@ -70,7 +71,7 @@ def test_trainings(name, variant):
         inner = check_training(config.tokenizer, "dvae")
         assert inner.image_size == options.image_size, "the tokenizer is trained at the prior's picture size"
         layout = TokenLayout(config.text.vocab_size, images.vocab_size, config.text.length, *grid)
-        prior = priors.make(config.prior, config.model, layout)
+        prior = make(config.prior, config.model, layout)
         if config.model.trunk.depth <= 24:  # tests/priors/test_autoregressive.py counts the large ones
             jax.eval_shape(prior.init, jax.random.key(0))
         assert config.data_tokens == "each_batch" or options.augment == "none"

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from dalle_jax.distributed import sharding as parallel
 from dalle_jax.distributed.chunks import in_chunks
+from dalle_jax.distributed.mesh import make_mesh
 
 
 @pytest.mark.parametrize("count", [1, 3, 4, 9])
@@ -24,7 +24,7 @@ def test_all_rows_once_and_in_order(count):
 @pytest.mark.parametrize("size, each", [(16, 2), (4, 1)])
 def test_devices_share_a_chunk(size, each):
     """The same number of rows each; one at least."""
-    rows, mesh = np.arange(18).reshape(9, 2), parallel.make_mesh(data=8)
+    rows, mesh = np.arange(18).reshape(9, 2), make_mesh(data=8)
 
     def triple(chunk):
         assert len(chunk.addressable_shards) == 8 and chunk.addressable_shards[0].data.shape == (each, 2)

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.mesh import make_mesh
+from dalle_jax.distributed.rows import to_mesh
+from dalle_jax.distributed.sharding import batch_sharding, on_mesh, replicated, shardings_of
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.models.transformer import TransformerOptions
@@ -89,11 +91,11 @@ FAST = ("dvae", (2, 2, 2))  # of the others, the same mesh is in tests/priors/te
 )
 def test_loss_and_gradients_are_those_of_one_device(kind, axes):
     (expected, scalars), gradients = on_one_device(kind)
-    params, mesh = nn.meta.unbox(boxed(kind)), parallel.make_mesh(*axes)
-    with parallel.on_mesh(mesh):
-        layout = parallel.shardings_of(boxed(kind), mesh)
-        placed = jax.device_put(params, layout), jax.device_put(task_of(kind).frozen, parallel.replicated(mesh))
-        (loss, ours), mesh_gradients = compiled(kind)(*placed, parallel.to_mesh(batch(), parallel.batch_sharding(mesh)))
+    params, mesh = nn.meta.unbox(boxed(kind)), make_mesh(*axes)
+    with on_mesh(mesh):
+        layout = shardings_of(boxed(kind), mesh)
+        placed = jax.device_put(params, layout), jax.device_put(task_of(kind).frozen, replicated(mesh))
+        (loss, ours), mesh_gradients = compiled(kind)(*placed, to_mesh(batch(), batch_sharding(mesh)))
     np.testing.assert_allclose(loss, expected, rtol=2e-6)
     for name in scalars:
         np.testing.assert_allclose(ours[name], scalars[name], rtol=1e-5, atol=1e-6, err_msg=name)

@@ -14,7 +14,9 @@ import pytest
 from processes import finish, free_address, host_flags, spawn
 from tiny_job import tiny_config, tiny_job
 
-from dalle_jax.distributed import joining as distributed
+from dalle_jax.distributed import joining
+from dalle_jax.distributed.joining import start
+from dalle_jax.distributed.turns import first_host_first, first_host_says, is_first
 from dalle_jax.errors import ConfigError
 from dalle_jax.reporting.metric_writer import read_metrics
 from dalle_jax.training.loop import train
@@ -28,14 +30,15 @@ _, address, count, index, workdir, changes = sys.argv
 sys.stdout = sys.stderr = open(f"{workdir}/host_{index}.txt", "w", buffering=1)
 import jax
 import numpy as np
-from dalle_jax.distributed import joining as distributed, sharding as parallel
+from dalle_jax.distributed.joining import start
+from dalle_jax.distributed.rows import to_host
 from dalle_jax.training.loop import train
 from tiny_job import tiny_config, tiny_job
 
-distributed.start("train", address, int(count), int(index), connect_seconds=120)
+start("train", address, int(count), int(index), connect_seconds=120)
 config = tiny_config(**json.loads(changes))
 state = train(config, workdir, tiny_job(config))
-leaves = jax.tree.leaves(parallel.to_host((state.params, state.ema)))
+leaves = jax.tree.leaves(to_host((state.params, state.ema)))
 np.savez(f"{workdir}/host_{index}", *leaves)
 """
 
@@ -118,20 +121,21 @@ def test_the_command_line_trains_tokenizer_and_prior_on_two_hosts(tmp_path):
 
 TURNS = """
 import sys
-from dalle_jax.distributed import joining as distributed
+from dalle_jax.distributed.joining import start
+from dalle_jax.distributed.turns import first_host_first, first_host_says, is_first
 from dalle_jax.errors import UserError
 
 _, address, index, made = sys.argv
-distributed.start("train", address, 2, int(index), connect_seconds=120)
-with distributed.first_host_first("a file"):
-    if distributed.is_first():
-        with distributed.first_host_first("its folder"):  # the others, who find the file, do not come here
+start("train", address, 2, int(index), connect_seconds=120)
+with first_host_first("a file"):
+    if is_first():
+        with first_host_first("its folder"):  # the others, who find the file, do not come here
             open(made, "w").write("whole")
     print(open(made).read())
-print(distributed.first_host_says("who", {"host": index}))
+print(first_host_says("who", {"host": index}))
 try:
-    with distributed.first_host_first("a file"):
-        if distributed.is_first():
+    with first_host_first("a file"):
+        if is_first():
             raise OSError("the disk is full")
         print("never here")
 except (OSError, UserError) as error:
@@ -168,7 +172,7 @@ def joined(monkeypatch):
     """What `start` gives to JAX."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **values: calls.append(values))
-    monkeypatch.setattr(distributed, "_wait_for", lambda *_: None)
+    monkeypatch.setattr(joining, "_wait_for", lambda *_: None)
     return calls
 
 
@@ -199,7 +203,7 @@ OWN = {"DALLE_JAX_COORDINATOR_ADDRESS": "a:1", "DALLE_JAX_NUM_PROCESSES": "3", "
     ],
 )
 def test_who_asks_for_several_hosts(joined, flags, environment, expected):
-    distributed.start("train", **flags, environment=environment)
+    start("train", **flags, environment=environment)
     if expected is None:
         assert not joined
         return
@@ -250,7 +254,7 @@ def test_a_cloud_tpu_says_how_many_hosts_it_has(joined, monkeypatch, attributes,
         monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
         monkeypatch.setenv("JAX_PLATFORMS", platforms)
         try:
-            distributed.start("train", environment={})
+            start("train", environment={})
         finally:
             server.shutdown()
             thread.join()
@@ -270,15 +274,15 @@ def test_a_cloud_tpu_says_how_many_hosts_it_has(joined, monkeypatch, attributes,
 )
 def test_refuses(joined, flags, words):
     with pytest.raises(ConfigError, match=words):
-        distributed.start("train", **flags, environment={})
+        start("train", **flags, environment={})
     assert not joined
 
 
 def test_other_jobs_run_alone(joined):
     for flags, environment in (({}, SLURM), ({}, OWN)):
         with pytest.raises(ConfigError, match="config.job='generate' runs in one process.*--coordinator_address=none"):
-            distributed.start("generate", **flags, environment=environment)
-        distributed.start("generate", coordinator_address="none", environment=environment)
+            start("generate", **flags, environment=environment)
+        start("generate", coordinator_address="none", environment=environment)
     assert not joined
 
 
@@ -288,10 +292,10 @@ def test_what_jax_cannot_detect_is_an_error(monkeypatch):
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     with pytest.raises(ConfigError, match="could not join.*should be defined.*--coordinator_address=HOST:PORT"):
-        distributed.start("train", "auto", environment={})
+        start("train", "auto", environment={})
 
 
 def test_alone_everybody_is_first():
-    with distributed.first_host_first("nothing"):
-        assert distributed.is_first()
-    assert distributed.first_host_says("list", [1]) == [1]
+    with first_host_first("nothing"):
+        assert is_first()
+    assert first_host_says("list", [1]) == [1]

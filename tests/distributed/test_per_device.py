@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.distributed.per_device import contract
+from dalle_jax.distributed.rows import to_mesh
+from dalle_jax.distributed.sharding import batch_sharding, on_mesh, partition_spec
 
 MIXED = ("embed", None, "heads"), (0,)  # contracted along fsdp, split along tensor
 SUMMED = ("heads", "embed"), (0,)  # contracted along tensor, gathered along fsdp
@@ -25,10 +27,10 @@ def test_contract_is_the_product(axes, names, contracted):
     loss = lambda x, k: jnp.sin(contract(product, x, k, names, contracted)).sum()
     step = jax.jit(jax.value_and_grad(loss, (0, 1)))
     expected = step(x, kernel)
-    mesh = parallel.make_mesh(*axes)
-    with parallel.on_mesh(mesh):
-        layout = NamedSharding(mesh, parallel.partition_spec(names, shape, mesh))
-        rows = parallel.to_mesh({"x": x}, parallel.batch_sharding(mesh))["x"]
+    mesh = make_mesh(*axes)
+    with on_mesh(mesh):
+        layout = NamedSharding(mesh, partition_spec(names, shape, mesh))
+        rows = to_mesh({"x": x}, batch_sharding(mesh))["x"]
         value, gradients = step(rows, jax.device_put(kernel, layout))
     np.testing.assert_allclose(value, expected[0], rtol=1e-5)
     for ours, theirs in zip(gradients, expected[1]):
@@ -37,10 +39,10 @@ def test_contract_is_the_product(axes, names, contracted):
 
 def test_contract_gathers_once_and_scatters_once():
     """One all-gather of the kernel, one reduce-scatter of its gradient; what is scattered is added up over `data`."""
-    mesh = parallel.make_mesh(data=2, fsdp=4)
-    with parallel.on_mesh(mesh):
+    mesh = make_mesh(data=2, fsdp=4)
+    with on_mesh(mesh):
         kernel = jax.device_put(np.ones((16, 8), np.float32), NamedSharding(mesh, PartitionSpec("fsdp")))
-        x = parallel.to_mesh({"x": np.ones((8, 3, 16), np.float32)}, parallel.batch_sharding(mesh))["x"]
+        x = to_mesh({"x": np.ones((8, 3, 16), np.float32)}, batch_sharding(mesh))["x"]
         loss = lambda k: jnp.square(contract(jnp.matmul, x, k, ("embed", "mlp"), (0,))).sum()
         text = jax.jit(jax.grad(loss)).lower(kernel).as_text()
     assert text.count("stablehlo.all_gather") == 1 and text.count("stablehlo.reduce_scatter") == 1
@@ -50,9 +52,9 @@ def test_contract_gathers_once_and_scatters_once():
 
 
 def test_contract_of_rows_that_cannot_be_split():
-    mesh = parallel.make_mesh(data=2, fsdp=4)
+    mesh = make_mesh(data=2, fsdp=4)
     one = np.arange(16, dtype=np.float32).reshape(1, 1, 16)
-    with parallel.on_mesh(mesh):
+    with on_mesh(mesh):
         kernel = jax.device_put(np.eye(16, dtype=np.float32), NamedSharding(mesh, PartitionSpec("fsdp")))
         ours = jax.jit(lambda x, k: contract(jnp.matmul, x, k, ("embed", "mlp"), (0,)))(one, kernel)
     np.testing.assert_array_equal(ours, one)

@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed import mesh as mesh_module
+from dalle_jax.distributed.mesh import make_mesh
+from dalle_jax.distributed.rows import check_batch, to_mesh
+from dalle_jax.distributed.sharding import batch_sharding, constrain, on_mesh, partition_spec, shardings_of
 from dalle_jax.errors import ConfigError, MeshError
 
 
@@ -23,7 +26,7 @@ from dalle_jax.errors import ConfigError, MeshError
     ],
 )
 def test_mesh_sizes(asked, shape):
-    mesh = parallel.make_mesh(**asked)
+    mesh = make_mesh(**asked)
     assert mesh.axis_names == ("data", "fsdp", "tensor") and tuple(mesh.shape.values()) == shape
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
 
@@ -39,7 +42,7 @@ def test_mesh_sizes(asked, shape):
 )
 def test_mesh_that_does_not_fit(asked, words):
     with pytest.raises(MeshError, match=words):
-        parallel.make_mesh(**asked)
+        make_mesh(**asked)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +64,7 @@ class FakeDevice:
 )  # fmt: skip
 def test_only_data_crosses_slices(slices, asked, shape):
     devices = [FakeDevice(i, i % slices, (i // slices % 2, i // slices // 2, 0)) for i in range(8)]
-    mesh = parallel.make_mesh(**asked, devices=devices)
+    mesh = make_mesh(**asked, devices=devices)
     assert tuple(mesh.shape.values()) == shape and len(set(mesh.devices.flat)) == 8
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
     for row in mesh.devices:  # one place along data: one slice
@@ -80,11 +83,11 @@ def test_only_data_crosses_slices(slices, asked, shape):
 )
 def test_slices_that_do_not_fit(slice_of, asked):
     with pytest.raises(MeshError, match="2 slices of .* devices: only data may cross.*a multiple of 2"):
-        parallel.make_mesh(**asked, devices=[FakeDevice(i, slice_of(i)) for i in range(8)])
+        make_mesh(**asked, devices=[FakeDevice(i, slice_of(i)) for i in range(8)])
 
 
 def test_layout_of_parameters():
-    mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
     init = nn.initializers.zeros
 
     def params(_):
@@ -95,34 +98,34 @@ def test_layout_of_parameters():
             "plain": jnp.zeros((4,)),
         }
 
-    shardings = parallel.shardings_of(jax.eval_shape(params, 0), mesh)
+    shardings = shardings_of(jax.eval_shape(params, 0), mesh)
     assert shardings["q"].spec == PartitionSpec(None, "fsdp", "tensor", None)
     assert shardings["conv"].spec == PartitionSpec(None, None, None, "tensor")  # three channels stay whole
     assert shardings["plain"].spec == PartitionSpec()
 
 
 def test_bad_names_are_errors():
-    mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
     with pytest.raises(ValueError, match="unknown logical name.*'widht'"):
-        parallel.partition_spec(("embed", "widht"), (4, 4), mesh)
+        partition_spec(("embed", "widht"), (4, 4), mesh)
     with pytest.raises(ValueError, match="two dimensions"):
-        parallel.partition_spec(("mlp", "heads"), (4, 4), mesh)
+        partition_spec(("mlp", "heads"), (4, 4), mesh)
     with pytest.raises(ValueError, match="2 logical names"):
-        parallel.partition_spec(("embed", "mlp"), (4, 4, 4), mesh)
+        partition_spec(("embed", "mlp"), (4, 4, 4), mesh)
     with pytest.raises(MeshError, match="multiple of 2"):
-        parallel.partition_spec(("embed", "mlp"), (1025, 1026), mesh, "big")
-    with parallel.on_mesh(mesh), pytest.raises(ValueError, match="widht"):
-        jax.jit(lambda x: parallel.constrain(x, "batch", "widht"))(jnp.zeros((8, 4)))
+        partition_spec(("embed", "mlp"), (1025, 1026), mesh, "big")
+    with on_mesh(mesh), pytest.raises(ValueError, match="widht"):
+        jax.jit(lambda x: constrain(x, "batch", "widht"))(jnp.zeros((8, 4)))
 
 
 def test_constrain_lays_out_activations():
-    mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
 
     def f(x):
-        return parallel.constrain(x * 2, "batch", "mlp")
+        return constrain(x * 2, "batch", "mlp")
 
     x = jnp.arange(32.0).reshape(8, 4)
-    with parallel.on_mesh(mesh):
+    with on_mesh(mesh):
         y = jax.jit(f)(x)
     assert y.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor")), 2)
     np.testing.assert_array_equal(y, 2 * x)
@@ -130,30 +133,30 @@ def test_constrain_lays_out_activations():
 
 
 def test_batches_reach_the_mesh():
-    mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
-    sharding = parallel.batch_sharding(mesh)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    sharding = batch_sharding(mesh)
     batch = {"image": np.arange(8 * 2, dtype=np.uint8).reshape(8, 2), "text": np.arange(8)}
-    put = parallel.to_mesh(batch, sharding)
+    put = to_mesh(batch, sharding)
     np.testing.assert_array_equal(put["image"], batch["image"])
     assert {shard.data.shape for shard in put["image"].addressable_shards} == {(2, 2)}
-    assert parallel.to_mesh(put, sharding)["text"] is put["text"]
+    assert to_mesh(put, sharding)["text"] is put["text"]
 
 
 def test_batch_that_cannot_be_split():
-    mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
-    parallel.check_batch(mesh, 12)
-    parallel.check_batch(mesh, 24, accumulate_steps=3)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    check_batch(mesh, 12)
+    check_batch(mesh, 24, accumulate_steps=3)
     for rows in (0, -4):
         with pytest.raises(ConfigError, match=f"batch_size={rows}: expected at least 1"):
-            parallel.check_batch(mesh, rows)
+            check_batch(mesh, rows)
     with pytest.raises(MeshError, match="multiple of 4"):
-        parallel.check_batch(mesh, 10)
+        check_batch(mesh, 10)
     with pytest.raises(MeshError, match="multiple of 12"):
-        parallel.check_batch(mesh, 16, accumulate_steps=3)
+        check_batch(mesh, 16, accumulate_steps=3)
 
 
 def test_devices_that_are_not_used_are_told_once(caplog):
-    parallel._warn_once.cache_clear()
+    mesh_module._warn_once.cache_clear()
     for _ in range(2):
-        parallel.make_mesh(data=3)
+        make_mesh(data=3)
     assert [record.message for record in caplog.records] == ["Mesh data=3, fsdp=1, tensor=1 uses 3 of 8 devices."]

@@ -14,10 +14,11 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from dalle_jax.data.builders.shapes_captions.scenes import Object, Scene
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.mesh import make_mesh
+from dalle_jax.distributed.sharding import replicated
 from dalle_jax.errors import ConfigError
-from dalle_jax.evaluation import measure as evaluate
-from dalle_jax.evaluation.measure import Options
+from dalle_jax.evaluation.measure import Model, Options, measure
+from dalle_jax.evaluation.report import write
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.metrics import clip_score, codebook, frechet, shapes
 from dalle_jax.metrics.retrieval import retrieval
@@ -56,17 +57,17 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def measured(model, tests):
-    return evaluate.measure({"maskgit": evaluate.Model(model, SAMPLING)}, tests, OPTIONS)
+    return measure({"maskgit": Model(model, SAMPLING)}, tests, OPTIONS)
 
 
 def test_devices_share_the_work(measured, model, tests):
     """Every batch split over two devices, the last one half empty: the same figures."""
-    mesh = parallel.make_mesh(data=2)
-    put = lambda tree: jax.device_put(tree, parallel.replicated(mesh))
+    mesh = make_mesh(data=2)
+    put = lambda tree: jax.device_put(tree, replicated(mesh))
     scorer = dataclasses.replace(model.scorer, params=put(model.scorer.params), mesh=mesh)
     params = {"params": put(model.params), "tokenizer_params": put(model.tokenizer_params)}
     spread = dataclasses.replace(model, **params, scorer=scorer, mesh=mesh)
-    again = evaluate.measure({"maskgit": evaluate.Model(spread, SAMPLING)}, tests, OPTIONS)
+    again = measure({"maskgit": Model(spread, SAMPLING)}, tests, OPTIONS)
     assert (measured.figures["protocol"]["device"], again.figures["protocol"]["device"]) == ("1 x cpu", "2 x cpu")
     one, other = (numbers(found.figures) for found in (measured, again))
     assert one.keys() == other.keys() and ("maskgit", "image_nats_per_token") in one
@@ -163,23 +164,23 @@ def test_the_protocol(measured, model):
 
 
 def test_without_a_clip(model, tests):
-    bare = {"maskgit": evaluate.Model(dataclasses.replace(model, scorer=None), SAMPLING)}
+    bare = {"maskgit": Model(dataclasses.replace(model, scorer=None), SAMPLING)}
     with pytest.raises(ConfigError, match="config.metrics.candidates=5: the best of them is chosen by a CLIP. Give"):
-        evaluate.measure(bare, tests, OPTIONS)
-    figures = evaluate.measure(bare, tests, dataclasses.replace(OPTIONS, candidates=0)).figures
+        measure(bare, tests, OPTIONS)
+    figures = measure(bare, tests, dataclasses.replace(OPTIONS, candidates=0)).figures
     assert figures.keys() == {"dvae", "maskgit", "protocol"}
     assert figures["maskgit"].keys() >= {"image_nats_per_token"} and "clip_score" not in figures["maskgit"]
 
 
 def test_priors_over_different_tokens_are_refused(model, tests):
     other = dataclasses.replace(model, tokenizer_params=jax.tree.map(lambda x: -x, model.tokenizer_params))
-    models = {name: evaluate.Model(each, SAMPLING) for name, each in (("one", model), ("two", other))}
+    models = {name: Model(each, SAMPLING) for name, each in (("one", model), ("two", other))}
     with pytest.raises(ConfigError, match="different image tokenizers"):
-        evaluate.measure(models, tests, OPTIONS)
+        measure(models, tests, OPTIONS)
 
 
 def test_what_is_written(measured, tests, tmp_path, capsys):
-    evaluate.write(measured, tests, tmp_path, "A title", ConfigDict({"job": "evaluate", "count": 5}))
+    write(measured, tests, tmp_path, "A title", ConfigDict({"job": "evaluate", "count": 5}))
     printed = capsys.readouterr().out
     assert "maskgit.fid_clip" in printed and str(tmp_path / "report.html") in printed
     figures = json.loads((tmp_path / "report.json").read_text())

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax.evaluation import page as pages
+from dalle_jax.reporting.html import heading, page, paragraph, picture, plot, preformatted, table
 
 
 class Outline(html.parser.HTMLParser):
@@ -42,7 +42,7 @@ class Outline(html.parser.HTMLParser):
 
 
 def test_figures_stand_side_by_side():
-    text = pages.table({"a": {"x": 0.123456, "inner": {"y": 3}}, "b": {"inner": {"y": "4 < 5"}, "z": np.float32(0.5)}})
+    text = table({"a": {"x": 0.123456, "inner": {"y": 3}}, "b": {"inner": {"y": "4 < 5"}, "z": np.float32(0.5)}})
     assert Outline(text).rows == [
         ["", "a", "b"],
         ["x", "0.1235", ""],
@@ -56,13 +56,13 @@ def test_a_page_needs_nothing_else():
     image = np.random.default_rng(0).integers(0, 256, (8, 6, 3), np.uint8)
     points = {"one & two": [(1, 0.5), (2, 0.75), (16, 1.0)], "other": [(1, 0.25), (16, 0.5)]}
     parts = [
-        pages.heading("<b>"),
-        pages.paragraph("a <script>"),
-        pages.picture(image, 'a "red" circle'),
-        pages.plot(points, "candidates", "accuracy", "more is better", powers=True),
-        pages.preformatted("config.x = '<y>'"),
+        heading("<b>"),
+        paragraph("a <script>"),
+        picture(image, 'a "red" circle'),
+        plot(points, "candidates", "accuracy", "more is better", powers=True),
+        preformatted("config.x = '<y>'"),
     ]
-    text = pages.page("All <of> it", parts)
+    text = page("All <of> it", parts)
     outline = Outline(text)
     (encoded,) = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
     np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded)))), image)
@@ -73,6 +73,6 @@ def test_a_page_needs_nothing_else():
 
 @pytest.mark.parametrize("powers", [True, False])
 def test_a_plot_is_the_same_every_time(powers):
-    one, two = (pages.plot({"a": [(1, 1), (2, 3)]}, "x", "y", "", powers=powers) for _ in range(2))
+    one, two = (plot({"a": [(1, 1), (2, 3)]}, "x", "y", "", powers=powers) for _ in range(2))
     assert one == two
-    assert one != pages.plot({"a": [(1, 1), (2, 4)]}, "x", "y", "", powers=powers)
+    assert one != plot({"a": [(1, 1), (2, 4)]}, "x", "y", "", powers=powers)

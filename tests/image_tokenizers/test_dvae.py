@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.mesh import make_mesh
+from dalle_jax.distributed.sharding import shardings_of
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import logit_laplace, tokenizer
 from dalle_jax.image_tokenizers.dvae import (
@@ -189,10 +190,10 @@ def test_parameter_counts_at_full_size():
 
 
 def test_every_large_parameter_is_split_over_the_mesh():
-    mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
     boxed = jax.eval_shape(DVAETokenizer(DVAEOptions()).init, jax.random.key(0))
     leaves = jax.tree.leaves(nn.meta.unbox(boxed))
-    for leaf, sharding in zip(leaves, jax.tree.leaves(parallel.shardings_of(boxed, mesh))):
+    for leaf, sharding in zip(leaves, jax.tree.leaves(shardings_of(boxed, mesh))):
         if leaf.size > 2**16:
             assert np.prod(sharding.shard_shape(leaf.shape)) * 4 == leaf.size
 

@@ -12,6 +12,7 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.image_tokenizers.kmeans_init import kmeans, kmeans_init
 from dalle_jax.metrics import codebook
+from dalle_jax.pytree import leaf_path
 
 TOKENIZER = DVAETokenizer(
     DVAEOptions(
@@ -73,7 +74,7 @@ def test_nothing_else_changes(started):
     before, after, _ = started
     assert jax.tree.map(jnp.shape, before) == jax.tree.map(jnp.shape, after)
     changed = {
-        jax.tree_util.keystr(path, simple=True, separator="/")
+        leaf_path(path)
         for (path, a), b in zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after))
         if not np.array_equal(a, b)
     }

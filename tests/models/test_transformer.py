@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.models.attention.xla import Column, Convolutional, Row, full_layers, sparse_layers
+from dalle_jax.models.attention.patterns import Column, Convolutional, Row, full_layers, sparse_layers
 from dalle_jax.models.rotary import rotary_angles, rotate
 from dalle_jax.models.transformer import (
     MLP,

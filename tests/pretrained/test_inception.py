@@ -11,7 +11,7 @@ import pytest
 from safetensors.numpy import save_file
 from torchvision_on_cpu import import_torchvision
 
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.errors import ConfigError, PretrainedError
 from dalle_jax.evaluation import feature_extractors
 from dalle_jax.metrics import frechet
@@ -154,7 +154,7 @@ def test_plain_files(arrays, params, tmp_path, kind):
 def test_devices_share_the_looking(arrays, params, tmp_path):
     """`feature_extractors.inception` on a mesh, each device with all weights and some of the pictures."""
     np.savez(tmp_path / "inception.npz", **arrays)
-    judge = feature_extractors.inception(tmp_path / "inception.npz", rows_at_once=2, mesh=parallel.make_mesh(data=2))
+    judge = feature_extractors.inception(tmp_path / "inception.npz", rows_at_once=2, mesh=make_mesh(data=2))
     pool, logits = judge.look(IMAGES)
     expected = network.extract(params, IMAGES)
     np.testing.assert_allclose(pool, expected.pool, atol=1e-4)

@@ -12,11 +12,10 @@ import pytest
 from ml_collections import ConfigDict
 from prior_cases import LAYOUT, N, T, V, autoregressive, loss_of, params_of, rows
 
-from dalle_jax import priors
 from dalle_jax.configuration import config_files
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.transformer import unstack
-from dalle_jax.priors import sampling
+from dalle_jax.priors import registry, sampling
 from dalle_jax.priors.autoregressive import AutoregressiveModel
 from dalle_jax.token_layout import TokenLayout
 
@@ -190,7 +189,7 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 def test_published_sizes(variant, billions, tolerance):
     config = config_files.module(CONFIGS / "any", "prior.py").get_config(variant)
     layout = TokenLayout(config.text.vocab_size, config.tokenizer.model.vocab_size, config.text.length, 32, 32)
-    prior = priors.make(config.prior, config.model, layout)
+    prior = registry.make(config.prior, config.model, layout)
     shapes = jax.eval_shape(prior.init, jax.random.key(0))
     count = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
     assert abs(count / (billions * 1e9) - 1) < tolerance, f"{count:,}"
@@ -198,13 +197,13 @@ def test_published_sizes(variant, billions, tolerance):
 
 def test_refused_configurations():
     trunk = {"width": 16, "depth": 2, "heads": 2}
-    assert priors.make("autoregressive", ConfigDict({"trunk": trunk, "kernel": 3}), LAYOUT).options.kernel == 3
+    assert registry.make("autoregressive", ConfigDict({"trunk": trunk, "kernel": 3}), LAYOUT).options.kernel == 3
     with pytest.raises(ConfigError, match="config.prior is 'diffusion'; expected one of autoregressive"):
-        priors.make("diffusion", {"trunk": trunk}, LAYOUT)
+        registry.make("diffusion", {"trunk": trunk}, LAYOUT)
     with pytest.raises(ConfigError, match="model.trunk has no key 'widht' .did you mean \"width\""):
-        priors.make("autoregressive", {"trunk": {"widht": 16}}, LAYOUT)
+        registry.make("autoregressive", {"trunk": {"widht": 16}}, LAYOUT)
     with pytest.raises(ConfigError, match="model has no key 'kernl'"):
-        priors.make("autoregressive", {"trunk": trunk, "kernl": 3}, LAYOUT)
+        registry.make("autoregressive", {"trunk": trunk, "kernl": 3}, LAYOUT)
     for changes, words in (
         ({"attention": "linear"}, "'linear'; expected one of sparse, full"),
         ({"kernel": 4}, "model.kernel is 4; expected an odd number"),
@@ -213,4 +212,4 @@ def test_refused_configurations():
         ({"caption_drop": -0.1}, "caption_drop is -0.1"),
     ):
         with pytest.raises(ConfigError, match=words):
-            priors.make("autoregressive", {"trunk": trunk, **changes}, LAYOUT)
+            registry.make("autoregressive", {"trunk": trunk, **changes}, LAYOUT)

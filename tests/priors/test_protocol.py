@@ -13,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prior_cases import LAYOUT, PRIORS, N, T, V, changed, loss_of, params_of, rows
 
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.mesh import make_mesh
+from dalle_jax.distributed.rows import over_rows
+from dalle_jax.distributed.sharding import batch_sharding, on_mesh, shardings_of
 from dalle_jax.errors import ConfigError
 
 SLOW = ("any order", "maskgit, small data")
@@ -32,12 +34,12 @@ def test_a_sample_depends_on_its_own_key_alone(prior):
     for i in (0, 7):
         np.testing.assert_array_equal(prior.sample(params, text[i : i + 1], keys[i : i + 1])[0], together[i])
     for sizes in ({"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}):
-        mesh = parallel.make_mesh(**sizes)
-        layouts = parallel.shardings_of(jax.eval_shape(prior.init, jax.random.key(0)), mesh)
+        mesh = make_mesh(**sizes)
+        layouts = shardings_of(jax.eval_shape(prior.init, jax.random.key(0)), mesh)
         draw = functools.partial(prior.sample, jax.device_put(params, layouts))
-        np.testing.assert_array_equal(parallel.over_rows(mesh, draw, text, keys), together)
+        np.testing.assert_array_equal(over_rows(mesh, draw, text, keys), together)
         one_caption = draw(text[:1], keys[:6])  # which the devices cannot divide, six rows neither
-        np.testing.assert_array_equal(parallel.over_rows(mesh, draw, text[:1], keys[:6]), one_caption)
+        np.testing.assert_array_equal(over_rows(mesh, draw, text[:1], keys[:6]), one_caption)
     assert len(np.unique(together, axis=0)) == 8
 
 
@@ -155,10 +157,10 @@ def test_sharded_loss_equals_the_loss_on_one_device(prior):
 
     expected = jax.jit(jax.value_and_grad(loss))(params, text, tokens)
     boxed = jax.eval_shape(prior.init, key)
-    mesh = parallel.make_mesh(2, 2, 2)
-    with parallel.on_mesh(mesh):
-        placed = jax.device_put(params, parallel.shardings_of(boxed, mesh))
-        batch = jax.device_put((text, tokens), parallel.batch_sharding(mesh))
+    mesh = make_mesh(2, 2, 2)
+    with on_mesh(mesh):
+        placed = jax.device_put(params, shardings_of(boxed, mesh))
+        batch = jax.device_put((text, tokens), batch_sharding(mesh))
         ours = jax.jit(jax.value_and_grad(loss))(placed, *batch)
     np.testing.assert_allclose(ours[0], expected[0], rtol=1e-5)
     for a, b in zip(jax.tree.leaves(ours[1]), jax.tree.leaves(expected[1])):

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax.reporting import images as report
+from dalle_jax.reporting.images import image_grid, save_png, to_uint8
+from dalle_jax.reporting.tables import save_json, table
 
 
 def picture(value, size=16):
@@ -15,7 +16,7 @@ def picture(value, size=16):
 
 def test_to_uint8():
     values = np.array([[-0.1, 0.0, 0.4 / 255, 0.6 / 255, 0.5, 1.0, 1.2]])
-    assert report.to_uint8(values).tolist() == [[0, 0, 0, 1, 128, 255, 255]]
+    assert to_uint8(values).tolist() == [[0, 0, 0, 1, 128, 255, 255]]
 
 
 def find(sheet, image):
@@ -27,7 +28,7 @@ def find(sheet, image):
 def test_grid_holds_every_picture():
     noise = np.random.default_rng(0).integers(0, 256, (3, 2, 8, 8, 3), np.uint8)
     rows = [(f"a caption, number {i}", list(pair)) for i, pair in enumerate(noise)]
-    sheet = report.grid(rows, ("real", "generated"), title="A title", picture_size=16)
+    sheet = image_grid(rows, ("real", "generated"), title="A title", picture_size=16)
     assert sheet.dtype == np.uint8 and sheet.shape[2] == 3
     for image in noise.reshape(-1, 8, 8, 3):  # enlarged twofold, without smoothing
         assert find(sheet, image.repeat(2, axis=0).repeat(2, axis=1))
@@ -35,32 +36,32 @@ def test_grid_holds_every_picture():
 
 def test_blocks_stand_side_by_side():
     rows = [("word " * 40, [picture(100)])] * 5
-    tall, wide = report.grid(rows), report.grid(rows, blocks=2)
+    tall, wide = image_grid(rows), image_grid(rows, blocks=2)
     assert wide.shape[0] < tall.shape[0] and wide.shape[1] > tall.shape[1]
 
 
 def test_large_pictures_are_shrunk():
-    assert find(report.grid([("a", [picture(77, 64)])], picture_size=32), picture(77, 32))
+    assert find(image_grid([("a", [picture(77, 64)])], picture_size=32), picture(77, 32))
 
 
 def test_grids_that_cannot_be():
     for rows in ([], [("a", [picture(0)]), ("b", [])]):
         with pytest.raises(ValueError, match="at least one row, and the same number"):
-            report.grid(rows)
+            image_grid(rows)
 
 
 def test_png_round_trip(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
-    report.save_png(tmp_path / "new" / "a.png", image)
+    save_png(tmp_path / "new" / "a.png", image)
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "new" / "a.png")), image)
 
 
 def test_json_and_table(tmp_path):
     figures = {"dvae": {"psnr": 21.123456789, "usage": np.float32(0.5)}, "counts": [1, 2.00000001], "device": "cpu"}
-    report.save_json(tmp_path / "new" / "report.json", figures)
+    save_json(tmp_path / "new" / "report.json", figures)
     assert json.loads((tmp_path / "new" / "report.json").read_text()) == {
         "dvae": {"psnr": 21.1235, "usage": 0.5}, "counts": [1, 2.0], "device": "cpu",
     }  # fmt: skip
-    lines = report.table({"dvae": {"psnr": 21.123456789}, "device": "cpu"}).splitlines()
+    lines = table({"dvae": {"psnr": 21.123456789}, "device": "cpu"}).splitlines()
     assert lines == ["  dvae.psnr  21.12", "  device     cpu"]
-    assert report.table({}) == ""
+    assert table({}) == ""

@@ -18,7 +18,9 @@ from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.checkpoints.workdir import read_config
 from dalle_jax.errors import CheckpointError, ConfigError, UserError
 from dalle_jax.reporting.metric_writer import MetricWriter, read_metrics
-from dalle_jax.storage import files as storage
+from dalle_jax.storage import mirror as mirror_module
+from dalle_jax.storage.files import full_path, make_workdir, write_whole
+from dalle_jax.storage.mirror import Mirror
 from dalle_jax.training.loop import train
 
 
@@ -34,21 +36,21 @@ def bucket():
 def test_paths_from_the_root(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert str(storage.full_path("gs://bucket/run")) == "gs://bucket/run"
-    assert str(storage.full_path("~/run")) == str(storage.full_path("run")) == str(tmp_path / "run")
-    assert storage.make_workdir("~/run") == str(tmp_path / "run") and (tmp_path / "run").is_dir()
+    assert str(full_path("gs://bucket/run")) == "gs://bucket/run"
+    assert str(full_path("~/run")) == str(full_path("run")) == str(tmp_path / "run")
+    assert make_workdir("~/run") == str(tmp_path / "run") and (tmp_path / "run").is_dir()
 
 
 def test_a_workdir_has_to_be_within_reach(bucket, monkeypatch):
-    assert storage.make_workdir(bucket / "made") == "gs://bucket/made"
+    assert make_workdir(bucket / "made") == "gs://bucket/made"
     with pytest.raises(ConfigError, match="'gs://nowhere/run'.*no bucket 'nowhere', or no access"):
-        storage.make_workdir("gs://nowhere/run")
+        make_workdir("gs://nowhere/run")
 
     def missing(*_):
         raise ImportError("Install gcsfs to access Google Storage")
 
     monkeypatch.setattr("etils.epath.backend._FileSystemSpecBackend.fs", missing)
-    for first_use in (storage.make_workdir, read_config):
+    for first_use in (make_workdir, read_config):
         with pytest.raises(ConfigError, match=r"Install gcsfs.*pip install 'dalle_jax\[gcs\]'"):
             first_use("gs://bucket/run")
 
@@ -60,7 +62,7 @@ def test_a_refusal_names_its_reason(bucket, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("etils.epath.backend._FileSystemSpecBackend.exists", refused)
         with pytest.raises(ConfigError, match="Cannot use 'gs://bucket/run'.*Forbidden"):
-            storage.make_workdir("gs://bucket/run")
+            make_workdir("gs://bucket/run")
     monkeypatch.setattr("dalle_jax.checkpoints.checkpoints.Manager", refused)
     with pytest.raises(CheckpointError, match="Cannot open checkpoints in gs://bucket/run/checkpoints: Forbidden"):
         Checkpoints("gs://bucket/run")
@@ -68,15 +70,15 @@ def test_a_refusal_names_its_reason(bucket, monkeypatch):
 
 def test_whole_files(bucket, tmp_path):
     for folder in (bucket / "whole", tmp_path / "whole"):
-        storage.write_whole(folder / "a", b"first")
-        storage.write_whole(folder / "a", b"second")
+        write_whole(folder / "a", b"first")
+        write_whole(folder / "a", b"second")
         assert (folder / "a").read_bytes() == b"second" and names(folder) == ["a"]
 
 
 def test_a_mirror_copies_what_changed(bucket, monkeypatch):
     target = bucket / "mirror"
     (target / "kept").write_bytes(b"old")
-    mirror = storage.Mirror(target)
+    mirror = Mirror(target)
     mirror.fetch("kept")
     mirror.fetch("missing")
     with open(mirror.folder / "kept", "ab") as file:
@@ -103,8 +105,8 @@ def test_metrics_and_pictures_reach_the_bucket(bucket, monkeypatch):
     assert [line["step"] for line in read_metrics(workdir)] == [1]
 
     told = []
-    monkeypatch.setattr(storage.logging, "warning", lambda text, *values: told.append(text % values))
-    monkeypatch.setattr(storage, "_UPLOAD_SECONDS", 0.0)
+    monkeypatch.setattr(mirror_module.logging, "warning", lambda text, *values: told.append(text % values))
+    monkeypatch.setattr(mirror_module, "_UPLOAD_SECONDS", 0.0)
     with monkeypatch.context() as outage:
 
         def down(*_, **__):

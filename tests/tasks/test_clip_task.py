@@ -12,14 +12,17 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from dalle_jax import tasks
 from dalle_jax.data.text import TextModel
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed import sharding
+from dalle_jax.distributed.mesh import make_mesh
+from dalle_jax.distributed.rows import to_mesh
+from dalle_jax.distributed.sharding import batch_sharding, replicated, shardings_of
 from dalle_jax.errors import ConfigError
 from dalle_jax.metrics.retrieval import retrieval
 from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.tasks.clip import CLIPTask, contrastive_loss
 from dalle_jax.tasks.corrupted_negatives import NegativeOptions, spoil
+from dalle_jax.tasks.registry import abstract, build
 from dalle_jax.token_layout import TokenLayout
 
 OPTIONS = CLIPOptions(
@@ -157,10 +160,10 @@ def test_spoiled_pictures_are_those_of_one_device_on_a_mesh(spoiling, params):
     made, key = batch(16), jax.random.key(5)
     scored = jax.jit(jax.value_and_grad(lambda p, b: spoiling.loss(p, {}, b, key, jnp.int32(0)), has_aux=True))
     (expected, scalars), expected_grads = scored(params, made)
-    mesh = parallel.make_mesh(2, 2, 2)
-    with parallel.on_mesh(mesh):
-        layout = parallel.shardings_of(jax.eval_shape(spoiling.init, jax.random.key(0)), mesh)
-        sharded = jax.device_put(params, layout), parallel.to_mesh(made, parallel.batch_sharding(mesh))
+    mesh = make_mesh(2, 2, 2)
+    with sharding.on_mesh(mesh):
+        layout = shardings_of(jax.eval_shape(spoiling.init, jax.random.key(0)), mesh)
+        sharded = jax.device_put(params, layout), to_mesh(made, batch_sharding(mesh))
         (loss, on_mesh), grads = scored(*sharded)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     for name in scalars:
@@ -189,10 +192,10 @@ def test_the_loss_and_its_gradients_are_those_of_one_device(task, params, loss_a
     """The rows of a batch are compared across all devices."""
     made = batch(16)
     (expected, scalars), expected_grads = loss_and_grads(params, made)
-    mesh = parallel.make_mesh(*axes)
-    with parallel.on_mesh(mesh):
-        layout = parallel.shardings_of(jax.eval_shape(task.init, jax.random.key(0)), mesh)
-        sharded = jax.device_put(params, layout), parallel.to_mesh(made, parallel.batch_sharding(mesh))
+    mesh = make_mesh(*axes)
+    with sharding.on_mesh(mesh):
+        layout = shardings_of(jax.eval_shape(task.init, jax.random.key(0)), mesh)
+        sharded = jax.device_put(params, layout), to_mesh(made, batch_sharding(mesh))
         (loss, on_mesh), mesh_grads = loss_and_grads(*sharded)
     np.testing.assert_allclose(loss, expected, rtol=1e-5)
     for name in scalars:
@@ -234,9 +237,9 @@ def test_evaluation_compares_groups_of_64(task, params):
 
 def test_evaluation_on_a_mesh(task, params):
     made = batch(16)
-    with parallel.on_mesh(mesh := parallel.make_mesh()):
-        sharded = parallel.to_mesh(made, parallel.batch_sharding(mesh))
-        measured = task.evaluate(jax.device_put(params, parallel.replicated(mesh)), {}, [sharded], jax.random.key(0))
+    with sharding.on_mesh(mesh := make_mesh()):
+        sharded = to_mesh(made, batch_sharding(mesh))
+        measured = task.evaluate(jax.device_put(params, replicated(mesh)), {}, [sharded], jax.random.key(0))
     for name, value in task.evaluate(params, {}, [made], jax.random.key(0)).items():
         np.testing.assert_allclose(measured[name], value, rtol=1e-4, err_msg=name)
 
@@ -301,7 +304,7 @@ def config(tmp_path):
 
 
 def test_the_job_of_a_configuration(config, tmp_path):
-    job = tasks.build(config, str(tmp_path / "run"))
+    job = build(config, str(tmp_path / "run"))
     text_model = TextModel.load(tmp_path / "run" / "text" / "sentencepiece.model")
     options = job.task.clip.options
     assert options.end_id == text_model.vocab_size == options.text_vocab - 1 and options.text_length == 13
@@ -321,24 +324,24 @@ def test_accumulated_gradients_are_refused(config, tmp_path):
     with pytest.raises(
         ConfigError, match="accumulate_steps=2: the contrastive loss compares all rows of a batch.*Set it"
     ):
-        tasks.build(config, str(tmp_path / "run"))
+        build(config, str(tmp_path / "run"))
 
 
 def test_spoiled_pictures_of_a_configuration(config, tmp_path):
     config.negatives = {"spoiled": 1, "grid": 4}
-    task = tasks.build(config, str(tmp_path / "run")).task
+    task = build(config, str(tmp_path / "run")).task
     scalars = jax.eval_shape(lambda p, b: task.loss(p, {}, b, jax.random.key(0), 0)[1], *shapes_of(task, config))
     assert "spoiled_accuracy" in scalars
     config.negatives.grid = 5
     with pytest.raises(ConfigError, match="negatives.grid=5: pictures of 16 pixels"):
-        tasks.build(config, str(tmp_path / "run"))
+        build(config, str(tmp_path / "run"))
     config.negatives = {"spoilt": 1}
     with pytest.raises(ConfigError, match="config.negatives has no key 'spoilt'"):
-        tasks.build(config, str(tmp_path / "run"))
+        build(config, str(tmp_path / "run"))
 
 
 def shapes_of(task, config):
-    _, made = tasks.abstract(config)
+    _, made = abstract(config)
     return nn.meta.unbox(jax.eval_shape(task.init, jax.random.key(0))), made
 
 

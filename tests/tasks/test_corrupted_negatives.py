@@ -6,7 +6,9 @@ import jax
 import numpy as np
 import pytest
 
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.mesh import make_mesh
+from dalle_jax.distributed.rows import to_mesh
+from dalle_jax.distributed.sharding import batch_sharding, on_mesh
 from dalle_jax.errors import ConfigError
 from dalle_jax.tasks.corrupted_negatives import NegativeOptions, spoil
 
@@ -91,8 +93,8 @@ def test_a_function_of_the_key_and_no_two_spoilings_alike():
 def test_the_same_on_a_mesh():
     images, key = pictures(16), jax.random.key(3)
     expected = jax.device_get(spoiled(images, key, OPTIONS))
-    with parallel.on_mesh(mesh := parallel.make_mesh()):
-        made = spoiled(parallel.to_mesh(images, parallel.batch_sharding(mesh)), key, OPTIONS)
+    with on_mesh(mesh := make_mesh()):
+        made = spoiled(to_mesh(images, batch_sharding(mesh)), key, OPTIONS)
     for a, b in zip(jax.device_get(made), expected):
         np.testing.assert_array_equal(a, b)
 

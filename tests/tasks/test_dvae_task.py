@@ -11,13 +11,13 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from dalle_jax import tasks
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import logit_laplace
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer, gumbel_softmax
 from dalle_jax.optim import schedules
 from dalle_jax.optim.optimizers import OptimizerOptions, make_optimizer
 from dalle_jax.tasks.dvae import DVAETask
+from dalle_jax.tasks.registry import build
 
 OPTIONS = DVAEOptions(
     image_size=16, vocab_size=24, hidden=16, groups=1, blocks_per_group=1, codebook_dim=8, in_kernel=3, stem_factor=4
@@ -216,7 +216,7 @@ def config(tmp_path, **model):
 
 
 def test_the_job_of_a_configuration(tmp_path):
-    job = tasks.build(config(tmp_path), str(tmp_path / "run"))
+    job = build(config(tmp_path), str(tmp_path / "run"))
     assert job.task.tokenizer.options == OPTIONS
     assert job.task.schedules["temperature"](100) == 1 / 16
     training, evaluation = next(job.train_batches()), list(job.eval_batches())
@@ -229,10 +229,10 @@ def test_a_configuration_that_makes_no_model(tmp_path):
     with pytest.raises(ConfigError, match="18 pixels"):
         wrong = config(tmp_path)
         wrong.data.image_size = 18
-        tasks.build(wrong, "")
+        build(wrong, "")
     with pytest.raises(ConfigError, match="'depth'"):
-        tasks.build(config(tmp_path, depth=3), "")
+        build(config(tmp_path, depth=3), "")
     with pytest.raises(ConfigError, match="schedules.kl_weight"):
         wrong = config(tmp_path)
         wrong.schedules.kl_weight.kind = "sigmoid"
-        tasks.build(wrong, "")
+        build(wrong, "")

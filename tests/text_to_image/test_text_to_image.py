@@ -12,20 +12,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax import TextToImage, tasks
+from dalle_jax import TextToImage
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.configuration import config_files
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.text import TextModel
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.mesh import make_mesh
+from dalle_jax.distributed.sharding import batch_shards
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
-from dalle_jax.evaluation import measure as evaluate
-from dalle_jax.jobs import generate
+from dalle_jax.jobs import evaluate, generate
 from dalle_jax.jobs import train as stages
 from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.priors.sampling import SamplingOptions
-from dalle_jax.tasks import prior as prior_task
+from dalle_jax.tasks import encoded_split
+from dalle_jax.tasks.encoded_split import encode_split, tokens_of_split
+from dalle_jax.tasks.registry import build
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.text_to_image.text_to_image import row_keys
 
@@ -79,7 +81,7 @@ def trained(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(trained):
     # Chunks of two rows: nearly every call below is the same compiled program.
-    return TextToImage.load(trained.workdir, rows_at_once=2, mesh=parallel.make_mesh(data=1))
+    return TextToImage.load(trained.workdir, rows_at_once=2, mesh=make_mesh(data=1))
 
 
 @pytest.fixture(scope="module")
@@ -135,12 +137,12 @@ def test_the_training_splits_tokens_are_made_once(trained, tmp_path, monkeypatch
     options = DataOptions.from_config(trained.config.data)
     tokenizer, params = workdirs.load_tokenizer(trained.workdir)
     (file,) = pathlib.Path(trained.workdir).glob("tokens-*")
-    encode = prior_task.encode_split
+    encode = encode_split
     np.testing.assert_array_equal(np.load(file), encode(options, "train", tokenizer, params))
 
     encoded = []
-    monkeypatch.setattr(prior_task, "encode_split", lambda *args: encoded.append(args) or encode(*args))
-    get = lambda params, options, *folders: prior_task.tokens_of_split(options, "train", tokenizer, params, folders)
+    monkeypatch.setattr(encoded_split, "encode_split", lambda *args: encoded.append(args) or encode(*args))
+    get = lambda params, options, *folders: tokens_of_split(options, "train", tokenizer, params, folders)
     kept = get(params, options, tmp_path, trained.workdir)
     np.testing.assert_array_equal(kept, np.load(file))
     assert not encoded and not list(tmp_path.iterdir())
@@ -162,7 +164,7 @@ def test_a_prior_starts_with_its_tokenizers_codebook(trained):
     """Tokens whose codes lie near each other have embeddings near each other before any update."""
     config = trained.config.copy_and_resolve_references()
     config.model.codebook_init = True
-    init = tasks.build(config, trained.workdir).task.init
+    init = build(config, trained.workdir).task.init
     fresh = nn.meta.unbox(jax.jit(init)(jax.random.key(0)))["embedding"]["image"]
     _, params = workdirs.load_tokenizer(trained.workdir)
     distances = lambda x: np.linalg.norm(np.asarray(x)[:, None] - np.asarray(x)[None], axis=-1).ravel()
@@ -232,7 +234,7 @@ def test_a_picture_is_the_same_whatever_else_is_drawn(trained, model):
     np.testing.assert_array_equal(model.generate(CAPTION, n=1, seed=5), many[:1])
     among = model.generate(["a green star", CAPTION, "a small cross"], n=2, seed=5)
     np.testing.assert_array_equal(among[1], many[:2])
-    larger = TextToImage.load(trained.workdir, rows_at_once=64, mesh=parallel.make_mesh(data=1))
+    larger = TextToImage.load(trained.workdir, rows_at_once=64, mesh=make_mesh(data=1))
     # Another program decodes these: a pixel may be rounded the other way.
     np.testing.assert_allclose(larger.generate(CAPTION, n=6, seed=5).astype(int), many.astype(int), rtol=0, atol=1)
     assert len({image.tobytes() for image in many}) > 3
@@ -241,13 +243,13 @@ def test_a_picture_is_the_same_whatever_else_is_drawn(trained, model):
 @pytest.mark.parametrize("sizes", [{"data": 8}, {"data": 2, "fsdp": 2, "tensor": 2}], ids=["rows", "parameters"])
 def test_devices_share_the_drawing(trained, model, picture, sizes):
     """The same pictures; each device holds and computes its part."""
-    mesh = parallel.make_mesh(**sizes)
+    mesh = make_mesh(**sizes)
     spread = TextToImage.load(trained.workdir, rows_at_once=8, mesh=mesh)
     kernel = spread.params["trunk"]["layer_0"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size * sizes.get("fsdp", 1) * sizes.get("tensor", 1) == kernel.size
     rows = model.encode_text([CAPTION] * 8)
     tokens = spread._sample(rows, row_keys(0, rows, np.arange(8)), SamplingOptions(), None)
-    assert tokens.addressable_shards[0].data.shape[0] == 8 // parallel.batch_shards(mesh)
+    assert tokens.addressable_shards[0].data.shape[0] == 8 // batch_shards(mesh)
     for draw in (
         lambda model: model.generate([CAPTION, "a green star"], n=4, seed=3),
         lambda model: model.generate(CAPTION, n=3, seed=3, guidance=1.0),
@@ -434,7 +436,7 @@ def test_a_used_folder_loses_the_pictures_of_its_manifest(trained, tmp_path):
 
 def test_devices_get_rows_of_the_same_number(model):
     shape = lambda captions, n, devices, rows: dataclasses.replace(
-        model, mesh=parallel.make_mesh(data=devices), rows_at_once=rows
+        model, mesh=make_mesh(data=devices), rows_at_once=rows
     )._chunk_shape(captions, n)
     assert shape(3, 4, 8, 64) == (4, 4) and shape(1, 1, 8, 64) == (8, 1) and shape(5, 3, 1, 64) == (5, 3)
     assert shape(1, 100, 8, 64) == (1, 64) and shape(1, 10, 8, 64) == (1, 16) and shape(9, 64, 6, 64) == (1, 66)
@@ -454,7 +456,7 @@ def test_a_manifest_of_the_best_candidates(trained, model, tmp_path):
     generate.run(config, str(tmp_path))
     manifest = json.loads((tmp_path / "manifest.json").read_text())
     assert manifest["clip"] == str(tmp_path) and len(manifest["samples"]) == 4
-    one = parallel.make_mesh(data=1)
+    one = make_mesh(data=1)
     loaded = TextToImage.load(trained.workdir, rows_at_once=2, clip=str(tmp_path), mesh=one)
     ranked = loaded.best_of([CAPTION, "a green star"], 5, 2)
     for sample, score, number in zip(manifest["samples"], ranked.scores.ravel(), ranked.numbers.ravel()):

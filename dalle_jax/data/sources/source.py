@@ -246,25 +246,3 @@ class Source(abc.ABC):
                 yield from decode_captions(self.record(index))
             except UnreadableExample:
                 continue
-
-
-def open_source(options: DataOptions, split: str) -> Source:
-    """Opens the source that the options name, building an embedded data set first where need be.
-
-    Args:
-      options: what to read.
-      split: which part of it ("train", "validation", "heldout", "train[:90%]", "val+test", …).
-
-    Returns:
-      The source.
-
-    Raises:
-      DataError: where it does not exist, or lacks the split or the features.
-    """
-    if options.source == "folder":
-        from dalle_jax.data.sources import folder
-
-        return folder.FolderSource(options.path, split)
-    from dalle_jax.data.sources import tfds as tfds_source  # TFDS takes a second to import; folders do without it
-
-    return tfds_source.TfdsSource(options, split)

@@ -19,7 +19,7 @@ from absl import logging
 from etils import epath
 
 from dalle_jax.data.sources.source import DataOptions, LeftOut, Record, Source, UnreadableExample
-from dalle_jax.distributed import joining as distributed
+from dalle_jax.distributed.turns import first_host_first
 from dalle_jax.errors import DataError, UserError
 
 BUILDERS = ("shapes_captions", "emoji_captions", "coco_captions_local", "cub_captions", "tar_shards")
@@ -46,7 +46,7 @@ class TfdsSource(Source):
         data_dir = data_dir if "://" in data_dir else os.path.expanduser(data_dir)
         self.description = f"{options.source} ({split})"
         try:
-            with distributed.first_host_first(f"the data set {options.source}"):
+            with first_host_first(f"the data set {options.source}"):
                 builder = _prepare(options, data_dir)
             if builder.name == _COCO and split == "validation":
                 split = _COCO_VALIDATION

@@ -33,7 +33,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 
 from dalle_jax.distributed.per_device import on_each_device
 from dalle_jax.distributed.sharding import on_tpu
-from dalle_jax.models.attention.xla import ATTENDED, Pattern
+from dalle_jax.models.attention.patterns import ATTENDED, Pattern
 from dalle_jax.token_layout import TokenLayout
 
 KERNELS = ("auto", "xla", "splash")

@@ -9,7 +9,8 @@ from absl import logging
 
 from dalle_jax.data.builders.cub_captions import Builder
 from dalle_jax.data.pipeline import Pipeline
-from dalle_jax.data.sources.source import DataOptions, open_source
+from dalle_jax.data.sources.open import open_source
+from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.token_layout import TokenLayout

@@ -15,7 +15,8 @@ from dalle_jax.data.builders.own_copy import ReadOnce
 from dalle_jax.data.builders.tar_shards import Builder
 from dalle_jax.data.builders.tar_shards.reading import DamagedShard, read_samples
 from dalle_jax.data.pipeline import Pipeline
-from dalle_jax.data.sources.source import DataOptions, open_source
+from dalle_jax.data.sources.open import open_source
+from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.token_layout import TokenLayout

@@ -8,7 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from dalle_jax.data.sources.folder import FolderSource
-from dalle_jax.data.sources.source import DataOptions, UnreadableExample, open_source
+from dalle_jax.data.sources.open import open_source
+from dalle_jax.data.sources.source import DataOptions, UnreadableExample
 from dalle_jax.errors import ConfigError, DataError
 
 

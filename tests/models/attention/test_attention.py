@@ -5,18 +5,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dalle_jax.models.attention.xla import (
+from dalle_jax.models.attention.patterns import (
     Bidirectional,
     Column,
     Convolutional,
     Full,
     Row,
-    attend,
-    attend_reference,
     full_layers,
     group_mask,
     sparse_layers,
 )
+from dalle_jax.models.attention.xla import attend, attend_reference
 from dalle_jax.token_layout import TokenLayout
 
 CAUSAL = [Full(), Row(), Column(), *(Convolutional(k, wrap) for k in (1, 3, 5, 11) for wrap in (True, False))]

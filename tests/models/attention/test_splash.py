@@ -14,9 +14,11 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
 from dalle_jax import compilation_cache
 from dalle_jax.aot import topologies
 from dalle_jax.aot.program import Program
-from dalle_jax.distributed import sharding as parallel
+from dalle_jax.distributed.mesh import MESH_AXES, make_mesh
+from dalle_jax.distributed.sharding import RULES, abstract, batch_sharding, on_mesh, partition_spec, shardings_of
 from dalle_jax.models.attention import splash
-from dalle_jax.models.attention.xla import Bidirectional, Column, Convolutional, Full, Row, attend_reference
+from dalle_jax.models.attention.patterns import Bidirectional, Column, Convolutional, Full, Row
+from dalle_jax.models.attention.xla import attend_reference
 from dalle_jax.models.transformer import Attention, TransformerOptions, Trunk
 from dalle_jax.token_layout import TokenLayout
 
@@ -115,14 +117,14 @@ def test_queries_of_the_image_alone(small_blocks):
 def test_each_device_of_a_mesh_computes_its_rows_and_heads(small_blocks, rows, heads):
     layout, pattern = LAYOUTS[0], Column()
     given = drawn(layout, rows, heads)
-    mesh = parallel.make_mesh(data=2, fsdp=2, tensor=2)
-    spec = parallel.partition_spec(HEADS, given[0].shape, mesh, strict=False)
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    spec = partition_spec(HEADS, given[0].shape, mesh, strict=False)
 
     @jax.jit
     def step(*x):
         return with_gradients(lambda *y: in_stream_order(*y, pattern, layout), *x)
 
-    with parallel.on_mesh(mesh):
+    with on_mesh(mesh):
         placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in given]
         ours, traced = step(*placed), str(jax.make_jaxpr(step)(*placed))
     mask = pattern.mask(layout)
@@ -237,7 +239,7 @@ def mesh_of(kind, platform):
     fields = {"device_kind": kind, "num_cores": 1, "platform": platform}
     known = {field.name for field in dataclasses.fields(AbstractDevice)}
     device = AbstractDevice(**{name: value for name, value in fields.items() if name in known})
-    return AbstractMesh((2, 2, 1), parallel.MESH_AXES, (AxisType.Auto,) * 3, abstract_device=device)
+    return AbstractMesh((2, 2, 1), MESH_AXES, (AxisType.Auto,) * 3, abstract_device=device)
 
 
 @pytest.mark.parametrize("kernel", splash.KERNELS)
@@ -254,7 +256,7 @@ def test_the_meshs_platform_decides(kernel, device):
     if device is None:
         traced = str(run(STATES))
     else:
-        with jax.sharding.use_abstract_mesh(mesh_of(*device)), nn.logical_axis_rules(parallel.RULES):
+        with jax.sharding.use_abstract_mesh(mesh_of(*device)), nn.logical_axis_rules(RULES):
             traced = str(run(STATES))
     tpu = device is not None and device[1] == "tpu"
     assert ("pallas_call" in traced) == (kernel == "splash" or (kernel == "auto" and tpu))
@@ -275,7 +277,7 @@ def tpu_mesh():
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed (pip install -e '.[tpu]'): nothing can be compiled for a TPU")
     with compilation_cache.turned_off():
-        yield parallel.make_mesh(data=1, fsdp=2, tensor=2, devices=topologies.devices("v5e:2x2"))
+        yield make_mesh(data=1, fsdp=2, tensor=2, devices=topologies.devices("v5e:2x2"))
 
 
 @pytest.mark.pod
@@ -283,8 +285,8 @@ def tpu_mesh():
 def test_compiles_for_a_tpu_at_the_papers_size(tpu_mesh, pattern):
     """Forward and backward, 4 examples and 4 heads of 64 a chip."""
     shape = (8, PAPER.length, 8, 64)
-    with parallel.on_mesh(tpu_mesh), jax.default_matmul_precision("default"):
-        sharding = NamedSharding(tpu_mesh, parallel.partition_spec(HEADS, shape, tpu_mesh))
+    with on_mesh(tpu_mesh), jax.default_matmul_precision("default"):
+        sharding = NamedSharding(tpu_mesh, partition_spec(HEADS, shape, tpu_mesh))
         x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
         step = jax.jit(lambda *x: with_gradients(lambda *y: splash.attend(*y, pattern, PAPER), *x))
         program = step.lower(x, x, x, x).compile()
@@ -307,12 +309,12 @@ def test_a_sharded_trunk_compiles_for_a_tpu(tpu_mesh, remat, forward, products):
     options = TransformerOptions(width=256, depth=4, heads=4, remat=remat)
     layout = layout_of(64, 8, 8)
     trunk = Trunk(options, layout, (Row(), Column(), Row(), Column()))
-    with parallel.on_mesh(tpu_mesh), jax.default_matmul_precision("default"):
+    with on_mesh(tpu_mesh), jax.default_matmul_precision("default"):
         shape = (4, layout.length, options.width)
-        x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=parallel.batch_sharding(tpu_mesh))
+        x = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=batch_sharding(tpu_mesh))
         boxed = jax.eval_shape(lambda: trunk.init(jax.random.key(0), jnp.zeros(shape, jnp.bfloat16), False))
         params = jax.eval_shape(lambda: nn.meta.unbox(boxed_like(boxed)))
-        params = parallel.abstract(params, parallel.shardings_of(boxed, tpu_mesh))
+        params = abstract(params, shardings_of(boxed, tpu_mesh))
         loss = lambda params, x: jnp.square(trunk.apply(params, x, True).astype(jnp.float32)).mean()
         text = jax.jit(jax.grad(loss)).lower(params, x).compile().as_text()
     kernels = ("splash_mha_fwd_residuals", "splash_mha_dq_no_residuals", "splash_mha_dkv_no_residuals")

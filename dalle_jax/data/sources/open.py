@@ -1,0 +1,25 @@
+"""Opens the source that `DataOptions` names."""
+
+from __future__ import annotations
+
+from dalle_jax.data.sources.folder import FolderSource
+from dalle_jax.data.sources.source import DataOptions, Source
+from dalle_jax.data.sources.tfds import TfdsSource
+
+
+def open_source(options: DataOptions, split: str) -> Source:
+    """Opens the source that the options name, building an embedded data set first where need be.
+
+    Args:
+      options: what to read.
+      split: which part of it ("train", "validation", "heldout", "train[:90%]", "val+test", …).
+
+    Returns:
+      The source.
+
+    Raises:
+      DataError: where it does not exist, or lacks the split or the features.
+    """
+    if options.source == "folder":
+        return FolderSource(options.path, split)
+    return TfdsSource(options, split)

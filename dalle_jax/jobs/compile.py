@@ -1,0 +1,47 @@
+"""The job of `configs/compile.py`: compiles a training or a sampler for a TPU topology and reports what it costs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from dalle_jax.aot import costs
+from dalle_jax.aot.target import CompileOptions, compile_target
+from dalle_jax.errors import DoesNotFit
+from dalle_jax.storage.files import access, make_workdir, write_json
+
+
+def run(config: ConfigDict, workdir: str) -> Mapping[str, Any]:
+    """The job of `configs/compile.py`: prints a table, and writes `compile.json` into `workdir`.
+
+    Raises:
+      ConfigError: a workdir that cannot be written; and see `compile_target`.
+      DoesNotFit: after the table and the file, where there is a program to tell of.
+    """
+    fields = {field.name for field in dataclasses.fields(CompileOptions)}
+    options = CompileOptions(**{name: value for name, value in config.items() if name in fields})
+    folder = _writable(workdir)
+    found = compile_target(options)
+    print(costs.table(found))
+    write_json(folder / "compile.json", found)
+    if not found["fits"]:
+        raise DoesNotFit(found["remedies"])
+    return found
+
+
+def _writable(workdir: str) -> epath.Path:
+    """The folder for the results, made and tried before the minutes or hours that they take.
+
+    Raises:
+      ConfigError: it cannot be made, or nothing can be written there.
+    """
+    folder = epath.Path(make_workdir(workdir))
+    with access(workdir):
+        trial = folder / "compile.json.trial"
+        trial.write_text("")
+        trial.unlink()
+    return folder

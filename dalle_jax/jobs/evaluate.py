@@ -1,0 +1,43 @@
+"""The job of `configs/evaluate.py`: measures trained priors and writes the report."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.configuration.options import from_config
+from dalle_jax.distributed.mesh import local_mesh
+from dalle_jax.evaluation.measure import Figures, Model, Options, measure
+from dalle_jax.evaluation.report import write
+from dalle_jax.evaluation.test_sets import Protocol, open_test_set
+from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.text_to_image.text_to_image import TextToImage
+
+
+def run(config: ConfigDict, workdir: str) -> Figures:
+    """Writes the report, see `write`.
+
+    Args:
+      config: see `configs/evaluate.py`.
+      workdir: where to write.
+
+    Returns:
+      What `report.json` holds.
+    """
+    folders = [folder.strip() for folder in config.model_workdir.split(",")]
+    mesh = local_mesh(**config.mesh)
+    loaded = [TextToImage.load(folder, config.step, config.rows_at_once, config.clip, mesh) for folder in folders]
+    sampling = from_config(SamplingOptions, config.sampling, "sampling")
+    kinds = [model.prior.name for model in loaded]
+    names = kinds if len(set(kinds)) == len(kinds) else folders
+    data = config.get("data") or workdirs.read_config(folders[0])["data"]
+    protocol = Protocol(config.split, config.captions, config.count, config.seed)
+    tests = open_test_set(data, protocol, loaded[0].image_size)
+    options = from_config(Options, {"seed": config.seed, **config.metrics}, "metrics")
+    models = {name: Model(model, sampling) for name, model in zip(names, loaded)}
+    measured = measure(models, tests, options)
+    measured.figures["protocol"]["checkpoints"] = {
+        name: f"{m.workdir}, step {m.step}" for name, m in zip(names, loaded)
+    }
+    write(measured, tests, workdir, f"{', '.join(names)}: {tests.source.description}", config)
+    return measured.figures

@@ -1,0 +1,43 @@
+"""Priors by `config.prior`: builds one from a configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from dalle_jax.configuration.options import from_config
+from dalle_jax.errors import ConfigError
+from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.priors.maskgit import MaskGITOptions, MaskGITPrior
+from dalle_jax.priors.token_prior import TokenPrior
+from dalle_jax.token_layout import TokenLayout
+
+# config.prior → the prior and its options.
+PRIORS = {
+    "autoregressive": (AutoregressivePrior, AutoregressiveOptions),
+    "maskgit": (MaskGITPrior, MaskGITOptions),
+}
+
+
+def make(kind: str, model: Mapping[str, Any], layout: TokenLayout) -> TokenPrior:
+    """Builds a prior from a configuration.
+
+    Args:
+      kind: `config.prior`, "autoregressive" or "maskgit".
+      model: `config.model`, fields of the prior's options and, under "trunk", of `TransformerOptions`.
+      layout: of its stream.
+
+    Raises:
+      ConfigError: an unknown kind, or a key or value that the options refuse.
+    """
+    if kind not in PRIORS:
+        raise ConfigError(f"config.prior is {kind!r}; expected one of {', '.join(PRIORS)}.")
+    prior, options = PRIORS[kind]
+    try:
+        trunk = from_config(TransformerOptions, model["trunk"], "model.trunk")
+        return prior(layout, from_config(options, {**model, "trunk": trunk}, "model"))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"config.model: {error}") from error

@@ -1,0 +1,59 @@
+"""The image tokens of a whole split, encoded once and kept in a file."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from etils import epath
+
+from dalle_jax.data.pipeline import Pipeline
+from dalle_jax.data.sources.open import open_source
+from dalle_jax.data.sources.source import DataOptions
+from dalle_jax.distributed.turns import first_host_first
+from dalle_jax.image_tokenizers import tokenizer as tokenizers
+from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
+from dalle_jax.pytree import PyTree, fingerprint
+from dalle_jax.storage.files import write_whole
+
+
+def encode_split(options: DataOptions, split: str, tokenizer: ImageTokenizer, params: PyTree, batch_size: int = 64):
+    """The image tokens of a whole split, int32 [examples, N], in the order of its source (zeros where unreadable)."""
+    encode = jax.jit(tokenizer.encode)
+    pipeline = Pipeline(options, split=split, train=False, batch_size=batch_size)
+    rows = None
+    for batch in pipeline:
+        tokens = np.asarray(encode(params, batch["image"])).reshape(batch_size, -1)
+        if rows is None:
+            rows = np.zeros((len(pipeline.source), tokens.shape[1]), np.int32)
+        rows[batch["index"][batch["valid"]]] = tokens[batch["valid"]]
+    return rows
+
+
+def tokens_of_split(
+    options: DataOptions, split: str, tokenizer: ImageTokenizer, params: PyTree, folders: Sequence[epath.PathLike]
+) -> np.ndarray:
+    """What `encode_split` makes, kept in a file where the source's examples cannot change.
+
+    Args:
+      folders: where such a file may be; the first one gets it.
+    """
+    identity = open_source(options, split).identity
+    if identity is None:
+        return encode_split(options, split, tokenizer, params)
+    what = [identity, options.image_size, options.image_key, tokenizers.to_dict(tokenizer)]
+    digest = hashlib.sha256(json.dumps([*what, fingerprint(params)]).encode())
+    paths = [epath.Path(folder).expanduser() / f"tokens-{digest.hexdigest()[:16]}.npy" for folder in folders]
+    with first_host_first(f"the tokens {paths[0]}"):
+        found = next((path for path in paths if path.exists()), None)
+        if found:
+            return np.load(io.BytesIO(found.read_bytes()))
+        tokens = encode_split(options, split, tokenizer, params)
+        written = io.BytesIO()
+        np.save(written, tokens)
+        write_whole(paths[0], written.getvalue())
+    return tokens
