@@ -23,3 +23,7 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 elif worker := os.environ.get("PYTEST_XDIST_WORKER"):
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], worker)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+import type_checks  # noqa: E402  (imports jaxtyping, and thereby JAX, which has read its settings from above)
+
+type_checks.install()

@@ -1,4 +1,4 @@
-"""Priors by `config.prior`: builds one from a configuration."""
+"""Priors by name: builds the prior of a configuration."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def make(kind: str, model: Mapping[str, Any], layout: TokenLayout) -> TokenPrior
 
     Args:
       kind: `config.prior`, "autoregressive" or "maskgit".
-      model: `config.model`, fields of the prior's options and, under "trunk", of `TransformerOptions`.
-      layout: of its stream.
+      model: `config.model`: fields of the prior's options and, under "trunk", of `TransformerOptions`.
+      layout: layout of the token stream.
 
     Raises:
-      ConfigError: an unknown kind, or a key or value that the options refuse.
+      ConfigError: an unknown kind, an unknown key or an invalid value.
     """
     if kind not in PRIORS:
         raise ConfigError(f"config.prior is {kind!r}; expected one of {', '.join(PRIORS)}.")
