@@ -144,7 +144,7 @@ class Block(nn.Module):
     options: DVAEOptions
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W F"]:
+    def __call__(self, x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B H W F"]:
         """Maps [B, H, W, C] to [B, H, W, features]."""
         dtype = self.options.dtype
         skip = x if x.shape[-1] == self.features else convolution(self.features, 1, dtype, "skip")(x)
@@ -174,7 +174,7 @@ class Encoder(nn.Module):
         }
         self.output = convolution(o.vocab_size, 1, "float32", None, scale=o.logit_scale, out_axis="codebook")
 
-    def features(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w F"]:
+    def features(self, x: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B h w F"]:
         """Computes the input of the output layer: float32 [B, H, W, 3] to [B, h, w, F]."""
         o = self.options
         x = self.input(space_to_depth(x, o.stem_factor))
@@ -188,7 +188,7 @@ class Encoder(nn.Module):
                 x = max_pool(x)
         return nn.relu(x)
 
-    def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w V"]:
+    def __call__(self, x: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B h w V"]:
         """Computes the logits of the codes: float32 [B, H, W, 3] to float32 [B, h, w, V]."""
         return self.output(self.features(x))
 
@@ -210,7 +210,7 @@ class Codebook(nn.Module):
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("conv_in",))
         self.bias = self.param("bias", zeros, (o.codebook_dim,))
 
-    def __call__(self, codes: Float[Array, "B h w V"]) -> Float[Array, "B h w D"]:
+    def __call__(self, codes: Float[ArrayLike, "B h w V"]) -> Float[Array, "B h w D"]:
         """Embeds relaxed codes of sum 1, float32 [B, h, w, V], as [B, h, w, D]."""
         return codes @ self.kernel + self.bias[None, None, None]
 
@@ -229,7 +229,7 @@ class Decoder(nn.Module):
     options: DVAEOptions
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B h w D"]) -> Float[Array, "B H W 6"]:
+    def __call__(self, x: Float[ArrayLike, "B h w D"]) -> Float[Array, "B H W 6"]:
         """Maps [B, h, w, D] to float32 [B, H, W, 6]: μ of red, green and blue, then ln b of each."""
         o = self.options
         x = x.astype(o.dtype)
@@ -255,15 +255,15 @@ class DVAE(nn.Module):
     def setup(self):
         self.encoder, self.codebook, self.decoder = Encoder(self.options), Codebook(self.options), Decoder(self.options)
 
-    def encode_logits(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w V"]:
+    def encode_logits(self, images: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B h w V"]:
         """Computes logits, float32 [B, h, w, V], from images of `map_pixels`, float32 [B, H, W, 3]."""
         return self.encoder(images)
 
-    def encode_features(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B h w F"]:
+    def encode_features(self, images: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B h w F"]:
         """Computes the input of the encoder's output layer, [B, h, w, F], from images of `map_pixels`."""
         return self.encoder.features(images)
 
-    def decode_maps(self, codes: Float[Array, "B h w V"]) -> Float[Array, "B H W 6"]:
+    def decode_maps(self, codes: Float[ArrayLike, "B h w V"]) -> Float[Array, "B H W 6"]:
         """Decodes one-hot or relaxed codes, float32 [B, h, w, V], to μ and ln b, float32 [B, H, W, 6]."""
         return self.decoder(self.codebook(codes))
 
@@ -271,7 +271,7 @@ class DVAE(nn.Module):
         """Decodes tokens, int32 [B, h, w], to μ and ln b, float32 [B, H, W, 6]."""
         return self.decoder(self.codebook.lookup(tokens))
 
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B H W 6"]:
+    def __call__(self, images: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B H W 6"]:
         """Reconstructs images of `map_pixels` through softmax codes, and so creates every parameter."""
         return self.decode_maps(jax.nn.softmax(self.encode_logits(images)))
 
@@ -340,7 +340,7 @@ class DVAETokenizer:
         return self.module.apply({"params": params}, images, method="encode_logits")
 
     def decode_maps(
-        self, params: PyTree, codes: Int[ArrayLike, "B h w"] | Float[Array, "B h w V"]
+        self, params: PyTree, codes: Int[ArrayLike, "B h w"] | Float[ArrayLike, "B h w V"]
     ) -> tuple[Float[Array, "B H W 3"], Float[Array, "B H W 3"]]:
         """Decodes tokens or codes to the distribution of each pixel.
 

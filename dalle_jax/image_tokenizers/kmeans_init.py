@@ -141,9 +141,9 @@ def check_sizes(options: DVAEOptions) -> None:
 
 
 def _mean_patches(
-    patches: Float[Array, "n P"],
-    nearest: Int[Array, " n"],
-    centres: Float[Array, "V F"],
+    patches: Float[ArrayLike, "n P"],
+    nearest: Int[ArrayLike, " n"],
+    centres: Float[ArrayLike, "V F"],
     key: Key[Array, ""],
     options: DVAEOptions,
 ) -> tuple[Float[Array, "V D"], PyTree]:

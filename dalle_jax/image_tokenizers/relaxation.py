@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Float, Key
 
 
 def gumbel_softmax(
-    logits: Float[Array, "*axes V"], key: Key[Array, ""], temperature: Float[ArrayLike, ""]
+    logits: Float[ArrayLike, "*axes V"], key: Key[Array, ""], temperature: Float[ArrayLike, ""]
 ) -> Float[Array, "*axes V"]:
     """Draws a relaxed one-hot sample: softmax((logits + Gumbel noise) / τ). It is soft, not straight-through.
 
@@ -27,7 +27,7 @@ def gumbel_softmax(
     return jax.nn.softmax((logits + noise) / temperature, axis=-1)
 
 
-def kl_to_uniform(logits: Float[Array, "*axes V"]) -> Float[Array, "*axes"]:
+def kl_to_uniform(logits: Float[ArrayLike, "*axes V"]) -> Float[Array, "*axes"]:
     """Computes KL(softmax(logits) ‖ uniform) in nats: [..., V] to [...]. It does not depend on the temperature τ."""
     log_q = jax.nn.log_softmax(logits, axis=-1)
     return jnp.sum(jnp.exp(log_q) * log_q, axis=-1) + jnp.log(jnp.float32(logits.shape[-1]))

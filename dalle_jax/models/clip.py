@@ -192,7 +192,7 @@ class Block(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B S D"]) -> Float[Array, "B S D"]:
+    def __call__(self, x: Float[ArrayLike, "B S D"]) -> Float[Array, "B S D"]:
         """Maps states, [B, S, D], to [B, S, D]."""
         d, hidden, heads = self.width, self.width * _MLP_RATIO, (self.heads, self.width // self.heads)
         names = ("heads", "kv")
@@ -218,7 +218,7 @@ class ImageTower(nn.Module):
     options: CLIPOptions
 
     @nn.compact
-    def __call__(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
+    def __call__(self, images: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B E"]:
         """Embeds the images of `preprocess`, [B, H, W, 3], as float32 [B, E], not normalised."""
         o = self.options
         b, d = images.shape[0], o.image_width
@@ -250,7 +250,7 @@ class TextTower(nn.Module):
     options: CLIPOptions
 
     @nn.compact
-    def __call__(self, text: Int[Array, "B T"]) -> Float[Array, "B E"]:
+    def __call__(self, text: Int[ArrayLike, "B T"]) -> Float[Array, "B E"]:
         """Embeds captions, int32 [B, T] with an end token in each, as float32 [B, E], not normalised."""
         o, d = self.options, self.options.text_width
         table = lambda name, scale, names, rows: self.param(
@@ -279,28 +279,28 @@ class TwoTowers(nn.Module):
         self.image, self.text = ImageTower(self.options), TextTower(self.options)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(INITIAL_LOG_SCALE), ())
 
-    def encode_image(self, images: Float[Array, "B H W 3"]) -> Float[Array, "B E"]:
+    def encode_image(self, images: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B E"]:
         """Embeds the images of `preprocess`, float32 [B, H, W, 3], as unit vectors, float32 [B, E]."""
         return _unit(self.image(images))
 
-    def encode_text(self, text: Int[Array, "B T"]) -> Float[Array, "B E"]:
+    def encode_text(self, text: Int[ArrayLike, "B T"]) -> Float[Array, "B E"]:
         """Embeds captions, int32 [B, T], as unit vectors, float32 [B, E]."""
         return _unit(self.text(text))
 
     def __call__(
-        self, images: Float[Array, "B H W 3"], text: Int[Array, "B T"]
+        self, images: Float[ArrayLike, "B H W 3"], text: Int[ArrayLike, "B T"]
     ) -> tuple[Float[Array, "B E"], Float[Array, "B E"]]:
         """Embeds images and captions, and so creates every parameter."""
         return self.encode_image(images), self.encode_text(text)
 
 
-def _unit(x: Float[Array, "B E"]) -> Float[Array, "B E"]:
+def _unit(x: Float[ArrayLike, "B E"]) -> Float[Array, "B E"]:
     """Scales vectors to length one."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-12))
 
 
 @jax.custom_vjp
-def limited(log_scale: Float[Array, ""]) -> Float[Array, ""]:
+def limited(log_scale: Float[ArrayLike, ""]) -> Float[Array, ""]:
     """Computes min(x, ln 100). Beyond the limit, only gradients that reduce x pass, so that x can return."""
     return jnp.minimum(log_scale, MAX_LOG_SCALE)
 

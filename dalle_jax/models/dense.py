@@ -11,14 +11,15 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import numpy as np
-from jaxtyping import Array, Float
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike, Float
 
 from dalle_jax.distributed.per_device import contract
 from dalle_jax.distributed.sharding import platform
 from dalle_jax.pytree import PyTree
 
 
-def rows_product(x: Float[Array, "B D"], kernel: Float[Array, "O D"], **kwargs) -> Float[Array, "B O"]:
+def rows_product(x: Float[ArrayLike, "B D"], kernel: Float[ArrayLike, "O D"], **kwargs) -> Float[Array, "B O"]:
     """Computes x · kernelᵀ as (kernel · xᵀ)ᵀ, for decode steps with one position per row.
 
     A decode step is limited by the time to read its kernels. In this order XLA's CPU backend reads them in place. In
@@ -38,7 +39,7 @@ def rows_product(x: Float[Array, "B D"], kernel: Float[Array, "O D"], **kwargs) 
 
 
 @jax.custom_vjp
-def product(x: Float[Array, "R D"], kernel: Float[Array, "D O"]) -> Float[Array, "R O"]:
+def product(x: Float[ArrayLike, "R D"], kernel: Float[ArrayLike, "D O"]) -> Float[Array, "R O"]:
     """Computes [R, D] times [D, O] on CPUs.
 
     The gradient of the kernel contracts over the rows. XLA's CPU backend transposes the left operand for that in a
@@ -65,7 +66,7 @@ def _product_backward(saved, dy):
 product.defvjp(_product_forward, _product_backward)
 
 
-def _dense(x: Float[Array, ...], kernel: Float[Array, ...], axes: int) -> Float[Array, ...]:
+def _dense(x: Float[ArrayLike, ...], kernel: Float[ArrayLike, ...], axes: int) -> Float[Array, ...]:
     """Computes [..., *inputs] times [*inputs, *outputs], where `inputs` has `axes` axes."""
     if platform() != "cpu":
         # The leading axes are not merged. Merged rows have one order in memory, and 6% of the 12-billion model's step
@@ -92,12 +93,12 @@ class Dense(nn.Module):
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     names: tuple[str | None, ...]
-    dtype: str
+    dtype: DTypeLike
     bias: tuple[str | None, ...] = ()
     scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x: Float[Array, ...], *, decode_step: bool = False) -> Float[Array, ...]:
+    def __call__(self, x: Float[ArrayLike, ...], *, decode_step: bool = False) -> Float[Array, ...]:
         """Maps [..., *inputs] to [..., *outputs].
 
         Args:
@@ -123,7 +124,7 @@ class Dense(nn.Module):
         return y
 
 
-def outputs_first(params: PyTree, dtype: str) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+def outputs_first(params: PyTree, dtype: DTypeLike) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
     """Stores every dense kernel of a trunk as [*outputs, *inputs], the order in which `rows_product` reads it.
 
     Args:

@@ -68,7 +68,7 @@ def extract(params: PyTree, images: ArrayLike, resize: str = "bilinear_tf1") -> 
 
 
 @jax.jit
-def _network(params: PyTree, x: Float[Array, "B 299 299 3"]) -> Features:
+def _network(params: PyTree, x: Float[ArrayLike, "B 299 299 3"]) -> Features:
     """Runs the network. It is compiled apart from `preprocess`, so that it compiles once for all image sizes."""
     return Inception().apply({"params": params}, x)
 
@@ -125,12 +125,12 @@ def convolution(
     return lambda x: nn.relu(layer(x))
 
 
-def average_pool(x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+def average_pool(x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B H W C"]:
     """Averages over 3 x 3 windows without their padding: [B, H, W, C] to [B, H, W, C]."""
     return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
 
 
-def max_pool(x: Float[Array, "B H W C"], stride: int = 2, padding: str = "VALID") -> Float[Array, "B _ _ C"]:
+def max_pool(x: Float[ArrayLike, "B H W C"], stride: int = 2, padding: str = "VALID") -> Float[Array, "B _ _ C"]:
     """Computes the maximum over 3 x 3 windows: about half the size, or the same with stride 1 and padding "SAME"."""
     return nn.max_pool(x, (3, 3), (stride, stride), padding)
 
@@ -145,7 +145,7 @@ class BlockA(nn.Module):
     pooled: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B _ _ _"]) -> Float[Array, "B _ _ _"]:
+    def __call__(self, x: Float[ArrayLike, "B _ _ _"]) -> Float[Array, "B _ _ _"]:
         single = convolution(64, "branch1x1")(x)
         wide = convolution(48, "branch5x5_1")(x)
         wide = convolution(64, "branch5x5_2", (5, 5))(wide)
@@ -160,7 +160,7 @@ class BlockB(nn.Module):
     """A block from the 35 x 35 to the 17 x 17 grid: [B, 35, 35, C] to [B, 17, 17, 480 + C]."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B _ _ _"]) -> Float[Array, "B _ _ _"]:
+    def __call__(self, x: Float[ArrayLike, "B _ _ _"]) -> Float[Array, "B _ _ _"]:
         single = convolution(384, "branch3x3", (3, 3), 2, "VALID")(x)
         double = convolution(64, "branch3x3dbl_1")(x)
         double = convolution(96, "branch3x3dbl_2", (3, 3))(double)
@@ -178,7 +178,7 @@ class BlockC(nn.Module):
     width: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B _ _ _"]) -> Float[Array, "B _ _ _"]:
+    def __call__(self, x: Float[ArrayLike, "B _ _ _"]) -> Float[Array, "B _ _ _"]:
         row, column = (1, 7), (7, 1)
         single = convolution(192, "branch1x1")(x)
         once = convolution(self.width, "branch7x7_1")(x)
@@ -197,7 +197,7 @@ class BlockD(nn.Module):
     """A block from the 17 x 17 to the 8 x 8 grid: [B, 17, 17, C] to [B, 8, 8, 512 + C]."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B _ _ _"]) -> Float[Array, "B _ _ _"]:
+    def __call__(self, x: Float[ArrayLike, "B _ _ _"]) -> Float[Array, "B _ _ _"]:
         small = convolution(192, "branch3x3_1")(x)
         small = convolution(320, "branch3x3_2", (3, 3), 2, "VALID")(small)
         large = convolution(192, "branch7x7x3_1")(x)
@@ -217,7 +217,7 @@ class BlockE(nn.Module):
     pool: Callable[[Array], Array]
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B _ _ _"]) -> Float[Array, "B _ _ _"]:
+    def __call__(self, x: Float[ArrayLike, "B _ _ _"]) -> Float[Array, "B _ _ _"]:
         row, column = (1, 3), (3, 1)
         single = convolution(320, "branch1x1")(x)
         once = convolution(384, "branch3x3_1")(x)
@@ -233,7 +233,7 @@ class Classifier(nn.Module):
     """The last layer: [B, 2048] to logits without and with bias, each [B, 1008]."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B 2048"]) -> tuple[Float[Array, "B 1008"], Float[Array, "B 1008"]]:
+    def __call__(self, x: Float[ArrayLike, "B 2048"]) -> tuple[Float[Array, "B 1008"], Float[Array, "B 1008"]]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (WIDTH, CLASSES))
         bias = self.param("bias", nn.initializers.zeros, (CLASSES,))
         logits = jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
@@ -244,7 +244,7 @@ class Inception(nn.Module):
     """The whole network."""
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B 299 299 3"]) -> Features:
+    def __call__(self, x: Float[ArrayLike, "B 299 299 3"]) -> Features:
         """Computes `Features` of preprocessed images, float32 [B, 299, 299, 3]."""
         x = convolution(32, "Conv2d_1a_3x3", (3, 3), 2, "VALID")(x)
         x = convolution(32, "Conv2d_2a_3x3", (3, 3), 1, "VALID")(x)

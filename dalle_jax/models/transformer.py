@@ -17,7 +17,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.models.attention import splash
@@ -140,10 +141,10 @@ class Norm(nn.Module):
     """
 
     kind: str
-    dtype: str
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*axes D"]) -> Float[Array, "*axes D"]:
+    def __call__(self, x: Float[ArrayLike, "*axes D"]) -> Float[Array, "*axes D"]:
         """Normalises over the last axis: [..., D] to [..., D]."""
         ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
@@ -182,13 +183,13 @@ class Attention(nn.Module):
             self.angles = rotary_angles(self.layout, o.size_per_head)
 
     def _heads(
-        self, x: Float[Array, "B P D"], angles: Float[Array, "P _"] | None
+        self, x: Float[ArrayLike, "B P D"], angles: Float[ArrayLike, "P _"] | None
     ) -> tuple[Float[Array, "B P H K"], Float[Array, "B P H K"], Float[Array, "B P H K"]]:
         """Projects [B, P, D] to queries, keys and values, each [B, P, H, K]."""
         return self._split(self.qkv(x), angles)
 
     def _split(
-        self, qkv: Float[Array, "B P 3 H K"], angles: Float[Array, "P _"] | None
+        self, qkv: Float[ArrayLike, "B P 3 H K"], angles: Float[ArrayLike, "P _"] | None
     ) -> tuple[Float[Array, "B P H K"], Float[Array, "B P H K"], Float[Array, "B P H K"]]:
         """Splits [B, P, 3, H, K] into queries, keys and values, with norm and rotary positions."""
         q, k, v = checkpoint_name(tuple(jnp.moveaxis(qkv, -3, 0)), HEADS)
@@ -208,7 +209,7 @@ class Attention(nn.Module):
         (pattern,) = self.patterns
         return pattern
 
-    def __call__(self, x: Float[Array, "B S D"], which: Int[Array, ""] | None = None) -> Float[Array, "B S D"]:
+    def __call__(self, x: Float[ArrayLike, "B S D"], which: Int[ArrayLike, ""] | None = None) -> Float[Array, "B S D"]:
         """Attends over the whole stream.
 
         Args:
@@ -230,14 +231,14 @@ class Attention(nn.Module):
         x = self.out(splash.attend(*self._heads(x, self._angles(splash.order(*how))), *how))
         return splash.restored(x, *how)
 
-    def prefill(self, x: Float[Array, "C T D"]) -> tuple[Float[Array, "C T D"], TextCache]:
+    def prefill(self, x: Float[ArrayLike, "C T D"]) -> tuple[Float[Array, "C T D"], TextCache]:
         """Attends over the text alone, [C, T, D]; also returns its keys and values, each [C, H, T, K]."""
         t = self.layout.text_length
         q, k, v = self._heads(x, self._angles(slice(0, t)))
         out = self.out(attend_reference(q, k, v, self.pattern.mask(self.layout)[:t, :t]))
         return out, (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
-    def refine(self, x: Float[Array, "B N D"], text: TextCache) -> Float[Array, "B N D"]:
+    def refine(self, x: Float[ArrayLike, "B N D"], text: TextCache) -> Float[Array, "B N D"]:
         """Attends from all image positions, [C·n, N, D], to each other and to the caption's keys and values."""
         how, t = (self.pattern, self.layout), self.layout.text_length
         text = [jnp.repeat(y.swapaxes(1, 2), x.shape[0] // y.shape[0], axis=0) for y in text]
@@ -248,7 +249,7 @@ class Attention(nn.Module):
         return splash.restored(self.out(splash.attend(q, k, v, *how)), *how)
 
     def step(
-        self, x: Float[Array, "B D"], text: TextCache, cache: ImageCache, position: Int[Array, ""]
+        self, x: Float[ArrayLike, "B D"], text: TextCache, cache: ImageCache, position: Int[ArrayLike, ""]
     ) -> tuple[Float[Array, "B D"], ImageCache]:
         """Attends from one image position to the caption and the earlier image positions.
 
@@ -281,7 +282,7 @@ class MLP(nn.Module):
     options: TransformerOptions
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*axes D"], *, decode_step: bool = False) -> Float[Array, "*axes D"]:
+    def __call__(self, x: Float[ArrayLike, "*axes D"], *, decode_step: bool = False) -> Float[Array, "*axes D"]:
         """Maps states, [..., D], to [..., D]; `decode_step` as in `Dense`."""
         o = self.options
         activation, gated = ACTIVATIONS[o.activation]
@@ -314,26 +315,26 @@ class Block(nn.Module):
         self.drop = nn.Dropout(o.dropout)
 
     def __call__(
-        self, x: Float[Array, "B S D"], train: bool, which: Int[Array, ""] | None = None
+        self, x: Float[ArrayLike, "B S D"], train: bool, which: Int[ArrayLike, ""] | None = None
     ) -> Float[Array, "B S D"]:
         """Runs over the whole stream, with dropout if `train` is true."""
         x = x + self.drop(self.attention(self.attention_norm(x), which), deterministic=not train)
         x = x + self.drop(self.mlp(self.mlp_norm(x)), deterministic=not train)
         return constrain(x, "batch", "length", "embed_act")
 
-    def prefill(self, x: Float[Array, "C T D"]) -> tuple[Float[Array, "C T D"], TextCache]:
+    def prefill(self, x: Float[ArrayLike, "C T D"]) -> tuple[Float[Array, "C T D"], TextCache]:
         """Runs over the text alone."""
         y, kv = self.attention.prefill(self.attention_norm(x))
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), kv
 
-    def refine(self, x: Float[Array, "B N D"], text: TextCache) -> Float[Array, "B N D"]:
+    def refine(self, x: Float[ArrayLike, "B N D"], text: TextCache) -> Float[Array, "B N D"]:
         """Runs over all image positions."""
         x = x + self.attention.refine(self.attention_norm(x), text)
         return x + self.mlp(self.mlp_norm(x))
 
     def step(
-        self, x: Float[Array, "B D"], text: TextCache, cache: ImageCache, position: Int[Array, ""]
+        self, x: Float[ArrayLike, "B D"], text: TextCache, cache: ImageCache, position: Int[ArrayLike, ""]
     ) -> tuple[Float[Array, "B D"], ImageCache]:
         """Runs over one image position."""
         y, cache = self.attention.step(self.attention_norm(x), text, cache, position)

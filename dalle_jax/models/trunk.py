@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int
 
 from dalle_jax.models.attention.patterns import Pattern
 from dalle_jax.models.transformer import REMAT, Block, ImageCache, Norm, TextCache, TransformerOptions
@@ -70,7 +70,7 @@ class Unit(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B S D"], train: bool, which: Int[Array, " unit"]
+        self, x: Float[ArrayLike, "B S D"], train: bool, which: Int[ArrayLike, " unit"]
     ) -> tuple[Float[Array, "B S D"], None]:
         """Runs over the whole stream; `which` has the index of each layer's pattern. Returns the scan's carry."""
         for i, patterns in enumerate(self.patterns):
@@ -120,7 +120,7 @@ class Trunk(nn.Module):
         self.layers = [block(o, self.layout, (self.patterns[i],), name=f"layer_{i}") for i in left]
         self.final_norm = Norm(o.norm, o.dtype)
 
-    def __call__(self, x: Float[Array, "B S D"], train: bool) -> Float[Array, "B S D"]:
+    def __call__(self, x: Float[ArrayLike, "B S D"], train: bool) -> Float[Array, "B S D"]:
         """Runs over the whole stream: [B, S, D] to [B, S, D]."""
         if self.scanned:
             x, _ = self.units(x, train, jnp.asarray(self.which))
@@ -135,7 +135,7 @@ class Trunk(nn.Module):
         new = lambda store: store.init(rows, o.heads, o.size_per_head, o.dtype)
         return [(new(store), new(store)) for store in stores]
 
-    def prefill(self, x: Float[Array, "C T D"]) -> tuple[Float[Array, "C T D"], list[TextCache]]:
+    def prefill(self, x: Float[ArrayLike, "C T D"]) -> tuple[Float[Array, "C T D"], list[TextCache]]:
         """Runs over the text alone, [C, T, D]; also returns the keys and values of each layer."""
         text = []
         for layer in self.layers:
@@ -143,14 +143,14 @@ class Trunk(nn.Module):
             text.append(kv)
         return self.final_norm(x), text
 
-    def refine(self, x: Float[Array, "B N D"], text: list[TextCache]) -> Float[Array, "B N D"]:
+    def refine(self, x: Float[ArrayLike, "B N D"], text: list[TextCache]) -> Float[Array, "B N D"]:
         """Runs over all image positions, [C·n, N, D], given the keys and values of `prefill`."""
         for layer, kv in zip(self.layers, text):
             x = layer.refine(x, kv)
         return self.final_norm(x)
 
     def step(
-        self, x: Float[Array, "B D"], text: list[TextCache], caches: list[ImageCache], position: Int[Array, ""]
+        self, x: Float[ArrayLike, "B D"], text: list[TextCache], caches: list[ImageCache], position: Int[ArrayLike, ""]
     ) -> tuple[Float[Array, "B D"], list[ImageCache]]:
         """Runs over one image position.
 

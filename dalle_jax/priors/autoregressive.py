@@ -124,7 +124,7 @@ class AutoregressiveModel(nn.Module):
         text: Int[ArrayLike, "B T"],
         tokens: Int[ArrayLike, "B N"],
         train: bool = False,
-        cells: Int[Array, "B N"] | None = None,
+        cells: Int[ArrayLike, "B N"] | None = None,
     ) -> Float[Array, "B S D"]:
         """Embeds the stream.
 
@@ -144,7 +144,7 @@ class AutoregressiveModel(nn.Module):
         return constrain(x, "batch", "length", "embed_act")
 
     def logits(
-        self, x: Float[Array, "B S D"], train: bool = False
+        self, x: Float[ArrayLike, "B S D"], train: bool = False
     ) -> tuple[Float[Array, "B _ W"], Float[Array, "B N V"]]:
         """Computes text logits, float32 [B, T-1, W], and image logits, float32 [B, N, V], from embeddings."""
         t = self.layout.text_length
@@ -156,13 +156,13 @@ class AutoregressiveModel(nn.Module):
         text: Int[ArrayLike, "B T"],
         tokens: Int[ArrayLike, "B N"],
         train: bool = False,
-        cells: Int[Array, "B N"] | None = None,
+        cells: Int[ArrayLike, "B N"] | None = None,
     ) -> tuple[Float[Array, "B _ W"], Float[Array, "B N V"]]:
         """Computes the text and image logits of a stream. Arguments as in `embed`, results as in `logits`."""
         return self.logits(self.embed(text, tokens, train, cells), train)
 
     def prefill(
-        self, text: Int[ArrayLike, "C T"], first: Int[Array, " C"] | None = None
+        self, text: Int[ArrayLike, "C T"], first: Int[ArrayLike, " C"] | None = None
     ) -> tuple[Float[Array, "C V"], list[TextCache]]:
         """Runs the model over captions.
 
@@ -185,10 +185,10 @@ class AutoregressiveModel(nn.Module):
 
     def step(
         self,
-        tokens: Int[Array, " B"],
-        index: Int[Array, ""],
-        cells: Int[Array, " B"],
-        following: Int[Array, " B"],
+        tokens: Int[ArrayLike, " B"],
+        index: Int[ArrayLike, ""],
+        cells: Int[ArrayLike, " B"],
+        following: Int[ArrayLike, " B"],
         text: list[TextCache],
         caches: list[ImageCache],
     ) -> tuple[Float[Array, "B V"], list[ImageCache]]:

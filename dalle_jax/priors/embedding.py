@@ -54,7 +54,7 @@ class StreamEmbedding(nn.Module):
         init = nn.initializers.normal(self.scale if scale is None else scale)
         return self.param(name, nn.with_logical_partitioning(init, (axis, "embed")), (rows, self.trunk.width))
 
-    def cast(self, x: Float[Array, "B S D"], train: bool) -> Float[Array, "B S D"]:
+    def cast(self, x: Float[ArrayLike, "B S D"], train: bool) -> Float[Array, "B S D"]:
         """Applies dropout and casts embeddings to the trunk's dtype."""
         return self.drop(x, deterministic=not train).astype(self.trunk.dtype)
 
@@ -70,7 +70,7 @@ class StreamEmbedding(nn.Module):
         return self.image_table[tokens]
 
     def image(
-        self, tokens: Int[ArrayLike, "B N"], train: bool = False, cells: Int[Array, "B N"] | None = None
+        self, tokens: Int[ArrayLike, "B N"], train: bool = False, cells: Int[ArrayLike, "B N"] | None = None
     ) -> Float[Array, "B N D"]:
         """Embeds image tokens with their positions.
 
@@ -89,11 +89,11 @@ class StreamEmbedding(nn.Module):
             x = x + self.rows[cells // self.layout.width] + self.columns[cells % self.layout.width]
         return self.cast(x, train)
 
-    def image_at(self, tokens: Int[Array, " B"], cells: Int[Array, " B"]) -> Float[Array, "B D"]:
+    def image_at(self, tokens: Int[ArrayLike, " B"], cells: Int[ArrayLike, " B"]) -> Float[Array, "B D"]:
         """Embeds one token per row at its grid cell: int32 [B] and [B] to [B, D]."""
         return self.image(tokens[:, None], cells=cells[:, None])[:, 0]
 
-    def image_logits(self, x: Float[Array, "*axes D"], *, decode_step: bool = False) -> Float[Array, "*axes V"]:
+    def image_logits(self, x: Float[ArrayLike, "*axes D"], *, decode_step: bool = False) -> Float[Array, "*axes V"]:
         """Computes image logits, float32 [..., V], from states [..., D]; see `project`."""
         return project(x, self.image_table if self.tied else self.image_head, decode_step=decode_step)
 
@@ -115,12 +115,12 @@ class AutoregressiveEmbedding(StreamEmbedding):
             self.next_rows = self.table("next_rows", self.layout.height, "positions")
             self.next_columns = self.table("next_columns", self.layout.width, "positions")
 
-    def next_cell(self, cells: Int[Array, "*axes"]) -> Float[Array, "*axes D"]:
+    def next_cell(self, cells: Int[ArrayLike, "*axes"]) -> Float[Array, "*axes D"]:
         """Embeds the cells that are predicted next: int32 [...] to [..., D]."""
         x = self.next_rows[cells // self.layout.width] + self.next_columns[cells % self.layout.width]
         return x.astype(self.trunk.dtype)
 
-    def text_logits(self, x: Float[Array, "B P D"]) -> Float[Array, "B P W"]:
+    def text_logits(self, x: Float[ArrayLike, "B P D"]) -> Float[Array, "B P W"]:
         """Computes text logits, float32 [..., W], W = text_vocab + 1, from states [..., D]."""
         if not self.tied:
             return project(x, self.text_head)
@@ -167,7 +167,7 @@ class MaskGITEmbedding(StreamEmbedding):
 
 
 def project(
-    x: Float[Array, "*axes D"], table: Float[Array, "V D"], *, decode_step: bool = False
+    x: Float[ArrayLike, "*axes D"], table: Float[ArrayLike, "V D"], *, decode_step: bool = False
 ) -> Float[Array, "*axes V"]:
     """Computes logits from states.
 

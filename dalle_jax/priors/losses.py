@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Num
 from dalle_jax.token_layout import TokenLayout
 
 
-def cross_entropy(logits: Float[Array, "*axes V"], targets: Int[ArrayLike, "*axes"]) -> Float[Array, "*axes"]:
+def cross_entropy(logits: Float[ArrayLike, "*axes V"], targets: Int[ArrayLike, "*axes"]) -> Float[Array, "*axes"]:
     """Computes −ln softmax(logits)[targets].
 
     The logits are selected by comparison. The gradient of a gather would be a scatter over all logits.
@@ -29,12 +29,14 @@ def cross_entropy(logits: Float[Array, "*axes V"], targets: Int[ArrayLike, "*axe
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def uniform_cross_entropy(logits: Float[Array, "*axes V"]) -> Float[Array, "*axes"]:
+def uniform_cross_entropy(logits: Float[ArrayLike, "*axes V"]) -> Float[Array, "*axes"]:
     """Computes the mean of −ln softmax(logits) over the classes: float32 [..., V] to [...]."""
     return jax.nn.logsumexp(logits, axis=-1) - logits.mean(-1)
 
 
-def mean_over(values: Num[Array, "*axes"] | Bool[Array, "*axes"], weights: Num[Array, "*axes"]) -> Float[Array, ""]:
+def mean_over(
+    values: Num[ArrayLike, "*axes"] | Bool[ArrayLike, "*axes"], weights: Num[ArrayLike, "*axes"]
+) -> Float[Array, ""]:
     """Computes the weighted mean of an array, or 0 if all weights are 0.
 
     Args:

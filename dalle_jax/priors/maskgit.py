@@ -122,7 +122,7 @@ class MaskGITModel(nn.Module):
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
         self.image_bias = self.param("image_bias", zeros, (self.layout.image_vocab,))
 
-    def _logits(self, x: Float[Array, "B N D"]) -> Float[Array, "B N V"]:
+    def _logits(self, x: Float[ArrayLike, "B N D"]) -> Float[Array, "B N V"]:
         """Computes logits, float32 [B, N, V], from the states of the image, [B, N, D]."""
         if self.options.head == "mlm":
             x = self.head_norm(jax.nn.gelu(self.head(x), approximate=False))

@@ -136,8 +136,8 @@ class UnmaskingOrder(Protocol):
 
     def scores(
         self,
-        log_probability: Float[Array, "B N"],
-        noise: Float[Array, "B N"],
+        log_probability: Float[ArrayLike, "B N"],
+        noise: Float[ArrayLike, "B N"],
         ratio: Float[ArrayLike, ""],
     ) -> Float[Array, "B N"]:
         """Computes a score for each position.
@@ -163,7 +163,7 @@ class Confidence:
     temperature: float = 4.5
 
     def scores(
-        self, log_probability: Float[Array, "B N"], noise: Float[Array, "B N"], ratio: Float[ArrayLike, ""]
+        self, log_probability: Float[ArrayLike, "B N"], noise: Float[ArrayLike, "B N"], ratio: Float[ArrayLike, ""]
     ) -> Float[Array, "B N"]:
         """See `UnmaskingOrder.scores`."""
         return log_probability + self.temperature * (1 - ratio) * noise
@@ -174,7 +174,7 @@ class Random:
     """Keeps tokens at uniformly random positions."""
 
     def scores(
-        self, log_probability: Float[Array, "B N"], noise: Float[Array, "B N"], ratio: Float[ArrayLike, ""]
+        self, log_probability: Float[ArrayLike, "B N"], noise: Float[ArrayLike, "B N"], ratio: Float[ArrayLike, ""]
     ) -> Float[Array, "B N"]:
         """See `UnmaskingOrder.scores`."""
         return noise
@@ -195,7 +195,7 @@ class Halton:
     width: int
 
     def scores(
-        self, log_probability: Float[Array, "B N"], noise: Float[Array, "B N"], ratio: Float[ArrayLike, ""]
+        self, log_probability: Float[ArrayLike, "B N"], noise: Float[ArrayLike, "B N"], ratio: Float[ArrayLike, ""]
     ) -> Float[Array, "B N"]:
         """See `UnmaskingOrder.scores`."""
         rank = np.empty(self.height * self.width, np.float32)

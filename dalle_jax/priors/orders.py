@@ -53,7 +53,7 @@ def mixed(key: Key[Array, ""], rows: int, layout: TokenLayout, share: Float[Arra
     return jnp.where(random, scattered, jnp.arange(layout.image_length, dtype=jnp.int32)[None])
 
 
-def given_first(cells: Int[Array, "B N"], known: Bool[ArrayLike, "_ N"]) -> Int[Array, "B N"]:
+def given_first(cells: Int[ArrayLike, "B N"], known: Bool[ArrayLike, "_ N"]) -> Int[Array, "B N"]:
     """Moves known cells to the front of their order.
 
     Args:
@@ -67,7 +67,7 @@ def given_first(cells: Int[Array, "B N"], known: Bool[ArrayLike, "_ N"]) -> Int[
     return jnp.take_along_axis(cells, jnp.argsort(later, axis=1, stable=True), axis=1)
 
 
-def to_raster(tokens: Int[ArrayLike, "B N"], cells: Int[Array, "B N"]) -> Int[Array, "B N"]:
+def to_raster(tokens: Int[ArrayLike, "B N"], cells: Int[ArrayLike, "B N"]) -> Int[Array, "B N"]:
     """Sorts tokens that are listed in the order of `cells` into raster order, int32 [B, N]."""
     return jnp.take_along_axis(tokens, jnp.argsort(cells, axis=1), axis=1)
 

@@ -97,7 +97,7 @@ def knobs(
     return found
 
 
-def _ordered_bits(x: Float[Array, "*axes"]) -> UInt32[Array, "*axes"]:
+def _ordered_bits(x: Float[ArrayLike, "*axes"]) -> UInt32[Array, "*axes"]:
     """Maps float32 numbers to uint32 numbers in the same order."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sign = bits >> 31
@@ -105,7 +105,7 @@ def _ordered_bits(x: Float[Array, "*axes"]) -> UInt32[Array, "*axes"]:
 
 
 def _keep_at_least(
-    x: Float[Array, "*axes V"], weights: Float[Array, "*axes V"], enough: Float[Array, ""]
+    x: Float[ArrayLike, "*axes V"], weights: Float[ArrayLike, "*axes V"], enough: Float[ArrayLike, ""]
 ) -> Bool[Array, "*axes V"]:
     """Selects the largest `x` of each row, as few as needed for the sum of their weights to reach `enough`."""
     bits = _ordered_bits(x)
@@ -146,7 +146,7 @@ def filter_logits(
 
 
 def guide(
-    conditional: Float[Array, "*axes"], null: Float[Array, "*axes"], scale: Float[ArrayLike, ""]
+    conditional: Float[ArrayLike, "*axes"], null: Float[ArrayLike, "*axes"], scale: Float[ArrayLike, ""]
 ) -> Float[Array, "*axes"]:
     """Applies classifier-free guidance to logits (Muse, arXiv 2301.00704, section 2.7).
 
@@ -162,7 +162,7 @@ def guide(
 
 
 def choose(
-    logits: Float[Array, "B *axes V"], keys: Key[Array, " B"], knobs: Knobs, progress: Float[ArrayLike, ""]
+    logits: Float[ArrayLike, "B *axes V"], keys: Key[Array, " B"], knobs: Knobs, progress: Float[ArrayLike, ""]
 ) -> Int[Array, " B *axes"]:
     """Draws one token per row and position with the sampling parameters in `knobs`.
 

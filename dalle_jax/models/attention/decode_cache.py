@@ -9,7 +9,8 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,21 +25,21 @@ class RingCache:
     slots: int
     allowed: tuple[tuple[bool, ...], ...]
 
-    def init(self, batch: int, heads: int, head_dim: int, dtype: str) -> Float[Array, "B H L K"]:
+    def init(self, batch: int, heads: int, head_dim: int, dtype: DTypeLike) -> Float[Array, "B H L K"]:
         """Creates an empty cache, zeros [B, H, L, K]."""
         return jnp.zeros((batch, heads, self.slots, head_dim), dtype)
 
     def write(
-        self, cache: Float[Array, "B H L K"], x: Float[Array, "B H K"], position: Int[Array, ""]
+        self, cache: Float[ArrayLike, "B H L K"], x: Float[ArrayLike, "B H K"], position: Int[ArrayLike, ""]
     ) -> Float[Array, "B H L K"]:
         """Stores keys or values, [B, H, K], of `position`, int32 scalar."""
         return jax.lax.dynamic_update_slice_in_dim(cache, x[:, :, None], position % self.slots, axis=2)
 
-    def read(self, cache: Float[Array, "B H L K"], position: Int[Array, ""]) -> Float[Array, "B H L K"]:
+    def read(self, cache: Float[ArrayLike, "B H L K"], position: Int[ArrayLike, ""]) -> Float[Array, "B H L K"]:
         """Returns the keys or values for a query at `position`, int32 scalar: [B, H, L, K]."""
         return cache
 
-    def visible(self, position: Int[Array, ""]) -> Bool[Array, " L"]:
+    def visible(self, position: Int[ArrayLike, ""]) -> Bool[Array, " L"]:
         """Returns which of them a query at `position` attends to: bool [L]."""
         back = (position - jnp.arange(self.slots)) % self.slots
         table = jnp.asarray(self.allowed)
@@ -57,21 +58,21 @@ class ColumnCache:
     height: int
     width: int
 
-    def init(self, batch: int, heads: int, head_dim: int, dtype: str) -> Float[Array, "w B H h K"]:
+    def init(self, batch: int, heads: int, head_dim: int, dtype: DTypeLike) -> Float[Array, "w B H h K"]:
         """Creates an empty cache, zeros [w, B, H, h, K]; each column is contiguous."""
         return jnp.zeros((self.width, batch, heads, self.height, head_dim), dtype)
 
     def write(
-        self, cache: Float[Array, "w B H h K"], x: Float[Array, "B H K"], position: Int[Array, ""]
+        self, cache: Float[ArrayLike, "w B H h K"], x: Float[ArrayLike, "B H K"], position: Int[ArrayLike, ""]
     ) -> Float[Array, "w B H h K"]:
         """Stores keys or values, [B, H, K], of `position`, int32 scalar."""
         row, column = position // self.width, position % self.width
         return jax.lax.dynamic_update_slice(cache, x[None, :, :, None], (column, 0, 0, row, 0))
 
-    def read(self, cache: Float[Array, "w B H h K"], position: Int[Array, ""]) -> Float[Array, "B H h K"]:
+    def read(self, cache: Float[ArrayLike, "w B H h K"], position: Int[ArrayLike, ""]) -> Float[Array, "B H h K"]:
         """Returns the keys or values in the column of `position`, int32 scalar: [B, H, h, K]."""
         return jax.lax.dynamic_index_in_dim(cache, position % self.width, axis=0, keepdims=False)
 
-    def visible(self, position: Int[Array, ""]) -> Bool[Array, " h"]:
+    def visible(self, position: Int[ArrayLike, ""]) -> Bool[Array, " h"]:
         """Returns which rows of the column are at or above `position`: bool [h]."""
         return jnp.arange(self.height) <= position // self.width

@@ -31,7 +31,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
     SplashAttentionKernel,
 )
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import process_mask, process_mask_dkv
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from dalle_jax.distributed.per_device import on_each_device
 from dalle_jax.distributed.sharding import on_tpu
@@ -46,12 +46,12 @@ def use_splash(kernel: str) -> bool:
     return kernel == "splash" or (kernel == "auto" and on_tpu())
 
 
-def ordered(x: Float[Array, "B P D"], pattern: Pattern, layout: TokenLayout) -> Float[Array, "B P D"]:
+def ordered(x: Float[ArrayLike, "B P D"], pattern: Pattern, layout: TokenLayout) -> Float[Array, "B P D"]:
     """Sorts a stream, [B, S, D], or its image part, [B, N, D], into the order of the kernel."""
     return _image(x, pattern, layout, pattern.group_queries)
 
 
-def restored(x: Float[Array, "B P D"], pattern: Pattern, layout: TokenLayout) -> Float[Array, "B P D"]:
+def restored(x: Float[ArrayLike, "B P D"], pattern: Pattern, layout: TokenLayout) -> Float[Array, "B P D"]:
     """Sorts a stream back into raster order; the inverse of `ordered`."""
     groups = pattern.groups(layout)[0].shape
     ungroup = lambda grid: pattern.ungroup(grid.reshape(-1, *groups, *grid.shape[3:]), layout)
@@ -59,7 +59,7 @@ def restored(x: Float[Array, "B P D"], pattern: Pattern, layout: TokenLayout) ->
 
 
 def _image(
-    x: Float[Array, "B P D"], pattern: Pattern, layout: TokenLayout, change: Callable[[Array], Array]
+    x: Float[ArrayLike, "B P D"], pattern: Pattern, layout: TokenLayout, change: Callable[[Array], Array]
 ) -> Float[Array, "B P D"]:
     """Applies `change` to the image part as [B, h, w, D, 1], unless the kernel uses raster order."""
     if (np.diff(order(pattern, layout)) == 1).all():
@@ -70,9 +70,9 @@ def _image(
 
 
 def attend(
-    q: Float[Array, "B P H K"],
-    k: Float[Array, "B S H K"],
-    v: Float[Array, "B S H K"],
+    q: Float[ArrayLike, "B P H K"],
+    k: Float[ArrayLike, "B S H K"],
+    v: Float[ArrayLike, "B S H K"],
     pattern: Pattern,
     layout: TokenLayout,
 ) -> Float[Array, "B P H K"]:
@@ -102,9 +102,9 @@ def attend(
 
 
 def attend_raster(
-    q: Float[Array, "B S H K"],
-    k: Float[Array, "B S H K"],
-    v: Float[Array, "B S H K"],
+    q: Float[ArrayLike, "B S H K"],
+    k: Float[ArrayLike, "B S H K"],
+    v: Float[ArrayLike, "B S H K"],
     pattern: Pattern,
     layout: TokenLayout,
 ) -> Float[Array, "B S H K"]:

@@ -30,7 +30,7 @@ Image = Float[Array, "B N H K"]
 Text = Float[Array, "B T H K"]
 
 
-def attend_reference(q: Stream, k: Stream, v: Stream, mask: Bool[np.ndarray, "S S"]) -> Float[Array, "B S H K"]:
+def attend_reference(q: Stream, k: Stream, v: Stream, mask: Bool[ArrayLike, "S S"]) -> Float[Array, "B S H K"]:
     """Computes dense masked softmax attention, the reference for the faster paths.
 
     Args:
@@ -93,9 +93,9 @@ def attend_image(
 
 
 def _attend_groups(
-    q: Float[Array, "B G Q H K"],
-    k: Float[Array, "B G L H K"],
-    v: Float[Array, "B G L H K"],
+    q: Float[ArrayLike, "B G Q H K"],
+    k: Float[ArrayLike, "B G L H K"],
+    v: Float[ArrayLike, "B G L H K"],
     text_k: Text,
     text_v: Text,
     mask: Bool[np.ndarray, "G Q L"],
@@ -114,12 +114,12 @@ def _attend_groups(
 
 
 def attend_step(
-    q: Float[Array, "B H K"],
-    k: Float[Array, "B H L K"],
-    v: Float[Array, "B H L K"],
-    visible: Bool[Array, " L"],
-    text_k: Float[Array, "C H T K"],
-    text_v: Float[Array, "C H T K"],
+    q: Float[ArrayLike, "B H K"],
+    k: Float[ArrayLike, "B H L K"],
+    v: Float[ArrayLike, "B H L K"],
+    visible: Bool[ArrayLike, " L"],
+    text_k: Float[ArrayLike, "C H T K"],
+    text_v: Float[ArrayLike, "C H T K"],
 ) -> Float[Array, "B H K"]:
     """Computes attention of one image position to its decode cache and its caption.
 
