@@ -6,8 +6,8 @@ encoder. In training the decoder reads a relaxed one-hot code (Gumbel-softmax). 
 logits.
 
 `stem_factor` s > 1 is an addition. The encoder then starts from s x s blocks of pixels as channels, and the decoder
-ends with the inverse, so that no convolution runs at full resolution. Convolutions of few channels on many pixels are
-slow on CPUs; the small configurations train several times faster with it.
+ends with the inverse. No convolution runs at full resolution, because convolutions of few channels on many pixels are
+slow on CPUs. The small configurations train several times faster with it.
 
 Convolutions of kernel 1 are dense layers: the numbers are the same, and matrix products are faster.
 
@@ -210,7 +210,7 @@ class Codebook(nn.Module):
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("conv_in",))
         self.bias = self.param("bias", zeros, (o.codebook_dim,))
 
-    def __call__(self, codes: Float[ArrayLike, "B h w V"]) -> Float[Array, "B h w D"]:
+    def __call__(self, codes: Float[ArrayLike, "B h w V"]) -> Float[ArrayLike, "B h w D"]:
         """Embeds relaxed codes of sum 1, float32 [B, h, w, V], as [B, h, w, D]."""
         return codes @ self.kernel + self.bias[None, None, None]
 

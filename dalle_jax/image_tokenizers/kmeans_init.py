@@ -1,7 +1,7 @@
 """Initialisation of the dVAE from data: k-means on the encoder's features, and the mean patch of each cluster.
 
-The paper trains for three million updates and does not need this. In a run of a few hundred updates, the noise of the
-relaxation leaves only a handful of codes in use before the decoder has learned to use more (DALL-E, footnote 4).
+The paper trains for three million updates and does not need this. A run of a few hundred updates collapses onto a
+handful of codes, because the relaxation is noisy before the decoder has learned to use more (DALL-E, footnote 4).
 
 Only the initial values change. At initialisation, the encoder's features f are random functions of a patch. They are
 clustered to centres c_k with variance s², and

@@ -49,29 +49,31 @@ class StreamEmbedding(nn.Module):
             self.columns = self.table("columns", lay.width, "positions")
         self.drop = nn.Dropout(self.trunk.dropout)
 
-    def table(self, name: str, rows: int, axis: str = "vocab", scale: float | None = None) -> Float[Array, "rows D"]:
+    def table(
+        self, name: str, rows: int, axis: str = "vocab", scale: float | None = None
+    ) -> Float[ArrayLike, "rows D"]:
         """Creates a parameter, float32 [rows, D]."""
         init = nn.initializers.normal(self.scale if scale is None else scale)
         return self.param(name, nn.with_logical_partitioning(init, (axis, "embed")), (rows, self.trunk.width))
 
-    def cast(self, x: Float[ArrayLike, "B S D"], train: bool) -> Float[Array, "B S D"]:
+    def cast(self, x: Float[ArrayLike, "B S D"], train: bool) -> Float[ArrayLike, "B S D"]:
         """Applies dropout and casts embeddings to the trunk's dtype."""
         return self.drop(x, deterministic=not train).astype(self.trunk.dtype)
 
-    def text(self, text: Int[ArrayLike, "B T"], train: bool = False) -> Float[Array, "B T D"]:
+    def text(self, text: Int[ArrayLike, "B T"], train: bool = False) -> Float[ArrayLike, "B T D"]:
         """Embeds captions, int32 [B, T], to [B, T, D]."""
         x = self.text_table[text]
         if self.trunk.positions == "learned":
             x = x + self.text_positions[None]
         return self.cast(x, train)
 
-    def image_tokens(self, tokens: Int[ArrayLike, "B N"]) -> Float[Array, "B N D"]:
+    def image_tokens(self, tokens: Int[ArrayLike, "B N"]) -> Float[ArrayLike, "B N D"]:
         """Embeds image tokens without positions: int32 [B, N] to float32 [B, N, D]."""
         return self.image_table[tokens]
 
     def image(
         self, tokens: Int[ArrayLike, "B N"], train: bool = False, cells: Int[ArrayLike, "B N"] | None = None
-    ) -> Float[Array, "B N D"]:
+    ) -> Float[ArrayLike, "B N D"]:
         """Embeds image tokens with their positions.
 
         Args:
@@ -89,7 +91,7 @@ class StreamEmbedding(nn.Module):
             x = x + self.rows[cells // self.layout.width] + self.columns[cells % self.layout.width]
         return self.cast(x, train)
 
-    def image_at(self, tokens: Int[ArrayLike, " B"], cells: Int[ArrayLike, " B"]) -> Float[Array, "B D"]:
+    def image_at(self, tokens: Int[ArrayLike, " B"], cells: Int[ArrayLike, " B"]) -> Float[ArrayLike, "B D"]:
         """Embeds one token per row at its grid cell: int32 [B] and [B] to [B, D]."""
         return self.image(tokens[:, None], cells=cells[:, None])[:, 0]
 
@@ -115,7 +117,7 @@ class AutoregressiveEmbedding(StreamEmbedding):
             self.next_rows = self.table("next_rows", self.layout.height, "positions")
             self.next_columns = self.table("next_columns", self.layout.width, "positions")
 
-    def next_cell(self, cells: Int[ArrayLike, "*axes"]) -> Float[Array, "*axes D"]:
+    def next_cell(self, cells: Int[ArrayLike, "*axes"]) -> Float[ArrayLike, "*axes D"]:
         """Embeds the cells that are predicted next: int32 [...] to [..., D]."""
         x = self.next_rows[cells // self.layout.width] + self.next_columns[cells % self.layout.width]
         return x.astype(self.trunk.dtype)
@@ -148,7 +150,7 @@ class MaskGITEmbedding(StreamEmbedding):
             init = nn.with_logical_partitioning(nn.initializers.normal(1.5 / self.kernel), (None, None, "embed"))
             self.neighbours = self.param("neighbours_kernel", init, (self.kernel, self.kernel, self.trunk.width))
 
-    def image_tokens(self, tokens: Int[ArrayLike, "B N"]) -> Float[Array, "B N D"]:
+    def image_tokens(self, tokens: Int[ArrayLike, "B N"]) -> Float[ArrayLike, "B N D"]:
         """See `StreamEmbedding.image_tokens`. Neighbours outside of the grid are zero."""
         vocab = self.layout.image_vocab
         x = super().image_tokens(jnp.minimum(tokens, vocab - 1))
@@ -185,7 +187,7 @@ def project(
     return contract(_logits, x, table, ("vocab", "embed"), (1,))
 
 
-def _logits(x: Array, table: Array) -> Array:
+def _logits(x: ArrayLike, table: ArrayLike) -> Array:
     return jax.lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 

@@ -102,7 +102,7 @@ def still_masked(
     return jnp.where(step + 1 == steps, 0, jnp.minimum(left, now))  # a row may have no masked token
 
 
-def _whole(x: Array) -> Array:
+def _whole(x: ArrayLike) -> Array:
     """Computes ⌊x⌋ as int32. Numbers that float32 rounds just below an integer, as 256·cos(π/3), count as that one."""
     return jnp.floor(x + 1e-3).astype(jnp.int32)
 
@@ -139,7 +139,7 @@ class UnmaskingOrder(Protocol):
         log_probability: Float[ArrayLike, "B N"],
         noise: Float[ArrayLike, "B N"],
         ratio: Float[ArrayLike, ""],
-    ) -> Float[Array, "B N"]:
+    ) -> Float[ArrayLike, "B N"]:
         """Computes a score for each position.
 
         Args:
@@ -164,7 +164,7 @@ class Confidence:
 
     def scores(
         self, log_probability: Float[ArrayLike, "B N"], noise: Float[ArrayLike, "B N"], ratio: Float[ArrayLike, ""]
-    ) -> Float[Array, "B N"]:
+    ) -> Float[ArrayLike, "B N"]:
         """See `UnmaskingOrder.scores`."""
         return log_probability + self.temperature * (1 - ratio) * noise
 
@@ -175,7 +175,7 @@ class Random:
 
     def scores(
         self, log_probability: Float[ArrayLike, "B N"], noise: Float[ArrayLike, "B N"], ratio: Float[ArrayLike, ""]
-    ) -> Float[Array, "B N"]:
+    ) -> Float[ArrayLike, "B N"]:
         """See `UnmaskingOrder.scores`."""
         return noise
 
@@ -196,7 +196,7 @@ class Halton:
 
     def scores(
         self, log_probability: Float[ArrayLike, "B N"], noise: Float[ArrayLike, "B N"], ratio: Float[ArrayLike, ""]
-    ) -> Float[Array, "B N"]:
+    ) -> Float[ArrayLike, "B N"]:
         """See `UnmaskingOrder.scores`."""
         rank = np.empty(self.height * self.width, np.float32)
         rank[orders.halton(self.height, self.width)] = np.arange(len(rank))

@@ -124,7 +124,7 @@ def filter_logits(
     *,
     top_k: Float[ArrayLike, ""] | Int[ArrayLike, ""] | None = None,
     top_p: Float[ArrayLike, ""] | None = None,
-) -> Float[Array, "*axes V"]:
+) -> Float[ArrayLike, "*axes V"]:
     """Sets the logits of filtered tokens to -inf.
 
     Args:
@@ -147,7 +147,7 @@ def filter_logits(
 
 def guide(
     conditional: Float[ArrayLike, "*axes"], null: Float[ArrayLike, "*axes"], scale: Float[ArrayLike, ""]
-) -> Float[Array, "*axes"]:
+) -> Float[ArrayLike, "*axes"]:
     """Applies classifier-free guidance to logits (Muse, arXiv 2301.00704, section 2.7).
 
     Args:

@@ -62,7 +62,7 @@ def contrastive_loss(
       text: ids of the captions, int32 [B, T]. Rows with equal ids are not negatives for each other. With None, all
         captions differ.
       spoiled: corrupted copies of each image: unit vectors, float32 [B, n, E], and which of them count, bool [B, n].
-        None if there are none.
+        None for no copies.
 
     Returns:
       The mean loss, float32 scalar, and scalars to log:

@@ -35,8 +35,8 @@ class Task(Protocol):
       schedules: schedules that the loss depends on, by name. They are evaluated at each step and logged next to the
         loss.
       best_metric: key of the result of `evaluate` that selects the best checkpoint. Lower is better.
-      frozen: parameters that are used and not trained, such as those of an image tokenizer; {} if there are none. They
-        reach `loss`, `evaluate` and `preview` as an argument on the mesh, never as a constant of the program.
+      frozen: parameters that are used and not trained, such as those of an image tokenizer, or {}. They reach `loss`,
+        `evaluate` and `preview` as an argument on the mesh, never as a constant of the program.
     """
 
     schedules: Mapping[str, optax.Schedule]

@@ -1,4 +1,4 @@
-"""The trunk: scan and remat do not change its results, and each block option does what its name says."""
+"""The trunk: scan and remat do not change its results, and each block option has its documented effect."""
 
 import dataclasses
 import functools

@@ -25,17 +25,17 @@ class RingCache:
     slots: int
     allowed: tuple[tuple[bool, ...], ...]
 
-    def init(self, batch: int, heads: int, head_dim: int, dtype: DTypeLike) -> Float[Array, "B H L K"]:
+    def init(self, batch: int, heads: int, head_dim: int, dtype: DTypeLike) -> Float[ArrayLike, "B H L K"]:
         """Creates an empty cache, zeros [B, H, L, K]."""
         return jnp.zeros((batch, heads, self.slots, head_dim), dtype)
 
     def write(
         self, cache: Float[ArrayLike, "B H L K"], x: Float[ArrayLike, "B H K"], position: Int[ArrayLike, ""]
-    ) -> Float[Array, "B H L K"]:
+    ) -> Float[ArrayLike, "B H L K"]:
         """Stores keys or values, [B, H, K], of `position`, int32 scalar."""
         return jax.lax.dynamic_update_slice_in_dim(cache, x[:, :, None], position % self.slots, axis=2)
 
-    def read(self, cache: Float[ArrayLike, "B H L K"], position: Int[ArrayLike, ""]) -> Float[Array, "B H L K"]:
+    def read(self, cache: Float[ArrayLike, "B H L K"], position: Int[ArrayLike, ""]) -> Float[ArrayLike, "B H L K"]:
         """Returns the keys or values for a query at `position`, int32 scalar: [B, H, L, K]."""
         return cache
 

@@ -3,10 +3,10 @@
 The kernel computes a mask block by block and skips empty blocks. Scores never leave the chip's on-chip memory. The
 pattern's mask is prepared in three ways:
 
-* If it saves blocks, image positions are sorted by the groups of the pattern. A column is then contiguous, and a column
-  layer is as sparse as a row layer; in raster order none of its blocks would be empty. The states of a layer are sorted
-  before they become queries, keys and values, because they are one array with long rows. A layer of a scan that has
-  several patterns sorts its queries, keys and values.
+* If it saves blocks, image positions are sorted by the groups of the pattern. A column is then contiguous, so that a
+  column layer is as sparse as a row layer. In raster order none of its blocks would be empty. A layer sorts its states
+  before it computes queries, keys and values, because the states are one array with long rows. A layer of a scan that
+  has several patterns sorts its queries, keys and values.
 * The stream is padded to whole blocks. Padding keys are masked out. Padding queries copy the last query's mask row, so
   they never see an empty row and need no additional block.
 * On a mesh, each device computes its rows and heads, as the sharding rules assign them.
@@ -46,12 +46,12 @@ def use_splash(kernel: str) -> bool:
     return kernel == "splash" or (kernel == "auto" and on_tpu())
 
 
-def ordered(x: Float[ArrayLike, "B P D"], pattern: Pattern, layout: TokenLayout) -> Float[Array, "B P D"]:
+def ordered(x: Float[ArrayLike, "B P D"], pattern: Pattern, layout: TokenLayout) -> Float[ArrayLike, "B P D"]:
     """Sorts a stream, [B, S, D], or its image part, [B, N, D], into the order of the kernel."""
     return _image(x, pattern, layout, pattern.group_queries)
 
 
-def restored(x: Float[ArrayLike, "B P D"], pattern: Pattern, layout: TokenLayout) -> Float[Array, "B P D"]:
+def restored(x: Float[ArrayLike, "B P D"], pattern: Pattern, layout: TokenLayout) -> Float[ArrayLike, "B P D"]:
     """Sorts a stream back into raster order; the inverse of `ordered`."""
     groups = pattern.groups(layout)[0].shape
     ungroup = lambda grid: pattern.ungroup(grid.reshape(-1, *groups, *grid.shape[3:]), layout)
@@ -60,7 +60,7 @@ def restored(x: Float[ArrayLike, "B P D"], pattern: Pattern, layout: TokenLayout
 
 def _image(
     x: Float[ArrayLike, "B P D"], pattern: Pattern, layout: TokenLayout, change: Callable[[Array], Array]
-) -> Float[Array, "B P D"]:
+) -> Float[ArrayLike, "B P D"]:
     """Applies `change` to the image part as [B, h, w, D, 1], unless the kernel uses raster order."""
     if (np.diff(order(pattern, layout)) == 1).all():
         return x
@@ -91,7 +91,7 @@ def attend(
     kernel = _kernel(pattern, layout, q.shape[1], not on_tpu())
     block = kernel.kwargs["block_sizes"].block_q
 
-    def local(q: Array, k: Array, v: Array) -> Array:
+    def local(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> Array:
         b, queries, h, size = q.shape
         rows = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0))).swapaxes(1, 2)
         # All heads have one mask, so examples and heads can share an axis.
@@ -118,10 +118,10 @@ def attend_raster(
 KERNEL_KINDS = ("fwd", "dq", "dkv")  # forward; gradients of the queries; gradients of keys and values
 
 # Cycles that the compiler schedules for bfloat16 and K = 64, from experiments/benchmarks/attention_tpu.py. K = 128
-# differs by a few percent. The three numbers are the cycles for any block of the grid, and the additional cycles for a
-# row of blocks and for a block that is not empty. Small blocks skip more of the mask, but the same area costs up to two
-# and a half times as much. At the paper's size, four blocks of 640, one of them empty, cost less than 25 blocks of 256,
-# half of them empty.
+# differs by a few percent. The first number is the cycles for any block of the grid. The others are the additional
+# cycles for a row of blocks, and for a block that is not empty. Small blocks skip more of the mask, but the same area
+# costs up to two and a half times as much. At the paper's size, four blocks of 640, one of them empty, cost less than
+# 25 blocks of 256, half of them empty.
 SCHEDULES = {
     "v5p": {
         128: {"fwd": (162, 188, 243), "dq": (172, 60, 248), "dkv": (289, 109, 237)},

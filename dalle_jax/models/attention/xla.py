@@ -1,8 +1,8 @@
 """Attention under a pattern in plain XLA operations, for any device.
 
-`attend` serves training. It computes each group of queries against its image keys and the text, with one float32
-softmax over both, so that the cost follows the pattern and not S². `attend_step` serves decoding: one image position
-against its decode cache and its caption. `attend_reference` is the definition that both are tested against.
+`attend` serves training. Each group of queries attends to its image keys and the text, with one float32 softmax over
+both. The cost therefore follows the pattern and not S². `attend_step` serves decoding: one image position attends to
+its decode cache and its caption. `attend_reference` is the definition that both are tested against.
 
     B batch    S = T + N sequence    T text    N = h·w image tokens    H heads    K head size
     G groups of queries    Q queries in a group    L image keys of a group or of a decode cache

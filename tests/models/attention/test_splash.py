@@ -305,10 +305,11 @@ def test_compiles_for_a_tpu_at_the_papers_size(tpu_mesh, pattern):
     "remat, forward, products", [("full", 8, 10), ("attended", 4, 10), ("attention", 4, 7), ("dots", 4, 0)]
 )
 def test_a_sharded_trunk_compiles_for_a_tpu(tpu_mesh, remat, forward, products):
-    """With "auto", on a machine without one: scanned, rematerialised, parameters, batch and heads split.
+    """A scanned, rematerialised trunk with the kernel "auto" compiles with parameters, batch and heads sharded.
 
-    All but "full" keep what the kernel gives: it does not run again for the gradients. Of a layer's products, in units
-    of the attention's output (12 forward, 24 backward), fewer do."""
+    All policies but "full" keep the kernel's output, so that the backward pass does not run the kernel again. They also
+    run fewer products of a layer again, counted in units of the attention's output (12 forward, 24 backward).
+    """
     options = TransformerOptions(width=256, depth=4, heads=4, remat=remat)
     layout = layout_of(64, 8, 8)
     trunk = Trunk(options, layout, (Row(), Column(), Row(), Column()))
