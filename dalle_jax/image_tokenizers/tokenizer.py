@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, ArrayLike, Float, Int, Key, UInt8
+from ml_collections import ConfigDict
 
 from dalle_jax.configuration.options import from_config as options_from_config
 from dalle_jax.errors import ConfigError
@@ -83,7 +84,7 @@ def from_dict(description: Mapping[str, Any]) -> ImageTokenizer:
     return tokenizer(options(**fields))
 
 
-def from_config(config: Mapping[str, Any]) -> ImageTokenizer:
+def from_config(config: Mapping[str, Any] | ConfigDict) -> ImageTokenizer:
     """The tokenizer that a dVAE training configuration describes: its `model`, for pictures of `data.image_size`.
 
     Args:

@@ -30,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key, Num
+from ml_collections import ConfigDict
 
 from dalle_jax.configuration.options import from_config as options_from_config
 from dalle_jax.distributed.sharding import constrain
@@ -122,7 +123,7 @@ class CLIPOptions:
         return (self.image_size // self.patch) ** 2
 
 
-def from_config(config: Mapping[str, Any], text_vocab: int) -> CLIPOptions:
+def from_config(config: Mapping[str, Any] | ConfigDict, text_vocab: int) -> CLIPOptions:
     """Reads the options of a CLIP configuration, for a text model without an end token.
 
     Args:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.transformer import TransformerOptions
@@ -20,7 +22,7 @@ PRIORS = {
 }
 
 
-def make(kind: str, model: Mapping[str, Any], layout: TokenLayout) -> TokenPrior:
+def make(kind: str, model: Mapping[str, Any] | ConfigDict, layout: TokenLayout) -> TokenPrior:
     """Builds a prior from a configuration.
 
     Args:
