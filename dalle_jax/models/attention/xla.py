@@ -6,7 +6,7 @@ its decode cache and its caption. `attend_reference` is the definition that both
 
     B batch    S = T + N sequence    T text    N = h·w image tokens    H heads    K head size
     G groups of queries    Q queries in a group    L image keys of a group or of a decode cache
-    C captions    n candidates of a caption
+    C captions    n candidates of a caption    P queries
 """
 
 from __future__ import annotations
@@ -30,17 +30,19 @@ Image = Float[Array, "B N H K"]
 Text = Float[Array, "B T H K"]
 
 
-def attend_reference(q: Stream, k: Stream, v: Stream, mask: Bool[ArrayLike, "S S"]) -> Float[Array, "B S H K"]:
+def attend_reference(
+    q: Float[ArrayLike, "B P H K"], k: Stream, v: Stream, mask: Bool[ArrayLike, "P S"]
+) -> Float[Array, "B P H K"]:
     """Computes dense masked softmax attention, the reference for the faster paths.
 
     Args:
-      q: queries, [B, S, H, K].
+      q: queries, [B, P, H, K].
       k: keys, [B, S, H, K].
       v: values, [B, S, H, K].
-      mask: whether a query attends to a key, bool [S, S].
+      mask: whether a query attends to a key, bool [P, S].
 
     Returns:
-      [B, S, H, K] in the dtype of v.
+      [B, P, H, K] in the dtype of v.
     """
     scores = jnp.einsum("bqhk,blhk->bhql", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(jnp.asarray(mask)[None, None], scores, NEG), axis=-1)
