@@ -101,7 +101,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
         )
         cleanup.push(_closing(checkpoints.close))
         if checkpoints.latest_step is not None:
-            state = checkpoints.restore(abstract_state, batches, config)
+            state = TrainState.from_items(checkpoints.restore(abstract_state.items(), batches, config))
         else:
             state = init()
             if config.get("start_from"):
@@ -198,7 +198,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
                     if saving or stopping:
                         writer.flush()
                         with jax.profiler.TraceAnnotation("checkpoint"):
-                            checkpoints.save(step, state, batches, config, measures)
+                            checkpoints.save(step, state.items(), batches, config, measures)
                         watchdog.gets_on()
             if stopping or last and stop.is_set():  # a training that follows this one is not to begin
                 checkpoints.wait()

@@ -7,7 +7,7 @@ abstract arguments.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import flax.linen as nn
 import flax.struct
@@ -58,6 +58,17 @@ class TrainState:
     def eval_params(self) -> PyTree:
         """The parameters to evaluate and generate with: the average, or `params` where none is kept."""
         return self.params if self.ema is None else self.ema
+
+    def items(self) -> dict[str, PyTree]:
+        """Splits the state into the items of a checkpoint: parameters, average if kept, and the rest."""
+        rest = {name: getattr(self, name) for name in ("step", "opt_state", "skipped", "skipped_in_row")}
+        average = {} if self.ema is None else {"ema": self.ema}
+        return {"params": self.params, "rest": rest, **average}
+
+    @classmethod
+    def from_items(cls, items: Mapping[str, PyTree]) -> Self:
+        """Builds the state from what `items` returned."""
+        return cls(params=items["params"], ema=items.get("ema"), **items["rest"])
 
 
 def make_init(
