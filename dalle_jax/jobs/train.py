@@ -10,8 +10,9 @@ from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.distributed.turns import first_host_first, first_host_says
-from dalle_jax.training.loop import check, train
+from dalle_jax.training.loop import train
 from dalle_jax.training.step import TrainState
+from dalle_jax.training.validation import validate
 
 
 def run(config: ConfigDict, workdir: str) -> TrainState:
@@ -31,7 +32,7 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     Raises:
       UserError: what no training can use, before the first one begins; and whatever `train` raises.
     """
-    check(config)  # now, and not after days of training its tokenizer
+    validate(config)  # now, and not after days of training its tokenizer
     if "tokenizer" in config and config.tokenizer.data.source == config.data.source:
         config = config.copy_and_resolve_references()
         config.tokenizer.data.path = config.tokenizer.data.path or config.data.path

@@ -181,7 +181,7 @@ def _encode_text(clip: CLIP, params: PyTree, text: jax.Array) -> jax.Array:
 
 def has_clip(folder: str | epath.PathLike) -> bool:
     """Whether a frozen CLIP is there, whole."""
-    return frozen.is_there(epath.Path(folder).expanduser() / "clip")
+    return frozen.exists(epath.Path(folder).expanduser() / "clip")
 
 
 def _load_frozen(folder: epath.Path) -> tuple[CLIP, PyTree, TextModel | BytePairs]:

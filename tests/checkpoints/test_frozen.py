@@ -12,9 +12,9 @@ PARAMS = {"a": {"kernel": np.arange(6.0, dtype=np.float32).reshape(2, 3)}}
 
 
 def test_comes_back(tmp_path):
-    assert not frozen.is_there(tmp_path / "module")
+    assert not frozen.exists(tmp_path / "module")
     frozen.save(tmp_path / "module", {"width": 3}, PARAMS)
-    assert frozen.is_there(tmp_path / "module")
+    assert frozen.exists(tmp_path / "module")
     options, params = frozen.load(tmp_path / "module", "")
     assert options == {"width": 3}
     np.testing.assert_array_equal(params["a"]["kernel"], PARAMS["a"]["kernel"])
@@ -38,4 +38,4 @@ def test_a_full_disk(tmp_path, name):
     (tmp_path / f"{name}.unfinished").symlink_to("/dev/full")
     with pytest.raises(UserError, match="Cannot write .*: .*No space left on device"):
         frozen.save(tmp_path, {"width": 3}, PARAMS)
-    assert not frozen.is_there(tmp_path) and not (tmp_path / f"{name}.unfinished").is_symlink()
+    assert not frozen.exists(tmp_path) and not (tmp_path / f"{name}.unfinished").is_symlink()

@@ -100,7 +100,7 @@ def test_metrics_and_pictures_reach_the_bucket(bucket, monkeypatch):
     writer = MetricWriter(workdir)
     writer.scalars(1, {"train/loss": 2.0})
     assert read_metrics(workdir) == []
-    writer.picture(1, "preview", np.zeros((4, 6, 3), np.uint8))
+    writer.image(1, "preview", np.zeros((4, 6, 3), np.uint8))
     writer.flush()
     assert [line["step"] for line in read_metrics(workdir)] == [1]
 
