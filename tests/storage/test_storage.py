@@ -209,7 +209,7 @@ def test_a_run_stops_and_goes_on_bit_for_bit(bucket, tmp_path):
     assert "stopped at step" in process(_RUN, workdir, 4, result)
     (stopped,) = [path.name for path in (workdir / "checkpoints").iterdir()]
     assert 4 <= int(stopped) < 10 and not result.exists()
-    assert f"going on from step {stopped} of 10" in process(_RUN, workdir, 99, result)
+    assert f"resuming from step {stopped} of 10" in process(_RUN, workdir, 99, result)
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["10"]  # the older ones are deleted, whole
     config = tiny_config()
     state = train(config, str(tmp_path / "local"), tiny_job(config))
