@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping
@@ -26,19 +27,22 @@ class Manager(ocp.CheckpointManager):
         """Opens the folder.  The arguments are those of `Checkpoints`."""
         logging.get_absl_logger().addFilter(_not_from_orbax)
         self._stop_at: int | None = None
-        self._best_metric = best_metric
+        self._loss = functools.partial(_loss, best_metric) if best_metric else None
         keep = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(max(keep_last, 1)),
                 policies.BestN(
-                    n=keep_best, get_metric_fn=self._loss_of, reverse=True, keep_checkpoints_without_metrics=False
+                    n=keep_best,
+                    get_metric_fn=functools.partial(_loss, best_metric),
+                    reverse=True,
+                    keep_checkpoints_without_metrics=False,
                 ),
             ]
         )
         super().__init__(
             directory,
             options=ocp.CheckpointManagerOptions(
-                best_fn=self._loss_of if best_metric else None,
+                best_fn=self._loss,
                 best_mode="min",
                 preservation_policy=keep,
                 cleanup_tmp_directories=not read_only,
@@ -81,10 +85,10 @@ class Manager(ocp.CheckpointManager):
 
     def ranked_steps(self) -> list[int]:
         """Lists the steps with metrics from the best to the worst; of equals, the latest first."""
-        if not self._best_metric:
+        if self._loss is None:
             return []
         found = {step: self.metrics(step) for step in self.all_steps()}
-        losses = {step: self._loss_of(metrics) for step, metrics in found.items() if metrics is not None}
+        losses = {step: self._loss(metrics) for step, metrics in found.items() if metrics is not None}
         return sorted(losses, key=lambda step: (losses[step], -step))
 
     def asked_to_stop(self, step: int) -> bool:
@@ -109,10 +113,11 @@ class Manager(ocp.CheckpointManager):
             logging.warning("The metrics of the checkpoint %s are damaged: ignored.", self.directory / str(step))
             return None
 
-    def _loss_of(self, metrics: Mapping[str, float]) -> float:
-        """Returns the best metric, or infinity if it is missing or not a number."""
-        value = metrics.get(self._best_metric, math.nan)
-        return math.inf if math.isnan(value) else value
+
+def _loss(best_metric: str, metrics: Mapping[str, float]) -> float:
+    """Returns the best metric, or infinity if it is missing or not a number."""
+    value = metrics.get(best_metric, math.nan)
+    return math.inf if math.isnan(value) else value
 
 
 def _not_from_orbax(record: Any) -> bool:
