@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from dalle_jax.checkpoints import checksums
 from dalle_jax.checkpoints.compatibility import check_same_model, to_json
 from dalle_jax.checkpoints.manager import Manager
-from dalle_jax.checkpoints.stored import Damaged, DataState, StoredCheckpoint
+from dalle_jax.checkpoints.stored import Damaged, DataIterator, DataState, StoredCheckpoint
 from dalle_jax.distributed.sharding import abstract
 from dalle_jax.errors import CheckpointError
 from dalle_jax.pytree import PyTree
@@ -92,7 +92,7 @@ class Checkpoints:
         self,
         step: int,
         items: Mapping[str, PyTree],
-        data_iterator: Any,
+        data_iterator: DataIterator,
         config: ConfigDict,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
@@ -120,7 +120,9 @@ class Checkpoints:
         with self._storage_errors("write"):
             self._manager.write(step, items, data_iterator, documents, metrics)
 
-    def restore(self, items: Mapping[str, PyTree], data_iterator: Any, config: ConfigDict) -> dict[str, PyTree]:
+    def restore(
+        self, items: Mapping[str, PyTree], data_iterator: DataIterator, config: ConfigDict
+    ) -> dict[str, PyTree]:
         """Reads the latest intact checkpoint and moves damaged ones after it aside.
 
         All hosts of a run read the same checkpoint.

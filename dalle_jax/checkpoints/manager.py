@@ -14,7 +14,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from dalle_jax.checkpoints.stored import DataState
+from dalle_jax.checkpoints.stored import DataIterator, DataState
 from dalle_jax.pytree import PyTree
 
 _boundaries = itertools.count()  # between steps, over all trainings of this process
@@ -62,7 +62,7 @@ class Manager(ocp.CheckpointManager):
         self,
         step: int,
         arrays: Mapping[str, PyTree],
-        data_iterator: Any,
+        data_iterator: DataIterator,
         documents: Mapping[str, Any],
         metrics: Mapping[str, float] | None,
     ) -> None:
