@@ -31,7 +31,7 @@ from dalle_jax.checkpoints.compatibility import to_json
 from dalle_jax.checkpoints.workdir import read_config
 from dalle_jax.configuration.options import from_config
 from dalle_jax.data.prefetch import prefetch_to_mesh
-from dalle_jax.data.timeout_iterator import Patient
+from dalle_jax.data.timeout_iterator import TimeoutIterator
 from dalle_jax.distributed.mesh import describe, make_mesh
 from dalle_jax.distributed.rows import check_batch, host_rows, to_mesh
 from dalle_jax.distributed.sharding import batch_sharding, on_mesh, replicated
@@ -94,7 +94,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
         watchdog = cleanup.enter_context(Watchdog(config.timeout_seconds.step))
         init, abstract_state = make_init(task, optimizer, average, mesh, config.seed)
         rows, everywhere = batch_sharding(mesh), replicated(mesh)
-        batches = prefetch_to_mesh(Patient(job.train_batches(), config.timeout_seconds.data), rows)
+        batches = prefetch_to_mesh(TimeoutIterator(job.train_batches(), config.timeout_seconds.data), rows)
         cleanup.push(_closing(batches.close))
         checkpoints = Checkpoints(
             workdir, keep_last=config.keep.last, keep_best=config.keep.best, best_metric=task.best_metric
@@ -137,11 +137,11 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
                 progress.show(step, host["loss"])
                 watchdog.gets_on()
                 if step % cadence.log == 0 or step == total:
-                    left_out = {f"left_out/{reason}": n for reason, n in job.data_counts().items()}
+                    data_counts = job.data_counts()
                     now = {name: host[name] for name in (*step_schedules, "skipped")}
                     rates = progress.rates(step)
                     times = {**clock.take(step, rates["seconds_per_step"]), **compiled}
-                    values = {**mean.take(), **now, **rates, **times, **left_out}
+                    values = {**mean.take(), **now, **rates, **times, **data_counts}
                     writer.scalars(step, {f"train/{name}": value for name, value in values.items()})
                     compiled.clear()
 
@@ -150,7 +150,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
         key = jax.device_put(jax.random.key(config.seed), everywhere)
 
         def evaluation_batches() -> Iterator[Any]:
-            with contextlib.closing(Patient(iter(job.eval_batches()), config.timeout_seconds.data)) as every:
+            with contextlib.closing(TimeoutIterator(iter(job.eval_batches()), config.timeout_seconds.data)) as every:
                 for batch in itertools.islice(every, config.eval_batches):
                     yield to_mesh(batch, rows)
                     watchdog.gets_on()
