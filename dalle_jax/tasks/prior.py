@@ -171,7 +171,7 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
         task=task,
         train_batches=lambda: iter(training),
         eval_batches=lambda: iter(evaluation),
-        data_counts=training.skipped,
+        data_counts=training.counts,
     )
 
 
