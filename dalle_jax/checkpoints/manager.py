@@ -102,11 +102,3 @@ class Manager(ocp.CheckpointManager):
         except ValueError:
             logging.warning("The measures of the checkpoint %s are damaged: left out.", self.directory / str(step))
             return None
-
-
-def _not_from_orbax(record: Any) -> bool:
-    """Drops what orbax logs: dozens of lines for each save, and every error that it also raises."""
-    return "/orbax/" not in record.pathname.replace("\\", "/")
-
-
-logging.get_absl_logger().addFilter(_not_from_orbax)
