@@ -135,7 +135,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
                 del host["skipped_in_row"]
                 mean.add(host)
                 progress.show(step, host["loss"])
-                watchdog.gets_on()
+                watchdog.progress()
                 if step % cadence.log == 0 or step == total:
                     left_out = {f"left_out/{reason}": n for reason, n in job.data_counts().items()}
                     now = {name: host[name] for name in (*step_schedules, "skipped")}
@@ -153,7 +153,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
             with contextlib.closing(Patient(iter(job.eval_batches()), config.timeout_seconds.data)) as every:
                 for batch in itertools.islice(every, config.eval_batches):
                     yield to_mesh(batch, rows)
-                    watchdog.gets_on()
+                    watchdog.progress()
 
         @functools.partial(jax.profiler.annotate_function, name="evaluate")
         def evaluate(step: int) -> dict[str, float]:
@@ -199,7 +199,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
                         writer.flush()
                         with jax.profiler.TraceAnnotation("checkpoint"):
                             checkpoints.save(step, state, batches, config, measures)
-                        watchdog.gets_on()
+                        watchdog.progress()
             if stopping or last and stop.is_set():  # a training that follows this one is not to begin
                 checkpoints.wait()
                 message = f"{workdir}: stopped at step {step} of {total} and saved; the same command goes on from there"

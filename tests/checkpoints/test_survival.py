@@ -323,7 +323,7 @@ def test_lost_host(tmp_path, how, which):
             assert status not in (0, -signal.SIGKILL) and ("was lost" in error or "another task died" in error), error
         else:
             assert status == 1 and "was lost" in error and "Traceback" not in error, (status, error)
-        assert how == signal.SIGKILL or f"Host {which} of 2 was lost: nothing heard of it for" in error
+        assert how == signal.SIGKILL or f"Host {which} of 2 was lost" in error
         assert time.monotonic() - began < PATIENCE / 2
     finally:
         processes[which].kill()
@@ -343,7 +343,7 @@ def test_a_step_that_takes_too_long(undisturbed, tmp_path):
     wait_for_steps(processes[0], 6)
     for status, _, error in finish(processes, limit + more):
         assert status not in (0, -signal.SIGKILL), error
-        assert f"error: Nothing got on for {limit} s (config.timeout_seconds.step)" in error, error
+        assert f"No progress for {limit} s (config.timeout_seconds.step)" in error, error
         assert "was lost" not in error and "Traceback" not in error, error
     assert complete_steps(tmp_path) == [3, 6]
     said = finish(start_hosts(tmp_path, flag), PATIENCE)
