@@ -114,9 +114,8 @@ class Watchdog:
         while not self._leaving.wait(self._interval):
             for index in self._others:
                 beat = self._heard[index]
-                if (
-                    beat == heard[index] not in (None, _LEFT)
-                ):  # a host without any message may still be preparing its data
+                # A host without any message may still be preparing its data.
+                if beat == heard[index] not in (None, _LEFT):
                     silent[index] += self._interval
                 else:
                     silent[index], heard[index] = 0.0, beat
