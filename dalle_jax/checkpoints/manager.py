@@ -113,8 +113,3 @@ class Manager(ocp.CheckpointManager):
         """Returns the best metric, or infinity if it is missing or not a number."""
         value = metrics.get(self._best_metric, math.nan)
         return math.inf if math.isnan(value) else value
-
-
-def _not_from_orbax(record: Any) -> bool:
-    """Drops orbax's log lines: dozens for each save, and every error that it also raises."""
-    return "/orbax/" not in record.pathname.replace("\\", "/")

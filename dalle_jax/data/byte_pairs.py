@@ -20,7 +20,7 @@ from typing import Any
 from etils import epath
 
 from dalle_jax.errors import DataError
-from dalle_jax.storage.files import write_whole
+from dalle_jax.storage.files import write_atomically
 
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 _MERGES = 49_152 - 256 - 2  # used of OpenAI's file, which holds more
@@ -68,7 +68,7 @@ class BytePairs:
 
     def save(self, path: str | epath.PathLike) -> None:
         """Writes the vocabulary as one `tokenizer.json`."""
-        write_whole(path, self._tokenizer.to_str().encode())
+        write_atomically(path, self._tokenizer.to_str().encode())
 
     def encode(self, text: str, *, max_length: int) -> tuple[list[int], bool]:
         """Encodes a caption as ids, with the start token and without the end token.

@@ -24,7 +24,7 @@ from absl import logging
 from etils import epath
 
 from dalle_jax.errors import ConfigError, DataError
-from dalle_jax.storage.files import write_whole
+from dalle_jax.storage.files import write_atomically
 
 _SPACE = "\u2581"  # written by sentencepiece for the blank before a word
 _UNKNOWN = 0
@@ -192,7 +192,7 @@ class TextModel:
 
     def save(self, path: str | epath.PathLike) -> None:
         """Writes the model as one file, local or remote; creates its folder if needed."""
-        write_whole(path, self._serialized)
+        write_atomically(path, self._serialized)
 
     def encode(
         self, text: str, *, max_length: int, dropout: float = 0.0, seed: int | None = None

@@ -157,7 +157,7 @@ class Run:
             del values["skipped_in_row"]
             self.mean.add(values)
             self.progress.show(step, values["loss"])
-            self.watchdog.gets_on()
+            self.watchdog.progress()
             if step % self.config.cadence.log == 0 or step == self.total:
                 self._log(step, values)
 
@@ -175,7 +175,7 @@ class Run:
         with contextlib.closing(batches):
             for batch in itertools.islice(batches, self.config.eval_batches):
                 yield to_mesh(batch, self._rows)
-                self.watchdog.gets_on()
+                self.watchdog.progress()
 
     @functools.partial(jax.profiler.annotate_function, name="evaluate")
     def evaluate(self, step: int) -> dict[str, float]:
@@ -199,4 +199,4 @@ class Run:
         self.writer.flush()
         with jax.profiler.TraceAnnotation("checkpoint"):
             self.checkpoints.save(step, self.state.items(), self.batches, self.config, metrics)
-        self.watchdog.gets_on()
+        self.watchdog.progress()
