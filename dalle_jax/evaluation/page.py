@@ -33,8 +33,9 @@ def evaluation(title: str, metrics: Mapping[str, Any], grid: np.ndarray, config:
         parts += [
             heading("The best of N candidates, chosen by CLIP"),
             paragraph(
-                f"Over the first {protocol['candidate_captions']} captions. The CLIP that chose the images also computes "
-                "clip_score and the metrics that end in _clip. Part of their rise with N is therefore that CLIP's bias."
+                f"Over the first {protocol['candidate_captions']} captions. The CLIP that chose the images also "
+                "computes clip_score and the metrics that end in _clip. Part of their rise with N is therefore that "
+                "CLIP's bias."
             ),
             *_sweep(metrics["best_of"], "candidates", powers=True),
         ]

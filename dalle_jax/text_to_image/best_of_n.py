@@ -31,7 +31,7 @@ class Ranked:
     numbers: np.ndarray
 
     def best(self, keep: int) -> Ranked:
-        """Returns the `keep` highest scores of each caption, in falling order; ties keep the earlier candidate first."""
+        """Returns the `keep` highest scores of each caption, in falling order, equal scores by candidate number."""
         return self._at(np.argsort(-self.scores, axis=1, kind="stable")[:, :keep])
 
     def best_of_first(self, count: int) -> Ranked:

@@ -119,8 +119,8 @@ class ClipScorer:
     def __repr__(self) -> str:
         options = self.clip.options
         return (
-            f"ClipScorer({parameter_count(self.params)}, {options.image_size} x {options.image_size} pixels, captions of "
-            f"{options.text_length} tokens of {options.text_vocab}, embedding of {options.embed_dim})"
+            f"ClipScorer({parameter_count(self.params)}, {options.image_size} x {options.image_size} pixels, captions "
+            f"of {options.text_length} tokens of {options.text_vocab}, embedding of {options.embed_dim})"
         )
 
     # -- scores ---------------------------------------------------------------------------------------------------

@@ -55,7 +55,9 @@ class Model(Protocol):
         """Draws the tokens of n images given some of them; see `TextToImage.draw_tokens`."""
 
 
-def complete(model: Model, image: np.ndarray, rows: int, caption: str, n: int, seed: int, **sampling: Any):
+def complete(
+    model: Model, image: np.ndarray, rows: int, caption: str, n: int, seed: int, **sampling: Any
+) -> np.ndarray:
     """Draws the token rows below the first `rows`; see `TextToImage.complete`."""
     layout = model.prior.layout
     if not 0 <= rows <= layout.height:
@@ -84,7 +86,9 @@ def inpaint(
     return _redraw(model, image, cells[None], cells[None], caption, n, seed, sampling)
 
 
-def vary(model: Model, image: np.ndarray, strength: float, caption: str, n: int, seed: int, **sampling: Any):
+def vary(
+    model: Model, image: np.ndarray, strength: float, caption: str, n: int, seed: int, **sampling: Any
+) -> np.ndarray:
     """Draws a random share of the tokens again; see `TextToImage.vary`."""
     _check_any_order(model, "vary")
     if not 0 < strength <= 1:

@@ -62,6 +62,7 @@ def by_name(method: F) -> F:
     ]
     shown.append(inspect.Parameter("negative", keyword, default=None, annotation="str | None"))
     method.__signature__ = signature.replace(parameters=[*others, *shown])
-    attributes = inspect.getdoc(SamplingOptions).partition("Attributes:\n")[2].rstrip()
-    method.__doc__ = inspect.getdoc(method).replace(_PLACE, f"{attributes}\n{_NEGATIVE}")
+    if method.__doc__:  # python -OO removes docstrings
+        attributes = inspect.getdoc(SamplingOptions).partition("Attributes:\n")[2].rstrip()
+        method.__doc__ = inspect.getdoc(method).replace(_PLACE, f"{attributes}\n{_NEGATIVE}")
     return method

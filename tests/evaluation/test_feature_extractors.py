@@ -5,7 +5,7 @@ import pytest
 
 from dalle_jax.errors import ConfigError
 from dalle_jax.evaluation import feature_extractors
-from dalle_jax.evaluation.feature_extractors import Judge, PictureSet
+from dalle_jax.evaluation.feature_extractors import FeatureExtractor, ImageSet
 from dalle_jax.metrics import frechet, inception_score
 from dalle_jax.metrics.blur import gaussian_blur
 
@@ -29,7 +29,7 @@ JUDGES = [random_judge("one", 5, classes=7), random_judge("two", 4)]
 
 
 def picture_set(*parts, radii=(0, 1)):
-    found = PictureSet(JUDGES, sum(map(len, parts)), radii)
+    found = ImageSet(JUDGES, sum(map(len, parts)), radii)
     for part in parts:
         found.add(part)
     return found

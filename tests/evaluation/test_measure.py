@@ -68,7 +68,7 @@ def test_devices_share_the_work(measured, model, tests):
     params = {"params": put(model.params), "tokenizer_params": put(model.tokenizer_params)}
     spread = dataclasses.replace(model, **params, scorer=scorer, mesh=mesh)
     again = measure({"maskgit": Model(spread, SAMPLING)}, tests, OPTIONS)
-    assert (measured.figures["protocol"]["device"], again.figures["protocol"]["device"]) == ("1 x cpu", "2 x cpu")
+    assert (measured.metrics["protocol"]["device"], again.figures["protocol"]["device"]) == ("1 x cpu", "2 x cpu")
     one, other = (numbers(found.figures) for found in (measured, again))
     assert one.keys() == other.keys() and ("maskgit", "image_nats_per_token") in one
     for name in one:
@@ -89,7 +89,7 @@ def fid(model, real, drawn):
 def test_the_tokenizer(measured, model, tests):
     real = tests.images(range(COUNT))
     tokens = model.encode(real)
-    shown, found = model.decode(tokens), measured.figures["dvae"]
+    shown, found = model.decode(tokens), measured.metrics["dvae"]
     error = np.square((real.astype(float) - shown) / 255).mean((1, 2, 3))
     assert found["psnr"] == pytest.approx((-10 * np.log10(error)).mean(), rel=1e-5)
     assert found["codebook_usage"] == pytest.approx(float(codebook.usage(codebook.count(tokens, 24))))
@@ -101,7 +101,7 @@ def test_the_tokenizer(measured, model, tests):
 def test_one_sample_for_each_caption(measured, model, tests):
     """In batches of two, the last one filled up: each counts once."""
     drawn = model.generate(tests.captions, seed=3, temperature=0.7)[:, 0]
-    found, real = measured.figures["maskgit"], tests.images(range(COUNT))
+    found, real = measured.metrics["maskgit"], tests.images(range(COUNT))
     text, tokens, nats = model.encode_text(tests.captions), model.encode(real), 0
     for rows, valid in (([0, 1], [1, 1]), ([2, 3], [1, 1]), ([4, 4], [1, 0])):
         given = text[rows], tokens[rows], jax.random.key(0)
@@ -119,7 +119,7 @@ def test_retrieval_of_the_judge(measured, model, tests):
     scorer, captions = model.scorer, tests.captions
     real = tests.images(range(COUNT))
     expected = retrieval(scorer.image_features(real), scorer.text_features(captions), scorer.encode_text(captions))
-    assert measured.figures["clip"] == expected
+    assert measured.metrics["clip"] == expected
 
 
 def test_the_best_of_each_number(measured, model, tests):
@@ -127,7 +127,7 @@ def test_the_best_of_each_number(measured, model, tests):
     drawn = model.generate(captions, n=N, seed=3, temperature=0.7)
     scores = np.stack([model.scorer.score(images, [caption] * N) for images, caption in zip(drawn, captions)])
     right = np.stack([shapes.right_captions(images, [scene] * N) for images, scene in zip(drawn, scenes)])
-    found = measured.figures["best_of"]["maskgit"]
+    found = measured.metrics["best_of"]["maskgit"]
     assert list(found) == ["1", "2", "4", "5"]
     for number in (1, 2, 4, 5):
         best = [
@@ -146,15 +146,15 @@ def test_the_best_of_each_number(measured, model, tests):
 
 
 def test_blur_of_all_sets(measured):
-    found = measured.figures["blur"]
+    found = measured.metrics["blur"]
     assert found.keys() == {"reconstructed", "maskgit"} and found["maskgit"].keys() == {"0", "1"}
-    assert found["maskgit"]["0"] == {"fid_clip": measured.figures["maskgit"]["fid_clip"]}
-    assert found["reconstructed"]["0"]["fid_clip"] == measured.figures["dvae"]["rfid_clip"]
+    assert found["maskgit"]["0"] == {"fid_clip": measured.metrics["maskgit"]["fid_clip"]}
+    assert found["reconstructed"]["0"]["fid_clip"] == measured.metrics["dvae"]["rfid_clip"]
     assert found["maskgit"]["1"] != found["maskgit"]["0"]
 
 
 def test_the_protocol(measured, model):
-    found = measured.figures["protocol"]
+    found = measured.metrics["protocol"]
     assert found["captions"] == "5, first" and found["seed"] == 3 and found["candidate_captions"] == 4
     assert found["sampling"]["maskgit"]["temperature"] == 0.7
     weights = found["weights"]
@@ -184,12 +184,12 @@ def test_what_is_written(measured, tests, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "maskgit.fid_clip" in printed and str(tmp_path / "report.html") in printed
     figures = json.loads((tmp_path / "report.json").read_text())
-    assert figures.keys() == measured.figures.keys()
+    assert figures.keys() == measured.metrics.keys()
     with (tmp_path / "best_of.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["prior"], row["candidates"]) for row in rows] == [("maskgit", n) for n in "1245"]
     assert float(rows[2]["fid_clip"]) == pytest.approx(
-        measured.figures["best_of"]["maskgit"]["4"]["fid_clip"], rel=1e-5
+        measured.metrics["best_of"]["maskgit"]["4"]["fid_clip"], rel=1e-5
     )
     with (tmp_path / "blur.csv").open() as file:
         rows = list(csv.DictReader(file))

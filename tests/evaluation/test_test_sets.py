@@ -64,7 +64,7 @@ def test_what_the_report_says(data):
     assert other["captions_sha256"] != described["captions_sha256"] and len(other["captions_sha256"]) == 64
 
 
-def test_another_picture_size(data):
+def test_another_cell_size(data):
     assert open_test_set(data, Protocol("all"), image_size=4).images([0]).shape == (1, 4, 4, 3)
 
 

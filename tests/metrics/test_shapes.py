@@ -35,7 +35,7 @@ def test_real_pictures_read_as_captioned():
 
 
 @pytest.mark.parametrize("image_size", [40, 48, 64])
-def test_other_picture_sizes(image_size):
+def test_other_cell_sizes(image_size):
     assert shapes.score(*examples(128, image_size))["caption_accuracy"] >= 0.99
 
 

@@ -28,7 +28,7 @@ def find(sheet, image):
 def test_grid_holds_every_picture():
     noise = np.random.default_rng(0).integers(0, 256, (3, 2, 8, 8, 3), np.uint8)
     rows = [(f"a caption, number {i}", list(pair)) for i, pair in enumerate(noise)]
-    sheet = image_grid(rows, ("real", "generated"), title="A title", picture_size=16)
+    sheet = image_grid(rows, ("real", "generated"), title="A title", cell_size=16)
     assert sheet.dtype == np.uint8 and sheet.shape[2] == 3
     for image in noise.reshape(-1, 8, 8, 3):  # enlarged twofold, without smoothing
         assert find(sheet, image.repeat(2, axis=0).repeat(2, axis=1))
@@ -41,7 +41,7 @@ def test_blocks_stand_side_by_side():
 
 
 def test_large_pictures_are_shrunk():
-    assert find(image_grid([("a", [picture(77, 64)])], picture_size=32), picture(77, 32))
+    assert find(image_grid([("a", [picture(77, 64)])], cell_size=32), picture(77, 32))
 
 
 def test_grids_that_cannot_be():
