@@ -110,9 +110,7 @@ def plot(
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     svg = io.StringIO()
-    with matplotlib.rc_context(
-        {"svg.fonttype": "none", "svg.hashsalt": caption}
-    ):  # keep text as text; equal ids in every run
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": caption}):  # text as text, equal ids every run
         canvas.savefig(svg, format="svg", metadata={"Date": None})
     text = svg.getvalue()
     return f"<figure>{text[text.index('<svg') :]}<figcaption>{html.escape(caption)}</figcaption></figure>"
