@@ -24,7 +24,6 @@ class Manager(ocp.CheckpointManager):
 
     def __init__(self, directory: epath.Path, *, keep_last: int, keep_best: int, best_metric: str, read_only: bool):
         """Opens the folder.  The arguments are those of `Checkpoints`."""
-        logging.get_absl_logger().addFilter(_not_from_orbax)
         self._stop_at: int | None = None
         self._best_metric = best_metric
         keep = policies.AnyPreservationPolicy(
