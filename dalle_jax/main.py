@@ -17,6 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from dalle_jax import compilation_cache
+from dalle_jax.configuration import config_files
 from dalle_jax.configuration.flag_errors import explain_flag_error
 from dalle_jax.distributed.joining import define_flags
 from dalle_jax.distributed.turns import is_first, joined
@@ -42,7 +43,8 @@ JOBS = {
 def _parse(argv: list[str]) -> list[str]:
     """Parses the flags; what the user got wrong becomes a `ConfigError` of one line."""
     try:
-        rest = flags.FLAGS(argv)
+        with config_files.importable(config_files.given(argv)):
+            rest = flags.FLAGS(argv)
         if len(rest) > 1:
             raise ConfigError(f"Unexpected argument {rest[1]!r}: options are written --name=value.")
         if _CONFIG.value is None:

@@ -124,7 +124,9 @@ class Checkpoints:
         with self._storage_errors("write"):
             self._manager.write(step, arrays, data_iterator, documents, metrics)
 
-    def restore(self, state: TrainState, data_iterator: Any, config: ConfigDict) -> TrainState:
+    def restore(
+        self, state: TrainState, data_iterator: Any, config: ConfigDict, defaults: Mapping[str, Any] | None = None
+    ) -> TrainState:
         """Reads the latest checkpoint that is whole; damaged ones after it are moved aside.
 
         With several hosts all of them take the same one.
@@ -133,6 +135,7 @@ class Checkpoints:
           state: abstract state with shardings; they may be other than those it was written with.
           data_iterator: its state is set, so that it delivers next what it would have delivered.
           config: the configuration given; must describe the stored model.
+          defaults: values of the keys that a stored configuration may lack; see `check_same_model`.
 
         Returns:
           The train state.
@@ -145,7 +148,7 @@ class Checkpoints:
         def read(step: int) -> tuple[dict[str, PyTree], bytes]:
             with self._same_on_all_hosts(step):
                 stored, wanted = StoredCheckpoint(self.directory / str(step)), _items(state)
-                check_same_model(stored.config(), to_json(config), str(self.directory))
+                check_same_model(stored.config(), to_json(config), str(self.directory), defaults)
                 stored.check_shapes(wanted)
                 items = {item: stored.arrays(item, tree) for item, tree in wanted.items()}
                 place = stored.place_in_data()

@@ -44,7 +44,7 @@ from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.reporting.metric_writer import MetricWriter
 from dalle_jax.reporting.progress import Progress
 from dalle_jax.storage.files import full_path, make_workdir, write_json
-from dalle_jax.tasks.registry import build
+from dalle_jax.tasks.registry import build, defaults
 from dalle_jax.tasks.task import Job
 from dalle_jax.training.profiling import StepClock, StepTrace, check_profile_steps
 from dalle_jax.training.signals import stop_signals
@@ -101,7 +101,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
         )
         cleanup.push(_closing(checkpoints.close))
         if checkpoints.latest_step is not None:
-            state = checkpoints.restore(abstract_state, batches, config)
+            state = checkpoints.restore(abstract_state, batches, config, defaults(config))
         else:
             state = init()
             if config.get("start_from"):

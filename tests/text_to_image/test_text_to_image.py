@@ -16,6 +16,7 @@ from dalle_jax import TextToImage
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.configuration import config_files
+from dalle_jax.configuration.options import from_config
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.text import TextModel
 from dalle_jax.distributed.mesh import make_mesh
@@ -31,13 +32,13 @@ from dalle_jax.tasks.registry import build
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.text_to_image.text_to_image import row_keys
 
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "any"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 CAPTION = "a red circle above a blue square"
 
 
 def tiny_prior(folder, data_dir):
     """configs/prior.py in very small: pictures of 16 pixels, 4×4 tokens, three steps of each training."""
-    config = config_files.module(CONFIGS, "prior.py").get_config("shapes")
+    config = config_files.load(f"{CONFIGS}/prior.py:shapes")
     shapes = {
         "image_size": 16, "data_dir": str(data_dir),
         "builder_kwargs": {"image_size": 16, "num_train": 64, "num_validation": 16, "num_heldout": 16},
@@ -134,7 +135,7 @@ def test_another_runs_tokenizer_and_tokens_of_each_batch(trained, tmp_path):
 
 def test_the_training_splits_tokens_are_made_once(trained, tmp_path, monkeypatch):
     """A run that goes on, and one that starts from it, read them; another tokenizer has others."""
-    options = DataOptions.from_config(trained.config.data)
+    options = from_config(DataOptions, trained.config.data, "data")
     tokenizer, params = workdirs.load_tokenizer(trained.workdir)
     (file,) = pathlib.Path(trained.workdir).glob("tokens-*")
     encode = encode_split
@@ -174,7 +175,7 @@ def test_a_prior_starts_with_its_tokenizers_codebook(trained):
 
 def test_maskgit_starts_from_the_autoregressive_prior(trained, tmp_path):
     """One line swaps the prior and one more says where from: tokenizer, text model, trunk and embeddings are its."""
-    config = config_files.module(CONFIGS, "maskgit.py").get_config("shapes")
+    config = config_files.load(f"{CONFIGS}/maskgit.py:shapes")
     for section in ("data", "text", "mesh"):
         config[section] = trained.config[section].copy_and_resolve_references()
     config.model.trunk = trained.config.model.trunk.copy_and_resolve_references()
@@ -353,7 +354,7 @@ def test_a_text_model_of_another_vocabulary(trained, tmp_path):
 
 
 def test_captions_of_a_job(tmp_path):
-    config = config_files.module(CONFIGS, "generate.py").get_config()
+    config = config_files.load(f"{CONFIGS}/generate.py")
     with pytest.raises(DataError, match="Give captions by --config.prompts"):
         generate.read_captions(config)
     config.prompts = " a red circle | a star"
@@ -384,7 +385,7 @@ def test_one_picture_of_a_drawing(model):
 
 
 def test_every_picture_of_a_manifest_can_be_made_again(trained, tmp_path):
-    config = config_files.module(CONFIGS, "generate.py").get_config()
+    config = config_files.load(f"{CONFIGS}/generate.py")
     config.update(
         {"model_workdir": trained.workdir, "prompts": f"{CAPTION}|a green star|a small cross", "n": 3, "seed": 4}
     )
@@ -415,7 +416,7 @@ def test_every_picture_of_a_manifest_can_be_made_again(trained, tmp_path):
 
 
 def test_a_used_folder_loses_the_pictures_of_its_manifest(trained, tmp_path):
-    config = config_files.module(CONFIGS, "generate.py").get_config()
+    config = config_files.load(f"{CONFIGS}/generate.py")
     config.update({"model_workdir": trained.workdir, "prompts": CAPTION, "n": 2, "rows_at_once": 2})
     config.mesh.data = 1
     out = tmp_path / "out"
@@ -449,7 +450,7 @@ def test_a_manifest_of_the_best_candidates(trained, model, tmp_path):
     clip = CLIP(CLIPOptions(text_vocab=model.text_model.vocab_size + 1, **sizes))
     params = nn.meta.unbox(jax.jit(clip.init)(jax.random.key(0)))
     ClipScorer(clip, params, model.text_model).save(tmp_path)
-    config = config_files.module(CONFIGS, "generate.py").get_config()
+    config = config_files.load(f"{CONFIGS}/generate.py")
     config.update({"model_workdir": trained.workdir, "prompts": f"{CAPTION}|a green star", "n": 2, "candidates": 5})
     config.update({"rows_at_once": 2, "clip": str(tmp_path)})
     config.mesh.data = 1
@@ -474,7 +475,7 @@ def test_evaluation_of_workdirs(trained, tmp_path):
     clip = CLIP(CLIPOptions(**sizes, **vocab, end_id=text_model.vocab_size))
     ClipScorer(clip, nn.meta.unbox(clip.init(jax.random.key(0))), text_model).save(tmp_path)
     shutil.copytree(trained.workdir, tmp_path / "again")
-    config = config_files.module(CONFIGS, "evaluate.py").get_config()
+    config = config_files.load(f"{CONFIGS}/evaluate.py")
     both = f"{trained.workdir}, {tmp_path / 'again'}"
     config.update({"model_workdir": both, "count": 5, "rows_at_once": 2, "clip": str(tmp_path)})
     config.metrics.update({"candidates": 2, "candidate_captions": 3})
