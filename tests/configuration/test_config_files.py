@@ -1,6 +1,7 @@
 """Every config file and variant loads, and its sections are ones that the code takes."""
 
 import pathlib
+import sys
 
 import jax
 import optax
@@ -201,3 +202,28 @@ def test_the_papers_protocols():
         assert config.workdir == f"runs/evaluated-{variant}"
         assert from_config(Options, config.metrics, "metrics").blur == (0, 1, 2, 4, 8)
     assert "data" not in load("evaluate").get_config(), "the model's own"
+
+
+PACKAGE = {
+    "__init__.py": "",
+    "one.py": "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'value': 1})\n",
+    "two.py": "from folder_of_configs import one\nget_config = one.get_config\n",
+}
+
+
+def test_config_files_of_one_package_import_each_other_from_any_directory(tmp_path, monkeypatch):
+    folder = tmp_path / "folder_of_configs"
+    folder.mkdir()
+    for name, text in PACKAGE.items():
+        (folder / name).write_text(text)
+    before = list(sys.path)
+    monkeypatch.delitem(sys.modules, "folder_of_configs", raising=False)
+    assert config_files.load(f"{folder}/two.py").value == 1
+    assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    "argv, path", [(["--config=a.py:x"], "a.py:x"), (["-config", "a.py"], "a.py"), (["--config.steps=3"], "")]
+)
+def test_the_config_file_of_a_command_line(argv, path):
+    assert config_files.given(["main", *argv]) == path
