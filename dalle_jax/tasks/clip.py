@@ -14,7 +14,7 @@ of its own (`negatives.py`), which are nobody's right ones; the paper has none.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.metrics.retrieval import AMONG, retrieval
 from dalle_jax.models import clip as models
-from dalle_jax.models.clip import CLIP
+from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.reporting.images import image_grid
 from dalle_jax.tasks.corrupted_negatives import NegativeOptions, spoil
@@ -205,7 +205,7 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     Raises:
       ConfigError: a wrong key, sizes that do not fit each other, or gradients that are to be accumulated.
     """
-    options = DataOptions.from_config(config.data)
+    options = from_config(DataOptions, config.data, "data")
     text_model = workdirs.ensure_text_model(config.text, open_source(options, options.train_split).captions(), workdir)
     task, layout = _task(config, text_model.vocab_size, text_model)
     pipeline = functools.partial(Pipeline, options, text_model, layout, batch_size=config.batch_size)
@@ -223,3 +223,9 @@ def abstract(config: ConfigDict) -> tuple[CLIPTask, Batch]:
     """See `tasks.abstract`."""
     task, layout = _task(config, config.text.vocab_size, None)
     return task, batch_shapes(config.data.image_size, layout, config.batch_size)
+
+
+def options(config: Mapping[str, Any]) -> dict[str, type]:
+    """See `tasks.options`."""
+    del config
+    return {"model": CLIPOptions, "negatives": NegativeOptions}

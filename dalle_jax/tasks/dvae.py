@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,16 +25,16 @@ import optax
 from ml_collections import ConfigDict
 
 from dalle_jax import keys
-from dalle_jax.configuration.options import from_config as from_section
+from dalle_jax.configuration.options import from_config
 from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.distributed.rows import to_host
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import logit_laplace
-from dalle_jax.image_tokenizers.dvae import DVAETokenizer, gumbel_softmax, kl_to_uniform
+from dalle_jax.image_tokenizers import tokenizer as tokenizers
+from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer, gumbel_softmax, kl_to_uniform
 from dalle_jax.image_tokenizers.kmeans_init import kmeans_init
-from dalle_jax.image_tokenizers.tokenizer import from_config
 from dalle_jax.metrics import codebook
 from dalle_jax.optim import schedules
 from dalle_jax.pytree import PyTree
@@ -218,7 +219,7 @@ def _decibels(mean_squared_error: jax.Array) -> jax.Array:
 
 def _task(config: ConfigDict, start_from: tuple[np.ndarray, float] | None) -> DVAETask:
     temperature, kl_weight = (schedules.make(config.schedules[name], name) for name in ("temperature", "kl_weight"))
-    return DVAETask(from_config(config), temperature, kl_weight, start_from)
+    return DVAETask(tokenizers.from_config(config), temperature, kl_weight, start_from)
 
 
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
@@ -229,8 +230,8 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
       DataError: data that cannot be opened.
     """
     del workdir
-    objective = from_section(ObjectiveOptions, config.objective, "objective")
-    options = DataOptions.from_config(config.data)
+    objective = from_config(ObjectiveOptions, config.objective, "objective")
+    options = from_config(DataOptions, config.data, "data")
     pipeline = functools.partial(Pipeline, options, batch_size=config.batch_size)
     training = pipeline(split=options.train_split, train=True, seed=config.seed, rows=rows)
     evaluation = pipeline(split=options.eval_split, train=False, rows=rows)
@@ -252,3 +253,9 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
 def abstract(config: ConfigDict) -> tuple[DVAETask, Batch]:
     """See `tasks.abstract`. Where the codes start has no part in the train step."""
     return _task(config, None), batch_shapes(config.data.image_size, None, config.batch_size)
+
+
+def options(config: Mapping[str, Any]) -> dict[str, type]:
+    """See `tasks.options`."""
+    del config
+    return {"model": DVAEOptions, "objective": ObjectiveOptions}

@@ -6,7 +6,7 @@ B rows    T text    N = h·w image tokens
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax import keys
 from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.configuration.options import from_config
 from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources.open import open_source
@@ -26,7 +27,8 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.metrics.mean import Mean
-from dalle_jax.priors.registry import make
+from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.priors.registry import make, options_of
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
 from dalle_jax.reporting.images import image_grid, to_uint8
@@ -156,7 +158,7 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     Raises:
       ConfigError: where tokenizer, picture size, text model and prior do not fit each other.
     """
-    options = DataOptions.from_config(config.data)
+    options = from_config(DataOptions, config.data, "data")
     tokenizer, params = workdirs.load_tokenizer(workdir)
     text_model = workdirs.ensure_text_model(config.text, open_source(options, options.train_split).captions(), workdir)
     tokens = None
@@ -184,3 +186,8 @@ def abstract(config: ConfigDict) -> tuple[PriorTask, Batch]:
         tokens = np.zeros((65_536, np.prod(tokenizer.grid(config.data.image_size))), np.int32)
     task = _task(config, tokenizer, params, config.text.vocab_size, text_model=None, tokens=tokens)
     return task, batch_shapes(config.data.image_size, task.prior.layout, config.batch_size)
+
+
+def options(config: Mapping[str, Any]) -> dict[str, type]:
+    """See `tasks.options`."""
+    return {"model": options_of(config["prior"]), "model.trunk": TransformerOptions}

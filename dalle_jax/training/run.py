@@ -32,6 +32,7 @@ from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.reporting.metric_writer import MetricWriter
 from dalle_jax.reporting.progress import Progress
 from dalle_jax.storage.files import write_json
+from dalle_jax.tasks.registry import defaults
 from dalle_jax.tasks.task import Batch, Job
 from dalle_jax.training.cleanup import close_at_exit
 from dalle_jax.training.profiling import StepClock, StepTrace
@@ -93,7 +94,7 @@ class Run:
         #   1. the latest checkpoint in workdir (state and data iterator), written on any mesh
         #   2. fresh parameters, replaced by those of config.start_from where name and shape agree
         if self.checkpoints.latest_step is not None:
-            items = self.checkpoints.restore(self._abstract_state.items(), self.batches, config)
+            items = self.checkpoints.restore(self._abstract_state.items(), self.batches, config, defaults(config))
             self.state = TrainState.from_items(items)
         else:
             self.state = init()

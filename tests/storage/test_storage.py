@@ -256,7 +256,7 @@ _PRIOR = textwrap.dedent("""
     model = TextToImage.load(config.workdir, rows_at_once=2)
     images = model.generate("a red circle", n=2, seed=0)
     np.testing.assert_array_equal(images, TextToImage.load(config.workdir, step="best").generate("a red circle", n=2))
-    jobs = config_files.module(pathlib.Path(sys.argv[3]), "generate.py").get_config()
+    jobs = config_files.load(f"{sys.argv[3]}/generate.py")
     jobs.update({"model_workdir": config.workdir, "prompts": "a red circle", "n": 2})
     generate.run(jobs, str(bucket / "pictures"))
 """)
@@ -265,7 +265,7 @@ _PRIOR = textwrap.dedent("""
 @pytest.mark.slow
 def test_a_prior_and_its_pictures_in_a_bucket(bucket, tmp_path):
     """Tokenizer, prior, frozen files, profile, and pictures drawn from it: nothing of it on the local disk."""
-    configs = os.path.join(pathlib.Path(__file__).parents[2], "configs", "any")
+    configs = os.path.join(pathlib.Path(__file__).parents[2], "configs")
     process(_PRIOR, bucket / "prior_runs", tmp_path, configs)
     found = names(bucket / "prior_runs")
     tops = {"/".join(name.split("/")[:2]) for name in found}

@@ -73,24 +73,6 @@ class DataOptions:
             held = "pictures" if self.source == "folder" else "shards"
             raise ConfigError(f"data.source is {self.source!r} but data.path is not set: give the {held}' folder.")
 
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> DataOptions:
-        """Reads the `data` part of a config.
-
-        Args:
-          config: a mapping (ConfigDict or dict) whose keys are fields of this class.
-
-        Raises:
-          ConfigError: where a key is unknown or a value cannot be used.
-        """
-        values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ConfigError(f"Unknown key data.{unknown[0]}; the keys of data are {', '.join(known)}.")
-        if values.get("builder_kwargs") is None:
-            values.pop("builder_kwargs", None)
-        return cls(**values)
-
 
 class UnreadableExample(DataError):
     """One example that must be skipped.

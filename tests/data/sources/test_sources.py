@@ -7,6 +7,7 @@ import PIL.Image
 import pytest
 from ml_collections import ConfigDict
 
+from dalle_jax.configuration.options import from_config
 from dalle_jax.data.sources.folder import FolderSource
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions, UnreadableExample
@@ -134,13 +135,13 @@ def test_folder_errors(tmp_path):
 
 def test_options_from_config():
     config = ConfigDict({"source": "folder", "path": "/images", "image_size": 64, "builder_kwargs": {}})
-    assert DataOptions.from_config(config) == DataOptions(source="folder", path="/images", image_size=64)
+    assert from_config(DataOptions, config, "data") == DataOptions(source="folder", path="/images", image_size=64)
     with pytest.raises(ConfigError, match="imagesize"):
-        DataOptions.from_config({"imagesize": 64})
+        from_config(DataOptions, {"imagesize": 64}, "data")
     bad_values = {"augment": "flip", "image_size": 0, "workers": -1, "bpe_dropout": 1.0, "source": "folder"}
     for bad in ({key: value} for key, value in bad_values.items()):
         with pytest.raises(ConfigError, match="data."):
-            DataOptions.from_config(bad)
+            from_config(DataOptions, bad, "data")
 
 
 def test_unknown_tfds_name(tmp_path):
