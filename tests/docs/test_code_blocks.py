@@ -75,7 +75,7 @@ def _kind(command):
 
 
 def _load(arguments):
-    """Parses `--config=…` and `--config.key=value` as the command line does; raises where one of them does not exist."""
+    """Parses `--config=…` and `--config.key=value` as the command line does; raises if one does not exist."""
     values, line = flags.FlagValues(), ["main", *arguments]
     config = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=line)
     values(line)
@@ -222,12 +222,9 @@ def random_models(tmp_path_factory):
     tokenizer = DVAETokenizer(dvae)
     layout = TokenLayout(text.vocab_size, 16, 12, 8, 8)
     trunk = TransformerOptions(width=8, depth=1, heads=2, dtype="float32", scan=False)
-    clip = CLIP(
-        CLIPOptions(
-            image_size=32, patch=16, image_width=8, image_depth=1, image_heads=2, text_length=13,
-            text_vocab=text.vocab_size + 1, end_id=text.vocab_size, text_width=8, text_depth=1, text_heads=2, embed_dim=8, dtype="float32",
-        )
-    )  # fmt: skip
+    sizes = {f"{tower}_{name}": n for tower in ("image", "text") for name, n in dict(width=8, depth=1, heads=2).items()}
+    words = dict(text_length=13, text_vocab=text.vocab_size + 1, end_id=text.vocab_size)
+    clip = CLIP(CLIPOptions(image_size=32, patch=16, embed_dim=8, dtype="float32", **words, **sizes))
     init = lambda made: nn.meta.unbox(jax.jit(made.init)(jax.random.key(0)))
     scorer = ClipScorer(clip, init(clip), text, rows_at_once=8)
     tokenizer_params = init(tokenizer)
@@ -270,7 +267,8 @@ def _tiny(command):
     options = {
         "quickstart": [
             *under("prior.tokenizer.", _DVAE + few), *under("prior.", _PRIOR + few), *under("maskgit.", _PRIOR + few),
-            *under("clip.", _CLIP + few), "evaluate.count=8", "evaluate.rows_at_once=8", "evaluate.metrics.candidates=2",
+            *under("clip.", _CLIP + few), "evaluate.count=8", "evaluate.rows_at_once=8",
+            "evaluate.metrics.candidates=2",
         ],
         "dvae": dvae + data,
         "prior": [*prior, *data, *under("tokenizer.", dvae + data)],
@@ -284,7 +282,7 @@ def _tiny(command):
 
 def _start(command, workspace):
     command = [sys.executable if word == "python" else word for word in command]
-    environment = {"XLA_FLAGS": quick_xla.flags(), **os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "XLA_FLAGS": quick_xla.flags(), "PYTHONPATH": str(ROOT)}  # one device
     done = subprocess.run(command, cwd=workspace, env=environment, text=True, capture_output=True)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 
