@@ -1,4 +1,4 @@
-"""DALL-E in JAX/Flax, TPU-first: text in, pictures out.
+"""DALL-E in JAX and Flax: draws images from captions, on CPUs, GPUs and TPUs.
 
 from dalle_jax import TextToImage
 images = TextToImage.load("runs/prior-shapes").generate("a red circle above a blue square", n=8, seed=0)
@@ -10,7 +10,7 @@ __version__ = "0.1.0"
 __all__ = ["TextToImage"]
 
 
-def __getattr__(name: str) -> Any:  # the import of jax waits until something is used
+def __getattr__(name: str) -> Any:  # jax is imported on first use only
     if name == "TextToImage":
         from dalle_jax.text_to_image.text_to_image import TextToImage
 
