@@ -16,11 +16,12 @@ import sys
 
 import flax.linen as nn
 import jax
+import numpy as np
 import pytest
 import quick_xla
 import short_runs
 from absl import flags
-from documents import CODE, GUIDES, NOT_CODE, ROOT, blocks, commands, spans
+from documents import CODE, DOCUMENTS, GUIDES, NOT_CODE, ROOT, blocks, commands, spans
 from ml_collections import config_flags
 
 import dalle_jax.main  # noqa: F401 (defines the command line's flags)
@@ -36,6 +37,9 @@ from dalle_jax.token_layout import TokenLayout
 
 BLOCKS = [block for path in GUIDES for block in blocks(path)]
 SHELL = [block for block in BLOCKS if block.language == "sh"]
+ELSEWHERE = [
+    block for path in DOCUMENTS if path not in GUIDES for block in blocks(path)
+]  # commands are checked, not run
 MAIN = ["python", "-m", "dalle_jax.main"]
 
 pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # ml_collections reads configs so
@@ -46,8 +50,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarni
 
 def test_every_block_is_run_or_marked():
     """The tests below run each unmarked block whose language is in `CODE`; no other language may hold code."""
-    for block in BLOCKS:
+    for block in BLOCKS + ELSEWHERE:
         assert block.language in CODE + NOT_CODE, f"{block}: give the block one of the languages {CODE + NOT_CODE}"
+        assert block.mark or block not in ELSEWHERE, f"{block}: mark it `<!-- not run: … -->`"
         if block.language == "sh" and block.mark is None:
             for command in commands(block):
                 assert _kind(command) in RUNNERS, f"{block}: no test runs {command[0]!r}; mark it `<!-- not run: … -->`"
@@ -132,7 +137,7 @@ def check_pytest(command):
 CHECKS = {"main": check_main, "script": check_script, "module": check_module, "pip": check_pip, "pytest": check_pytest}
 
 
-@pytest.mark.parametrize("block", SHELL, ids=str)
+@pytest.mark.parametrize("block", SHELL + ELSEWHERE, ids=str)
 def test_commands_exist(block, monkeypatch):
     monkeypatch.chdir(ROOT)
     for command in commands(block):
@@ -140,7 +145,7 @@ def test_commands_exist(block, monkeypatch):
             CHECKS[_kind(command)](command)
 
 
-@pytest.mark.parametrize("path", GUIDES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_inline_commands_and_keys_exist(path, monkeypatch, keys):
     """Inline code that begins with a command or with `--config.`; a key must exist in some config.
 
@@ -225,7 +230,8 @@ def random_models(tmp_path_factory):
     sizes = {f"{tower}_{name}": n for tower in ("image", "text") for name, n in dict(width=8, depth=1, heads=2).items()}
     words = dict(text_length=13, text_vocab=text.vocab_size + 1, end_id=text.vocab_size)
     clip = CLIP(CLIPOptions(image_size=32, patch=16, embed_dim=8, dtype="float32", **words, **sizes))
-    init = lambda made: nn.meta.unbox(jax.jit(made.init)(jax.random.key(0)))
+    draw, rng = lambda leaf: rng.normal(size=leaf.shape).astype(np.float32), np.random.default_rng(0)
+    init = lambda made: jax.tree.map(draw, nn.meta.unbox(jax.eval_shape(made.init, jax.random.key(0))))
     scorer = ClipScorer(clip, init(clip), text, rows_at_once=8)
     tokenizer_params = init(tokenizer)
     models = {}
