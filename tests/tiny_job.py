@@ -132,5 +132,5 @@ def tiny_job(config: ConfigDict, **task: Any) -> Job:
         task=TinyTask(**task),
         train_batches=lambda: tiny_batches(config.batch_size, config.seed, rows_here()),
         eval_batches=eval_batches,
-        data_counts=lambda: {"unreadable": 2},
+        data_counts=lambda: {"left_out/unreadable": 2},
     )

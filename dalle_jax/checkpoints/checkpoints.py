@@ -121,7 +121,11 @@ class Checkpoints:
             self._manager.write(step, items, data_iterator, documents, metrics)
 
     def restore(
-        self, items: Mapping[str, PyTree], data_iterator: DataIterator, config: ConfigDict
+        self,
+        items: Mapping[str, PyTree],
+        data_iterator: DataIterator,
+        config: ConfigDict,
+        defaults: Mapping[str, Any] | None = None,
     ) -> dict[str, PyTree]:
         """Reads the latest intact checkpoint and moves damaged ones after it aside.
 
@@ -131,6 +135,7 @@ class Checkpoints:
           items: abstract items with shardings, which may differ from those at writing.
           data_iterator: its state is set, so that the next batch is the one after the checkpoint.
           config: the given configuration. It must describe the stored model.
+          defaults: values of the keys that a stored configuration may lack; see `check_same_model`.
 
         Returns:
           The items, with arrays.
@@ -143,7 +148,7 @@ class Checkpoints:
         def read(step: int) -> tuple[dict[str, PyTree], bytes]:
             with self._same_on_all_hosts(step):
                 stored = StoredCheckpoint(self.directory / str(step))
-                check_same_model(stored.config(), to_json(config), str(self.directory))
+                check_same_model(stored.config(), to_json(config), str(self.directory), defaults)
                 stored.check_shapes(items)
                 arrays = {item: stored.arrays(item, tree) for item, tree in items.items()}
                 place = stored.place_in_data()

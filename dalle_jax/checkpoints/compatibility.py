@@ -40,8 +40,17 @@ def differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str
     return {key: (old.get(key), new.get(key)) for key in sorted({*old, *new}) if old.get(key) != new.get(key)}
 
 
-def check_same_model(stored: Mapping[str, Any], given: Mapping[str, Any], where: str) -> None:
-    """Checks that a checkpoint's configuration describes the given model, and logs other differences.
+def check_same_model(
+    stored: Mapping[str, Any], given: Mapping[str, Any], where: str, defaults: Mapping[str, Any] | None = None
+) -> None:
+    """Checks that a checkpoint's configuration describes the model that is asked for.
+
+    Args:
+      stored: the checkpoint's configuration.
+      given: the configuration of the reader.
+      where: the checkpoint, for messages.
+      defaults: values by dotted key, which hold for a configuration that lacks the key. A stored configuration lacks
+        the keys that are newer than it.
 
     Raises:
       ConfigMismatch: it describes another model. The message names the keys.
@@ -50,12 +59,10 @@ def check_same_model(stored: Mapping[str, Any], given: Mapping[str, Any], where:
     def describes_model(key: str, values: tuple[Any, Any]) -> bool:
         if key == "ema.decay":  # zero or not decides whether an average is stored
             return bool(values[0]) != bool(values[1])
-        if key == "model.image_readout" and values[0] is None:  # earlier CLIPs all had the class token
-            return values[1] != "class_token"
         inside = any(key == section or key.startswith(f"{section}.") for section in MODEL_SECTIONS)
         return inside and key not in COMPUTE_KEYS
 
-    changed = differences(stored, given)
+    changed = differences({**(defaults or {}), **flatten(stored)}, {**(defaults or {}), **flatten(given)})
     wrong = {key: values for key, values in changed.items() if describes_model(key, values)}
     if wrong:
         listed = ", ".join(f"{key} (checkpoint: {old!r}, given: {new!r})" for key, (old, new) in wrong.items())

@@ -19,12 +19,12 @@ from etils import epath
 
 from dalle_jax.errors import CheckpointError
 from dalle_jax.pytree import PyTree
-from dalle_jax.storage.files import write_errors, write_json, write_whole
+from dalle_jax.storage.files import expanded, write_atomically, write_errors, write_json
 
 
 def exists(folder: epath.PathLike) -> bool:
     """Returns whether the folder holds a complete module."""
-    return (epath.Path(folder).expanduser() / "options.json").exists()
+    return (expanded(folder) / "options.json").exists()
 
 
 def save(folder: epath.PathLike, options: Mapping[str, Any], params: PyTree) -> None:
@@ -38,9 +38,9 @@ def save(folder: epath.PathLike, options: Mapping[str, Any], params: PyTree) -> 
     Raises:
       UserError: a file cannot be written.
     """
-    folder = epath.Path(folder).expanduser()
+    folder = expanded(folder)
     with write_errors(folder):
-        write_whole(folder / "params.msgpack", flax.serialization.msgpack_serialize(jax.device_get(params)))
+        write_atomically(folder / "params.msgpack", flax.serialization.msgpack_serialize(jax.device_get(params)))
     write_json(folder / "options.json", options)
 
 
@@ -57,7 +57,7 @@ def load(folder: epath.PathLike, remedy: str) -> tuple[dict[str, Any], PyTree]:
     Raises:
       CheckpointError: a file is missing or damaged.
     """
-    folder = epath.Path(folder).expanduser()
+    folder = expanded(folder)
     try:
         options = json.loads((folder / "options.json").read_text())
         params = flax.serialization.msgpack_restore((folder / "params.msgpack").read_bytes())

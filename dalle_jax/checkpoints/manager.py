@@ -25,7 +25,6 @@ class Manager(ocp.CheckpointManager):
 
     def __init__(self, directory: epath.Path, *, keep_last: int, keep_best: int, best_metric: str, read_only: bool):
         """Opens the folder.  The arguments are those of `Checkpoints`."""
-        logging.get_absl_logger().addFilter(_not_from_orbax)
         self._stop_at: int | None = None
         self._loss = functools.partial(_loss, best_metric) if best_metric else None
         keep = policies.AnyPreservationPolicy(
@@ -118,8 +117,3 @@ def _loss(best_metric: str, metrics: Mapping[str, float]) -> float:
     """Returns the best metric, or infinity if it is missing or not a number."""
     value = metrics.get(best_metric, math.nan)
     return math.inf if math.isnan(value) else value
-
-
-def _not_from_orbax(record: Any) -> bool:
-    """Drops orbax's log lines: dozens for each save, and every error that it also raises."""
-    return "/orbax/" not in record.pathname.replace("\\", "/")

@@ -27,11 +27,11 @@ from dalle_jax.errors import CheckpointError, ConfigError, UserError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.pytree import PyTree
-from dalle_jax.storage.files import access
+from dalle_jax.storage.files import access, expanded
 
 
 def _path(workdir: epath.PathLike, *parts: str) -> epath.Path:
-    return epath.Path(workdir).expanduser().joinpath(*parts)
+    return expanded(workdir).joinpath(*parts)
 
 
 # -- the configuration and the progress ---------------------------------------------------------------------------

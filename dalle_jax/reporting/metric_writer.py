@@ -23,7 +23,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from dalle_jax.storage.files import write_errors, write_whole
+from dalle_jax.storage.files import write_atomically, write_errors
 from dalle_jax.storage.mirror import Mirror
 
 _FLUSH_SECONDS = 10.0
@@ -53,7 +53,7 @@ class MetricWriter:
         with write_errors(self._name):
             self._mirror.fetch(path.name)
             kept = [line for line in _lines(path) if line["step"] <= start]
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._jsonl = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close())
             (self._mirror.folder / "samples").mkdir(exist_ok=True)
             self._events = _EventFiles(self._mirror.folder / "tensorboard", start)

@@ -18,7 +18,7 @@ from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.checkpoints.compatibility import to_json
 from dalle_jax.checkpoints.workdir import has_config
 from dalle_jax.data.prefetch import prefetch_to_mesh
-from dalle_jax.data.timeout_iterator import Patient
+from dalle_jax.data.timeout_iterator import TimeoutIterator
 from dalle_jax.distributed.rows import to_mesh
 from dalle_jax.distributed.sharding import batch_sharding, replicated
 from dalle_jax.distributed.turns import is_first
@@ -30,6 +30,7 @@ from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.reporting.metric_writer import MetricWriter
 from dalle_jax.reporting.progress import Progress
 from dalle_jax.storage.files import write_json
+from dalle_jax.tasks.registry import defaults
 from dalle_jax.tasks.task import Batch, Job
 from dalle_jax.training.cleanup import close_at_exit
 from dalle_jax.training.profiling import StepClock, StepTrace
@@ -80,7 +81,7 @@ class Run:
         self._optimizer, self._options, self._average = optimizers.make_optimizer(options), options, average
         init, self._abstract_state = make_init(task, self._optimizer, average, mesh, config.seed)
         self._rows, everywhere = batch_sharding(mesh), replicated(mesh)
-        self.batches = prefetch_to_mesh(Patient(job.train_batches(), config.timeout_seconds.data), self._rows)
+        self.batches = prefetch_to_mesh(TimeoutIterator(job.train_batches(), config.timeout_seconds.data), self._rows)
         close_at_exit(cleanup, self.batches.close)
         self.checkpoints = Checkpoints(
             workdir, keep_last=config.keep.last, keep_best=config.keep.best, best_metric=task.best_metric
@@ -91,7 +92,7 @@ class Run:
         #   1. the latest checkpoint in workdir (state and data iterator), written on any mesh
         #   2. fresh parameters, replaced by those of config.start_from where name and shape agree
         if self.checkpoints.latest_step is not None:
-            items = self.checkpoints.restore(self._abstract_state.items(), self.batches, config)
+            items = self.checkpoints.restore(self._abstract_state.items(), self.batches, config, defaults(config))
             self.state = TrainState.from_items(items)
         else:
             self.state = init()
@@ -157,26 +158,25 @@ class Run:
             del values["skipped_in_row"]
             self.mean.add(values)
             self.progress.show(step, values["loss"])
-            self.watchdog.gets_on()
+            self.watchdog.progress()
             if step % self.config.cadence.log == 0 or step == self.total:
                 self._log(step, values)
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         """Writes the means since the last call, and the step's own schedules, times and counts."""
         now = {name: values[name] for name in (*self._schedules, "skipped")}
-        left_out = {f"left_out/{reason}": n for reason, n in self.job.data_counts().items()}
         rates = self.progress.rates(step)
         times = {**self.clock.take(step, rates["seconds_per_step"]), **self._compile_seconds}
-        values = {**self.mean.take(), **now, **rates, **times, **left_out}
+        values = {**self.mean.take(), **now, **rates, **times, **self.job.data_counts()}
         self.writer.scalars(step, {f"train/{name}": value for name, value in values.items()})
         self._compile_seconds.clear()
 
     def _evaluation_batches(self) -> Iterator[Batch]:
-        batches = Patient(iter(self.job.eval_batches()), self.config.timeout_seconds.data)
+        batches = TimeoutIterator(iter(self.job.eval_batches()), self.config.timeout_seconds.data)
         with contextlib.closing(batches):
             for batch in itertools.islice(batches, self.config.eval_batches):
                 yield to_mesh(batch, self._rows)
-                self.watchdog.gets_on()
+                self.watchdog.progress()
 
     @functools.partial(jax.profiler.annotate_function, name="evaluate")
     def evaluate(self, step: int) -> dict[str, float]:
@@ -200,4 +200,4 @@ class Run:
         self.writer.flush()
         with jax.profiler.TraceAnnotation("checkpoint"):
             self.checkpoints.save(step, self.state.items(), self.batches, self.config, metrics)
-        self.watchdog.gets_on()
+        self.watchdog.progress()

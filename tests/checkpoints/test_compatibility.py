@@ -1,10 +1,16 @@
 """Tests of the configuration keys that may change when a run resumes."""
 
+import pathlib
+
 import pytest
 from tiny_job import tiny_config
 
 from dalle_jax.checkpoints.compatibility import check_same_model, differences, to_json
+from dalle_jax.configuration import config_files
 from dalle_jax.errors import ConfigMismatch
+from dalle_jax.tasks import registry
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
 def test_differences_of_configurations():
@@ -31,3 +37,17 @@ def test_how_a_trunk_is_computed_may_change():
     check_same_model(stored, given, "x")
     with pytest.raises(ConfigMismatch, match="model.trunk.width"):
         check_same_model(stored, {"model": {"trunk": given["model"]["trunk"] | {"width": 32}}}, "x")
+
+
+@pytest.mark.parametrize("name, key, other", [("prior", "order", "random"), ("clip", "image_readout", "patches")])
+def test_a_key_newer_than_the_checkpoint_counts_as_its_default(name, key, other):
+    given = to_json(config_files.load(f"{CONFIGS}/{name}.py:folder"))
+    stored = to_json(given)
+    del stored["model"][key], stored["optimizer"]["scales"]
+    defaults = registry.defaults(given)
+    check_same_model(stored, given, "x", defaults)
+    check_same_model(given, stored, "x", defaults)
+    with pytest.raises(ConfigMismatch, match=f"model.{key}.*{other}"):
+        check_same_model(stored, given | {"model": given["model"] | {key: other}}, "x", defaults)
+    with pytest.raises(ConfigMismatch, match=f"model.{key}"):
+        check_same_model(stored, given, "x")
