@@ -165,9 +165,10 @@ class Run:
     def _log(self, step: int, values: dict[str, float]) -> None:
         """Writes the means since the last call, and the step's own schedules, times and counts."""
         now = {name: values[name] for name in (*self._schedules, "skipped")}
+        counts = self.job.data_counts()
         rates = self.progress.rates(step)
         times = {**self.clock.take(step, rates["seconds_per_step"]), **self._compile_seconds}
-        values = {**self.mean.take(), **now, **rates, **times, **self.job.data_counts()}
+        values = {**self.mean.take(), **now, **rates, **times, **counts}
         self.writer.scalars(step, {f"train/{name}": value for name, value in values.items()})
         self._compile_seconds.clear()
 
