@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from dalle_jax.checkpoints.stored import DataIterator, DataState
 from dalle_jax.pytree import PyTree
 
+_ORBAX = pathlib.Path(ocp.__file__).parents[1]
 _boundaries = itertools.count()  # between steps, over all trainings of this process
 
 
@@ -25,6 +27,7 @@ class Manager(ocp.CheckpointManager):
 
     def __init__(self, directory: epath.Path, *, keep_last: int, keep_best: int, best_metric: str, read_only: bool):
         """Opens the folder.  The arguments are those of `Checkpoints`."""
+        logging.get_absl_logger().addFilter(_is_not_from_orbax)  # notebooks have no other filter
         self._stop_at: int | None = None
         self._loss = functools.partial(_loss, best_metric) if best_metric else None
         keep = policies.AnyPreservationPolicy(
@@ -117,3 +120,8 @@ def _loss(best_metric: str, metrics: Mapping[str, float]) -> float:
     """Returns the best metric, or infinity if it is missing or not a number."""
     value = metrics.get(best_metric, math.nan)
     return math.inf if math.isnan(value) else value
+
+
+def _is_not_from_orbax(record: Any) -> bool:
+    """Drops orbax's messages: dozens for each save, a warning for each read, and every error that it also raises."""
+    return not pathlib.Path(record.pathname).is_relative_to(_ORBAX)
