@@ -77,7 +77,7 @@ def test_timeout():
 
 @pytest.fixture
 def python_handles_sigint():
-    """Sets Python's handler for Ctrl-C, which is missing if the tests were started with SIGINT ignored (`nohup … &`)."""
+    """Sets Python's handler for Ctrl-C, which `nohup pytest &` lacks because it ignores SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
