@@ -355,8 +355,9 @@ def test_an_unreadable_source_is_not_blamed_on_truncated_captions(model, monkeyp
     pipeline = truncating(model)
     monkeypatch.setattr(examples, "_MAX_SUBSTITUTES", 0)
     pipeline.source.broken = set(range(10)) - {int(pipeline._make._order[0])}
-    with pytest.raises(DataError, match="1 examples tried.*: missing file"):
+    with pytest.raises(DataError, match="missing file") as caught:
         pipeline._make(0)
+    assert "truncated" not in str(caught.value)
 
 
 def test_no_share_is_logged_without_truncated_captions(make, caplog):
