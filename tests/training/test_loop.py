@@ -233,7 +233,7 @@ def test_checkpoint_is_of_its_step(tmp_path, monkeypatch, donated):
 @pytest.mark.parametrize(
     "changes, error, words",
     [
-        ({"mesh__data": 3, "mesh__tensor": 3}, MeshError, "needs 9 devices, there are 8"),
+        ({"mesh__data": 3, "mesh__tensor": 3}, MeshError, "needs 9"),
         ({"mesh__data": 8, "batch_size": 12}, MeshError, "multiple of 8"),
         ({"steps": 0}, ConfigError, "config.steps=0"),
         ({"max_nonfinite": 0}, ConfigError, "config.max_nonfinite=0"),
