@@ -159,8 +159,8 @@ def write(output: Path) -> None:
         "# Costs of the configs for pods, from the TPU compiler",
         "",
         f"`python experiments/pods.py --output DIR` wrote this table ({', '.join(sorted(versions))}) without a TPU. "
-        "Each row is the update step of a training. With low effort (`--effort low`) the compiler overlaps no exchange, "
-        "and the program needs up to an eighth less memory. `dalle_jax/aot/costs.py` defines the roofline.",
+        "Each row is the update step of a training. With low effort (`--effort low`) the compiler overlaps no "
+        "exchange, and the program needs up to an eighth less memory. `dalle_jax/aot/costs.py` defines the roofline.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),

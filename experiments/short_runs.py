@@ -44,7 +44,7 @@ SMALL_TRUNK = [
 SHALLOW_TRUNK = [
     *SMALL_TRUNK,
     "model.trunk.depth=3",
-]  # still has each kind of attention; a scan would need two more layers
+]  # still each kind of attention; a scan needs two more layers
 
 
 def under(prefix: str, options: list[str]) -> list[str]:
