@@ -35,7 +35,7 @@ def _progress(step: jax.Array | int, steps: int) -> jax.Array:
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """Is `value` at every step."""
+    """The constant `value`."""
 
     value: float
 
@@ -45,7 +45,7 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """Changes linearly from `start` to `end` in `steps` updates."""
+    """A linear change from `start` to `end` in `steps` updates."""
 
     start: float
     end: float
@@ -57,7 +57,7 @@ class Linear:
 
 @dataclasses.dataclass(frozen=True)
 class Cosine:
-    """Follows half a cosine from `start` to `end`, up or down, in `steps` updates. The dVAE has three of them."""
+    """Half a cosine from `start` to `end`, up or down, in `steps` updates. The dVAE has three of them."""
 
     start: float
     end: float
@@ -69,7 +69,7 @@ class Cosine:
 
 @dataclasses.dataclass(frozen=True)
 class WarmupConstant:
-    """Rises linearly from 0 to `value` in `warmup_steps` updates, then stays there."""
+    """A linear rise from 0 to `value` in `warmup_steps` updates, then constant."""
 
     value: float
     warmup_steps: int
@@ -80,7 +80,7 @@ class WarmupConstant:
 
 @dataclasses.dataclass(frozen=True)
 class WarmupCosine:
-    """Rises linearly from 0 to `peak` in `warmup_steps` updates, then follows half a cosine to `end` at update `steps`.
+    """A linear rise from 0 to `peak` in `warmup_steps` updates, then half a cosine to `end` at update `steps`.
 
     A training of at most `warmup_steps` updates ends during the warmup.
     """
