@@ -1,6 +1,8 @@
 """The command line: reads the flags, builds the configuration and runs its job.
 
     python -m dalle_jax.main --config=configs/prior.py[:variant] [--workdir=DIR] [--config.key=value ...]
+    python -m dalle_jax.main --help                              # the configs
+    python -m dalle_jax.main --config=configs/prior.py --help    # its variants and keys; all keys: --help=all
 
 | exit status | meaning                                  |
 |-------------|------------------------------------------|
@@ -25,6 +27,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from dalle_jax import compilation_cache
+from dalle_jax.configuration import command_help, config_files
 from dalle_jax.configuration.flag_errors import explain_flag_error
 from dalle_jax.distributed.joining import define_flags
 from dalle_jax.distributed.turns import is_first, joined
@@ -58,13 +61,21 @@ def _parse(argv: list[str]) -> list[str]:
       ConfigError: a wrong flag, config file or key; the message is one line.
     """
     try:
-        rest = flags.FLAGS(argv)
+        wanted, argv = command_help.split(argv)
+        with config_files.importable(config_files.given(argv)):
+            rest = flags.FLAGS(argv)
+        if wanted and _CONFIG.value is None:
+            print(command_help.overview())
+            sys.exit(0)
         if len(rest) > 1:
             raise ConfigError(f"Unexpected argument {rest[1]!r}: write options as --name=value.")
         if _CONFIG.value is None:
             raise ConfigError("No --config given; start with --config=configs/quickstart.py.")
         if _CONFIG.value.job not in JOBS:  # (reading the value raises if the file is unreadable)
             raise ConfigError(f"config.job={_CONFIG.value.job!r}: expected one of {', '.join(JOBS)}.")
+        if wanted:
+            print(command_help.describe(config_files.given(argv), _CONFIG.value, everything=wanted == "all"))
+            sys.exit(0)
         return rest
     except (flags.Error, LookupError, AttributeError, ValueError, TypeError, OSError, SyntaxError) as error:
         raise explain_flag_error(error, argv) from None

@@ -30,8 +30,7 @@ def run(config: ConfigDict, workdir: str) -> Mapping[str, Any]:
       ConfigError: `workdir` is not writable; see also `compile_target`.
       DoesNotFit: the program needs too much memory. If it could be compiled, table and file are written before.
     """
-    section = {name: value for name, value in config.items() if name not in ("job", "workdir")}
-    options = from_config(CompileOptions, section, "compile")
+    options = from_config(CompileOptions, {key: config[key] for key in config if key not in ("job", "workdir")}, "")
     folder = _writable(workdir)
     found = compile_target(options)
     print(costs.table(found))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -21,13 +22,18 @@ from dalle_jax.pytree import PyTree, fingerprint
 from dalle_jax.storage.files import write_atomically
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(tokenizer: ImageTokenizer, params: PyTree, images: jax.Array) -> jax.Array:
+    """Encodes uint8 images [B, H, W, 3] to int32 tokens [B, h, w]."""
+    return tokenizer.encode(params, images)
+
+
 def encode_split(options: DataOptions, split: str, tokenizer: ImageTokenizer, params: PyTree, batch_size: int = 64):
     """The image tokens of a whole split, int32 [examples, N], in the order of its source (zeros where unreadable)."""
-    encode = jax.jit(tokenizer.encode)
     pipeline = Pipeline(options, split=split, train=False, batch_size=batch_size)
     rows = None
     for batch in pipeline:
-        tokens = np.asarray(encode(params, batch["image"])).reshape(batch_size, -1)
+        tokens = np.asarray(_encode(tokenizer, params, batch["image"])).reshape(batch_size, -1)
         if rows is None:
             rows = np.zeros((len(pipeline.source), tokens.shape[1]), np.int32)
         rows[batch["index"][batch["valid"]]] = tokens[batch["valid"]]

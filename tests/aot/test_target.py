@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from dalle_jax.aot import costs, remedies, topologies
 from dalle_jax.aot.compiler import compile_target
 from dalle_jax.aot.target import CompileOptions, load_target, lower_sampler, make_subject
+from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import ConfigError, DoesNotFit, UserError
 from dalle_jax.jobs import compile as compile_module
 from dalle_jax.jobs.compile import run
@@ -127,7 +128,7 @@ def test_abstract_batches_equal_those_of_the_pipeline(target, tmp_path, monkeypa
             return [1, 2], False
 
     layout = TokenLayout(Ids.vocab_size, 1, config.text.length, 1, 1) if "text" in config else None
-    options = DataOptions.from_config(config.data)
+    options = from_config(DataOptions, config.data, "data")
     real = next(iter(Pipeline(options, Ids() if layout else None, layout, split="train", train=True, batch_size=4)))
     assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {k: (x.shape, x.dtype) for k, x in real.items()}
 

@@ -118,7 +118,7 @@ def test_metrics_and_pictures_reach_the_bucket(bucket, monkeypatch):
     writer = MetricWriter(workdir)
     writer.scalars(1, {"train/loss": 2.0})
     assert read_metrics(workdir) == []
-    writer.picture(1, "preview", np.zeros((4, 6, 3), np.uint8))
+    writer.image(1, "preview", np.zeros((4, 6, 3), np.uint8))
     writer.flush()
     assert [line["step"] for line in read_metrics(workdir)] == [1]
 
@@ -227,7 +227,7 @@ def test_a_run_stops_and_goes_on_bit_for_bit(bucket, tmp_path):
     assert "stopped at step" in process(_RUN, workdir, 4, result)
     (stopped,) = [path.name for path in (workdir / "checkpoints").iterdir()]
     assert 4 <= int(stopped) < 10 and not result.exists()
-    assert f"going on from step {stopped} of 10" in process(_RUN, workdir, 99, result)
+    assert f"resuming from step {stopped} of 10" in process(_RUN, workdir, 99, result)
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["10"]  # the older ones are deleted, whole
     config = tiny_config()
     state = train(config, str(tmp_path / "local"), tiny_job(config))
@@ -256,7 +256,7 @@ _PRIOR = textwrap.dedent("""
     model = TextToImage.load(config.workdir, rows_at_once=2)
     images = model.generate("a red circle", n=2, seed=0)
     np.testing.assert_array_equal(images, TextToImage.load(config.workdir, step="best").generate("a red circle", n=2))
-    jobs = config_files.module(pathlib.Path(sys.argv[3]), "generate.py").get_config()
+    jobs = config_files.load(f"{sys.argv[3]}/generate.py")
     jobs.update({"model_workdir": config.workdir, "prompts": "a red circle", "n": 2})
     generate.run(jobs, str(bucket / "pictures"))
 """)
@@ -265,7 +265,7 @@ _PRIOR = textwrap.dedent("""
 @pytest.mark.slow
 def test_a_prior_and_its_pictures_in_a_bucket(bucket, tmp_path):
     """Tokenizer, prior, frozen files, profile, and pictures drawn from it: nothing of it on the local disk."""
-    configs = os.path.join(pathlib.Path(__file__).parents[2], "configs", "any")
+    configs = os.path.join(pathlib.Path(__file__).parents[2], "configs")
     process(_PRIOR, bucket / "prior_runs", tmp_path, configs)
     found = names(bucket / "prior_runs")
     tops = {"/".join(name.split("/")[:2]) for name in found}
