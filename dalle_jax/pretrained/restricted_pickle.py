@@ -200,7 +200,7 @@ class RestrictedUnpickler(pickle.Unpickler):
                 )
             return self._records[asked]
         raise PretrainedError(
-            f"The file asks for {asked!r}, which weights do not need. It was rejected, and no code was run. If you trust "
+            f"The file asks for {asked!r}, which weights do not need. It was rejected, no code was run. If you trust "
             "its origin, convert it to safetensors on the machine that wrote it."
         )
 
