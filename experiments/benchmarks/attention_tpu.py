@@ -104,9 +104,7 @@ def kernel_ms(pattern, layout: TokenLayout, heads: int) -> dict:
     milliseconds, cycles = {}, {}
     for name, cores in KERNELS.items():
         start, row, body = cycles[name] = scheduled(name)
-        rows = filled.sum(
-            0 if name == "dkv" else 1
-        )  # filled blocks per row; the longest row determines the width of the grid
+        rows = filled.sum(0 if name == "dkv" else 1)  # filled blocks per row
         per_head = len(rows) * (rows.max() * start + row) + rows.sum() * body
         milliseconds[name] = round(float(1e3 * heads * per_head / cores / CLOCK), 2)
     return {
