@@ -30,7 +30,7 @@ EFFORTS = {"full": {}, "low": {"exec_time_optimization_effort": -1.0}}  # option
 
 @dataclasses.dataclass(frozen=True)
 class CompileOptions:
-    """What to compile, and for which topology.
+    """Options of a compilation: the target and the topology.
 
     Attributes:
       target: config file of a training with its variant, such as "configs/prior.py:paper".

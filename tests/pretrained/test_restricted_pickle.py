@@ -107,7 +107,7 @@ def test_code_in_a_torch_file_is_rejected_and_not_run(save, tmp_path):
 def test_code_in_any_pickle_is_rejected_and_not_run(tmp_path, monkeypatch, protocol, content):
     monkeypatch.chdir(tmp_path)
     path = torch_like_zip(tmp_path / "file.pt", pickle.dumps(content, protocol))
-    with pytest.raises(PretrainedError, match="file.pt"):
+    with pytest.raises(PretrainedError, match="safetensors"):
         restricted_pickle.load(path, lambda name: name.startswith("torch.nn."))
     assert not (tmp_path / "owned").exists()
 
@@ -135,7 +135,7 @@ def test_attributes_of_allowed_names_are_rejected(tmp_path):
 def test_a_file_cannot_change_the_reader(tmp_path, name, state):
     """BUILD sets attributes or calls `__setstate__`. It must fail on every object that the reader provides."""
     content = b"\x80\x02c" + name + b"\n" + state + b"b."
-    with pytest.raises(PretrainedError, match="file.pt"):
+    with pytest.raises(PretrainedError, match="readable"):
         restricted_pickle.load(torch_like_zip(tmp_path / "file.pt", content))
 
 
