@@ -175,7 +175,7 @@ def test_uploaded_pictures(notebook, space, monkeypatch, top):
     zipped, asked = io.BytesIO(), []
     with zipfile.ZipFile(zipped, "w") as archive:
         archive.writestr(f"{top}cat.txt", "a cat")
-        archive.writestr(f"{top}cat.png", tiny_copies.picture(1, kind="PNG"))
+        archive.writestr(f"{top}cat.png", tiny_copies.image(1, kind="PNG"))
         archive.writestr(f"__MACOSX/{top}._cat.png", b"no picture")
     files = types.SimpleNamespace(upload=lambda: asked.append(1) or {"cats.zip": zipped.getvalue()})
     monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(files=files))

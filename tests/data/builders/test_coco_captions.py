@@ -171,7 +171,7 @@ class Official(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield (
                 f"COCO_{number}.jpg",
                 {
-                    "image": io.BytesIO(tiny_copies.picture(number)),
+                    "image": io.BytesIO(tiny_copies.image(number)),
                     "image/filename": f"COCO_{number}.jpg",
                     "image/id": number,
                     "objects": [{"id": 7, "area": 12, "bbox": box, "label": 3, "is_crowd": False}] * (i % 3),
