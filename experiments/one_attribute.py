@@ -2,8 +2,8 @@
 
     python experiments/one_attribute.py --clip=runs/clip-shapes
 
-Draws scenes whose combinations are held out of training, and changes one attribute that the caption states. "caption" is
-the share of scenes where the true caption scores higher for the true image than the changed caption. "image" is the
+Draws scenes whose combinations are held out of training, and changes one attribute that the caption states. "caption"
+is the share of scenes where the true caption scores higher for the true image than the changed caption. "image" is the
 share where the true image scores higher for the true caption than the changed image. Chance is 0.5. `order` exchanges
 the places of the two objects; `binding` exchanges their colours.
 """

@@ -25,7 +25,7 @@ from PIL import Image
 from dalle_jax.configuration import config_files
 from dalle_jax.data.sources.folder import FolderSource
 from dalle_jax.data.sources.source import DataOptions
-from dalle_jax.reporting import images as report
+from dalle_jax.reporting.images import save_png
 
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOK = ROOT / "experiments" / "notebooks" / "colab.ipynb"
@@ -147,7 +147,14 @@ def run_cells(notebook, tag, space):
 def space(notebook, tmp_path, monkeypatch):
     """The names that the cell of images needs, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    names = {"COLAB": False, "RUNS": tmp_path / "runs", "pathlib": pathlib, "np": np, "Image": Image, "report": report}
+    names = {
+        "COLAB": False,
+        "RUNS": tmp_path / "runs",
+        "pathlib": pathlib,
+        "np": np,
+        "Image": Image,
+        "save_png": save_png,
+    }
     return parameters(notebook) | names
 
 
