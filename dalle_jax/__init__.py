@@ -1,4 +1,4 @@
-"""DALL-E in JAX/Flax, TPU-first: draws images from text.
+"""DALL-E in JAX and Flax: draws images from captions, on CPUs, GPUs and TPUs.
 
 from dalle_jax import TextToImage
 images = TextToImage.load("runs/prior-shapes").generate("a red circle above a blue square", n=8, seed=0)

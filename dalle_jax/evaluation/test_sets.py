@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from dalle_jax.configuration.options import from_config
 from dalle_jax.data.augment import augment
 from dalle_jax.data.builders.shapes_captions.scenes import Scene
 from dalle_jax.data.sources.open import open_source
@@ -117,7 +118,9 @@ def open_test_set(data: Mapping[str, Any], protocol: Protocol, image_size: int |
     Raises:
       DataError: fewer captions than `protocol.count`, or none.
     """
-    options = DataOptions.from_config({**data, "augment": "none"} | ({"image_size": image_size} if image_size else {}))
+    options = from_config(
+        DataOptions, {**data, "augment": "none"} | ({"image_size": image_size} if image_size else {}), "data"
+    )
     source = open_source(options, protocol.split)
     rng = np.random.default_rng(protocol.seed)
     order = rng.permutation(len(source)) if protocol.captions == "drawn" else range(len(source))

@@ -216,7 +216,7 @@ def _encode_text(clip: CLIP, params: PyTree, text: jax.Array) -> jax.Array:
 
 def has_clip(folder: str | epath.PathLike) -> bool:
     """Returns whether the folder holds a complete frozen CLIP."""
-    return frozen.is_there(epath.Path(folder).expanduser() / "clip")
+    return frozen.exists(epath.Path(folder).expanduser() / "clip")
 
 
 def parameter_count(params: PyTree) -> str:

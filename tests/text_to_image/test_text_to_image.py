@@ -16,6 +16,7 @@ from dalle_jax import TextToImage
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.configuration import config_files
+from dalle_jax.configuration.options import from_config
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.text import TextModel
 from dalle_jax.distributed.mesh import make_mesh
@@ -31,13 +32,13 @@ from dalle_jax.tasks.registry import build
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.text_to_image.text_to_image import row_keys
 
-CONFIGS = pathlib.Path(__file__).parents[2] / "configs" / "any"
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 CAPTION = "a red circle above a blue square"
 
 
 def tiny_prior(folder, data_dir):
     """configs/prior.py at tiny sizes: images of 16 pixels, 4×4 tokens, three steps of each training."""
-    config = config_files.module(CONFIGS, "prior.py").get_config("shapes")
+    config = config_files.load(f"{CONFIGS}/prior.py:shapes")
     shapes = {
         "image_size": 16, "data_dir": str(data_dir),
         "builder_kwargs": {"image_size": 16, "num_train": 64, "num_validation": 16, "num_heldout": 16},
@@ -134,7 +135,7 @@ def test_another_runs_tokenizer_and_tokens_of_each_batch(trained, tmp_path):
 
 def test_the_tokens_of_the_training_split_are_computed_once(trained, tmp_path, monkeypatch):
     """A run that resumes, and one that starts from it, read them. Another tokenizer has other tokens."""
-    options = DataOptions.from_config(trained.config.data)
+    options = from_config(DataOptions, trained.config.data, "data")
     tokenizer, params = workdirs.load_tokenizer(trained.workdir)
     (file,) = pathlib.Path(trained.workdir).glob("tokens-*")
     encode = encode_split
@@ -174,7 +175,7 @@ def test_a_prior_starts_with_its_tokenizers_codebook(trained):
 
 def test_maskgit_starts_from_the_autoregressive_prior(trained, tmp_path):
     """`start_from` takes tokenizer, text model, trunk and embeddings from the autoregressive prior."""
-    config = config_files.module(CONFIGS, "maskgit.py").get_config("shapes")
+    config = config_files.load(f"{CONFIGS}/maskgit.py:shapes")
     for section in ("data", "text", "mesh"):
         config[section] = trained.config[section].copy_and_resolve_references()
     config.model.trunk = trained.config.model.trunk.copy_and_resolve_references()
@@ -360,7 +361,7 @@ def test_a_text_model_of_another_vocabulary(trained, tmp_path):
 
 
 def test_captions_of_a_job(tmp_path):
-    config = config_files.module(CONFIGS, "generate.py").get_config()
+    config = config_files.load(f"{CONFIGS}/generate.py")
     with pytest.raises(DataError, match="prompts"):
         generate.read_captions(config)
     config.prompts = " a red circle | a star"
@@ -387,7 +388,7 @@ def test_a_negative_caption_without_guidance_is_rejected(trained, model, tmp_pat
     ):
         with pytest.raises(ConfigError, match="guidance"):
             draw()
-    config = config_files.module(CONFIGS, "generate.py").get_config()
+    config = config_files.load(f"{CONFIGS}/generate.py")
     config.update({"model_workdir": trained.workdir, "prompts": CAPTION, "candidates": candidates})
     config.negative = "a green star"
     with pytest.raises(ConfigError, match="guidance"):
@@ -408,7 +409,7 @@ def test_generate_one(model):
 
 
 def test_every_image_of_a_manifest_can_be_drawn_again(trained, tmp_path):
-    config = config_files.module(CONFIGS, "generate.py").get_config()
+    config = config_files.load(f"{CONFIGS}/generate.py")
     config.update(
         {"model_workdir": trained.workdir, "prompts": f"{CAPTION}|a green star|a small cross", "n": 3, "seed": 4}
     )
@@ -439,7 +440,7 @@ def test_every_image_of_a_manifest_can_be_drawn_again(trained, tmp_path):
 
 
 def test_a_used_folder_loses_the_images_of_its_manifest(trained, tmp_path):
-    config = config_files.module(CONFIGS, "generate.py").get_config()
+    config = config_files.load(f"{CONFIGS}/generate.py")
     config.update({"model_workdir": trained.workdir, "prompts": CAPTION, "n": 2, "rows_at_once": 2})
     config.mesh.data = 1
     out = tmp_path / "out"
@@ -473,7 +474,7 @@ def test_a_manifest_of_the_best_candidates(trained, model, tmp_path):
     clip = CLIP(CLIPOptions(text_vocab=model.text_model.vocab_size + 1, **sizes))
     params = nn.meta.unbox(jax.jit(clip.init)(jax.random.key(0)))
     ClipScorer(clip, params, model.text_model).save(tmp_path)
-    config = config_files.module(CONFIGS, "generate.py").get_config()
+    config = config_files.load(f"{CONFIGS}/generate.py")
     config.update({"model_workdir": trained.workdir, "prompts": f"{CAPTION}|a green star", "n": 2, "candidates": 5})
     config.update({"rows_at_once": 2, "clip": str(tmp_path)})
     config.mesh.data = 1
@@ -498,7 +499,7 @@ def test_evaluation_of_workdirs(trained, tmp_path):
     clip = CLIP(CLIPOptions(**sizes, **vocab, end_id=text_model.vocab_size))
     ClipScorer(clip, nn.meta.unbox(clip.init(jax.random.key(0))), text_model).save(tmp_path)
     shutil.copytree(trained.workdir, tmp_path / "again")
-    config = config_files.module(CONFIGS, "evaluate.py").get_config()
+    config = config_files.load(f"{CONFIGS}/evaluate.py")
     both = f"{trained.workdir}, {tmp_path / 'again'}"
     config.update({"model_workdir": both, "count": 5, "rows_at_once": 2, "clip": str(tmp_path)})
     config.metrics.update({"candidates": 2, "candidate_captions": 3})
