@@ -74,11 +74,12 @@ def defaults_of(cls: type) -> dict[str, Any]:
 
 def check(
     options: Any,
-    where: str,
+    where: str | None,
     *,
     positive: Collection[str] = (),
     at_least_0: Collection[str] = (),
     share: Collection[str] = (),
+    below_1: Collection[str] = (),
     odd: Collection[str] = (),
     choices: Mapping[str, Collection[str]] | None = None,
 ) -> None:
@@ -86,21 +87,26 @@ def check(
 
     Args:
       options: the dataclass.
-      where: the section that it is read from, for messages: "model.trunk"; "" for the configuration itself.
+      where: the section that it is read from, for messages: "model.trunk"; "" for the configuration itself; None for
+        options that Python callers give by name, too.
       positive: fields that must be above 0.
       at_least_0: fields that must be 0 or above.
       share: fields that must lie in [0, 1].
+      below_1: fields that must lie in [0, 1).
       odd: fields that must be odd; `positive` or `at_least_0` says which are possible.
       choices: the allowed values by field.
 
     Raises:
       ConfigError: the first field that has another value; names the value, the expected ones, and the field.
     """
-    prefix = f"config.{where}." if where else "config."
+    prefix = "" if where is None else f"config.{where}." if where else "config."
+
+    optional = {field.name for field in dataclasses.fields(options) if field.default is None}
 
     def require(name: str, allowed: bool, expected: str) -> None:
         if not allowed:
-            raise ConfigError(f"{prefix}{name} is {getattr(options, name)!r}; expected {expected}.")
+            none = ", or None" if name in optional else ""
+            raise ConfigError(f"{prefix}{name} is {getattr(options, name)!r}; expected {expected}{none}.")
 
     def values(names: Iterable[str]) -> Iterable[tuple[str, Any]]:
         return [(name, getattr(options, name)) for name in names if getattr(options, name) is not None]
@@ -113,5 +119,7 @@ def check(
         require(name, value >= 0, "0 or more")
     for name, value in values(share):
         require(name, 0 <= value <= 1, "a number in [0, 1]")
+    for name, value in values(below_1):
+        require(name, 0 <= value < 1, "a number in [0, 1)")
     for name, value in values(odd):
-        require(name, value == 0 or value % 2 == 1, "an odd number")
+        require(name, value == 0 or value % 2 == 1, "an odd number, or 0" if name in at_least_0 else "an odd number")

