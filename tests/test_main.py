@@ -74,7 +74,7 @@ def test_dispatches_with_overrides(command, config_file):
         (["--config=FILE", "--config.job=dance"], "config.job='dance': expected one of train, generate"),
         (["--config=FILE:huge"], "a.py has no variant 'huge'; it has: small, large."),
         (["--config=configs/compile.py:paper"], "--config=configs/compile.py:paper: this config has no variants"),
-        (["--config=configs/__init__.py"], "--config=configs/__init__.py: no config, for it has no get_config()"),
+        (["--config=configs/__init__.py"], "--config=configs/__init__.py: not a config, it has no get_config()"),
         (["--config=README.md"], "--config=README.md: not a Python file; expected a config file such as"),
         (["--config=nowhere.py"], "--config=nowhere.py: no such file"),
         (["--config=nowhere.py", "--config.steps=3"], "--config=nowhere.py: no such file"),
