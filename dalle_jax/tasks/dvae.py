@@ -124,7 +124,7 @@ class DVAETask:
         tokens = jnp.argmax(jax.lax.stop_gradient(logits), axis=-1)
         counts = codebook.count(tokens, self.tokenizer.vocab_size)
         probe = slice(None, None, _PROBE_EVERY)
-        true_nats, squared_error = self._decode(jax.lax.stop_gradient(params), images[probe], tokens[probe])
+        true_nats, squared_error = _errors(self.tokenizer, jax.lax.stop_gradient(params), images[probe], tokens[probe])
         return loss, {
             "reconstruction_nats": jnp.mean(pixel_nats),
             "kl_nats": jnp.mean(kl) / tokens[0].size,
@@ -135,12 +135,6 @@ class DVAETask:
             "relaxation_gap": jnp.mean(true_nats - pixel_nats[probe]),
         }
 
-    def _decode(self, params: PyTree, images: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Nats per subpixel and mean squared error (of [0, 1] pixels) of each row decoded from its tokens, [B] each."""
-        mean, log_scale = self.tokenizer.decode_maps(params, tokens)
-        error = logit_laplace.to_pixels(mean) - images.astype(jnp.float32) / 255
-        return _nats_per_row(images, mean, log_scale), jnp.mean(error**2, axis=(1, 2, 3))
-
     def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
         """See `Task.evaluate`. All figures are of pictures decoded from tokens, as they are used later.
 
@@ -149,7 +143,7 @@ class DVAETask:
         codebook_perplexity, codebook_usage: over all the batches together.
         """
         del frozen, key
-        sums = [to_host(self._measure(params, batch)) for batch in batches]
+        sums = [to_host(_measure(self.tokenizer, params, batch)) for batch in batches]
         total = {name: np.sum([each[name] for each in sums], axis=0, dtype=np.float64) for name in sums[0]}
         rows = max(float(total.pop("rows")), 1.0)
         counts = jnp.asarray(total.pop("counts"), jnp.float32)
@@ -161,29 +155,11 @@ class DVAETask:
             "codebook_usage": float(codebook.usage(counts)),
         }
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _measure(self, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """Sums over the valid rows of a batch: scalars, and the codes' counts [V]."""
-        images, valid = batch["image"], batch["valid"]
-        logits = self.tokenizer.encode_logits(params, images)
-        tokens = jnp.argmax(logits, axis=-1)
-        kl = jnp.sum(kl_to_uniform(logits), axis=(1, 2))
-        pixel_nats, squared_error = self._decode(params, images, tokens)
-        per_row = {
-            "mse": squared_error,
-            "reconstruction_nats": pixel_nats,
-            "kl_nats": kl / tokens[0].size,
-            "elbo": -(pixel_nats + kl / images[0].size),
-            "rows": jnp.ones(valid.shape),
-        }
-        sums = {name: jnp.sum(jnp.where(valid, value, 0.0)) for name, value in per_row.items()}
-        return {**sums, "counts": codebook.count(tokens, self.tokenizer.vocab_size, valid)}
-
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
         """Rows of real pictures, each above the row of its reconstructions from tokens."""
         del frozen, key
         real = to_host(batch["image"][: 2 * _PREVIEW_COLUMNS])
-        shown = to_uint8(to_host(self._reconstruct(params, real)))
+        shown = to_uint8(to_host(_reconstruct(self.tokenizer, params, real)))
         starts = range(0, len(real), _PREVIEW_COLUMNS)
         strips = [np.concatenate(rows[i : i + _PREVIEW_COLUMNS], axis=1) for i in starts for rows in (real, shown)]
         strips = [
@@ -191,9 +167,42 @@ class DVAETask:
         ]
         return np.concatenate(strips, axis=0)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _reconstruct(self, params: PyTree, images: jax.Array) -> jax.Array:
-        return self.tokenizer.decode(params, self.tokenizer.encode(params, images))
+
+# Jitted functions of the tokenizer and not methods of the task: `jax.jit` keeps its static arguments alive.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _measure(tokenizer: DVAETokenizer, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
+    """Returns sums over the valid rows of a batch: scalars, and the counts of the codes, float32 [V]."""
+    images, valid = batch["image"], batch["valid"]
+    logits = tokenizer.encode_logits(params, images)
+    tokens = jnp.argmax(logits, axis=-1)
+    kl = jnp.sum(kl_to_uniform(logits), axis=(1, 2))
+    pixel_nats, squared_error = _errors(tokenizer, params, images, tokens)
+    per_row = {
+        "mse": squared_error,
+        "reconstruction_nats": pixel_nats,
+        "kl_nats": kl / tokens[0].size,
+        "elbo": -(pixel_nats + kl / images[0].size),
+        "rows": jnp.ones(valid.shape),
+    }
+    sums = {name: jnp.sum(jnp.where(valid, value, 0.0)) for name, value in per_row.items()}
+    return {**sums, "counts": codebook.count(tokens, tokenizer.vocab_size, valid)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reconstruct(tokenizer: DVAETokenizer, params: PyTree, images: jax.Array) -> jax.Array:
+    """Encodes uint8 images [B, H, W, 3] and decodes their tokens: float32 [B, H, W, 3]."""
+    return tokenizer.decode(params, tokenizer.encode(params, images))
+
+
+def _errors(
+    tokenizer: DVAETokenizer, params: PyTree, images: jax.Array, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Measures images decoded from their tokens: nats per subpixel and mean squared error in [0, 1], [B] each."""
+    mean, log_scale = tokenizer.decode_maps(params, tokens)
+    error = logit_laplace.to_pixels(mean) - images.astype(jnp.float32) / 255
+    return _nats_per_row(images, mean, log_scale), jnp.mean(error**2, axis=(1, 2, 3))
 
 
 def _nats_per_row(images: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
@@ -235,7 +244,7 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
         task=_task(config, start_from),
         train_batches=lambda: iter(training),
         eval_batches=lambda: iter(evaluation),
-        data_counts=training.skipped,
+        data_counts=training.counts,
     )
 
 

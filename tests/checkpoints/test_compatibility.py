@@ -1,4 +1,4 @@
-"""What may change in a configuration when a run goes on."""
+"""Tests of the configuration keys that may change when a run resumes."""
 
 import pathlib
 
@@ -21,9 +21,7 @@ def test_differences_of_configurations():
 def test_same_model():
     stored = to_json(tiny_config())
     check_same_model(stored, to_json(tiny_config(steps=99, batch_size=8, model__remat=True)), "x")
-    with pytest.raises(
-        ConfigMismatch, match=r"model.hidden \(checkpoint: 16, given: 32\).*text.length .*another --workdir"
-    ):
+    with pytest.raises(ConfigMismatch, match="model.hidden.*text.length"):
         check_same_model(stored, to_json(tiny_config(model__hidden=32, text__length=5)), "x")
     with pytest.raises(ConfigMismatch, match="data.image_size"):
         check_same_model(stored, to_json(tiny_config(data__image_size=16)), "x")
@@ -33,11 +31,11 @@ def test_same_model():
 
 
 def test_how_a_trunk_is_computed_may_change():
-    """Also where the checkpoint was written before there was a choice of attention kernels."""
+    """Also in a checkpoint from before the choice of attention kernels existed."""
     stored = {"model": {"trunk": {"width": 16, "remat": "none", "dtype": "float32"}}}
     given = {"model": {"trunk": {"width": 16, "remat": "full", "dtype": "bfloat16", "attention_kernel": "splash"}}}
     check_same_model(stored, given, "x")
-    with pytest.raises(ConfigMismatch, match=r"model.trunk.width \(checkpoint: 16, given: 32\)"):
+    with pytest.raises(ConfigMismatch, match="model.trunk.width"):
         check_same_model(stored, {"model": {"trunk": given["model"]["trunk"] | {"width": 32}}}, "x")
 
 
