@@ -22,7 +22,7 @@ def closest(word: str, candidates: Iterable[str]) -> str:
     return f' (did you mean "{near[0]}"?)' if near else ""
 
 
-def from_config(cls: type[T], section: Mapping[str, Any], where: str) -> T:
+def from_config(cls: type[T], section: Mapping[str, Any], where: str, document: str = "config") -> T:
     """Builds the dataclass `cls` from a section of a configuration, or from JSON that was written from one.
 
     A field whose type is a dataclass is built from the section of that name. A list becomes a tuple.
@@ -30,13 +30,14 @@ def from_config(cls: type[T], section: Mapping[str, Any], where: str) -> T:
     Args:
       cls: a dataclass.
       section: mapping of its fields (a ConfigDict or a dict). Absent fields keep their defaults.
-      where: name of the section, for messages; "" for the configuration itself.
+      where: name of the section, for messages; "" for the whole document.
+      document: the section's origin, for messages; a file name if it is not a configuration.
 
     Raises:
       ConfigError: a key is not a field, or a field without a default is missing.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    name = f"config.{where}" if where else "config"
+    name = f"{document}.{where}" if where else document
     if unknown := [key for key in section if key not in fields]:
         raise ConfigError(
             f"{name} has no key {unknown[0]!r}{closest(unknown[0], fields)}. It has: {', '.join(fields)}."
@@ -48,8 +49,9 @@ def from_config(cls: type[T], section: Mapping[str, Any], where: str) -> T:
     for key in section:
         value = section[key]
         if isinstance(value, Mapping) or hasattr(value, "to_dict"):
-            inner = f"{where}.{key}" if where else key
-            value = from_config(types[key], value, inner) if dataclasses.is_dataclass(types[key]) else plain(value)
+            value = plain(value)
+            if dataclasses.is_dataclass(types[key]):
+                value = from_config(types[key], value, f"{where}.{key}" if where else key, document)
         elif value is None and fields[key].default_factory is not dataclasses.MISSING:
             continue  # an empty mapping, which older configurations wrote as None
         values[key] = tuple(value) if isinstance(value, list) else value

@@ -29,8 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dalle_jax.configuration.options import check
-from dalle_jax.configuration.options import from_config as options_from_config
+from dalle_jax.configuration.options import check, from_config
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.dvae import space_to_depth
@@ -114,7 +113,7 @@ class CLIPOptions:
         return (self.image_size // self.patch) ** 2
 
 
-def from_config(config: Mapping[str, Any], text_vocab: int) -> CLIPOptions:
+def options_of_training(config: Mapping[str, Any], text_vocab: int) -> CLIPOptions:
     """The sizes that a configuration describes, for a text model without an end token of its own.
 
     Args:
@@ -130,7 +129,7 @@ def from_config(config: Mapping[str, Any], text_vocab: int) -> CLIPOptions:
         "text_vocab": text_vocab + 1,
         "end_id": text_vocab,
     }
-    return options_from_config(CLIPOptions, {**dict(config["model"]), **sizes}, "model")
+    return from_config(CLIPOptions, {**dict(config["model"]), **sizes}, "model")
 
 
 # -- pictures as the image tower sees them ------------------------------------------------------------------------

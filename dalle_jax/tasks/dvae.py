@@ -217,7 +217,7 @@ def _decibels(mean_squared_error: jax.Array) -> jax.Array:
 
 def _task(config: ConfigDict, start_from: tuple[np.ndarray, float] | None) -> DVAETask:
     temperature, kl_weight = (schedules.make(config.schedules[name], name) for name in ("temperature", "kl_weight"))
-    return DVAETask(tokenizers.from_config(config), temperature, kl_weight, start_from)
+    return DVAETask(tokenizers.of_training(config), temperature, kl_weight, start_from)
 
 
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:

@@ -60,14 +60,14 @@ def test_trainings(name, variant):
     assert (config.job, config.task, config.variant) == ("train", TRAININGS[name], variant)
     options = check_training(config, name)
     if name == "clip":
-        sizes = clip.from_config(config, config.text.vocab_size)
+        sizes = clip.options_of_training(config, config.text.vocab_size)
         assert config.optimizer.accumulate_steps == 1
         assert (sizes == clip.CLIPOptions(dtype="bfloat16")) == (variant == "vit_b32"), "the published size"
         recipe = (sizes.image_positions, sizes.image_readout, config.negatives.spoiled)
         assert (recipe == (1.0, "class_token", 0)) == (variant != "shapes"), "OpenAI's"
         jax.eval_shape(clip.CLIP(sizes).init, jax.random.key(0))
         return
-    images = tokenizer.from_config(config if name == "dvae" else config.tokenizer)
+    images = tokenizer.of_training(config if name == "dvae" else config.tokenizer)
     grid = images.grid(options.image_size)
     if name != "dvae":
         inner = check_training(config.tokenizer, "dvae")
