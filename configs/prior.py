@@ -34,8 +34,10 @@ from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.priors.autoregressive import AutoregressiveOptions
 
 AUGMENTED = dict(augment="prior", bpe_dropout=0.1)
-PAPER = dict(tokenizer="paper", data=dict(sections.FOLDER, image_size=256, **AUGMENTED),
-             text=dict(vocab_size=16_384, length=256), batch_size=1024, steps=430_000)  # fmt: skip
+PAPER = dict(
+    tokenizer="paper", data=dict(sections.FOLDER, image_size=256, **AUGMENTED),
+    text=dict(vocab_size=16_384, length=256), batch_size=1024, steps=430_000,
+)  # fmt: skip
 
 
 def cpu(steps):
