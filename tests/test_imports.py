@@ -28,8 +28,8 @@ LEVELS = (
     ("storage", "distributed", "configuration"),
     ("errors", "keys", "token_layout", "compilation_cache", "pytree"),
 )
-# `from dalle_jax import TextToImage` is the public name of the library. Its import is lazy.
-ROOT_IMPORTS = {"text_to_image"}
+# `from dalle_jax import TextToImage, ClipScorer, train`: the public names of the library. Their import is lazy.
+ROOT_IMPORTS = {"text_to_image", "jobs"}
 TOP_MODULES = 8  # at most this many modules stand directly in the package
 
 
