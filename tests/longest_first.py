@@ -7,12 +7,13 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 
-FILES = (  # seconds of CPU time on a busy machine in the comments
+FILES = (  # comments: seconds of CPU time on a busy machine
+    "checkpoints/test_survival.py",  # minutes with its slow tests
+    "docs/test_code_blocks.py",  # minutes with its slow tests
     "priors/test_protocol.py",  # 98
     "text_to_image/test_text_to_image.py",  # 83
     "aot/test_target.py",  # 75
     "models/attention/test_splash.py",  # 65
-    "checkpoints/test_survival.py",
     "training/test_loop.py",  # 40
     "tasks/test_clip_task.py",
     "evaluation/test_measure.py",

@@ -136,7 +136,7 @@ XLA = "model.trunk.attention_kernel=xla"  # whose operations the program tells
 
 @pytest.fixture(scope="module")
 def compiled_prior():
-    split = "mesh.data=2,mesh.fsdp=2,batch_size=8,overlap_exchanges=True"
+    split = "mesh.data=2,mesh.fsdp=2,batch_size=8,overlap_exchanges=True,model.trunk.depth=3"
     return compile_target(CompileOptions("configs/prior.py", "v5e:2x2", f"{XLA},{split}"))
 
 
@@ -167,7 +167,7 @@ def test_the_table_and_the_file(compiled_prior, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "target, overrides",
     [
-        ("configs/maskgit.py", "mesh.data=-1,mesh.tensor=2,batch_size=8"),
+        ("configs/maskgit.py", "mesh.data=-1,mesh.tensor=2,batch_size=8,model.trunk.depth=2"),
         ("configs/dvae.py", ""),
         ("configs/clip.py", "mesh.data=-1,mesh.fsdp=2,model.image_depth=1,model.text_depth=1"),
     ],
@@ -215,7 +215,7 @@ def test_what_was_compiled_and_does_not_fit_ends_with_a_remedy(tmp_path, capsys,
     with pytest.raises(
         DoesNotFit, match=r"does not fit v5e:2x2.*it needs 20.00 GiB of v5e's 16.00 .*accumulate_steps="
     ):
-        run(run_config("configs/dvae.py", effort="low"), str(tmp_path))
+        run(run_config("configs/prior.py", overrides=f"{XLA},model.trunk.depth=1", effort="low"), str(tmp_path))
     assert "DOES NOT FIT" in capsys.readouterr().out and not json.loads((tmp_path / "compile.json").read_text())["fits"]
 
 
