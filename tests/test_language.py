@@ -29,7 +29,7 @@ BANNED = {
     r"(?:wants?|wanted) (?:an?|the|it|its|no|at|this|that|their|each|all)": "needs",
     r"(?:is|are|was|were|be|been) refused|refuses?": "is rejected, rejects",
     r"pictures?": "image",
-    r"(?<![</])figures?(?! \d| of the paper| \{|>)": "metric, value",  # <figure> is HTML
+    r"(?<![</])(?<!paper's )figures?(?! \d| of the paper| \{|>)": "metric, value",  # <figure> is HTML
     r"where there (?:is|are|was|were) none": "or None",
     r"judges?|judged": "feature extractor, scored",
     r"the other prior's": "the autoregressive prior's, MaskGIT's",
