@@ -19,6 +19,7 @@ CORE = [
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11.25",
     "pillow>=10.3",
+    "pyyaml",  # the configuration in reports
     "sentencepiece>=0.2",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.9",

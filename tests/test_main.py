@@ -1,11 +1,14 @@
 """The command line: dispatch, and one clear line for whatever is wrong."""
 
+import logging
 import os
+import pathlib
 import subprocess
 import sys
 import textwrap
 import types
 
+import orbax.checkpoint
 import pytest
 from absl import flags
 
@@ -74,7 +77,7 @@ def test_dispatches_with_overrides(command, config_file):
         (["--config=FILE", "--config.job=dance"], "config.job='dance': expected one of train, generate"),
         (["--config=FILE:huge"], "a.py has no variant 'huge'; it has: small, large."),
         (["--config=configs/compile.py:paper"], "--config=configs/compile.py:paper: this config has no variants"),
-        (["--config=configs/common.py"], "--config=configs/common.py: no config, for it has no get_config()"),
+        (["--config=configs/__init__.py"], "--config=configs/__init__.py: no config, for it has no get_config()"),
         (["--config=README.md"], "--config=README.md: not a Python file; expected a config file such as"),
         (["--config=nowhere.py"], "--config=nowhere.py: no such file"),
         (["--config=nowhere.py", "--config.steps=3"], "--config=nowhere.py: no such file"),
@@ -87,6 +90,34 @@ def test_one_clear_line(command, config_file, arguments, words):
     code, error, calls = command(*(argument.replace("FILE", str(config_file)) for argument in arguments))
     assert code == 2 and not calls
     assert words in error and error.startswith("error: ") and error.count("\n") == 1
+
+
+PACKAGE = pathlib.Path(main_module.__file__).parent
+
+
+@pytest.mark.parametrize(
+    "file, level, printed",
+    [
+        (PACKAGE / "training" / "loop.py", logging.INFO, True),
+        (PACKAGE.parent / "experiments" / "pods.py", logging.INFO, False),
+        ("/home/me/dalle_jax/.venv/lib/python3.12/site-packages/absl/app.py", logging.INFO, False),
+        ("/home/me/dalle_jax/.venv/lib/python3.12/site-packages/absl/app.py", logging.WARNING, True),
+        (PACKAGE.parent / "venv" / "lib" / "python3.12" / "site-packages" / "grain" / "a.py", logging.INFO, False),
+        (orbax.checkpoint.__file__, logging.WARNING, False),
+        ("/home/me/orbax/experiment.py", logging.WARNING, True),
+    ],
+)
+def test_printed_log_records(file, level, printed):
+    """Only this package's messages are printed below WARNING, wherever the virtual environment lies."""
+    record = logging.LogRecord("absl", level, str(file), 1, "message", None, None)
+    assert main_module._is_worth_reading(record) == printed
+
+
+def test_only_the_first_host_prints_messages(monkeypatch):
+    monkeypatch.setattr(main_module, "is_first", lambda: False)
+    for level in (logging.INFO, logging.WARNING):
+        record = logging.LogRecord("absl", level, str(PACKAGE / "keys.py"), 1, "message", None, None)
+        assert main_module._is_worth_reading(record) == (level == logging.WARNING)
 
 
 def test_errors_of_the_job(command, config_file):
@@ -110,6 +141,9 @@ def test_bugs_keep_their_traceback(command, config_file):
 
     with pytest.raises(KeyError, match="a bug"):
         command(f"--config={config_file}", job=fails)
+    folder = config_file.parent / "absl_experiments"  # a user's folder may be called like a library
+    folder.mkdir()
+    config_file = config_file.rename(folder / "a.py")
     config_file.write_text("x = {}['k']\n")
     with pytest.raises(KeyError, match="k"):
         command(f"--config={config_file}")

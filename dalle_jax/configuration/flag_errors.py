@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import pathlib
 import re
 import traceback
 from collections.abc import Sequence
 
+import absl
+import ml_collections
+
 from dalle_jax.errors import ConfigError, UserError
+
+# Packages and modules that read flags and config files.
+_ABSL, _ML_COLLECTIONS = (pathlib.Path(package.__file__).parent for package in (absl, ml_collections))
+_CONFIG_FILES = pathlib.Path(__file__).with_name("config_files.py")
 
 
 def explain_config_error(error: BaseException, given: str) -> ConfigError | None:
@@ -21,7 +29,7 @@ def explain_config_error(error: BaseException, given: str) -> ConfigError | None
     """
     if isinstance(error, SyntaxError) and not (error.filename or "").endswith(".py"):
         return ConfigError(f"{given}: not a Python file; expected a config file such as configs/prior.py.")
-    if not _raised_in(error, "ml_collections", "config_files"):
+    if not _raised_in(error, _ML_COLLECTIONS, _CONFIG_FILES):
         return None
     if str(error).startswith("get_config() takes 0 positional arguments"):
         return ConfigError(f"{given}: this config has no variants; leave out the colon and what follows it.")
@@ -30,10 +38,10 @@ def explain_config_error(error: BaseException, given: str) -> ConfigError | None
     return None
 
 
-def _raised_in(error: BaseException, *names: str) -> bool:
-    """Whether the file that raised `error` has one of `names` in its path."""
+def _raised_in(error: BaseException, *places: pathlib.Path) -> bool:
+    """Returns whether one of `places`, folders or files, holds the code that raised `error`."""
     frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and any(name in frames[-1].filename for name in names)
+    return bool(frames) and any(pathlib.Path(frames[-1].filename).is_relative_to(place) for place in places)
 
 
 def explain_flag_error(error: Exception, argv: Sequence[str]) -> Exception:
@@ -55,7 +63,7 @@ def explain_flag_error(error: Exception, argv: Sequence[str]) -> Exception:
             return found
         if refused := explain_config_error(found, config):
             return refused
-    if "Error whilst parsing config file" in text or not _raised_in(error, "absl", "ml_collections"):
+    if "Error whilst parsing config file" in text or not _raised_in(error, _ABSL, _ML_COLLECTIONS):
         return error
     if isinstance(error, OSError):
         return ConfigError(f"{config}: no such file; run from the repository's root, or give its whole path.")

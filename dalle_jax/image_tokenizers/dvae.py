@@ -298,21 +298,38 @@ class DVAE(nn.Module):
 # -- as an image tokenizer ----------------------------------------------------------------------------------------
 
 
+@dataclasses.dataclass(frozen=True)
 class DVAETokenizer:
-    """The dVAE as an `ImageTokenizer`: uint8 pictures to tokens to pictures. Pure functions of the parameters.
+    """The dVAE as an `ImageTokenizer`. All methods are pure functions of the parameters.
 
-    Args:
+    Tokenizers with equal options are equal, so that `jax.jit` with a static tokenizer compiles once for all of them.
+
+    Attributes:
       options: sizes.
     """
 
+    options: DVAEOptions
     kind = "dvae"
 
-    def __init__(self, options: DVAEOptions):
-        self.options = options
-        self.module = DVAE(options)
-        self.vocab_size = options.vocab_size
-        self.downsample = options.downsample
-        self.image_size = options.image_size
+    @property
+    def module(self) -> DVAE:
+        """The network."""
+        return DVAE(self.options)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of codes."""
+        return self.options.vocab_size
+
+    @property
+    def downsample(self) -> int:
+        """Side of the square of pixels that one token stands for."""
+        return self.options.downsample
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that the tokenizer was trained on."""
+        return self.options.image_size
 
     def grid(self, image_size: int) -> tuple[int, int]:
         """Rows and columns of tokens of a square picture; ConfigError where they are not whole."""

@@ -65,12 +65,7 @@ def from_dict(description: Mapping[str, Any]) -> ImageTokenizer:
     if kind not in _KINDS:
         raise ConfigError(f"Image tokenizer of kind {kind!r}: expected one of {sorted(_KINDS)}.")
     tokenizer, options = _KINDS[kind]
-    unknown = sorted(set(fields) - {field.name for field in dataclasses.fields(options)})
-    if unknown:
-        raise ConfigError(
-            f"Image tokenizer {kind!r} has no option {', '.join(unknown)}; was it saved by a newer version?"
-        )
-    return tokenizer(options(**fields))
+    return tokenizer(options_from_config(options, fields, "image_tokenizer"))
 
 
 def from_config(config: Mapping[str, Any]) -> ImageTokenizer:

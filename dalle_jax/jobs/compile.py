@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.aot import costs
 from dalle_jax.aot.target import CompileOptions, compile_target
+from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import DoesNotFit
 from dalle_jax.storage.files import access, make_workdir, write_json
 
@@ -22,8 +22,7 @@ def run(config: ConfigDict, workdir: str) -> Mapping[str, Any]:
       ConfigError: a workdir that cannot be written; and see `compile_target`.
       DoesNotFit: after the table and the file, where there is a program to tell of.
     """
-    fields = {field.name for field in dataclasses.fields(CompileOptions)}
-    options = CompileOptions(**{name: value for name, value in config.items() if name in fields})
+    options = from_config(CompileOptions, {key: config[key] for key in config if key not in ("job", "workdir")}, "")
     folder = _writable(workdir)
     found = compile_target(options)
     print(costs.table(found))

@@ -220,8 +220,8 @@ class ImageTower(nn.Module):
         for i in range(o.image_depth):
             x = Block(d, o.image_heads, o.image_depth, o.activation, False, o.dtype, name=f"block_{i}")(x)
         x = Norm("layernorm", "float32", name="norm_after")(x[:, :1] if with_class else x)
-        x = x.reshape(b, 1, -1)
-        return Dense((x.shape[-1],), (o.embed_dim,), ("embed", None), "float32", name="projection")(x)[:, 0]
+        x = x.reshape(b, -1)
+        return Dense((x.shape[-1],), (o.embed_dim,), ("embed", None), "float32", name="projection")(x)
 
 
 class TextTower(nn.Module):
@@ -240,9 +240,9 @@ class TextTower(nn.Module):
         for i in range(o.text_depth):
             x = Block(d, o.text_heads, o.text_depth, o.activation, True, o.dtype, name=f"block_{i}")(x)
         end = jnp.argmax(text == o.end_id, axis=1)  # the first of them
-        x = jnp.take_along_axis(x, end[:, None, None], axis=1)
+        x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
         x = Norm("layernorm", "float32", name="norm_after")(x)
-        return Dense((d,), (o.embed_dim,), ("embed", None), "float32", name="projection")(x)[:, 0]
+        return Dense((d,), (o.embed_dim,), ("embed", None), "float32", name="projection")(x)
 
 
 class TwoTowers(nn.Module):

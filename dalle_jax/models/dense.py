@@ -70,7 +70,7 @@ def _dense(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
 class Dense(nn.Module):
     """A dense layer over one or more trailing axes, named for sharding. [..., *inputs] to [..., *outputs] in `dtype`.
 
-    An input with one leading axis only is a decode step: see `rows_product` and `outputs_first`.
+    With `decode_step` the input is [B, *inputs], one position per row; see `rows_product` and `outputs_first`.
 
     Attributes:
       inputs, outputs: shapes of the contracted and of the new axes.
@@ -87,12 +87,12 @@ class Dense(nn.Module):
     scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, decode_step: bool = False) -> jax.Array:
         axes = tuple(range(len(self.inputs)))
         init = nn.initializers.normal((self.scale / np.prod(self.inputs)) ** 0.5)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.names), (*self.inputs, *self.outputs))
         kernel, inputs = kernel.astype(self.dtype), int(np.prod(self.inputs))
-        if x.ndim == 1 + len(axes):
+        if decode_step:
             rows = kernel.reshape(inputs, -1).T
             y = rows_product(x.astype(self.dtype).reshape(len(x), -1), rows).reshape(-1, *self.outputs)
         else:

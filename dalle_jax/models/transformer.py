@@ -241,11 +241,13 @@ class Attention(nn.Module):
     def step(self, x: jax.Array, text, cache, position: jax.Array):
         """One image position, [C·n, D], against its caption's (keys, values) and its cache, which it joins."""
         where = self.layout.text_length + position
-        q, k, v = (y[:, 0] for y in self._split(self.qkv(x)[:, None], self._angles(where[None])))
+        qkv = self.qkv(x, decode_step=True)
+        q, k, v = (y[:, 0] for y in self._split(qkv[:, None], self._angles(where[None])))
         store = self.pattern.cache(self.layout)
         cache = tuple(store.write(c, y, position) for c, y in zip(cache, (k, v)))
         keys, values = (store.read(c, position) for c in cache)
-        return self.out(attend_step(q, keys, values, store.visible(position), *text)), cache
+        y = attend_step(q, keys, values, store.visible(position), *text)
+        return self.out(y, decode_step=True), cache
 
 
 class MLP(nn.Module):
@@ -254,14 +256,15 @@ class MLP(nn.Module):
     options: TransformerOptions
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, decode_step: bool = False) -> jax.Array:
         o = self.options
         activation, gated = ACTIVATIONS[o.activation]
         up = functools.partial(Dense, (o.width,), (o.hidden,), ("embed", "mlp"), o.dtype, ("mlp",))
-        hidden = activation(up(name="up")(x))
+        hidden = activation(up(name="up")(x, decode_step=decode_step))
         if gated:
-            hidden = hidden * up(name="gate")(x)
-        return Dense((o.hidden,), (o.width,), ("mlp", "embed"), o.dtype, (None,), 0.5 / o.depth, name="down")(hidden)
+            hidden = hidden * up(name="gate")(x, decode_step=decode_step)
+        down = Dense((o.hidden,), (o.width,), ("mlp", "embed"), o.dtype, (None,), 0.5 / o.depth, name="down")
+        return down(hidden, decode_step=decode_step)
 
 
 class Block(nn.Module):
@@ -296,7 +299,7 @@ class Block(nn.Module):
     def step(self, x: jax.Array, text, cache, position: jax.Array):
         y, cache = self.attention.step(self.attention_norm(x), text, cache, position)
         x = x + y
-        return x + self.mlp(self.mlp_norm(x)), cache
+        return x + self.mlp(self.mlp_norm(x), decode_step=True), cache
 
 
 class Unit(nn.Module):

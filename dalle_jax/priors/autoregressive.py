@@ -168,7 +168,7 @@ class AutoregressiveModel(nn.Module):
         if first is not None:
             x = x.at[:, -1].add(self.embedding.next_cell(first))
         x, cache = self.trunk.prefill(x)
-        return self.embedding.image_logits(x[:, -1]), cache
+        return self.embedding.image_logits(x[:, -1], decode_step=True), cache
 
     def init_cache(self, rows: int):
         return self.trunk.init_cache(rows)
@@ -182,7 +182,7 @@ class AutoregressiveModel(nn.Module):
         if self.options.order == "random":
             x = x + self.embedding.next_cell(following)
         x, caches = self.trunk.step(x, text, caches, index)
-        return self.embedding.image_logits(x), caches
+        return self.embedding.image_logits(x, decode_step=True), caches
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,9 +241,11 @@ class AutoregressivePrior:
             {"params": params}, given, tokens, train, cells, rngs={"dropout": dropout_key}
         )
         counted = jnp.ones(rows) if valid is None else valid.astype(jnp.float32)
+        image_nats = mean_over(cross_entropy(image_logits, tokens).mean(-1), counted)
+        if self.layout.text_length == 1:  # the only text token is given, so no text is predicted
+            return image_nats, {"text_nats": jnp.float32(jnp.nan), "image_nats": image_nats}
         text_rows = cross_entropy(text_logits, self.layout.text_targets(text[:, 1:])).mean(-1)
         text_nats = mean_over(text_rows, counted * ~dropped)
-        image_nats = mean_over(cross_entropy(image_logits, tokens).mean(-1), counted)
         weight = self.options.text_weight
         loss = weight * text_nats + (1 - weight) * image_nats
         return loss, {"text_nats": text_nats, "image_nats": image_nats}

@@ -79,15 +79,18 @@ class StreamEmbedding(nn.Module):
         """int32 [B] at one cell each, int32 [B], to [B, D]."""
         return self.image(tokens[:, None], cells=cells[:, None])[:, 0]
 
-    def image_logits(self, x: jax.Array) -> jax.Array:
-        """[..., D] to float32 [..., V]."""
-        return project(x, self.image_table if self.tied else self.image_head)
+    def image_logits(self, x: jax.Array, *, decode_step: bool = False) -> jax.Array:
+        """[..., D] to float32 [..., V]; `decode_step` as in `project`."""
+        return project(x, self.image_table if self.tied else self.image_head, decode_step=decode_step)
 
 
-def project(x: jax.Array, table: jax.Array) -> jax.Array:
-    """States to logits: [..., D] and [V, D] to float32 [..., V]. Two axes are a decode step: see `rows_product`."""
+def project(x: jax.Array, table: jax.Array, *, decode_step: bool = False) -> jax.Array:
+    """Computes the logits of states: [..., D] and [V, D] to float32 [..., V].
+
+    With `decode_step`, x is [B, D], one position per row; see `rows_product`.
+    """
     table = table.astype(x.dtype)
-    if x.ndim == 2:
+    if decode_step:
         return rows_product(x, table, preferred_element_type=jnp.float32)
     return contract(_logits, x, table, ("vocab", "embed"), (1,))
 

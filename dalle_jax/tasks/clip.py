@@ -14,7 +14,7 @@ of its own (`negatives.py`), which are nobody's right ones; the paper has none.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -34,7 +34,7 @@ from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.metrics.retrieval import AMONG, retrieval
 from dalle_jax.models import clip as models
-from dalle_jax.models.clip import CLIP
+from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.reporting.images import image_grid
 from dalle_jax.tasks.corrupted_negatives import NegativeOptions, spoil
@@ -114,12 +114,6 @@ class CLIPTask:
         """See `Task.init`."""
         return self.clip.init(key)
 
-    def with_end(self, text: jax.Array) -> jax.Array:
-        """Padded ids of a `TokenLayout`, int32 [B, T - 1], to CLIP's, int32 [B, T]: its end token follows the caption
-        and fills what is left."""
-        end = self.clip.options.end_id
-        return jnp.pad(jnp.minimum(text, end), ((0, 0), (0, 1)), constant_values=end)
-
     def loss(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, step: jax.Array):
         """See `Task.loss`. The batch needs "image", uint8 [B, H, W, 3], and "text", int32 [B, T - 1]. Scalars: the
         accuracies of `contrastive_loss`, and "logit_scale", the factor on the similarities."""
@@ -134,7 +128,7 @@ class CLIPTask:
             images, spoiled = vectors[:, 0], (vectors[:, 1:], counts)
         else:
             images = self.clip.encode_image(params, images)
-        captions = self.clip.encode_text(params, self.with_end(batch["text"]))
+        captions = self.clip.encode_text(params, with_end(batch["text"], self.clip.options.end_id))
         scale = self.clip.scale(params)
         loss, scalars = contrastive_loss(images, captions, scale, batch["text"], spoiled)
         return loss, {**scalars, "logit_scale": scale}
@@ -145,7 +139,7 @@ class CLIPTask:
         del frozen, key
         parts = []
         for batch in batches:
-            *made, valid = to_host(self._features(params, batch))
+            *made, valid = to_host(_features(self.clip, params, batch))
             parts.append([x[valid] for x in made])
         images, captions, text = (np.concatenate(column) for column in zip(*parts))
         figures = retrieval(images, captions, text)
@@ -157,19 +151,10 @@ class CLIPTask:
         ]
         return {"loss": float(np.mean(losses)), **figures}
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _features(self, params: PyTree, batch: Batch) -> tuple[jax.Array, ...]:
-        """Unit vectors of pictures and captions, float32 [B, E] each, text int32 [B, T - 1] and valid bool [B]; whole
-        on every device."""
-        images = self.clip.encode_image(params, batch["image"])
-        captions = self.clip.encode_text(params, self.with_end(batch["text"]))
-        whole = (images, captions, batch["text"], batch["valid"])
-        return tuple(constrain(x, *[None] * x.ndim) for x in whole)
-
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
         """Captions of the first rows, each beside its picture and the pictures of the batch that suit it best."""
         del frozen, key
-        images, captions, text, _ = to_host(self._features(params, batch))
+        images, captions, text, _ = to_host(_features(self.clip, params, batch))
         pictures = to_host(batch["image"])
         best = np.argsort(-captions @ images.T, axis=1)[:, :_PREVIEW_MATCHES]
         shown = []
@@ -177,6 +162,28 @@ class CLIPTask:
             caption = self._text_model.decode([token for token in text[i].tolist() if token < self.clip.options.end_id])
             shown.append((caption, [pictures[i], *pictures[best[i]]]))
         return image_grid(shown, ("its picture", *["best matches"] * best.shape[1]))
+
+
+def with_end(text: jax.Array, end_id: int) -> jax.Array:
+    """Converts padded ids of a `TokenLayout`, int32 [B, T - 1], to ids for CLIP, int32 [B, T].
+
+    The end token follows the caption and fills the remaining positions.
+    """
+    return jnp.pad(jnp.minimum(text, end_id), ((0, 0), (0, 1)), constant_values=end_id)
+
+
+# A function of the model and not a method of the task: `jax.jit` keeps its static arguments alive.
+@functools.partial(jax.jit, static_argnums=0)
+def _features(clip: CLIP, params: PyTree, batch: Batch) -> tuple[jax.Array, ...]:
+    """Encodes a batch; every device holds the whole result.
+
+    Returns:
+      Unit vectors of images and of captions, float32 [B, E] each; text, int32 [B, T - 1]; valid, bool [B].
+    """
+    images = clip.encode_image(params, batch["image"])
+    captions = clip.encode_text(params, with_end(batch["text"], clip.options.end_id))
+    whole = (images, captions, batch["text"], batch["valid"])
+    return tuple(constrain(x, *[None] * x.ndim) for x in whole)
 
 
 def _task(config: ConfigDict, text_vocab: int, text_model: TextModel | None) -> tuple[CLIPTask, TokenLayout]:
@@ -198,7 +205,7 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     Raises:
       ConfigError: a wrong key, sizes that do not fit each other, or gradients that are to be accumulated.
     """
-    options = DataOptions.from_config(config.data)
+    options = from_config(DataOptions, config.data, "data")
     text_model = workdirs.ensure_text_model(config.text, open_source(options, options.train_split).captions(), workdir)
     task, layout = _task(config, text_model.vocab_size, text_model)
     pipeline = functools.partial(Pipeline, options, text_model, layout, batch_size=config.batch_size)
@@ -208,7 +215,7 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
         task=task,
         train_batches=lambda: iter(training),
         eval_batches=lambda: iter(evaluation),
-        data_counts=training.skipped,
+        data_counts=training.counts,
     )
 
 
@@ -216,3 +223,9 @@ def abstract(config: ConfigDict) -> tuple[CLIPTask, Batch]:
     """See `tasks.abstract`."""
     task, layout = _task(config, config.text.vocab_size, None)
     return task, batch_shapes(config.data.image_size, layout, config.batch_size)
+
+
+def options(config: Mapping[str, Any]) -> dict[str, type]:
+    """See `tasks.options`."""
+    del config
+    return {"model": CLIPOptions, "negatives": NegativeOptions}

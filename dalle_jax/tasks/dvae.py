@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,16 +25,16 @@ import optax
 from ml_collections import ConfigDict
 
 from dalle_jax import keys
-from dalle_jax.configuration.options import from_config as from_section
+from dalle_jax.configuration.options import from_config
 from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.distributed.rows import to_host
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import logit_laplace
-from dalle_jax.image_tokenizers.dvae import DVAETokenizer, gumbel_softmax, kl_to_uniform
+from dalle_jax.image_tokenizers import tokenizer as tokenizers
+from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer, gumbel_softmax, kl_to_uniform
 from dalle_jax.image_tokenizers.kmeans_init import kmeans_init
-from dalle_jax.image_tokenizers.tokenizer import from_config
 from dalle_jax.metrics import codebook
 from dalle_jax.optim import schedules
 from dalle_jax.pytree import PyTree
@@ -125,7 +126,7 @@ class DVAETask:
         tokens = jnp.argmax(jax.lax.stop_gradient(logits), axis=-1)
         counts = codebook.count(tokens, self.tokenizer.vocab_size)
         probe = slice(None, None, _PROBE_EVERY)
-        true_nats, squared_error = self._decode(jax.lax.stop_gradient(params), images[probe], tokens[probe])
+        true_nats, squared_error = _errors(self.tokenizer, jax.lax.stop_gradient(params), images[probe], tokens[probe])
         return loss, {
             "reconstruction_nats": jnp.mean(pixel_nats),
             "kl_nats": jnp.mean(kl) / tokens[0].size,
@@ -136,12 +137,6 @@ class DVAETask:
             "relaxation_gap": jnp.mean(true_nats - pixel_nats[probe]),
         }
 
-    def _decode(self, params: PyTree, images: jax.Array, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Nats per subpixel and mean squared error (of [0, 1] pixels) of each row decoded from its tokens, [B] each."""
-        mean, log_scale = self.tokenizer.decode_maps(params, tokens)
-        error = logit_laplace.to_pixels(mean) - images.astype(jnp.float32) / 255
-        return _nats_per_row(images, mean, log_scale), jnp.mean(error**2, axis=(1, 2, 3))
-
     def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
         """See `Task.evaluate`. All figures are of pictures decoded from tokens, as they are used later.
 
@@ -150,7 +145,7 @@ class DVAETask:
         codebook_perplexity, codebook_usage: over all the batches together.
         """
         del frozen, key
-        sums = [to_host(self._measure(params, batch)) for batch in batches]
+        sums = [to_host(_measure(self.tokenizer, params, batch)) for batch in batches]
         total = {name: np.sum([each[name] for each in sums], axis=0, dtype=np.float64) for name in sums[0]}
         rows = max(float(total.pop("rows")), 1.0)
         counts = jnp.asarray(total.pop("counts"), jnp.float32)
@@ -162,29 +157,11 @@ class DVAETask:
             "codebook_usage": float(codebook.usage(counts)),
         }
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _measure(self, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
-        """Sums over the valid rows of a batch: scalars, and the codes' counts [V]."""
-        images, valid = batch["image"], batch["valid"]
-        logits = self.tokenizer.encode_logits(params, images)
-        tokens = jnp.argmax(logits, axis=-1)
-        kl = jnp.sum(kl_to_uniform(logits), axis=(1, 2))
-        pixel_nats, squared_error = self._decode(params, images, tokens)
-        per_row = {
-            "mse": squared_error,
-            "reconstruction_nats": pixel_nats,
-            "kl_nats": kl / tokens[0].size,
-            "elbo": -(pixel_nats + kl / images[0].size),
-            "rows": jnp.ones(valid.shape),
-        }
-        sums = {name: jnp.sum(jnp.where(valid, value, 0.0)) for name, value in per_row.items()}
-        return {**sums, "counts": codebook.count(tokens, self.tokenizer.vocab_size, valid)}
-
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
         """Rows of real pictures, each above the row of its reconstructions from tokens."""
         del frozen, key
         real = to_host(batch["image"][: 2 * _PREVIEW_COLUMNS])
-        shown = to_uint8(to_host(self._reconstruct(params, real)))
+        shown = to_uint8(to_host(_reconstruct(self.tokenizer, params, real)))
         starts = range(0, len(real), _PREVIEW_COLUMNS)
         strips = [np.concatenate(rows[i : i + _PREVIEW_COLUMNS], axis=1) for i in starts for rows in (real, shown)]
         strips = [
@@ -192,9 +169,42 @@ class DVAETask:
         ]
         return np.concatenate(strips, axis=0)
 
-    @functools.partial(jax.jit, static_argnums=0)
-    def _reconstruct(self, params: PyTree, images: jax.Array) -> jax.Array:
-        return self.tokenizer.decode(params, self.tokenizer.encode(params, images))
+
+# Jitted functions of the tokenizer and not methods of the task: `jax.jit` keeps its static arguments alive.
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _measure(tokenizer: DVAETokenizer, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
+    """Returns sums over the valid rows of a batch: scalars, and the counts of the codes, float32 [V]."""
+    images, valid = batch["image"], batch["valid"]
+    logits = tokenizer.encode_logits(params, images)
+    tokens = jnp.argmax(logits, axis=-1)
+    kl = jnp.sum(kl_to_uniform(logits), axis=(1, 2))
+    pixel_nats, squared_error = _errors(tokenizer, params, images, tokens)
+    per_row = {
+        "mse": squared_error,
+        "reconstruction_nats": pixel_nats,
+        "kl_nats": kl / tokens[0].size,
+        "elbo": -(pixel_nats + kl / images[0].size),
+        "rows": jnp.ones(valid.shape),
+    }
+    sums = {name: jnp.sum(jnp.where(valid, value, 0.0)) for name, value in per_row.items()}
+    return {**sums, "counts": codebook.count(tokens, tokenizer.vocab_size, valid)}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _reconstruct(tokenizer: DVAETokenizer, params: PyTree, images: jax.Array) -> jax.Array:
+    """Encodes uint8 images [B, H, W, 3] and decodes their tokens: float32 [B, H, W, 3]."""
+    return tokenizer.decode(params, tokenizer.encode(params, images))
+
+
+def _errors(
+    tokenizer: DVAETokenizer, params: PyTree, images: jax.Array, tokens: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Measures images decoded from their tokens: nats per subpixel and mean squared error in [0, 1], [B] each."""
+    mean, log_scale = tokenizer.decode_maps(params, tokens)
+    error = logit_laplace.to_pixels(mean) - images.astype(jnp.float32) / 255
+    return _nats_per_row(images, mean, log_scale), jnp.mean(error**2, axis=(1, 2, 3))
 
 
 def _nats_per_row(images: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
@@ -209,7 +219,7 @@ def _decibels(mean_squared_error: jax.Array) -> jax.Array:
 
 def _task(config: ConfigDict, start_from: tuple[np.ndarray, float] | None) -> DVAETask:
     temperature, kl_weight = (schedules.make(config.schedules[name], name) for name in ("temperature", "kl_weight"))
-    return DVAETask(from_config(config), temperature, kl_weight, start_from)
+    return DVAETask(tokenizers.from_config(config), temperature, kl_weight, start_from)
 
 
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
@@ -220,8 +230,8 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
       DataError: data that cannot be opened.
     """
     del workdir
-    objective = from_section(ObjectiveOptions, config.objective, "objective")
-    options = DataOptions.from_config(config.data)
+    objective = from_config(ObjectiveOptions, config.objective, "objective")
+    options = from_config(DataOptions, config.data, "data")
     pipeline = functools.partial(Pipeline, options, batch_size=config.batch_size)
     training = pipeline(split=options.train_split, train=True, seed=config.seed, rows=rows)
     evaluation = pipeline(split=options.eval_split, train=False, rows=rows)
@@ -236,10 +246,16 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
         task=_task(config, start_from),
         train_batches=lambda: iter(training),
         eval_batches=lambda: iter(evaluation),
-        data_counts=training.skipped,
+        data_counts=training.counts,
     )
 
 
 def abstract(config: ConfigDict) -> tuple[DVAETask, Batch]:
     """See `tasks.abstract`. Where the codes start has no part in the train step."""
     return _task(config, None), batch_shapes(config.data.image_size, None, config.batch_size)
+
+
+def options(config: Mapping[str, Any]) -> dict[str, type]:
+    """See `tasks.options`."""
+    del config
+    return {"model": DVAEOptions, "objective": ObjectiveOptions}

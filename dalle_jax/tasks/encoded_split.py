@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 import json
@@ -18,16 +19,21 @@ from dalle_jax.distributed.turns import first_host_first
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.pytree import PyTree, fingerprint
-from dalle_jax.storage.files import write_whole
+from dalle_jax.storage.files import write_atomically
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(tokenizer: ImageTokenizer, params: PyTree, images: jax.Array) -> jax.Array:
+    """Encodes uint8 images [B, H, W, 3] to int32 tokens [B, h, w]."""
+    return tokenizer.encode(params, images)
 
 
 def encode_split(options: DataOptions, split: str, tokenizer: ImageTokenizer, params: PyTree, batch_size: int = 64):
     """The image tokens of a whole split, int32 [examples, N], in the order of its source (zeros where unreadable)."""
-    encode = jax.jit(tokenizer.encode)
     pipeline = Pipeline(options, split=split, train=False, batch_size=batch_size)
     rows = None
     for batch in pipeline:
-        tokens = np.asarray(encode(params, batch["image"])).reshape(batch_size, -1)
+        tokens = np.asarray(_encode(tokenizer, params, batch["image"])).reshape(batch_size, -1)
         if rows is None:
             rows = np.zeros((len(pipeline.source), tokens.shape[1]), np.int32)
         rows[batch["index"][batch["valid"]]] = tokens[batch["valid"]]
@@ -55,5 +61,5 @@ def tokens_of_split(
         tokens = encode_split(options, split, tokenizer, params)
         written = io.BytesIO()
         np.save(written, tokens)
-        write_whole(paths[0], written.getvalue())
+        write_atomically(paths[0], written.getvalue())
     return tokens

@@ -6,7 +6,7 @@ B rows    T text    N = h·w image tokens
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax import keys
 from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.configuration.options import from_config
 from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources.open import open_source
@@ -26,7 +27,8 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.metrics.mean import Mean
-from dalle_jax.priors.registry import make
+from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.priors.registry import make, options_of
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
 from dalle_jax.reporting.images import image_grid, to_uint8
@@ -73,47 +75,63 @@ class PriorTask:
     def init(self, key: jax.Array) -> PyTree:
         return self.prior.init(key, self.tokenizer.codebook(self.frozen["tokenizer"]))
 
-    def _encode(self, frozen: PyTree, images: jax.Array) -> jax.Array:
-        tokens = self.tokenizer.encode(frozen["tokenizer"], images)
-        return tokens.reshape(tokens.shape[0], -1)
-
     def loss(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, step: jax.Array):
         """See `Task.loss`; the metrics are the prior's."""
         if "tokens" in frozen:
             tokens = frozen["tokens"][batch["index"]]
         else:
-            tokens = self._encode(frozen, batch["image"])
+            tokens = _encode(self.tokenizer, frozen["tokenizer"], batch["image"])
         return self.prior.loss(params, batch["text"], tokens, key, train=True, step=step)
 
     def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
         """Means of the prior's metrics over the valid rows."""
         mean = Mean()
         for i, batch in enumerate(batches):
-            scalars = to_host(self._measure(params, frozen, batch, keys.stream(key, "batch", i)))
+            batch_key = keys.stream(key, "batch", i)
+            scalars = to_host(_measure(self.prior, self.tokenizer, params, frozen["tokenizer"], batch, batch_key))
             rows = float(scalars.pop("rows"))
             mean.add(scalars, weight=rows)
         return mean.take()
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def _measure(self, params, frozen, batch, key):
-        tokens = self._encode(frozen, batch["image"])
-        loss, scalars = self.prior.loss(params, batch["text"], tokens, key, train=False, valid=batch["valid"])
-        return {"loss": loss, **scalars, "rows": batch["valid"].sum()}
 
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
         """Captions of the first rows, each beside the real picture, its reconstruction and two samples."""
         rows = min(self._preview_rows, batch["text"].shape[0])
         text, real = to_host((batch["text"][:rows], batch["image"][:rows]))
-        tokens = self._encode(frozen, jnp.asarray(real))
         drawn = self.prior.sample(params, jnp.asarray(text), jax.random.split(key, 2 * rows))
+        images = to_uint8(to_host(_decode(self.tokenizer, frozen["tokenizer"], jnp.asarray(real), drawn)))
         layout = self.prior.layout
-        both = jnp.concatenate([tokens, drawn]).reshape(-1, layout.height, layout.width)
-        images = to_uint8(to_host(self.tokenizer.decode(frozen["tokenizer"], both)))
         captions = [self._text_model.decode([i for i in row if i < layout.text_vocab]) for row in text.tolist()]
         shown = [
             (captions[i], [real[i], images[i], images[rows + 2 * i], images[rows + 2 * i + 1]]) for i in range(rows)
         ]
         return image_grid(shown, ("real", "reconstructed", "generated", "generated"))
+
+
+# Jitted functions of prior and tokenizer and not methods of the task: `jax.jit` keeps its static arguments alive, and
+# the task holds frozen arrays.
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measure(
+    prior: TokenPrior, tokenizer: ImageTokenizer, params: PyTree, tokenizer_params: PyTree, batch: Batch, key: jax.Array
+) -> dict[str, jax.Array]:
+    """Returns the loss and the metrics of a batch, and the number of its valid rows."""
+    tokens = _encode(tokenizer, tokenizer_params, batch["image"])
+    loss, scalars = prior.loss(params, batch["text"], tokens, key, train=False, valid=batch["valid"])
+    return {"loss": loss, **scalars, "rows": batch["valid"].sum()}
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _decode(tokenizer: ImageTokenizer, params: PyTree, images: jax.Array, drawn: jax.Array) -> jax.Array:
+    """Decodes the tokens of images, uint8 [R, H, W, 3], then drawn tokens, int32 [D, N]: float32 [R + D, H, W, 3]."""
+    tokens = jnp.concatenate([_encode(tokenizer, params, images), drawn])
+    return tokenizer.decode(params, tokens.reshape(-1, *tokenizer.grid(images.shape[1])))
+
+
+def _encode(tokenizer: ImageTokenizer, params: PyTree, images: jax.Array) -> jax.Array:
+    """Encodes uint8 images [B, H, W, 3] to int32 tokens [B, N] in raster order."""
+    tokens = tokenizer.encode(params, images)
+    return tokens.reshape(tokens.shape[0], -1)
 
 
 def _task(config: ConfigDict, tokenizer: ImageTokenizer, params: PyTree, text_vocab: int, **more: Any) -> PriorTask:
@@ -140,7 +158,7 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     Raises:
       ConfigError: where tokenizer, picture size, text model and prior do not fit each other.
     """
-    options = DataOptions.from_config(config.data)
+    options = from_config(DataOptions, config.data, "data")
     tokenizer, params = workdirs.load_tokenizer(workdir)
     text_model = workdirs.ensure_text_model(config.text, open_source(options, options.train_split).captions(), workdir)
     tokens = None
@@ -155,7 +173,7 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
         task=task,
         train_batches=lambda: iter(training),
         eval_batches=lambda: iter(evaluation),
-        data_counts=training.skipped,
+        data_counts=training.counts,
     )
 
 
@@ -168,3 +186,8 @@ def abstract(config: ConfigDict) -> tuple[PriorTask, Batch]:
         tokens = np.zeros((65_536, np.prod(tokenizer.grid(config.data.image_size))), np.int32)
     task = _task(config, tokenizer, params, config.text.vocab_size, text_model=None, tokens=tokens)
     return task, batch_shapes(config.data.image_size, task.prior.layout, config.batch_size)
+
+
+def options(config: Mapping[str, Any]) -> dict[str, type]:
+    """See `tasks.options`."""
+    return {"model": options_of(config["prior"]), "model.trunk": TransformerOptions}

@@ -69,7 +69,7 @@ class Job:
         It has `get_state()`/`set_state()` (a grain iterator, or anything whose state is a JSON value or bytes) that
         speak of the batch delivered last, and `close()` where it holds processes.
       eval_batches: makes one pass over the evaluation batches, always the same; of each, this host's rows.
-      data_counts: examples left out so far, by reason; logged.
+      data_counts: returns counts for the training log by name, such as "left_out/missing file" (see `Pipeline.counts`).
     """
 
     task: Task

@@ -193,7 +193,7 @@ pause() { $dry_run || sleep "$poll"; }
 
 # -- resume ------------------------------------------------------------------------------------------------------------
 
-going_on='going on from step' # what dalle_jax.training.loop prints, with "N of M", where there is a checkpoint
+going_on='resuming from step' # what dalle_jax.training.loop prints, with "N of M", where there is a checkpoint
 patience=${TPU_VM_PATIENCE_SECONDS:-1800}
 slowest=${TPU_VM_ANSWER_SECONDS:-300} # for gcloud, the connections, and the 120 s that a worker has
 prompt=(--ssh-flag=-oConnectTimeout=60 --ssh-flag=-oServerAliveInterval=30) # a worker that hangs is no answer, soon

@@ -12,7 +12,7 @@ set -euo pipefail
 cd
 
 run=dalle_jax_run
-goes_on='the same command goes on from there' # what dalle_jax.training.loop prints when it was stopped and has saved
+goes_on='the same command resumes the run' # what dalle_jax.training.loop prints when it was stopped and has saved
 
 say() { echo "worker.sh: $*"; }
 

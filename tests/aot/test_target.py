@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.aot import costs, remedies, topologies
 from dalle_jax.aot.target import CompileOptions, compile_target, load_target, lower_sampler, make_subject
+from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import ConfigError, DoesNotFit, UserError
 from dalle_jax.jobs import compile as compile_module
 from dalle_jax.jobs.compile import run
@@ -36,7 +37,7 @@ def test_overrides_have_the_types_of_the_keys():
         (":paper", "", "config.target=':paper' names no file"),
         ("configs", "", "There is no config file configs"),
         ("README.md", "", "README.md is not a Python file; expected a config file"),
-        ("configs/common.py", "", "config.target=configs/common.py: no config, for it has no get_config"),
+        ("configs/__init__.py", "", "config.target=configs/__init__.py: no config, for it has no get_config"),
         ("configs/generate.py:paper", "", "config.target=configs/generate.py:paper: this config has no variants"),
         ("configs/generate.py", "", "job 'generate'; expected a training"),
         ("configs/prior.py", "mesh.fsdb=2", "mesh.fsdb=2 does not fit"),
@@ -122,7 +123,7 @@ def test_abstract_batches_are_those_of_the_pipeline(target, tmp_path, monkeypatc
             return [1, 2], False
 
     layout = TokenLayout(Ids.vocab_size, 1, config.text.length, 1, 1) if "text" in config else None
-    options = DataOptions.from_config(config.data)
+    options = from_config(DataOptions, config.data, "data")
     real = next(iter(Pipeline(options, Ids() if layout else None, layout, split="train", train=True, batch_size=4)))
     assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {k: (x.shape, x.dtype) for k, x in real.items()}
 

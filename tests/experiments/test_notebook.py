@@ -23,6 +23,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 from dalle_jax.configuration import config_files
+from dalle_jax.configuration.options import from_config
 from dalle_jax.data.sources.folder import FolderSource
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.reporting import images as report
@@ -244,7 +245,7 @@ def test_one_can_take_the_whole_size(notebook, tmp_path, monkeypatch):
         plain = load(f"prior.py:{sizes}", {})
         assert config.model == plain.model and config.steps == plain.steps and config.tokenizer.steps == 5
         for section in (config.data, config.tokenizer.data):
-            options = DataOptions.from_config(section)
+            options = from_config(DataOptions, section, "data")
             assert (options.source, options.path, options.image_size) == ("folder", str(tmp_path), 64)
         assert made["on_my_pictures"]("clip.py", {}).data.path == str(tmp_path)
 

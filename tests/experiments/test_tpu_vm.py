@@ -180,7 +180,7 @@ with open(home / "calls.jsonl", "a") as file:
 kind = next(word for word in ("describe", "create", "delete", "scp", "ssh") if word in arguments)
 if kind == "describe" and "queued-resources" in arguments:
     kind = "request"
-if any("going on from step" in word for word in arguments):
+if any("resuming from step" in word for word in arguments):
     kind = "begun"
 elif kind == "ssh" and not any("worker.sh status" in word for word in arguments):
     kind = "worker"
@@ -196,7 +196,7 @@ if lines:
         print(line)
 '''
 
-ASKED = {"status": "worker.sh status", "begun": "going on from step"}
+ASKED = {"status": "worker.sh status", "begun": "resuming from step"}
 
 
 class Fake:
@@ -329,7 +329,7 @@ def test_resume_gives_up_a_training_that_fails(fake):
 
 def begun(*steps):
     """What worker 0 answers; a run from the beginning (0) says nothing."""
-    return [f"going on from step {step} of 90" if step else "" for step in steps]
+    return [f"resuming from step {step} of 90" if step else "" for step in steps]
 
 
 @pytest.mark.parametrize(
@@ -443,9 +443,9 @@ def test_what_the_workers_are_asked(fake, tmp_path):
     assert on_worker("begun") == (0, "")
     with log.open("ab") as file:  # its tokenizer's first; a bar of progress is no text
         file.write(
-            b"gs://b/dvae: going on from step 7 of 9\n\r\0\xff 12\ngs://b/prior: going on from step 6 of 90\nstep 8\n"
+            b"gs://b/dvae: resuming from step 7 of 9\n\r\0\xff 12\ngs://b/prior: resuming from step 6 of 90\nstep 8\n"
         )
-    assert on_worker("begun") == (0, "going on from step 6 of 90\n")
+    assert on_worker("begun") == (0, "resuming from step 6 of 90\n")
 
 
 def test_resume_launches_whole_or_again(fake):
@@ -499,7 +499,7 @@ os.execv({python!r}, [{python!r}, "-u", "-c", """if True:
     if what == "deaf":
         print("data worker", subprocess.Popen(["sleep", "100"]).pid)
     def save(*_):
-        print("stopped at step 3 of 9 and saved; the same command goes on from there")
+        print("stopped at step 3 of 9 and saved; the same command resumes the run")
         sys.exit(0)
     signal.signal(signal.SIGTERM, signal.SIG_IGN if what == "deaf" else save)
     print("ready")
@@ -590,7 +590,7 @@ def test_worker_saves_and_goes_on(worker):
     log = started(worker, "wait")
     assert worker("status") == "worker.sh: running"
     assert worker("stop") == "worker.sh: stopped"
-    assert "goes on from there" in log.read_text()
+    assert "the same command resumes the run" in log.read_text()
     started(worker, "wait")
     assert worker("status") == "worker.sh: running", "what an earlier log said does not count"
     assert not log.with_name("exit").exists(), "nor how it ended"
@@ -662,8 +662,8 @@ def test_both_scripts_know_what_the_loop_says():
     (line,) = [row for row in (FOLDER / "worker.sh").read_text().splitlines() if row.startswith("goes_on=")]
     assert line.split("'")[1] in loop
     (line,) = [row for row in (FOLDER / "tpu_vm.sh").read_text().splitlines() if row.startswith("going_on=")]
-    assert line.split("'")[1] == "going on from step"
-    assert "{'going on from' if start < total else 'complete:'} step {start} of {total}" in loop
+    assert line.split("'")[1] == "resuming from step"
+    assert "{'resuming from' if start < total else 'complete:'} step {start} of {total}" in loop
 
 
 def test_worker_refuses_what_it_does_not_know(worker):

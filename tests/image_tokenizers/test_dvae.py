@@ -236,3 +236,11 @@ def test_from_config_takes_the_image_size_from_the_data():
     assert tokenizer.from_config(config).options == SMALL
     with pytest.raises(ConfigError, match=r"config.model has no key 'hiden'.*hidden"):
         tokenizer.from_config({"data": {"image_size": 16}, "model": {"hiden": 3}})
+
+
+def test_equal_tokenizers_compile_once():
+    one, other = (DVAETokenizer(DVAEOptions(image_size=16, groups=1, stem_factor=4)) for _ in range(2))
+    assert one == other and hash(one) == hash(other) and one is not other
+    assert one != DVAETokenizer(DVAEOptions(image_size=32, groups=1, stem_factor=4))
+    size = jax.jit(lambda tokenizer, x: x * tokenizer.downsample, static_argnums=0)
+    assert size(one, 1) == size(other, 1) == 4 and size._cache_size() == 1

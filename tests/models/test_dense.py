@@ -28,3 +28,14 @@ def test_accelerators_and_cpus_agree(monkeypatch, inputs, outputs, dtype, tolera
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=tolerance * np.abs(a).max()), ours, theirs)
     flat = x.reshape(14, -1).astype(np.float32) @ kernel.reshape(-1, np.prod(outputs)).astype(np.float32)
     np.testing.assert_allclose(ours[1].reshape(14, -1), flat, atol=tolerance * np.abs(flat).max())
+
+
+def test_only_a_decode_step_takes_the_decode_path():
+    """The path follows the argument and not the rank, and both paths give the same product."""
+    layer, x = dense.Dense((6,), (10,), ("embed", "mlp"), "float32"), np.ones((3, 6), np.float32)
+    params = layer.init(jax.random.key(0), x)
+    program = lambda **kwargs: str(jax.make_jaxpr(lambda x: layer.apply(params, x, **kwargs))(x))  # noqa: E731
+    assert "optimization_barrier" in program(decode_step=True) and "optimization_barrier" not in program()
+    plain = layer.apply(params, x)
+    np.testing.assert_array_equal(plain, layer.apply(params, x[:, None])[:, 0])
+    np.testing.assert_allclose(layer.apply(params, x, decode_step=True), plain, rtol=1e-5)

@@ -177,6 +177,18 @@ def test_loss_is_an_eighth_text_and_seven_eighths_image():
     np.testing.assert_allclose(scalars["image_nats"], of_image[::2].mean(), rtol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_text_of_one_token_leaves_the_image_loss(tied):
+    """The first text token is given, so a text of length 1 has no loss; the mean over none was NaN."""
+    layout = dataclasses.replace(LAYOUT, text_length=1)
+    prior = dataclasses.replace(make(tied_embeddings=tied), layout=layout)
+    text, tokens = rows(4, layout=layout)
+    value = jax.value_and_grad(lambda p: prior.loss(p, text, tokens, jax.random.key(0), train=True), has_aux=True)
+    (loss, scalars), grads = jax.jit(value)(params_of(prior))
+    assert np.isfinite(loss) and loss == scalars["image_nats"] and np.isnan(scalars["text_nats"])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(grads))
+
+
 # -- from a configuration -----------------------------------------------------------------------------------------
 
 
@@ -187,7 +199,7 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
     "variant, billions, tolerance", [("paper", 12.0, 0.02), ("5.6b", 5.6, 0.04), ("2.8b", 2.8, 0.04)]
 )
 def test_published_sizes(variant, billions, tolerance):
-    config = config_files.module(CONFIGS / "any", "prior.py").get_config(variant)
+    config = config_files.load(f"{CONFIGS}/prior.py:{variant}")
     layout = TokenLayout(config.text.vocab_size, config.tokenizer.model.vocab_size, config.text.length, 32, 32)
     prior = registry.make(config.prior, config.model, layout)
     shapes = jax.eval_shape(prior.init, jax.random.key(0))

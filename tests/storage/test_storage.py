@@ -19,7 +19,7 @@ from dalle_jax.checkpoints.workdir import read_config
 from dalle_jax.errors import CheckpointError, ConfigError, UserError
 from dalle_jax.reporting.metric_writer import MetricWriter, read_metrics
 from dalle_jax.storage import mirror as mirror_module
-from dalle_jax.storage.files import full_path, make_workdir, write_whole
+from dalle_jax.storage.files import full_path, make_workdir, write_atomically
 from dalle_jax.storage.mirror import Mirror
 from dalle_jax.training.loop import train
 
@@ -39,6 +39,24 @@ def test_paths_from_the_root(monkeypatch, tmp_path):
     assert str(full_path("gs://bucket/run")) == "gs://bucket/run"
     assert str(full_path("~/run")) == str(full_path("run")) == str(tmp_path / "run")
     assert make_workdir("~/run") == str(tmp_path / "run") and (tmp_path / "run").is_dir()
+
+
+_IMPORTS = textwrap.dedent("""
+    import fsspec
+    from absl import logging
+    import dalle_jax.text_to_image.text_to_image, dalle_jax.training.loop
+    from dalle_jax.storage.files import full_path
+
+    assert "gcs" not in fsspec.config.conf and not logging.get_absl_logger().filters
+    full_path("runs/a")
+    assert "gcs" not in fsspec.config.conf
+    full_path("gs://bucket/run")
+    assert fsspec.config.conf["gcs"] == {"use_listings_cache": False}
+""")
+
+
+def test_settings_of_libraries_change_at_first_use_not_at_import():
+    process(_IMPORTS)
 
 
 def test_a_workdir_has_to_be_within_reach(bucket, monkeypatch):
@@ -70,8 +88,8 @@ def test_a_refusal_names_its_reason(bucket, monkeypatch):
 
 def test_whole_files(bucket, tmp_path):
     for folder in (bucket / "whole", tmp_path / "whole"):
-        write_whole(folder / "a", b"first")
-        write_whole(folder / "a", b"second")
+        write_atomically(folder / "a", b"first")
+        write_atomically(folder / "a", b"second")
         assert (folder / "a").read_bytes() == b"second" and names(folder) == ["a"]
 
 
@@ -100,7 +118,7 @@ def test_metrics_and_pictures_reach_the_bucket(bucket, monkeypatch):
     writer = MetricWriter(workdir)
     writer.scalars(1, {"train/loss": 2.0})
     assert read_metrics(workdir) == []
-    writer.picture(1, "preview", np.zeros((4, 6, 3), np.uint8))
+    writer.image(1, "preview", np.zeros((4, 6, 3), np.uint8))
     writer.flush()
     assert [line["step"] for line in read_metrics(workdir)] == [1]
 
@@ -209,7 +227,7 @@ def test_a_run_stops_and_goes_on_bit_for_bit(bucket, tmp_path):
     assert "stopped at step" in process(_RUN, workdir, 4, result)
     (stopped,) = [path.name for path in (workdir / "checkpoints").iterdir()]
     assert 4 <= int(stopped) < 10 and not result.exists()
-    assert f"going on from step {stopped} of 10" in process(_RUN, workdir, 99, result)
+    assert f"resuming from step {stopped} of 10" in process(_RUN, workdir, 99, result)
     assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["10"]  # the older ones are deleted, whole
     config = tiny_config()
     state = train(config, str(tmp_path / "local"), tiny_job(config))
@@ -238,7 +256,7 @@ _PRIOR = textwrap.dedent("""
     model = TextToImage.load(config.workdir, rows_at_once=2)
     images = model.generate("a red circle", n=2, seed=0)
     np.testing.assert_array_equal(images, TextToImage.load(config.workdir, step="best").generate("a red circle", n=2))
-    jobs = config_files.module(pathlib.Path(sys.argv[3]), "generate.py").get_config()
+    jobs = config_files.load(f"{sys.argv[3]}/generate.py")
     jobs.update({"model_workdir": config.workdir, "prompts": "a red circle", "n": 2})
     generate.run(jobs, str(bucket / "pictures"))
 """)
@@ -247,7 +265,7 @@ _PRIOR = textwrap.dedent("""
 @pytest.mark.slow
 def test_a_prior_and_its_pictures_in_a_bucket(bucket, tmp_path):
     """Tokenizer, prior, frozen files, profile, and pictures drawn from it: nothing of it on the local disk."""
-    configs = os.path.join(pathlib.Path(__file__).parents[2], "configs", "any")
+    configs = os.path.join(pathlib.Path(__file__).parents[2], "configs")
     process(_PRIOR, bucket / "prior_runs", tmp_path, configs)
     found = names(bucket / "prior_runs")
     tops = {"/".join(name.split("/")[:2]) for name in found}

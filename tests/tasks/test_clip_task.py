@@ -20,7 +20,7 @@ from dalle_jax.distributed.sharding import batch_sharding, replicated, shardings
 from dalle_jax.errors import ConfigError
 from dalle_jax.metrics.retrieval import retrieval
 from dalle_jax.models.clip import CLIP, CLIPOptions
-from dalle_jax.tasks.clip import CLIPTask, contrastive_loss
+from dalle_jax.tasks.clip import CLIPTask, _features, contrastive_loss, with_end
 from dalle_jax.tasks.corrupted_negatives import NegativeOptions, spoil
 from dalle_jax.tasks.registry import abstract, build
 from dalle_jax.token_layout import TokenLayout
@@ -73,7 +73,7 @@ def batches(made, rows=8):
 
 def vectors(task, params, made):
     """Of a batch, picture after picture the same `rows` at once as everywhere here."""
-    parts = [jax.device_get(task._features(params, part)) for part in batches(made)]
+    parts = [jax.device_get(_features(task.clip, params, part)) for part in batches(made)]
     return [np.concatenate(column)[: len(made["text"])] for column in list(zip(*parts))[:2]]
 
 
@@ -346,7 +346,6 @@ def shapes_of(task, config):
 
 
 def test_a_caption_of_full_length_is_ended_too():
-    task = CLIPTask(CLIP(OPTIONS), text_model=None)
     text = np.stack([LAYOUT.pad_text([1, 2, 3, 4, 5]), LAYOUT.pad_text([7]), LAYOUT.null_text()])
     expected = [[1, 2, 3, 4, 5, 19], [7, 19, 19, 19, 19, 19], [19] * 6]
-    np.testing.assert_array_equal(task.with_end(jnp.asarray(text)), expected)
+    np.testing.assert_array_equal(with_end(jnp.asarray(text), OPTIONS.end_id), expected)
