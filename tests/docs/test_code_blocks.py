@@ -331,5 +331,5 @@ def test_python_blocks_import_what_exists():
     for block in BLOCKS:
         if block.language == "python":
             for node in ast.walk(ast.parse(block.text)):
-                if isinstance(node, ast.ImportFrom) and node.module.startswith("dalle_jax"):
+                if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "dalle_jax":
                     exec(f"from {node.module} import {', '.join(alias.name for alias in node.names)}", {})
