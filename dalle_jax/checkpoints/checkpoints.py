@@ -29,7 +29,7 @@ from ml_collections import ConfigDict
 from dalle_jax.checkpoints import checksums
 from dalle_jax.checkpoints.compatibility import check_same_model, to_json
 from dalle_jax.checkpoints.manager import Manager
-from dalle_jax.checkpoints.stored import Damaged, DataState, StoredCheckpoint
+from dalle_jax.checkpoints.stored import Damaged, DataIterator, DataState, StoredCheckpoint
 from dalle_jax.distributed.sharding import abstract
 from dalle_jax.errors import CheckpointError
 from dalle_jax.pytree import PyTree
@@ -92,7 +92,7 @@ class Checkpoints:
         self,
         step: int,
         items: Mapping[str, PyTree],
-        data_iterator: Any,
+        data_iterator: DataIterator,
         config: ConfigDict,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
@@ -123,7 +123,7 @@ class Checkpoints:
     def restore(
         self,
         items: Mapping[str, PyTree],
-        data_iterator: Any,
+        data_iterator: DataIterator,
         config: ConfigDict,
         defaults: Mapping[str, Any] | None = None,
     ) -> dict[str, PyTree]:

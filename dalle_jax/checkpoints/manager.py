@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,9 +15,10 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from dalle_jax.checkpoints.stored import DataState
+from dalle_jax.checkpoints.stored import DataIterator, DataState
 from dalle_jax.pytree import PyTree
 
+_ORBAX = pathlib.Path(ocp.__file__).parents[1]
 _boundaries = itertools.count()  # between steps, over all trainings of this process
 
 
@@ -24,20 +27,24 @@ class Manager(ocp.CheckpointManager):
 
     def __init__(self, directory: epath.Path, *, keep_last: int, keep_best: int, best_metric: str, read_only: bool):
         """Opens the folder.  The arguments are those of `Checkpoints`."""
+        logging.get_absl_logger().addFilter(_is_not_from_orbax)  # notebooks have no other filter
         self._stop_at: int | None = None
-        self._best_metric = best_metric
+        self._loss = functools.partial(_loss, best_metric) if best_metric else None
         keep = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(max(keep_last, 1)),
                 policies.BestN(
-                    n=keep_best, get_metric_fn=self._loss_of, reverse=True, keep_checkpoints_without_metrics=False
+                    n=keep_best,
+                    get_metric_fn=functools.partial(_loss, best_metric),
+                    reverse=True,
+                    keep_checkpoints_without_metrics=False,
                 ),
             ]
         )
         super().__init__(
             directory,
             options=ocp.CheckpointManagerOptions(
-                best_fn=self._loss_of if best_metric else None,
+                best_fn=self._loss,
                 best_mode="min",
                 preservation_policy=keep,
                 cleanup_tmp_directories=not read_only,
@@ -57,7 +64,7 @@ class Manager(ocp.CheckpointManager):
         self,
         step: int,
         arrays: Mapping[str, PyTree],
-        data_iterator: Any,
+        data_iterator: DataIterator,
         documents: Mapping[str, Any],
         metrics: Mapping[str, float] | None,
     ) -> None:
@@ -80,10 +87,10 @@ class Manager(ocp.CheckpointManager):
 
     def ranked_steps(self) -> list[int]:
         """Lists the steps with metrics from the best to the worst; of equals, the latest first."""
-        if not self._best_metric:
+        if self._loss is None:
             return []
         found = {step: self.metrics(step) for step in self.all_steps()}
-        losses = {step: self._loss_of(metrics) for step, metrics in found.items() if metrics is not None}
+        losses = {step: self._loss(metrics) for step, metrics in found.items() if metrics is not None}
         return sorted(losses, key=lambda step: (losses[step], -step))
 
     def asked_to_stop(self, step: int) -> bool:
@@ -108,7 +115,13 @@ class Manager(ocp.CheckpointManager):
             logging.warning("The metrics of the checkpoint %s are damaged: ignored.", self.directory / str(step))
             return None
 
-    def _loss_of(self, metrics: Mapping[str, float]) -> float:
-        """Returns the best metric, or infinity if it is missing or not a number."""
-        value = metrics.get(self._best_metric, math.nan)
-        return math.inf if math.isnan(value) else value
+
+def _loss(best_metric: str, metrics: Mapping[str, float]) -> float:
+    """Returns the best metric, or infinity if it is missing or not a number."""
+    value = metrics.get(best_metric, math.nan)
+    return math.inf if math.isnan(value) else value
+
+
+def _is_not_from_orbax(record: Any) -> bool:
+    """Drops orbax's messages: dozens for each save, a warning for each read, and every error that it also raises."""
+    return not pathlib.Path(record.pathname).is_relative_to(_ORBAX)

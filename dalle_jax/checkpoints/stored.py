@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import orbax.checkpoint as ocp
@@ -111,10 +111,20 @@ class StoredCheckpoint:
             return json.loads((self.path / item / "metadata").read_text())
 
 
-class DataState:
-    """Adapts an iterator whose state is bytes or a JSON value to the interface of grain's checkpoint handler."""
+class DataIterator(Protocol):
+    """An iterator that can return its place and go back to it."""
 
-    def __init__(self, iterator: Any):
+    def get_state(self) -> Any:
+        """Returns the place after the last item delivered, as bytes or a JSON value."""
+
+    def set_state(self, state: Any) -> None:
+        """Moves to a place that `get_state` returned."""
+
+
+class DataState:
+    """Adapts a `DataIterator` to the interface of grain's checkpoint handler."""
+
+    def __init__(self, iterator: DataIterator):
         self._iterator = iterator
 
     def get_state(self) -> bytes:

@@ -94,7 +94,7 @@ class ClipScorer:
                 )
             text_model = workdirs.load_text_model(folder)
             clip = CLIP(models.from_config(config, text_model.vocab_size))
-            with Checkpoints(str(folder), read_only=True) as checkpoints:
+            with Checkpoints(str(folder), best_metric="loss", read_only=True) as checkpoints:
                 params = checkpoints.restore_params(step)
         _check_fit(clip, params, folder)
         mesh = mesh or local_mesh()

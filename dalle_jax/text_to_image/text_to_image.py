@@ -116,7 +116,7 @@ class TextToImage:
         )
         prior = make(config["prior"], config["model"], layout)
         mesh = mesh or local_mesh()
-        with Checkpoints(workdir, read_only=True) as checkpoints:
+        with Checkpoints(workdir, best_metric="image_nats", read_only=True) as checkpoints:
             params = checkpoints.restore_params(step, layout=lambda stored: _layout(prior, stored, workdir, mesh))
             step = checkpoints.resolve(step)
         tokenizer_params = jax.device_put(tokenizer_params, replicated(mesh))

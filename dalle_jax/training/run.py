@@ -7,10 +7,8 @@ import functools
 import itertools
 import time
 from collections.abc import Iterator
-from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -112,7 +110,7 @@ class Run:
         self.clock, self.mean = StepClock(start), Mean()
         self._queued: list[tuple[int, dict[str, jax.Array]]] = []  # steps whose scalars were not fetched yet
         self._compile_seconds: dict[str, float] = {}  # until they are logged
-        self._update = None
+        self._update: jax.stages.Compiled | None = None
         self._frozen = jax.device_put(task.frozen, everywhere)
         self._key = jax.device_put(jax.random.key(config.seed), everywhere)
 
@@ -133,7 +131,7 @@ class Run:
             self.state, scalars = self._update(self.state, self._frozen, batch, self._key)
         self._queued.append((step, scalars))
 
-    def _compile(self, batch: Batch) -> Any:
+    def _compile(self, batch: Batch) -> jax.stages.Compiled:
         began = time.perf_counter()
         how = self._options, self._average, self._schedules, self._abstract_state, self.config.overlap_exchanges
         update = make_train_step(self.job.task, self._optimizer, *how)
@@ -150,10 +148,12 @@ class Run:
             with self.clock.part("device"):
                 values = {name: float(value) for name, value in jax.device_get(scalars).items()}
             if values["skipped_in_row"] >= self.config.max_nonfinite:
+                saved = self.checkpoints.latest_step
                 raise NonFiniteError(
                     f"Loss or gradients were not finite in {values['skipped_in_row']:.0f} steps in a row (until step "
-                    f"{step}). None of them changed the parameters. The last checkpoint, of step "
-                    f"{self.checkpoints.latest_step}, is good. Lower schedules.learning_rate or optimizer.clip_norm."
+                    f"{step}). None of them changed the parameters. "
+                    f"{'No checkpoint exists yet' if saved is None else f'The checkpoint of step {saved} is good'}. "
+                    "Lower schedules.learning_rate or optimizer.clip_norm."
                 )
             del values["skipped_in_row"]
             self.mean.add(values)
@@ -165,9 +165,10 @@ class Run:
     def _log(self, step: int, values: dict[str, float]) -> None:
         """Writes the means since the last call, and the step's own schedules, times and counts."""
         now = {name: values[name] for name in (*self._schedules, "skipped")}
+        counts = self.job.data_counts()
         rates = self.progress.rates(step)
         times = {**self.clock.take(step, rates["seconds_per_step"]), **self._compile_seconds}
-        values = {**self.mean.take(), **now, **rates, **times, **self.job.data_counts()}
+        values = {**self.mean.take(), **now, **rates, **times, **counts}
         self.writer.scalars(step, {f"train/{name}": value for name, value in values.items()})
         self._compile_seconds.clear()
 
@@ -192,7 +193,7 @@ class Run:
         """Writes the task's preview image of the current state."""
         batch = next(self._evaluation_batches())
         key = keys.stream(self._key, "preview")
-        image: np.ndarray = self.job.task.preview(self.state.eval_params, self._frozen, batch, key)
+        image = self.job.task.preview(self.state.eval_params, self._frozen, batch, key)
         self.writer.image(step, "preview", image)
 
     def save(self, step: int, metrics: dict[str, float] | None) -> None:

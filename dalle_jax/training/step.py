@@ -6,7 +6,7 @@ The training loop runs this step.  `dalle_jax.aot` lowers the same step from abs
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Self
+from typing import Self
 
 import flax.linen as nn
 import flax.struct
@@ -123,7 +123,7 @@ def make_train_step(
     schedules: Mapping[str, optax.Schedule],
     state: TrainState,
     overlap: bool = False,
-) -> Any:
+) -> jax.stages.Wrapped:
     """Returns the jitted update: (state, frozen, batch, key) -> (state, scalars).
 
     The state's buffers are donated, except on CPUs: the old state must not be used again.  If loss or gradients are not

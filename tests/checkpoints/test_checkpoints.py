@@ -4,6 +4,7 @@ import errno
 import functools
 import os
 import shutil
+import time
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +93,16 @@ def test_keeps_the_last_and_the_best(tmp_path):
     assert sorted(int(name) for name in os.listdir(tmp_path / "checkpoints") if name.isdigit()) == [2, 5, 6]
 
 
+def test_orbax_logs_nothing(tmp_path, caplog):
+    state, _ = initial()
+    caplog.clear()
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(4, state.items(), tiny_batches(4), tiny_config())
+    with Checkpoints(str(tmp_path), read_only=True) as checkpoints:
+        checkpoints.restore_params()
+    assert not caplog.messages
+
+
 def test_no_checkpoint(tmp_path):
     checkpoints = Checkpoints(str(tmp_path), read_only=True)
     assert checkpoints.latest_step is None
@@ -137,6 +148,14 @@ def test_too_little_space(tmp_path, monkeypatch):
         assert checkpoints.steps == []
 
 
+def wait_for_writers(folder):
+    """Waits until orbax's threads, which a failed save leaves behind, no longer create files."""
+    before = None
+    while (now := sorted(folder.rglob("*"))) != before:
+        before = now
+        time.sleep(0.3)
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -160,6 +179,7 @@ def test_full_disk(tmp_path, monkeypatch, error):
         checkpoints.wait()
     monkeypatch.undo()
     checkpoints.close()
+    wait_for_writers(tmp_path)
     with Checkpoints(str(tmp_path), keep_last=1) as again:
         assert again.steps == [1]
         assert_trees_equal(again.restore(abstract.items(), tiny_batches(4), tiny_config()), state.items())

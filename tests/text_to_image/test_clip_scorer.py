@@ -6,9 +6,11 @@ import jax
 import numpy as np
 import pytest
 import tiny_job
+from best_checkpoint import with_a_worse_checkpoint
 from PIL import Image
 
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
+from dalle_jax.tasks.clip import CLIPTask
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
 from dalle_jax.training.loop import train
 
@@ -119,3 +121,11 @@ def test_invalid_folders_are_rejected(scorer, tmp_path):
     (tmp_path / "clip" / "options.json").write_text(json.dumps({**options, "text_model": "words"}))
     with pytest.raises(CheckpointError, match="'words'"):
         ClipScorer.load(tmp_path)
+
+
+def test_the_best_checkpoint(scorer, workdir, tmp_path):
+    """`best` is the one with the lowest metric of CLIP's task, which is not the latest here."""
+    with_a_worse_checkpoint(workdir, tmp_path / "clip_run", CLIPTask.best_metric)
+    chosen = ClipScorer.load(str(tmp_path / "clip_run"), step="best")
+    assert chosen.fingerprint() == scorer.fingerprint()
+    assert chosen.fingerprint() != ClipScorer.load(str(tmp_path / "clip_run")).fingerprint()

@@ -10,6 +10,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from best_checkpoint import with_a_worse_checkpoint
 from PIL import Image
 
 from dalle_jax import TextToImage
@@ -28,6 +29,7 @@ from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.tasks import encoded_split
 from dalle_jax.tasks.encoded_split import encode_split, tokens_of_split
+from dalle_jax.tasks.prior import PriorTask
 from dalle_jax.tasks.registry import build
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.text_to_image.text_to_image import row_keys
@@ -108,6 +110,13 @@ def test_a_prior_trains_its_tokenizer_first(trained):
     seen = set().union(*rows)
     assert {"train/image_nats", "train/text_nats", "eval/image_nats", "train/learning_rate"} <= seen
     assert next((pathlib.Path(workdir) / "samples").rglob("*.png"))
+
+
+def test_truncated_captions_are_in_the_metrics(trained):
+    """Most captions are longer than 20 tokens of so small a vocabulary."""
+    rows = [json.loads(line) for line in (pathlib.Path(trained.workdir) / "metrics.jsonl").read_text().splitlines()]
+    counts = [row["train/captions_truncated"] for row in rows if "train/captions_truncated" in row]
+    assert len(counts) == 3 and all(16 < count <= 64 for count in counts)
 
 
 def test_the_same_command_again_trains_nothing(trained, capsys):
@@ -526,3 +535,12 @@ def test_every_candidate_has_its_own_key():
     np.testing.assert_array_equal(bits(0, text[1:], np.int32([1])), both[3:])
     others = np.concatenate([both, bits(1, text, np.int32([0, 1, 0, 1])), bits(0, text, np.int32([0, 1, 0, 1]), 1)])
     assert len(np.unique(others, axis=0)) == 12
+
+
+def test_the_best_checkpoint(trained, model, tmp_path):
+    """`best` is the one with the lowest metric of the prior's task, which is not the latest here."""
+    best = with_a_worse_checkpoint(trained.workdir, tmp_path / "prior", PriorTask.best_metric)
+    chosen = TextToImage.load(str(tmp_path / "prior"), step="best")
+    assert chosen.step == best == model.step
+    jax.tree.map(np.testing.assert_array_equal, chosen.params, model.params)
+    assert TextToImage.load(str(tmp_path / "prior")).step == best + 1

@@ -234,7 +234,7 @@ def test_checkpoint_is_of_its_step(tmp_path, monkeypatch, donated):
 @pytest.mark.parametrize(
     "changes, error, token",
     [
-        ({"mesh__data": 3, "mesh__tensor": 3}, MeshError, "9 devices"),
+        ({"mesh__data": 3, "mesh__tensor": 3}, MeshError, "tensor=3"),
         ({"mesh__data": 8, "batch_size": 12}, MeshError, "multiple of 8"),
         ({"steps": 0}, ConfigError, "config.steps"),
         ({"max_nonfinite": 0}, ConfigError, "config.max_nonfinite"),
