@@ -8,7 +8,6 @@ import sys
 import textwrap
 import types
 
-import orbax.checkpoint
 import pytest
 from absl import flags
 
@@ -103,8 +102,6 @@ PACKAGE = pathlib.Path(main_module.__file__).parent
         ("/home/me/dalle_jax/.venv/lib/python3.12/site-packages/absl/app.py", logging.INFO, False),
         ("/home/me/dalle_jax/.venv/lib/python3.12/site-packages/absl/app.py", logging.WARNING, True),
         (PACKAGE.parent / "venv" / "lib" / "python3.12" / "site-packages" / "grain" / "a.py", logging.INFO, False),
-        (orbax.checkpoint.__file__, logging.WARNING, False),
-        ("/home/me/orbax/experiment.py", logging.WARNING, True),
     ],
 )
 def test_printed_log_records(file, level, printed):
