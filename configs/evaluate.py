@@ -1,65 +1,80 @@
-"""Measures of trained priors: `report.html`, `report.json`, a grid and the figures of the paper's two sweeps as CSV.
+"""Evaluation of trained priors: `report.html`, `report.json`, an image grid, and the paper's two sweeps as CSV.
 
     python -m dalle_jax.main --config=configs/evaluate.py --config.model_workdir=runs/prior-shapes
     python -m dalle_jax.main --config=configs/evaluate.py --config.model_workdir=runs/prior-shapes,runs/maskgit-shapes \
         --config.clip=runs/clip-shapes --config.metrics.candidates=16
     python -m dalle_jax.main --config=configs/evaluate.py:coco --config.model_workdir=DIR --config.data.path=COCO \
         --config.metrics.inception=pt_inception-2015-12-05-6726825d.pth
-    python -m dalle_jax.main --config=configs/evaluate.py:cub --config.model_workdir=DIR --config.data.path=CUB …
 
-Without a variant: a held-out split of the model's own data. `coco` and `cub` are DALL-E's evaluation (section 3.1),
-whatever the model was trained on: 30,000 captions of MS-COCO's validation split, all unique captions of CUB's test
-split. `dalle_jax/evaluation/test_sets.py` says which choices the paper leaves open and which are taken here; they are
-written into the report.
+`own` measures a held-out split of the model's own data. `coco` and `cub` are DALL-E's evaluation (section 3.1) for any
+model. The paper leaves some choices open; `dalle_jax/evaluation/test_sets.py` lists ours, and the report contains them.
 
-Figures: PSNR, SSIM, codebook use and FID of reconstructions; nats per token, seconds per picture; FID, Inception score,
-precision and recall where the weights of Inception-v3 are given; the same by CLIP's features (`fid_clip`), CLIP score
-and the best of N where a CLIP is; and on the embedded shapes whether pictures show what the captions say.
+Metrics: PSNR, SSIM, codebook use and FID of reconstructions; nats per token and seconds per image. With the weights of
+Inception-v3: FID, Inception score, precision and recall. With a CLIP: the same by its features (`fid_clip`), CLIP score
+and the best of N. On the embedded shapes: whether the images show what the captions state.
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from dalle_jax.configuration import config_files
+from dalle_jax.configuration import sections
+from dalle_jax.configuration.config_files import choose
+from dalle_jax.configuration.sections import section
+from dalle_jax.data.sources.source import DataOptions
+from dalle_jax.evaluation.measure import Options
+from dalle_jax.priors.sampling import SamplingOptions
 
-common = config_files.module(__file__, "common.py")
-
-# name: (data, None: the model's own; split, captions, how many of them)
 VARIANTS = {
-    "own": (None, "heldout", "first", 256),
-    "coco": (common.coco(), "validation", "drawn", 30_000),
-    "cub": (common.cub(), "test", "unique", None),
-}
+    "own": dict(
+        doc="a held-out split of the model's own data; shapes: two CPU cores, 1 minute",
+        split="heldout", captions="first", count=256,
+    ),
+    "coco": dict(
+        doc="30,000 captions of MS-COCO's validation split; one GPU, not yet measured",
+        data=sections.COCO, split="validation", captions="drawn", count=30_000,
+    ),
+    "cub": dict(
+        doc="all unique captions of CUB's test split; one GPU, not yet measured",
+        data=sections.CUB, split="test", captions="unique", count=None,
+    ),
+}  # fmt: skip
+# The images are used as they are, at the model's size.
 _OF_TRAINING = ("image_size", "augment", "train_split", "eval_split", "cache", "workers", "bpe_dropout")
+
+KEYS = {
+    "workdir": "directory of the report",
+    "model_workdir": "workdir of the prior; or several, separated by commas, to compare",
+    "step": "checkpoint; None: the latest",
+    "clip": "workdir or folder of a CLIP; None: the one in the prior's workdir, if any",
+    "split": "split of the data set",
+    "captions": '"first" of each image, one "drawn" of each, or each "unique" one',
+    "count": "number of captions, with one sample each; None: all",
+    "metrics.inception": "file of Inception-v3's weights; None: no FID and no Inception score",
+    "metrics.candidates": "largest N of the best of N by CLIP; 0: no such sweep",
+    "rows_at_once": "images per batch, over all devices; fewer need less memory",
+    **sections.SAMPLING_KEYS,
+}
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    variant, (data, split, captions, count) = config_files.choose(VARIANTS, variant, __file__)
+    variant, row = choose(VARIANTS, variant, __file__)
 
     config = ConfigDict()
     config.job = "evaluate"
-    config.workdir = "runs/evaluated" if data is None else f"runs/evaluated-{variant}"  # where the report goes
-    config.model_workdir = "runs/prior-shapes"  # the prior; or several, separated by commas, side by side
-    config.step = placeholder(int)  # a checkpoint; None: the latest
-    config.clip = placeholder(str)  # a CLIP's workdir or folder; None: the one in the prior's workdir, if any
+    config.workdir = f"runs/evaluated-{variant}" if "data" in row else "runs/evaluated"
+    config.model_workdir = "runs/prior-shapes"
+    config.step = placeholder(int)
+    config.clip = placeholder(str)
     config.seed = 0
 
-    if data is not None:
-        config.data = data
-        for key in _OF_TRAINING:  # pictures are taken as they are, at the model's size
-            del config.data[key]
-    config.split = split
-    config.captions = captions  # "first" of each picture, one "drawn" of each, or each "unique" one
-    config.count = placeholder(int) if count is None else count  # captions, one sample each; None: all
-
-    config.metrics = ConfigDict({
-        "inception": placeholder(str),  # the file of Inception-v3's weights; None: without FID and Inception score
-        "inception_resize": "bilinear_tf1",  # the original FID's and torch-fidelity's; or "bilinear_half_pixel"
-        "blur": (0, 1, 2, 4, 8),  # radii in pixels, on both sides
-        "candidates": 0,  # the best of 1, 2, 4, … so many by CLIP; 0: without
-        "candidate_captions": 128,  # of so many captions
-    })  # fmt: skip
-    config.sampling = common.sampling()
-    config.rows_at_once = 64  # pictures drawn or judged in one go, by all devices together
-    config.mesh = common.mesh()  # see configs/generate.py
+    if "data" in row:
+        data = {key: value for key, value in row["data"].items() if key not in _OF_TRAINING}
+        config.data = section(DataOptions, without=_OF_TRAINING, **data)
+    config.split = row["split"]
+    config.captions = row["captions"]
+    config.count = placeholder(int) if row["count"] is None else row["count"]
+    config.metrics = section(Options, without=["seed"])
+    config.sampling = section(SamplingOptions)
+    config.rows_at_once = 64
+    config.mesh = sections.mesh()  # images over all devices; fsdp, tensor: split a prior that one device cannot hold
     return config

@@ -1,92 +1,105 @@
 """The MaskGIT prior: a bidirectional transformer that draws all image tokens in a few steps (arXiv 2202.04200).
 
     python -m dalle_jax.main --config=configs/maskgit.py               # shapes: embedded data, a laptop's CPU
-    python -m dalle_jax.main --config=configs/maskgit.py:emoji         # the emoji of an installed font
     python -m dalle_jax.main --config=configs/maskgit.py:folder --config.data.path=DIR
-    python -m dalle_jax.main --config=configs/maskgit.py:coco --config.data.path=DIR
-    python -m dalle_jax.main --config=configs/maskgit.py:cub --config.data.path=DIR
-    python -m dalle_jax.main --config=configs/maskgit.py:paper --config.data.path=DIR --config.tokenizer_from=DVAE_DIR
+    python -m dalle_jax.main --config=configs/maskgit.py --help        # all variants, and the keys that people set
 
-Data, text, image tokenizer and loop are those of `prior.py`; where the image tokenizer has not been trained, that is
-done first. `paper` and `coco` have the paper's size (24 layers of 768), `3b` that of Muse's base model, `cub` that of
-`prior.py:cub`; all over 32x32 tokens. A masked prior is scored on two thirds of the tokens of a picture at a time, and
-each time on others: `coco` and `cub` train for twice as long as the autoregressive ones.
+Data, text, image tokenizer and loop are those of configs/prior.py. The image tokenizer is trained first if it has not
+been trained. `--config.start_from=runs/prior-shapes` starts from the parameters, tokenizer and text model of an
+autoregressive prior with the same trunk, and needs far fewer updates (the quickstart does so).
 
-Where an autoregressive prior of the same trunk is there already, `--config.start_from=runs/prior-shapes` takes over its
-parameters, tokenizer and text model: far fewer updates are needed (the quickstart does so).
+`paper` and `coco` have the paper's size (24 layers of 768), `3b` that of Muse's base model, `cub` that of
+configs/prior.py:cub; all over 32x32 tokens. Each update scores two thirds of an image's tokens, other ones each time.
+So `coco` and `cub` train twice as long as the autoregressive priors.
 
-`paper` splits parameters, average and optimizer over all chips, `3b` over half of them, as `prior.py:paper` does. By
-the TPU compiler, of each chip (configs/compile.py prints them; experiments/results/compile/compile.md has more):
+`paper` splits parameters, average and optimizer over all chips, `3b` over half of them. The table in
+experiments/results/compile/compile.md has memory, operations and step time for each topology.
 
-    variant  topology  chips                   GiB        TFLOP of model, program   step, of the peak by the roofline
-    paper    v5e:4x4      16                   11.5 of 16     30.8    25.8     343 ms   46%
-    paper    v5p:2x2x2     8  data=2           21.2 of 95     61.6    51.7     387 ms   35%
-    paper    v6e:2x4       8                   22.8 of 32     61.6    51.7     342 ms   20%
-    3b       v5p:4x4x4    64                   21.9 of 95    164.6   151.6     509 ms   70%
-    3b       v5e:8x8      64  remat=attention  13.2 of 16    164.6   172.2    1222 ms   68%
-    3b       v6e:8x8      64                   21.8 of 32    164.6   151.6     380 ms   47%
-
-Measured on `shapes`, two CPU cores, captions held out of training, 8 steps: 7,000 updates from scratch, 6 minutes, 0.62
-of the captions right; 2,600 from the autoregressive prior, 2 to 4 minutes, 0.89 and 0.99 on two processors. `emoji`:
-experiments/results/emoji/.
-Not yet measured: the others.
+Measured on `shapes`, two CPU cores, held-out captions, 8 decoding steps: 0.62 of the captions right after 7,000 updates
+from scratch; 0.89 and 0.99 (on two processors) after 2,600 updates from the autoregressive prior. `emoji`:
+experiments/results/emoji/. Not yet measured: the others.
 """
 
 from ml_collections import ConfigDict
 
-from dalle_jax.configuration import config_files
+from configs import prior
+from dalle_jax.configuration import sections
+from dalle_jax.configuration.config_files import choose
+from dalle_jax.configuration.sections import schedule, section
+from dalle_jax.priors.maskgit import MaskGITOptions
 
-common = config_files.module(__file__, "common.py")
-autoregressive = config_files.module(__file__, "prior.py")
 
-# name: (variant of prior.py, width, depth, heads, dropout, batch, steps)
+def cpu(steps):
+    """Overrides for a small model and a short training on a CPU. They learn faster than the paper's model."""
+    return {
+        "model.head": "linear",
+        "model.tied_embeddings": False,
+        "model.embedding_scale": 1.0,
+        "model.head_scale": 0.5,
+        "model.codebook_init": True,
+        "model.neighbour_kernel": 3,
+        "model.label_smoothing": 0.0,
+        "model.steps": 8,
+        "schedules.learning_rate": schedule(
+            "warmup_cosine", peak=2e-3, end=1e-5, warmup_steps=steps // 20, steps=steps
+        ),
+        "mesh.data": 1,  # four examples at a time: more devices would wait for each other
+        **sections.cadence((steps + 3) // 4),
+    }
+
+
 VARIANTS = {
-    "shapes": ("shapes", 128, 5, 4, 0.0, 4, 7000),
-    "emoji": ("emoji", 192, 6, 6, 0.0, 4, 5000),
-    "folder": ("folder", 512, 12, 8, 0.1, 64, 100_000),
-    "coco": ("coco", 768, 24, 12, 0.1, 64, 200_000),
-    "cub": ("cub", 512, 12, 8, 0.1, 64, 40_000),
-    "paper": ("paper", 768, 24, 16, 0.1, 256, 500_000),
-    "3b": ("paper", 2048, 48, 16, 0.1, 512, 1_000_000),
+    "shapes": dict(
+        doc="drawn shapes, embedded; two CPU cores, 6 minutes",
+        prior="shapes", trunk=dict(width=128, depth=5, heads=4), batch_size=4, steps=7000, overrides=[cpu],
+    ),
+    "emoji": dict(
+        doc="the emoji of an installed font; two CPU cores, 7 minutes if started from the prior",
+        prior="emoji", trunk=dict(width=192, depth=6, heads=6), batch_size=4, steps=5000, overrides=[cpu],
+    ),
+    "folder": dict(
+        doc="your own images (data.path), 128 pixels; one GPU, not yet measured",
+        prior="folder", trunk=dict(width=512, depth=12, heads=8, dropout=0.1), batch_size=64, steps=100_000,
+    ),
+    "coco": dict(
+        doc="MS-COCO; one GPU or TPU host, not yet measured",
+        prior="coco", trunk=dict(width=768, depth=24, heads=12, dropout=0.1), batch_size=64, steps=200_000,
+    ),
+    "cub": dict(
+        doc="CUB-200-2011; one GPU or TPU host, not yet measured",
+        prior="cub", trunk=dict(width=512, depth=12, heads=8, dropout=0.1), batch_size=64, steps=40_000,
+    ),
+    "paper": dict(
+        doc="the paper's size, your own images (data.path); TPU v5e:4x4 or v6e:2x4, not yet measured",
+        prior="paper", trunk=dict(width=768, depth=24, heads=16, dropout=0.1), batch_size=256, steps=500_000,
+        overrides=[sections.split_over_chips(copies=1)],
+    ),
+    "3b": dict(
+        doc="the size of Muse's base model, your own images; TPU v5p:4x4x4 or v6e:8x8, not yet measured",
+        prior="paper", trunk=dict(width=2048, depth=48, heads=16, dropout=0.1), batch_size=512, steps=1_000_000,
+        overrides=[sections.split_over_chips(copies=2)],
+    ),
+}  # fmt: skip
+
+KEYS = prior.KEYS | {
+    "model.steps": "decoding steps of previews and samples",
+    "model.choice_temperature": "randomness in the order of unmasking",
 }
 
 
 def get_config(variant: str | None = None) -> ConfigDict:
-    variant, (base, width, depth, heads, dropout, batch, steps) = config_files.choose(VARIANTS, variant, __file__)
-    small = variant in ("shapes", "emoji")  # sized for a CPU
-    copies = {"paper": 1, "3b": 2}.get(variant, 0)  # of the parameters, split over pods; see common.run
+    variant, row = choose(VARIANTS, variant, __file__)
 
-    config = autoregressive.get_config(base)
+    config = prior.get_config(row["prior"])
     config.variant = variant
     config.workdir = f"runs/maskgit-{variant}"
-    length = common.set_steps(config, steps)
+    sections.set_steps(config, row["steps"])
 
     config.prior = "maskgit"
-    trunk = config.model.trunk
-    trunk.update({"width": width, "depth": depth, "heads": heads, "dropout": dropout})
-    config.model = ConfigDict({
-        "trunk": trunk,
-        "head": "linear" if small else "mlm",
-        "tied_embeddings": not small,
-        "embedding_scale": 1.0 if small else 0.02,
-        "head_scale": 0.5 if small else 0.02,
-        "codebook_init": small,
-        "neighbour_kernel": 3 if small else 0,
-        "mask_schedule": "cosine",
-        "label_smoothing": 0.0 if small else 0.1,
-        "unmasked_weight": 0.0,
-        "caption_drop": config.model.caption_drop,
-        "steps": 8 if small else 18,
-        "order": "confidence",
-        "choice_temperature": 4.5,
-    })  # fmt: skip
-
-    if not small:
-        rate = common.schedule("warmup_constant", value=1e-4, warmup_steps=5000)
-    else:
-        rate = common.schedule("warmup_cosine", peak=2e-3, end=1e-5, warmup_steps=length // 20, steps=length)
-    config.schedules = ConfigDict({"learning_rate": rate})
-    common.run(config, batch_size=batch, every=(length + 3) // 4 if small else 5000, split=copies)
-    if small:
-        config.mesh.data = 1  # four examples at a time: more devices would wait for each other
+    trunk, caption_drop = config.model.trunk, config.model.caption_drop
+    trunk.update(row["trunk"])
+    config.model = section(MaskGITOptions, trunk=trunk, caption_drop=caption_drop, steps=18)
+    config.schedules = ConfigDict({"learning_rate": schedule("warmup_constant", value=1e-4, warmup_steps=5000)})
+    sections.training_loop(config, row["batch_size"], every=5000)
+    sections.override(config, *row.get("overrides", []))
     return config

@@ -1,35 +1,44 @@
-"""The command line: flags → config → job.
+"""The command line: reads the flags, builds the configuration and runs its job.
 
     python -m dalle_jax.main --config=configs/prior.py[:variant] [--workdir=DIR] [--config.key=value ...]
+    python -m dalle_jax.main --help                              # the configs
+    python -m dalle_jax.main --config=configs/prior.py --help    # its variants and keys; all keys: --help=all
 
-Exit status: 0 done (or stopped and saved), 1 an error, 2 a wrong flag or configuration, 130 a second Ctrl-C.
+| exit status | meaning                                  |
+|-------------|------------------------------------------|
+| 0           | done, or saved and stopped by a signal   |
+| 1           | an error                                 |
+| 2           | a wrong flag or configuration            |
+| 130         | a second Ctrl-C                          |
 """
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import logging
+import pathlib
 import sys
 import traceback
-from typing import Any
 
-from absl import app, flags, logging
+from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from dalle_jax import compilation_cache
+from dalle_jax.configuration import command_help, config_files
 from dalle_jax.configuration.flag_errors import explain_flag_error
 from dalle_jax.distributed.joining import define_flags
 from dalle_jax.distributed.turns import is_first, joined
 from dalle_jax.distributed.watchdog import end_process
 from dalle_jax.errors import ConfigError, UserError
+from dalle_jax.storage.files import disable_listings_cache
 
-_CONFIG = config_flags.DEFINE_config_file(
-    "config", lock_config=True, help_string="What to do: configs/NAME.py[:variant]."
-)
-_WORKDIR = flags.DEFINE_string("workdir", "", "Where the run keeps its files (default: config.workdir).")
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="The job: configs/NAME.py[:variant].")
+_WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run (default: config.workdir).")
 _start_hosts = define_flags()
 
-# config.job → the module whose run(config, workdir) does it.
+# config.job → the module whose run(config, workdir) runs it. Imported by name, so that start-up stays fast.
 JOBS = {
     "train": "dalle_jax.jobs.train",
     "generate": "dalle_jax.jobs.generate",
@@ -37,31 +46,57 @@ JOBS = {
     "quickstart": "dalle_jax.jobs.quickstart",
     "compile": "dalle_jax.jobs.compile",
 }
+_PACKAGE = pathlib.Path(__file__).parent
 
 
 def _parse(argv: list[str]) -> list[str]:
-    """Parses the flags; what the user got wrong becomes a `ConfigError` of one line."""
+    """Parses the flags.
+
+    Returns:
+      The command line without the flags.
+
+    Raises:
+      ConfigError: a wrong flag, config file or key; the message is one line.
+    """
     try:
-        rest = flags.FLAGS(argv)
+        wanted, argv = command_help.split(argv)
+        with config_files.importable(config_files.given(argv)):
+            rest = flags.FLAGS(argv)
+        if wanted and _CONFIG.value is None:
+            print(command_help.overview())
+            sys.exit(0)
         if len(rest) > 1:
-            raise ConfigError(f"Unexpected argument {rest[1]!r}: options are written --name=value.")
+            raise ConfigError(f"Unexpected argument {rest[1]!r}: write options as --name=value.")
         if _CONFIG.value is None:
-            raise ConfigError("No --config given; begin with --config=configs/quickstart.py.")
-        if _CONFIG.value.job not in JOBS:  # (a file that could not be read says so here)
+            raise ConfigError("No --config given; start with --config=configs/quickstart.py (--help lists all).")
+        if _CONFIG.value.job not in JOBS:  # (reading the value raises if the file is unreadable)
             raise ConfigError(f"config.job={_CONFIG.value.job!r}: expected one of {', '.join(JOBS)}.")
+        if wanted:
+            print(command_help.describe(config_files.given(argv), _CONFIG.value, everything=wanted == "all"))
+            sys.exit(0)
         return rest
     except (flags.Error, LookupError, AttributeError, ValueError, TypeError, OSError, SyntaxError) as error:
         raise explain_flag_error(error, argv) from None
 
 
-def _worth_reading(record: Any) -> bool:
-    """Our own news, of the first host; and everybody's warnings."""
-    return record.levelno >= 30 or ("dalle_jax" in record.pathname and is_first())
+def configure_logging() -> None:
+    """Prints the messages of this package and the warnings of libraries, without prefixes."""
+    handler = absl_logging.get_absl_handler()
+    handler.addFilter(_is_worth_reading)
+    handler.setFormatter(None)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    """Returns whether to print a log record.
+
+    The first host prints the messages of this package. Every host prints warnings of this package and of libraries.
+    """
+    return record.levelno >= logging.WARNING or (is_first() and pathlib.Path(record.pathname).is_relative_to(_PACKAGE))
 
 
 def _run(_: list[str]) -> None:
-    logging.get_absl_handler().addFilter(_worth_reading)
-    logging.get_absl_handler().setFormatter(None)  # the message alone
+    configure_logging()
+    disable_listings_cache()
     config = _CONFIG.value
     _start_hosts(config.job)
     compilation_cache.enable()
@@ -69,7 +104,7 @@ def _run(_: list[str]) -> None:
 
 
 def main() -> None:
-    """Runs this process's command line, and ends the process."""
+    """Runs the command line of this process, then ends the process."""
     try:
         app.run(_run, flags_parser=_parse)
     except UserError as error:
@@ -78,11 +113,11 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        end_process("interrupted", 130)  # Python's usual end would wait for data that may never come
+        end_process("interrupted", 130)  # Python's usual exit would wait for data that may never come
     except Exception as error:
         if not joined():
             raise
-        # Python's usual end would wait for the other hosts, which wait for this one, and then abort.
+        # Python's usual exit would wait for the other hosts, which wait for this one, and then abort.
         with contextlib.suppress(OSError):
             traceback.print_exc()
         end_process(f"{type(error).__name__}: {error}", 1)

@@ -1,29 +1,59 @@
 """Settings of every test: eight simulated CPU devices, exact float32, no silent rank promotion.
 
-JAX reads these when it is imported, so they are set here, before any test module is collected.  Compiled programs are
-kept for the session, because many tests train the same small model; set JAX_COMPILATION_CACHE_DIR to keep them between
-sessions too.  Each worker process has a folder of its own there: JAX does not write its entries atomically.
+JAX reads these settings when it is imported. They are therefore set here, before any test module is collected.
+
+All processes of a session share one compilation cache, because many tests train the same small model. Set
+JAX_COMPILATION_CACHE_DIR to keep the compiled programs between sessions.
 """
 
 import atexit
 import os
 import shutil
+import signal
 import tempfile
 
+import compiled_programs
+import longest_first
+import pytest
 import quick_xla
 
 os.environ["JAX_PLATFORMS"] = os.environ.get("DALLE_JAX_TEST_PLATFORMS", "cpu")
-# Programs here are compiled far more often than run: optimising them less takes less than half the time.
+# Tests compile programs far more often than they run them. Less optimisation takes less than half the time.
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {quick_xla.flags()}")
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_DEFAULT_MATMUL_PRECISION"] = "float32"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="dalle_jax_tests_xla_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
-elif worker := os.environ.get("PYTEST_XDIST_WORKER"):
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(os.environ["JAX_COMPILATION_CACHE_DIR"], worker)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
-import type_checks  # noqa: E402  (imports jaxtyping, and thereby JAX, which has read its settings from above)
 
-type_checks.install()
+def pytest_configure(config):
+    """Prepares a process that runs tests. The controller of pytest-xdist only distributes them."""
+    if not config.getoption("numprocesses", None):
+        import type_checks  # imports jaxtyping and thereby JAX, which reads the settings from above
+
+        type_checks.install()
+        compiled_programs.share()
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts the test files by time, longest first, so that no worker ends with a long file while the others wait."""
+    rank = {name: i for i, name in enumerate(longest_first.FILES)}
+    items.sort(key=lambda item: rank.get(str(item.path.relative_to(longest_first.FOLDER)), len(rank)))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def default_signals():
+    """Restores the default reaction to Ctrl-C and SIGTERM, which a shell may have turned off (`nohup`, `&`, CI).
+
+    Processes that tests start inherit this reaction.
+    """
+    defaults = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    before = {number: signal.getsignal(number) for number in defaults}
+    for number, handler in before.items():
+        if handler is signal.SIG_IGN:
+            signal.signal(number, defaults[number])
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)

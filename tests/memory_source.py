@@ -1,15 +1,15 @@
-"""A source for tests, in a module of its own: worker processes import it, and should import little."""
+"""A source for tests. It has its own module because worker processes import it and should import little else."""
 
 import numpy as np
 
 from dalle_jax.data.sources.source import Record, Source, UnreadableExample
 
 SIZE = 8
-CAPTIONS = [f"a {('red', 'blue')[i % 2]} picture number {i % 7}" for i in range(37)]
+CAPTIONS = [f"a {('red', 'blue')[i % 2]} image number {i % 7}" for i in range(37)]
 
 
 class MemorySource(Source):
-    """`count` pictures, each filled with its own index, with two captions; `broken` ones cannot be read."""
+    """`count` images, each filled with its index, with two captions; those in `broken` cannot be read."""
 
     description = "memory"
 
@@ -25,5 +25,5 @@ class MemorySource(Source):
         if index in self.broken:
             raise UnreadableExample("missing file", name)
         image = np.full((self.side, self.side, 3), index, np.uint8)
-        image[..., 2] = np.arange(self.side)  # a flip or a crop shows
+        image[..., 2] = np.arange(self.side)  # makes a flip or a crop visible
         return Record(image, (CAPTIONS[index % 37], f"{CAPTIONS[index % 37]} again"), name, {})

@@ -1,4 +1,4 @@
-"""Several processes of this machine as several hosts."""
+"""Starts processes of this machine, which may simulate several hosts."""
 
 from __future__ import annotations
 
@@ -8,37 +8,52 @@ import subprocess
 import sys
 from collections.abc import Sequence
 
+import preloaded
+
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def free_address() -> str:
-    """An address at which nobody listens."""
+    """Returns an address that no process listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def host_flags(address: str, count: int, index: int) -> list[str]:
-    """The flags that make a command one of `count` hosts."""
+    """Returns the flags of a command that runs as one of `count` hosts."""
     return [f"--coordinator_address={address}", f"--num_processes={count}", f"--process_id={index}"]
 
 
-def spawn(arguments: Sequence[str], devices: int = 1, session: bool = False, **environment: str) -> subprocess.Popen:
-    """Starts `python ARGUMENTS` with so many simulated CPU devices; stdout and stderr come as text through pipes.
+def spawn(
+    arguments: Sequence[str], devices: int = 1, session: bool = False, **environment: str
+) -> preloaded.Program | subprocess.Popen:
+    """Starts `python ARGUMENTS` with this many simulated CPU devices; its outputs are pipes of text.
 
-    With `session` it leads a group of its own, for `os.killpg`: what a terminal's Ctrl-C and a batch system do.
+    The process is forked from one that has imported the library. It is a fresh one where JAX or Python must read
+    other variables at their import, and outside Linux.
+
+    Args:
+      arguments: of the command line.
+      devices: number of simulated devices.
+      session: whether the process leads its own group, for `os.killpg`. Terminals and batch systems signal groups.
+      **environment: variables to set in addition.
     """
     others = [flag for flag in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in flag]
     flags = " ".join([f"--xla_force_host_platform_device_count={devices}", *others])
     path = os.pathsep.join([ROOT, os.path.join(ROOT, "tests")])
+    variables = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path} | environment
+    if sys.platform == "linux" and not any(name.startswith(("JAX_", "PYTHON")) for name in environment):
+        return preloaded.Program(arguments, variables, session)
     return subprocess.Popen(
         [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-        start_new_session=session,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path} | environment,
+        start_new_session=session, env=variables,
     )  # fmt: skip
 
 
-def finish(processes: Sequence[subprocess.Popen], seconds: float = 240) -> list[tuple[int, str, str]]:
+def finish(
+    processes: Sequence[preloaded.Program | subprocess.Popen], seconds: float = 240
+) -> list[tuple[int, str, str]]:
     """Waits for all: (status, stdout, stderr) of each. Ends those that are still there after the time, or an error."""
     try:
         outputs = [process.communicate(timeout=seconds) for process in processes]

@@ -1,17 +1,13 @@
-"""configs/prior.py in very small, as a configuration of its own: `--config=tests/small_prior.py:FOLDER`."""
-
-import pathlib
+"""A very small configs/prior.py, for tests in child processes: `--config=tests/small_prior.py:FOLDER`."""
 
 from ml_collections import ConfigDict
 
-from dalle_jax.configuration import config_files
-
-CONFIGS = pathlib.Path(__file__).parents[1] / "configs" / "any"
+from configs import prior
 
 
 def get_config(folder: str) -> ConfigDict:
-    """Both trainings write into `folder`, the data set too: 16 pixels, 4×4 tokens, four devices."""
-    config = config_files.module(CONFIGS, "prior.py").get_config("shapes")
+    """Returns the configuration: 16 pixels, 4×4 tokens, four devices. Everything is written into `folder`."""
+    config = prior.get_config("shapes")
     common = {
         "data": {
             "image_size": 16, "data_dir": f"{folder}/data",

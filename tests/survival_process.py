@@ -1,16 +1,16 @@
-"""A real training process to do harm to: `tiny_job` behind the command line of `dalle_jax.main`.
+"""A real training process for tests of faults: `tiny_job` behind the command line of `dalle_jax.main`.
 
     python tests/survival_process.py --config=tests/survival_process.py --workdir=DIR [--config.key=value ...]
 
-It prints "logged" after every step, and does to itself what $FAULT says:
+It prints "logged" after every step.  $FAULT selects a fault:
 
     stall:K           the data source never delivers batch K (counted from the start of the process)
-    file_events:N     SIGKILL at the N-th time that a file below `checkpoints` is opened for writing, made, renamed or
-                      removed
+    file_events:N     SIGKILL at the N-th time that a file below `checkpoints` is opened for writing, created, renamed
+                      or removed
     poison:K          the loss is not a number from step K on
-    hang:K            on the second host the device never ends its work of the step after step K, nor of any later one
-    refuse:K          the second host cannot read its batch K
-    slow:S            S seconds for each step
+    hang:K            on the second host the device never ends a step after step K
+    fail:K            the second host cannot read its batch K
+    slow:S            each step takes S seconds more
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ import time
 import jax
 
 if __name__ == "__main__":
-    sys.modules["torch"] = None  # tensorboardX would import it: half of the time that a process takes to start
+    sys.modules["torch"] = None  # tensorboardX would import it, which takes half of the start-up time
 
 from tiny_job import tiny_config, tiny_job  # noqa: E402
 
@@ -39,7 +39,7 @@ def get_config():
 
 
 class Stopping:
-    """Another iterator, that does something else after so many batches."""
+    """An iterator that calls `then` after `left` batches."""
 
     def __init__(self, batches, left, then):
         self._batches, self._left, self._then = batches, left, then
@@ -56,20 +56,20 @@ def stall():
     threading.Event().wait()
 
 
-def refuse():
+def fail():
     if jax.process_index() == 1:
-        raise DataError("a bad picture on this host")
+        raise DataError("a bad image on this host")
 
 
 def hang_from(step, host, loss):
-    """`loss`, but that the device of that host waits for ever inside it.  Its other threads go on."""
+    """Returns a `loss` in which the device of that host waits forever.  Its other threads continue."""
 
     def wait(now):
         if now >= step and jax.process_index() == host:
             threading.Event().wait()
 
     def hanging(params, frozen, batch, key, now):
-        jax.debug.callback(wait, now, partitioned=True)  # on each device, not on the first host's alone
+        jax.debug.callback(wait, now, partitioned=True)  # on each device, not on the first host only
         return loss(params, frozen, batch, key, now)
 
     return hanging
@@ -86,8 +86,8 @@ def run(config, workdir):
     if FAULT == "hang":
         job.task.loss = hang_from(int(COUNT), 1, job.task.loss)
     batches = job.train_batches
-    if FAULT in ("stall", "refuse"):
-        batches = lambda: Stopping(job.train_batches(), int(COUNT), {"stall": stall, "refuse": refuse}[FAULT])
+    if FAULT in ("stall", "fail"):
+        batches = lambda: Stopping(job.train_batches(), int(COUNT), {"stall": stall, "fail": fail}[FAULT])
     state = train(config, workdir, dataclasses.replace(job, train_batches=batches, data_counts=logged))
     print(f"done at step {int(state.step)}", flush=True)
 

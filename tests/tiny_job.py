@@ -23,7 +23,7 @@ FEATURES, HIDDEN, TARGETS = 8, 16, 4
 
 
 def tiny_config(**changes: Any) -> ConfigDict:
-    """A whole training configuration; `changes` by dotted name, dots written as two underscores."""
+    """Returns a complete training configuration with `changes` by dotted name, with two underscores for each dot."""
     config = ConfigDict(
         {
             "job": "train",
@@ -109,7 +109,7 @@ def _example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
 
 
 def tiny_batches(batch_size: int, seed: int = 0, rows: Sequence[int] | None = None) -> Any:
-    """Endless shuffled batches of 97 examples with fresh noise in every epoch, as a grain iterator; `rows` of each."""
+    """Returns a grain iterator over endless shuffled batches of 97 examples, whose noise changes every epoch."""
     dataset = grain.MapDataset.range(97).seed(seed).shuffle().repeat().random_map(_example).batch(batch_size)
     if rows is not None:
         dataset = dataset.map(lambda batch: {name: value[rows] for name, value in batch.items()})
@@ -117,7 +117,7 @@ def tiny_batches(batch_size: int, seed: int = 0, rows: Sequence[int] | None = No
 
 
 def tiny_job(config: ConfigDict, **task: Any) -> Job:
-    """A job of `TinyTask(**task)`; its evaluation has three batches."""
+    """Returns a job of `TinyTask(**task)` with three evaluation batches."""
 
     def rows_here():
         return host_rows(make_mesh(**config.mesh), config.batch_size)
@@ -132,5 +132,5 @@ def tiny_job(config: ConfigDict, **task: Any) -> Job:
         task=TinyTask(**task),
         train_batches=lambda: tiny_batches(config.batch_size, config.seed, rows_here()),
         eval_batches=eval_batches,
-        data_counts=lambda: {"unreadable": 2},
+        data_counts=lambda: {"left_out/unreadable": 2},
     )

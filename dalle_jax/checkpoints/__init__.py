@@ -1,1 +1,1 @@
-"""Checkpoints, frozen modules, and what else a run directory holds."""
+"""Checkpoints, frozen modules, and the other files of a workdir."""

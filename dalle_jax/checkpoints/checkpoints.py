@@ -1,16 +1,16 @@
-"""Checkpoints of a run: parameters, their average, the rest of the train state, the data iterator, the configuration.
+"""Checkpoints of a run: named trees of arrays, the place in the data, and the configuration.
 
     <workdir>/checkpoints/<step>/{params,ema,rest,data,config,checksums}
 
-Parameters and average are items of their own, so that generation reads one of them and nothing else.  Writing is
-asynchronous and atomic (orbax writes to a temporary folder and renames it; on object storage, it writes a mark when the
-rest is there), so that a crash or a full disk never damages what is there.  A checkpoint can be read onto another mesh
-and by another number of hosts.
+The parameters and their moving average are separate items, so that generation reads one of them and nothing else.
+Writing is asynchronous and atomic.  Orbax writes to a temporary folder and renames it.  On object storage, it writes a
+mark when everything else is there.  A crash or a full disk therefore never damages existing checkpoints.  Another
+number of hosts, with another mesh, can read a checkpoint.
 
-What was damaged later (truncated, lost or changed files) is found when it is read: the checkpoint is named in a warning
-and the one before it is used.  A training moves it aside, to `<step>.damaged`, and goes on.
+Damage that happens later (truncated, lost or changed files) is found on reading.  A warning then names the checkpoint,
+and the one before it is used.  A training renames the damaged one to `<step>.damaged` and continues.
 
-Orbax stays behind this module and the two that it is made of, `checkpoint_manager` and `stored_checkpoint`.
+Only this module and its parts `manager` and `stored` use orbax.
 """
 
 from __future__ import annotations
@@ -29,20 +29,16 @@ from ml_collections import ConfigDict
 from dalle_jax.checkpoints import checksums
 from dalle_jax.checkpoints.compatibility import check_same_model, to_json
 from dalle_jax.checkpoints.manager import Manager
-from dalle_jax.checkpoints.stored import Damaged, DataState, StoredCheckpoint
+from dalle_jax.checkpoints.stored import Damaged, DataIterator, DataState, StoredCheckpoint
 from dalle_jax.distributed.sharding import abstract
 from dalle_jax.errors import CheckpointError
 from dalle_jax.pytree import PyTree
 from dalle_jax.storage.errors import storage_cause
 from dalle_jax.storage.files import full_path, is_remote
-from dalle_jax.training.step import TrainState
 
 T = TypeVar("T")
 
-_INTACT = (
-    "Checkpoints written before are intact. Free space or mend access, then run the same command again: it goes on "
-    "from the last one."
-)
+_INTACT = "Earlier checkpoints are intact. Free space or restore access, then run the same command again to resume."
 
 
 class Checkpoints:
@@ -60,10 +56,10 @@ class Checkpoints:
         """Opens `<workdir>/checkpoints`.
 
         Args:
-          workdir: directory of the run, local or remote ("gs://...").
-          keep_last: how many of the latest checkpoints to keep.
-          keep_best: how many of the best ones to keep besides.
-          best_metric: which of the metrics given to `save` makes the best; lower is better.
+          workdir: local or remote ("gs://...").
+          keep_last: number of latest checkpoints to keep.
+          keep_best: number of best checkpoints to keep in addition.
+          best_metric: the metric given to `save` that defines the best checkpoint. Lower is better.
           read_only: never write or delete anything.
         """
         self.directory = full_path(workdir) / "checkpoints"
@@ -79,97 +75,104 @@ class Checkpoints:
 
     @property
     def latest_step(self) -> int | None:
-        """Step of the latest checkpoint, None where there is none."""
+        """Step of the latest checkpoint that is not known to be damaged, or None."""
         return max(self.steps, default=None)
 
     @property
     def best_step(self) -> int | None:
-        """Step of the checkpoint with the lowest best metric; the latest where none has been measured."""
-        return self._manager.best_step()
+        """Step with the lowest best metric among `steps`, or None.  The latest step if there is no best metric."""
+        return next(iter(self._from_best()), None)
 
     @property
     def steps(self) -> list[int]:
-        """Steps of all checkpoints kept, rising, but those that were found damaged."""
+        """Steps of all checkpoints in rising order, without those that were found damaged."""
         return sorted({*self._manager.all_steps()} - self._damaged)
 
     def save(
         self,
         step: int,
-        state: TrainState,
-        data_iterator: Any,
+        items: Mapping[str, PyTree],
+        data_iterator: DataIterator,
         config: ConfigDict,
         metrics: Mapping[str, float] | None = None,
     ) -> None:
-        """Starts to write a checkpoint; returns when the state may be overwritten.
+        """Starts to write a checkpoint and returns when the arrays may be overwritten.
 
         Args:
-          step: number of steps done; a step that is there already is left alone.
-          state: the train state.
-          data_iterator: the training iterator, having delivered `step` batches; its state is read now.
+          step: number of steps done. An existing checkpoint of this step is left as it is.
+          items: trees of arrays named "params", "rest" and, if an average is kept, "ema".
+          data_iterator: the training iterator after `step` batches. Its state is read now.
           config: the configuration of the run.
-          metrics: evaluation at this very step, None where there was none.
+          metrics: evaluation at this very step, or None.
 
         Raises:
-          CheckpointError: this one, or the one before it, could not be written (a full disk).
+          CheckpointError: this checkpoint or the previous one could not be written (a full disk).
         """
         if step in self._manager.all_steps():
             return
-        self._check_space(state)
-        arrays, given = _items(state), to_json(config)
+        self._check_space(items)
+        given = to_json(config)
         sums = {
-            "arrays": {item: checksums.of_arrays(tree) for item, tree in arrays.items()},
+            "arrays": {item: checksums.of_arrays(tree) for item, tree in items.items()},
             "config": checksums.of_json(given),
         }
         documents = {"config": given, "checksums": {**sums, "these": checksums.of_json(sums)}}
         with self._storage_errors("write"):
-            self._manager.write(step, arrays, data_iterator, documents, metrics)
+            self._manager.write(step, items, data_iterator, documents, metrics)
 
-    def restore(self, state: TrainState, data_iterator: Any, config: ConfigDict) -> TrainState:
-        """Reads the latest checkpoint that is whole; damaged ones after it are moved aside.
+    def restore(
+        self,
+        items: Mapping[str, PyTree],
+        data_iterator: DataIterator,
+        config: ConfigDict,
+        defaults: Mapping[str, Any] | None = None,
+    ) -> dict[str, PyTree]:
+        """Reads the latest intact checkpoint and moves damaged ones after it aside.
 
-        With several hosts all of them take the same one.
+        All hosts of a run read the same checkpoint.
 
         Args:
-          state: abstract state with shardings; they may be other than those it was written with.
-          data_iterator: its state is set, so that it delivers next what it would have delivered.
-          config: the configuration given; must describe the stored model.
+          items: abstract items with shardings, which may differ from those at writing.
+          data_iterator: its state is set, so that the next batch is the one after the checkpoint.
+          config: the given configuration. It must describe the stored model.
+          defaults: values of the keys that a stored configuration may lack; see `check_same_model`.
 
         Returns:
-          The train state.
+          The items, with arrays.
 
         Raises:
           ConfigMismatch: the checkpoint holds another model.
-          CheckpointError: there is none, or none that can be read.
+          CheckpointError: there is no checkpoint, or none is readable.
         """
 
         def read(step: int) -> tuple[dict[str, PyTree], bytes]:
             with self._same_on_all_hosts(step):
-                stored, wanted = StoredCheckpoint(self.directory / str(step)), _items(state)
-                check_same_model(stored.config(), to_json(config), str(self.directory))
-                stored.check_shapes(wanted)
-                items = {item: stored.arrays(item, tree) for item, tree in wanted.items()}
+                stored = StoredCheckpoint(self.directory / str(step))
+                check_same_model(stored.config(), to_json(config), str(self.directory), defaults)
+                stored.check_shapes(items)
+                arrays = {item: stored.arrays(item, tree) for item, tree in items.items()}
                 place = stored.place_in_data()
-            stored.check_sums(items)
-            return items, place
+            stored.check_sums(arrays)
+            return arrays, place
 
-        items, place = self._whole(None, read)
+        arrays, place = self._first_intact(None, read)
         DataState(data_iterator).set_state(place)
         self._move_damaged_aside()
-        return state.replace(params=items["params"], ema=items.get("ema"), **items["rest"])
+        return arrays
 
     def restore_params(
         self, step: int | str | None = None, *, ema: bool = True, layout: Callable[[PyTree], PyTree] | None = None
     ) -> PyTree:
-        """Reads parameters alone, for generation.
+        """Reads the parameters alone, for generation.
 
         Args:
-          step: which checkpoint: None for the latest that is whole, "best", or a number.
-          ema: the average where one is stored, else (and where none is) the parameters themselves.
-          layout: from what is stored, a tree of values with shape and dtype, to where each array goes, a tree of
-            shardings (default: all on the first device).
+          step: None for the latest intact checkpoint, "best" for the best intact one, or a number.
+          ema: read the moving average if it is stored. Otherwise the parameters are read.
+          layout: maps the stored tree of shapes and dtypes to a tree of shardings. The default puts all arrays on the
+            first device.
 
         Returns:
-          Nested dict of float32 arrays, as the task's `init` made it.
+          Nested dict of float32 arrays, with the structure of the task's `init`.
 
         Raises:
           CheckpointError: there is no such checkpoint, or it is damaged.
@@ -185,16 +188,16 @@ class Checkpoints:
             stored.check_sums(items)
             return items[item]
 
-        return self._whole(step, read)
+        return self._first_intact(step, read)
 
     def config(self, step: int | str | None = None) -> dict[str, Any]:
-        """The configuration stored with a checkpoint (None: the latest that is whole), as plain JSON values."""
-        return self._whole(step, lambda number: StoredCheckpoint(self.directory / str(number)).config())
+        """Reads the stored configuration of a checkpoint as JSON values.  For `step` see `restore_params`."""
+        return self._first_intact(step, lambda number: StoredCheckpoint(self.directory / str(number)).config())
 
     def reached_preemption(self, step: int) -> bool:
-        """Whether, on any host, the cluster asked the job to stop; true at the same step on all hosts.
+        """Returns whether the cluster asked any host to stop; true at the same step on all hosts.
 
-        To be called at every step on every host.  Always false where `jax.distributed` is not in use.
+        Call it at every step on every host.  Without `jax.distributed` it is always false.
         """
         return self._manager.asked_to_stop(step)
 
@@ -208,7 +211,7 @@ class Checkpoints:
             self._manager.wait_until_finished()
 
     def close(self) -> None:
-        """Waits, then lets go of threads and files."""
+        """Waits for pending writes and releases threads and files."""
         with self._storage_errors("write"):
             self._manager.close()
 
@@ -219,11 +222,18 @@ class Checkpoints:
         self.close()
 
     def resolve(self, step: int | str | None) -> int:
-        """The number of a checkpoint that is there: None is the latest; "best"; or that number.
+        """Returns the number of an existing checkpoint.
+
+        Args:
+          step: None for the latest, "best" for the best, or a number. Checkpoints known to be damaged do not count.
 
         Raises:
           CheckpointError: there is no such checkpoint.
         """
+        return self._candidates(step)[0]
+
+    def _candidates(self, step: int | str | None) -> list[int]:
+        """Lists the steps that `step` may stand for: first choice first, at least one."""
         found = self.steps
         if not found:
             raise CheckpointError(
@@ -231,20 +241,27 @@ class Checkpoints:
                 "Train first, or check the path."
             )
         if step is None:
-            return found[-1]
+            return found[::-1]
         if step == "best":
-            return self.best_step if self.best_step is not None else found[-1]
+            return self._from_best()
         if step not in found:
             raise CheckpointError(f"No checkpoint of step {step} in {self.directory}; there are {found}, or 'best'.")
-        return int(step)
+        return [int(step)]
 
-    def _check_space(self, state: TrainState) -> None:
-        """Refuses to begin what cannot fit: cheaper and clearer than an error from the middle of it."""
+    def _from_best(self) -> list[int]:
+        """Lists `steps` from the best to the worst, then those without metrics from the latest to the first."""
+        self.wait()
+        steps = self.steps
+        ranked = [step for step in self._manager.ranked_steps() if step in steps]
+        return ranked + [step for step in reversed(steps) if step not in ranked]
+
+    def _check_space(self, items: Mapping[str, PyTree]) -> None:
+        """Raises before writing if the disk lacks space, because an error in mid-write is late and less clear."""
         if is_remote(self.directory):
             return
-        arrays = jax.tree.leaves(state)
+        arrays = jax.tree.leaves(items)
         here = sum(shard.data.nbytes for x in arrays for shard in x.addressable_shards if shard.replica_id == 0)
-        needed = here + (len(arrays) << 12) + (1 << 20)  # each array is a file; metadata and configuration beside them
+        needed = here + (len(arrays) << 12) + (1 << 20)  # one file per array; metadata and configuration
         free = shutil.disk_usage(self.directory).free
         if free < needed:
             raise CheckpointError(
@@ -252,31 +269,31 @@ class Checkpoints:
                 f"{needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free). {_INTACT}"
             )
 
-    def _whole(self, step: int | str | None, read: Callable[[int], T]) -> T:
-        """What `read` makes of the checkpoint asked for; for None of the latest one that it finds whole."""
+    def _first_intact(self, step: int | str | None, read: Callable[[int], T]) -> T:
+        """Returns `read(number)` of the first candidate for `step` that is not damaged."""
         self.wait()
-        reasons = {}
-        for number in [self.resolve(step)] if step is not None else self.steps[::-1] or [self.resolve(None)]:
+        reasons, chosen = {}, step is not None and step != "best"
+        for number in self._candidates(step):
             with self._storage_errors("read"):
                 try:
                     return read(number)
                 except Damaged as damage:
                     reasons[number] = str(damage)
-            if step is None:
+            if not chosen:
                 self._damaged.add(number)
                 logging.warning(
-                    "The checkpoint %s is damaged (%s): passed over.", self.directory / str(number), reasons[number]
+                    "The checkpoint %s is damaged (%s): skipped.", self.directory / str(number), reasons[number]
                 )
+        listed = "; ".join(f"step {number}: {reason}" for number, reason in reasons.items())
+        remedy = "Ask for another step" if chosen else "Delete them to start from scratch"
         raise CheckpointError(
-            f"No checkpoint in {self.directory} can be read into this model: "
-            f"{'; '.join(f'step {number}: {reason}' for number, reason in reasons.items())}. Damaged, or written by "
-            f"another version. {'Ask for another step' if step is not None else 'Delete them to start afresh'}, or "
-            "give another --workdir."
+            f"No checkpoint in {self.directory} can be read into this model: {listed}. They are damaged, or another "
+            f"version wrote them. {remedy}, or give another --workdir."
         )
 
     @contextmanager
     def _same_on_all_hosts(self, step: int) -> Iterator[None]:
-        """What fails inside on one host fails on all of them; what only one of them finds damaged is so for all."""
+        """Raises on every host if any host fails inside the block; damage on one host is damage on all."""
         error = None
         try:
             yield
@@ -288,13 +305,13 @@ class Checkpoints:
             if mine < worst:
                 where = self.directory / str(step)
                 error = (
-                    Damaged("on another host") if worst == 1 else CheckpointError(f"Another host: cannot read {where}.")
+                    Damaged("on another host") if worst == 1 else CheckpointError(f"Another host cannot read {where}.")
                 )
         if error is not None:
             raise error
 
     def _move_damaged_aside(self) -> None:
-        """Renames what was passed over, so that a checkpoint of that step can be written again."""
+        """Renames damaged checkpoints, so that a checkpoint of that step can be written again."""
         if not self._damaged:
             return
         with self._storage_errors("rename"):
@@ -304,7 +321,7 @@ class Checkpoints:
                     if aside.exists():
                         aside.rmtree()
                     (self.directory / str(step)).rename(aside)
-                    logging.warning("It is kept as %s; delete it when you like.", aside)
+                    logging.warning("It is kept as %s; you may delete it.", aside)
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices("damaged checkpoints are aside")
             self._manager.reload()
@@ -312,7 +329,7 @@ class Checkpoints:
 
     @contextmanager
     def _storage_errors(self, action: str) -> Iterator[None]:
-        """Turns what storage raises, however deep it lies in the chain, into one `CheckpointError`."""
+        """Converts storage errors, however deep in the chain of causes, into one `CheckpointError`."""
         try:
             yield
         except CheckpointError:
@@ -322,10 +339,3 @@ class Checkpoints:
             if cause is None:
                 raise
             raise CheckpointError(f"Cannot {action} checkpoints in {self.directory}: {cause}. {_INTACT}") from error
-
-
-def _items(state: TrainState) -> dict[str, PyTree]:
-    """The state as the items of a checkpoint: parameters, average, and all that remains."""
-    names = ("step", "opt_state", "skipped", "skipped_in_row")
-    items = {"params": state.params, "rest": {name: getattr(state, name) for name in names}}
-    return items if state.ema is None else {**items, "ema": state.ema}

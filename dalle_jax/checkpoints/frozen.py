@@ -1,6 +1,6 @@
-"""A trained module put away whole in a folder of its own: what it is, and its parameters.
+"""Saves and loads a trained module: options.json and params.msgpack.
 
-    options.json      written last: its presence says that the rest is whole
+    options.json      written last: if it exists, the module is complete
     params.msgpack
 
 Folders may be local or remote ("gs://…").
@@ -19,37 +19,45 @@ from etils import epath
 
 from dalle_jax.errors import CheckpointError
 from dalle_jax.pytree import PyTree
-from dalle_jax.storage.files import write_errors, write_json, write_whole
+from dalle_jax.storage.files import expanded, write_atomically, write_errors, write_json
 
 
-def is_there(folder: epath.PathLike) -> bool:
-    """Whether a module is there, whole."""
-    return (epath.Path(folder).expanduser() / "options.json").exists()
+def exists(folder: epath.PathLike) -> bool:
+    """Returns whether the folder holds a complete module."""
+    return (expanded(folder) / "options.json").exists()
 
 
 def save(folder: epath.PathLike, options: Mapping[str, Any], params: PyTree) -> None:
     """Writes both files.
 
+    Args:
+      folder: created if it does not exist.
+      options: JSON values that describe the module.
+      params: tree of arrays.
+
     Raises:
-      UserError: where they cannot be written.
+      UserError: a file cannot be written.
     """
-    folder = epath.Path(folder).expanduser()
+    folder = expanded(folder)
     with write_errors(folder):
-        write_whole(folder / "params.msgpack", flax.serialization.msgpack_serialize(jax.device_get(params)))
+        write_atomically(folder / "params.msgpack", flax.serialization.msgpack_serialize(jax.device_get(params)))
     write_json(folder / "options.json", options)
 
 
 def load(folder: epath.PathLike, remedy: str) -> tuple[dict[str, Any], PyTree]:
-    """The options, and the parameters as JAX arrays.
+    """Reads both files.
 
     Args:
-      folder: where they are.
-      remedy: what to do where they are damaged.
+      folder: see `save`.
+      remedy: what to do about damage, for the message.
+
+    Returns:
+      The options, and the parameters as JAX arrays.
 
     Raises:
-      CheckpointError: where a file is missing or damaged.
+      CheckpointError: a file is missing or damaged.
     """
-    folder = epath.Path(folder).expanduser()
+    folder = expanded(folder)
     try:
         options = json.loads((folder / "options.json").read_text())
         params = flax.serialization.msgpack_restore((folder / "params.msgpack").read_bytes())

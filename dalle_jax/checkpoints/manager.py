@@ -1,9 +1,11 @@
-"""Orbax's manager of checkpoints, set up for the items of a run: which are kept, and how each one is written."""
+"""Orbax's checkpoint manager, configured for the items of a run: which checkpoints to keep and how to write one."""
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,34 +15,36 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
-from dalle_jax.checkpoints.stored import DataState
+from dalle_jax.checkpoints.stored import DataIterator, DataState
 from dalle_jax.pytree import PyTree
 
+_ORBAX = pathlib.Path(ocp.__file__).parents[1]
 _boundaries = itertools.count()  # between steps, over all trainings of this process
 
 
 class Manager(ocp.CheckpointManager):
-    """Orbax's, with the items of a run; measures which cannot be read count as never taken."""
+    """Orbax's manager for the items of a run.  Unreadable metrics count as missing."""
 
     def __init__(self, directory: epath.Path, *, keep_last: int, keep_best: int, best_metric: str, read_only: bool):
-        """Opens the folder; the arguments are those of `Checkpoints`."""
-
+        """Opens the folder.  The arguments are those of `Checkpoints`."""
+        logging.get_absl_logger().addFilter(_is_not_from_orbax)  # notebooks have no other filter
         self._stop_at: int | None = None
-
-        def best(metrics: Mapping[str, float]) -> float:
-            value = metrics.get(best_metric, math.nan)
-            return math.inf if math.isnan(value) else value
-
+        self._loss = functools.partial(_loss, best_metric) if best_metric else None
         keep = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(max(keep_last, 1)),
-                policies.BestN(n=keep_best, get_metric_fn=best, reverse=True, keep_checkpoints_without_metrics=False),
+                policies.BestN(
+                    n=keep_best,
+                    get_metric_fn=functools.partial(_loss, best_metric),
+                    reverse=True,
+                    keep_checkpoints_without_metrics=False,
+                ),
             ]
         )
         super().__init__(
             directory,
             options=ocp.CheckpointManagerOptions(
-                best_fn=best if best_metric else None,
+                best_fn=self._loss,
                 best_mode="min",
                 preservation_policy=keep,
                 cleanup_tmp_directories=not read_only,
@@ -60,18 +64,18 @@ class Manager(ocp.CheckpointManager):
         self,
         step: int,
         arrays: Mapping[str, PyTree],
-        data_iterator: Any,
+        data_iterator: DataIterator,
         documents: Mapping[str, Any],
         metrics: Mapping[str, float] | None,
     ) -> None:
         """Starts to write a checkpoint.
 
         Args:
-          step: its number.
-          arrays: "params", "rest" and, where there is one, "ema": trees of arrays.
+          step: number of the checkpoint.
+          arrays: trees of arrays "params", "rest" and optionally "ema".
           data_iterator: its state is read now.
-          documents: "config" and "checksums": JSON values.
-          metrics: what was measured of it, or None.
+          documents: JSON values "config" and "checksums".
+          metrics: evaluation at this step, or None.
         """
         items = {
             **{item: ocp.args.StandardSave(tree) for item, tree in arrays.items()},
@@ -81,32 +85,43 @@ class Manager(ocp.CheckpointManager):
         numbers = None if metrics is None else {name: float(value) for name, value in metrics.items()}
         self.save(step, args=ocp.args.Composite(**items), metrics=numbers, force=True)
 
-    def asked_to_stop(self, step: int) -> bool:
-        """Whether all hosts stop at `step`, because one of them was told to.  To be called once for each step.
+    def ranked_steps(self) -> list[int]:
+        """Lists the steps with metrics from the best to the worst; of equals, the latest first."""
+        if self._loss is None:
+            return []
+        found = {step: self.metrics(step) for step in self.all_steps()}
+        losses = {step: self._loss(metrics) for step, metrics in found.items() if metrics is not None}
+        return sorted(losses, key=lambda step: (losses[step], -step))
 
-        Orbax would ask JAX with `step`; but JAX wants numbers that rise, also from one training to the next: hosts that
-        are told to stop in the last step of one agree on the first of the other.
+    def asked_to_stop(self, step: int) -> bool:
+        """Returns whether all hosts stop at `step` because one of them got a signal.  Call it once per step.
+
+        Orbax would pass `step` to JAX.  JAX needs numbers that rise over all trainings of a process, because hosts that
+        are asked to stop in the last step of one training would otherwise agree on the first step of the next.
         """
         if super().reached_preemption(next(_boundaries)):
             self._stop_at = step
         return self._stop_at == step
 
     def reached_preemption(self, step: int) -> bool:
-        """What `asked_to_stop` has found: Orbax asks again, from its threads too, and JAX is asked once a step."""
+        """Returns the last result of `asked_to_stop`, because orbax also calls this, from its threads too."""
         return self._stop_at == step
 
     def metrics(self, step: int) -> PyTree | None:
-        """The measures of a checkpoint; None where there are none, or they are damaged."""
+        """Returns the metrics of a checkpoint, or None if they are missing or damaged."""
         try:
             return super().metrics(step)
         except ValueError:
-            logging.warning("The measures of the checkpoint %s are damaged: left out.", self.directory / str(step))
+            logging.warning("The metrics of the checkpoint %s are damaged: ignored.", self.directory / str(step))
             return None
 
 
-def _not_from_orbax(record: Any) -> bool:
-    """Drops what orbax logs: dozens of lines for each save, and every error that it also raises."""
-    return "/orbax/" not in record.pathname.replace("\\", "/")
+def _loss(best_metric: str, metrics: Mapping[str, float]) -> float:
+    """Returns the best metric, or infinity if it is missing or not a number."""
+    value = metrics.get(best_metric, math.nan)
+    return math.inf if math.isnan(value) else value
 
 
-logging.get_absl_logger().addFilter(_not_from_orbax)
+def _is_not_from_orbax(record: Any) -> bool:
+    """Drops orbax's messages: dozens for each save, a warning for each read, and every error that it also raises."""
+    return not pathlib.Path(record.pathname).is_relative_to(_ORBAX)

@@ -1,7 +1,7 @@
-"""One checkpoint as it lies on disk, read part by part; `Damaged` says which part is not as it was written, and why.
+"""One checkpoint on disk, read part by part.  `Damaged` names the part that changed since it was written, and how.
 
-Orbax's handlers are used without its manager, around which the hosts would wait for each other: one of them may have
-found damage.
+This module uses orbax's handlers without its manager, because the manager makes hosts wait for each other.  One host
+may have found damage and left.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import orbax.checkpoint as ocp
@@ -17,22 +17,22 @@ from etils import epath
 
 from dalle_jax.checkpoints import checksums
 from dalle_jax.errors import CheckpointError, UserError
-from dalle_jax.pytree import PyTree
+from dalle_jax.pytree import PyTree, first_mismatch
 from dalle_jax.storage.errors import storage_cause
 
 
 class Damaged(Exception):
-    """A part of a checkpoint is not as it was written; the message names it and what is wrong."""
+    """A part of a checkpoint changed since it was written.  The message names the part and the problem."""
 
 
 class StoredCheckpoint:
     """A folder with the items of a checkpoint.
 
-    Every method raises `Damaged` where that part is, and leaves errors of storage and memory as they are.
+    Every method raises `Damaged` if its part is damaged.  Errors of storage and memory pass unchanged.
     """
 
     def __init__(self, path: epath.Path):
-        """Reads nothing but the checksums, if it was written with them."""
+        """Reads the checksums only, if there are any.  Early versions wrote none."""
         self.path = path
         self._sums = None
         if (path / "checksums").exists():
@@ -43,50 +43,61 @@ class StoredCheckpoint:
             self._sums = sums
 
     def config(self) -> dict[str, Any]:
-        """The configuration, as plain JSON values."""
+        """Reads the configuration as JSON values."""
         config = self._json("config")
         if self._sums is not None and checksums.of_json(config) != self._sums["config"]:
             raise Damaged("config: changed since it was written")
         return config
 
     def has(self, item: str) -> bool:
-        """Whether it was written with arrays of that name."""
+        """Returns whether the checkpoint was written with an item of this name."""
         return (self.path / item).exists() if self._sums is None else item in self._sums["arrays"]
 
     def abstract(self, item: str) -> PyTree:
-        """The arrays of an item as values with shape and dtype."""
+        """Reads the shapes and dtypes of an item's arrays."""
         with _damage(item):
             return ocp.StandardCheckpointHandler().metadata(self.path / item).tree
 
     def check_shapes(self, items: Mapping[str, PyTree]) -> None:
-        """Compares the names and shapes of all arrays (without checksums: of parameters) with those in `items`.
+        """Compares the names and shapes of all arrays with those in `items`.
+
+        Without checksums, only those of the parameters are compared.
 
         Raises:
-          CheckpointError: the first array that is not the same; it was written by another model or optimizer.
+          CheckpointError: another model or optimizer wrote the checkpoint. The message names the first difference.
         """
-        arrays = self._sums["arrays"] if self._sums else {"params": checksums.shapes(self.abstract("params"))}
         for item, tree in items.items():
-            other = checksums.other_shape(arrays[item], tree) if item in arrays else None
-            if other:
+            shapes = self._shapes(item)
+            if shapes is not None and (mismatch := first_mismatch(shapes, tree)):
+                name, stored, given = mismatch
                 raise CheckpointError(
-                    f"The checkpoint {self.path} cannot be read into this model: {item}: {other}. Give the options "
-                    "that it was written with, or another --workdir."
+                    f"The checkpoint {self.path} cannot be read into this model: {item}: {name} is {stored} there, "
+                    f"{given} here. Give the options that it was written with, or another --workdir."
                 )
 
+    def _shapes(self, item: str) -> PyTree | None:
+        """Returns the abstract arrays of an item by name, or None if they are unknown."""
+        if self._sums is None:
+            return self.abstract(item) if item == "params" else None
+        if item not in self._sums["arrays"]:
+            return None
+        arrays = self._sums["arrays"][item].items()
+        return {name: jax.ShapeDtypeStruct(x["shape"], x["dtype"]) for name, x in arrays}
+
     def arrays(self, item: str, abstract: PyTree) -> PyTree:
-        """The arrays of an item, with the dtypes and shardings of `abstract`; see `check_sums`."""
+        """Reads the arrays of an item with the dtypes and shardings of `abstract`, unverified; see `check_sums`."""
         with _damage(item):
             return ocp.StandardCheckpointHandler().restore(self.path / item, args=ocp.args.StandardRestore(abstract))
 
     def check_sums(self, items: Mapping[str, PyTree]) -> None:
-        """Whether arrays that were read are those that were written, where that is known.  All hosts together."""
+        """Compares arrays with their checksums, if there are any.  All hosts must call it together."""
         for item, tree in items.items() if self._sums else ():
             changed = checksums.changed_array(self._sums["arrays"][item], tree)
             if changed:
                 raise Damaged(f"{item}: {changed} changed since it was written")
 
     def place_in_data(self) -> bytes:
-        """What `place_of` gave on this host, or on another one where there were not so many."""
+        """Reads what `DataState.get_state` returned on this host, or on another one if the number of hosts changed."""
         with _damage("data"):
             path = self.path / "data" / f"process_{jax.process_index()}-of-{jax.process_count()}.json"
             if not path.exists():  # another number of hosts: every host counts the same global batches
@@ -100,10 +111,20 @@ class StoredCheckpoint:
             return json.loads((self.path / item / "metadata").read_text())
 
 
-class DataState:
-    """Gives any iterator whose state is bytes or a JSON value the interface that grain's checkpoint handler expects."""
+class DataIterator(Protocol):
+    """An iterator that can return its place and go back to it."""
 
-    def __init__(self, iterator: Any):
+    def get_state(self) -> Any:
+        """Returns the place after the last item delivered, as bytes or a JSON value."""
+
+    def set_state(self, state: Any) -> None:
+        """Moves to a place that `get_state` returned."""
+
+
+class DataState:
+    """Adapts a `DataIterator` to the interface of grain's checkpoint handler."""
+
+    def __init__(self, iterator: DataIterator):
         self._iterator = iterator
 
     def get_state(self) -> bytes:
@@ -117,7 +138,7 @@ class DataState:
 
 
 def _place(state: bytes) -> dict[str, Any]:
-    """What `DataState.get_state` wrote, without its checksum (older ones have none)."""
+    """Returns what `DataState.get_state` wrote, without its checksum, which early versions did not write."""
     place = json.loads(state)
     if place.pop("checksum", None) not in (None, checksums.of_json(place)) or len(place) != 1:
         raise ValueError("changed since it was written")
@@ -126,11 +147,12 @@ def _place(state: bytes) -> dict[str, Any]:
 
 @contextmanager
 def _damage(part: str) -> Iterator[None]:
+    """Converts errors inside the block into `Damaged`, except those of storage, memory and the user."""
     try:
         yield
     except (UserError, MemoryError):
         raise
-    except Exception as error:  # orbax and tensorstore raise whatever comes, `Exception` itself included
+    except Exception as error:  # orbax and tensorstore raise many types, `Exception` itself included
         if storage_cause(error) is not None:
             raise
         raise Damaged(f"{part}: {' '.join(str(error).split())[:200] or type(error).__name__}") from error

@@ -1,12 +1,12 @@
-"""What a prior's workdir holds beside its checkpoints, so that the directory is all that generation needs.
+"""Files of a workdir other than its checkpoints, which make it self-contained for generation.
 
     <workdir>/config.json                        the configuration
     <workdir>/text/sentencepiece.model           the text model
-    <workdir>/image_tokenizer/options.json       the frozen image tokenizer: what it is,
-    <workdir>/image_tokenizer/params.msgpack     and its parameters
-    <workdir>/tokens-….npy                       for training alone: the split's tokens, where they are made once
+    <workdir>/image_tokenizer/options.json       options of the frozen image tokenizer
+    <workdir>/image_tokenizer/params.msgpack     its parameters
+    <workdir>/tokens-….npy                       for training only: the image tokens of the training split
 
-Directories may be local or remote ("gs://…").
+Workdirs may be local or remote ("gs://…").
 """
 
 from __future__ import annotations
@@ -23,28 +23,31 @@ from dalle_jax.checkpoints import frozen
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.data.text import TextModel
 from dalle_jax.distributed.turns import first_host_first
-from dalle_jax.errors import CheckpointError, ConfigError
+from dalle_jax.errors import CheckpointError, ConfigError, UserError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.pytree import PyTree
-from dalle_jax.storage.files import access
+from dalle_jax.storage.files import access, expanded
 
 
 def _path(workdir: epath.PathLike, *parts: str) -> epath.Path:
-    return epath.Path(workdir).expanduser().joinpath(*parts)
+    return expanded(workdir).joinpath(*parts)
+
+
+# -- the configuration and the progress ---------------------------------------------------------------------------
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:
-    """The configuration that a training wrote.
+    """Reads the configuration that a training wrote.
 
     Raises:
-      CheckpointError: where `workdir` is not the directory of a training, or the file is damaged.
-      ConfigError: where its storage cannot be reached.
+      CheckpointError: `workdir` is not the workdir of a training, or the file is damaged.
+      ConfigError: its storage cannot be reached.
     """
     path = _path(workdir, "config.json")
     with access(workdir):
-        there = path.exists()
-    if not there:
+        found = path.exists()
+    if not found:
         raise CheckpointError(
             f"{workdir} is not the workdir of a training: it has no config.json. Train first "
             "(python -m dalle_jax.main --config=configs/prior.py), or check the path."
@@ -52,16 +55,32 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        remedy = "Start the training again: it writes this file when it begins."
+        remedy = "Start the training again: it writes this file at its beginning."
         raise CheckpointError(f"{path} is damaged: {error}. {remedy}") from error
+
+
+def has_config(workdir: epath.PathLike) -> bool:
+    """Returns whether `read_config` finds an intact configuration that is not empty."""
+    try:
+        return bool(read_config(workdir))
+    except UserError:
+        return False
+
+
+def is_complete(workdir: epath.PathLike, config: Mapping[str, Any]) -> bool:
+    """Returns whether a training in `workdir` has reached `config.steps`."""
+    if not _path(workdir, "checkpoints").exists():
+        return False
+    with Checkpoints(str(workdir), read_only=True) as checkpoints:
+        return (checkpoints.latest_step or 0) >= config["steps"]
 
 
 # -- the image tokenizer ------------------------------------------------------------------------------------------
 
 
 def has_tokenizer(workdir: epath.PathLike) -> bool:
-    """Whether a frozen image tokenizer is there, whole."""
-    return frozen.is_there(_path(workdir, "image_tokenizer"))
+    """Returns whether the workdir holds a complete frozen image tokenizer."""
+    return frozen.exists(_path(workdir, "image_tokenizer"))
 
 
 def save_tokenizer(workdir: epath.PathLike, tokenizer: ImageTokenizer, params: PyTree) -> None:
@@ -70,41 +89,40 @@ def save_tokenizer(workdir: epath.PathLike, tokenizer: ImageTokenizer, params: P
 
 
 def load_tokenizer(workdir: epath.PathLike) -> tuple[ImageTokenizer, PyTree]:
-    """The image tokenizer of a workdir: the frozen one of a prior, or the one that a dVAE training made.
+    """Loads the image tokenizer of a workdir: a prior's frozen one, or the one that a dVAE training trained.
 
     Raises:
-      CheckpointError: where there is neither, or it is damaged.
+      CheckpointError: there is neither, or it is damaged.
     """
     if has_tokenizer(workdir):
         folder = _path(workdir, "image_tokenizer")
-        options, params = frozen.load(folder, "Delete it: the training freezes its tokenizer there again.")
+        options, params = frozen.load(folder, "Delete it: the training then freezes its tokenizer there again.")
         return tokenizers.from_dict(options), params
     config = read_config(workdir)
     if config.get("task") != "dvae":
         raise CheckpointError(f"{workdir} holds no image tokenizer: its task is {config.get('task')!r}, not 'dvae'.")
-    checkpoints = Checkpoints(str(workdir), read_only=True)
-    try:
-        return tokenizers.from_config(config), checkpoints.restore_params()
-    finally:
-        checkpoints.close()
+    with Checkpoints(str(workdir), read_only=True) as checkpoints:
+        return tokenizers.of_training(config), checkpoints.restore_params()
 
 
 # -- the text model -----------------------------------------------------------------------------------------------
 
 
 def text_model_path(workdir: epath.PathLike) -> epath.Path:
+    """Returns the path of the workdir's text model."""
     return _path(workdir, "text", "sentencepiece.model")
 
 
 def ensure_text_model(section: ConfigDict, captions: Iterable[str], workdir: epath.PathLike) -> TextModel:
-    """The workdir's text model; copied from `section.path`, or trained on the captions, where it has none yet.
+    """Loads the workdir's text model, after copying it from `section.path` or training it if it does not exist yet.
 
     Args:
       section: {"vocab_size", "length", "path"}.
-      captions: of the training split; read only where a model is trained.
+      captions: of the training split. They are read only to train the model.
+      workdir: directory of the run.
 
     Raises:
-      ConfigError: where the model has another vocabulary than a model that is already there, or a size is below one.
+      ConfigError: the model has a larger vocabulary than the section, or a size is below one.
     """
     for name in ("vocab_size", "length"):
         if section[name] < 1:
@@ -127,16 +145,9 @@ def ensure_text_model(section: ConfigDict, captions: Iterable[str], workdir: epa
 
 
 def load_text_model(workdir: epath.PathLike) -> TextModel:
-    """The text model of a prior's workdir (DataError where it is missing or damaged)."""
+    """Loads the text model of a prior's workdir.
+
+    Raises:
+      DataError: it is missing or damaged.
+    """
     return TextModel.load(text_model_path(workdir))
-
-
-def is_complete(workdir: epath.PathLike, config: Mapping[str, Any]) -> bool:
-    """Whether a training in `workdir` has reached `config.steps`."""
-    if not _path(workdir, "checkpoints").exists():
-        return False
-    checkpoints = Checkpoints(str(workdir), read_only=True)
-    try:
-        return (checkpoints.latest_step or 0) >= config["steps"]
-    finally:
-        checkpoints.close()

@@ -1,10 +1,14 @@
-"""Config files that are read by others: `configs/prior.py` holds the config of its image tokenizer, and
-`configs/compile.py` takes any training's."""
+"""Loads config files by path: `load("configs/prior.py:paper")`.
+
+Config files of one package folder import each other by name (`from configs import dvae`), from any working directory.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import TypeVar
@@ -18,52 +22,85 @@ from dalle_jax.errors import ConfigError
 T = TypeVar("T")
 
 
-def module(file: str | Path, name: str) -> ModuleType:
-    """The Python file `name` that stands beside `file` (a config file's `__file__`).
-
-    Config files are run by path, wherever they are, so they cannot import one another by name.
-
-    Raises:
-      ConfigError: where there is no such file, or it is not Python's.
-    """
-    path = Path(file).with_name(name)
-    if not path.is_file():
-        raise ConfigError(f"There is no config file {path}: run from the repository's root, or give its whole path.")
-    if path.suffix != ".py":
-        raise ConfigError(f"{path} is not a Python file; expected a config file such as configs/prior.py.")
-    spec = importlib.util.spec_from_file_location(f"config_{path.stem}", path)
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-def load(given: str, option: str) -> ConfigDict:
-    """The config of "FILE[:VARIANT]".
+def load(config: str, option: str = "config") -> ConfigDict:
+    """Loads the configuration "FILE[:VARIANT]".
 
     Args:
-      given: "configs/prior.py:paper".
-      option: which says so, for messages.
+      config: "configs/prior.py" or "configs/prior.py:paper".
+      option: name of the option that was given, for messages.
 
     Raises:
-      ConfigError: where there is no such file or variant, or the file is no config.
+      ConfigError: no such file or variant, or the file is not a config.
     """
-    path, _, variant = given.partition(":")
+    path, _, variant = config.partition(":")
     if not Path(path).name:
-        raise ConfigError(f"{option}={given!r} names no file; expected a config such as configs/prior.py:paper.")
-    loaded = module(path, Path(path).name)
+        raise ConfigError(f"{option}={config!r} names no file; expected a config such as configs/prior.py:paper.")
+    loaded = load_module(path)
     try:
         return loaded.get_config(*([variant] if variant else []))
     except (TypeError, AttributeError) as error:
-        if refused := explain_config_error(error, f"{option}={given}"):
-            raise refused from None
+        if explained := explain_config_error(error, f"{option}={config}"):
+            raise explained from None
         raise
 
 
-def choose(variants: Mapping[str, T], variant: str | None, file: str) -> tuple[str, T]:
-    """The row of a config file's table of variants, with its name; the first one where `variant` is None.
+def load_module(path: str | Path) -> ModuleType:
+    """Executes a config file and returns it as a module, with its `get_config`, `VARIANTS` and `KEYS`.
 
     Raises:
-      ConfigError: where there is no such variant; names those that there are.
+      ConfigError: no such file, or it is not a Python file.
+    """
+    if not Path(path).is_file():
+        raise ConfigError(f"There is no config file {path}: run from the repository's root, or give its whole path.")
+    if Path(path).suffix != ".py":
+        raise ConfigError(f"{path} is not a Python file; expected a config file such as configs/prior.py.")
+    spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
+    loaded = importlib.util.module_from_spec(spec)
+    with importable(str(path)):
+        spec.loader.exec_module(loaded)
+    return loaded
+
+
+def given(argv: Sequence[str]) -> str:
+    """Returns the value of --config on a command line, "" if there is none."""
+    for place, argument in enumerate(argv):
+        name, equals, value = argument.lstrip("-").partition("=")
+        if argument.startswith("-") and name == "config":
+            return value if equals else "".join(argv[place + 1 : place + 2])
+    return ""
+
+
+@contextlib.contextmanager
+def importable(config: str) -> Iterator[None]:
+    """Context in which a config file can import the other files of its package: `from configs import dvae`.
+
+    Config files are executed by path, and their package may be outside of Python's search path. A folder is a package
+    if it has an `__init__.py`.
+
+    Args:
+      config: path of the config file, with or without a variant. "": no file.
+    """
+    folder = Path(config.partition(":")[0]).absolute().parent
+    if not config or not (folder / "__init__.py").is_file():
+        yield
+        return
+    sys.path.insert(0, str(folder.parent))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder.parent))
+
+
+def choose(variants: Mapping[str, T], variant: str | None, file: str) -> tuple[str, T]:
+    """Returns the name and the row of a variant. None or "" chooses the first one.
+
+    Args:
+      variants: the config file's table.
+      variant: its name.
+      file: the config file, for messages.
+
+    Raises:
+      ConfigError: no such variant; the message lists those that exist.
     """
     variant = variant or next(iter(variants))
     if variant not in variants:

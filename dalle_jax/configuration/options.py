@@ -1,13 +1,14 @@
-"""From sections of a configuration to typed options, and what to say where that fails.
+"""Typed options: frozen dataclasses, read from sections of a configuration and checked.
 
-`ConfigDict` stops here: whatever is built from a configuration takes a frozen dataclass.
+`ConfigDict` stops here: everything that is built from a configuration takes a frozen dataclass.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Iterable, Mapping
+import typing
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeVar
 
 from dalle_jax.errors import ConfigError
@@ -16,33 +17,111 @@ T = TypeVar("T")
 
 
 def closest(word: str, candidates: Iterable[str]) -> str:
-    """' (did you mean "x"?)' for the candidate nearest to `word`, '' where none is near."""
+    """Returns ' (did you mean "x"?)' for the candidate nearest to `word`, or '' if none is near."""
     near = difflib.get_close_matches(word, list(candidates), n=1)
     return f' (did you mean "{near[0]}"?)' if near else ""
 
 
-def from_config(cls: type[T], section: Mapping[str, Any], where: str) -> T:
-    """Builds the dataclass `cls` from a section of a configuration.
+def from_config(cls: type[T], section: Mapping[str, Any], where: str, document: str = "config") -> T:
+    """Builds the dataclass `cls` from a section of a configuration, or from JSON that was written from one.
+
+    A field whose type is a dataclass is built from the section of that name. A list becomes a tuple.
 
     Args:
       cls: a dataclass.
-      section: mapping of its fields (a ConfigDict); absent fields take their defaults.
-      where: name of the section, for messages.
+      section: mapping of its fields (a ConfigDict or a dict). Absent fields keep their defaults.
+      where: name of the section, for messages; "" for the whole document.
+      document: the section's origin, for messages; a file name if it is not a configuration.
 
     Raises:
-      ConfigError: a key that is not a field, or a missing field that has no default.
+      ConfigError: a key is not a field, or a field without a default is missing.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    unknown = [key for key in section if key not in fields]
-    if unknown:
+    name = f"{document}.{where}" if where else document
+    if unknown := [key for key in section if key not in fields]:
         raise ConfigError(
-            f"config.{where} has no key {unknown[0]!r}{closest(unknown[0], fields)}. It has: {', '.join(fields)}."
+            f"{name} has no key {unknown[0]!r}{closest(unknown[0], fields)}. It has: {', '.join(fields)}."
         )
-    missing = [
-        name
-        for name, field in fields.items()
-        if name not in section and field.default is field.default_factory is dataclasses.MISSING
-    ]
+    missing = [key for key, field in fields.items() if key not in section and not has_default(field)]
     if missing:
-        raise ConfigError(f"config.{where} lacks {', '.join(missing)}.")
-    return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in section.items()})
+        raise ConfigError(f"{name} lacks {', '.join(missing)}.")
+    types, values = typing.get_type_hints(cls), {}
+    for key in section:
+        value = section[key]
+        if isinstance(value, Mapping) or hasattr(value, "to_dict"):
+            value = plain(value)
+            if dataclasses.is_dataclass(types[key]):
+                value = from_config(types[key], value, f"{where}.{key}" if where else key, document)
+        elif value is None and fields[key].default_factory is not dataclasses.MISSING:
+            continue  # an empty mapping, which older configurations wrote as None
+        values[key] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)
+
+
+def has_default(field: dataclasses.Field) -> bool:
+    """Returns whether a dataclass field may be left out."""
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def plain(section: Any) -> dict[str, Any]:
+    """Returns a section of a configuration as a plain dict."""
+    return section.to_dict() if hasattr(section, "to_dict") else dict(section)
+
+
+def defaults_of(cls: type) -> dict[str, Any]:
+    """Returns the defaults of the dataclass `cls` by field, without the fields that have none."""
+    fields = [field for field in dataclasses.fields(cls) if has_default(field)]
+    return {f.name: f.default if f.default is not dataclasses.MISSING else f.default_factory() for f in fields}
+
+
+def check(
+    options: Any,
+    where: str | None,
+    *,
+    positive: Collection[str] = (),
+    at_least_0: Collection[str] = (),
+    share: Collection[str] = (),
+    below_1: Collection[str] = (),
+    odd: Collection[str] = (),
+    choices: Mapping[str, Collection[str]] | None = None,
+) -> None:
+    """Checks sizes and choices of an options dataclass. A field that is None is not checked.
+
+    Args:
+      options: the dataclass.
+      where: the section that it is read from, for messages: "model.trunk"; "" for the configuration itself; None for
+        options that Python callers give by name, too.
+      positive: fields that must be above 0.
+      at_least_0: fields that must be 0 or above.
+      share: fields that must lie in [0, 1].
+      below_1: fields that must lie in [0, 1).
+      odd: fields that must be odd; `positive` or `at_least_0` says which are possible.
+      choices: the allowed values by field.
+
+    Raises:
+      ConfigError: the first field that has another value; names the value, the expected ones, and the field.
+    """
+    prefix = "" if where is None else f"config.{where}." if where else "config."
+
+    optional = {field.name for field in dataclasses.fields(options) if field.default is None}
+
+    def require(name: str, allowed: bool, expected: str) -> None:
+        if not allowed:
+            none = ", or None" if name in optional else ""
+            raise ConfigError(f"{prefix}{name} is {getattr(options, name)!r}; expected {expected}{none}.")
+
+    def values(names: Iterable[str]) -> Iterable[tuple[str, Any]]:
+        return [(name, getattr(options, name)) for name in names if getattr(options, name) is not None]
+
+    for name, value in values(choices or {}):
+        require(name, value in choices[name], f"one of {', '.join(choices[name])}")
+    for name, value in values(positive):
+        require(name, value > 0, "at least 1" if isinstance(value, int) else "a number above 0")
+    for name, value in values(at_least_0):
+        require(name, value >= 0, "0 or more")
+    for name, value in values(share):
+        require(name, 0 <= value <= 1, "a number in [0, 1]")
+    for name, value in values(below_1):
+        require(name, 0 <= value < 1, "a number in [0, 1)")
+    for name, value in values(odd):
+        require(name, value == 0 or value % 2 == 1, "an odd number, or 0" if name in at_least_0 else "an odd number")

@@ -1,1 +1,1 @@
-"""Data: the TFDS builders, other sources, the grain pipeline, augmentations and the text model."""
+"""Data: sources, TFDS builders, the grain pipeline, augmentation and the text model."""

@@ -1,17 +1,16 @@
-"""Crops and resizes of the two stages, each a function of (picture, size, generator).
+"""Crops and resizes of the two training stages, each a function of (image, size, generator).
 
 Listings 1 and 2 in the appendix of Zero-Shot Text-to-Image Generation:
-  dvae   random square crop of the short side s, area resize to t ~ U[9/8, 12/8]·S, random S crop,
-         horizontal flip;
-  prior  near-centred square crop (offset within 3/8 to 5/8 of the slack), area resize to t ~ U[1, 9/8]·S,
-         random S crop, and no flip, because captions mention left, right and text;
-  none   centred square crop, resized to S: evaluation, and small data sets drawn to size.
+  dvae   random square crop of the short side s, area resize to t ~ U[9/8, 12/8]·S, random S crop, horizontal flip
+  prior  near-centred square crop (offset within 3/8 to 5/8 of the slack), area resize to t ~ U[1, 9/8]·S, random S
+         crop; no flip, because captions mention left, right and text
+  none   centred square crop, resized to S, for evaluation and for small data sets drawn to size
 
-As in the paper's listings t never exceeds the short side, so nothing is enlarged only to be cropped; a
-picture smaller than S, which the listings refuse, is enlarged to S.  The resize is a true area average (every
-source pixel counts by the area it covers), which Pillow's BOX filter is not at fractional ratios.
+As in the paper's listings t never exceeds the short side, so no image is enlarged only to be cropped. The listings
+reject an image smaller than S; here it is enlarged to S. The resize is a true area average: every source pixel counts
+by the area it covers. Pillow's BOX filter differs from that at fractional ratios.
 
-    S size asked for    s short side of the picture    t side after the resize
+    S requested size    s short side of the image    t side after the resize
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ import numpy as np
 
 
 def augment(image: np.ndarray, size: int, kind: str, generator: np.random.Generator | None) -> np.ndarray:
-    """Makes a square picture of the size asked for.
+    """Crops and resizes an image to a square of the requested size.
 
     Args:
       image: uint8 [H, W, 3].
-      size: S.
+      size: S, in pixels.
       kind: "none", "dvae" or "prior".
-      generator: the source of chance; not used by "none".
+      generator: the source of randomness; not used by "none".
 
     Returns:
       uint8 [S, S, 3].
 
     Raises:
-      ValueError: where the kind is unknown.
+      ValueError: if the kind is unknown.
     """
     if kind == "none":
         return area_resize(_square(image, *_centre(image)), size)
@@ -60,7 +59,7 @@ def _prior(image: np.ndarray, size: int, generator: np.random.Generator) -> np.n
 
 
 def _draw_side(generator: np.random.Generator, short: int, size: int, low: int, high: int) -> int:
-    """t, both ends included, not above the short side of the picture and not below S."""
+    """Draws t from [low, high], both included, at most the short side of the image and at least S."""
     low, high = (max(size, min(short, bound)) for bound in (low, high))
     return int(generator.integers(low, high + 1))
 
@@ -81,11 +80,11 @@ def _square(image: np.ndarray, top: int, left: int) -> np.ndarray:
 
 
 def area_resize(image: np.ndarray, side: int) -> np.ndarray:
-    """Resizes by area averaging: each new pixel is the mean over what it covers of the old picture.
+    """Resizes by area averaging: each new pixel is the mean over the area of the old image that it covers.
 
     Args:
       image: uint8 [H, W, C].
-      side: height and width of the result.
+      side: height and width of the result, in pixels.
 
     Returns:
       uint8 [side, side, C].
@@ -97,7 +96,7 @@ def area_resize(image: np.ndarray, side: int) -> np.ndarray:
 
 
 def _average_rows(image: np.ndarray, count: int) -> np.ndarray:
-    """Means over `count` equal stretches of the first axis, from differences of its running sum."""
+    """Averages over `count` equal intervals of the first axis, from differences of its running sum."""
     length = image.shape[0]
     running = np.concatenate([np.zeros_like(image[:1]), np.cumsum(image, axis=0)])
     edges = np.arange(count + 1) * (length / count)

@@ -1,12 +1,12 @@
-"""OpenAI's byte-level BPE: the captions of published CLIP weights.
+"""OpenAI's byte-level BPE, which encodes captions for published CLIP weights.
 
-The vocabulary is the user's own file: `bpe_simple_vocab_16e6.txt.gz` as OpenAI publishes it, or Hugging Face's
-`tokenizer.json`, or the folder with its `vocab.json` and `merges.txt`. The package `tokenizers` does the encoding
-(`pip install -e '.[clip]'`); of the original's clean-up it leaves out that of ftfy and of HTML: broken Unicode, curly
-quotes, ligatures, wide characters and `&amp;` stay what they are.
+The user supplies the vocabulary: OpenAI's `bpe_simple_vocab_16e6.txt.gz`, Hugging Face's `tokenizer.json`, or the
+folder with its `vocab.json` and `merges.txt`. The package `tokenizers` encodes (`pip install -e '.[clip]'`). The
+original also cleans captions with ftfy and decodes HTML, which is left out here. Broken Unicode, curly quotes,
+ligatures, wide characters and `&amp;` therefore stay unchanged.
 
-On purpose unlike the original: a caption that spells `<|endoftext|>` or `<|startoftext|>` gets the ids of these
-characters, not the special token, or it would be read only up to there.
+One difference from the original is deliberate. A caption that spells `<|endoftext|>` or `<|startoftext|>` gets the ids
+of these characters instead of the special token, because the model would ignore everything after that token.
 
     T text positions
 """
@@ -20,16 +20,16 @@ from typing import Any
 from etils import epath
 
 from dalle_jax.errors import DataError
-from dalle_jax.storage.files import write_whole
+from dalle_jax.storage.files import write_atomically
 
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
-_MERGES = 49_152 - 256 - 2  # of those in OpenAI's file, which holds more
+_MERGES = 49_152 - 256 - 2  # used of OpenAI's file, which holds more
 # Contractions, runs of letters, single digits, runs of anything else.
 _WORDS = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""
 
 
 class BytePairs:
-    """OpenAI's vocabulary; `encode` works as that of `TextModel`, which it stands in for.
+    """OpenAI's vocabulary, a `CaptionEncoder` like `TextModel`.
 
     Attributes:
       end_id: the token that ends a caption.
@@ -39,10 +39,10 @@ class BytePairs:
         """Reads the vocabulary.
 
         Args:
-          path: see the module's docstring.
+          path: a file or folder of one of the three kinds above.
 
         Raises:
-          DataError: no such file, or not one of the three kinds; or the package `tokenizers` is missing.
+          DataError: if there is no such file, it is of another kind, or the package `tokenizers` is missing.
         """
         path = epath.Path(path)
         try:
@@ -52,13 +52,13 @@ class BytePairs:
                 self._tokenizer = _package().Tokenizer.from_str(path.read_text())
         except DataError:
             raise
-        except Exception as error:  # the package raises plain `Exception` on what it cannot read
+        except Exception as error:  # the package raises plain `Exception` for unreadable files
             raise DataError(
                 f"{path} cannot be read as a vocabulary of CLIP ({type(error).__name__}: {error}): give OpenAI's "
                 "bpe_simple_vocab_16e6.txt.gz, a tokenizer.json, or the folder of a vocab.json and merges.txt."
             ) from error
-        # Whatever the file says: no caption makes a special token, neither by spelling it nor by an unknown character
-        # (which a whole vocabulary does not have), and none is cut or filled up here.
+        # These settings override the file's. No caption may give a special token, neither by its spelling nor by an
+        # unknown character (a complete vocabulary knows all). Nothing is truncated or padded here.
         self._tokenizer.encode_special_tokens, self._tokenizer.model.unk_token = True, None
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -67,18 +67,18 @@ class BytePairs:
             raise DataError(f"{path} has no token {_START} or {_END}: it is not a vocabulary of CLIP.")
 
     def save(self, path: str | epath.PathLike) -> None:
-        """Writes it as one `tokenizer.json`."""
-        write_whole(path, self._tokenizer.to_str().encode())
+        """Writes the vocabulary as one `tokenizer.json`."""
+        write_atomically(path, self._tokenizer.to_str().encode())
 
     def encode(self, text: str, *, max_length: int) -> tuple[list[int], bool]:
-        """A caption as ids, with the start token and without the end token.
+        """Encodes a caption as ids, with the start token and without the end token.
 
         Args:
           text: the caption.
           max_length: the most ids to return.
 
         Returns:
-          The ids, none for an empty caption; and whether more were cut off.
+          The ids (none for an empty caption), and whether more were cut off.
         """
         ids = self._tokenizer.encode(text, add_special_tokens=False).ids
         ids = [self._start_id, *ids] if ids else []
@@ -96,17 +96,17 @@ def _package() -> Any:
 
 
 def _read_folder(path: epath.Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """`vocab.json` and `merges.txt`: ids by token, and merges in order."""
+    """Reads `vocab.json` and `merges.txt`; returns ids by token, and merges in order."""
     lines = (path / "merges.txt").read_text().splitlines()
     pairs = [tuple(line.split()) for line in lines if line and not line.startswith("#version")]
     return json.loads((path / "vocab.json").read_text()), pairs
 
 
 def _read_merges(path: epath.Path) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """OpenAI's file: the same, the vocabulary made from the merges."""
+    """Reads OpenAI's file and derives the vocabulary from its merges; returns the same as `_read_folder`."""
     lines = gzip.decompress(path.read_bytes()).decode().splitlines()
     pairs = [tuple(line.split()) for line in lines[1 : 1 + _MERGES]]
-    # Bytes are written as printable characters: these stand for themselves, the others for characters from 256 on.
+    # Bytes are written as printable characters. Printable bytes stand for themselves, others map to 256 and above.
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     letters = [chr(byte) for byte in printable] + [chr(256 + i) for i in range(256 - len(printable))]
     tokens = letters + [letter + _WORD_END for letter in letters] + ["".join(pair) for pair in pairs] + [_START, _END]
@@ -114,15 +114,15 @@ def _read_merges(path: epath.Path) -> tuple[dict[str, int], list[tuple[str, str]
 
 
 def _from_merges(vocab: dict[str, int], pairs: list[tuple[str, str]]) -> Any:
-    """The tokenizer that CLIP's code describes."""
+    """Returns the tokenizer that CLIP's code describes."""
     package = _package()
-    made = package.Tokenizer(package.models.BPE(vocab, pairs, end_of_word_suffix=_WORD_END))
+    tokenizer = package.Tokenizer(package.models.BPE(vocab, pairs, end_of_word_suffix=_WORD_END))
     make, split = package.normalizers, package.pre_tokenizers
-    made.normalizer = make.Sequence([make.NFC(), make.Replace(package.Regex(r"\s+"), " "), make.Lowercase()])
-    made.pre_tokenizer = split.Sequence(
+    tokenizer.normalizer = make.Sequence([make.NFC(), make.Replace(package.Regex(r"\s+"), " "), make.Lowercase()])
+    tokenizer.pre_tokenizer = split.Sequence(
         [
             split.Split(package.Regex(_WORDS), "removed", invert=True),
             split.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    return made
+    return tokenizer

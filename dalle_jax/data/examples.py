@@ -1,16 +1,16 @@
-"""Turns positions of the global example order into batches: what one worker does for one batch.
+"""Turns positions of the global example order into batches: the work of one worker for one batch.
 
-The order is a pure function.  Global position p of a run lies in epoch p // n at place p mod n; a seeded
-permutation per epoch says which example that is.  Batch k holds positions [k·B, (k+1)·B), of which each host
-takes the rows that its devices hold.  So any host, any worker, at any time, can make any part of any batch:
-resuming needs only k, and neither the number of hosts nor of workers changes what is seen.
+The order is a pure function. Global position p of a run lies in epoch p // n at place p mod n. A seeded permutation
+per epoch says which example that is. Batch k holds positions [k·B, (k+1)·B), and each host reads the rows that its
+devices hold. Any worker of any host can therefore create any part of any batch. Resuming needs only k, and the number
+of hosts or workers does not change the batches.
 
-Unreadable examples must not shift that order, or hosts would drift apart.  In training the place of one is
-taken by the example half an epoch further on (then the next, …), which every host can name without asking; in
-evaluation its row is marked invalid.
+Unreadable examples must not shift that order, because hosts would drift apart. In training, the example half an epoch
+later replaces an unreadable one (then the next, …), so hosts agree without communication. In evaluation, the row is
+marked invalid.
 
     B global batch    b rows of it on this host    n examples
-    S picture size    T text positions
+    S image size      T text positions
 """
 
 from __future__ import annotations
@@ -24,32 +24,29 @@ import numpy as np
 
 from dalle_jax.data.augment import augment
 from dalle_jax.data.sources.source import DataOptions, Record, Source, UnreadableExample, decode_captions, decode_image
+from dalle_jax.data.tally import TRUNCATED, Note
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import DataError
 from dalle_jax.token_layout import TokenLayout
 
-# A source of which this many examples in a row are unreadable is given up on.
+# After this many unreadable examples in a row, reading the source fails.
 _MAX_SUBSTITUTES = 1000
 
-# Picture, and the record without it.
+# The image, and the record without it.
 _Decoded = tuple[np.ndarray, Record]
 
-# What was decoded, by source and picture size: the trainings of one process, one after the other, decode once.
+# Decoded examples by source and image size, shared by the trainings of one process so that each decodes only once.
 _CACHES: dict[tuple, dict[int, _Decoded | UnreadableExample]] = {}
 
 
-@dataclasses.dataclass(frozen=True)
-class Note:
-    """Something to count about one example: why it was skipped, or that its caption was truncated."""
-
-    reason: str
-    index: int
-    name: str
-    detail: str
-
-
 def batch_shapes(image_size: int, layout: TokenLayout | None, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and types of a whole training batch, B rows; "text" where there is a layout. See `ExampleMaker`."""
+    """Returns the shapes and dtypes of a global training batch of B rows, as `ExampleMaker` creates it.
+
+    Args:
+      image_size: S.
+      layout: gives T; None for batches without "text".
+      batch_size: B.
+    """
     shapes = {
         "image": ((image_size, image_size, 3), np.uint8),
         "index": ((), np.int32),
@@ -60,7 +57,7 @@ def batch_shapes(image_size: int, layout: TokenLayout | None, batch_size: int) -
 
 
 class ExampleMaker:
-    """Makes batch k.  Picklable, so that worker processes can hold one each."""
+    """Creates batch k. It is picklable, so that each worker process can hold a copy."""
 
     def __init__(
         self,
@@ -74,20 +71,20 @@ class ExampleMaker:
         seed: int,
         rows: Sequence[int],
     ):
-        """Args are those of `Pipeline`, checked there."""
+        """Accepts the arguments of `Pipeline`, which validates them."""
         self._source, self._options, self._text_model, self._layout = source, options, text_model, layout
         self._train, self._seed, self._batch_size = train, seed, batch_size
         self._rows = tuple(int(row) for row in rows)
         order = grain.MapDataset.range(len(source))
         if train:
-            # Hashed first: grain shuffles epoch e with seed + e, so seed 0's second epoch would be seed 1's
-            # first.
+            # The seed is hashed because grain shuffles epoch e with seed + e: the second epoch of seed 0 would
+            # be the first epoch of seed 1.
             order = order.shuffle(seed=int(self._entropy(0, 0, "shuffle").generate_state(1)[0]))
         self._order = order
         self._cache = self._shared_cache() if options.cache else None
 
     def _shared_cache(self) -> dict[int, _Decoded | UnreadableExample]:
-        """The one of this source and size; one of its own where the source may change."""
+        """Returns the cache of this source and image size, or a new cache if the source may change."""
         options = self._options
         if self._source.identity is None:
             return {}
@@ -96,22 +93,25 @@ class ExampleMaker:
 
     @property
     def _resizes_at_once(self) -> bool:
-        """Whether a picture is always used at one size, whole."""
+        """Whether every image is used whole and at one size."""
         return not self._train or self._options.augment == "none"
 
-    def __getstate__(self):  # what is cached stays behind: each worker process fills a cache of its own
+    def __getstate__(self):  # The cached examples are not pickled: each worker process fills its own cache.
         return {**self.__dict__, "_cache": None if self._cache is None else {}}
 
     def __call__(self, step: int) -> tuple[dict[str, np.ndarray], tuple[Note, ...]]:
-        """Makes this host's rows of batch `step`.
+        """Creates this host's rows of batch `step`.
+
+        Args:
+          step: k.
 
         Returns:
-          The batch: "image" uint8 [b, S, S, 3]; "text" int32 [b, T] where there is a text model; "index"
-          int32 [b] (the example's place in the source); in evaluation also "valid" bool [b].  And what is to
-          be counted.
+          batch: "image" uint8 [b, S, S, 3] and "index" int32 [b] (the example's place in the source); with a text
+            model "text" int32 [b, T]; in evaluation "valid" bool [b].
+          notes: skipped examples and truncated captions, to be counted.
 
         Raises:
-          DataError: in training, where no readable example is found.
+          DataError: in training, if no readable example is found.
         """
         size, notes = self._options.image_size, []
         count = len(self._rows)
@@ -138,12 +138,13 @@ class ExampleMaker:
         return batch, tuple(notes)
 
     def _make(self, position: int, notes: list[Note]) -> tuple[int, np.ndarray, np.ndarray | None] | None:
+        """Returns (index, image, text) at a position, or a substitute; None for an unreadable evaluation example."""
         count = len(self._source)
         epoch, place = divmod(position, count)
         for attempt in range(min(count, _MAX_SUBSTITUTES) + 1 if self._train else 1):
             if attempt:
                 place = (position + count // 2 + attempt - 1) % count
-                if place == position % count:  # half an epoch on, the round comes back to where it began
+                if place == position % count:  # the search has come back to the unreadable example
                     continue
             index = int(self._order[epoch * count + place]) if self._train else place
             try:
@@ -152,11 +153,12 @@ class ExampleMaker:
                 notes.append(Note(error.reason, index, error.name, error.detail))
         if not self._train:
             return None
-        reasons = sorted({note.reason for note in notes})
-        last, tried = notes[-1], len(set(notes))
+        failed = [note for note in notes if note.reason != TRUNCATED]
+        reasons = sorted({note.reason for note in failed})
+        last, tried = failed[-1], len(set(failed))
         raise DataError(
-            f"{self._source.description}: nothing in it is readable ({tried} examples tried, {count} in all: "
-            f"{', '.join(reasons)}). For instance {last.name}: {last.reason} {last.detail}".rstrip()
+            f"{self._source.description}: no readable example found ({tried} examples tried, {count} in all: "
+            f"{', '.join(reasons)}). The last one is {last.name}: {last.reason} {last.detail}".rstrip()
         )
 
     def _example(self, index: int, epoch: int, notes: list[Note]) -> tuple[np.ndarray, np.ndarray | None]:
@@ -174,15 +176,16 @@ class ExampleMaker:
         if self._train and (dropout or len(captions) > 1):
             words = self._entropy(epoch, index, "text").generate_state(2, np.uint64)
             chosen, seed = int(words[0]), int(words[1])
+        length = self._layout.text_length
         ids, truncated = self._text_model.encode(
-            captions[chosen % len(captions)], max_length=self._layout.text_length, dropout=dropout, seed=seed
+            captions[chosen % len(captions)], max_length=length, dropout=dropout, seed=seed
         )
         if truncated:
-            notes.append(Note("truncated caption", index, record.name, ""))
+            notes.append(Note(TRUNCATED, index, record.name, f"(text.length is {length})"))
         return image, self._layout.pad_text(ids)
 
     def _decoded(self, index: int) -> _Decoded:
-        """One example; cached, where asked, at the size at which its picture is used."""
+        """Returns one example, from the cache if there is one, with the image at the size at which it is used."""
         if self._cache is None:
             return self._decode(self._source.record(index))
         if index not in self._cache:
@@ -192,7 +195,7 @@ class ExampleMaker:
                 self._cache[index] = error.with_traceback(None)
         found = self._cache[index]
         if isinstance(found, UnreadableExample):
-            # A new one each time: an exception raised again and again collects the frames of every raise.
+            # A new exception each time, because one that is raised again collects the frames of every raise.
             raise UnreadableExample(found.reason, found.name, found.detail)
         return found
 
@@ -203,5 +206,5 @@ class ExampleMaker:
         return image, dataclasses.replace(record, image=b"")
 
     def _entropy(self, epoch: int, index: int, stream: str) -> np.random.SeedSequence:
-        """The chance of one example in one epoch, apart for each use."""
+        """Returns the seed of one example in one epoch for one use."""
         return np.random.SeedSequence([self._seed, epoch, index, *stream.encode()])

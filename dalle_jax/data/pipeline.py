@@ -1,16 +1,14 @@
 """Batches from a source: shuffled by seed, sharded over hosts, resumable at any batch.
 
-grain runs the workers (threads, or processes where `workers` is set) over `ExampleMaker`, for which every
-batch is a pure function of its number (examples.py).  The state of an iterator is therefore that number and a
-description of the run it counts in: it is the same on every host, and a run may go on with another number of
-hosts or workers.
+grain runs `ExampleMaker` in threads, or in processes if `workers` is set. Every batch is a pure function of its number
+(examples.py). The state of an iterator is therefore that number and a description of the run that counts it. It is
+equal on every host, and a run may resume with another number of hosts or workers.
 
-    B global batch    b rows of it on this host
+    B global batch    b rows of it on this host    S image size    T text positions
 """
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import json
 import sys
@@ -19,27 +17,27 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from dalle_jax.data import workers as worker_processes
-from dalle_jax.data.examples import ExampleMaker, Note
+from dalle_jax.data.examples import ExampleMaker
 from dalle_jax.data.sources.open import open_source
-from dalle_jax.data.sources.source import DataOptions, LeftOut, Source, UnreadableExample, decode_captions, decode_image
+from dalle_jax.data.sources.source import DataOptions, Source, UnreadableExample, decode_captions, decode_image
+from dalle_jax.data.tally import Note, Tally
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
 from dalle_jax.token_layout import TokenLayout
 
-_NAMED_PER_REASON = 5  # so many examples are named in the log for each reason
-_LAST_BATCH = sys.maxsize // 2**20  # "endless": no position of any batch overflows 64 bits
+_LAST_BATCH = sys.maxsize // 2**20  # "endless": the positions of every batch fit in 64 bits
 _TRIED_AT_START = 100
 
 
 class Pipeline:
     """The examples of one split as batches.
 
-    Iterate over it for batches: in training without end, every readable example once per epoch (epochs follow
-    each other inside a batch); in evaluation once, in order, the last batch padded.  Close an iterator that
-    uses worker processes (`close()`, or a `with` statement).
+    Iterating over it gives batches. In training they never end: each epoch holds every readable example once, and
+    epochs follow each other inside a batch. In evaluation there is one pass in order, and the last batch is padded.
+    Close an iterator that uses worker processes (`close()`, or a `with` statement).
 
     Attributes:
       source: the source; `source[index]` gives the example behind a row of "index".
@@ -58,23 +56,23 @@ class Pipeline:
         rows: Sequence[int] | None = None,
         source: Source | None = None,
     ):
-        """Opens the source and checks that something in it can be read.
+        """Opens the source and checks that it holds a readable example.
 
         Args:
           options: what to read and how.
           text_model: encodes the captions; without one the batches have no "text" and captions are not read.
-          layout: pads the text; needed with a text model.
+          layout: pads the text; required with a text model.
           split: the split to read.
           train: whether to shuffle, repeat, augment and draw captions and BPE dropout.
           batch_size: B, over all hosts.
-          seed: of order, augmentation, choice of caption and BPE dropout.
-          rows: which rows of each batch are made here, rising: those that this host's devices hold
-            (`parallel.host_rows`); None: all.
-          source: an open source, used instead of opening one.
+          seed: seed of order, augmentation, choice of caption and BPE dropout.
+          rows: ascending numbers of the rows of each batch to create here, those that this host's devices hold
+            (`distributed.rows.host_rows`); None for all rows.
+          source: an open source to use instead of opening one.
 
         Raises:
-          ConfigError: where the numbers do not fit each other.
-          DataError: where the source cannot be opened, is empty, or has nothing readable in it.
+          ConfigError: if the arguments do not fit each other.
+          DataError: if the source cannot be opened, is empty or has no readable example.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size is {batch_size}; expected 1 or more.")
@@ -82,9 +80,8 @@ class Pipeline:
             raise ConfigError(f"seed is {seed}; expected 0 or more.")
         if text_model is not None and (layout is None or layout.text_vocab != text_model.vocab_size):
             raise ConfigError(
-                f"The text model has {text_model.vocab_size} ids, the prior was built for "
-                f"{layout.text_vocab if layout else 'none'}: give the text model that the prior was trained "
-                "with."
+                f"The text model has {text_model.vocab_size} ids, but the prior was built for "
+                f"{layout.text_vocab if layout else 'none'}: give the text model that the prior was trained with."
             )
         self.source = open_source(options, split) if source is None else source
         self._train, self._options, self._batch_size = train, options, batch_size
@@ -94,7 +91,13 @@ class Pipeline:
             "examples": len(self.source),
             "train": train,
         }
-        self._tally = _Tally(self.source.description, self.source.left_out)
+        rows = range(batch_size) if rows is None else rows
+        self._tally = Tally(
+            self.source.description,
+            self.source.left_out,
+            text_length=None if text_model is None else layout.text_length,
+            epoch=len(self.source) * len(rows) // batch_size,
+        )
         self._check_readable(text_model is not None)
         self._make = ExampleMaker(
             self.source,
@@ -104,46 +107,41 @@ class Pipeline:
             train=train,
             batch_size=batch_size,
             seed=seed,
-            rows=range(batch_size) if rows is None else rows,
+            rows=rows,
         )
 
     def __len__(self) -> int:
-        """Batches in one pass over the source, the last, padded one included."""
+        """Returns the number of batches in one pass over the source, including the padded last one."""
         return -(-len(self.source) // self._batch_size)
 
     def __iter__(self) -> PipelineIterator:
-        """A new iterator at the first batch: of numpy arrays, this host's b rows of each.
+        """Returns a new iterator at the first batch.
 
-        "image" uint8 [b, S, S, 3]; "text" int32 [b, T] where there is a text model; "index" int32 [b], the
-        example's place in the source; in evaluation "valid" bool [b], False where the row is padding or was
-        unreadable.
+        Returns:
+          An iterator over this host's rows of each batch, as numpy arrays: "image" uint8 [b, S, S, 3] and "index"
+          int32 [b] (the example's place in the source); with a text model "text" int32 [b, T]; in evaluation "valid"
+          bool [b], False for padding and unreadable examples.
         """
         last = _LAST_BATCH if self._train else len(self)
         return PipelineIterator(self._make, self._options.workers, last, self._run, self._tally)
 
     def skipped(self) -> dict[str, int]:
-        """How many different examples have been skipped so far on this host, by reason.
+        """Returns the number of different examples skipped so far on this host, by reason.
 
-        What the source says it lacks (`Source.left_out`) is counted from the start.
+        Examples that the source lacks (`Source.left_out`) are included from the start.
         """
         return self._tally.skipped()
 
-    def truncated(self) -> int:
-        """How many different examples have had a caption truncated so far on this host."""
-        return self._tally.truncated()
+    def counts(self) -> dict[str, int]:
+        """Returns this host's counts of skipped examples and truncated captions for the training log.
 
-    def metrics(self) -> dict[str, float]:
-        """For the log: {"data/skipped": …, "data/skipped_<reason>": …, "data/truncated_captions": …}."""
-        skipped = self.skipped()
-        named = {f"data/skipped_{reason.replace(' ', '_')}": float(n) for reason, n in skipped.items()}
-        totals = {
-            "data/skipped": float(sum(skipped.values())),
-            "data/truncated_captions": float(self.truncated()),
-        }
-        return totals | named
+        Returns:
+          {"left_out/<reason>": …}; with a text model also "captions_truncated". Each counts different examples.
+        """
+        return self._tally.counts()
 
     def _check_readable(self, with_captions: bool) -> None:
-        """Fails before a model is built where nothing sampled from the source is readable."""
+        """Raises an error before a model is built if no example of a sample can be read."""
         count = len(self.source)
         if not count:
             raise DataError(f"{self.source.description}: it holds no examples.")
@@ -158,22 +156,30 @@ class Pipeline:
                 return
             except UnreadableExample as unreadable:
                 error = unreadable
-                self._tally.add((Note(error.reason, int(index), error.name, error.detail),))
+                self._tally.add((Note(error.reason, int(index), error.name, error.detail),), rows=0)
         reasons = ", ".join(f"{reason}: {number}" for reason, number in self.skipped().items())
         raise DataError(
-            f"{self.source.description}: nothing in it is readable ({len(tried)} of {count} examples tried; "
-            f"{reasons}; for instance {error})."
+            f"{self.source.description}: no readable example found ({len(tried)} of {count} examples tried; "
+            f"{reasons}). The last one is {error}."
         )
 
 
 class PipelineIterator(Iterator[dict[str, np.ndarray]]):
-    """Batches one after another, with a state that says how many have been delivered.
+    """An iterator over batches whose state is the number of delivered batches.
 
-    `get_state` and `set_state` speak bytes (JSON), so grain's own checkpoint handler accepts it too.
+    `get_state` and `set_state` use bytes (JSON), so that grain's checkpoint handler accepts it too.
     """
 
-    def __init__(self, make: ExampleMaker, workers: int, last: int, run: Mapping[str, Any], tally: _Tally):
-        """Made by `Pipeline`."""
+    def __init__(self, make: ExampleMaker, workers: int, last: int, run: Mapping[str, Any], tally: Tally):
+        """Called by `Pipeline` only.
+
+        Args:
+          make: creates a batch from its number.
+          workers: number of worker processes; 0 for threads.
+          last: number of batches before the iterator ends.
+          run: the description of the run that `set_state` compares.
+          tally: counts what the batches' notes report.
+        """
         self._make, self._workers, self._last, self._run, self._tally = make, workers, last, dict(run), tally
         self._delivered = 0
         self._batches: grain.DatasetIterator | None = None
@@ -183,40 +189,43 @@ class PipelineIterator(Iterator[dict[str, np.ndarray]]):
             self.close()
             raise StopIteration
         starting = self._batches is None
-        with worker_processes.deaf() if starting and self._workers else contextlib.nullcontext():
+        with worker_processes.signals_blocked() if starting and self._workers else contextlib.nullcontext():
             if starting:
                 self._batches = iter(self._dataset(self._delivered))
             batch, notes = next(self._batches)  # the first one starts the workers
         self._delivered += 1
-        self._tally.add(notes)
-        if self._workers:  # in memory shared with them, which has to be given back before Python ends
+        self._tally.add(notes, rows=int(batch["valid"].sum()) if "valid" in batch else len(batch["index"]))
+        if self._workers:  # The arrays lie in shared memory, which must be released before Python ends.
             batch = {name: np.array(value) for name, value in batch.items()}
         return batch
 
     def _dataset(self, start: int) -> grain.IterDataset:
         batches = grain.MapDataset.range(start, self._last).map(self._make)
         if not self._workers:
-            # Two batches ahead: one may wait for the disk while the other decodes (Pillow frees the
-            # interpreter).
+            # Two batches ahead: one may wait for the disk while the other decodes, because Pillow releases the
+            # interpreter lock.
             return batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
         if not flags.FLAGS.is_parsed():  # in a notebook or a test; grain reads its flags to start a process
             flags.FLAGS.mark_as_parsed()
         ahead = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-        if self._last < _LAST_BATCH:  # grain leaves behind what a pass that ends has put into shared memory
+        if self._last < _LAST_BATCH:  # Shared memory of a pass that ends is never released by grain: use pipes.
             through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
             ahead = grain.experimental.WithOptionsIterDataset(ahead, through_pipes)
         options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
-        return ahead.mp_prefetch(options, worker_init_fn=worker_processes.begin)
+        return ahead.mp_prefetch(options, worker_init_fn=worker_processes.init_worker)
 
     def get_state(self) -> bytes:
-        """The place after the last delivered batch, as JSON; equal on every host."""
+        """Returns the place after the last delivered batch as JSON; equal on every host."""
         return json.dumps({"batches": self._delivered, **self._run}).encode()
 
     def set_state(self, state: bytes | str) -> None:
-        """Goes to a place given by `get_state`, also one of another number of hosts or workers.
+        """Moves to a place given by `get_state`, also of a run with another number of hosts or workers.
+
+        Args:
+          state: the JSON of `get_state`.
 
         Raises:
-          CheckpointError: where the state counts other batches (another batch size, seed or data set).
+          CheckpointError: if the state counts other batches (another batch size, seed or data set).
         """
         try:
             values = json.loads(state)
@@ -234,10 +243,10 @@ class PipelineIterator(Iterator[dict[str, np.ndarray]]):
         self._delivered = delivered
 
     def start_prefetch(self) -> None:
-        """Part of grain's checkpoint protocol; the workers start with the next batch."""
+        """Does nothing: part of grain's checkpoint protocol. The workers start with the next batch."""
 
     def close(self) -> None:
-        """Ends the workers; the next batch, if asked for, starts new ones."""
+        """Ends the workers. Asking for a further batch starts new ones."""
         if self._batches is not None:
             self._batches.close()
             self._batches = None
@@ -247,34 +256,3 @@ class PipelineIterator(Iterator[dict[str, np.ndarray]]):
 
     def __exit__(self, *exception) -> None:
         self.close()
-
-
-class _Tally:
-    """Counts different examples by reason and names the first of each in the log."""
-
-    _TRUNCATED = "truncated caption"
-
-    def __init__(self, description: str, left_out: tuple[LeftOut, ...]):
-        self._description, self._left_out = description, left_out
-        self._seen: dict[str, set[int]] = collections.defaultdict(set)
-        for found in left_out:
-            names = ", ".join(found.names) + (", …" if found.count > len(found.names) else "")
-            logging.warning("%s: %s: %d left out when it was made: %s", description, found.reason, found.count, names)
-
-    def add(self, notes: tuple[Note, ...]) -> None:
-        for note in notes:
-            seen = self._seen[note.reason]
-            if note.index in seen:
-                continue
-            seen.add(note.index)
-            if len(seen) <= _NAMED_PER_REASON:
-                more = " (further ones are counted only)" if len(seen) == _NAMED_PER_REASON else ""
-                logging.warning("%s: %s: %s %s%s", self._description, note.reason, note.name, note.detail, more)
-
-    def skipped(self) -> dict[str, int]:
-        counts = collections.Counter({found.reason: found.count for found in self._left_out})
-        counts.update({reason: len(seen) for reason, seen in self._seen.items() if reason != self._TRUNCATED})
-        return dict(sorted(counts.items()))
-
-    def truncated(self) -> int:
-        return len(self._seen.get(self._TRUNCATED, ()))

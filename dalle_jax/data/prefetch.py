@@ -1,4 +1,4 @@
-"""Moves host batches to the devices ahead of time, without losing count of what the training has seen."""
+"""Copies host batches to the devices ahead of time, and keeps track of the batches that the training has used."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from dalle_jax.distributed.rows import to_mesh
 
 
 class prefetch_to_mesh(Iterator[dict[str, jax.Array]]):
-    """Global arrays from this host's rows, `size` batches ahead of the step that uses them.
+    """Global arrays from this host's rows, copied `size` batches before the step that uses them.
 
-    The copy to the device is asynchronous: a batch handed out now was sent off `size` batches ago.
-    `get_state` tells the place after the last batch *handed out*, not after the last one read, so a
-    checkpoint repeats nothing and leaves nothing out.
+    The copy to the device is asynchronous: it began `size` batches before the batch is handed out. `get_state` returns
+    the place after the last batch *handed out*, not after the last one read. A run that resumes from a checkpoint
+    therefore repeats no batch and skips none.
     """
 
     def __init__(self, iterator: Iterator[dict[str, Any]], sharding: jax.sharding.NamedSharding, size: int = 2):
-        """Starts nothing yet: the first batch asked for does.
+        """Starts nothing yet: the first batch does.
 
         Args:
-          iterator: of host batches, each array with this host's rows; with `get_state()` and `set_state()`, see
-            `tasks.Job.train_batches`.
-          sharding: of the leading axis of every array, over all hosts.
-          size: how many batches to keep on the devices beside the one in use; 0 sends each when asked for.
+          iterator: gives host batches, each array with this host's rows; has `get_state()` and `set_state()`, see
+            `tasks.task.Job.train_batches`.
+          sharding: sharding of the leading axis of every array, over all hosts.
+          size: number of batches to keep on the devices in addition to the one in use; 0 copies each when requested.
         """
         self._iterator, self._sharding, self._size = iterator, sharding, size
         self._sent: collections.deque[tuple[dict[str, jax.Array], Any]] = collections.deque()
@@ -45,17 +45,17 @@ class prefetch_to_mesh(Iterator[dict[str, jax.Array]]):
         return batch
 
     def get_state(self) -> Any:
-        """The iterator's state after the last batch handed out."""
+        """Returns the iterator's state after the last batch handed out."""
         return self._state
 
     def set_state(self, state: Any) -> None:
-        """Drops what was sent ahead and goes to the place that `get_state` told."""
+        """Drops the prefetched batches and moves to a place that `get_state` returned."""
         self._iterator.set_state(state)
         self._sent.clear()
         self._state = self._iterator.get_state()
 
     def start_prefetch(self) -> None:
-        """Part of grain's checkpoint protocol; sending starts with the next batch."""
+        """Does nothing: part of grain's checkpoint protocol. Copying starts with the next batch."""
 
     def close(self) -> None:
         """Ends the workers behind the iterator."""

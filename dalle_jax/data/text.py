@@ -1,12 +1,11 @@
-"""Captions to ids and back: lower-cased byte-pair encoding with seeded BPE dropout.
+"""The text model: encodes captions as ids by lower-cased byte-pair encoding with seeded BPE dropout, and decodes them.
 
-Section 2.2 of Zero-Shot Text-to-Image Generation: captions are lower-cased and BPE-encoded, and in training
-10% of the merges are dropped (BPE dropout, Provilkov et al. 2020), so that the prior meets many spellings of
-a word.
+Section 2.2 of Zero-Shot Text-to-Image Generation: captions are lower-cased and BPE-encoded. In training, 10% of the
+merges are dropped (BPE dropout, Provilkov et al. 2020), so that the prior sees many segmentations of a word.
 
-sentencepiece trains and holds the vocabulary and does the plain encoding.  Its own dropout draws from one
-generator per thread that cannot be seeded per caption, so dropout walks the merges here, in Python: without
-it a resumed run could not repeat an interrupted one.  At dropout 0 both give the same ids (tested).
+sentencepiece trains and holds the vocabulary and does the plain encoding. Its dropout draws from one generator per
+thread that cannot be seeded per caption, and a resumed run could not repeat an interrupted one. Dropout therefore walks
+the merges here, in Python. At dropout 0 both give the same ids (tested).
 
     T text positions    V text vocabulary
 """
@@ -18,46 +17,56 @@ import random
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Protocol
 
 import sentencepiece
 from absl import logging
 from etils import epath
 
 from dalle_jax.errors import ConfigError, DataError
-from dalle_jax.storage.files import write_whole
+from dalle_jax.storage.files import write_atomically
 
-_SPACE = "\u2581"  # what sentencepiece writes for the blank before a word
+_SPACE = "\u2581"  # written by sentencepiece for the blank before a word
 _UNKNOWN = 0
 _NOT_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff" + _SPACE + "]")  # controls, lone surrogates
-# More captions than this add nothing to the merge statistics but memory; a fixed sample is taken.
+# More captions cost memory and do not change the merge statistics, so a fixed sample is used.
 _MAX_TRAINING_CAPTIONS = 1_000_000
-_MAX_TRAINING_LENGTH = 1000
+_MAX_TRAINING_LENGTH = 1000  # characters
+
+
+class CaptionEncoder(Protocol):
+    """The part of a text model that sampling and scoring use; `TextModel` and `BytePairs` have it."""
+
+    def encode(self, text: str, *, max_length: int) -> tuple[list[int], bool]:
+        """Encodes a caption as at most `max_length` ids, and returns whether more were cut off."""
 
 
 def normalize(text: str) -> str:
-    """The one normal form of a caption: NFKC, lower case, single blanks, no control characters.
+    """Returns a caption's normal form: NFKC, lower case, single blanks, no control characters.
 
     Args:
       text: any string.
 
     Returns:
-      The normal form; empty where `text` holds nothing but blanks and control characters.
+      The normal form; empty if `text` holds only blanks and control characters.
     """
     text = unicodedata.normalize("NFKC", text).lower()
     return " ".join(_NOT_TEXT.sub(" ", text).split())
 
 
-def encode_captions(model: Any, captions: Sequence[str], max_length: int) -> list[list[int]]:
-    """What people asked for, as ids.
+def encode_captions(model: CaptionEncoder, captions: Sequence[str], max_length: int) -> list[list[int]]:
+    """Encodes a user's captions as ids.
 
     Args:
-      model: a `TextModel`, or what encodes like one.
-      captions: at least one, none empty.
-      max_length: captions that are longer are cut to so many ids, with a warning.
+      model: a text model.
+      captions: at least one caption; none is empty.
+      max_length: the most ids per caption; longer captions are truncated, with a warning.
+
+    Returns:
+      The ids of each caption, without padding.
 
     Raises:
-      DataError: no caption, or an empty one.
+      DataError: if there is no caption, or an empty one.
     """
     if not captions:
         raise DataError("No caption was given; expected at least one.")
@@ -65,15 +74,15 @@ def encode_captions(model: Any, captions: Sequence[str], max_length: int) -> lis
     for caption in captions:
         ids, truncated = model.encode(caption, max_length=max_length)
         if not ids:
-            raise DataError(f"The caption {caption!r} is empty; give a few words of what the picture should show.")
+            raise DataError(f"The caption {caption!r} is empty; describe the image in a few words.")
         if truncated:
-            logging.warning("Caption cut to %d tokens: %r", max_length, caption)
+            logging.warning("Caption truncated to %d tokens: %r", max_length, caption)
         rows.append(ids)
     return rows
 
 
 class TextModel:
-    """A BPE vocabulary.  Make one with `TextModel.train` or `TextModel.load`.
+    """A BPE vocabulary, created by `TextModel.train` or `TextModel.load`.
 
     Attributes:
       vocab_size: V; ids lie in [0, V), and id 0 stands for characters that the vocabulary lacks.
@@ -84,13 +93,13 @@ class TextModel:
 
         Args:
           serialized: the content of a `sentencepiece.model` file.
-          origin: where it came from, for the error message.
+          origin: the file that held it, for the error message.
 
         Raises:
-          DataError: where the bytes are not a BPE model of sentencepiece.
+          DataError: if the bytes are not a BPE model of sentencepiece.
         """
         try:
-            if not serialized:  # sentencepiece would accept it, and answer nothing
+            if not serialized:  # sentencepiece would accept it and encode nothing
                 raise RuntimeError("empty")
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=serialized)
             self.vocab_size: int = self._processor.vocab_size()
@@ -100,7 +109,7 @@ class TextModel:
                 "sentencepiece, or it is damaged. Give the file that training wrote, or delete it."
             ) from error
         self._serialized = serialized
-        # In a BPE model a piece's score is minus its rank among the merges: the highest goes first.
+        # In a BPE model a piece's score is minus its rank among the merges: the highest is merged first.
         self._pieces = {
             self._processor.id_to_piece(i): (-self._processor.get_score(i), i)
             for i in range(self.vocab_size)
@@ -118,7 +127,7 @@ class TextModel:
           path: the `sentencepiece.model` file.
 
         Raises:
-          DataError: where there is no such file, or it is not a sentencepiece model.
+          DataError: if there is no such file, or it is not a sentencepiece model.
         """
         try:
             serialized = epath.Path(path).read_bytes()
@@ -130,20 +139,19 @@ class TextModel:
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int, path: str | epath.PathLike | None = None) -> TextModel:
-        """Learns a vocabulary; the same captions in the same order give the same model.
+        """Trains a vocabulary; the same captions in the same order give the same model.
 
         Args:
           captions: the training captions, in any case.
-          vocab_size: the most ids to use.  A small corpus has fewer pieces to offer and gets a smaller
-          vocabulary.
-          path: where to write the model, as one file; nothing is written where it is None.
+          vocab_size: the most ids to use. A small corpus has fewer pieces and gets a smaller vocabulary.
+          path: the file to write the model to, or None.
 
         Returns:
           The trained model.
 
         Raises:
-          DataError: where there is no caption with text in it.
-          ConfigError: where `vocab_size` does not even hold the letters that occur.
+          DataError: if no caption holds any text.
+          ConfigError: if `vocab_size` is smaller than the number of different characters.
         """
         sample = _sample(captions)
         if not sample:
@@ -151,8 +159,8 @@ class TextModel:
                 "There is no caption to train the text model on: every caption given was empty. "
                 "Check the data source and its caption key."
             )
-        # Letters are never merged away, so a vocabulary crowded by rare ones (large multilingual corpora) has
-        # no room for words.  There the rarest twentieth of a percent of the text becomes <unk>.
+        # Every letter needs an id, so rare letters (large multilingual corpora) leave no room for words in the
+        # vocabulary. There the rarest 0.05% of the text becomes <unk>.
         letters = set().union(*sample) - {" "}
         coverage = 1.0 if len(letters) <= vocab_size // 4 or len(letters) < 256 else 0.9995
         written = io.BytesIO()
@@ -183,25 +191,25 @@ class TextModel:
         return model
 
     def save(self, path: str | epath.PathLike) -> None:
-        """Writes the model as one file, local or remote; makes its folder where needed."""
-        write_whole(path, self._serialized)
+        """Writes the model as one file, local or remote; creates its folder if needed."""
+        write_atomically(path, self._serialized)
 
     def encode(
         self, text: str, *, max_length: int, dropout: float = 0.0, seed: int | None = None
     ) -> tuple[list[int], bool]:
-        """Turns a caption into ids, without padding.
+        """Encodes a caption as ids, without padding.
 
         Args:
           text: the caption, in any case; blanks alone give no ids.
           max_length: T, the most ids to return.
-          dropout: the chance for each possible merge to be left out each time it is considered, in [0, 1).
-          seed: the draw of the dropout; the same seed gives the same ids.
+          dropout: the probability that a possible merge is dropped each time it is considered, in [0, 1).
+          seed: seed of the dropout; the same seed gives the same ids.
 
         Returns:
           At most T ids in [0, V), and whether more were cut off.
 
         Raises:
-          ValueError: where dropout is asked for without a seed, or does not lie in [0, 1).
+          ValueError: if dropout has no seed, or does not lie in [0, 1).
         """
         text = normalize(text)
         if dropout == 0.0:
@@ -215,7 +223,7 @@ class TextModel:
         return ids[:max_length], len(ids) > max_length
 
     def _encode_word(self, word: str, dropout: float, draw) -> list[int]:
-        """Merges letters, best rank first; at every step each possible merge is dropped by chance."""
+        """Merges letters, best rank first; each possible merge may be dropped at every step."""
         parts = list(word)
         while len(parts) > 1:
             best_rank, best = None, -1
@@ -229,24 +237,24 @@ class TextModel:
         return [self._pieces[part][1] if part in self._pieces else _UNKNOWN for part in parts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Turns ids back into text, in normal form.
+        """Decodes ids as text in normal form.
 
         Args:
           ids: ids in [0, V), without padding.
 
         Returns:
-          The text; an unknown character shows as " ⁇ ".
+          The text; an unknown character appears as " ⁇ ".
         """
         return re.sub(r"\s+", " ", self._processor.decode([int(i) for i in ids])).strip()
 
 
 def _join_unknown(ids: list[int]) -> list[int]:
-    """A run of unknown characters is one id, as in sentencepiece's own encoder."""
+    """Joins each run of unknown characters to one id, as sentencepiece's encoder does."""
     return [x for i, x in enumerate(ids) if x != _UNKNOWN or i == 0 or ids[i - 1] != _UNKNOWN]
 
 
 def _sample(captions: Iterable[str]) -> list[str]:
-    """The captions in normal form, without empty ones; a seeded reservoir where there are too many."""
+    """Returns the non-empty captions in normal form, or a seeded reservoir sample of too many."""
     draw, sample, seen = random.Random(0), [], 0
     for caption in captions:
         caption = normalize(caption[:_MAX_TRAINING_LENGTH])

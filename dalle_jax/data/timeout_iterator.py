@@ -1,4 +1,4 @@
-"""Waiting for data with an end to it."""
+"""An iterator with a timeout per item."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from typing import Any
 from dalle_jax.errors import DataError, StuckDataError
 
 
-class Patient(Iterator[Any]):
-    """Another iterator's items, waited for no longer than a given time each.
+class TimeoutIterator(Iterator[Any]):
+    """Wraps an iterator and raises an error if an item takes longer than the timeout.
 
-    They are fetched by a daemon thread, one by one, when they are asked for: nothing is read ahead, and the other
-    iterator's state is that after the item delivered last.  Nobody polls.
+    A daemon thread fetches each item on request and never reads ahead. The wrapped iterator's state is therefore always
+    the state after the last delivered item. No thread polls.
     """
 
     def __init__(self, iterator: Iterator[Any], seconds: float):
-        """The thread starts with the first item asked for.
+        """Starts no thread yet: the first item does.
 
         Args:
-          iterator: what is waited for; its `get_state`, `set_state` and `close` are passed on.
+          iterator: the iterator to wrap; its `get_state`, `set_state` and `close` are passed on.
           seconds: the longest wait for one item.
         """
         self._iterator, self._seconds = iterator, seconds
         self._asked: queue.SimpleQueue[bool] = queue.SimpleQueue()
         self._given: queue.SimpleQueue[tuple[Any, BaseException | None]] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
-        self._waiting = False  # for an item; remains so where the time, or a Ctrl-C, ends the wait
+        self._waiting = False  # for an item; stays True after a timeout or a Ctrl-C
 
     def __next__(self) -> Any:
-        """The next item.
+        """Returns the next item.
 
         Raises:
-          StuckDataError: it did not come in time.
-          DataError: a worker process behind the iterator is gone.
+          StuckDataError: if it did not come in time.
+          DataError: if a worker process behind the iterator died.
         """
         if self._waiting:
             raise self._too_late()
@@ -51,8 +51,8 @@ class Patient(Iterator[Any]):
             raise self._too_late() from None
         if isinstance(error, RuntimeError) and "Worker process was terminated" in str(error):
             raise DataError(
-                f"A worker process that reads the data is gone: {error} Often the machine ran out of memory: lower "
-                "config.data.workers. The same command goes on from the last checkpoint."
+                f"A worker process that reads the data has died: {error} Often the machine ran out of memory: lower "
+                "config.data.workers. The same command resumes from the last checkpoint."
             ) from error
         if error is not None:
             raise error
@@ -62,14 +62,14 @@ class Patient(Iterator[Any]):
         while self._asked.get():
             try:
                 self._given.put((next(self._iterator), None))
-            except BaseException as error:  # StopIteration among them: whoever asked gets it
+            except BaseException as error:  # including StopIteration: `__next__` raises it to its caller
                 self._given.put((None, error))
 
     def _too_late(self) -> StuckDataError:
         return StuckDataError(
-            f"The data source delivered no batch for {self._seconds:g} seconds (config.timeout_seconds.data). Is the "
-            "disk, or the network behind it, alive? A slow source needs more data.workers, or a longer time. The "
-            "same command goes on from the last checkpoint."
+            f"The data source delivered no batch for {self._seconds:g} seconds (config.timeout_seconds.data). Check "
+            "that the disk, or the network behind it, responds. For a slow source raise data.workers or the timeout. "
+            "The same command resumes from the last checkpoint."
         )
 
     def get_state(self) -> Any:
@@ -79,7 +79,7 @@ class Patient(Iterator[Any]):
         self._iterator.set_state(state)
 
     def close(self) -> None:
-        """Ends the thread, and the workers behind the iterator; where they may be stuck they are left alone."""
+        """Ends the thread and closes the wrapped iterator; does neither while an item is overdue, as both may hang."""
         if self._waiting:
             return
         if self._thread is not None:

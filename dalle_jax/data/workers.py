@@ -1,8 +1,8 @@
-"""Processes that read data, and when they end: with their training, neither before it nor after.
+"""Signals and lifetime of the worker processes that read data: they live exactly as long as their training.
 
-Ctrl-C in a terminal, a batch system and a machine that shuts down signal every process there is.  The training answers
-by saving, for which it may still need a batch, so its workers do not listen.  A training that is killed tells nobody,
-so they watch whether it is there.
+Ctrl-C in a terminal, a batch system and a shutdown send their signal to every process. The training answers by saving,
+for which it may still need a batch, so its workers ignore these signals. A killed training cannot stop its workers, so
+they watch whether it is still alive.
 """
 
 from __future__ import annotations
@@ -18,8 +18,13 @@ from multiprocessing import resource_tracker
 _STOP = (signal.SIGTERM, signal.SIGINT)
 
 
-def begin(index: int, count: int) -> None:
-    """What a worker does first (grain's `worker_init_fn`)."""
+def init_worker(index: int, count: int) -> None:
+    """Ignores stop signals and ends this worker when its training ends; grain's `worker_init_fn`.
+
+    Args:
+      index: this worker's number (unused).
+      count: the number of workers (unused).
+    """
     del index, count
     for number in _STOP:
         signal.signal(number, signal.SIG_IGN)
@@ -32,12 +37,13 @@ def _end_with_the_training() -> None:
 
 
 @contextlib.contextmanager
-def deaf() -> Iterator[None]:
-    """Context whose new processes do not hear SIGTERM and Ctrl-C from their first moment, before they can `begin`.
+def signals_blocked() -> Iterator[None]:
+    """Blocks SIGTERM and SIGINT while worker processes start, so that they inherit the blocked mask.
 
-    The thread that enters it does not hear them either, until it leaves; others do.
+    Without it a signal could end a worker before `init_worker` runs. Only the calling thread is affected.
     """
-    resource_tracker.ensure_running()  # whoever starts this process of Python's own ends up hearing them again
+    # Python starts its resource tracker with unblocked signals and leaves them unblocked. Start it before that.
+    resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _STOP)
     try:
         yield

@@ -1,1 +1,1 @@
-"""Devices and hosts: mesh, layouts, joining, and detection of lost hosts."""
+"""Devices and hosts: the mesh, array layouts, joining several hosts, and detection of lost hosts."""

@@ -1,4 +1,4 @@
-"""Many rows through a compiled function that takes a fixed number of them."""
+"""Applies a compiled function of fixed batch size to any number of rows."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from dalle_jax.pytree import PyTree
 
 
 def up_to_multiple(count: int, of: int) -> int:
-    """`count`, or the next larger multiple."""
+    """Rounds `count` up to a multiple of `of`."""
     return -(-count // of) * of
 
 
 def batches(count: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """All of `count` rows, `size` at a time; the last one repeats, so that every batch has that size.
+    """Splits `count` rows into batches of `size`. The last row is repeated to fill the last batch.
 
     Yields:
-      The places of the rows, int [size], and which of them count, bool [size].
+      Row indices, int [size], and a mask, bool [size], that is false for repeated rows.
     """
     for start in range(0, count, size):
         places = np.arange(start, start + size)
@@ -31,16 +31,16 @@ def batches(count: int, size: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 def in_chunks(function: Callable[[Any], PyTree], rows: np.ndarray, size: int, mesh: Mesh | None = None) -> PyTree:
-    """`function` of all rows, always on `size` of them: bounds the memory, and compiles once.
+    """Applies `function` to all rows, `size` at a time, which bounds the memory and compiles once.
 
     Args:
-      function: [size, ...] to a tree of arrays [size, ...], row by row.
-      rows: [B, ...], B at least 1. The last row fills the last chunk.
-      size: of a chunk; on a mesh, the next multiple of the parts that it is split into.
-      mesh: over whose devices each chunk is split, see `parallel.over_rows`.
+      function: maps [size, ...] to a tree of arrays [size, ...], each row alone.
+      rows: [B, ...] with B at least 1. The last row fills the last chunk.
+      size: rows of a chunk. On a mesh it is rounded up to a multiple of the batch shards.
+      mesh: splits each chunk over its devices, see `over_rows`.
 
     Returns:
-      The tree, of numpy arrays [B, ...].
+      The tree of numpy arrays [B, ...].
     """
     size = up_to_multiple(size, batch_shards(mesh))
     parts = [

@@ -1,7 +1,7 @@
-"""What hosts tell each other by name, without a device: the key-value store of JAX's coordination service.
+"""A key-value store shared by all hosts: the one of JAX's coordination service. It uses no device.
 
-The first host keeps the store.  Every function but `this_host` needs `jax.distributed` to be initialised, and raises
-`jax.errors.JaxRuntimeError` where the first host does not answer.
+The first host keeps the store. Every function but `this_host` needs `jax.distributed` to be initialised. Each raises
+`jax.errors.JaxRuntimeError` if the first host does not answer.
 """
 
 from __future__ import annotations
@@ -13,28 +13,28 @@ from jax._src import distributed as _jax_distributed  # its key-value store has 
 
 
 def this_host() -> int:
-    """The number of this process; 0 where it is alone."""
+    """Returns the index of this host, 0 in a run on one host."""
     return _jax_distributed.global_state.process_id
 
 
-def tell(name: str, value: Any, *, again: bool = False) -> None:
-    """Tells all hosts a value.
+def put(name: str, value: Any, *, overwrite: bool = False) -> None:
+    """Stores a value for all hosts.
 
     Args:
-      name: under which they find it.
+      name: its key.
       value: plain JSON.
-      again: whether the name may have a value already, and is given another; else that is an error.
+      overwrite: allows a key that has a value already, which is an error otherwise.
     """
-    _client().key_value_set(_key(name), json.dumps(value), allow_overwrite=again)
+    _client().key_value_set(_key(name), json.dumps(value), allow_overwrite=overwrite)
 
 
-def ask(name: str) -> Any:
-    """The value that was told last.  Where there is none yet, that is an error as well."""
+def get(name: str) -> Any:
+    """Returns the latest value of a key. A key without a value is an error as well."""
     return json.loads(_client().key_value_try_get(_key(name)))
 
 
 def wait_for(name: str, seconds: float) -> Any:
-    """The value as soon as it is told; an error where that is not within the time."""
+    """Returns the value of a key as soon as it has one. It is an error if that takes longer than `seconds`."""
     return json.loads(_client().blocking_key_value_get(_key(name), int(seconds * 1000)))
 
 

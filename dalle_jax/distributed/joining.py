@@ -1,18 +1,16 @@
-"""Several hosts, one training: how their processes find each other, and who does what first.
+"""Joins the processes of several hosts to one training.
 
-Every host runs the same command. It becomes one of several, before any use of a device, where one of these says so:
+Every host runs the same command. It joins the others before it uses a device, if one of these asks for it:
 
-    flags         --coordinator_address=HOST:PORT --num_processes=N --process_id=I, the address being host 0's
-    environment   DALLE_JAX_COORDINATOR_ADDRESS, DALLE_JAX_NUM_PROCESSES, DALLE_JAX_PROCESS_ID: the same, for flags
-                  that are not given
-    the cluster   --coordinator_address=auto: JAX's own detection (Cloud TPU slices, GKE, SLURM, Open MPI). Used unasked
-                  where what SLURM, Open MPI or GKE sets up in the environment, or on a Cloud TPU VM Google's metadata
-                  server, says that there are several processes
+    flags         --coordinator_address=HOST:PORT --num_processes=N --process_id=I, with the address of host 0
+    environment   DALLE_JAX_COORDINATOR_ADDRESS, DALLE_JAX_NUM_PROCESSES, DALLE_JAX_PROCESS_ID: defaults of the flags
+    the cluster   --coordinator_address=auto: JAX's own detection (Cloud TPU slices, GKE, SLURM, Open MPI)
 
-`--coordinator_address=none` runs alone in spite of them.
+The detection is also used without a flag if SLURM, Open MPI or GKE announces several processes in the environment, or
+if Google's metadata server does so on a Cloud TPU VM. `--coordinator_address=none` runs alone in spite of them.
 
-Host 0 is the first: it alone writes configuration, metrics, pictures and progress, and where something is made once
-(a data set, a text model), it goes first, and the others then find it made.
+Host 0 is the first host. It alone writes configuration, metrics, images and progress. It also goes first where
+something is created once, such as a data set or a text model, which the others then find (`turns.py`).
 """
 
 from __future__ import annotations
@@ -32,29 +30,26 @@ from absl import flags
 
 from dalle_jax.errors import ConfigError, UserError
 
-CONNECT_SECONDS = 300
-
-
-LOST_HOST_SECONDS = 60
-
-
+CONNECT_SECONDS = 300  # default: how long to wait for all hosts at the start
+LOST_HOST_SECONDS = 60  # default: how long a host may be silent
 _METADATA_SECONDS = 5
-
-
 _FLAGS = ("coordinator_address", "num_processes", "process_id")
-
 
 _lost_host_seconds = LOST_HOST_SECONDS
 
 
 def define_flags() -> Callable[[str], None]:
-    """Defines the command line's flags; gives the function that calls `start` with their values, for a job."""
-    flags.DEFINE_string("coordinator_address", None, "Several hosts: host 0's HOST:PORT; or auto; or none.")
-    flags.DEFINE_integer("num_processes", None, "Several hosts: how many processes there are.")
-    flags.DEFINE_integer("process_id", None, "Several hosts: which of them this one is, from 0.")
+    """Defines the flags of several hosts.
+
+    Returns:
+      A function of the job that calls `start` with the values of the flags.
+    """
+    flags.DEFINE_string("coordinator_address", None, "Several hosts: HOST:PORT of host 0, auto, or none.")
+    flags.DEFINE_integer("num_processes", None, "Several hosts: number of processes.")
+    flags.DEFINE_integer("process_id", None, "Several hosts: index of this process, from 0.")
     for name, seconds, what in (
-        ("connect_seconds", CONNECT_SECONDS, "how long to wait for all to be there"),
-        ("lost_host_seconds", LOST_HOST_SECONDS, "how long one may be silent"),
+        ("connect_seconds", CONNECT_SECONDS, "longest time until all have joined"),
+        ("lost_host_seconds", LOST_HOST_SECONDS, "longest silence before a host counts as lost"),
     ):
         flags.DEFINE_integer(name, seconds, f"Several hosts: {what}.", lower_bound=1)
     names = (*_FLAGS, "connect_seconds", "lost_host_seconds")
@@ -71,21 +66,21 @@ def start(
     lost_host_seconds: int = LOST_HOST_SECONDS,
     environment: Mapping[str, str] = os.environ,
 ) -> None:
-    """Joins the other hosts, where there are any; else does nothing.
+    """Joins the other hosts, or does nothing on a single host.
 
     Args:
-      job: `config.job`; "train" is the one that several hosts do together.
-      coordinator_address: "HOST:PORT" of the first host, "auto", "none", or None: as the environment says.
-      num_processes: how many there are.
-      process_id: which one this is.
-      connect_seconds: how long to wait for the first host, or as the first one for all others.
-      lost_host_seconds: a host that is silent for so long counts as lost, and ends the others; also how long a host
-        that ends waits for the others to end.
-      environment: where variables of launchers are looked up; about Cloud TPUs `os.environ` is asked.
+      job: `config.job`. Only "train" runs on several hosts.
+      coordinator_address: "HOST:PORT" of the first host, "auto", or "none". None: read from the environment.
+      num_processes: number of processes.
+      process_id: index of this process.
+      connect_seconds: how long to wait for the first host. The first host waits as long for all others.
+      lost_host_seconds: a host that is silent for this long counts as lost, which ends the others. A host that exits
+        waits as long for the others to exit.
+      environment: variables of launchers. Cloud TPUs are always detected with `os.environ`.
 
     Raises:
-      ConfigError: some of the three values are missing or wrong, or several processes are to do another job.
-      UserError: the others are not there in time.
+      ConfigError: one of the three values is missing or wrong, or several processes run another job.
+      UserError: the other hosts did not join in time.
     """
     given = {"coordinator_address": coordinator_address, "num_processes": num_processes, "process_id": process_id}
     for name in _FLAGS:
@@ -103,7 +98,7 @@ def start(
     if job != "train":
         raise ConfigError(
             f"config.job={job!r} runs in one process, and "
-            f"{'the cluster has' if detected else '--num_processes asks for'} several: run it on one host, with "
+            f"{'the cluster has' if detected else '--num_processes asks for'} several. Run it on one host with "
             "--coordinator_address=none."
         )
     global _lost_host_seconds
@@ -118,8 +113,8 @@ def start(
             jax.distributed.initialize(
                 **values,
                 cluster_detection_method=None if detected else "deactivate",
-                initialization_timeout=int(connect_seconds) + 3600,  # JAX would abort the process; see below
-                heartbeat_timeout_seconds=2 * lost_host_seconds,  # the last resort: `watchdog.py` says it first
+                initialization_timeout=int(connect_seconds) + 3600,  # at the end of which JAX would abort the process
+                heartbeat_timeout_seconds=2 * lost_host_seconds,  # the last resort: the watchdog notices earlier
                 shutdown_timeout_seconds=lost_host_seconds,
             )
         except Exception as error:
@@ -129,10 +124,10 @@ def start(
     connecting.start()
     connecting.join(max(connect_seconds - (time.monotonic() - began), 1.0))
     if connecting.is_alive():
-        who = f"all of {values['num_processes']} processes" if values else "the other hosts"
+        who = f"all of {values['num_processes']} processes" if values else "all hosts"
         raise UserError(
-            f"Not {who} were there within {connect_seconds:g} s (--connect_seconds). Start the same command on every "
-            "host, each with its own --process_id, and look at what the missing ones say."
+            f"Not {who} joined within {connect_seconds:g} s (--connect_seconds). Start the same command on every host, "
+            "each with its own --process_id. If one is missing, read its output."
         )
     if failures:
         raise ConfigError(
@@ -143,7 +138,7 @@ def start(
 
 
 def _launched_by(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher that JAX knows has started several processes."""
+    """Returns whether a launcher that JAX supports has started several processes."""
     workers = environment.get("TPU_PROCESS_ADDRESSES") or environment.get("TPU_WORKER_HOSTNAMES") or ""
     counts = ["MEGASCALE_NUM_SLICES", "OMPI_COMM_WORLD_SIZE"]
     if "SLURM_STEP_NODELIST" in environment:
@@ -154,11 +149,11 @@ def _launched_by(environment: Mapping[str, str]) -> bool:
 
 
 def _tpu_workers() -> int:
-    """How many hosts the Cloud TPU has that this one is of; 1 where it is of none.  Asks as JAX does.
+    """Returns the number of hosts of this machine's Cloud TPU, or 1 without one.
 
-    `gcloud … tpu-vm create` puts nothing into the environment of its machines.
+    Asks the metadata server, as JAX does, because `gcloud … tpu-vm create` sets no environment variables.
     """
-    # JAX, when it was imported, set the first where it found no TPU chip.
+    # JAX sets the first variable at import if it finds no TPU chip.
     if "TPU_SKIP_MDS_QUERY" in os.environ or "tpu" not in (os.environ.get("JAX_PLATFORMS") or "tpu"):
         return 1
     workers = _metadata("worker-network-endpoints")
@@ -167,7 +162,7 @@ def _tpu_workers() -> int:
 
 
 def _metadata(name: str) -> str:
-    """An attribute of this machine, from Google's metadata server; empty where there is none, or no answer."""
+    """Reads an attribute of this machine from Google's metadata server. Returns "" without an answer or attribute."""
     server = os.environ.get("GCE_METADATA_IP", "metadata.google.internal")
     url = f"http://{server}/computeMetadata/v1/instance/attributes/{name}"
     request = urllib.request.Request(url, headers={"Metadata-Flavor": "Google"})
@@ -180,14 +175,14 @@ def _metadata(name: str) -> str:
             if getattr(error, "code", None) == 404:
                 break
             time.sleep(wait)
-    return ""  # another maker's machine; of several hosts `train.check` finds that they were not joined
+    return ""  # not a machine of Google, or no answer: `training.loop.check` detects hosts that were not joined
 
 
 def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The three values, as `jax.distributed.initialize` takes them."""
+    """Validates the three values and returns them as arguments of `jax.distributed.initialize`."""
     how = "of --coordinator_address, --num_processes and --process_id (or DALLE_JAX_COORDINATOR_ADDRESS, …)"
     if missing := [name for name in _FLAGS if given[name] is None]:
-        raise ConfigError(f"Of several hosts each needs all three {how}: {', '.join(missing)} is missing.")
+        raise ConfigError(f"Each of several hosts needs all three {how}: {', '.join(missing)} is missing.")
     try:
         count, index = int(given["num_processes"]), int(given["process_id"])
     except ValueError:
@@ -207,7 +202,7 @@ def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _wait_for(address: str, seconds: float) -> None:
-    """Waits until somebody listens there: JAX itself would abort the process, without a word of ours."""
+    """Waits until a process listens at `address`, because JAX would abort this process without a clear message."""
     host, _, port = address.rpartition(":")
     deadline = time.monotonic() + seconds
     while True:
@@ -218,12 +213,12 @@ def _wait_for(address: str, seconds: float) -> None:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"No answer from the first host at {address} within {seconds:g} s (--connect_seconds): {error}. Is "
-                    "the process with --process_id=0 running there, and is the port open to this host?"
+                    f"No answer from the first host at {address} within {seconds:g} s (--connect_seconds): {error}. "
+                    "Check that the process with --process_id=0 runs there and that this host can reach the port."
                 ) from error
             time.sleep(0.1)
 
 
 def lost_host_seconds() -> float:
-    """What `start` was given, or its default."""
+    """Returns the `lost_host_seconds` of `start`."""
     return _lost_host_seconds

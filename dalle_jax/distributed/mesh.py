@@ -22,33 +22,35 @@ MESH_AXES = ("data", "fsdp", "tensor")
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the mesh of axes (data, fsdp, tensor).
 
-    Where the devices belong to several slices (TPU pods joined by a data center's network, far slower than the links
-    inside of each), only `data` crosses from one to another: once a step, the gradients do.
+    Several slices are TPU pods joined by the network of a data center, which is far slower than the links inside a
+    slice. On several slices only `data` crosses from one slice to another: gradients do, once per step.
 
     Args:
-      data, fsdp, tensor: size of each axis; at most one may be -1 and takes all devices that are left.
-      devices: the devices to use (default: all of them, of all hosts).
+      data, fsdp, tensor: size of each axis. At most one may be -1, which stands for all remaining devices.
+      devices: the devices to use. Default: all devices of all hosts.
 
     Returns:
-      A mesh whose axes are automatic: `jax.jit` derives the layout of intermediate values.
+      A mesh with automatic axes: `jax.jit` derives the layout of intermediate values.
 
     Raises:
-      MeshError: sizes that do not multiply to the number of devices, or a `data` that does not cover the slices
-        evenly.  On one host a smaller mesh is allowed; the other devices idle, which is logged.
+      MeshError: the sizes do not multiply to the number of devices, or `data` does not cover the slices evenly. On
+        one host a smaller mesh is allowed: the other devices stay idle, which is logged.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
     asked = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
-        raise MeshError(f"Mesh {asked}: every axis needs a positive size; one of them may be -1 (all that is left).")
+        raise MeshError(
+            f"Mesh {asked}: every axis needs a positive size; one of them may be -1 (all remaining devices)."
+        )
     fixed = math.prod(size for size in sizes.values() if size != -1)
     count = len(devices)
     fits = count % fixed == 0 if free else fixed <= count
     if not fits:
         raise MeshError(
-            f"Mesh {asked} does not fit: it needs {'a multiple of ' if free else ''}{fixed} devices, there are {count} "
-            f"({devices[0].device_kind}). Change config.mesh so that data*fsdp*tensor = {count}."
+            f"Mesh {asked} does not fit {count} devices ({devices[0].device_kind}): it needs "
+            f"{'a multiple of ' if free else ''}{fixed} devices. Change config.mesh so that data*fsdp*tensor = {count}."
         )
     if free:
         sizes[free[0]] = count // fixed
@@ -60,7 +62,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
     automatic = (AxisType.Auto,) * len(MESH_AXES)
     if len({_slice(device) for device in devices}) > 1:
         return Mesh(_over_slices(devices, **sizes), MESH_AXES, axis_types=automatic)
-    # (jax.make_mesh refuses, on v5p and v6e, an axis that is no product of whole axes of the torus.)
+    # On v5p and v6e, jax.make_mesh rejects an axis that is not a product of whole axes of the torus.
     laid_out = mesh_utils.create_device_mesh(tuple(sizes.values()), devices[:used], allow_split_physical_axes=True)
     return Mesh(laid_out, MESH_AXES, axis_types=automatic)
 
@@ -71,24 +73,24 @@ def _warn_once(message: str) -> None:
 
 
 def local_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """`make_mesh` of this host's devices: for what a host does by itself."""
+    """Builds a mesh of the devices of this host alone."""
     return make_mesh(data, fsdp, tensor, devices=jax.local_devices())
 
 
 def _slice(device: Any) -> int:
-    """Which slice a device belongs to; platforms without slices have one."""
+    """Returns the index of the slice of a device, 0 on platforms without slices."""
     return getattr(device, "slice_index", None) or 0
 
 
 def _over_slices(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -> np.ndarray:
-    """Devices of several slices as an array [data, fsdp, tensor], slice after slice along `data`."""
+    """Arranges the devices of several slices as an array [data, fsdp, tensor], one slice after another along `data`."""
     sizes = collections.Counter(_slice(device) for device in devices)
     slices = len(sizes)
     if data % slices or len(set(sizes.values())) > 1 or data * fsdp * tensor != len(devices):
         raise MeshError(
             f"Mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {slices} slices of "
-            f"{', '.join(str(size) for size in sizes.values())} devices: only data may cross slices. Give slices of "
-            f"one size, all their devices, and a config.mesh.data that is a multiple of {slices}."
+            f"{', '.join(str(size) for size in sizes.values())} devices: only data may cross slices. Use all "
+            f"devices of slices of equal size, and a config.mesh.data that is a multiple of {slices}."
         )
     return mesh_utils.create_hybrid_device_mesh(
         (data // slices, fsdp, tensor), (slices, 1, 1), devices, allow_split_physical_axes=True
@@ -96,5 +98,5 @@ def _over_slices(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -> n
 
 
 def describe(mesh: Mesh) -> Mapping[str, Any]:
-    """One mapping for logs: axis sizes, device kind, number of hosts."""
+    """Returns axis sizes, device kind and number of hosts, for the log."""
     return {**mesh.shape, "device": mesh.devices.flat[0].device_kind, "hosts": jax.process_count()}

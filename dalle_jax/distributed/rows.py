@@ -1,4 +1,4 @@
-"""Batches over the mesh: which rows a host makes, and how they reach the devices and come back."""
+"""Batches on the mesh: the rows that each host loads, and their way to the devices and back."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from dalle_jax.distributed.sharding import batch_sharding, batch_shards, on_mesh, replicated
 from dalle_jax.errors import ConfigError, MeshError
+from dalle_jax.pytree import PyTree
 
 T = TypeVar("T")
 
@@ -20,7 +21,7 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate_steps: int = 1) -> None:
     """Checks that a global batch can be split over the mesh, in `accumulate_steps` slices.
 
     Raises:
-      ConfigError: a batch without rows.
+      ConfigError: the batch has no rows.
       MeshError: it cannot be split.
     """
     if batch_size < 1:
@@ -29,40 +30,39 @@ def check_batch(mesh: Mesh, batch_size: int, accumulate_steps: int = 1) -> None:
     if batch_size % shards:
         raise MeshError(
             f"batch_size={batch_size} cannot be split over data={mesh.shape['data']} x fsdp={mesh.shape['fsdp']} "
-            f"devices in {accumulate_steps} accumulation step(s): give a multiple of {shards}, or another config.mesh."
+            f"devices in {accumulate_steps} accumulation step(s). Give a multiple of {shards}, or another config.mesh."
         )
 
 
 def host_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-    """Which rows of a global batch lie on this host's devices: what its data pipeline has to make.
+    """Returns the rows of a global batch that the data pipeline of this host has to load.
 
     Args:
-      mesh: a mesh over the devices of all hosts. Hosts that share a row (its `tensor` axis crosses them) each get it.
-      batch_size: B, which `check_batch` has accepted.
+      mesh: a mesh of the devices of all hosts. If its `tensor` axis crosses hosts, each of them loads the shared rows.
+      batch_size: B, as accepted by `check_batch`.
 
     Returns:
-      Row numbers, int [b], rising; all of them where there is one host.
+      Row indices in ascending order, int [b]. All rows on a single host.
     """
     size = batch_size // batch_shards(mesh)
     return np.concatenate([np.arange(part * size, (part + 1) * size) for part in _host_parts(batch_sharding(mesh))])
 
 
 def _host_parts(sharding: NamedSharding) -> list[int]:
-    """Which of the parts that a batch is split into lie on this host's devices, rising."""
+    """Returns the indices, in ascending order, of the batch shards on the devices of this host."""
     indices = sharding.addressable_devices_indices_map((batch_shards(sharding.mesh),))
     return sorted({index[0].start or 0 for index in indices.values()})
 
 
-def to_mesh(batch: Any, sharding: NamedSharding) -> Any:
-    """Makes global arrays from this host's part of a batch.
+def to_mesh(batch: PyTree, sharding: NamedSharding) -> PyTree:
+    """Creates global arrays from this host's part of a batch.
 
     Args:
-      batch: tree of host arrays, the rows of `host_rows` (all rows where there is one process).  Arrays that are on
-        the mesh already pass unchanged.
+      batch: tree of host arrays with the rows of `host_rows`. Arrays that are already on the mesh pass unchanged.
       sharding: layout of the result, as from `batch_sharding`.
 
     Returns:
-      The same tree of global `jax.Array`s.  The copy to the devices is asynchronous.
+      The same tree with global `jax.Array`s. The copy to the devices is asynchronous.
     """
 
     if jax.process_count() == 1:
@@ -79,17 +79,17 @@ def to_mesh(batch: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(put, batch)
 
 
-def over_rows(mesh: Mesh | None, function: Callable[..., T], *rows: Any) -> T:
-    """Calls a function on a mesh, with rows split over its devices: drawing and judging, where batches come from here.
+def over_rows(mesh: Mesh | None, function: Callable[..., T], *rows: PyTree) -> T:
+    """Calls a function on a mesh of this host, with rows split over its devices. Sampling and evaluation use it.
 
     Args:
-      mesh: one host's; None: no mesh, the default device.
-      function: what it takes beside `rows` (parameters) is on the mesh already.
-      *rows: trees of arrays [B, ...], on the host, the default device or the mesh. Where the devices do not divide B,
-        each gets all rows.
+      mesh: a mesh of this host, or None for the default device.
+      function: called with `rows`. Its other inputs, such as parameters, are already on the mesh.
+      *rows: trees of arrays [B, ...] on the host, the default device or the mesh. If the devices do not divide B, each
+        device gets all rows.
 
     Returns:
-      What `function` gives.
+      The result of `function`.
     """
     if mesh is None:
         return function(*rows)
@@ -99,8 +99,8 @@ def over_rows(mesh: Mesh | None, function: Callable[..., T], *rows: Any) -> T:
         return function(*jax.device_put(rows, layouts))
 
 
-def to_host(tree: Any) -> Any:
-    """Numpy arrays, whole, of arrays on the mesh: the same on every host, and every host has to call it."""
+def to_host(tree: PyTree) -> PyTree:
+    """Copies arrays from the mesh to complete numpy arrays, the same on every host. Every host must call it."""
 
     def whole(x: Any) -> Any:
         here = not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated

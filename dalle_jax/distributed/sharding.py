@@ -1,13 +1,13 @@
-"""The device mesh, and how named dimensions are laid out on it.
+"""Layouts of arrays on the device mesh, from the names of their dimensions.
 
-Every parameter and many activations name their dimensions ("embed", "heads", "batch", ...) beside their initializer.
-One table, `RULES`, says which mesh axes each name is split over; nothing else in the package knows about devices:
+Every parameter and many activations name their dimensions ("embed", "heads", "batch", …) next to their initializer.
+The table `RULES` maps each name to the mesh axes that split it:
 
     data     copies of the model, each with a part of the batch
-    fsdp     as data, and the parameters are split over it too (gathered layer by layer when used)
-    tensor   one matrix product split over several devices (heads, hidden units, vocabulary)
+    fsdp     splits the batch as `data` does, and the parameters too, which are gathered layer by layer
+    tensor   splits single matrix products: heads, hidden units, vocabulary
 
-`jax.jit` with these shardings inserts the communication.  One device is the same code with a 1x1x1 mesh.
+`jax.jit` inserts the communication for these shardings. A single device runs the same code on a 1x1x1 mesh.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import jax
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from dalle_jax.errors import MeshError
-from dalle_jax.pytree import leaf_path
+from dalle_jax.pytree import PyTree, leaf_path
 
 RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
     # activations
@@ -45,26 +45,33 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 )
 
 
-# A dimension that its mesh axes do not divide is kept whole in arrays up to this many elements (three input channels,
-# a bias); in a larger array that would quietly cost memory on every device, so it is an error.
+# A dimension that its mesh axes do not divide stays whole in arrays of up to this many elements, such as a bias. In a
+# larger array it is an error, because it would silently cost memory on every device.
 MAX_UNDIVIDED_ELEMENTS = 2**20
 
 
 @contextlib.contextmanager
 def on_mesh(mesh: Mesh) -> Iterator[Mesh]:
-    """Context in which `constrain` (and linen's own constraints) lay activations out on `mesh`; elsewhere no-ops."""
+    """Context in which `constrain` and linen's own constraints apply to `mesh`. Outside they are no-ops."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield mesh
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Asks for the layout of an activation, one logical name (or None: whole) per dimension.
+    """Constrains the layout of an activation.
 
-    A no-op outside of `on_mesh`, so that models run without any mesh.  A dimension that its mesh axes do not divide
-    (one row on eight devices) stays whole.
+    A no-op outside of `on_mesh`, so that models run without a mesh. A dimension that its mesh axes do not divide, such
+    as one row on eight devices, stays whole.
+
+    Args:
+      x: the activation.
+      *names: a logical name per dimension, or None for a dimension that stays whole.
+
+    Returns:
+      `x` with that layout.
 
     Raises:
-      ValueError: a name that `RULES` does not know, or two names that want the same mesh axis.
+      ValueError: a name is not in `RULES`, or two names use the same mesh axis.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
@@ -73,32 +80,35 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
 
 
 def platform() -> str:
-    """What is traced now is for "cpu", "gpu" or "tpu": the devices of the mesh of `on_mesh`, which may be one that is
-    only compiled for (`jax.experimental.topologies`); without a mesh, the default device."""
+    """Returns the platform that the current trace is for: "cpu", "gpu" or "tpu".
+
+    It is the platform of the mesh of `on_mesh`, also if that mesh exists only for the compiler
+    (`jax.experimental.topologies`). Without a mesh it is the platform of the default device.
+    """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         return jax.default_backend()
-    kind = device.device_kind.lower()  # (not every version of JAX tells the platform itself)
+    kind = device.device_kind.lower()  # not every version of JAX has the platform here
     return "tpu" if kind.startswith("tpu") else "cpu" if kind == "cpu" else "gpu"
 
 
 def on_tpu() -> bool:
-    """Whether that is a TPU."""
+    """Returns whether `platform` is a TPU."""
     return platform() == "tpu"
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Layout of a value that every device holds whole."""
+    """Returns the layout of an array that every device holds completely."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Layout of a batch: the first dimension is split, whatever follows is whole."""
+    """Returns the layout of a batch: the first dimension is split, the others stay whole."""
     return NamedSharding(mesh, PartitionSpec(dict(RULES)["batch"]))
 
 
 def batch_shards(mesh: Mesh | None) -> int:
-    """Into how many parts a batch is split; without a mesh, one."""
+    """Returns the number of parts that a batch is split into, 1 without a mesh."""
     return 1 if mesh is None else math.prod(mesh.shape[axis] for axis in dict(RULES)["batch"])
 
 
@@ -110,25 +120,28 @@ def partition_spec(
     *,
     strict: bool = True,
 ) -> PartitionSpec:
-    """Layout of one array from the names of its dimensions.
+    """Maps the named dimensions of an array to mesh axes.
 
     Args:
-      names: a logical name, or None for a whole dimension, per dimension.
-      shape: its shape.
+      names: a logical name per dimension, or None for a dimension that stays whole.
+      shape: shape of the array.
       mesh: supplies the axis sizes.
       where: name of the array, for messages.
-      strict: refuse to keep a dimension of a large array whole because its mesh axes do not divide it.
+      strict: raise if a large array has a dimension that its mesh axes do not divide. Otherwise it stays whole.
+
+    Returns:
+      The partition spec.
 
     Raises:
-      ValueError: a name that `RULES` does not know, a wrong number of names, or two that want the same mesh axis.
-      MeshError: a large array with a dimension that its mesh axes do not divide.
+      ValueError: a name is not in `RULES`, the number of names is wrong, or two names use the same mesh axis.
+      MeshError: see `strict`.
     """
     rules = dict(RULES)
     if len(names) != len(shape):
         raise ValueError(f"{where}: {len(names)} logical names {tuple(names)} for an array of shape {tuple(shape)}.")
     unknown = [name for name in names if name is not None and name not in rules]
     if unknown:
-        raise ValueError(f"{where}: unknown logical name(s) {unknown}; parallel.RULES knows {sorted(rules)}.")
+        raise ValueError(f"{where}: unknown logical name(s) {unknown}; distributed.sharding.RULES has {sorted(rules)}.")
     spec: list[str | tuple[str, ...] | None] = []
     taken: set[str] = set()
     for name, size in zip(names, shape, strict=True):
@@ -149,12 +162,12 @@ def partition_spec(
     return PartitionSpec(*spec)
 
 
-def shardings_of(boxed: Any, mesh: Mesh) -> Any:
-    """Layouts of a tree of parameters.
+def shardings_of(boxed: PyTree, mesh: Mesh) -> PyTree:
+    """Returns the layouts of a tree of parameters.
 
     Args:
-      boxed: tree of arrays or `ShapeDtypeStruct`s, boxed by `nn.with_logical_partitioning` where dimensions have
-        names; unboxed leaves are replicated.
+      boxed: tree of arrays or `ShapeDtypeStruct`s. `nn.with_logical_partitioning` boxes those with named dimensions.
+        Unboxed leaves are replicated.
       mesh: the mesh.
 
     Returns:
@@ -173,6 +186,6 @@ def shardings_of(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree_util.tree_map_with_path(sharding, boxed, is_leaf=is_box)
 
 
-def abstract(tree: Any, shardings: Any) -> Any:
-    """`ShapeDtypeStruct`s of `tree`, with `shardings`: what a compiler or a checkpoint reader needs to know."""
+def abstract(tree: PyTree, shardings: PyTree) -> PyTree:
+    """Returns `tree` as `ShapeDtypeStruct`s with `shardings`, for a compiler or a checkpoint reader."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

@@ -1,4 +1,4 @@
-"""Who does what first: the first host writes and makes shared files; the others wait for it."""
+"""Order among hosts: the first host creates shared files and decides; the others wait for it."""
 
 from __future__ import annotations
 
@@ -12,39 +12,40 @@ import jax
 from dalle_jax.distributed import host_values
 from dalle_jax.errors import UserError
 
-_TURN_SECONDS = 24 * 3600  # for what the first host makes alone; should it die, the others hear of it much earlier
+# How long the others wait for the first host. If it dies, they notice much earlier.
+_TURN_SECONDS = 24 * 3600
 
 
 def joined() -> bool:
-    """Whether `start` joined this process to others."""
+    """Returns whether `joining.start` has joined this process to other hosts."""
     return jax.distributed.is_initialized()
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes; always where it is alone.  Needs no device."""
+    """Returns whether this is the first host, which writes the files. Always true on a single host. Uses no device."""
     return host_values.this_host() == 0
 
 
 @contextlib.contextmanager
 def first_host_first(what: str) -> Iterator[None]:
-    """Context that the first host passes through alone; the others enter when it has left.
+    """Runs the block on the first host, and afterwards on the others.
 
-    For what is made once and then found: in a directory that hosts share the others find it made, on disks of their
-    own each makes it.  Every host has to come here equally often; inside of another such context, where a host may have
-    nothing to make, it does nothing.
+    Use it for files that are created once and then found. On a shared file system the others find them; on local
+    disks each host creates its own copy. Every host must enter equally many of these blocks. A block inside another
+    one does nothing, because a host that finds the files may skip it.
 
     Args:
-      what: is made, for messages.
+      what: name of the thing to create, for messages.
 
     Raises:
-      UserError: on the others, where the first one failed.
+      UserError: on the other hosts, if the block failed on the first one.
     """
     if _turns.inside or not joined():
         yield
         return
     turn = next(_turns.numbers)
-    if not is_first() and (failure := _hear(turn, what)):
-        raise UserError(f"The first host could not make {what}: {failure}")
+    if not is_first() and (failure := _receive(turn, what)):
+        raise UserError(f"The first host could not create {what}: {failure}")
     failure, _turns.inside = None, True
     try:
         yield
@@ -54,22 +55,30 @@ def first_host_first(what: str) -> Iterator[None]:
     finally:
         _turns.inside = False
         if is_first():
-            _tell(turn, what, failure)
+            _send(turn, what, failure)
 
 
 def first_host_says(what: str, value: Any) -> Any:
-    """The first host's `value` (plain JSON), on every host.  Every host has to come here equally often."""
+    """Broadcasts a value of the first host to all hosts. Every host must call it equally often.
+
+    Args:
+      what: name of the value, for messages.
+      value: plain JSON. Ignored on the other hosts.
+
+    Returns:
+      The value of the first host.
+    """
     if not joined():
         return value
     turn = next(_turns.numbers)
     if is_first():
-        _tell(turn, what, value)
+        _send(turn, what, value)
         return value
-    return _hear(turn, what)
+    return _receive(turn, what)
 
 
 class _Turns:
-    """Where this host stands among the things that hosts do one after the other."""
+    """Number of the next turn on this host, and whether it is inside of one."""
 
     numbers = itertools.count()
     inside = False
@@ -78,12 +87,12 @@ class _Turns:
 _turns = _Turns()
 
 
-def _tell(turn: int, what: str, value: Any) -> None:
-    host_values.tell(f"{turn}", [what, value])
+def _send(turn: int, what: str, value: Any) -> None:
+    host_values.put(f"{turn}", [what, value])
 
 
-def _hear(turn: int, what: str) -> Any:
-    told, value = host_values.wait_for(f"{turn}", _TURN_SECONDS)
-    if told != what:
-        raise RuntimeError(f"Hosts are out of step: the first one is at {told!r}, this one at {what!r}.")
+def _receive(turn: int, what: str) -> Any:
+    sent, value = host_values.wait_for(f"{turn}", _TURN_SECONDS)
+    if sent != what:
+        raise RuntimeError(f"Hosts are out of step: the first one is at {sent!r}, this one at {what!r}.")
     return value

@@ -1,11 +1,14 @@
-"""Sets of pictures through the eyes of a network: Inception-v3 for FID and the Inception score, or a CLIP in its place.
+"""Feature extractors for image metrics, and the statistics of a set of images under them.
 
-judges = [inception(path), clip(scorer)]
-real, drawn = (PictureSet(judges, total, radii=(0, 1, 2)) for total in (len(a), len(b)))
-real.add(a), drawn.add(b)                        # in any number of pieces: nothing but statistics is kept
-drawn.figures(real)                              # {"fid": …, "inception_score": …, "fid_clip": …, …}
+    extractors = [inception(path), clip(scorer)]
+    real, drawn = (ImageSet(extractors, total, radii=(0, 1, 2)) for total in (len(a), len(b)))
+    real.add(a), drawn.add(b)                        # in any number of pieces; images are not kept
+    drawn.distances(real)                            # {"fid": …, "inception_score": …, "fid_clip": …, …}
+    drawn.precision_recall(real)                     # {"precision_inception": …, "recall_inception": …, …}
 
-B pictures    H, W their size    D features    C classes
+Inception-v3 gives FID and the Inception score. CLIP's image tower gives `fid_clip`.
+
+B images    H, W their size    D features    C classes
 """
 
 from __future__ import annotations
@@ -29,20 +32,20 @@ from dalle_jax.text_to_image.clip_scorer import ClipScorer
 
 
 @dataclasses.dataclass(frozen=True)
-class Judge:
-    """A network that looks at pictures.
+class FeatureExtractor:
+    """A network that extracts features from images.
 
     Attributes:
-      name: "inception", "clip": it makes the metrics' names.
+      name: "inception" or "clip"; part of the metrics' names.
       width: D.
-      look: uint8 [B, H, W, 3] of any B to features, float32 [B, D], and class logits without the last layer's bias,
-        float32 [B, C], or None where the network has no classes.
-      description: for the report: whose weights, and what was done to the pictures.
+      extract: converts images, uint8 [B, H, W, 3] for any B, to features, float32 [B, D], and class logits without the
+        last layer's bias, float32 [B, C]. The logits are None if the network has no classes.
+      description: for the report: fingerprint of the weights and preprocessing of the images.
     """
 
     name: str
     width: int
-    look: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
+    extract: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray | None]]
     description: dict[str, str]
 
 
@@ -51,65 +54,68 @@ def inception(
     resize: str = "bilinear_tf1",
     rows_at_once: int = 64,
     mesh: Mesh | None = None,
-) -> Judge:
-    """FID's Inception-v3.
+) -> FeatureExtractor:
+    """Loads FID's Inception-v3.
 
     Args:
       path: the file of its weights, see `pretrained/inception.py`.
-      resize: how pictures become 299 x 299, a key of `models.inception.RESIZES`.
-      rows_at_once: pictures that go through it in one go.
-      mesh: over whose devices they are split; None: the default device.
+      resize: how images are resized to 299 x 299, a key of `models.inception.RESIZES`.
+      rows_at_once: images that pass through the network at once.
+      mesh: devices that share these images, or None for the default device.
+
+    Returns:
+      An extractor of 2048 features and 1008 class logits per image.
 
     Raises:
-      PretrainedError: no such file, or one of another network.
+      PretrainedError: no such file, or weights of another network.
       ConfigError: an unknown `resize`.
     """
-    networks.resize_matrix(1, 1, resize)  # refuses an unknown one before the weights are read
+    networks.resize_matrix(1, 1, resize)  # rejects an unknown name before the weights are read
     params = weights.load(path)
     params = params if mesh is None else jax.device_put(params, replicated(mesh))
 
-    def look(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        seen = in_chunks(lambda rows: networks.extract(params, rows, resize), images, rows_at_once, mesh)
-        return seen.pool, seen.unbiased_logits
+    def extract(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        found = in_chunks(lambda rows: networks.extract(params, rows, resize), images, rows_at_once, mesh)
+        return found.pool, found.unbiased_logits
 
     about = {"inception": fingerprint(params), "inception_resize": resize}
-    return Judge(frechet.INCEPTION, networks.WIDTH, look, about)
+    return FeatureExtractor(frechet.INCEPTION, networks.WIDTH, extract, about)
 
 
-def clip(scorer: ClipScorer) -> Judge:
-    """A CLIP's image tower; its FID is `fid_clip`, which compares only with that of the same CLIP."""
-    look = lambda images: (scorer.image_features(images), None)
-    return Judge("clip", scorer.clip.options.embed_dim, look, {"clip": scorer.fingerprint()})
+def clip(scorer: ClipScorer) -> FeatureExtractor:
+    """Wraps a CLIP's image tower. `fid_clip` values are comparable only under the same CLIP."""
+    extract = lambda images: (scorer.image_features(images), None)
+    return FeatureExtractor("clip", scorer.clip.options.embed_dim, extract, {"clip": scorer.fingerprint()})
 
 
-class PictureSet:
-    """Statistics of a set of pictures, by every judge and at every blur radius."""
+class ImageSet:
+    """Statistics of a set of images, for every feature extractor and every blur radius."""
 
-    def __init__(self, judges: Sequence[Judge], total: int, radii: Sequence[float] = (0,)):
+    def __init__(self, extractors: Sequence[FeatureExtractor], total: int, radii: Sequence[float] = (0,)):
         """
         Args:
-          judges: who looks.
-          total: how many pictures there will be.
-          radii: of the Gaussian blur, pixels; 0, the pictures as they are, is among them in any case.
+          extractors: the feature extractors.
+          total: number of images that will be added.
+          radii: radii of the Gaussian blur, pixels. Radius 0, no blur, is always included.
         """
-        self._judges, self.radii = judges, tuple(dict.fromkeys((0, *radii)))
+        self._extractors, self.radii = extractors, tuple(dict.fromkeys((0, *radii)))
         self._total, self._count = total, 0
-        self._features = {(j.name, r): frechet.empty(j.width, j.name) for j in judges for r in self.radii}
-        self._points = {j.name: precision_recall.empty(j.width, j.name) for j in judges}
+        self._features = {(e.name, r): frechet.empty(e.width, e.name) for e in extractors for r in self.radii}
+        self._points = {e.name: precision_recall.empty(e.width, e.name) for e in extractors}
         self._classes = {}
 
     def add(self, images: np.ndarray) -> None:
-        """Takes pictures in, uint8 [B, H, W, 3]."""
+        """Adds images, uint8 [B, H, W, 3]."""
         places = self._count + np.arange(len(images))
         self._count += len(images)
         for radius in self.radii:
             blurred = np.asarray(gaussian_blur(images, radius)) if radius else images
-            for judge in self._judges:
-                features, logits = judge.look(blurred)
-                key = judge.name, radius
+            for extractor in self._extractors:
+                features, logits = extractor.extract(blurred)
+                key = extractor.name, radius
                 self._features[key] = frechet.add(self._features[key], features)
                 if radius == 0:
-                    self._points[judge.name] = precision_recall.add(self._points[judge.name], features)
+                    self._points[extractor.name] = precision_recall.add(self._points[extractor.name], features)
                 if logits is not None:
                     if key not in self._classes:
                         splits = min(10, self._total)
@@ -117,30 +123,37 @@ class PictureSet:
                     self._classes[key] = inception_score.add(self._classes[key], logits, places)
 
     def features(self, name: str) -> np.ndarray:
-        """What the judge of that name saw without blur, float32 [pictures, D], in the order in which they came."""
-        return self._points[name].values
-
-    def distances(self, real: PictureSet, radius: float = 0) -> dict[str, float]:
-        """FID by each judge, and the Inception score of those that have classes.
+        """Returns the features of the images without blur, float32 [images, D], in the order of `add`.
 
         Args:
-          real: what these pictures are compared with.
-          radius: of the blur on both sides.
+          name: the extractor's name.
+        """
+        return self._points[name].values
+
+    def distances(self, real: ImageSet, radius: float = 0) -> dict[str, float]:
+        """Computes FID for every extractor, and the Inception score for those with classes.
+
+        Args:
+          real: the images to compare with.
+          radius: radius of the blur of both sets.
+
+        Returns:
+          "fid", "inception_score", "fid_clip" and so on, by name.
 
         Raises:
-          DataError: too few pictures.
+          DataError: too few images.
         """
-        figures = {}
-        for judge in self._judges:
-            key = judge.name, radius
-            figures |= frechet.compute(real._features[key], self._features[key])
+        metrics = {}
+        for extractor in self._extractors:
+            key = extractor.name, radius
+            metrics |= frechet.compute(real._features[key], self._features[key])
             if key in self._classes:
-                figures |= inception_score.compute(self._classes[key])
-        return figures
+                metrics |= inception_score.compute(self._classes[key])
+        return metrics
 
-    def precision_recall(self, real: PictureSet) -> dict[str, float]:
-        """Precision and recall by each judge, without blur. Arguments and errors as `distances`."""
-        figures = {}
-        for judge in self._judges:
-            figures |= precision_recall.compute(real._points[judge.name], self._points[judge.name])
-        return figures
+    def precision_recall(self, real: ImageSet) -> dict[str, float]:
+        """Computes precision and recall for every extractor, without blur. Arguments and errors as `distances`."""
+        metrics = {}
+        for extractor in self._extractors:
+            metrics |= precision_recall.compute(real._points[extractor.name], self._points[extractor.name])
+        return metrics

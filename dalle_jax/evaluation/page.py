@@ -1,10 +1,4 @@
-"""A report as one HTML file that a person can open and pass on: tables, pictures and plots, nothing outside of it.
-
-    parts = [heading("Figures"), table({"autoregressive": {...}, "maskgit": {...}}), picture(grid, "captions")]
-    page.write_text(page("Quickstart", parts))
-
-Each function gives a piece of HTML; whatever it is given is escaped.
-"""
+"""The report of an evaluation as one HTML page."""
 
 from __future__ import annotations
 
@@ -13,49 +7,54 @@ from typing import Any
 
 import numpy as np
 
-from dalle_jax.reporting.html import heading, page, paragraph, picture, plot, preformatted, table
+from dalle_jax.reporting.html import details, heading, image, page, paragraph, plot, table
 
 
-def evaluation(title: str, figures: Mapping[str, Any], grid: np.ndarray, config: str) -> str:
-    """The page of an evaluation.
+def evaluation(title: str, metrics: Mapping[str, Any], grid: np.ndarray, config: str) -> str:
+    """Returns the page of an evaluation.
 
     Args:
-      title: of the page.
-      figures: see `evaluate.py`.
-      grid: captions and pictures, uint8 [H, W, 3].
-      config: the configuration as text.
+      title: title of the page.
+      metrics: `Measured.metrics`.
+      grid: captions and images, uint8 [H, W, 3].
+      config: the configuration as text; the page shows it folded.
     """
-    protocol, apart = figures["protocol"], ("best_of", "blur", "protocol", "run")
+    protocol, apart = metrics["protocol"], ("best_of", "blur", "protocol", "run")
     parts = [
         paragraph(
-            f"Captions: {protocol['captions']}; of {protocol['data']}; one sample each; on {protocol['device']}."
+            f"Captions: {protocol['captions']}. Data: {protocol['data']}. One sample per caption. Device: "
+            f"{protocol['device']}."
         ),
-        picture(grid, "The first captions: the real picture, its reconstruction, and what the priors draw."),
-        heading("Figures"),
-        table({name: section for name, section in figures.items() if name not in apart}),
+        image(grid, "The first captions: the real image, its reconstruction, and the images that the priors drew."),
+        heading("Metrics"),
+        table({name: section for name, section in metrics.items() if name not in apart}),
     ]
-    if "best_of" in figures:
+    if "best_of" in metrics:
         parts += [
             heading("The best of N candidates, chosen by CLIP"),
             paragraph(
-                f"Of the first {protocol['candidate_captions']} captions. The judge of clip_score and of figures that "
-                "end in _clip is the network that chose: what rises with N there is in part its own taste."
+                f"Over the first {protocol['candidate_captions']} captions. The CLIP that chose the images also "
+                "computes clip_score and the metrics that end in _clip. Part of their rise with N is therefore that "
+                "CLIP's bias."
             ),
-            *_sweep(figures["best_of"], "candidates", powers=True),
+            *_sweep(metrics["best_of"], "candidates", powers=True),
         ]
-    if "blur" in figures:
+    if "blur" in metrics:
         parts += [
             heading("After a Gaussian blur of both sides"),
-            paragraph("What a tokenizer cannot show, fine detail, counts for less there. Radius: deviation in pixels."),
-            *_sweep(figures["blur"], "blur radius"),
+            paragraph(
+                "Blur removes fine detail, which an image tokenizer cannot reproduce. The radius is the standard "
+                "deviation in pixels."
+            ),
+            *_sweep(metrics["blur"], "blur radius"),
         ]
-    parts += [heading("Protocol"), table({"": {**protocol, **figures.get("run", {})}})]
-    parts += [heading("Configuration"), preformatted(config)]
+    parts += [heading("Protocol"), table({"": {**protocol, **metrics.get("run", {})}})]
+    parts += [details("Configuration", config)]
     return page(title, parts)
 
 
 def _sweep(section: Mapping[str, Mapping[str, Mapping[str, float]]], x: str, powers: bool = False) -> list[str]:
-    """A plot of every figure, and the table."""
+    """Returns a plot of every metric, and the table."""
     names = dict.fromkeys(name for rows in section.values() for row in rows.values() for name in row)
     plots = [
         plot(

@@ -10,41 +10,43 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from dalle_jax.evaluation.measure import Figures, Measured
+from dalle_jax.evaluation.measure import Measured
 from dalle_jax.evaluation.page import evaluation
+from dalle_jax.evaluation.sections import Metrics
 from dalle_jax.evaluation.test_sets import TestSet
 from dalle_jax.reporting import tables
 from dalle_jax.reporting.images import image_grid, save_png
-from dalle_jax.reporting.tables import save_json
+from dalle_jax.reporting.tables import plain_text, save_json
 
 
 def write(measured: Measured, tests: TestSet, out: epath.PathLike, title: str, config: ConfigDict) -> None:
-    """Writes `report.json`, `report.html`, `grid.png`, `blur.csv` and `best_of.csv`, and prints the figures.
+    """Writes `report.json`, `report.html`, `grid.png`, `blur.csv` and `best_of.csv`, and prints the metrics.
 
     Args:
-      measured: what is reported.
-      tests: on what.
+      measured: the result of the evaluation.
+      tests: the test set.
       out: the folder.
-      title: of the report.
-      config: the configuration that led there.
+      title: title of the report.
+      config: the configuration of the evaluation.
     """
-    out, figures = epath.Path(out).expanduser(), measured.figures
+    out, metrics = epath.Path(out).expanduser(), measured.metrics
     sheet = _grid(tests.captions, measured.columns, title)
     save_png(out / "grid.png", sheet)
-    save_json(out / "report.json", figures)
+    save_json(out / "report.json", metrics)
     written = ["report.html", "report.json", "grid.png"]
-    for name, head in (("blur", ("pictures", "radius")), ("best_of", ("prior", "candidates"))):
-        if name in figures:
-            (out / f"{name}.csv").write_text(_csv(figures[name], head))
+    for name, head in (("blur", ("images", "radius")), ("best_of", ("prior", "candidates"))):
+        if name in metrics:
+            (out / f"{name}.csv").write_text(_csv(metrics[name], head))
             written.append(f"{name}.csv")
-    (out / "report.html").write_text(evaluation(title, figures, sheet, config.to_yaml()))
+    settings = plain_text(config.copy_and_resolve_references().to_dict())
+    (out / "report.html").write_text(evaluation(title, metrics, sheet, settings))
     apart = ("blur", "best_of", "protocol")
-    print("\n" + tables.table({name: value for name, value in figures.items() if name not in apart}))
+    print("\n" + tables.table({name: value for name, value in metrics.items() if name not in apart}))
     print("\n" + "\n".join(str(out / name) for name in written))
 
 
-def _csv(section: Mapping[str, Mapping[str, Figures]], head: tuple[str, str]) -> str:
-    """A line for each name and number."""
+def _csv(section: Mapping[str, Mapping[str, Metrics]], head: tuple[str, str]) -> str:
+    """Formats a section as CSV, one line per name and number."""
     names = list(dict.fromkeys(name for rows in section.values() for row in rows.values() for name in row))
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -56,12 +58,12 @@ def _csv(section: Mapping[str, Mapping[str, Figures]], head: tuple[str, str]) ->
 
 
 def _grid(captions: Sequence[str], columns: Sequence[tuple[str, np.ndarray]], title: str) -> np.ndarray:
-    """Captions beside their pictures: uint8 [H', W', 3].
+    """Draws captions next to their images: uint8 [H', W', 3].
 
     Args:
-      captions: as many as there are pictures, or more.
-      columns: heading and pictures, uint8 [B, H, W, 3], of each column.
-      title: over everything.
+      captions: at least one caption per row of the grid.
+      columns: heading and images, uint8 [B, H, W, 3], of each column.
+      title: title of the grid.
     """
     rows = min(len(images) for _, images in columns)
     shown = [(captions[i], [images[i] for _, images in columns]) for i in range(rows)]

@@ -1,16 +1,16 @@
-"""What a model is measured on: the captions that it draws, and the real pictures that its own are compared with.
+"""Test sets: the captions that a model draws, and the real images that its images are compared with.
 
-DALL-E (section 3.1) draws 30,000 captions of MS-COCO's validation split and all unique captions of CUB's test split,
-and does not say which 30,000, nor with which real pictures they are compared. Here:
+DALL-E (section 3.1) draws 30,000 captions of MS-COCO's validation split and all unique captions of CUB's test split.
+The paper does not say which 30,000, nor with which real images they are compared. The choices here:
 
-    "first"   the first caption of each picture, in the split's order
-    "drawn"   pictures drawn without replacement, and of each one caption drawn from its own
-    "unique"  every caption of the split once, with the first picture that has it
+    "first"   the first caption of each image, in the split's order
+    "drawn"   images drawn without replacement, and one caption of each, drawn at random
+    "unique"  every caption of the split once, with the first image that has it
 
-and the real side are the pictures that the captions were taken from, each of them once; for "unique" these are all
-readable pictures of the split. A result is worth as much as what is written beside it: see `TestSet.describe`.
+The real images are those that the captions were taken from, each of them once. For "unique" these are all readable
+images of the split. `TestSet.describe` gives the report what it takes to measure the same.
 
-    C captions    P pictures    H, W their size
+    C captions    P images    H, W their size
 """
 
 from __future__ import annotations
@@ -23,24 +23,25 @@ from typing import Any
 import numpy as np
 from absl import logging
 
+from dalle_jax.configuration.options import check, from_config
 from dalle_jax.data.augment import augment
 from dalle_jax.data.builders.shapes_captions.scenes import Scene
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions, Source, UnreadableExample, decode_captions, decode_image
-from dalle_jax.errors import ConfigError, DataError
+from dalle_jax.errors import DataError
 
 CAPTIONS = ("first", "drawn", "unique")
 
 
 @dataclasses.dataclass(frozen=True)
 class Protocol:
-    """Which captions.
+    """Which captions to use.
 
     Attributes:
-      split: of the data set.
+      split: split of the data set.
       captions: "first", "drawn" or "unique"; see the module.
-      count: C; None for all that there are.
-      seed: of "drawn".
+      count: C, or None for all captions.
+      seed: for "drawn".
     """
 
     split: str
@@ -49,77 +50,80 @@ class Protocol:
     seed: int = 0
 
     def __post_init__(self):
-        if self.captions not in CAPTIONS:
-            raise ConfigError(f"config.captions={self.captions!r}: expected one of {', '.join(CAPTIONS)}.")
-        if self.count is not None and self.count < 1:
-            raise ConfigError(f"config.count={self.count}: expected at least 1, or None for all.")
+        check(self, "", positive=["count"], choices={"captions": CAPTIONS})
 
 
 @dataclasses.dataclass(frozen=True)
 class TestSet:
-    """Captions with their pictures, which are read when asked for: a test set need not fit into memory.
+    """Captions with their images. Images are read on demand, so that a test set need not fit into memory.
 
     Attributes:
-      captions: C of them.
-      owners: int [C], each caption's picture, as a place in `pictures`.
-      pictures: int [P], the real pictures, as places in `source`.
-      scenes: what each caption states, for the embedded shapes; None for other data.
-      source, image_size: where pictures are read, and H = W, pixels.
-      protocol: what was asked for.
+      captions: C captions.
+      owners: int [C], the image of each caption, as an index into `indices`.
+      indices: int [P], the real images, as indices into `source`.
+      scenes: the content of each caption, for the embedded shapes; None for other data.
+      source: where images are read.
+      image_size: H = W, pixels.
+      protocol: how the captions were chosen.
     """
 
-    __test__ = False  # of a test runner: not a class of tests
+    __test__ = False  # tells pytest that this is not a class of tests
 
     captions: tuple[str, ...]
     owners: np.ndarray
-    pictures: np.ndarray
+    indices: np.ndarray
     scenes: tuple[Scene, ...] | None
     source: Source
     image_size: int
     protocol: Protocol
 
     def images(self, places: Sequence[int]) -> np.ndarray:
-        """Real pictures, as a prior's training saw them without augmentation (centre square, area average).
+        """Reads real images, prepared as in a prior's training without augmentation (centre square, area average).
 
         Args:
-          places: in `pictures`, B of them.
+          places: B indices into `indices`.
 
         Returns:
           uint8 [B, H, W, 3].
         """
-        shown = [decode_image(self.source.record(int(self.pictures[place]))) for place in places]
+        shown = [decode_image(self.source.record(int(self.indices[place]))) for place in places]
         return np.stack([augment(image, self.image_size, "none", None) for image in shown])
 
     def describe(self) -> dict[str, Any]:
-        """For the report: what another implementation has to take to measure the same."""
+        """Describes the test set for the report, so that another implementation can measure the same."""
         return {
             "data": self.source.description,
             "captions": f"{len(self.captions)}, {self.protocol.captions}",
             "captions_sha256": hashlib.sha256("\n".join(self.captions).encode()).hexdigest(),
-            "real_pictures": len(self.pictures),
+            "real_images": len(self.indices),
             "image_size": self.image_size,
-            "real_pictures_prepared": "centre square, area average",
+            "real_images_prepared": "centre square, area average",
         }
 
 
 def open_test_set(data: Mapping[str, Any], protocol: Protocol, image_size: int | None = None) -> TestSet:
-    """Chooses captions and pictures. Every picture is decoded once here, so that damaged ones are known beforehand.
+    """Chooses captions and images. Every image is decoded once here, so that damaged ones are left out.
 
     Args:
-      data: a `data` section, of a training's configuration for instance.
-      protocol: which.
-      image_size: H = W; None: the section's.
+      data: a `data` section, for instance of a training's configuration.
+      protocol: which captions to use.
+      image_size: H = W, pixels, or None for the section's.
+
+    Returns:
+      The test set.
 
     Raises:
-      DataError: there are fewer captions than asked for, or none.
+      DataError: fewer captions than `protocol.count`, or none.
     """
-    options = DataOptions.from_config({**data, "augment": "none"} | ({"image_size": image_size} if image_size else {}))
+    options = from_config(
+        DataOptions, {**data, "augment": "none"} | ({"image_size": image_size} if image_size else {}), "data"
+    )
     source = open_source(options, protocol.split)
     rng = np.random.default_rng(protocol.seed)
     order = rng.permutation(len(source)) if protocol.captions == "drawn" else range(len(source))
-    captions, owners, pictures, scenes = {}, [], [], []
+    captions, owners, indices, scenes = {}, [], [], []
     for index in order:
-        if protocol.captions != "unique" and len(pictures) == protocol.count:
+        if protocol.captions != "unique" and len(indices) == protocol.count:
             break
         try:
             record = source.record(int(index))
@@ -136,16 +140,16 @@ def open_test_set(data: Mapping[str, Any], protocol: Protocol, image_size: int |
             key = caption if protocol.captions == "unique" else (caption, index)
             if key not in captions and len(captions) != protocol.count:
                 captions[key] = caption
-                owners.append(len(pictures))
+                owners.append(len(indices))
                 if "scene" in record.extra:
                     scenes.append(Scene.from_json(record.extra["scene"]))
-        pictures.append(int(index))
+        indices.append(int(index))
     if not captions or len(captions) < (protocol.count or 0):
         raise DataError(
-            f"{source.description} has {len(captions)} captions of readable pictures, {protocol.count or 'some'} are "
-            "asked for: lower config.count."
+            f"{source.description} has {len(captions)} captions of readable images, but {protocol.count or 'some'} are "
+            "needed: lower config.count."
         )
     return TestSet(
-        tuple(captions.values()), np.array(owners), np.array(pictures), tuple(scenes) or None, source,
+        tuple(captions.values()), np.array(owners), np.array(indices), tuple(scenes) or None, source,
         options.image_size, protocol,
     )  # fmt: skip

@@ -7,22 +7,26 @@ from ml_collections import ConfigDict
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
 from dalle_jax.distributed.mesh import local_mesh
-from dalle_jax.evaluation.measure import Figures, Model, Options, measure
+from dalle_jax.evaluation.measure import Model, Options, measure
 from dalle_jax.evaluation.report import write
+from dalle_jax.evaluation.sections import Metrics
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
 
-def run(config: ConfigDict, workdir: str) -> Figures:
-    """Writes the report, see `write`.
+def run(config: ConfigDict, workdir: str) -> Metrics:
+    """Measures the priors of `config.model_workdir` and writes the report.
 
     Args:
       config: see `configs/evaluate.py`.
-      workdir: where to write.
+      workdir: the folder of the report.
 
     Returns:
-      What `report.json` holds.
+      The contents of `report.json`.
+
+    Raises:
+      UserError: see `TextToImage.load`, `open_test_set` and `measure`.
     """
     folders = [folder.strip() for folder in config.model_workdir.split(",")]
     mesh = local_mesh(**config.mesh)
@@ -36,8 +40,8 @@ def run(config: ConfigDict, workdir: str) -> Figures:
     options = from_config(Options, {"seed": config.seed, **config.metrics}, "metrics")
     models = {name: Model(model, sampling) for name, model in zip(names, loaded)}
     measured = measure(models, tests, options)
-    measured.figures["protocol"]["checkpoints"] = {
+    measured.metrics["protocol"]["checkpoints"] = {
         name: f"{m.workdir}, step {m.step}" for name, m in zip(names, loaded)
     }
     write(measured, tests, workdir, f"{', '.join(names)}: {tests.source.description}", config)
-    return measured.figures
+    return measured.metrics

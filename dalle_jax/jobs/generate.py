@@ -1,4 +1,4 @@
-"""The job of `configs/generate.py`: captions to PNGs, a grid, and a manifest from which each picture can be made again.
+"""The job of `configs/generate.py`: draws captions as PNGs, with a grid and a manifest to draw each image again.
 
 python -m dalle_jax.main --config=configs/generate.py --config.model_workdir=DIR --config.prompts="a red circle"
 """
@@ -22,28 +22,35 @@ from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.reporting.images import image_grid, save_png
 from dalle_jax.storage.files import write_json
 from dalle_jax.text_to_image.best_of_n import Ranked
+from dalle_jax.text_to_image.sampling_parameters import parse
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
 
 def run(config: ConfigDict, workdir: str) -> None:
-    """Writes one PNG for each sample, a grid, and `manifest.json`.
+    """Writes one PNG per sample, `grid.png`, and `manifest.json`.
 
     Args:
       config: see `configs/generate.py`.
-      workdir: where to write.
+      workdir: the folder of the results.
+
+    Raises:
+      ConfigError: sampling parameters out of range, or `negative` without guidance.
+      DataError: no captions.
+      UserError: see `TextToImage.load`.
     """
     captions = read_captions(config)
+    options = from_config(SamplingOptions, config.sampling, "sampling")
+    sampling = {"negative": config.negative or None, **dataclasses.asdict(options)}
+    parse(sampling)  # before the model is loaded
     mesh = local_mesh(**config.mesh)
     model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once, config.clip, mesh)
-    options = from_config(SamplingOptions, config.sampling, "sampling")
-    knobs = {"negative": config.negative or None, **dataclasses.asdict(options)}
     if config.candidates:
-        ranked = model.best_of(captions, config.candidates, config.n, config.seed, **knobs)
+        ranked = model.best_of(captions, config.candidates, config.n, config.seed, **sampling)
     else:
-        images = model.generate(captions, config.n, config.seed, **knobs)
+        images = model.generate(captions, config.n, config.seed, **sampling)
         ranked = Ranked(images, None, np.tile(np.arange(config.n), (len(captions), 1)))
     out = epath.Path(workdir).expanduser()
-    for path in _earlier(out):  # those of more captions would stand beside the new ones
+    for path in _earlier(out):  # otherwise images of an earlier run with more captions would remain
         path.unlink(missing_ok=True)
     entries = []
     for i, caption in enumerate(captions):
@@ -61,11 +68,11 @@ def run(config: ConfigDict, workdir: str) -> None:
     write_json(out / "manifest.json", manifest)
     shown = min(config.n, 8)
     save_png(out / "grid.png", image_grid([(c, ranked.images[i, :shown]) for i, c in enumerate(captions[:16])]))
-    print(f"{len(entries)} pictures, grid.png and manifest.json in {out}")
+    print(f"Wrote {len(entries)} images, grid.png and manifest.json to {out}")
 
 
 def _earlier(out: epath.Path) -> list[epath.Path]:
-    """The pictures of the manifest in a folder, and itself; nothing where it is none."""
+    """Lists the manifest of a folder and its images, or nothing without a readable manifest."""
     try:
         names = [sample["file"] for sample in json.loads((out / "manifest.json").read_text())["samples"]]
     except (OSError, ValueError, LookupError, TypeError):
@@ -74,36 +81,41 @@ def _earlier(out: epath.Path) -> list[epath.Path]:
 
 
 def remake(manifest: str, file: str) -> np.ndarray:
-    """One picture of a manifest, made again: uint8 [H, W, 3], bit for bit on the same kind and number of devices.
+    """Draws one image of a manifest again, bit for bit on the same kind and number of devices.
 
     Args:
       manifest: path of a `manifest.json`.
-      file: the sample's file name in it.
+      file: file name of a sample in it.
+
+    Returns:
+      uint8 [H, W, 3].
 
     Raises:
-      DataError: where the manifest does not list that file.
+      DataError: the manifest does not list that file.
     """
     record = json.loads(epath.Path(manifest).expanduser().read_text())
     entry = next((sample for sample in record["samples"] if sample["file"] == file), None)
     if entry is None:
         raise DataError(f"{manifest} lists no sample {file!r}; it has {len(record['samples'])} samples.")
-    sizes = record.get("mesh", {"data": 1})  # (which earlier versions did not write)
+    sizes = record.get("mesh", {"data": 1})  # earlier versions did not write it
     if math.prod(sizes.values()) <= jax.local_device_count():
         mesh = local_mesh(**sizes)
     else:
         mesh = None
-        logging.warning("%s: drawn on more devices than are here; a pixel may be rounded the other way.", manifest)
+        logging.warning(
+            "%s was drawn on more devices than this host has. A pixel may be rounded differently.", manifest
+        )
     model = TextToImage.load(record["workdir"], record["step"], record["rows_at_once"], mesh=mesh)
-    knobs = {"negative": record.get("negative"), **record["sampling"]}
+    sampling = {"negative": record.get("negative"), **record["sampling"]}
     i, j = entry["caption_index"], entry["index"]
-    return model.picture(record["captions"], record["n"], i, j, record["seed"], **knobs)
+    return model.generate_one(record["captions"], record["n"], i, j, record["seed"], **sampling)
 
 
 def read_captions(config: ConfigDict) -> list[str]:
-    """`config.prompts` (several are separated by "|"), or the lines of the file `config.prompts_file`.
+    """Returns the captions of `config.prompts` (separated by "|"), or the lines of the file `config.prompts_file`.
 
     Raises:
-      DataError: where neither or both are given, or the file is missing or empty.
+      DataError: neither or both are set, or the file is missing or empty.
     """
     if bool(config.prompts) == bool(config.prompts_file):
         raise DataError(
@@ -113,8 +125,8 @@ def read_captions(config: ConfigDict) -> list[str]:
         return [part.strip() for part in config.prompts.split("|")]
     path = epath.Path(config.prompts_file).expanduser()
     if not path.exists():
-        raise DataError(f"There is no file of captions {path}.")
+        raise DataError(f"There is no file of captions at {path}.")
     captions = [line.strip() for line in path.read_text().splitlines() if line.strip()]
     if not captions:
-        raise DataError(f"{path} holds no caption; expected one a line.")
+        raise DataError(f"{path} holds no caption; expected one per line.")
     return captions

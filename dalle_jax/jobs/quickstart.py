@@ -1,4 +1,4 @@
-"""The whole system in one go: every training in turn, then pictures for unseen captions, a grid and a report."""
+"""The job of `configs/quickstart.py`: runs all trainings in turn, then draws unseen captions and writes a report."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.evaluation.measure import Model, Options, measure
 from dalle_jax.evaluation.report import write
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
-from dalle_jax.jobs import train as stages
+from dalle_jax.jobs import train as train_job
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
-    """Trains, generates, scores; writes what `write` writes.
+    """Trains, draws and measures, and writes the report.
 
     Args:
-      config: see `configs/quickstart.py`: the whole configurations of both priors (their tokenizer's included), of the
-        CLIP and of the evaluation.
-      workdir: holds `dvae/`, `prior/`, `maskgit/`, `clip/`, and the results.
+      config: see `configs/quickstart.py`. It holds the whole configurations of both priors (with their tokenizer), of
+        the CLIP and of the evaluation.
+      workdir: holds `dvae/`, `prior/`, `maskgit/`, `clip/`, and the report.
 
     Returns:
-      What `report.json` holds.
+      The contents of `report.json`.
+
+    Raises:
+      UserError: see `jobs.train.run` and `measure`.
     """
     start = time.perf_counter()
     out = epath.Path(workdir).expanduser()
@@ -44,32 +47,44 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     resumed = (out / "dvae" / "config.json").exists()
 
     seconds = {}
-    stage = {"dvae": tokenizer, "prior": config.prior, "maskgit": config.maskgit, "clip": config.clip}
-    for name, section in stage.items():
+    trainings = {"dvae": tokenizer, "prior": config.prior, "maskgit": config.maskgit, "clip": config.clip}
+    for name, section in trainings.items():
         began = time.perf_counter()
-        stages.run(section, section.workdir)
+        train_job.run(section, section.workdir)
         seconds[name] = time.perf_counter() - began
 
     began = time.perf_counter()
-    models, mesh = {}, local_mesh(**evaluation.mesh)
-    for section, knobs in ((config.prior, evaluation.sampling), (config.maskgit, config.maskgit_sampling)):
-        if not has_clip(section.workdir):  # so that the workdir alone is enough to draw the best of N
-            ClipScorer.load(config.clip.workdir).save(section.workdir)
+    models, mesh, scorer = {}, local_mesh(**evaluation.mesh), ClipScorer.load(config.clip.workdir)
+    for section, sampling in ((config.prior, evaluation.sampling), (config.maskgit, config.maskgit_sampling)):
+        freeze_clip(scorer, section.workdir)
         model = TextToImage.load(section.workdir, rows_at_once=evaluation.rows_at_once, mesh=mesh)
-        models[model.prior.name] = Model(model, from_config(SamplingOptions, knobs, "sampling"))
+        models[model.prior.name] = Model(model, from_config(SamplingOptions, sampling, "sampling"))
     data = workdirs.read_config(config.prior.workdir)["data"]
     tests = open_test_set(data, Protocol(evaluation.split, evaluation.captions, evaluation.count, evaluation.seed))
     options = from_config(Options, {"seed": evaluation.seed, **evaluation.metrics}, "metrics")
     measured = measure(models, tests, options)
-    per_image = [measured.figures[name]["seconds_per_image"] for name in ("autoregressive", "maskgit")]
+    per_image = [measured.metrics[name]["seconds_per_image"] for name in ("autoregressive", "maskgit")]
     seconds["evaluation"] = time.perf_counter() - began
-    measured.figures["protocol"]["device"] += f", {os.cpu_count()} cores, {platform.machine()}"
-    measured.figures["run"] = {
+    measured.metrics["protocol"]["device"] += f", {os.cpu_count()} cores, {platform.machine()}"
+    measured.metrics["run"] = {
         "speedup_over_autoregressive": per_image[0] / per_image[1],
         "seconds": seconds,
-        "wall_seconds": time.perf_counter() - start,  # of this run: what an interrupted one did before is not in it
+        "wall_seconds": time.perf_counter() - start,  # of this run; work done before an interruption is not included
         "resumed": resumed,
     }
     title = "Captions held out of training" if evaluation.split == "heldout" else evaluation.split
     write(measured, tests, out, title, config)
-    return measured.figures
+    return measured.metrics
+
+
+def freeze_clip(scorer: ClipScorer, workdir: str) -> None:
+    """Saves a CLIP into a prior's workdir, unless the same CLIP is already there.
+
+    The workdir alone is then enough to draw the best of N. A CLIP that was trained longer replaces the older copy.
+
+    Args:
+      scorer: the CLIP.
+      workdir: the workdir of a prior.
+    """
+    if not has_clip(workdir) or ClipScorer.load(workdir).fingerprint() != scorer.fingerprint():
+        scorer.save(workdir)

@@ -1,6 +1,6 @@
-"""The order of trainings: an image tokenizer before the prior that needs it.
+"""The train job: trains an image tokenizer first if the prior needs one, then what the configuration describes.
 
-`configs/prior.py` holds the whole configuration of its tokenizer, so that one command works on a fresh machine.
+`configs/prior.py` holds the complete configuration of its tokenizer, so that one command works on a fresh machine.
 """
 
 from __future__ import annotations
@@ -10,28 +10,32 @@ from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.distributed.turns import first_host_first, first_host_says
-from dalle_jax.training.loop import check, train
+from dalle_jax.training.loop import train
 from dalle_jax.training.step import TrainState
+from dalle_jax.training.validation import validate
 
 
 def run(config: ConfigDict, workdir: str) -> TrainState:
-    """Trains what `config` describes, after whatever it needs first.
+    """Trains the task of `config`, after its image tokenizer if it needs one that does not exist.
+
+    A section `tokenizer` of `config` is a complete training configuration.  The frozen tokenizer then comes from the
+    first of these that exists:
+      1. `workdir` itself.
+      2. `config.tokenizer_from`: a workdir, or a folder that an importer of `dalle_jax.pretrained` wrote.
+      3. `config.tokenizer.workdir`, after training it there. It uses the same images if its `data.path` is not set.
+    With `start_from`, the workdir of another prior, tokenizer and text model come from there unless others are named.
 
     Args:
-      config: a training configuration. With a section `tokenizer` (a training configuration of its own), the frozen
-        tokenizer is taken from, in this order: `workdir` itself; `config.tokenizer_from`, a workdir or a folder that
-        the importers of `dalle_jax.pretrained` wrote; `config.tokenizer.workdir`, after training it there (on the same
-        pictures, where its `data.path` is not set). With `start_from`, the workdir of another prior, tokenizer and text
-        model are that one's unless others are named.
+      config: a training configuration.
       workdir: directory of the run.
 
     Returns:
       The final state.
 
     Raises:
-      UserError: what no training can use, before the first one begins; and whatever `train` raises.
+      UserError: an invalid configuration, before any training begins, or an error of `train`.
     """
-    check(config)  # now, and not after days of training its tokenizer
+    validate(config)  # now, and not after days of training its tokenizer
     if "tokenizer" in config and config.tokenizer.data.source == config.data.source:
         config = config.copy_and_resolve_references()
         config.tokenizer.data.path = config.tokenizer.data.path or config.data.path

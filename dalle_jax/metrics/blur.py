@@ -1,11 +1,12 @@
-"""Gaussian blur of pictures, for the sweep of FID and IS over blur radii (DALL-E, section 3.1 and figure 9).
+"""Gaussian blur of images, for FID and Inception score by blur radius (DALL-E, section 3.1 and figure 9).
 
-Both sides, real and generated, are blurred alike before features are taken: what a dVAE cannot show, fine detail, then
-counts for less. The paper gives radii (0, 1, 2, 4, 8) and no definition. Here, as in Pillow, the radius is the standard
-deviation in pixels of the picture as it stands (256 x 256 in the paper), and 0 leaves it untouched. Pillow approximates
-by box filters; this filter is Gaussian up to four standard deviations. Beyond the border the border goes on.
+Real and generated images are blurred alike before features are extracted. Fine detail, which a dVAE cannot reproduce,
+then counts for less. The paper gives radii (0, 1, 2, 4, 8) and no definition. Here, as in Pillow, the radius is the
+standard deviation in pixels of the image as given (256 x 256 in the paper). Radius 0 leaves the image unchanged. Pillow
+approximates by box filters; this filter is Gaussian up to four standard deviations. The border pixel is repeated beyond
+the border.
 
-    B batch    H, W picture
+    B batch    H, W image size
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ RADII = (0, 1, 2, 4, 8)  # the paper's
 
 @jax.jit(static_argnames="radius")
 def gaussian_blur(images: jax.Array, radius: float) -> jax.Array:
-    """Blurs pictures.
+    """Blurs images.
 
     Args:
       images: uint8 [B, H, W, 3].
@@ -32,16 +33,16 @@ def gaussian_blur(images: jax.Array, radius: float) -> jax.Array:
       uint8 [B, H, W, 3], rounded.
 
     Raises:
-      ValueError: pictures of another kind, or a negative radius.
+      ValueError: images of another type or shape, or a negative radius.
     """
     if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f"Pictures are {images.dtype} {images.shape}; expected uint8 [B, H, W, 3].")
+        raise ValueError(f"The images are {images.dtype} {images.shape}; expected uint8 [B, H, W, 3].")
     if not 0 <= radius < math.inf:
         raise ValueError(f"A blur of radius {radius}: expected 0 or more pixels.")
     if radius == 0:
         return images
     rows, columns = (_blur_matrix(size, radius) for size in images.shape[1:3])
-    # As two matrix products: one filter per radius and axis, whatever its length, which accelerators do best.
+    # Two matrix products, whatever the length of the filter, because accelerators are fastest at them.
     product = functools.partial(jnp.einsum, precision=jax.lax.Precision.HIGHEST)
     blurred = product("ph,bhwc->bpwc", rows, images.astype(jnp.float32))
     blurred = product("qw,bpwc->bpqc", columns, blurred)
@@ -49,7 +50,7 @@ def gaussian_blur(images: jax.Array, radius: float) -> jax.Array:
 
 
 def _blur_matrix(size: int, radius: float) -> np.ndarray:
-    """float32 [size, size]; rows sum to 1."""
+    """Returns the matrix that blurs along one axis, float32 [size, size]; its rows sum to 1."""
     reach = math.ceil(4 * radius)
     offsets = np.arange(-reach, reach + 1)
     weights = np.exp(-(offsets**2) / (2 * radius**2))

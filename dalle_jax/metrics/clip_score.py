@@ -1,7 +1,7 @@
-"""The CLIP score: how well pictures suit their captions (Hessel et al., arXiv 2104.08718).
+"""The CLIP score: how well images match their captions (Hessel et al., arXiv 2104.08718).
 
-The mean over pictures of 100 · max(cos(picture, caption), 0). Which CLIP gave the cosines is part of the result: the
-scores of two networks do not compare, and the network that chose the pictures (reranking) is not an impartial judge.
+It is the mean over images of 100 · max(cos(image, caption), 0). Scores of two different CLIPs are not comparable. The
+CLIP that chose the images (reranking) is biased in their favour.
 
     B batch
 """
@@ -14,15 +14,15 @@ from typing import Any
 import numpy as np
 
 from dalle_jax.errors import DataError
-from dalle_jax.metrics.hosts import local_rows
+from dalle_jax.metrics.rows import valid_rows
 
 
 @dataclasses.dataclass(frozen=True)
 class CosineStatistics:
-    """Sums over pictures.
+    """Sums over images.
 
     Attributes:
-      count: how many.
+      count: number of images.
       total: sum of max(cosine, 0).
     """
 
@@ -31,7 +31,7 @@ class CosineStatistics:
 
 
 def empty() -> CosineStatistics:
-    """Sums over no pictures."""
+    """Returns the sums over no images."""
     return CosineStatistics()
 
 
@@ -39,30 +39,30 @@ def add(stats: CosineStatistics, cosines: Any, valid: Any = None) -> CosineStati
     """Adds a batch.
 
     Args:
-      stats: so far.
-      cosines: float [B] in [-1, 1], as `ClipScorer.score` gives them; numpy or JAX, sharded or not.
-      valid: bool [B], rows that count. None: all.
+      stats: the sums so far.
+      cosines: float [B] in [-1, 1], as from `ClipScorer.score`; numpy or JAX, sharded or not.
+      valid: bool [B], rows that count, or None for all.
 
     Raises:
-      ValueError: numbers that are no cosines.
+      ValueError: values outside [-1, 1], or not [B].
     """
-    rows = local_rows(cosines, valid).astype(np.float64)
+    rows = valid_rows(cosines, valid).astype(np.float64)
     if rows.ndim != 1 or not (np.abs(rows) <= 1 + 1e-3).all():
         raise ValueError(f"Expected cosines, [B] numbers in [-1, 1]; given {rows.shape}, {rows[:3]}…")
     return merge(stats, CosineStatistics(len(rows), float(np.maximum(rows, 0).sum())))
 
 
 def merge(a: CosineStatistics, b: CosineStatistics) -> CosineStatistics:
-    """Sums over both sets of pictures."""
+    """Adds the sums over two sets of images."""
     return CosineStatistics(a.count + b.count, a.total + b.total)
 
 
 def compute(stats: CosineStatistics) -> dict[str, float]:
-    """{"clip_score": 0 to 100}.
+    """Returns {"clip_score": score}, 0 to 100.
 
     Raises:
-      DataError: there are no pictures.
+      DataError: no images.
     """
     if not stats.count:
-        raise DataError("A CLIP score of no pictures.")
+        raise DataError("The CLIP score needs at least one image.")
     return {"clip_score": 100 * stats.total / stats.count}

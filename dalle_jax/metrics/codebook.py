@@ -1,8 +1,8 @@
-"""How much of the codebook is in use.
+"""How much of the codebook is used.
 
-A dVAE trained with few updates tends to describe everything with a handful of codes; reconstructions then stop
-improving. Two figures show it: usage, the fraction of codes that occur at all, and perplexity, exp of the entropy of
-the codes' frequencies: V where all V codes are equally frequent, 1 where a single one is used.
+A dVAE that was trained for few updates tends to use only a few codes, and its reconstructions then stop improving. Two
+metrics show it. Usage is the fraction of codes that occur at all. Perplexity is exp of the entropy of the codes'
+frequencies: V if all V codes are equally frequent, 1 if a single one is used.
 
     V vocabulary
 """
@@ -14,12 +14,12 @@ import jax.numpy as jnp
 
 
 def count(tokens: jax.Array, vocab_size: int, valid: jax.Array | None = None) -> jax.Array:
-    """How often each code occurs. Counts of several batches add up.
+    """Counts how often each code occurs. Counts of several batches can be added.
 
     Args:
       tokens: int32 [B, ...].
       vocab_size: V.
-      valid: bool [B]; rows that count. None: all.
+      valid: bool [B], rows that count, or None for all.
 
     Returns:
       float32 [V].
@@ -30,11 +30,11 @@ def count(tokens: jax.Array, vocab_size: int, valid: jax.Array | None = None) ->
 
 
 def perplexity(counts: jax.Array) -> jax.Array:
-    """exp(entropy) of the frequencies, float [V] to a scalar between 1 and V (1 where nothing was counted)."""
+    """Computes exp(entropy) of the frequencies: float [V] to a scalar in [1, V]. It is 1 if nothing was counted."""
     frequencies = counts / jnp.maximum(counts.sum(), 1.0)
     return jnp.exp(jnp.sum(jax.scipy.special.entr(frequencies)))
 
 
 def usage(counts: jax.Array) -> jax.Array:
-    """Fraction of codes that occur at least once, float [V] to a scalar in [0, 1]."""
+    """Computes the fraction of codes that occur at least once: float [V] to a scalar in [0, 1]."""
     return jnp.mean(counts > 0, dtype=jnp.float32)

@@ -1,13 +1,13 @@
 """Improved precision and recall (Kynkäänniemi et al., arXiv 1904.06991, section 2).
 
-Each set of pictures is taken to cover the balls around its features whose radius is the distance to the k-th nearest
-other feature of the set, k = 3. Precision: the share of generated pictures inside the real ones' balls. Recall: the
-share of real pictures inside the generated ones'.
+A set of images covers the balls around its features. The radius of a ball is the distance to the k-th nearest other
+feature of the set, k = 3. Precision is the share of generated images inside the balls of the real ones. Recall is the
+share of real images inside the balls of the generated ones.
 
-The paper's features are VGG-16's; the names of the figures say which were used. All features are kept (N·D·4 bytes:
-30,000 Inception features are 246 MB); of the N x N distances only a few rows exist at a time.
+The paper uses the features of VGG-16; here the metrics' names say which features were used. All features are kept
+(N·D·4 bytes: 246 MB for 30,000 images with Inception). Only a few rows of the N x N distances exist at a time.
 
-    B batch    N pictures    D features    k neighbours
+    B batch    N images    D features    k neighbours
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import Any
 import numpy as np
 
 from dalle_jax.errors import DataError
-from dalle_jax.metrics.hosts import local_rows
+from dalle_jax.metrics.rows import valid_rows
 
-# Squared distances carry a rounding error of this order, relative to squared norms; within it, "on the sphere" counts
-# as inside. Without it rounding would decide on exact duplicates, whose radius is 0.
+# Squared distances have a rounding error of this order, relative to squared norms. Points within it count as inside.
+# Otherwise rounding would decide about exact duplicates, whose radius is 0.
 _ROUNDING = 1e-12
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Reservoir:
-    """The features of a set of pictures.
+    """The features of a set of images.
 
     Attributes:
-      features: what they are ("inception", "clip", ...); it makes the figures' names.
+      features: name of the network ("inception", "clip", ...); part of the metrics' names.
       values: float32 [N, D].
     """
 
@@ -39,7 +39,7 @@ class Reservoir:
 
 
 def empty(width: int, features: str) -> Reservoir:
-    """No pictures, D = width."""
+    """Returns the features of no images, D = width."""
     return Reservoir(features, np.zeros((0, width), np.float32))
 
 
@@ -47,51 +47,51 @@ def add(stats: Reservoir, features: Any, valid: Any = None) -> Reservoir:
     """Adds a batch.
 
     Args:
-      stats: so far; copied, so that large batches are better.
+      stats: the features so far. They are copied, so that large batches are better.
       features: float [B, D], numpy or JAX, sharded or not.
-      valid: bool [B], rows that count. None: all.
+      valid: bool [B], rows that count, or None for all.
 
     Raises:
       ValueError: features of another width, or that are not finite.
     """
-    rows = local_rows(features, valid).astype(np.float32)
+    rows = valid_rows(features, valid).astype(np.float32)
     if not np.isfinite(rows).all():
         raise ValueError(f"Some of the {stats.features!r} features are not finite.")
     return merge(stats, Reservoir(stats.features, rows))
 
 
 def merge(a: Reservoir, b: Reservoir) -> Reservoir:
-    """Both sets together, one after the other.
+    """Concatenates the features of two sets.
 
     Raises:
-      ValueError: of different features.
+      ValueError: different features.
     """
     _check_alike(a, b)
     return Reservoir(a.features, np.concatenate([a.values, b.values]))
 
 
 def compute(real: Reservoir, generated: Reservoir, neighbors: int = 3, chunk: int = 1024) -> dict[str, float]:
-    """Precision and recall, in float64.
+    """Computes precision and recall, in float64.
 
     Args:
-      real, generated: features of the two sets; the order of pictures does not matter.
+      real, generated: features of the two sets. The order of images does not matter.
       neighbors: k.
-      chunk: rows of distances at a time; it takes 8·chunk·N bytes and does not change the result.
+      chunk: rows of distances at a time. They need 8·chunk·N bytes; the result does not depend on it.
 
     Returns:
-      "precision_F" and "recall_F", in [0, 1], where F names the features.
+      "precision_F" and "recall_F", in [0, 1]; F is the name of the features.
 
     Raises:
-      DataError: k pictures or fewer on a side.
-      ValueError: sets of different features.
+      DataError: at most k images in a set.
+      ValueError: features of different networks.
     """
     _check_alike(real, generated)
     if min(len(real.values), len(generated.values)) <= neighbors:
         raise DataError(
-            f"Precision and recall of {len(real.values)} real and {len(generated.values)} generated pictures by "
-            f"{neighbors} neighbours: expected at least {neighbors + 1} each."
+            f"Precision and recall of {len(real.values)} real and {len(generated.values)} generated images by "
+            f"{neighbors} neighbours: expected at least {neighbors + 1} of each."
         )
-    # About a common centre: distances stay, and less of them is lost to rounding.
+    # Subtract a common centre: distances do not change, and rounding errors become smaller.
     center = real.values.mean(0, dtype=np.float64)
     x, y = real.values - center, generated.values - center
     slack = _ROUNDING * max(np.square(x).sum(1).max(), np.square(y).sum(1).max())
@@ -109,14 +109,14 @@ def compute(real: Reservoir, generated: Reservoir, neighbors: int = 3, chunk: in
 
 
 def _squared_distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """[M, D] and [N, D] to [M, N]."""
+    """Computes squared distances: [M, D] and [N, D] to [M, N]."""
     squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1)
     return np.maximum(squares - 2 * (a @ b.T), 0)
 
 
 def _squared_radii(points: np.ndarray, neighbors: int, chunk: int) -> np.ndarray:
-    """Squared distance of each point to its k-th nearest other: [N, D] to [N]."""
-    # The nearest of all is the point itself.
+    """Computes the squared distance of each point to its k-th nearest other point: [N, D] to [N]."""
+    # The nearest one is the point itself.
     parts = [
         np.partition(_squared_distances(points[start : start + chunk], points), neighbors, axis=1)[:, neighbors]
         for start in range(0, len(points), chunk)
@@ -126,6 +126,4 @@ def _squared_radii(points: np.ndarray, neighbors: int, chunk: int) -> np.ndarray
 
 def _check_alike(a: Reservoir, b: Reservoir) -> None:
     if a.values.ndim != 2 or b.values.ndim != 2 or (a.features, a.values.shape[1]) != (b.features, b.values.shape[1]):
-        raise ValueError(
-            f"Features {a.features!r} {a.values.shape} and {b.features!r} {b.values.shape} do not go together."
-        )
+        raise ValueError(f"The features differ: {a.features!r} {a.values.shape} and {b.features!r} {b.values.shape}.")

@@ -1,4 +1,4 @@
-"""Retrieval among a few: does a picture find its caption, and a caption its picture?
+"""Retrieval among a few: how often an image finds its caption, and a caption its image.
 
 n examples    E embedding    T text positions
 """
@@ -11,18 +11,18 @@ AMONG = 64
 
 
 def retrieval(images: np.ndarray, captions: np.ndarray, text: np.ndarray, among: int = AMONG) -> dict[str, float]:
-    """Retrieval@1 within consecutive groups of `among` examples.
+    """Computes retrieval@1 within consecutive groups of `among` examples.
 
-    Captions with the same ids are one caption: whichever of them, or of their pictures, is found first counts as right.
+    Captions with the same ids are one caption. Each of them, and each of their images, counts as right.
 
     Args:
-      images, captions: unit vectors, float [n, E]; row i of both belongs together.
+      images, captions: unit vectors, float [n, E]. Row i of `captions` describes row i of `images`.
       text: int [n, T], the captions' ids.
-      among: examples in a group. What is left over after the last whole group is not used; where n is smaller, all n
-        are one group.
+      among: examples in a group. Examples after the last whole group are not used. If n is smaller, all n examples are
+        one group.
 
     Returns:
-      "image_to_text@1", "text_to_image@1"; "retrieval@1", their mean; and "among", the size of a group.
+      "image_to_text@1", "text_to_image@1", their mean "retrieval@1", and the size of a group, "among".
     """
     among = min(among, len(images))
     right = np.zeros(2)

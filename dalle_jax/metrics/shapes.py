@@ -1,13 +1,12 @@
-"""Reads scenes of coloured shapes back from pictures with fixed rules, and scores pictures against captions.
+"""Reads scenes of coloured shapes back from images with fixed rules, and scores images against captions.
 
-The judge of `shapes_captions`: no learned model, numpy only.  A picture is explained three ways, as one
-object, as two above one another and as two beside one another, by laying the outline of every shape and size
-over every place where an object can be and fitting its colour by least squares; the way that explains the
-most of what differs from the background wins, so touching objects of one colour are told apart as well.  What
-no outline explains is not read as an object at all: a smear counts as wrong, not as the shape it resembles
-most.
+It needs no learned model, only numpy. An image is explained in three ways: as one object, as two objects one above the
+other, and as two objects side by side. For each way, the outline of every shape and size is laid over every place where
+an object can be, and its colour is fitted by least squares. The way that explains most of the difference to the
+background wins, so that touching objects of one colour are separated too. Content that no outline explains is not read
+as an object. A smear therefore counts as wrong, not as the shape that it resembles most.
 
-    B pictures, H, W their size, S = 32 the size they are read at, P = S² pixels, K outlines, C = 3 channels
+    B images    H, W their size    S = 32 the size they are read at    P = S² pixels    K outlines    C = 3 channels
 """
 
 from __future__ import annotations
@@ -24,88 +23,89 @@ from dalle_jax.data.builders.shapes_captions.scenes import BACKGROUNDS, COLORS, 
 ATTRIBUTES = ("shape", "color", "size", "relation", "background")
 _NOTHING = Object(None, None)
 _READ_SIZE = 32
-_MIN_EXPLAINED = 0.5  # share of an object's surroundings that its outline has to explain
-_MIN_CONTRAST = 45.0  # distance in RGB between an object and its background
+_MIN_EXPLAINED = 0.5  # least share of an object's surroundings that its outline explains
+_MIN_CONTRAST = 45.0  # least distance in RGB between an object and its background
 
 
 def read_scene(image: np.ndarray) -> Scene:
-    """Reads one picture.
+    """Reads one image.
 
     Args:
-      image: uint8 [H, W, 3], H = W, 32 or more (at 24, one picture in ten is misread).
+      image: uint8 [H, W, 3], H = W, 32 or more (at 24, one image in ten is misread).
 
     Returns:
-      The scene, with the background and every attribute of each object set; no objects, or fewer than were
-      meant, where the picture shows nothing that looks like one.
+      The scene, with the background and every attribute of each object set. It has fewer objects, or none, if the
+      image shows nothing that looks like an object.
     """
     return read_scenes(image[None])[0]
 
 
 def read_scenes(images: np.ndarray, *, chunk: int = 256) -> list[Scene]:
-    """Reads many pictures.
+    """Reads many images.
 
     Args:
       images: uint8 [B, H, W, 3], H = W.
-      chunk: how many to read at once.
+      chunk: number of images to read at once.
 
     Returns:
-      B scenes, as `read_scene`.
+      B scenes, as from `read_scene`.
 
     Raises:
-      ValueError: pictures of another shape or type.
+      ValueError: images of another shape or type.
     """
     images = np.asarray(images)
     square = images.ndim == 4 and images.shape[1] == images.shape[2] and images.shape[3] == 3
     if images.dtype != np.uint8 or not square:
-        raise ValueError(f"Pictures are {images.dtype} {images.shape}; expected uint8 [B, H, H, 3].")
+        raise ValueError(f"The images are {images.dtype} {images.shape}; expected uint8 [B, H, H, 3].")
     return [scene for start in range(0, len(images), chunk) for scene in _read(images[start : start + chunk])]
 
 
 def score(images: np.ndarray, scenes: Sequence[Scene]) -> dict[str, float]:
-    """Judges pictures by what their captions state.
+    """Scores images against the content of their captions.
+
+    Objects are compared in the order that fits the image better. If both are right but have changed places, only the
+    relation is wrong.
 
     Args:
       images: uint8 [B, H, W, 3], H = W.
-      scenes: B scenes, None for what a caption leaves open.
+      scenes: B scenes; None for attributes that a caption leaves open.
 
     Returns:
-      "caption_accuracy": share of the pictures with the stated number of objects and all stated attributes;
-      "attribute_accuracy": share of all stated attributes that are right;
-      "shape", "color", "size", "relation", "background": the same for one attribute (nan: never stated).
-      Objects are compared in the order that suits the picture better: where both are right but have changed
-      places, the relation is wrong, and nothing else.
+      "caption_accuracy": share of the images with the stated number of objects and all stated attributes.
+      "attribute_accuracy": share of all stated attributes that are right.
+      "shape", "color", "size", "relation", "background": the same for one attribute (nan if never stated).
     """
     right: dict[str, list[bool]] = {name: [] for name in ATTRIBUTES}
-    judged = _judge(images, scenes)
-    for _, verdicts in judged:
+    compared = _compare_all(images, scenes)
+    for _, verdicts in compared:
         for name, verdict in verdicts:
             right[name].append(verdict)
     everything = [verdict for verdicts in right.values() for verdict in verdicts]
     return {
-        "caption_accuracy": float(np.mean([whole for whole, _ in judged])),
+        "caption_accuracy": float(np.mean([whole for whole, _ in compared])),
         "attribute_accuracy": float(np.mean(everything)),
         **{name: float(np.mean(verdicts)) if verdicts else float("nan") for name, verdicts in right.items()},
     }
 
 
 def right_captions(images: np.ndarray, scenes: Sequence[Scene]) -> np.ndarray:
-    """Which pictures have the stated number of objects and all stated attributes: bool [B]. Arguments as `score`."""
-    return np.array([whole for whole, _ in _judge(images, scenes)])
+    """Finds the images with the stated number of objects and all stated attributes: bool [B]. Arguments as `score`."""
+    return np.array([whole for whole, _ in _compare_all(images, scenes)])
 
 
-def _judge(images: np.ndarray, scenes: Sequence[Scene]) -> list[tuple[bool, list[tuple[str, bool]]]]:
-    """Of each picture: whether it shows all that is stated, and a verdict for every stated attribute."""
+def _compare_all(images: np.ndarray, scenes: Sequence[Scene]) -> list[tuple[bool, list[tuple[str, bool]]]]:
+    """Returns for each image whether all statements are true, and a verdict for every stated attribute."""
     if len(images) != len(scenes) or not scenes:
-        raise ValueError(f"{len(images)} pictures for {len(scenes)} scenes; expected as many, at least one.")
-    judged = []
+        raise ValueError(f"{len(images)} images for {len(scenes)} scenes; expected one scene per image, at least one.")
+    compared = []
     for seen, stated in zip(read_scenes(images), scenes):
         verdicts = _compare(seen, stated)
-        judged.append((len(seen.objects) == len(stated.objects) and all(right for _, right in verdicts), verdicts))
-    return judged
+        compared.append((len(seen.objects) == len(stated.objects) and all(right for _, right in verdicts), verdicts))
+    return compared
 
 
 def _compare(seen: Scene, stated: Scene) -> list[tuple[str, bool]]:
-    """One (attribute, right or not) per stated attribute."""
+    """Returns one (attribute, right or not) per stated attribute."""
     found = (*seen.objects, _NOTHING, _NOTHING)[:2]
     in_place, changed_places = (
         [
@@ -132,13 +132,13 @@ def _nearest(color: np.ndarray, palette: dict[str, tuple[int, int, int]]) -> str
 
 @functools.cache
 def _outlines(relation: str | None, index: int) -> tuple[list[tuple[str, str]], np.ndarray]:
-    """Every (shape, size) at every place where object `index` of a layout can be.
+    """Draws every (shape, size) at every place where object `index` of a layout can be.
 
     Returns:
-      K names, and float32 [K, P] coverages.
+      K names, and their coverages, float32 [K, P].
     """
     center = np.array(drawing.CENTERS[relation][index]) * _READ_SIZE
-    # Pixels from the centre. The drawings are centred; generated objects may stand a little off.
+    # Pixels from the centre. The drawings are centred; generated objects may be slightly off.
     reach = {None: (3, 3), "above": (4, 2), "left of": (2, 4)}[relation]
     names, masks = [], []
     for size, extent in drawing.EXTENTS[len(drawing.CENTERS[relation])].items():
@@ -176,14 +176,14 @@ def _read(images: np.ndarray) -> list[Scene]:
 
 
 def _fit(rest: np.ndarray, relation: str | None) -> tuple[list[list[tuple]], np.ndarray]:
-    """The best outlines of one layout.
+    """Finds the best outlines of one layout.
 
     Args:
-      rest: float32 [B, P, C], pictures less their background.
-      relation: which layout.
+      rest: float32 [B, P, C], images minus their background.
+      relation: of the layout.
 
     Returns:
-      per picture a list of (name, outline [P], share explained) per object, and the energy [B] explained.
+      For each image, a list of (name, outline [P], share explained) per object. And the explained energy [B].
     """
     batch = len(rest)
     flat = rest.transpose(1, 0, 2).reshape(rest.shape[1], -1)  # [P, B·C]
@@ -203,7 +203,7 @@ def _fit(rest: np.ndarray, relation: str | None) -> tuple[list[list[tuple]], np.
 
 
 def _half(relation: str | None, index: int) -> np.ndarray:
-    """bool [P]: the part of the picture that belongs to object `index` of a layout."""
+    """Marks the part of the image that belongs to object `index` of a layout: bool [P]."""
     part = np.zeros((_READ_SIZE, _READ_SIZE), bool)
     half = slice(None) if relation is None else slice(index * _READ_SIZE // 2, (index + 1) * _READ_SIZE // 2)
     if relation == "left of":
@@ -216,7 +216,7 @@ def _half(relation: str | None, index: int) -> np.ndarray:
 def _object(
     name: tuple[str, str], outline: np.ndarray, share: float, rest: np.ndarray, background: np.ndarray
 ) -> Object | None:
-    """The object under an outline, or None where there is none."""
+    """Returns the object under an outline, or None."""
     color = np.median(rest[outline > 0.99], axis=0)
     if share < _MIN_EXPLAINED or np.linalg.norm(color) < _MIN_CONTRAST:
         return None

@@ -9,7 +9,6 @@ from ml_collections import ConfigDict
 
 from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import ConfigError
-from dalle_jax.models.transformer import TransformerOptions
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
 from dalle_jax.priors.maskgit import MaskGITOptions, MaskGITPrior
 from dalle_jax.priors.token_prior import TokenPrior
@@ -33,13 +32,21 @@ def make(kind: str, model: Mapping[str, Any] | ConfigDict, layout: TokenLayout) 
     Raises:
       ConfigError: an unknown kind, an unknown key or an invalid value.
     """
-    if kind not in PRIORS:
-        raise ConfigError(f"config.prior is {kind!r}; expected one of {', '.join(PRIORS)}.")
-    prior, options = PRIORS[kind]
+    options = from_config(options_of(kind), model, "model")
     try:
-        trunk = from_config(TransformerOptions, model["trunk"], "model.trunk")
-        return prior(layout, from_config(options, {**model, "trunk": trunk}, "model"))
+        return PRIORS[kind][0](layout, options)
     except ConfigError:
         raise
     except ValueError as error:
         raise ConfigError(f"config.model: {error}") from error
+
+
+def options_of(kind: str) -> type:
+    """Returns the options dataclass of a kind of prior.
+
+    Raises:
+      ConfigError: no such kind.
+    """
+    if kind not in PRIORS:
+        raise ConfigError(f"config.prior is {kind!r}; expected one of {', '.join(PRIORS)}.")
+    return PRIORS[kind][1]

@@ -1,9 +1,9 @@
-"""A report as one HTML file: headings, tables, images and plots, with nothing outside of it.
+"""A report as one HTML file: headings, tables, images and plots. The file loads nothing from outside.
 
-    parts = [heading("Metrics"), table({"autoregressive": {...}, "maskgit": {...}}), picture(grid, "captions")]
+    parts = [heading("Metrics"), table({"autoregressive": {...}, "maskgit": {...}}), image(grid, "captions")]
     path.write_text(page("Quickstart", parts))
 
-Each function returns a piece of HTML and escapes whatever text it is given.
+Each function returns a piece of HTML and escapes the text that it is given.
 """
 
 from __future__ import annotations
@@ -24,13 +24,14 @@ table { border-collapse: collapse; margin: 1em 0; }
 th, td { padding: .25em .9em .25em 0; text-align: left; border-bottom: 1px solid #e8eaed; font-weight: normal; }
 th { color: #5f6368; } td { font-variant-numeric: tabular-nums; }
 figure { margin: 1em 0; } .plots { display: flex; flex-wrap: wrap; } .plots figure { flex: 1 1 22em; max-width: 30em; }
- figcaption { color: #5f6368; } img, svg { max-width: 100%; height: auto; }
+figcaption { color: #5f6368; } img, svg { max-width: 100%; height: auto; }
+summary { font-size: 1.25em; margin-top: 2em; cursor: pointer; }
 pre { background: #f8f9fa; padding: 1em; overflow-x: auto; font-size: 13px; }
 """
 
 
 def page(title: str, parts: Sequence[str]) -> str:
-    """The whole file, from pieces of HTML in order."""
+    """Joins pieces of HTML, in order, to the whole file."""
     title = html.escape(title)
     return (
         f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
@@ -46,36 +47,36 @@ def paragraph(text: str) -> str:
     return f"<p>{html.escape(text)}</p>"
 
 
-def preformatted(text: str) -> str:
-    """Text as it stands, a configuration for instance."""
-    return f"<pre>{html.escape(text)}</pre>"
+def details(summary: str, text: str) -> str:
+    """Returns preformatted text, for instance a configuration, folded under a summary that opens it."""
+    return f"<details><summary>{html.escape(summary)}</summary><pre>{html.escape(text)}</pre></details>"
 
 
 def table(columns: Mapping[str, Mapping[str, Any]], names_down: bool = False) -> str:
-    """Figures side by side: a column for each name, a row for each figure that any of them has.
+    """Returns a table of metrics: a column for each name, and a row for each metric that any of them has.
 
     Args:
-      columns: by name; nested figures become rows "outer, inner".
-      names_down: the other way round, a row for each name.
+      columns: metrics by name. Nested metrics become rows "outer, inner".
+      names_down: exchange rows and columns.
     """
-    flat = {name: _flatten(figures) for name, figures in columns.items()}
-    names = list(dict.fromkeys(name for figures in flat.values() for name in figures))
+    flat = {name: _flatten(metrics) for name, metrics in columns.items()}
+    names = list(dict.fromkeys(name for metrics in flat.values() for name in metrics))
     if names_down:
         flat, names, columns = {name: {of: flat[of].get(name, "") for of in flat} for name in names}, list(flat), names
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *columns))
     rows = [
         f"<tr><th>{html.escape(name)}</th>"
-        + "".join(f"<td>{html.escape(figures.get(name, ''))}</td>" for figures in flat.values())
+        + "".join(f"<td>{html.escape(metrics.get(name, ''))}</td>" for metrics in flat.values())
         + "</tr>"
         for name in names
     ]
     return f"<table>\n<tr>{head}</tr>\n" + "\n".join(rows) + "\n</table>"
 
 
-def picture(image: np.ndarray, caption: str) -> str:
-    """A picture, uint8 [H, W, 3], inside the file."""
+def image(pixels: np.ndarray, caption: str) -> str:
+    """Embeds an image, uint8 [H, W, 3], with a caption."""
     png = io.BytesIO()
-    Image.fromarray(image).save(png, format="PNG")
+    Image.fromarray(pixels).save(png, format="PNG")
     data = base64.b64encode(png.getvalue()).decode()
     caption = html.escape(caption)
     return (
@@ -86,18 +87,18 @@ def picture(image: np.ndarray, caption: str) -> str:
 def plot(
     series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, caption: str, powers: bool = False
 ) -> str:
-    """Lines through points, as SVG.
+    """Plots lines through points, as SVG.
 
     Args:
       series: points (x, y) of each line, by its name.
-      x, y: names of the axes.
-      caption: below.
-      powers: the x axis is logarithmic to base 2, for numbers of candidates.
+      x, y: labels of the axes.
+      caption: text below the plot.
+      powers: use a logarithmic x axis of base 2, for numbers of candidates.
     """
-    import matplotlib.figure  # takes half a second, and only reports need it
+    import matplotlib.figure  # imported here because it takes half a second
 
-    figure = matplotlib.figure.Figure(figsize=(5, 3.2), layout="constrained")
-    axis = figure.subplots()
+    canvas = matplotlib.figure.Figure(figsize=(5, 3.2), layout="constrained")
+    axis = canvas.subplots()
     for name, points in series.items():
         axis.plot(*zip(*points), marker="o", markersize=4, label=name)
     if powers:
@@ -109,15 +110,15 @@ def plot(
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
     svg = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": caption}):  # text as text, ids that repeat
-        figure.savefig(svg, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": caption}):  # text as text, equal ids every run
+        canvas.savefig(svg, format="svg", metadata={"Date": None})
     text = svg.getvalue()
     return f"<figure>{text[text.index('<svg') :]}<figcaption>{html.escape(caption)}</figcaption></figure>"
 
 
-def _flatten(figures: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def _flatten(metrics: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     flat = {}
-    for name, value in figures.items():
+    for name, value in metrics.items():
         if isinstance(value, Mapping):
             flat |= _flatten(value, f"{prefix}{name}, ")
         else:

@@ -1,4 +1,4 @@
-"""Pictures and tables for people: grids of captioned pictures, and a run's figures as text and JSON."""
+"""Images for people: grids of captioned images, and PNG files."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _INK, _FAINT, _PAPER = (32, 33, 36), (95, 99, 104), (255, 255, 255)
 
 
 def to_uint8(images: Any) -> np.ndarray:
-    """float [0, 1] to uint8, rounded; [..., H, W, 3]."""
+    """Converts float images in [0, 1] to uint8, rounded: [..., H, W, 3]."""
     return np.round(np.clip(np.asarray(images, np.float32), 0, 1) * 255).astype(np.uint8)
 
 
@@ -36,33 +36,33 @@ def image_grid(
     columns: Sequence[str] = (),
     *,
     title: str = "",
-    picture_size: int = 128,
+    cell_size: int = 128,
     blocks: int = 1,
 ) -> np.ndarray:
-    """Captions beside their pictures, one caption a row.
+    """Draws a grid of captions and images, one caption per row.
 
     Args:
-      rows: (caption, pictures uint8 [H, W, 3]), the same number of pictures in each.
-      columns: a heading for each picture column; headings that repeat are written once, over the first.
-      title: over everything.
-      picture_size: side of a shown picture, in pixels; small pictures are enlarged without smoothing.
-      blocks: how many rows stand side by side.
+      rows: caption and images, uint8 [H, W, 3], of each row. All rows have the same number of images.
+      columns: a heading for each column of images. A heading that repeats is written once, over the first column.
+      title: title over the grid.
+      cell_size: side of a shown image, pixels. Small images are enlarged without smoothing.
+      blocks: number of blocks of rows, placed side by side.
 
     Returns:
       uint8 [H', W', 3].
 
     Raises:
-      ValueError: where there is no row, or rows differ in length.
+      ValueError: no row, or rows of different lengths.
     """
-    if not rows or len({len(pictures) for _, pictures in rows}) != 1:
-        raise ValueError("A grid needs at least one row, and the same number of pictures in each.")
+    if not rows or len({len(images) for _, images in rows}) != 1:
+        raise ValueError("A grid needs at least one row, and the same number of images in each row.")
     text_width, gap, margin = 190, 8, 16
     per_row = len(rows[0][1])
     body, small, big = (ImageFont.load_default(size) for size in (15, 13, 20))
-    block_width = text_width + per_row * (picture_size + gap) + gap
+    block_width = text_width + per_row * (cell_size + gap) + gap
     lines = -(-len(rows) // blocks)
     top = margin + (34 if title else 0) + (24 if columns else 0)
-    sheet = Image.new("RGB", (2 * margin + blocks * block_width, top + lines * (picture_size + gap) + margin), _PAPER)
+    sheet = Image.new("RGB", (2 * margin + blocks * block_width, top + lines * (cell_size + gap) + margin), _PAPER)
     pen = ImageDraw.Draw(sheet)
     if title:
         pen.text((margin, margin - 4), title, fill=_INK, font=big)
@@ -71,22 +71,22 @@ def image_grid(
         shown = None
         for i, heading in enumerate(columns):
             if heading != shown:
-                pen.text((left + text_width + i * (picture_size + gap), top - 22), heading, fill=_FAINT, font=small)
+                pen.text((left + text_width + i * (cell_size + gap), top - 22), heading, fill=_FAINT, font=small)
             shown = heading
-    for i, (caption, pictures) in enumerate(rows):
-        left, y = margin + (i // lines) * block_width, top + (i % lines) * (picture_size + gap)
-        wrapped = _wrap(caption, body, text_width - 2 * gap, max(1, picture_size // 19))
+    for i, (caption, images) in enumerate(rows):
+        left, y = margin + (i // lines) * block_width, top + (i % lines) * (cell_size + gap)
+        wrapped = _wrap(caption, body, text_width - 2 * gap, max(1, cell_size // 19))
         pen.multiline_text((left, y + 4), "\n".join(wrapped), fill=_INK, font=body, spacing=4)
-        for j, picture in enumerate(pictures):
-            image = Image.fromarray(np.asarray(picture, np.uint8))
-            enlarge = image.width < picture_size
-            image = image.resize((picture_size,) * 2, Image.Resampling.NEAREST if enlarge else Image.Resampling.BOX)
-            sheet.paste(image, (left + text_width + j * (picture_size + gap), y))
+        for j, pixels in enumerate(images):
+            image = Image.fromarray(np.asarray(pixels, np.uint8))
+            enlarge = image.width < cell_size
+            image = image.resize((cell_size,) * 2, Image.Resampling.NEAREST if enlarge else Image.Resampling.BOX)
+            sheet.paste(image, (left + text_width + j * (cell_size + gap), y))
     return np.asarray(sheet)
 
 
 def save_png(path: epath.PathLike, image: np.ndarray) -> None:
-    """Writes uint8 [H, W, 3], local or remote."""
+    """Writes an image, uint8 [H, W, 3], as PNG to a local or remote path."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:

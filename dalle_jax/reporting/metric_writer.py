@@ -1,7 +1,7 @@
-"""What a training run tells the world: metrics.jsonl, TensorBoard, sample pictures, and the progress line.
+"""Reports of a training run on disk: metrics.jsonl, TensorBoard's event files and sample images.
 
-Only process 0 writes; on the others every method is a no-op.  On object storage all of it is copied there from a local
-folder: once a minute, with every `flush`, and at the end.
+Only the first host writes; on the others every method does nothing.  On object storage all files are copied there from
+a local folder: once a minute, at every `flush`, and at the end.
 """
 
 from __future__ import annotations
@@ -20,23 +20,21 @@ import numpy as np
 from etils import epath
 from PIL import Image
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto import event_pb2
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from dalle_jax.storage.files import write_errors, write_whole
+from dalle_jax.storage.files import write_atomically, write_errors
 from dalle_jax.storage.mirror import Mirror
 
 _FLUSH_SECONDS = 10.0
-
-
-_LARGEST_EVENT_FILE = 16 << 20  # bytes
+_LARGEST_EVENT_FILE = 16 << 20  # bytes; the upload of a changed file copies all of it
 
 
 class MetricWriter:
-    """Appends scalars and pictures of one run to its workdir.
+    """Appends scalars and images of one run to its workdir.
 
-    Files: `metrics.jsonl` (one JSON object per line: "step" and scalars; a value that is not finite is null),
-    `tensorboard/` (the same), `samples/<name>_<step>.png`.
+    Files: `metrics.jsonl` (one JSON object per line: "step" and scalars, null if not finite), `tensorboard/` (the same
+    values, and the images), `samples/<name>_<step>.png`.
     """
 
     def __init__(self, workdir: str, *, start: int = 0):
@@ -44,8 +42,7 @@ class MetricWriter:
 
         Args:
           workdir: an existing directory.
-          start: step at which the run goes on.  Lines of later steps, left by a run that got further than its last
-            checkpoint, are dropped: they will be written again.
+          start: number of steps done. Lines of later steps are removed, because the run writes them again.
         """
         self._active = jax.process_index() == 0
         if not self._active:
@@ -56,10 +53,10 @@ class MetricWriter:
         with write_errors(self._name):
             self._mirror.fetch(path.name)
             kept = [line for line in _lines(path) if line["step"] <= start]
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+            write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._jsonl = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close())
             (self._mirror.folder / "samples").mkdir(exist_ok=True)
-            self._board = _TensorBoard(self._mirror.folder / "tensorboard", start)
+            self._events = _EventFiles(self._mirror.folder / "tensorboard", start)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes scalars of one step."""
@@ -69,25 +66,25 @@ class MetricWriter:
         finite = {name: value if math.isfinite(value) else None for name, value in plain.items()}
         with write_errors(self._name):
             self._jsonl.write(json.dumps({"step": step, **finite}) + "\n")
-            self._board.write(step, [Summary.Value(tag=name, simple_value=value) for name, value in plain.items()])
+            self._events.write(step, [Summary.Value(tag=name, simple_value=value) for name, value in plain.items()])
             self._mirror.upload_now_and_then()
 
-    def picture(self, step: int, name: str, picture: np.ndarray) -> None:
-        """Writes a picture, uint8 [H, W, 3]."""
+    def image(self, step: int, name: str, image: np.ndarray) -> None:
+        """Writes an image, uint8 [H, W, 3]."""
         if not self._active:
             return
         path = self._mirror.folder / "samples" / f"{name}_{step:07d}.png"
         with write_errors(path):
-            Image.fromarray(picture).save(path)
-            height, width, _ = picture.shape
-            image = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
-            self._board.write(step, [Summary.Value(tag=name, image=image)])
+            Image.fromarray(image).save(path)
+            height, width, _ = image.shape
+            encoded = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
+            self._events.write(step, [Summary.Value(tag=name, image=encoded)])
 
     def flush(self) -> None:
-        """Sees to it that what was written outlives the process."""
+        """Flushes everything to disk and to object storage."""
         if self._active:
             with write_errors(self._name):
-                self._board.flush()
+                self._events.flush()
                 self._mirror.upload()
 
     def close(self) -> None:
@@ -95,52 +92,52 @@ class MetricWriter:
         if self._active:
             with write_errors(self._name):
                 self._jsonl.close()
-                self._board.close()
+                self._events.close()
                 self._mirror.close()
 
 
-class _TensorBoard:
-    """Event files written in this thread, so that a full disk is noticed where it can be told.
+class _EventFiles:
+    """TensorBoard's event files, written in the calling thread.
 
-    TensorBoard reads the files of a folder in the order of their names; none grows so large that copying it whole to
-    object storage would take long.
+    tensorboardX's `SummaryWriter` writes in a background thread.  A full disk ends that thread, and after ten more
+    events the training waits for it forever.  Its `EventsWriter` raises in the caller instead.
+
+    TensorBoard reads the files of a folder in the order of their names.
     """
 
     def __init__(self, folder: pathlib.Path, start: int):
         folder.mkdir(exist_ok=True)
-        self._folder, self._files = folder, itertools.count()
-        self._start = start
+        self._folder, self._start, self._files = folder, start, itertools.count()
         self._open()
-        # The first event hides steps that will be written again.
-        log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._events.write_event(event_pb2.Event(wall_time=time.time(), step=start + 1, session_log=log))
+        restart = SessionLog(status=SessionLog.START)  # hides earlier events from its step on
+        self._writer.write_event(Event(wall_time=time.time(), step=start + 1, session_log=restart))
 
     def _open(self) -> None:
-        # The suffix keeps files of one second apart, and in order.
+        # The suffix distinguishes and orders files of the same second.
         suffix = f".{os.getpid()}.{self._start}.{next(self._files):04d}"
-        self._events = EventsWriter(os.path.join(self._folder, "events"), suffix)
+        self._writer = EventsWriter(os.path.join(self._folder, "events"), suffix)
         self._flushed, self._size = time.monotonic(), 0
 
     def write(self, step: int, values: list[Summary.Value]) -> None:
-        event = event_pb2.Event(wall_time=time.time(), step=step, summary=Summary(value=values))
         if self._size > _LARGEST_EVENT_FILE:
-            self._events.close()
+            self._writer.close()
             self._open()
-        self._events.write_event(event)
+        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
+        self._writer.write_event(event)
         self._size += event.ByteSize()
         if time.monotonic() - self._flushed > _FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        self._events.flush()
+        self._writer.flush()
         self._flushed = time.monotonic()
 
     def close(self) -> None:
-        self._events.close()
+        self._writer.close()
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, in order ([] where there is none)."""
+    """Reads the lines of a run's metrics.jsonl in order; [] without such a file."""
     return list(_lines(epath.Path(workdir) / "metrics.jsonl"))
 
 

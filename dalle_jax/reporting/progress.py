@@ -1,4 +1,4 @@
-"""The progress line: where a run is, how fast it goes, and when it will end."""
+"""The progress line of a run: position, speed and remaining time."""
 
 from __future__ import annotations
 
@@ -12,13 +12,22 @@ import jax
 
 
 class Progress:
-    """The line that shows where a run is, how fast it goes and when it will end.
+    """Prints the position of a run, its speed and the remaining time.  Only the first host prints.
 
-    On a terminal the line is rewritten in place; elsewhere (a log file, a notebook) a new one is printed, at most
-    every `interval` seconds.  Time inside `pause()` (evaluation, checkpoints) is not counted as training time.
+    On a terminal the line is rewritten in place.  Elsewhere (a log file, a notebook) a new line is printed at most
+    every `interval` seconds.  Time inside `pause()` (evaluation, checkpoints) does not count as training time.
     """
 
     def __init__(self, start: int, total: int, batch_size: int, *, interval: float = 10.0, out: TextIO | None = None):
+        """Starts the clock.
+
+        Args:
+          start: number of steps done.
+          total: number of steps at the end of the run.
+          batch_size: examples per step.
+          interval: seconds between two lines outside a terminal.
+          out: the output, by default stdout.
+        """
         self._out = out or sys.stdout
         self._active = jax.process_index() == 0
         self._tty = self._out.isatty()
@@ -34,7 +43,7 @@ class Progress:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Context whose time is not training time."""
+        """Excludes the time of the block from the training time."""
         began = time.perf_counter()
         try:
             yield
@@ -42,14 +51,14 @@ class Progress:
             self._paused += time.perf_counter() - began
 
     def rates(self, step: int) -> dict[str, float]:
-        """Speed since the last call: {"seconds_per_step", "examples_per_second"}."""
+        """Returns the speed since the last call: {"seconds_per_step", "examples_per_second"}."""
         (since, then), now = self._mark, self._elapsed()
         self._mark = (step, now)
         seconds = (now - then) / max(step - since, 1)
         return {"seconds_per_step": seconds, "examples_per_second": self._batch_size / max(seconds, 1e-9)}
 
     def show(self, step: int, loss: float) -> None:
-        """Shows the line, unless it was shown just before."""
+        """Prints the progress line, unless the last one is too recent."""
         elapsed = self._elapsed()
         if not self._active or step <= self._start or elapsed - self._shown < self._interval:
             return
@@ -59,7 +68,7 @@ class Progress:
         self._print(f"\r\x1b[2K{text}" if self._tty else f"{text}\n")
 
     def note(self, text: str) -> None:
-        """Prints a line of its own."""
+        """Prints a separate line that stays."""
         if self._active:
             self._print(f"\r\x1b[2K{text}\n" if self._tty else f"{text}\n")
 
@@ -67,11 +76,11 @@ class Progress:
         try:
             self._out.write(text)
             self._out.flush()
-        except (OSError, ValueError):  # nobody reads any more (a Ctrl-C ends `| tee log` too): no reason not to save
+        except (OSError, ValueError):  # the reader is gone (Ctrl-C also ends `| tee log`); the run must still save
             self._active = False
 
     def finish(self, step: int, shares: str) -> None:
-        """Prints the average speed of the whole run, and what its time went to (`profiling.StepClock.shares`)."""
+        """Prints the average speed of the whole run and the parts of its time (`profiling.StepClock.shares`)."""
         if step > self._start:
             elapsed = self._elapsed()
             self.note(f"{self._summary(step, elapsed)} · {_duration(elapsed)} of training ({shares})")

@@ -1,4 +1,4 @@
-"""Nested metrics as aligned text and as JSON files."""
+"""Nested metrics and configurations as text and as JSON files."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import yaml
 from etils import epath
 
 
 def save_json(path: epath.PathLike, values: Mapping[str, Any]) -> None:
-    """Writes a mapping, indented, floats with six significant digits."""
+    """Writes a mapping as indented JSON, floats with six significant digits."""
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(_rounded(values), indent=2) + "\n")
@@ -28,7 +29,7 @@ def _rounded(value: Any) -> Any:
 
 
 def table(values: Mapping[str, Any]) -> str:
-    """Nested figures as aligned lines, "section.name   value"."""
+    """Formats nested metrics as aligned lines, "section.name   value"."""
     flat: list[tuple[str, str]] = []
 
     def walk(prefix: str, section: Mapping[str, Any]) -> None:
@@ -41,3 +42,13 @@ def table(values: Mapping[str, Any]) -> str:
     walk("", _rounded(values))
     width = max((len(name) for name, _ in flat), default=0)
     return "\n".join(f"  {name:<{width}}  {value}" for name, value in flat)
+
+
+def plain_text(values: Mapping[str, Any]) -> str:
+    """Formats a nested mapping as YAML of plain values: no tags, and one line for each innermost section.
+
+    Args:
+      values: for instance a configuration, as `ConfigDict.to_dict()` gives it. Tuples are written as lists.
+    """
+    plain = json.loads(json.dumps(values, default=str))
+    return yaml.safe_dump(plain, default_flow_style=None, sort_keys=False, allow_unicode=True, width=110)

@@ -1,1 +1,1 @@
-"""Files on a disk or on object storage."""
+"""Local files and object storage."""

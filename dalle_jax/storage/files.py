@@ -1,8 +1,8 @@
-"""Workdirs on a disk or on object storage ("gs://bucket/run"): what they need beyond `etils.epath`.
+"""Workdirs on a disk or on object storage ("gs://bucket/run"): paths, atomic writes, error messages.
 
-Whatever a run writes goes through `epath`, its checkpoints through orbax and tensorstore.  An object is written whole
-or not at all, and nothing can be appended to it.  Files that grow (metrics.jsonl, TensorBoard's events) are therefore
-written into a local `Mirror`, from where whole files are copied.
+All files of a run are written with `etils.epath`, its checkpoints with orbax and tensorstore. Object storage writes an
+object completely or not at all, and cannot append to it. Files that grow (metrics.jsonl, TensorBoard's events) are
+therefore written to a local `Mirror`, which uploads whole files.
 
 `gs://` needs gcsfs (`pip install 'dalle_jax[gcs]'`) and Google's usual credentials.
 """
@@ -18,32 +18,47 @@ import fsspec
 from etils import epath
 
 from dalle_jax.errors import ConfigError, UserError
-
-_CLIENTS = ("gcsfs", "aiohttp", "google")  # packages whose errors are about the storage
-
-
-# Listings of a bucket are asked for anew each time: tensorstore and other processes write there too.
-fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+from dalle_jax.storage.errors import storage_errors_as
 
 
 def is_remote(path: epath.PathLike) -> bool:
-    """Whether `path` is on object storage."""
+    """Returns whether `path` is on object storage."""
     return "://" in str(path)
 
 
-def full_path(path: epath.PathLike) -> epath.Path:
-    """The path from the root, `~` expanded (`absolute` of etils takes "gs://…" for a relative path)."""
+def expanded(path: epath.PathLike) -> epath.Path:
+    """Returns `path` as an `epath.Path` with `~` expanded.
+
+    Every path that a user gives passes through here before its file system is opened, see `disable_listings_cache`.
+    """
     path = epath.Path(path).expanduser()
+    if is_remote(path):
+        disable_listings_cache()
+    return path
+
+
+def disable_listings_cache() -> None:
+    """Makes gcsfs list a bucket again on each request, because tensorstore and other processes write there too.
+
+    Affects file systems that are opened later. `main` calls it, and `expanded` for programs that import the package.
+    A value that the user has set in fsspec's configuration stays.
+    """
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
+
+
+def full_path(path: epath.PathLike) -> epath.Path:
+    """Returns the absolute path, with `~` expanded. (`absolute` of etils treats "gs://…" as a relative path.)"""
+    path = expanded(path)
     return path if is_remote(path) else path.absolute()
 
 
 def make_workdir(workdir: epath.PathLike) -> str:
-    """Makes the directory of a run, if needed, and gives its full name.
+    """Creates a workdir if it does not exist, and returns its name with `~` expanded.
 
     Raises:
-      ConfigError: where it cannot be made; on object storage, also where there is no such bucket, or no access to it.
+      ConfigError: it cannot be created, or its bucket does not exist or is not accessible.
     """
-    path = epath.Path(workdir).expanduser()
+    path = expanded(workdir)
     with access(workdir):
         if is_remote(path):
             scheme, _, bucket = str(path).split("/")[:3]
@@ -55,24 +70,29 @@ def make_workdir(workdir: epath.PathLike) -> str:
 
 @contextmanager
 def access(workdir: epath.PathLike) -> Iterator[None]:
-    """Context of the first use of a workdir: what the storage raises becomes a `ConfigError`."""
-    with _storage_errors(ConfigError, f"Cannot use {str(workdir)!r} as the workdir", "Give another --workdir."):
+    """Turns storage errors of the first use of a workdir into a `ConfigError`."""
+    with storage_errors_as(ConfigError, f"Cannot use {str(workdir)!r} as the workdir", "Give another --workdir."):
         try:
             yield
         except ImportError as error:
             if not is_remote(workdir):
                 raise
             raise ConfigError(
-                f"Cannot use {str(workdir)!r} as the workdir: {error}. Install what it needs: "
+                f"Cannot use {str(workdir)!r} as the workdir: {error}. Install the missing package: "
                 "pip install 'dalle_jax[gcs]'."
             ) from error
 
 
-def write_whole(path: epath.PathLike, content: bytes) -> None:
-    """Writes a file that nobody finds half written, whenever the process ends; makes its folder where needed."""
+def write_atomically(path: epath.PathLike, content: bytes) -> None:
+    """Writes a file so that it is never seen half written. Creates its folder if needed.
+
+    Args:
+      path: local or remote file.
+      content: all its bytes.
+    """
     path = epath.Path(path)
     if is_remote(path):
-        path.write_bytes(content)  # an object is there when it is whole
+        path.write_bytes(content)  # an object appears only when it is complete
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + ".unfinished")
@@ -85,42 +105,20 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
 
 
 def write_json(path: epath.PathLike, values: Any) -> None:
-    """`write_whole` of a JSON document.
+    """Writes a JSON document atomically.
 
     Raises:
-      UserError: where it cannot be written.
+      UserError: the file cannot be written.
     """
     with write_errors(path):
-        write_whole(path, f"{json.dumps(values, indent=2, ensure_ascii=False)}\n".encode())
+        write_atomically(path, f"{json.dumps(values, indent=2, ensure_ascii=False)}\n".encode())
 
 
 @contextmanager
 def write_errors(path: epath.PathLike) -> Iterator[None]:
-    """Context in which what the storage raises becomes a `UserError` that names `path`."""
+    """Turns storage errors inside the block into a `UserError` that names `path`."""
     remedy = (
-        "Free space or give another --workdir, then run the same command again: it goes on from the last checkpoint."
+        "Free space or give another --workdir, then run the same command again: it resumes from the last checkpoint."
     )
-    with _storage_errors(UserError, f"Cannot write {path}", remedy):
+    with storage_errors_as(UserError, f"Cannot write {path}", remedy):
         yield
-
-
-def remote_cause(error: BaseException) -> str | None:
-    """What a client of object storage says is wrong, in one line; None for an error of another kind."""
-    plain = type(error) is OSError and error.errno is None  # gcsfs raises these for what a server refuses
-    return _told(error) if plain or type(error).__module__.split(".")[0] in _CLIENTS else None
-
-
-@contextmanager
-def _storage_errors(kind: type[UserError], failure: str, remedy: str) -> Iterator[None]:
-    """Context in which what the storage raises becomes a `kind` of error; all else stays as it is."""
-    try:
-        yield
-    except Exception as error:
-        if not isinstance(error, OSError) and remote_cause(error) is None:
-            raise
-        raise kind(f"{failure}: {_told(error)}. {remedy}") from error
-
-
-def _told(error: BaseException) -> str:
-    """What went wrong, in one line."""
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or type(error).__name__

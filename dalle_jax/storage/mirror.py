@@ -16,33 +16,33 @@ _UPLOAD_SECONDS = 60.0
 
 
 class Mirror:
-    """A local folder that stands for one which may be on object storage.
+    """A local copy of a folder that may be on object storage.
 
-    Of a folder on a disk it is that folder itself, and nothing is ever copied.
+    If the target is a local folder, the mirror is that folder and copies nothing.
     """
 
     def __init__(self, target: epath.PathLike):
-        """Nothing is fetched, see `fetch`.
+        """Creates the local folder. Copies nothing, see `fetch`.
 
         Args:
-          target: the folder that is stood for.
+          target: the folder to mirror.
         """
         self._target = epath.Path(target)
         self._temporary = tempfile.TemporaryDirectory(prefix="dalle_jax_") if is_remote(target) else None
-        self._copied: dict[pathlib.Path, tuple[int, int]] = {}  # size and time of change when last copied
+        self._copied: dict[pathlib.Path, tuple[int, int]] = {}  # size and modification time at the last copy
         self._uploaded = time.monotonic()
         self.folder = pathlib.Path(self._temporary.name if self._temporary else self._target)
 
     def fetch(self, name: str) -> None:
-        """Copies a file here, if it is there."""
+        """Copies a file from the target into the local folder, if it exists."""
         if self._temporary and (self._target / name).exists():
             (self.folder / name).write_bytes((self._target / name).read_bytes())
 
     def upload(self) -> None:
-        """Copies what has changed since the last time.
+        """Copies all files that have changed since the last upload.
 
         Raises:
-          UserError: where that fails.
+          UserError: a file cannot be written.
         """
         if not self._temporary:
             return
@@ -57,7 +57,7 @@ class Mirror:
         self._uploaded = time.monotonic()
 
     def upload_now_and_then(self) -> None:
-        """`upload`, at most once a minute; what fails is told, and tried again the next time."""
+        """Calls `upload` at most once a minute. A failure is logged, and the next call tries again."""
         if time.monotonic() - self._uploaded > _UPLOAD_SECONDS:
             self._uploaded = time.monotonic()
             try:
@@ -66,7 +66,7 @@ class Mirror:
                 logging.warning("%s", error)
 
     def close(self) -> None:
-        """Uploads and removes the local folder, if it is not the one that is stood for."""
+        """Uploads what has changed and removes the local folder. Does nothing if that folder is the target."""
         if self._temporary:
             try:
                 self.upload()

@@ -17,7 +17,8 @@ Two deviations from the paper:
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.metrics.retrieval import AMONG, retrieval
 from dalle_jax.models import clip as models
-from dalle_jax.models.clip import CLIP
+from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.reporting.images import image_grid
 from dalle_jax.tasks.corrupted_negatives import NegativeOptions, spoil
@@ -207,7 +208,7 @@ def _task(config: ConfigDict, text_vocab: int, text_model: TextModel | None) -> 
     negatives = from_config(NegativeOptions, config.get("negatives", {}), "negatives")
     negatives.check(config.data.image_size, config.batch_size)
     layout = TokenLayout(text_vocab, 1, config.text.length, 1, 1)  # only its text part is used
-    return CLIPTask(CLIP(models.from_config(config, text_vocab)), text_model, negatives), layout
+    return CLIPTask(CLIP(models.options_of_training(config, text_vocab)), text_model, negatives), layout
 
 
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
@@ -216,7 +217,7 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     Raises:
       ConfigError: an unknown key, sizes that do not fit each other, or accumulated gradients.
     """
-    options = DataOptions.from_config(config.data)
+    options = from_config(DataOptions, config.data, "data")
     text_model = workdirs.ensure_text_model(config.text, open_source(options, options.train_split).captions(), workdir)
     task, layout = _task(config, text_model.vocab_size, text_model)
     return make_job(task, config, options, rows, text_model, layout)
@@ -226,3 +227,9 @@ def abstract(config: ConfigDict) -> tuple[CLIPTask, Batch]:
     """See `registry.abstract`."""
     task, layout = _task(config, config.text.vocab_size, None)
     return task, batch_shapes(config.data.image_size, layout, config.batch_size)
+
+
+def options(config: Mapping[str, Any]) -> dict[str, type]:
+    """See `tasks.options`."""
+    del config
+    return {"model": CLIPOptions, "negatives": NegativeOptions}

@@ -14,7 +14,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -24,17 +25,16 @@ import optax
 from ml_collections import ConfigDict
 
 from dalle_jax import keys
-from dalle_jax.configuration.options import from_config as from_section
+from dalle_jax.configuration.options import check, from_config
 from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.distributed.rows import to_host
-from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import logit_laplace
-from dalle_jax.image_tokenizers.dvae import DVAETokenizer
+from dalle_jax.image_tokenizers import tokenizer as tokenizers
+from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.image_tokenizers.kmeans_init import kmeans_init
 from dalle_jax.image_tokenizers.relaxation import gumbel_softmax, kl_to_uniform
-from dalle_jax.image_tokenizers.tokenizer import from_config
 from dalle_jax.metrics import codebook
 from dalle_jax.optim import schedules
 from dalle_jax.pytree import PyTree
@@ -60,8 +60,7 @@ class ObjectiveOptions:
     kmeans_sharpness: float = 10.0
 
     def __post_init__(self):
-        if self.init not in ("paper", "kmeans"):
-            raise ConfigError(f"objective.init is {self.init!r}; expected 'paper' or 'kmeans'.")
+        check(self, "objective", choices={"init": ("paper", "kmeans")})
 
 
 class DVAETask:
@@ -226,7 +225,7 @@ def _decibels(mean_squared_error: jax.Array) -> jax.Array:
 def _task(config: ConfigDict, start_from: tuple[np.ndarray, float] | None) -> DVAETask:
     """Builds the task of a configuration."""
     temperature, kl_weight = (schedules.make(config.schedules[name], name) for name in ("temperature", "kl_weight"))
-    return DVAETask(from_config(config), temperature, kl_weight, start_from)
+    return DVAETask(tokenizers.of_training(config), temperature, kl_weight, start_from)
 
 
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
@@ -237,8 +236,8 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
       DataError: the data cannot be opened.
     """
     del workdir
-    objective = from_section(ObjectiveOptions, config.objective, "objective")
-    options = DataOptions.from_config(config.data)
+    objective = from_config(ObjectiveOptions, config.objective, "objective")
+    options = from_config(DataOptions, config.data, "data")
     start_from = None
     if objective.init == "kmeans":
         batch_size = config.batch_size
@@ -251,3 +250,9 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
 def abstract(config: ConfigDict) -> tuple[DVAETask, Batch]:
     """See `registry.abstract`. The initial codes are no part of the train step."""
     return _task(config, None), batch_shapes(config.data.image_size, None, config.batch_size)
+
+
+def options(config: Mapping[str, Any]) -> dict[str, type]:
+    """See `tasks.options`."""
+    del config
+    return {"model": DVAEOptions, "objective": ObjectiveOptions}

@@ -19,7 +19,7 @@ from dalle_jax.distributed.turns import first_host_first
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.pytree import PyTree, fingerprint
-from dalle_jax.storage.files import write_whole
+from dalle_jax.storage.files import write_atomically
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -83,5 +83,5 @@ def tokens_of_split(
         tokens = encode_split(options, split, tokenizer, params)
         written = io.BytesIO()
         np.save(written, tokens)
-        write_whole(paths[0], written.getvalue())
+        write_atomically(paths[0], written.getvalue())
     return tokens

@@ -6,7 +6,8 @@ B rows    T text    N = h·w image tokens
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax import keys
 from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.configuration.options import from_config
 from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions
@@ -24,7 +26,8 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.metrics.mean import Mean
-from dalle_jax.priors.registry import make
+from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.priors.registry import make, options_of
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
 from dalle_jax.reporting.images import image_grid, to_uint8
@@ -171,7 +174,7 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     Raises:
       ConfigError: tokenizer, image size, text model and prior do not fit each other.
     """
-    options = DataOptions.from_config(config.data)
+    options = from_config(DataOptions, config.data, "data")
     tokenizer, params = workdirs.load_tokenizer(workdir)
     text_model = workdirs.ensure_text_model(config.text, open_source(options, options.train_split).captions(), workdir)
     tokens = None
@@ -184,10 +187,15 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
 
 def abstract(config: ConfigDict) -> tuple[PriorTask, Batch]:
     """See `registry.abstract`. A split that is encoded in advance has 65,536 examples here."""
-    tokenizer = tokenizers.from_config(config.tokenizer)
+    tokenizer = tokenizers.of_training(config.tokenizer)
     params = zeros_like(tokenizer.init, jax.random.key(0))
     tokens = None
     if _encodes_once(config):
         tokens = np.zeros((_ABSTRACT_EXAMPLES, np.prod(tokenizer.grid(config.data.image_size))), np.int32)
     task = _task(config, tokenizer, params, config.text.vocab_size, tokens=tokens)
     return task, batch_shapes(config.data.image_size, task.prior.layout, config.batch_size)
+
+
+def options(config: Mapping[str, Any]) -> dict[str, type]:
+    """See `tasks.options`."""
+    return {"model": options_of(config["prior"]), "model.trunk": TransformerOptions}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import Any
 
 from ml_collections import ConfigDict
 
+from dalle_jax.configuration.options import defaults_of
+from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.errors import ConfigError
+from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.tasks import clip, dvae, prior
 from dalle_jax.tasks.task import Batch, Job, Task
 
@@ -45,6 +49,28 @@ def abstract(config: ConfigDict) -> tuple[Task, Batch]:
       ConfigError: an unknown task, or sizes that do not fit each other.
     """
     return _module(config).abstract(config)
+
+
+def options(config: Mapping[str, Any]) -> dict[str, type]:
+    """Returns the options dataclass behind each section of a training configuration, by dotted name.
+
+    Raises:
+      ConfigError: no such prior.
+    """
+    found = {"data": DataOptions, "optimizer": OptimizerOptions, "ema": AverageOptions}
+    return found | (TASKS[config["task"]].options(config) if config["task"] in TASKS else {})
+
+
+def defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the default of every key in the sections of `options`, by dotted name.
+
+    A configuration that an older version stored lacks the newer keys. Its run used their defaults.
+    """
+    return {
+        f"{section}.{name}": value
+        for section, cls in options(config).items()
+        for name, value in defaults_of(cls).items()
+    }
 
 
 def _module(config: ConfigDict) -> ModuleType:

@@ -86,7 +86,7 @@ class Job:
         iterator has `get_state()` and `set_state()`, which describe the position after the last delivered batch. The
         state is a JSON value or bytes. An iterator that holds worker processes also has `close()`.
       eval_batches: creates one pass over this host's rows of the evaluation batches, which are always the same.
-      data_counts: numbers of examples left out until now, by reason, for the log.
+      data_counts: returns counts for the training log by name, such as "left_out/missing file" (see `Pipeline.counts`).
     """
 
     task: Task

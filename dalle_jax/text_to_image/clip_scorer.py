@@ -1,16 +1,16 @@
-"""How well pictures suit captions, by a trained CLIP or by imported weights.
+"""Scores images against captions with a CLIP: one that was trained here, or imported weights.
 
-    from dalle_jax.text_to_image.clip_scorer import ClipScorer
+    from dalle_jax import ClipScorer
     scorer = ClipScorer.load("runs/clip-shapes")
-    scores = scorer.score(images, captions)     # float32 [B], cosines: higher suits better
+    scores = scorer.score(images, captions)     # float32 [B], cosines: higher is better
 
-A scorer can be frozen into any folder (`save`), a prior's workdir among them:
+`save` freezes a scorer into any folder, such as the workdir of a prior:
 
-    <folder>/clip/params.msgpack        its parameters,
-    <folder>/clip/text.model            its text model: sentencepiece's file, or a tokenizer.json,
-    <folder>/clip/options.json          and what it is
+    <folder>/clip/params.msgpack        the parameters
+    <folder>/clip/text.model            the text model: a sentencepiece file, or a tokenizer.json
+    <folder>/clip/options.json          the sizes
 
-    B pictures    C captions    T text positions    E embedding
+    B images    C captions    T text positions    E embedding
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ _TEXT_MODELS = {"sentencepiece": TextModel.load, "byte_pairs": BytePairs}
 
 @dataclasses.dataclass(frozen=True)
 class ClipScorer:
-    """A CLIP with its text model, ready to compare.
+    """A CLIP with its text model, ready to score images. Create one with `ClipScorer.load`.
 
     Attributes:
       clip, params: the model and its parameters.
-      text_model: captions to ids.
-      rows_at_once: pictures or captions that go through a tower in one go: bounds the memory, compiled once.
-      mesh: over whose devices these are split, each with the whole model; None: the default device.
+      text_model: converts captions to ids.
+      rows_at_once: images or captions that pass through a tower at once; bounds the memory.
+      mesh: devices that share these rows, each with the whole model, or None for the default device.
     """
 
     clip: CLIP
@@ -68,17 +68,20 @@ class ClipScorer:
         rows_at_once: int = 64,
         mesh: Mesh | None = None,
     ) -> ClipScorer:
-        """Reads a folder, local or "gs://…": one that `save` or an importer wrote into, or the workdir of a training.
+        """Loads a CLIP from a folder, local or "gs://…".
 
         Args:
-          folder: the directory.
-          step: of a training's workdir, a checkpoint's step, "best", or None for the latest.
-          rows_at_once: see the class.
-          mesh: None: all devices of this host.
+          folder: a folder that `save` or an importer of `dalle_jax.pretrained` wrote, or the workdir of a training.
+          step: step of a checkpoint in a workdir, "best", or None for the latest.
+          rows_at_once: images or captions that pass through a tower at once.
+          mesh: devices that share these rows. None uses all devices of this host.
+
+        Returns:
+          The scorer, with its parameters on the devices.
 
         Raises:
-          CheckpointError: where there is no CLIP there, or its parameters do not fit its text model.
-          DataError: where the text model is missing or damaged.
+          CheckpointError: no CLIP in the folder, or parameters that do not fit its text model.
+          DataError: the text model is missing or damaged.
         """
         if has_clip(folder):
             clip, params, text_model = _load_frozen(epath.Path(folder).expanduser() / "clip")
@@ -90,15 +93,22 @@ class ClipScorer:
                     "(python -m dalle_jax.main --config=configs/clip.py) or import one (dalle_jax.pretrained.clip)."
                 )
             text_model = workdirs.load_text_model(folder)
-            clip = CLIP(models.from_config(config, text_model.vocab_size))
-            with Checkpoints(str(folder), read_only=True) as checkpoints:
+            clip = CLIP(models.options_of_training(config, text_model.vocab_size))
+            with Checkpoints(str(folder), best_metric="loss", read_only=True) as checkpoints:
                 params = checkpoints.restore_params(step)
         _check_fit(clip, params, folder)
         mesh = mesh or local_mesh()
         return cls(clip, jax.device_put(params, replicated(mesh)), text_model, rows_at_once, mesh)
 
     def save(self, folder: str | epath.PathLike) -> None:
-        """Freezes it into `<folder>/clip`, from where `load` reads it."""
+        """Freezes the CLIP into `<folder>/clip`, where `load` finds it.
+
+        Args:
+          folder: the folder, local or "gs://…". A CLIP that is already there is replaced.
+
+        Raises:
+          UserError: the folder cannot be written.
+        """
         target = epath.Path(folder).expanduser() / "clip"
         with write_errors(target):
             self.text_model.save(target / "text.model")
@@ -106,40 +116,59 @@ class ClipScorer:
         options = {"text_model": kind, **dataclasses.asdict(self.clip.options)}
         frozen.save(target, options, self.params)
 
-    # -- comparing ------------------------------------------------------------------------------------------------
+    def __repr__(self) -> str:
+        options = self.clip.options
+        return (
+            f"ClipScorer({parameter_count(self.params)}, {options.image_size} x {options.image_size} pixels, captions "
+            f"of {options.text_length} tokens of {options.text_vocab}, embedding of {options.embed_dim})"
+        )
+
+    # -- scores ---------------------------------------------------------------------------------------------------
 
     def score(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
-        """How well each picture suits its caption.
+        """Scores each image against its caption.
 
         Args:
           images: uint8 [B, H, W, 3] of any size.
-          captions: B of them. A repeated caption is encoded once.
+          captions: B captions. Repeated captions are encoded once.
 
         Returns:
-          float32 [B], cosines in [-1, 1].
+          float32 [B], cosines in [-1, 1]; higher is better.
 
         Raises:
-          DataError: another number of captions than pictures, pictures of another type, or an empty caption.
+          DataError: different numbers of images and captions, images of another type or shape, or an empty caption.
         """
         if len(images) != len(captions):
-            raise DataError(f"{len(images)} pictures and {len(captions)} captions: expected as many of both.")
+            raise DataError(f"{len(images)} images and {len(captions)} captions: expected one caption per image.")
         places = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
         features = self.text_features(list(places))[[places[caption] for caption in captions]]
         return np.sum(self.image_features(images) * features, axis=1)
 
     def image_features(self, images: np.ndarray) -> np.ndarray:
-        """Pictures, uint8 [B, H, W, 3] of any size, to unit vectors, float32 [B, E].
+        """Encodes images to unit vectors.
+
+        Args:
+          images: uint8 [B, H, W, 3] of any size.
+
+        Returns:
+          float32 [B, E].
 
         Raises:
-          DataError: pictures of another type or shape.
+          DataError: images of another type or shape.
         """
         images = np.asarray(images)
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise DataError(f"Pictures are {images.dtype} {images.shape}; expected uint8 [B, H, W, 3].")
+            raise DataError(f"The images are {images.dtype} {images.shape}; expected uint8 [B, H, W, 3].")
         return self._in_chunks(_encode_image, images)
 
     def text_features(self, captions: Sequence[str]) -> np.ndarray:
-        """Captions to unit vectors, float32 [C, E].
+        """Encodes captions to unit vectors.
+
+        Args:
+          captions: C captions.
+
+        Returns:
+          float32 [C, E].
 
         Raises:
           DataError: no caption, or an empty one.
@@ -147,7 +176,13 @@ class ClipScorer:
         return self._in_chunks(_encode_text, self.encode_text(captions))
 
     def encode_text(self, captions: Sequence[str]) -> np.ndarray:
-        """Captions to ids, int32 [C, T]: cut to T - 1, the end token after them and in what is left.
+        """Encodes captions to ids.
+
+        Args:
+          captions: C captions. They are cut to T - 1 tokens; the end token fills the rest of each row.
+
+        Returns:
+          int32 [C, T].
 
         Raises:
           DataError: no caption, or an empty one.
@@ -160,7 +195,7 @@ class ClipScorer:
         return rows
 
     def fingerprint(self) -> str:
-        """Tells this CLIP's weights from any others'."""
+        """Hashes the parameters: 16 hexadecimal digits that differ between different CLIPs."""
         return fingerprint(self.params)
 
     def _in_chunks(self, encode: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
@@ -180,8 +215,13 @@ def _encode_text(clip: CLIP, params: PyTree, text: jax.Array) -> jax.Array:
 
 
 def has_clip(folder: str | epath.PathLike) -> bool:
-    """Whether a frozen CLIP is there, whole."""
-    return frozen.is_there(epath.Path(folder).expanduser() / "clip")
+    """Returns whether the folder holds a complete frozen CLIP."""
+    return frozen.exists(epath.Path(folder).expanduser() / "clip")
+
+
+def parameter_count(params: PyTree) -> str:
+    """Counts the numbers in a tree of arrays, for people: "1,234,567 parameters"."""
+    return f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters"
 
 
 def _load_frozen(folder: epath.Path) -> tuple[CLIP, PyTree, TextModel | BytePairs]:
@@ -189,16 +229,16 @@ def _load_frozen(folder: epath.Path) -> tuple[CLIP, PyTree, TextModel | BytePair
     kind = options.pop("text_model", None)
     if kind not in _TEXT_MODELS:
         raise CheckpointError(f"{folder}: text model of kind {kind!r}; expected one of {', '.join(_TEXT_MODELS)}.")
-    clip = CLIP(from_config(CLIPOptions, options, "options"))
+    clip = CLIP(from_config(CLIPOptions, options, "", "options.json"))
     return clip, params, _TEXT_MODELS[kind](folder / "text.model")
 
 
 def _check_fit(clip: CLIP, params: PyTree, folder: epath.PathLike) -> None:
-    """Refuses parameters of other shapes than configuration and text model ask for."""
+    """Raises CheckpointError if the parameters have other shapes than the options and the text model need."""
     wrong = first_mismatch(params, nn.meta.unbox(jax.eval_shape(clip.init, jax.random.key(0))))
     if wrong is not None:
-        name, given, asked = wrong
+        name, given, needed = wrong
         raise CheckpointError(
             f"{folder}: CLIP's parameter {name} is {given}, but its options and text model ({clip.options.text_vocab} "
-            f"ids) ask for {asked}: put back the text model that it was trained with."
+            f"ids) need {needed}: put back the text model that it was trained with."
         )

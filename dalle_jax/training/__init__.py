@@ -1,1 +1,1 @@
-"""The training loop and the compiled update."""
+"""The training loop and its compiled update."""

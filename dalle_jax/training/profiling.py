@@ -1,4 +1,4 @@
-"""Where the time of a training goes: a few numbers at every step, and a trace of a few steps when asked for."""
+"""Profiling of a training: the parts of every step's time, and on request a trace of a few steps."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.storage.files import write_errors
 from dalle_jax.storage.mirror import Mirror
 
-_WARM_UP = 3  # steps before a trace begins: the first ones fill queues and caches
+_WARM_UP = 3  # steps before a trace begins, because the first ones fill queues and caches
 
 
 class StepClock:
     """Splits the host's time into parts.
 
-    The host works ahead of the device: while the device computes step n, the host gets the batch of step n + 1,
-    dispatches it, and only then waits for step n.  So the parts say what the host did, not what the device did:
+    The host works ahead of the device.  While the device computes step n, the host gets the batch of step n + 1,
+    dispatches it, and only then waits for step n.  The parts therefore describe the host, not the device:
 
-    - data: waiting for the next batch (reading, decoding, sending it off).  Large: the data is the bottleneck.
-    - dispatch: handing the step to the device.  Large: the step is too small, or the runtime's queue is full.
-    - device: waiting until the step before has been computed.  Large is as it should be: the device is busy, and
-      data and dispatch are hidden behind it.  Near zero, the device waits for the host.
+    - data: waiting for the next batch (reading, decoding, sending).  If it is large, the data is the bottleneck.
+    - dispatch: handing the step to the device.  If it is large, the step is too small, or the runtime's queue is full.
+    - device: waiting for the previous step.  It should be large: the device is busy, and data and dispatch are hidden.
+      If it is near zero, the device waits for the host.
     - other: the rest of the loop (writing metrics, printing).
 
-    Nothing is waited for on behalf of the clock: it stops the time of what the loop does anyway.
+    The clock adds no synchronisation, because it measures only what the loop does anyway.
     """
 
     def __init__(self, start: int = 0):
-        """Starts at step `start`."""
+        """Starts after `start` steps."""
         self._step = start
         self._seconds = dict.fromkeys(("data", "dispatch", "device"), 0.0)
         self._whole, self._wall = dict(self._seconds), 0.0
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Context whose time is counted as `name` ("data", "dispatch" or "device"), and named so in a trace."""
+        """Counts the time of the block as `name` ("data", "dispatch" or "device") and names it in a trace."""
         began = time.perf_counter()
         try:
             with jax.profiler.TraceAnnotation(name):
@@ -48,14 +48,14 @@ class StepClock:
             self._seconds[name] += time.perf_counter() - began
 
     def take(self, step: int, seconds_per_step: float) -> dict[str, float]:
-        """The parts since the last call; starts anew.
+        """Returns the parts since the last call and resets them.
 
         Args:
-          step: the last step that is part of it.
-          seconds_per_step: time of the host's loop since the last call, of one step.
+          step: the last step to count.
+          seconds_per_step: mean time of the host's loop per step since the last call.
 
         Returns:
-          {"seconds_data", "seconds_dispatch", "seconds_device", "seconds_other"}, of one step; they add up to
+          {"seconds_data", "seconds_dispatch", "seconds_device", "seconds_other"}, means per step. Their sum is
           `seconds_per_step`.
         """
         steps = max(step - self._step, 1)
@@ -68,36 +68,34 @@ class StepClock:
         return {**parts, "seconds_other": seconds_per_step - sum(parts.values())}
 
     def shares(self) -> str:
-        """The parts of all that was taken, for people: "data 3%, dispatch 1%, device 95%"."""
+        """Returns the shares of the whole time as text: "data 3%, dispatch 1%, device 95%"."""
         return ", ".join(f"{name} {seconds / max(self._wall, 1e-9):.0%}" for name, seconds in self._whole.items())
 
 
 def check_profile_steps(count: int) -> None:
-    """Raises ConfigError where `config.profile_steps` is not a number of steps."""
+    """Raises ConfigError if `config.profile_steps` is not a number of steps."""
     if not isinstance(count, int) or count < 0:
-        raise ConfigError(
-            f"config.profile_steps={count!r}: expected a whole number, how many steps to record (0: none)."
-        )
+        raise ConfigError(f"config.profile_steps={count!r}: expected a whole number of steps to record, or 0 for none.")
 
 
 class StepTrace:
-    """A profile of a few steps, in `<workdir>/profile`, for TensorBoard and Perfetto.
+    """Records a profile of a few steps to `<workdir>/profile`, for TensorBoard and Perfetto.
 
-    TensorBoard finds it there (with its plugin: `pip install tensorboard-plugin-profile`), and ui.perfetto.dev opens
-    its file `perfetto_trace.json.gz`.  It shows the steps by their number, what the loop does in each of them ("data",
-    "dispatch", "device", "evaluate", "preview", "checkpoint"), and what runs on the devices.  Only process 0 is
-    profiled.  Profiled steps are a little slower, and the last one is waited for.
+    TensorBoard finds it there with its plugin (`pip install tensorboard-plugin-profile`).  ui.perfetto.dev opens the
+    file `perfetto_trace.json.gz`.  The profile shows numbered steps, their parts ("data", "dispatch", "device",
+    "evaluate", "preview", "checkpoint"), and the programs on the devices.  Only the first host is profiled.  Profiled
+    steps are a little slower, and the host waits for the last one.
     """
 
     def __init__(self, workdir: epath.PathLike, *, start: int, total: int, count: int):
-        """Nothing is recorded yet.
+        """Plans the recording and starts nothing.
 
         Args:
           workdir: directory of the run.
           start: number of steps done when this process began.
           total: step at which the run ends.
-          count: how many steps to record (`config.profile_steps`), 0 for none; they begin with the fourth one that
-            this process does, or earlier where the run ends before.
+          count: number of steps to record (`config.profile_steps`), 0 for none. They begin with the fourth step of this
+            process, or earlier if the run ends before.
         """
         self._first = max(min(start + _WARM_UP, total - count), start)
         self._last = min(self._first + count, total)
@@ -105,15 +103,15 @@ class StepTrace:
         self._mirror: Mirror | None = None
 
     def due(self, step: int) -> bool:
-        """Whether the recording begins or ends when `step` steps are done; `advance` then does it."""
-        wanted = jax.process_index() == 0 and self._first < self._last
-        return wanted and step == (self._first if self._mirror is None else self._last)
+        """Returns whether the recording begins or ends after `step` steps.  `advance` then starts or ends it."""
+        enabled = jax.process_index() == 0 and self._first < self._last
+        return enabled and step == (self._first if self._mirror is None else self._last)
 
     def advance(self) -> str:
-        """Begins the recording, or ends it, when all its steps have been computed.
+        """Begins the recording, or ends it.  The device must have computed all queued steps.
 
         Returns:
-          What to tell the user.
+          A line for the user.
         """
         what = f"profile of steps {self._first + 1} to {self._last}"
         if self._mirror is not None:
@@ -121,12 +119,12 @@ class StepTrace:
             return f"{self._target}: {what}"
         self._mirror = Mirror(self._target)
         options = jax.profiler.ProfileOptions()
-        options.python_tracer_level = 0  # each Python call: a large file that hides the rest
+        options.python_tracer_level = 0  # a trace of every Python call would hide the rest
         jax.profiler.start_trace(self._mirror.folder, create_perfetto_trace=True, profiler_options=options)
         return f"{what} begins"
 
     def close(self) -> None:
-        """Ends a recording that is under way, and writes what there is of it."""
+        """Ends an active recording and writes it."""
         if self._mirror is not None:
             mirror, self._mirror = self._mirror, None
             with write_errors(self._target):

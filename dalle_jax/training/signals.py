@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a request to save and stop."""
+"""Conversion of SIGTERM and Ctrl-C into a request to save and stop."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import jax
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Context in which SIGTERM and Ctrl-C set the event that it gives, instead of ending the process at once.
+    """Inside the block, SIGTERM and Ctrl-C set the yielded event instead of ending the process.
 
-    A second Ctrl-C interrupts as usual.  With several hosts JAX's own preemption service catches SIGTERM and agrees
-    on a common step (`Checkpoints.reached_preemption`); a Ctrl-C is passed on to it.  In another thread than the main
-    one Python allows no handlers, and nothing is done.
+    A second Ctrl-C interrupts as usual.  With several hosts, JAX's preemption service catches SIGTERM and agrees on a
+    common step (`Checkpoints.reached_preemption`), so a Ctrl-C is forwarded to it.  Python allows handlers in the main
+    thread only.  In another thread this does nothing.
     """
     requested = threading.Event()
     alone = jax.process_count() == 1
@@ -30,8 +30,8 @@ def stop_signals() -> Iterator[threading.Event]:
             requested.set()
         else:
             os.kill(os.getpid(), signal.SIGTERM)
-        with contextlib.suppress(OSError):  # not by print, which may be at work already
-            os.write(2, b"\nstopping: it saves as soon as it can (a second Ctrl-C ends it at once)\n")
+        with contextlib.suppress(OSError):  # not print, which the signal may have interrupted
+            os.write(2, b"\nstopping: saves as soon as possible (a second Ctrl-C ends it at once)\n")
 
     previous = {}
     if threading.current_thread() is threading.main_thread():
@@ -41,4 +41,4 @@ def stop_signals() -> Iterator[threading.Event]:
         yield requested
     finally:
         for number, handler in previous.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: it was not Python's
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: not set by Python

@@ -1,13 +1,12 @@
 """The state of a training run and the one compiled function that advances it.
 
-`train.py` runs this step; whoever wants to know what it costs lowers it (`make_train_step(...).lower`) from the same
-abstract arguments.
+The training loop runs this step.  `dalle_jax.aot` lowers the same step from abstract arguments to find its cost.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Self
 
 import flax.linen as nn
 import flax.struct
@@ -23,8 +22,8 @@ from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.tasks.task import Task
 
-# Options with which the TPU compiler gathers the parameters of one product while it computes another (those that
-# MaxText publishes for v5p).
+# With these options the TPU compiler gathers the parameters of one product while it computes another. MaxText publishes
+# them for v5p.
 OVERLAP = {
     "xla_enable_async_all_gather": True,
     "xla_tpu_enable_async_collective_fusion": True,
@@ -39,12 +38,12 @@ class TrainState:
     """Everything that training changes.
 
     Attributes:
-      step: int32 scalar, number of steps done, skipped ones included.
+      step: int32 scalar, number of steps done, including skipped ones.
       params: float32 parameters.
-      ema: their moving average, None where none is kept.
-      opt_state: the optimizer's.
+      ema: their moving average, or None.
+      opt_state: state of the optimizer.
       skipped: int32 scalar, number of steps whose update was skipped because it was not finite.
-      skipped_in_row: int32 scalar, how many of them are the latest steps.
+      skipped_in_row: int32 scalar, number of latest steps that were skipped in a row.
     """
 
     step: jax.Array
@@ -56,25 +55,36 @@ class TrainState:
 
     @property
     def eval_params(self) -> PyTree:
-        """The parameters to evaluate and generate with: the average, or `params` where none is kept."""
+        """The parameters for evaluation and generation: the average if it is kept, else `params`."""
         return self.params if self.ema is None else self.ema
+
+    def items(self) -> dict[str, PyTree]:
+        """Splits the state into the items of a checkpoint: parameters, average if kept, and the rest."""
+        rest = {name: getattr(self, name) for name in ("step", "opt_state", "skipped", "skipped_in_row")}
+        average = {} if self.ema is None else {"ema": self.ema}
+        return {"params": self.params, "rest": rest, **average}
+
+    @classmethod
+    def from_items(cls, items: Mapping[str, PyTree]) -> Self:
+        """Builds the state from what `items` returned."""
+        return cls(params=items["params"], ema=items.get("ema"), **items["rest"])
 
 
 def make_init(
     task: Task, optimizer: optax.GradientTransformation, average: AverageOptions, mesh: Mesh, seed: int
 ) -> tuple[Callable[[], TrainState], TrainState]:
-    """A function that makes the initial state, already laid out on the mesh.
+    """Returns a function that creates the initial state on the mesh, and the abstract state.
 
     Args:
-      task: gives the parameters.
-      optimizer: gives its state.
-      average: says whether an average is kept.
-      mesh: where to; call the result inside `on_mesh(mesh)`.
-      seed: of the run.
+      task: creates the parameters.
+      optimizer: creates its state.
+      average: decides whether a moving average is kept.
+      mesh: target of the shardings. Call the function inside `on_mesh(mesh)`.
+      seed: seed of the run.
 
     Returns:
-      The function, and the abstract state (`ShapeDtypeStruct`s with shardings) it makes: enough to restore or to
-      compile without making one.
+      The function, and the abstract state (`ShapeDtypeStruct`s with shardings). The abstract state suffices to restore
+      a checkpoint or to compile.
     """
 
     def boxed_params() -> PyTree:
@@ -100,7 +110,7 @@ def make_init(
         skipped=everywhere,
         skipped_in_row=everywhere,
     )
-    # Runs once: on a CPU, optimising its hundreds of small draws would take minutes. The numbers stay the same.
+    # It runs once. On a CPU, the optimisation of its hundreds of small draws would take minutes. Numbers are the same.
     quick = {"xla_backend_optimization_level": 1} if mesh.devices.flat[0].platform == "cpu" else None
     return jax.jit(init, out_shardings=shardings, compiler_options=quick), abstract(shapes, shardings)
 
@@ -113,23 +123,23 @@ def make_train_step(
     schedules: Mapping[str, optax.Schedule],
     state: TrainState,
     overlap: bool = False,
-) -> Any:
-    """The compiled update: (state, frozen, batch, key) -> (state, scalars).
+) -> jax.stages.Wrapped:
+    """Returns the jitted update: (state, frozen, batch, key) -> (state, scalars).
 
-    Except on CPUs, the state's buffers are donated: the old state cannot be used again.  An update whose loss or
-    gradients are not finite leaves everything but the counters as it was.
+    The state's buffers are donated, except on CPUs: the old state must not be used again.  If loss or gradients are not
+    finite, the update changes the counters only.
 
     Args:
-      task: gives the loss.
+      task: computes the loss.
       optimizer: from `optimizers.make_optimizer(options)`.
-      options: for the accumulation steps.
-      average: for the moving average.
-      schedules: to log, by name; "learning_rate" among them multiplies the update.
-      state: the abstract state, for its shardings.
-      overlap: whether to compile with `OVERLAP`, on TPUs.
+      options: sets the number of accumulation steps.
+      average: options of the moving average.
+      schedules: by name; all are logged. "learning_rate" multiplies the update.
+      state: the abstract state, which sets the shardings.
+      overlap: compile with `OVERLAP` on TPUs.
 
     Returns:
-      A jitted function; the scalars are float32, laid out on every device.
+      A jitted function. Its scalars are float32 and replicated on every device.
     """
 
     def train_step(state: TrainState, frozen: PyTree, batch: PyTree, key: jax.Array):
@@ -180,8 +190,8 @@ def make_train_step(
 
 
 def donates(mesh: Mesh) -> bool:
-    """Whether the train step writes the new state over the old one.
+    """Returns whether the train step writes the new state over the old one.
 
-    On CPUs it does not: small models' steps take up to a third longer with it there.
+    On CPUs it does not, because donation makes the steps of small models up to a third slower there.
     """
     return mesh.devices.flat[0].platform != "cpu"

@@ -1,8 +1,8 @@
-"""Starting a training from another run's parameters, where both models have them.
+"""Initialisation of a training from the parameters of another run.
 
-The two priors share their trunk and their embeddings by name and shape (`priors/`): a MaskGIT prior that starts from an
-autoregressive one already reads captions and knows which tokens are alike. Their layers are folded into scans by their
-attention patterns, and so not alike: they are compared one by one.
+The two priors share the names and shapes of their trunk and embeddings (`priors/`).  A MaskGIT prior that starts from
+an autoregressive one therefore already reads captions and knows which tokens are similar.  Scans stack the layers by
+their attention patterns, which differ between the priors, so layers are compared one by one.
 """
 
 from __future__ import annotations
@@ -17,26 +17,29 @@ from absl import logging
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.trunk import unstack
-from dalle_jax.pytree import by_path
+from dalle_jax.pytree import PyTree, by_path
 from dalle_jax.training.step import TrainState
 
 
 def warm_start(state: TrainState, workdir: str) -> TrainState:
-    """A fresh state with the parameters of another run's latest checkpoint wherever name and shape agree.
+    """Replaces parameters by those of another run's latest checkpoint where name and shape agree.
 
     Args:
-      state: fresh, on its mesh; its average, where it keeps one, starts at the same parameters.
-      workdir: of the other run; its average is read where it has one. It is read whole by every host.
+      state: a fresh state on its mesh. Its average, if it keeps one, starts at the new parameters.
+      workdir: of the other run. Its average is read if it has one. Every host reads all of it.
+
+    Returns:
+      The new state.
 
     Raises:
       ConfigError: no parameter agrees.
       CheckpointError: there is no checkpoint.
     """
     with Checkpoints(str(workdir), read_only=True) as checkpoints:
-        params = jax.device_get(checkpoints.restore_params())
-    own, given = by_path(state.params), by_path(_layer_by_layer(params))
+        given = by_path(_unstacked(jax.device_get(checkpoints.restore_params())))
+    own = by_path(state.params)
     unit = len(state.params.get("trunk", {}).get("units", ()))
-    found = {name: _folded(name, x.shape, given, unit) for name, x in own.items()}
+    found = {name: _find(name, x.shape, given, unit) for name, x in own.items()}
     fresh = [name for name, x in own.items() if found[name] is None or found[name].shape != x.shape]
     chosen = [
         x if name in fresh else jax.device_put(found[name].astype(x.dtype), x.sharding) for name, x in own.items()
@@ -53,13 +56,16 @@ def warm_start(state: TrainState, workdir: str) -> TrainState:
     return state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
 
 
-def _layer_by_layer(params):
-    """A prior's parameters with each layer of its trunk by itself; others as they are."""
+def _unstacked(params: PyTree) -> PyTree:
+    """Separates the stacked layers of a prior's trunk.  Other parameters stay as they are."""
     return {**params, "trunk": unstack(params["trunk"])} if "trunk" in params else params
 
 
-def _folded(name: str, shape: tuple[int, ...], given: dict[str, np.ndarray], unit: int) -> np.ndarray | None:
-    """The given array of this name; of layers in a scan over units of so many, theirs, stacked. None: not there."""
+def _find(name: str, shape: tuple[int, ...], given: dict[str, np.ndarray], unit: int) -> np.ndarray | None:
+    """Finds the given array for a parameter, or None.
+
+    For a parameter of a scan, whose repeats are units of `unit` layers, it stacks the arrays of the single layers.
+    """
     place = re.fullmatch(r"trunk/units/layer_(\d+)/(.*)", name)
     if place is None:
         return given.get(name)

@@ -1,10 +1,16 @@
-"""What may change in a configuration when a run goes on."""
+"""Tests of the configuration keys that may change when a run resumes."""
+
+import pathlib
 
 import pytest
 from tiny_job import tiny_config
 
 from dalle_jax.checkpoints.compatibility import check_same_model, differences, to_json
+from dalle_jax.configuration import config_files
 from dalle_jax.errors import ConfigMismatch
+from dalle_jax.tasks import registry
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
 def test_differences_of_configurations():
@@ -15,9 +21,7 @@ def test_differences_of_configurations():
 def test_same_model():
     stored = to_json(tiny_config())
     check_same_model(stored, to_json(tiny_config(steps=99, batch_size=8, model__remat=True)), "x")
-    with pytest.raises(
-        ConfigMismatch, match=r"model.hidden \(checkpoint: 16, given: 32\).*text.length .*another --workdir"
-    ):
+    with pytest.raises(ConfigMismatch, match="model.hidden.*text.length"):
         check_same_model(stored, to_json(tiny_config(model__hidden=32, text__length=5)), "x")
     with pytest.raises(ConfigMismatch, match="data.image_size"):
         check_same_model(stored, to_json(tiny_config(data__image_size=16)), "x")
@@ -27,9 +31,23 @@ def test_same_model():
 
 
 def test_how_a_trunk_is_computed_may_change():
-    """Also where the checkpoint was written before there was a choice of attention kernels."""
+    """Also in a checkpoint from before the choice of attention kernels existed."""
     stored = {"model": {"trunk": {"width": 16, "remat": "none", "dtype": "float32"}}}
     given = {"model": {"trunk": {"width": 16, "remat": "full", "dtype": "bfloat16", "attention_kernel": "splash"}}}
     check_same_model(stored, given, "x")
-    with pytest.raises(ConfigMismatch, match=r"model.trunk.width \(checkpoint: 16, given: 32\)"):
+    with pytest.raises(ConfigMismatch, match="model.trunk.width"):
         check_same_model(stored, {"model": {"trunk": given["model"]["trunk"] | {"width": 32}}}, "x")
+
+
+@pytest.mark.parametrize("name, key, other", [("prior", "order", "random"), ("clip", "image_readout", "patches")])
+def test_a_key_newer_than_the_checkpoint_counts_as_its_default(name, key, other):
+    given = to_json(config_files.load(f"{CONFIGS}/{name}.py:folder"))
+    stored = to_json(given)
+    del stored["model"][key], stored["optimizer"]["scales"]
+    defaults = registry.defaults(given)
+    check_same_model(stored, given, "x", defaults)
+    check_same_model(given, stored, "x", defaults)
+    with pytest.raises(ConfigMismatch, match=f"model.{key}.*{other}"):
+        check_same_model(stored, given | {"model": given["model"] | {key: other}}, "x", defaults)
+    with pytest.raises(ConfigMismatch, match=f"model.{key}"):
+        check_same_model(stored, given, "x")

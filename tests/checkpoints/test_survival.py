@@ -1,6 +1,6 @@
-"""Faults done to real processes, and what they survive.
+"""Tests that real training processes survive faults.
 
-The process is `survival_process.py`: twelve steps, a checkpoint after every third.
+The process is `survival_process.py`: twelve steps, with a checkpoint after every third.
 """
 
 import os
@@ -20,7 +20,7 @@ from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.reporting.metric_writer import read_metrics
 from dalle_jax.training.loop import train
 
-PATIENCE = 300  # seconds after which a test gives up: nothing here takes a tenth of it on an idle machine
+PATIENCE = 300  # seconds until a test fails; on an idle machine each needs less than a tenth of it
 
 
 def command(workdir, *flags, hosts=(), devices=1, **environment):
@@ -29,13 +29,13 @@ def command(workdir, *flags, hosts=(), devices=1, **environment):
 
 
 def run(workdir, *flags, **environment):
-    """The command, from beginning to end: its status and all it said."""
+    """Runs the command to its end and returns its status and output."""
     ((status, out, error),) = finish([command(workdir, *flags, **environment)], PATIENCE)
     return status, out + error
 
 
 def start_hosts(workdir, *flags, count=2, **environment):
-    """The same command on `count` hosts, of one device each."""
+    """Starts the command on `count` hosts with one device each."""
     address = free_address()
     flags = (f"--config.mesh.data={count}", "--lost_host_seconds=10", *flags)
     return [command(workdir, *flags, hosts=host_flags(address, count, i), **environment) for i in range(count)]
@@ -46,7 +46,7 @@ def wait_for_steps(process, count):
         count -= line.startswith("logged")
         if count == 0:
             return
-    raise AssertionError(f"It ended before: {process.communicate()}")
+    raise AssertionError(f"The process ended too early: {process.communicate()}")
 
 
 def losses(workdir):
@@ -73,7 +73,7 @@ def complete_steps(workdir):
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The whole run, in this process."""
+    """The workdir of an uninterrupted run in this process."""
     workdir = tmp_path_factory.mktemp("undisturbed")
     config = survival_process.get_config()
     train(config, str(workdir), tiny_job(config))
@@ -83,16 +83,16 @@ def undisturbed(tmp_path_factory):
 # -- SIGKILL -----------------------------------------------------------------------------------------------------------
 
 
-def killed_again_and_again(undisturbed, workdir, moments):
-    """A process killed at its N-th change of a file of a checkpoint, for each N; then one that is left alone."""
+def kill_repeatedly(undisturbed, workdir, moments):
+    """Kills a process at its N-th change of a checkpoint file, for each N, then runs one to the end."""
     for moment in moments:
         before = complete_steps(workdir)
         status, said = run(workdir, FAULT=f"file_events:{moment}")
         assert status == -signal.SIGKILL, said
         start = max(before, default=0)
-        assert not before or f"going on from step {start} of 12" in said
-        done = start + max(said.count("logged\n") - 1, 0)  # at least so many steps
-        assert done - max(complete_steps(workdir), default=0) <= 2 * 3, said  # the last one, and one being saved
+        assert not before or f"from step {start} of 12" in said
+        done = start + max(said.count("logged\n") - 1, 0)  # or more
+        assert done - max(complete_steps(workdir), default=0) <= 2 * 3, said  # one more may be half written
     status, said = run(workdir)
     assert status == 0 and "done at step 12" in said, said
     assert_same_end(workdir, undisturbed)
@@ -100,19 +100,19 @@ def killed_again_and_again(undisturbed, workdir, moments):
 
 
 def test_killed_while_saving(undisturbed, tmp_path):
-    """In the middle of the second checkpoint; then soon after the start."""
-    killed_again_and_again(undisturbed, tmp_path, [random.Random(0).randrange(60, 90), 5])
+    """Kills it in the middle of the second checkpoint, then soon after the start."""
+    kill_repeatedly(undisturbed, tmp_path, [random.Random(0).randrange(60, 90), 5])
 
 
 @pytest.mark.slow
 def test_killed_at_any_file(undisturbed, tmp_path):
     draw = random.Random(1)
-    killed_again_and_again(undisturbed, tmp_path, [draw.randrange(1, 60) for _ in range(8)])
+    kill_repeatedly(undisturbed, tmp_path, [draw.randrange(1, 60) for _ in range(8)])
 
 
 @pytest.mark.slow
 def test_killed_at_any_time(undisturbed, tmp_path):
-    """From outside, a random part of a second after a random step, wherever the native threads are."""
+    """Kills it from outside at a random time after a random step, whatever its native threads are doing."""
     draw = random.Random(2)
     for _ in range(5):
         before = complete_steps(tmp_path)
@@ -157,13 +157,13 @@ def remove(path):
     ],
 )
 def test_damaged_newest(undisturbed, tmp_path, harm, item, file):
-    """It is named, passed over and kept aside; the run goes on from the one before, and writes that step again."""
+    """The damaged checkpoint is named, skipped and renamed; the run resumes from the one before and rewrites it."""
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     for path in (tmp_path / "checkpoints" / "12" / item).glob(file):
         harm(path)
     status, said = run(tmp_path)
-    assert status == 0 and "going on from step 9 of 12" in said, said
-    assert f"checkpoints/12 is damaged ({item}: " in said and "12.damaged; delete it" in said
+    assert status == 0 and "from step 9 of 12" in said, said
+    assert f"checkpoints/12 is damaged ({item}: " in said and "12.damaged" in said
     assert (tmp_path / "checkpoints" / "12.damaged").is_dir()
     assert_same_end(tmp_path, undisturbed)
 
@@ -175,7 +175,7 @@ def test_all_damaged(undisturbed, tmp_path):
         truncate(path)
     before = sorted(os.listdir(tmp_path / "checkpoints"))
     status, said = run(tmp_path)
-    assert status == 1 and "error: No checkpoint in " in said and "step 12: params: " in said and "step 9: " in said
+    assert status == 1 and "error: " in said and "step 12: params: " in said and "step 9: " in said
     assert sorted(os.listdir(tmp_path / "checkpoints")) == before
 
 
@@ -183,10 +183,10 @@ def test_all_damaged(undisturbed, tmp_path):
 
 
 def test_numbers_gone_bad(undisturbed, tmp_path):
-    """Status 1 after `max_nonfinite` steps; what was saved before is good, and a healthy command goes on from there."""
+    """After `max_nonfinite` steps the status is 1; earlier checkpoints are good, and a healthy command resumes."""
     status, said = run(tmp_path, FAULT="poison:5")
-    assert status == 1 and "error: Loss or gradients were not finite in 3 steps in a row (until step 8)" in said, said
-    assert complete_steps(tmp_path)[0] == 3  # and that of step 6, whose parameters are those of step 5
+    assert status == 1 and "error: " in said and "3 steps in a row (until step 8)" in said, said
+    assert complete_steps(tmp_path)[0] == 3  # and the one of step 6, with the parameters of step 5
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(final(tmp_path)))
     for step in complete_steps(tmp_path)[1:]:
         shutil.rmtree(tmp_path / "checkpoints" / str(step))
@@ -197,21 +197,21 @@ def test_numbers_gone_bad(undisturbed, tmp_path):
 def test_stuck_data(tmp_path):
     began = time.monotonic()
     status, said = run(tmp_path, "--config.timeout_seconds.data=5", FAULT="stall:7")
-    assert status == 1 and "error: The data source delivered no batch for 5 seconds" in said, said
+    assert status == 1 and "error: " in said and "config.timeout_seconds.data" in said, said
     assert said.count("logged\n") >= 3 and "Traceback" not in said
     assert time.monotonic() - began < PATIENCE / 2
     assert complete_steps(tmp_path)[:1] == [3]
 
 
 def test_a_second_ctrl_c(tmp_path):
-    """It does not wait for data that may never come."""
+    """A second Ctrl-C does not wait for data."""
     process = command(tmp_path, FAULT="stall:7")
     wait_for_steps(process, 4)
     for _ in range(2):
         time.sleep(1.0)
         process.send_signal(signal.SIGINT)
     ((status, _, error),) = finish([process], PATIENCE)
-    assert status == 130 and "a second Ctrl-C ends it" in error and "error: interrupted" in error, error
+    assert status == 130 and "Ctrl-C" in error and "error: interrupted" in error, error
     assert "Traceback" not in error and complete_steps(tmp_path)[:1] == [3]
 
 
@@ -219,14 +219,14 @@ def test_a_second_ctrl_c(tmp_path):
 
 
 def stop_one(workdir, which, how=signal.SIGTERM):
-    """A signal to one of two hosts; the step at which both say that they have saved."""
-    processes = start_hosts(workdir, FAULT="slow:1")  # which leaves them ten seconds to agree on a step
+    """Signals one of two hosts and returns the step at which both report that they saved."""
+    processes = start_hosts(workdir, FAULT="slow:1")  # they have ten seconds to agree on a step
     wait_for_steps(processes[0], 2)
     processes[which].send_signal(how)
     said = finish(processes, PATIENCE)
     assert [status for status, *_ in said] == [0, 0], said
     (step,) = complete_steps(workdir)[-1:]
-    assert 2 <= step < 12 and f"stopped at step {step} of 12 and saved" in said[0][1], said
+    assert 2 <= step < 12 and f"stopped at step {step} of 12" in said[0][1], said
     assert not any("Traceback" in error for _, _, error in said), said
     assert "done" not in said[0][1] + said[1][1]
     with Checkpoints(str(workdir), read_only=True) as checkpoints:
@@ -236,22 +236,22 @@ def stop_one(workdir, which, how=signal.SIGTERM):
 
 
 def test_sigterm_of_one_host(undisturbed, tmp_path):
-    """Both save at one step and end with status 0; one host goes on alone, on eight devices in another mesh."""
+    """Both save at one step and exit with status 0; one host then resumes alone on eight devices in another mesh."""
     step = stop_one(tmp_path, 1)
     mesh = [f"--config.mesh.{axis}=2" for axis in ("data", "fsdp", "tensor")]
     status, said = run(tmp_path, *mesh, devices=8)
-    assert status == 0 and f"going on from step {step} of 12" in said, said
+    assert status == 0 and f"from step {step} of 12" in said, said
     assert_same_end(tmp_path, undisturbed, 1e-5)
 
 
 @pytest.mark.slow
 def test_sigterm_of_the_first_host(tmp_path):
-    """The same command on both hosts goes on, bit for bit."""
+    """The same command on both hosts resumes bit for bit."""
     step = stop_one(tmp_path / "stopped", 0)
     for name in ("stopped", "whole"):
         said = finish(start_hosts(tmp_path / name), PATIENCE)
         assert [status for status, *_ in said] == [0, 0], said
-        assert name == "whole" or f"going on from step {step} of 12" in said[0][1]
+        assert name == "whole" or f"from step {step} of 12" in said[0][1]
     assert_same_end(tmp_path / "stopped", tmp_path / "whole")
 
 
@@ -263,7 +263,7 @@ def test_ctrl_c_of_one_host(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("hosts", [1, 2])
 def test_a_signal_to_all_processes_of_a_host(tmp_path, hosts):
-    """The command line's own training, with data workers: they get the signal too, as at a machine's shutdown."""
+    """The data workers of a real training get the signal too, as at a machine's shutdown."""
     address = free_address()
     command = ["-m", "dalle_jax.main", f"--config=tests/small_prior.py:{tmp_path}", "--config.data.workers=2"]
     endless = [f"--config.cadence.{name}=0" for name in ("eval", "preview", "checkpoint")] + ["--config.steps=1000000"]
@@ -277,26 +277,26 @@ def test_a_signal_to_all_processes_of_a_host(tmp_path, hosts):
     os.killpg(processes[-1].pid, signal.SIGTERM)
     said = finish(processes, PATIENCE)
     assert [status for status, *_ in said] == [0] * hosts, said
-    assert "of 1000000 and saved" in said[0][1] and not any("Traceback" in error for *_, error in said), said
+    assert "stopped at step" in said[0][1] and not any("Traceback" in error for *_, error in said), said
     assert complete_steps(tmp_path / "prior")
 
 
 def test_an_error_of_one_host(tmp_path):
-    """It ends with its own words and status; the other one says that it lost a host.  Nobody waits, or aborts."""
-    first, second = finish(start_hosts(tmp_path, FAULT="refuse:8"), PATIENCE)
-    assert second[0] == 1 and "error: a bad picture on this host" in second[2], second
+    """The host ends with its own error and status, the other reports a lost host; neither waits or aborts."""
+    first, second = finish(start_hosts(tmp_path, FAULT="fail:8"), PATIENCE)
+    assert second[0] == 1 and "error: a bad image on this host" in second[2], second
     assert first[0] == 1 and "was lost" in first[2], first
     assert "Traceback" not in first[2] + second[2] and "Fatal Python error" not in first[2] + second[2]
     assert complete_steps(tmp_path)[:1] == [3]
 
 
 @pytest.mark.slow
-def test_goes_on_on_two_hosts(undisturbed, tmp_path):
-    """From a checkpoint of one host, the newest being damaged: both take the same one."""
+def test_resumes_on_two_hosts(undisturbed, tmp_path):
+    """Both hosts resume from the same checkpoint of one host, because the newest is damaged."""
     shutil.copytree(undisturbed, tmp_path, dirs_exist_ok=True)
     truncate(next((tmp_path / "checkpoints" / "12" / "rest" / "d").iterdir()))
     said = finish(start_hosts(tmp_path), PATIENCE)
-    assert [status for status, *_ in said] == [0, 0] and "going on from step 9 of 12" in said[0][1], said
+    assert [status for status, *_ in said] == [0, 0] and "from step 9 of 12" in said[0][1], said
     assert all("12 is damaged (rest: " in error for _, _, error in said)
     assert (tmp_path / "checkpoints" / "12.damaged").is_dir()
     assert_same_end(tmp_path, undisturbed, 1e-5)
@@ -312,18 +312,18 @@ def test_goes_on_on_two_hosts(undisturbed, tmp_path):
     ],
 )
 def test_lost_host(tmp_path, how, which):
-    """A host that is gone, or silent for --lost_host_seconds: the other one ends in an error that says so."""
+    """If a host is gone, or silent for --lost_host_seconds, the other one ends with an error that says so."""
     processes = start_hosts(tmp_path, "--config.steps=100000", "--config.cadence.eval=0", FAULT="slow:0.3")
     wait_for_steps(processes[0], 8)
     processes[which].send_signal(how)
     began = time.monotonic()
     try:
         (status, _, error) = finish([processes[1 - which]], PATIENCE)[0]
-        if (how, which) == (signal.SIGKILL, 0):  # the end of JAX's own service: JAX aborts at once, in its own words
+        if (how, which) == (signal.SIGKILL, 0):  # JAX's own service ended: JAX aborts at once with its own message
             assert status not in (0, -signal.SIGKILL) and ("was lost" in error or "another task died" in error), error
         else:
             assert status == 1 and "was lost" in error and "Traceback" not in error, (status, error)
-        assert how == signal.SIGKILL or f"Host {which} of 2 was lost: nothing heard of it for" in error
+        assert how == signal.SIGKILL or f"Host {which} of 2 was lost" in error
         assert time.monotonic() - began < PATIENCE / 2
     finally:
         processes[which].kill()
@@ -333,20 +333,20 @@ def test_lost_host(tmp_path, how, which):
 
 @pytest.mark.slow
 def test_a_step_that_takes_too_long(undisturbed, tmp_path):
-    """All hosts are there and say so, but one's device never ends its step: both end soon, and say which time is over.
+    """All hosts are alive, but a device of one never ends its step: both hosts end and name the timeout.
 
-    Without the fault the same command goes on from the last checkpoint.
+    Without the fault the same command resumes from the last checkpoint.
     """
-    limit, more = 40, 60  # seconds; the first is also more than it takes to start, the second to notice and to end
+    limit, more = 40, 60  # seconds; starting needs less than the limit, noticing and ending less than the second
     flag = f"--config.timeout_seconds.step={limit}"
     processes = start_hosts(tmp_path, flag, FAULT="hang:7")
     wait_for_steps(processes[0], 6)
     for status, _, error in finish(processes, limit + more):
         assert status not in (0, -signal.SIGKILL), error
-        assert f"error: Nothing got on for {limit} s (config.timeout_seconds.step)" in error, error
+        assert "error: " in error and f"{limit} s (config.timeout_seconds.step)" in error, error
         assert "was lost" not in error and "Traceback" not in error, error
     assert complete_steps(tmp_path) == [3, 6]
     said = finish(start_hosts(tmp_path, flag), PATIENCE)
-    assert [status for status, *_ in said] == [0, 0] and "going on from step 6 of 12" in said[0][1], said
+    assert [status for status, *_ in said] == [0, 0] and "from step 6 of 12" in said[0][1], said
     assert "damaged" not in said[0][2] + said[1][2]
     assert_same_end(tmp_path, undisturbed, 1e-5)

@@ -1,6 +1,7 @@
-"""Every config file and variant loads, and its sections are ones that the code takes."""
+"""Every config file and variant loads, and the code accepts its sections."""
 
 import pathlib
+import sys
 
 import jax
 import optax
@@ -9,6 +10,7 @@ from flax import traverse_util
 
 from dalle_jax.configuration import config_files
 from dalle_jax.configuration.options import from_config
+from dalle_jax.configuration.sections import COCO, CUB, TAR_SHARDS, section
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.distributed.rows import check_batch
@@ -27,7 +29,7 @@ TRAININGS = {"dvae": "dvae", "prior": "prior", "maskgit": "prior", "clip": "clip
 
 
 def load(name):
-    return config_files.module(CONFIGS / "any", f"{name}.py")
+    return config_files.load_module(CONFIGS / f"{name}.py")
 
 
 ROWS = [(name, variant) for name in TRAININGS for variant in load(name).VARIANTS]
@@ -37,9 +39,9 @@ def check_training(config, name):
     data = config.data.copy_and_resolve_references()
     if data.source in ("folder", "tar_shards"):
         data.path = "somewhere"
-    options = DataOptions.from_config(data)
-    for key, section in config.schedules.items():
-        schedule = schedules.make(section, key)
+    options = from_config(DataOptions, data, "data")
+    for key, numbers in config.schedules.items():
+        schedule = schedules.make(numbers, key)
         assert float(schedule(0)) >= 0 and float(schedule(config.steps)) >= 0
     assert isinstance(
         optimizers.make_optimizer(from_config(optimizers.OptimizerOptions, config.optimizer, "optimizer")),
@@ -58,18 +60,18 @@ def test_trainings(name, variant):
     assert (config.job, config.task, config.variant) == ("train", TRAININGS[name], variant)
     options = check_training(config, name)
     if name == "clip":
-        sizes = clip.from_config(config, config.text.vocab_size)
+        sizes = clip.options_of_training(config, config.text.vocab_size)
         assert config.optimizer.accumulate_steps == 1
         assert (sizes == clip.CLIPOptions(dtype="bfloat16")) == (variant == "vit_b32"), "the published size"
         recipe = (sizes.image_positions, sizes.image_readout, config.negatives.spoiled)
         assert (recipe == (1.0, "class_token", 0)) == (variant != "shapes"), "OpenAI's"
         jax.eval_shape(clip.CLIP(sizes).init, jax.random.key(0))
         return
-    images = tokenizer.from_config(config if name == "dvae" else config.tokenizer)
+    images = tokenizer.of_training(config if name == "dvae" else config.tokenizer)
     grid = images.grid(options.image_size)
     if name != "dvae":
         inner = check_training(config.tokenizer, "dvae")
-        assert inner.image_size == options.image_size, "the tokenizer is trained at the prior's picture size"
+        assert inner.image_size == options.image_size, "the tokenizer is trained at the prior's image size"
         layout = TokenLayout(config.text.vocab_size, images.vocab_size, config.text.length, *grid)
         prior = make(config.prior, config.model, layout)
         if config.model.trunk.depth <= 24:  # tests/priors/test_autoregressive.py counts the large ones
@@ -80,7 +82,7 @@ def test_trainings(name, variant):
 
 
 def numbers_of(config):
-    """What follows the length of a training, or could: by its whole name."""
+    """Returns the numbers that follow the length of a training, or could, by path."""
     sections = {"steps": config.steps, "cadence": config.cadence.to_dict(), "schedules": config.schedules.to_dict()}
     return {"/".join(path): value for path, value in traverse_util.flatten_dict(sections).items()}
 
@@ -105,7 +107,7 @@ def test_schedules_follow_the_length_of_the_training(name, variant):
     for key in follow:
         assert after[key] == pytest.approx(3 * before[key], abs=3)
         part, value = config[key.partition("/")[0]], key.partition("/")[2].replace("/", ".")
-        part.update_from_flattened_dict({value: 5})  # by itself
+        part.update_from_flattened_dict({value: 5})  # alone
         assert numbers_of(config) == after | {key: 5}
         after[key] = 5
 
@@ -135,7 +137,9 @@ def test_jobs_on_a_trained_workdir(name):
 def test_quickstart_is_the_default_priors_and_their_evaluation():
     config = load("quickstart").get_config()
     trunk, bidirectional = config.prior.model.trunk, config.maskgit.model.trunk
-    assert config.maskgit.start_from == config.prior.workdir and trunk == bidirectional, "the trunk is taken over whole"
+    assert config.maskgit.start_from == config.prior.workdir and trunk == bidirectional, (
+        "MaskGIT starts from the whole trunk"
+    )
     assert config.maskgit.schedules.learning_rate.steps == config.maskgit.steps
     assert from_config(SamplingOptions, config.maskgit_sampling, "sampling").steps in (None, 8)
     assert config.job == "quickstart" and config.prior.variant == "shapes"
@@ -146,20 +150,20 @@ def test_quickstart_is_the_default_priors_and_their_evaluation():
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_unknown_variants(name):
-    with pytest.raises(ConfigError, match=f"{name}.py has no variant 'emojis' .did you mean \"emoji\".*shapes, emoji"):
+    with pytest.raises(ConfigError, match='did you mean "emoji"'):
         load(name).get_config("emojis")
     assert load(name).get_config().variant == "shapes", "the first one is the default"
 
 
 def test_a_missing_config_file():
-    with pytest.raises(ConfigError, match="There is no config file .*nowhere.py: run from the repository's root"):
+    with pytest.raises(ConfigError, match="nowhere.py"):
         load("nowhere")
 
 
 @pytest.mark.parametrize("name", ["compile", "generate", "quickstart"])
 def test_configs_without_variants(name):
     path = CONFIGS / f"{name}.py"
-    with pytest.raises(ConfigError, match=f"--config={path}:paper: this config has no variants; leave out the colon"):
+    with pytest.raises(ConfigError, match=f"{name}.py:paper"):
         config_files.load(f"{path}:paper", "--config")
     assert config_files.load(str(path), "--config").job == name
 
@@ -167,19 +171,18 @@ def test_configs_without_variants(name):
 def test_a_config_with_a_fault_keeps_its_traceback(tmp_path):
     path = tmp_path / "a.py"
     path.write_text("def get_config():\n    return get_config(3)\n")
-    with pytest.raises(TypeError, match="takes 0 positional"):
+    with pytest.raises(TypeError, match="get_config"):
         config_files.load(str(path), "--config")
 
 
 def test_the_papers_data_sets():
-    """What the other configs are built on: names and keys of COCO, CUB and tar shards."""
-    common = load("common")
-    for section, source, image_size, caption_key, splits in (
-        (common.coco(), "coco_captions", 256, "captions/text", ("train", "validation")),
-        (common.cub(224), "cub_captions", 224, "caption", ("train", "test")),
-        (common.tar_shards(64, path="DIR"), "tar_shards", 64, "caption", ("train", "validation")),
+    """Names and keys of COCO, CUB and tar shards, which the configs share."""
+    for data, source, image_size, caption_key, splits in (
+        (COCO, "coco_captions", 256, "captions/text", ("train", "validation")),
+        (dict(CUB, image_size=224), "cub_captions", 224, "caption", ("train", "test")),
+        (dict(TAR_SHARDS, image_size=64, path="DIR"), "tar_shards", 64, "caption", ("train", "validation")),
     ):
-        options = DataOptions.from_config(section)
+        options = from_config(DataOptions, section(DataOptions, **data), "data")
         assert (options.source, options.image_size, options.caption_key) == (source, image_size, caption_key)
         assert (options.train_split, options.eval_split) == splits
     for name in TRAININGS:
@@ -195,9 +198,34 @@ def test_the_papers_protocols():
     ):
         config = load("evaluate").get_config(variant)
         assert Protocol(config.split, config.captions, config.count) == Protocol(split, captions, count)
-        options = DataOptions.from_config(config.data)
+        options = from_config(DataOptions, config.data, "data")
         assert (options.source, options.path) == (source, None)
-        assert "image_size" not in config.data, "the model says which"
+        assert "image_size" not in config.data, "the model determines it"
         assert config.workdir == f"runs/evaluated-{variant}"
         assert from_config(Options, config.metrics, "metrics").blur == (0, 1, 2, 4, 8)
     assert "data" not in load("evaluate").get_config(), "the model's own"
+
+
+PACKAGE = {
+    "__init__.py": "",
+    "one.py": "from ml_collections import ConfigDict\ndef get_config():\n    return ConfigDict({'value': 1})\n",
+    "two.py": "from folder_of_configs import one\nget_config = one.get_config\n",
+}
+
+
+def test_config_files_of_one_package_import_each_other_from_any_directory(tmp_path, monkeypatch):
+    folder = tmp_path / "folder_of_configs"
+    folder.mkdir()
+    for name, text in PACKAGE.items():
+        (folder / name).write_text(text)
+    before = list(sys.path)
+    monkeypatch.delitem(sys.modules, "folder_of_configs", raising=False)
+    assert config_files.load(f"{folder}/two.py").value == 1
+    assert sys.path == before
+
+
+@pytest.mark.parametrize(
+    "argv, path", [(["--config=a.py:x"], "a.py:x"), (["-config", "a.py"], "a.py"), (["--config.steps=3"], "")]
+)
+def test_the_config_file_of_a_command_line(argv, path):
+    assert config_files.given(["main", *argv]) == path

@@ -5,7 +5,7 @@ from dalle_jax.data.augment import area_resize, augment
 
 
 def coordinates(height, width):
-    """A picture whose red and green say where a pixel stood, to be read back after a crop."""
+    """Returns an image whose red and green give the row and column of each pixel, so that a test can locate a crop."""
     rows, columns = np.mgrid[0:height, 0:width]
     return np.stack([rows, columns, np.zeros_like(rows)], -1).astype(np.uint8)
 
@@ -45,7 +45,7 @@ def test_area_resize_keeps_what_fits():
 
 @pytest.mark.parametrize("kind", ["none", "dvae", "prior"])
 @pytest.mark.parametrize("shape", [(16, 16), (40, 100), (90, 31), (200, 200), (5, 9), (1, 1)])
-def test_any_picture_gives_the_size_asked_for(kind, shape):
+def test_any_image_gives_the_requested_size(kind, shape):
     image = np.random.default_rng(1).integers(0, 256, (*shape, 3)).astype(np.uint8)
     for seed in range(5):
         result = augment(image, 16, kind, np.random.default_rng(seed))
@@ -54,7 +54,7 @@ def test_any_picture_gives_the_size_asked_for(kind, shape):
 
 
 def resize_sides(kind, size, short, monkeypatch):
-    """The sides t drawn over many seeds."""
+    """Returns the sides t drawn with many seeds."""
     sides = []
     monkeypatch.setattr(
         "dalle_jax.data.augment.area_resize", lambda image, side: sides.append(side) or image[:side, :side]
@@ -83,7 +83,7 @@ def test_nothing_is_enlarged_to_be_cropped(monkeypatch):
 
 
 def first_crops(kind, height, width, count=800):
-    """Corners and orientation of crops where no resize takes place: the picture's short side is the size."""
+    """Returns crops without a resize, because the size is the short side of the image."""
     image = coordinates(height, width)
     return [augment(image, min(height, width), kind, np.random.default_rng(seed)) for seed in range(count)]
 
@@ -110,5 +110,5 @@ def test_none_is_the_centre():
 
 
 def test_unknown_kind():
-    with pytest.raises(ValueError, match="Unknown augmentation"):
+    with pytest.raises(ValueError, match="flip"):
         augment(coordinates(8, 8), 8, "flip", None)

@@ -1,4 +1,4 @@
-"""OpenAI's byte pairs: the same ids as open_clip's own reader, from each of the three kinds of file."""
+"""OpenAI's byte pairs give the same ids as open_clip's reader, from each of the three kinds of file."""
 
 import builtins
 import gzip
@@ -25,7 +25,7 @@ CAPTIONS = [
 
 @pytest.fixture(scope="module")
 def package():
-    """The folder of open_clip, which brings the vocabulary along."""
+    """The folder of open_clip, which includes the vocabulary."""
     found = importlib.util.find_spec("open_clip")
     if found is None:
         pytest.skip("needs open_clip_torch==3.3.0")
@@ -34,7 +34,7 @@ def package():
 
 @pytest.fixture(scope="module")
 def theirs(package):
-    """open_clip's tokenizer, without the rest of it."""
+    """open_clip's tokenizer, imported without the rest of the package."""
     pytest.importorskip("torch", reason="needs torch==2.13.0")
     spec = importlib.util.spec_from_file_location("open_clip_tokenizer", package / "tokenizer.py")
     module = importlib.util.module_from_spec(spec)
@@ -64,20 +64,22 @@ def test_the_same_ids_as_open_clip(theirs, model):
         assert [*ids, 49_407] == row[: len(ids) + 1]
 
 
-def test_no_caption_makes_a_special_token(model, tmp_path):
-    """The original would read the caption up to there. Hugging Face's files ask for it, and for filling up, cutting,
-    and the end token in place of what is unknown."""
+def test_no_caption_gives_a_special_token(model, tmp_path):
+    """The original would ignore everything after the token.
+
+    Hugging Face's files request special tokens, padding, truncation, and the end token for unknown characters.
+    """
     import tokenizers
 
     model.save(tmp_path / "ours.json")
-    asking = tokenizers.Tokenizer.from_file(str(tmp_path / "ours.json"))
-    asking.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
-    asking.enable_padding(length=20, pad_id=49_407)
-    asking.enable_truncation(7)
-    asking.save(str(tmp_path / "asking.json"))
+    requesting = tokenizers.Tokenizer.from_file(str(tmp_path / "ours.json"))
+    requesting.add_special_tokens(["<|startoftext|>", "<|endoftext|>"])
+    requesting.enable_padding(length=20, pad_id=49_407)
+    requesting.enable_truncation(7)
+    requesting.save(str(tmp_path / "requesting.json"))
     spelled = "a <|endoftext|> cat <|startoftext|>"
-    assert {49_406, 49_407} <= set(asking.encode(spelled).ids)
-    for one in (model, BytePairs(tmp_path / "asking.json")):
+    assert {49_406, 49_407} <= set(requesting.encode(spelled).ids)
+    for one in (model, BytePairs(tmp_path / "requesting.json")):
         ids, truncated = one.encode(spelled, max_length=100)
         assert not truncated and ids[0] == 49_406 and {49_406, 49_407}.isdisjoint(ids[1:])
         parts = ("a", "<|", "endoftext", "|>", "cat", "<|", "startoftext", "|>")
@@ -92,7 +94,7 @@ def test_no_caption_makes_a_special_token(model, tmp_path):
     assert BytePairs(tmp_path / "damaged.json").encode("z", max_length=100)[0] == []
 
 
-def test_long_captions_are_cut(model):
+def test_long_captions_are_truncated(model):
     whole, _ = model.encode(CAPTIONS[2], max_length=100)
     ids, truncated = model.encode(CAPTIONS[2], max_length=5)
     assert truncated and ids == whole[:5]
@@ -109,27 +111,27 @@ def test_all_kinds_of_file_are_the_same(model, official, tmp_path):
             assert other.encode(caption, max_length=77) == model.encode(caption, max_length=77)
 
 
-def test_files_that_are_something_else(tmp_path):
+def test_files_of_another_kind_are_errors(tmp_path):
     pytest.importorskip("tokenizers", reason="needs tokenizers (pip install tokenizers)")
-    with pytest.raises(DataError, match="none.json cannot be read .*give OpenAI's bpe_simple_vocab_16e6.txt.gz"):
+    with pytest.raises(DataError, match="none.json"):
         BytePairs(tmp_path / "none.json")
     (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(DataError, match="other.json cannot be read"):
+    with pytest.raises(DataError, match="other.json"):
         BytePairs(tmp_path / "other.json")
     (tmp_path / "other.gz").write_bytes(gzip.compress(b"no merges\nhere at all"))
-    with pytest.raises(DataError, match="other.gz cannot be read"):
+    with pytest.raises(DataError, match="other.gz"):
         BytePairs(tmp_path / "other.gz")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="vocab.json"):
         BytePairs(tmp_path)
 
 
 def test_without_the_package(tmp_path, monkeypatch):
-    def refuse(name, *rest):
+    def missing(name, *rest):
         if name == "tokenizers":
             raise ImportError(name)
         return real(name, *rest)
 
     real = builtins.__import__
-    monkeypatch.setattr(builtins, "__import__", refuse)
-    with pytest.raises(DataError, match=r"need the package `tokenizers`: pip install -e '.\[clip\]'"):
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(DataError, match=r"\[clip\]"):
         BytePairs(tmp_path / "tokenizer.json")

@@ -59,14 +59,14 @@ def test_empty_text_gives_nothing(model):
         assert model.encode(text, max_length=8, dropout=0.1, seed=0) == ([], False)
 
 
-def test_truncation_is_told(model):
+def test_truncation_is_reported(model):
     full = pieces(model, CAPTIONS[0])
     assert model.encode(CAPTIONS[0], max_length=len(full)) == (full, False)
     assert model.encode(CAPTIONS[0], max_length=len(full) - 1) == (full[:-1], True)
 
 
 def test_dropout_walks_the_same_merges_as_sentencepiece(model):
-    """With a chance too small to strike, our merge loop must give sentencepiece's own segmentation."""
+    """With a dropout too small to occur, our merge loop must give sentencepiece's segmentation."""
     odd = ["zebra quux ąę ą", "redcircle whitebackgroundsquare", "ąa ę", "small,small", "x" * 30]
     for caption in CAPTIONS + odd:
         assert pieces(model, caption, dropout=1e-12, seed=1) == pieces(model, caption)
@@ -83,17 +83,17 @@ def test_dropout_is_seeded_and_loses_no_text(model):
 
 
 def test_dropout_rate_on_a_single_merge():
-    """ "▁" + "a" is the one merge to lose, so it must be lost at the very rate asked for."""
+    """ "▁" + "a" is the only merge, so it must be lost at exactly the requested rate."""
     model = TextModel.train(["a"] * 10, vocab_size=50)
     split = collections.Counter(len(pieces(model, "a", dropout=0.25, seed=seed)) for seed in range(4000))
     assert set(split) == {1, 2}
     assert split[2] / 4000 == pytest.approx(0.25, abs=0.03)
 
 
-def test_dropout_needs_a_seed_and_a_chance(model):
+def test_dropout_needs_a_seed_and_a_probability(model):
     with pytest.raises(ValueError, match="seed"):
         model.encode("a", max_length=4, dropout=0.1)
-    with pytest.raises(ValueError, match="dropout 1.0"):
+    with pytest.raises(ValueError, match="1.0"):
         model.encode("a", max_length=4, dropout=1.0, seed=0)
 
 
@@ -106,19 +106,19 @@ def test_padding_goes_through_the_layout(model):
 
 
 def test_missing_or_damaged_model_is_a_clear_error(tmp_path, model):
-    with pytest.raises(DataError, match="No text model at .*absent"):
+    with pytest.raises(DataError, match="absent.model"):
         TextModel.load(tmp_path / "absent.model")
     damaged = tmp_path / "damaged.model"
     damaged.write_bytes(model.__reduce__()[1][0][:-1])
-    with pytest.raises(DataError, match="damaged.model cannot be read"):
+    with pytest.raises(DataError, match="damaged.model"):
         TextModel.load(damaged)
     damaged.write_bytes(b"")
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="damaged.model"):
         TextModel.load(damaged)
 
 
 def test_training_errors():
-    with pytest.raises(DataError, match="no caption"):
+    with pytest.raises(DataError, match="caption"):
         TextModel.train(["", "  "], vocab_size=100)
-    with pytest.raises(ConfigError, match="vocabulary of 5 is too small"):
+    with pytest.raises(ConfigError, match="text.vocab_size"):
         TextModel.train(CAPTIONS, vocab_size=5)

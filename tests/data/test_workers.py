@@ -1,4 +1,4 @@
-"""Worker processes outlive the signals that their training answers, and not the training."""
+"""Worker processes survive the signals that their training answers, and end with the training."""
 
 import os
 import signal
@@ -23,17 +23,17 @@ if __name__ == "__main__":
     pipeline = lambda train: Pipeline(DataOptions(image_size=SIZE, workers=2), split="train", train=train, batch_size=8,
                                       seed=0, source=MemorySource(side=12))
     with iter(pipeline(True)) as batches:
-        def told():
+        def report():
             while len(multiprocessing.active_children()) < 2:
                 time.sleep(0.01)
             print("starting", flush=True)
 
-        threading.Thread(target=told).start()
+        threading.Thread(target=report).start()
         next(batches)
         print(*[child.pid for child in multiprocessing.active_children()], flush=True)
         while not asked.is_set():
             next(batches)
-        kept = [next(batches) for _ in range(20)]  # more than wait in the workers' buffers
+        kept = [next(batches) for _ in range(20)]  # more than the workers' buffers hold
     with iter(pipeline(False)) as batches:
         kept.append(next(batches))
     print("whole")
@@ -42,7 +42,7 @@ if __name__ == "__main__":
 
 @pytest.fixture
 def reader(tmp_path):
-    """A process that reads with two workers until it is signalled, and then a little more."""
+    """A process that reads with two workers until a signal, and then some further batches."""
     script = tmp_path / "reader.py"
     script.write_text(READER)
     process = spawn([str(script)], session=True)
@@ -54,10 +54,10 @@ def reader(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("early", [False, True])
-def test_a_signal_to_all_of_them(reader, number, early):
-    """As from a terminal or a batch system; nothing is complained of at the end.
+def test_a_signal_to_all_processes(reader, number, early):
+    """A terminal or a batch system signals all processes; the reader ends without any message on stderr.
 
-    `early`: as soon as the workers are there, long before they run any line of ours.
+    `early`: the signal comes as soon as the workers exist, long before they run our code.
     """
     if not early:
         assert len(reader.stdout.readline().split()) == 2
@@ -67,7 +67,7 @@ def test_a_signal_to_all_of_them(reader, number, early):
 
 
 def command_line(pid):
-    """Empty where the process is gone, or nobody asked yet how it ended."""
+    """Returns a process's command line; empty if it has ended, even if its parent has not collected its status."""
     try:
         with open(f"/proc/{pid}/cmdline") as file:
             return file.read()
@@ -76,7 +76,7 @@ def command_line(pid):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc"), reason="needs /proc")
-def test_none_is_left_behind(reader):
+def test_no_worker_is_left_behind(reader):
     workers = [int(pid) for pid in reader.stdout.readline().split()]
     assert len(workers) == 2
     reader.kill()

@@ -1,4 +1,4 @@
-"""Many rows through a function of fixed size."""
+"""A function of fixed batch size, applied to any number of rows."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_all_rows_once_and_in_order(count):
 
 @pytest.mark.parametrize("size, each", [(16, 2), (4, 1)])
 def test_devices_share_a_chunk(size, each):
-    """The same number of rows each; one at least."""
+    """Each device gets the same number of rows, at least one."""
     rows, mesh = np.arange(18).reshape(9, 2), make_mesh(data=8)
 
     def triple(chunk):

@@ -1,7 +1,11 @@
-"""Every training's loss and gradients on every mesh of eight devices: those of one device.
+"""Loss and gradients of every task on every mesh of eight devices equal those on one device.
 
-In float32; sums over devices are taken in another order than on one.  Losses agree to 7e-7, and gradients to 8e-7 of
-the largest one in the same array (measured); the tests allow 2e-6 and 1e-5.
+The tests run in float32, and devices sum in another order than a single device.
+
+| quantity                                     | measured | allowed |
+|----------------------------------------------|----------|---------|
+| loss, relative                               | 7e-7     | 2e-6    |
+| gradients, relative to the array's largest   | 8e-7     | 1e-5    |
 """
 
 import functools
@@ -55,7 +59,7 @@ def task_of(kind):
 
 
 def batch():
-    """Rows that all differ, in pictures of flat blocks and in captions."""
+    """Returns rows that all differ, with images of flat blocks."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (ROWS, 4, 4, 3), np.uint8).repeat(4, 1).repeat(4, 2)
     text = np.stack([LAYOUT.pad_text(rng.integers(0, 19, 1 + i % 5)) for i in range(ROWS)])
@@ -64,7 +68,7 @@ def batch():
 
 @functools.cache
 def compiled(kind):
-    """Parameters, frozen, batch → ((loss, scalars), gradients)."""
+    """Returns a function of (parameters, frozen, batch) that returns ((loss, scalars), gradients)."""
     loss = functools.partial(task_of(kind).loss, key=jax.random.key(1), step=jnp.int32(2))
     return jax.jit(jax.value_and_grad(lambda p, f, b: loss(p, f, b), has_aux=True))
 
@@ -83,7 +87,7 @@ FACTORISATIONS = [(d, f, 8 // (d * f)) for d in (1, 2, 4, 8) for f in (1, 2, 4, 
 
 
 CASES = [(kind, axes) for kind in ("autoregressive", "maskgit", "dvae", "clip") for axes in FACTORISATIONS]
-FAST = ("dvae", (2, 2, 2))  # of the others, the same mesh is in tests/priors/test_protocol.py and test_clip_task.py
+FAST = ("dvae", (2, 2, 2))  # tests/priors/test_protocol.py and test_clip_task.py run this mesh for the other tasks
 
 
 @pytest.mark.parametrize(
@@ -101,5 +105,5 @@ def test_loss_and_gradients_are_those_of_one_device(kind, axes):
         np.testing.assert_allclose(ours[name], scalars[name], rtol=1e-5, atol=1e-6, err_msg=name)
     for (path, a), b in zip(jax.tree.leaves_with_path(mesh_gradients), jax.tree.leaves(gradients)):
         np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * np.abs(b).max(), err_msg=jax.tree_util.keystr(path))
-    if axes[1] * axes[2] > 1:  # and the parameters really are spread
+    if axes[1] * axes[2] > 1:  # the parameters are really split
         assert any(x.addressable_shards[0].data.size < x.size for x in jax.tree.leaves(placed[0]))

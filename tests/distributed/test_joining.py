@@ -1,7 +1,7 @@
-"""Several hosts, as several processes of this machine: the same training as one process, and errors instead of hangs.
+"""Several hosts, simulated by processes of this machine: equal training, and errors instead of hangs.
 
-Sums between processes are taken in another order than those inside of one, so the last bits of floats differ: after
-ten steps by at most 1e-7 (measured), of losses and parameters of order one.  The tests allow 1e-6.
+Processes sum in another order than a single one, so the last bits of floats differ. After ten steps, losses and
+parameters of order one differed by at most 1e-7 (measured). The tests allow 1e-6.
 """
 
 import http.server
@@ -26,7 +26,7 @@ TINY = """
 import json, sys
 
 _, address, count, index, workdir, changes = sys.argv
-# Python's words alone: libraries' threads write to the process's own streams, in between each other's lines.
+# Python's output alone, because threads of libraries write to the streams of the process in the middle of lines.
 sys.stdout = sys.stderr = open(f"{workdir}/host_{index}.txt", "w", buffering=1)
 import jax
 import numpy as np
@@ -44,10 +44,10 @@ np.savez(f"{workdir}/host_{index}", *leaves)
 
 
 def train_on_hosts(workdir, count, **changes):
-    """Trains the tiny job on `count` hosts of eight devices in all.
+    """Trains the tiny job on `count` hosts with eight devices in total.
 
     Returns:
-      For each host what Python printed; and its final parameters and average, whole.
+      The printed text of each host, and the final parameters and EMA of each host as lists of complete arrays.
     """
     address = free_address()
     arguments = [address, str(count)], [str(workdir), json.dumps(changes)]
@@ -60,7 +60,7 @@ def train_on_hosts(workdir, count, **changes):
 
 
 def assert_same_series(one, other, tolerance=TOLERANCE):
-    """Every figure of every step, but for the times."""
+    """Compares all metrics of all steps except times."""
     one, other = read_metrics(str(one)), read_metrics(str(other))
     assert [list(line) for line in one] == [list(line) for line in other]
     for a, b in zip(one, other):
@@ -73,12 +73,12 @@ def assert_same_series(one, other, tolerance=TOLERANCE):
     [
         (2, {"data": 2, "fsdp": 2, "tensor": 2}),
         pytest.param(4, {"data": 8}, marks=pytest.mark.slow),
-        # Two devices on a host: each row of a batch is on two hosts, each parameter spread over four.
+        # Two devices per host: each row of a batch is on two hosts, each parameter is split over four.
         pytest.param(4, {"data": 1, "fsdp": 2, "tensor": 4}, marks=pytest.mark.slow),
     ],
 )
 def test_hosts_train_as_one(tmp_path, hosts, mesh):
-    """Step by step; and only the first host writes and talks."""
+    """All steps are equal, and only the first host writes files and prints."""
     changes = {**{f"mesh__{axis}": size for axis, size in mesh.items()}, "cadence__preview": 5}
     config = tiny_config(**changes)
     state = train(config, str(tmp_path / "one"), tiny_job(config))
@@ -99,9 +99,9 @@ def test_hosts_train_as_one(tmp_path, hosts, mesh):
 
 @pytest.mark.slow
 def test_the_command_line_trains_tokenizer_and_prior_on_two_hosts(tmp_path):
-    """Data set, text model, frozen tokenizer and tokens made once; both trainings as on one host.
+    """Shared files are created once, and both trainings equal those on one host.
 
-    The dVAE's gradient norm was up to 2e-5 apart after three steps (measured), all else 3e-7: the tolerance is 1e-4.
+    After three steps the gradient norm of the dVAE differed by up to 2e-5, all other metrics by 3e-7 (measured).
     """
     address = free_address()
     for hosts in (1, 2):
@@ -129,7 +129,7 @@ _, address, index, made = sys.argv
 start("train", address, 2, int(index), connect_seconds=120)
 with first_host_first("a file"):
     if is_first():
-        with first_host_first("its folder"):  # the others, who find the file, do not come here
+        with first_host_first("its folder"):  # the other host finds the file and skips this
             open(made, "w").write("whole")
     print(open(made).read())
 print(first_host_says("who", {"host": index}))
@@ -149,27 +149,27 @@ def test_the_first_host_goes_first(tmp_path):
     assert [status for status, *_ in said] == [0, 0], said
     assert said[0][1].splitlines() == ["whole", "{'host': '0'}", "the disk is full"]
     assert said[1][1].splitlines() == [
-        "whole", "{'host': '0'}", "The first host could not make a file: OSError: the disk is full"
+        "whole", "{'host': '0'}", "The first host could not create a file: OSError: the disk is full"
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("index, words", [(0, "Not all of 2 processes were there"), (1, "No answer from the first")])
-def test_a_host_that_stays_alone(tmp_path, index, words):
-    """The command line's status and one clear line, instead of a hang."""
+@pytest.mark.parametrize("index, token", [(0, "2 processes"), (1, "--process_id=0")])
+def test_a_host_that_stays_alone(tmp_path, index, token):
+    """The command ends with status 1 and one clear line instead of a hang."""
     flags = [*host_flags(free_address(), 2, index), "--connect_seconds=1"]
     command = ["-m", "dalle_jax.main", "--config=configs/dvae.py", f"--workdir={tmp_path}/run", *flags]
     ((status, _, error),) = finish([spawn(command)], seconds=120)
     assert status == 1, error
-    assert f"error: {words}" in error and "within 1 s (--connect_seconds)" in error and "Traceback" not in error
+    assert "error: " in error and token in error and "1 s (--connect_seconds)" in error and "Traceback" not in error
     assert not (tmp_path / "run").exists()
 
 
-# -- what asks for several hosts ------------------------------------------------------------------------------------
+# -- how several hosts are requested --------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def joined(monkeypatch):
-    """What `start` gives to JAX."""
+    """The arguments of `jax.distributed.initialize`, once per call."""
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **values: calls.append(values))
     monkeypatch.setattr(joining, "_wait_for", lambda *_: None)
@@ -187,7 +187,7 @@ OWN = {"DALLE_JAX_COORDINATOR_ADDRESS": "a:1", "DALLE_JAX_NUM_PROCESSES": "3", "
         ({"coordinator_address": "a:1", "num_processes": 1, "process_id": 0}, {}, None),
         ({"coordinator_address": "a:1", "num_processes": 2, "process_id": 0}, {}, ("a:1", 2, 0)),
         ({}, OWN, ("a:1", 3, 2)),
-        ({"process_id": 0}, OWN, ("a:1", 3, 0)),  # flags go before the environment
+        ({"process_id": 0}, OWN, ("a:1", 3, 0)),  # flags override the environment
         ({"coordinator_address": "none"}, OWN, None),
         ({"coordinator_address": "none"}, SLURM, None),
         ({"coordinator_address": "auto"}, {}, "detected"),
@@ -202,7 +202,7 @@ OWN = {"DALLE_JAX_COORDINATOR_ADDRESS": "a:1", "DALLE_JAX_NUM_PROCESSES": "3", "
         ({}, dict.fromkeys(OWN, ""), None),
     ],
 )
-def test_who_asks_for_several_hosts(joined, flags, environment, expected):
+def test_flags_and_environments_that_request_several_hosts(joined, flags, environment, expected):
     start("train", **flags, environment=environment)
     if expected is None:
         assert not joined
@@ -226,17 +226,17 @@ TPU_ENV = "ACCELERATOR_TYPE: 'v5p-128'\nMEGASCALE_NUM_SLICES: '2'\nZONE: 'us-eas
         ({ENDPOINTS: "10.0.0.2", "tpu-env": "ZONE: 'us-east5-a'\n"}, "", False),
         ({ENDPOINTS: "10.0.0.2", "tpu-env": TPU_ENV}, "tpu,cpu", True),
         ({ENDPOINTS: "10.0.0.2,10.0.0.3", "busy": 2}, "", True),
-        ({ENDPOINTS: "10.0.0.2,10.0.0.3"}, "cpu", False),  # asked for by the user: no TPU, nobody to join
+        ({ENDPOINTS: "10.0.0.2,10.0.0.3"}, "cpu", False),  # the user disabled TPUs: there are no other hosts
         ({}, "", False),
     ],
 )
-def test_a_cloud_tpu_says_how_many_hosts_it_has(joined, monkeypatch, attributes, platforms, expected):
-    """By the metadata server of its machines: nothing else says so where `gcloud … tpu-vm create` made the slice."""
+def test_hosts_of_a_cloud_tpu_are_read_from_the_metadata_server(joined, monkeypatch, attributes, platforms, expected):
+    """`gcloud … tpu-vm create` announces them nowhere else."""
 
     class Metadata(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             name = self.path.removeprefix("/computeMetadata/v1/instance/attributes/")
-            busy = attributes.pop("busy", 0)  # how often it has no time
+            busy = attributes.pop("busy", 0)  # number of requests to reject
             if busy:
                 attributes["busy"] = busy - 1
             found = name in attributes and self.headers["Metadata-Flavor"] == "Google"
@@ -262,40 +262,39 @@ def test_a_cloud_tpu_says_how_many_hosts_it_has(joined, monkeypatch, attributes,
 
 
 @pytest.mark.parametrize(
-    "flags, words",
+    "flags, token",
     [
-        ({"process_id": 0}, "coordinator_address, num_processes is missing"),
-        ({"coordinator_address": "a:1", "num_processes": 2}, "process_id is missing"),
-        ({"process_id": 0}, "coordinator_address, num_processes is missing"),
-        ({"coordinator_address": "a:1", "num_processes": 2, "process_id": 2}, "from 0 to num_processes - 1"),
-        ({"coordinator_address": "a:1", "num_processes": "two", "process_id": 0}, "expected whole numbers"),
-        ({"coordinator_address": "a", "num_processes": 2, "process_id": 0}, "coordinator_address='a': expected HOST"),
+        ({"process_id": 0}, "coordinator_address, num_processes"),
+        ({"coordinator_address": "a:1", "num_processes": 2}, "process_id"),
+        ({"coordinator_address": "a:1", "num_processes": 2, "process_id": 2}, "process_id=2"),
+        ({"coordinator_address": "a:1", "num_processes": "two", "process_id": 0}, "num_processes=two"),
+        ({"coordinator_address": "a", "num_processes": 2, "process_id": 0}, "coordinator_address='a'"),
     ],
 )
-def test_refuses(joined, flags, words):
-    with pytest.raises(ConfigError, match=words):
+def test_rejected_flags(joined, flags, token):
+    with pytest.raises(ConfigError, match=token):
         start("train", **flags, environment={})
     assert not joined
 
 
 def test_other_jobs_run_alone(joined):
     for flags, environment in (({}, SLURM), ({}, OWN)):
-        with pytest.raises(ConfigError, match="config.job='generate' runs in one process.*--coordinator_address=none"):
+        with pytest.raises(ConfigError, match="config.job='generate'"):
             start("generate", **flags, environment=environment)
         start("generate", coordinator_address="none", environment=environment)
     assert not joined
 
 
-def test_what_jax_cannot_detect_is_an_error(monkeypatch):
+def test_a_cluster_that_jax_cannot_detect_is_an_error(monkeypatch):
     def initialize(**_):
         raise ValueError("coordinator_address should be defined.")
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
-    with pytest.raises(ConfigError, match="could not join.*should be defined.*--coordinator_address=HOST:PORT"):
+    with pytest.raises(ConfigError, match="should be defined"):
         start("train", "auto", environment={})
 
 
-def test_alone_everybody_is_first():
+def test_a_single_host_is_the_first():
     with first_host_first("nothing"):
         assert is_first()
     assert first_host_says("list", [1]) == [1]

@@ -1,4 +1,4 @@
-"""Products of parameters that are split over devices."""
+"""Products with parameters that are split over devices."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ SUMMED = ("heads", "embed"), (0,)  # contracted along tensor, gathered along fsd
 @pytest.mark.parametrize("axes", [(2, 2, 2), (1, 4, 2), (4, 2, 1), (1, 8, 1), (2, 1, 4)])
 @pytest.mark.parametrize("names, contracted", [MIXED, SUMMED, (("vocab", "embed"), (1,))])
 def test_contract_is_the_product(axes, names, contracted):
-    """With its gradients, whatever is gathered, summed and scattered; and where nothing is."""
+    """Values and gradients are those of the plain product, on every mesh and for every split."""
     rng = np.random.default_rng(0)
     shape = (8, 3, 8)[: len(names)] if len(names) == 3 else (8, 16)
     kernel = rng.normal(size=shape).astype(np.float32)
@@ -38,7 +38,7 @@ def test_contract_is_the_product(axes, names, contracted):
 
 
 def test_contract_gathers_once_and_scatters_once():
-    """One all-gather of the kernel, one reduce-scatter of its gradient; what is scattered is added up over `data`."""
+    """The program has one all-gather of the kernel and one reduce-scatter of its gradient, summed over `data`."""
     mesh = make_mesh(data=2, fsdp=4)
     with on_mesh(mesh):
         kernel = jax.device_put(np.ones((16, 8), np.float32), NamedSharding(mesh, PartitionSpec("fsdp")))

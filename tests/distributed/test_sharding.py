@@ -1,4 +1,4 @@
-"""The mesh and the layout rules."""
+"""The mesh, the layout rules, and the way of batches to the mesh."""
 
 import dataclasses
 
@@ -32,22 +32,22 @@ def test_mesh_sizes(asked, shape):
 
 
 @pytest.mark.parametrize(
-    "asked, words",
+    "asked, token",
     [
-        ({"data": 16}, "needs 16 devices, there are 8"),
-        ({"data": -1, "tensor": 3}, "multiple of 3 devices, there are 8"),
-        ({"data": -1, "fsdp": -1}, "one of them may be -1"),
-        ({"data": 0}, "positive size"),
+        ({"data": 16}, "16"),
+        ({"data": -1, "tensor": 3}, "multiple of 3"),
+        ({"data": -1, "fsdp": -1}, "-1"),
+        ({"data": 0}, "data=0"),
     ],
 )
-def test_mesh_that_does_not_fit(asked, words):
-    with pytest.raises(MeshError, match=words):
+def test_mesh_that_does_not_fit(asked, token):
+    with pytest.raises(MeshError, match=token):
         make_mesh(**asked)
 
 
 @dataclasses.dataclass(frozen=True)
 class FakeDevice:
-    """As much of a TPU as a mesh of several slices asks for."""
+    """The attributes of a TPU device that a mesh of several slices reads."""
 
     id: int
     slice_index: int
@@ -67,7 +67,7 @@ def test_only_data_crosses_slices(slices, asked, shape):
     mesh = make_mesh(**asked, devices=devices)
     assert tuple(mesh.shape.values()) == shape and len(set(mesh.devices.flat)) == 8
     assert all(kind == jax.sharding.AxisType.Auto for kind in mesh.axis_types)
-    for row in mesh.devices:  # one place along data: one slice
+    for row in mesh.devices:  # each index of `data` lies in one slice
         assert len({device.slice_index for device in row.flat}) == 1
     along_data = [row.flat[0].slice_index for row in mesh.devices]
     assert along_data == sorted(along_data) and set(along_data) == set(range(slices))  # the fewest crossings
@@ -82,7 +82,7 @@ def test_only_data_crosses_slices(slices, asked, shape):
     ],
 )
 def test_slices_that_do_not_fit(slice_of, asked):
-    with pytest.raises(MeshError, match="2 slices of .* devices: only data may cross.*a multiple of 2"):
+    with pytest.raises(MeshError, match="2 slices"):
         make_mesh(**asked, devices=[FakeDevice(i, slice_of(i)) for i in range(8)])
 
 
@@ -106,13 +106,13 @@ def test_layout_of_parameters():
 
 def test_bad_names_are_errors():
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
-    with pytest.raises(ValueError, match="unknown logical name.*'widht'"):
+    with pytest.raises(ValueError, match="widht"):
         partition_spec(("embed", "widht"), (4, 4), mesh)
-    with pytest.raises(ValueError, match="two dimensions"):
+    with pytest.raises(ValueError, match="mlp.*heads"):
         partition_spec(("mlp", "heads"), (4, 4), mesh)
-    with pytest.raises(ValueError, match="2 logical names"):
+    with pytest.raises(ValueError, match=r"\(4, 4, 4\)"):
         partition_spec(("embed", "mlp"), (4, 4, 4), mesh)
-    with pytest.raises(MeshError, match="multiple of 2"):
+    with pytest.raises(MeshError, match="big.*1025"):
         partition_spec(("embed", "mlp"), (1025, 1026), mesh, "big")
     with on_mesh(mesh), pytest.raises(ValueError, match="widht"):
         jax.jit(lambda x: constrain(x, "batch", "widht"))(jnp.zeros((8, 4)))
@@ -129,7 +129,7 @@ def test_constrain_lays_out_activations():
         y = jax.jit(f)(x)
     assert y.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor")), 2)
     np.testing.assert_array_equal(y, 2 * x)
-    np.testing.assert_array_equal(jax.jit(f)(x), 2 * x)  # and does nothing without a mesh
+    np.testing.assert_array_equal(jax.jit(f)(x), 2 * x)  # without a mesh it does nothing
 
 
 def test_batches_reach_the_mesh():
@@ -147,16 +147,17 @@ def test_batch_that_cannot_be_split():
     check_batch(mesh, 12)
     check_batch(mesh, 24, accumulate_steps=3)
     for rows in (0, -4):
-        with pytest.raises(ConfigError, match=f"batch_size={rows}: expected at least 1"):
+        with pytest.raises(ConfigError, match=f"batch_size={rows}"):
             check_batch(mesh, rows)
-    with pytest.raises(MeshError, match="multiple of 4"):
+    with pytest.raises(MeshError, match="batch_size=10.* 4"):
         check_batch(mesh, 10)
-    with pytest.raises(MeshError, match="multiple of 12"):
+    with pytest.raises(MeshError, match="batch_size=16.* 12"):
         check_batch(mesh, 16, accumulate_steps=3)
 
 
-def test_devices_that_are_not_used_are_told_once(caplog):
+def test_unused_devices_are_logged_once(caplog):
     mesh_module._warn_once.cache_clear()
     for _ in range(2):
         make_mesh(data=3)
-    assert [record.message for record in caplog.records] == ["Mesh data=3, fsdp=1, tensor=1 uses 3 of 8 devices."]
+    (record,) = caplog.records
+    assert "3 of 8" in record.message

@@ -1,4 +1,4 @@
-"""Which errors say that another host is lost. The rest of it is done to real processes: test_survival.py."""
+"""Errors that mean a lost host. `test_survival.py` tests the rest of the watchdog with real processes."""
 
 import os
 
@@ -35,15 +35,15 @@ def caused(error, cause):
         (CIRCLE, False),
     ],
 )
-def test_what_says_that_a_host_is_lost(monkeypatch, error, lost):
+def test_errors_that_mean_a_lost_host(monkeypatch, error, lost):
     monkeypatch.setattr(jax, "process_count", lambda: 2)
     assert bool(lost_host(error)) == lost
     monkeypatch.setattr(jax, "process_count", lambda: 1)
     assert lost_host(error) is None
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no disk to be full")
-def test_the_process_ends_though_nothing_can_be_written():
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_the_process_ends_even_if_nothing_can_be_written():
     script = "import sys; from dalle_jax.distributed.watchdog import end_process; sys.stderr = open('/dev/full', 'w')"
     ((status, *_),) = finish([spawn(["-c", f"{script}; end_process('x', 3)"])])
     assert status == 3

@@ -1,7 +1,8 @@
-"""Figures of an evaluation against what can be computed by hand. Random weights, noise for pictures."""
+"""Metrics of an evaluation against values computed by hand, with random weights and images of noise."""
 
 import csv
 import dataclasses
+import html
 import json
 
 import flax.linen as nn
@@ -9,8 +10,10 @@ import jax
 import numpy as np
 import pytest
 import random_model
+import yaml
 from flax import traverse_util
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 from PIL import Image
 
 from dalle_jax.data.builders.shapes_captions.scenes import Object, Scene
@@ -20,11 +23,12 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.evaluation.measure import Model, Options, measure
 from dalle_jax.evaluation.report import write
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
-from dalle_jax.metrics import clip_score, codebook, frechet, shapes
+from dalle_jax.metrics import codebook, frechet, shapes
 from dalle_jax.metrics.retrieval import retrieval
 from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
+from dalle_jax.text_to_image.text_to_image import TextToImage
 
 COUNT, N = 5, 5
 WORDS = ["a red circle", "a blue square", "a green star", "a red circle above a blue square", "red"]
@@ -34,7 +38,7 @@ OPTIONS = Options(seed=3, blur=(0, 1), candidates=N, candidate_captions=4)
 
 @pytest.fixture(scope="module")
 def tests(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pictures")
+    folder = tmp_path_factory.mktemp("images")
     for i, words in enumerate(WORDS):
         pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
@@ -46,7 +50,7 @@ def tests(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """Draws two at once, so that the last batch of five is filled up."""
+    """A model that draws two images at once, so that the last batch of five is filled up."""
     model = random_model.text_to_image(tmp_path_factory.mktemp("text"))
     sizes = dict(image_size=16, patch=8, image_width=8, image_depth=1, image_heads=1, text_width=8, text_depth=1)
     end = model.text_model.vocab_size
@@ -61,23 +65,23 @@ def measured(model, tests):
 
 
 def test_devices_share_the_work(measured, model, tests):
-    """Every batch split over two devices, the last one half empty: the same figures."""
+    """Batches are split over two devices, the last one half empty. The metrics are the same."""
     mesh = make_mesh(data=2)
     put = lambda tree: jax.device_put(tree, replicated(mesh))
     scorer = dataclasses.replace(model.scorer, params=put(model.scorer.params), mesh=mesh)
     params = {"params": put(model.params), "tokenizer_params": put(model.tokenizer_params)}
     spread = dataclasses.replace(model, **params, scorer=scorer, mesh=mesh)
     again = measure({"maskgit": Model(spread, SAMPLING)}, tests, OPTIONS)
-    assert (measured.figures["protocol"]["device"], again.figures["protocol"]["device"]) == ("1 x cpu", "2 x cpu")
-    one, other = (numbers(found.figures) for found in (measured, again))
+    assert (measured.metrics["protocol"]["device"], again.metrics["protocol"]["device"]) == ("1 x cpu", "2 x cpu")
+    one, other = (numbers(found.metrics) for found in (measured, again))
     assert one.keys() == other.keys() and ("maskgit", "image_nats_per_token") in one
     for name in one:
         assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4, nan_ok=True), name
 
 
-def numbers(figures):
-    """All but the time."""
-    flat = traverse_util.flatten_dict(figures).items()
+def numbers(metrics):
+    """Returns all numbers except times."""
+    flat = traverse_util.flatten_dict(metrics).items()
     return {name: x for name, x in flat if isinstance(x, float) and name[-1] != "seconds_per_image"}
 
 
@@ -89,7 +93,7 @@ def fid(model, real, drawn):
 def test_the_tokenizer(measured, model, tests):
     real = tests.images(range(COUNT))
     tokens = model.encode(real)
-    shown, found = model.decode(tokens), measured.figures["dvae"]
+    shown, found = model.decode(tokens), measured.metrics["dvae"]
     error = np.square((real.astype(float) - shown) / 255).mean((1, 2, 3))
     assert found["psnr"] == pytest.approx((-10 * np.log10(error)).mean(), rel=1e-5)
     assert found["codebook_usage"] == pytest.approx(float(codebook.usage(codebook.count(tokens, 24))))
@@ -99,9 +103,9 @@ def test_the_tokenizer(measured, model, tests):
 
 
 def test_one_sample_for_each_caption(measured, model, tests):
-    """In batches of two, the last one filled up: each counts once."""
+    """Batches have two rows and the last one is filled up. Each caption counts once."""
     drawn = model.generate(tests.captions, seed=3, temperature=0.7)[:, 0]
-    found, real = measured.figures["maskgit"], tests.images(range(COUNT))
+    found, real = measured.metrics["maskgit"], tests.images(range(COUNT))
     text, tokens, nats = model.encode_text(tests.captions), model.encode(real), 0
     for rows, valid in (([0, 1], [1, 1]), ([2, 3], [1, 1]), ([4, 4], [1, 0])):
         given = text[rows], tokens[rows], jax.random.key(0)
@@ -115,19 +119,19 @@ def test_one_sample_for_each_caption(measured, model, tests):
     assert found["image_nats_per_token"] == pytest.approx(nats / COUNT, rel=1e-5)
 
 
-def test_retrieval_of_the_judge(measured, model, tests):
+def test_retrieval_of_the_clip(measured, model, tests):
     scorer, captions = model.scorer, tests.captions
     real = tests.images(range(COUNT))
     expected = retrieval(scorer.image_features(real), scorer.text_features(captions), scorer.encode_text(captions))
-    assert measured.figures["clip"] == expected
+    assert measured.metrics["clip"] == expected
 
 
-def test_the_best_of_each_number(measured, model, tests):
+def test_the_best_of_each_number_of_candidates(measured, model, tests):
     captions, scenes = tests.captions[:4], tests.scenes[:4]
     drawn = model.generate(captions, n=N, seed=3, temperature=0.7)
     scores = np.stack([model.scorer.score(images, [caption] * N) for images, caption in zip(drawn, captions)])
     right = np.stack([shapes.right_captions(images, [scene] * N) for images, scene in zip(drawn, scenes)])
-    found = measured.figures["best_of"]["maskgit"]
+    found = measured.metrics["best_of"]["maskgit"]
     assert list(found) == ["1", "2", "4", "5"]
     for number in (1, 2, 4, 5):
         best = [
@@ -145,66 +149,91 @@ def test_the_best_of_each_number(measured, model, tests):
     assert len({row["fid_clip"] for row in found.values()}) > 1
 
 
-def test_blur_of_all_sets(measured):
-    found = measured.figures["blur"]
+def test_blur_of_all_sets_of_images(measured):
+    found = measured.metrics["blur"]
     assert found.keys() == {"reconstructed", "maskgit"} and found["maskgit"].keys() == {"0", "1"}
-    assert found["maskgit"]["0"] == {"fid_clip": measured.figures["maskgit"]["fid_clip"]}
-    assert found["reconstructed"]["0"]["fid_clip"] == measured.figures["dvae"]["rfid_clip"]
+    assert found["maskgit"]["0"] == {"fid_clip": measured.metrics["maskgit"]["fid_clip"]}
+    assert found["reconstructed"]["0"]["fid_clip"] == measured.metrics["dvae"]["rfid_clip"]
     assert found["maskgit"]["1"] != found["maskgit"]["0"]
 
 
 def test_the_protocol(measured, model):
-    found = measured.figures["protocol"]
+    found = measured.metrics["protocol"]
     assert found["captions"] == "5, first" and found["seed"] == 3 and found["candidate_captions"] == 4
     assert found["sampling"]["maskgit"]["temperature"] == 0.7
     weights = found["weights"]
     assert weights.keys() == {"tokenizer", "maskgit", "clip"} and len(set(weights.values())) == 3
-    other = jax.tree.map(lambda x: x + 1e-3, model.scorer.params)
-    assert dataclasses.replace(model.scorer, params=other).fingerprint() != weights["clip"]
+    assert other_clip(model.scorer).fingerprint() != weights["clip"]
 
 
 def test_without_a_clip(model, tests):
     bare = {"maskgit": Model(dataclasses.replace(model, scorer=None), SAMPLING)}
-    with pytest.raises(ConfigError, match="config.metrics.candidates=5: the best of them is chosen by a CLIP. Give"):
+    with pytest.raises(ConfigError, match="metrics.candidates"):
         measure(bare, tests, OPTIONS)
-    figures = measure(bare, tests, dataclasses.replace(OPTIONS, candidates=0)).figures
-    assert figures.keys() == {"dvae", "maskgit", "protocol"}
-    assert figures["maskgit"].keys() >= {"image_nats_per_token"} and "clip_score" not in figures["maskgit"]
+    metrics = measure(bare, tests, dataclasses.replace(OPTIONS, candidates=0)).metrics
+    assert metrics.keys() == {"dvae", "maskgit", "protocol"}
+    assert metrics["maskgit"].keys() >= {"image_nats_per_token"} and "clip_score" not in metrics["maskgit"]
 
 
-def test_priors_over_different_tokens_are_refused(model, tests):
+def test_priors_with_different_tokenizers_are_rejected(model, tests):
     other = dataclasses.replace(model, tokenizer_params=jax.tree.map(lambda x: -x, model.tokenizer_params))
     models = {name: Model(each, SAMPLING) for name, each in (("one", model), ("two", other))}
-    with pytest.raises(ConfigError, match="different image tokenizers"):
+    with pytest.raises(ConfigError, match="tokenizer"):
         measure(models, tests, OPTIONS)
 
 
-def test_what_is_written(measured, tests, tmp_path, capsys):
-    write(measured, tests, tmp_path, "A title", ConfigDict({"job": "evaluate", "count": 5}))
+def test_the_written_report(measured, tests, tmp_path, capsys):
+    config = ConfigDict({"job": "evaluate", "count": 5, "metrics": {"blur": (0, 1), "inception": placeholder(str)}})
+    config.copy = config.get_oneway_ref("count")
+    write(measured, tests, tmp_path, "A title", config)
     printed = capsys.readouterr().out
     assert "maskgit.fid_clip" in printed and str(tmp_path / "report.html") in printed
-    figures = json.loads((tmp_path / "report.json").read_text())
-    assert figures.keys() == measured.figures.keys()
+    metrics = json.loads((tmp_path / "report.json").read_text())
+    assert metrics.keys() == measured.metrics.keys()
     with (tmp_path / "best_of.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(row["prior"], row["candidates"]) for row in rows] == [("maskgit", n) for n in "1245"]
     assert float(rows[2]["fid_clip"]) == pytest.approx(
-        measured.figures["best_of"]["maskgit"]["4"]["fid_clip"], rel=1e-5
+        measured.metrics["best_of"]["maskgit"]["4"]["fid_clip"], rel=1e-5
     )
     with (tmp_path / "blur.csv").open() as file:
         rows = list(csv.DictReader(file))
-    assert [(row["pictures"], row["radius"]) for row in rows] == [
+    assert [(row["images"], row["radius"]) for row in rows] == [
         ("maskgit", "0"), ("maskgit", "1"), ("reconstructed", "0"), ("reconstructed", "1"),
     ]  # fmt: skip
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 4  # three figures by candidates, one by radius
+    assert page.count("<svg") == 4  # three metrics by candidates, one by radius
     for text in ("A title", "captions_sha256", "job: evaluate", "maskgit, 4", f"{COUNT}, first"):
         assert text in page, text
+    settings = page.partition("<details><summary>Configuration</summary><pre>")[2].partition("</pre></details>")[0]
+    assert yaml.safe_load(html.unescape(settings)) == {
+        "job": "evaluate", "count": 5, "copy": 5, "metrics": {"blur": [0, 1], "inception": None},
+    }  # fmt: skip
+    assert "!!" not in settings and len(settings.splitlines()) == 6
     names = [name for name, _ in measured.columns]
     assert names == ["real", "reconstructed", "maskgit", f"best of {N}"]
     assert np.asarray(Image.open(tmp_path / "grid.png")).ndim == 3
 
 
-def test_a_score_of_no_cosines_is_refused():
-    with pytest.raises(ValueError, match="Expected cosines"):
-        clip_score.add(clip_score.empty(), np.array([20.0]))
+def other_clip(scorer):
+    return dataclasses.replace(scorer, params=jax.tree.map(lambda x: x + 1e-3, scorer.params))
+
+
+def test_one_clip_for_all_priors(measured, model, tests):
+    """A prior without a CLIP is ranked and scored by the CLIP of another prior."""
+    models = {"with": Model(model, SAMPLING), "without": Model(dataclasses.replace(model, scorer=None), SAMPLING)}
+    for order in (["with", "without"], ["without", "with"]):
+        metrics = measure({name: models[name] for name in order}, tests, OPTIONS).metrics
+        for name in order:
+            assert numbers(metrics[name]) == pytest.approx(
+                numbers(measured.metrics["maskgit"]), rel=0, abs=0, nan_ok=True
+            )
+            assert metrics["best_of"][name] == measured.metrics["best_of"]["maskgit"]
+        assert metrics["protocol"]["weights"]["clip"] == model.scorer.fingerprint()
+
+
+def test_different_clips_are_rejected_before_the_first_measurement(model, tests, monkeypatch):
+    other = dataclasses.replace(model, scorer=other_clip(model.scorer))
+    monkeypatch.setattr(TextToImage, "encode", lambda *_: pytest.fail("measured before the check"))
+    with pytest.raises(ConfigError, match="config.clip"):
+        measure({"one": Model(model, SAMPLING), "two": Model(other, SAMPLING)}, tests, OPTIONS)

@@ -1,4 +1,4 @@
-"""The report as a file of its own: everything in it, nothing outside of it."""
+"""The report is one HTML file that loads nothing from outside."""
 
 import base64
 import html.parser
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax.reporting.html import heading, page, paragraph, picture, plot, preformatted, table
+from dalle_jax.reporting.html import details, heading, image, page, paragraph, plot, table
 
 
 class Outline(html.parser.HTMLParser):
-    """Rows of tables, addresses of what a page loads, and whether every element is closed."""
+    """Collects the rows of tables and the addresses that a page loads. Checks that every element is closed."""
 
     def __init__(self, text):
         super().__init__()
@@ -41,7 +41,7 @@ class Outline(html.parser.HTMLParser):
             self.rows[-1][-1] += data
 
 
-def test_figures_stand_side_by_side():
+def test_a_table_has_a_column_per_name():
     text = table({"a": {"x": 0.123456, "inner": {"y": 3}}, "b": {"inner": {"y": "4 < 5"}, "z": np.float32(0.5)}})
     assert Outline(text).rows == [
         ["", "a", "b"],
@@ -51,28 +51,28 @@ def test_figures_stand_side_by_side():
     ]
 
 
-def test_a_page_needs_nothing_else():
-    """Pictures come back pixel for pixel; what is loaded lies inside; no text is taken for markup."""
-    image = np.random.default_rng(0).integers(0, 256, (8, 6, 3), np.uint8)
+def test_a_page_is_self_contained():
+    """Images come back pixel for pixel, nothing is loaded from outside, and text is never markup."""
+    pixels = np.random.default_rng(0).integers(0, 256, (8, 6, 3), np.uint8)
     points = {"one & two": [(1, 0.5), (2, 0.75), (16, 1.0)], "other": [(1, 0.25), (16, 0.5)]}
     parts = [
         heading("<b>"),
         paragraph("a <script>"),
-        picture(image, 'a "red" circle'),
+        image(pixels, 'a "red" circle'),
         plot(points, "candidates", "accuracy", "more is better", powers=True),
-        preformatted("config.x = '<y>'"),
+        details("Configuration", "config.x = '<y>'"),
     ]
     text = page("All <of> it", parts)
     outline = Outline(text)
     (encoded,) = re.findall(r'src="data:image/png;base64,([^"]+)"', text)
-    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded)))), image)
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(base64.b64decode(encoded)))), pixels)
     assert all(source.startswith(("data:", "#")) for source in outline.sources)
     assert "<script" not in text and "<b>" not in text and "<of>" not in text
     assert text.count("<svg") == 1 and "candidates" in text and "one &amp; two" in text
 
 
 @pytest.mark.parametrize("powers", [True, False])
-def test_a_plot_is_the_same_every_time(powers):
+def test_a_plot_is_deterministic(powers):
     one, two = (plot({"a": [(1, 1), (2, 3)]}, "x", "y", "", powers=powers) for _ in range(2))
     assert one == two
     assert one != plot({"a": [(1, 1), (2, 4)]}, "x", "y", "", powers=powers)

@@ -1,10 +1,10 @@
-"""What happens before a prior's tokenizer is trained."""
+"""Tests of the train job: what happens before a prior's tokenizer is trained."""
 
 import pytest
 
 from dalle_jax.aot.target import load_target
 from dalle_jax.errors import ConfigError, MeshError
-from dalle_jax.jobs import train as stages
+from dalle_jax.jobs import train as train_job
 
 
 class Trained(Exception):
@@ -15,38 +15,38 @@ class Trained(Exception):
 def config(tmp_path):
     config = load_target("configs/prior.py:folder")
     config.workdir, config.tokenizer.workdir = str(tmp_path / "prior"), str(tmp_path / "dvae")
-    config.data.path = str(tmp_path / "pictures")
+    config.data.path = str(tmp_path / "images")
     return config
 
 
 @pytest.fixture
 def trained(monkeypatch):
-    """The configurations of what would be trained; it ends at the first."""
+    """The configurations of the trainings that would run; the first one raises `Trained`."""
     seen = []
 
     def train(config, workdir):
         seen.append(config)
         raise Trained
 
-    monkeypatch.setattr(stages, "train", train)
+    monkeypatch.setattr(train_job, "train", train)
     return seen
 
 
-def test_the_tokenizer_sees_the_same_pictures(config, trained):
+def test_the_tokenizer_trains_on_the_same_images(config, trained):
     with pytest.raises(Trained):
-        stages.run(config, config.workdir)
+        train_job.run(config, config.workdir)
     assert trained[0].task == "dvae" and trained[0].data.path == config.data.path
     config.tokenizer.data.path = "elsewhere"
     with pytest.raises(Trained):
-        stages.run(config, config.workdir)
+        train_job.run(config, config.workdir)
     assert trained[1].data.path == "elsewhere"
 
 
 @pytest.mark.parametrize("wrong", [{"batch_size": 12}, {"mesh.data": 3}])
-def test_a_mesh_that_does_not_fit_is_refused_before(config, trained, wrong):
+def test_rejects_meshes_before_training(config, trained, wrong):
     config.update_from_flattened_dict(wrong)
     with pytest.raises(MeshError):
-        stages.run(config, config.workdir)
+        train_job.run(config, config.workdir)
     assert not trained
 
 
@@ -59,8 +59,8 @@ def test_a_mesh_that_does_not_fit_is_refused_before(config, trained, wrong):
         {"optimizer.decay": "no"},
     ],
 )
-def test_values_that_no_training_can_use_are_refused_before(config, trained, wrong):
+def test_rejects_values_before_training(config, trained, wrong):
     config.update_from_flattened_dict(wrong)
     with pytest.raises(ConfigError):
-        stages.run(config, config.workdir)
+        train_job.run(config, config.workdir)
     assert not trained

@@ -1,4 +1,4 @@
-"""The blur against scipy's, and its radius against Pillow's."""
+"""The blur against that of scipy, and its radius against that of Pillow."""
 
 import numpy as np
 import PIL.Image
@@ -11,7 +11,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (2, 24, 33, 3), np.uint8)
 
 
 @pytest.mark.parametrize("radius", [0.7, *blur.RADII[1:]])
-def test_is_gaussian(radius):
+def test_the_filter_is_gaussian(radius):
     ndimage = pytest.importorskip("scipy.ndimage")
     sigma, reach = (0, radius, radius, 0), int(np.ceil(4 * radius))
     expected = ndimage.gaussian_filter(IMAGES.astype(np.float64), sigma, mode="nearest", radius=reach)
@@ -21,16 +21,16 @@ def test_is_gaussian(radius):
 
 
 @pytest.mark.parametrize("radius", blur.RADII[1:])
-def test_radius_is_pillows(radius):
-    """Pillow's filter is an approximation, so only its neighbours are told apart from it."""
-    picture = np.zeros((65, 65, 3), np.uint8)
-    picture[20:45, 20:45] = 255
+def test_the_radius_equals_that_of_pillow(radius):
+    """Pillow's filter is an approximation, so that only other radii can be distinguished from it."""
+    square = np.zeros((65, 65, 3), np.uint8)
+    square[20:45, 20:45] = 255
 
     def by_pillow(r):
-        image = PIL.Image.fromarray(picture).filter(PIL.ImageFilter.GaussianBlur(r))
+        image = PIL.Image.fromarray(square).filter(PIL.ImageFilter.GaussianBlur(r))
         return np.asarray(image, np.float64)
 
-    ours = np.asarray(blur.gaussian_blur(picture[None], radius), np.float64)[0]
+    ours = np.asarray(blur.gaussian_blur(square[None], radius), np.float64)[0]
     error = {r: np.abs(ours - by_pillow(r)).mean() for r in (0.7 * radius, radius, 1.4 * radius)}
     assert error[radius] < 1 and error[radius] < 0.5 * min(error[0.7 * radius], error[1.4 * radius])
 
@@ -41,8 +41,8 @@ def test_extremes():
     np.testing.assert_array_equal(blur.gaussian_blur(flat, 8), flat)
 
 
-def test_what_cannot_be_blurred():
-    with pytest.raises(ValueError, match="radius -1"):
+def test_invalid_inputs_are_rejected():
+    with pytest.raises(ValueError, match="-1"):
         blur.gaussian_blur(IMAGES, -1)
-    with pytest.raises(ValueError, match="expected uint8"):
+    with pytest.raises(ValueError, match="uint8"):
         blur.gaussian_blur(IMAGES[0], 1)

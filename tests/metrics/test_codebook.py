@@ -10,7 +10,7 @@ count = jax.jit(codebook.count, static_argnums=1)
 perplexity = jax.jit(codebook.perplexity)
 
 
-def test_counts_leave_invalid_rows_out_and_add_up():
+def test_counts_skip_invalid_rows_and_add_up():
     tokens = np.random.default_rng(0).integers(0, 10, (6, 4, 4), np.int32)
     valid = np.array([True, True, False, True, False, True])
     expected = np.bincount(tokens[valid].ravel(), minlength=12)

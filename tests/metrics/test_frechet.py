@@ -1,4 +1,4 @@
-"""The Fréchet distance against scipy's matrix root, a closed form for few pictures, and torch-fidelity."""
+"""The Fréchet distance against scipy's matrix root, a closed form for few images, and torch-fidelity."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from dalle_jax.metrics import frechet
 
 
 def features(count, width, seed=0, offset=0.0):
-    """Correlated features, some directions much stronger than others."""
+    """Returns correlated features; some directions are much stronger than others."""
     rng = np.random.default_rng(seed)
     mixing = rng.normal(size=(width, width)) * np.geomspace(1, 1e-2, width)
     return (rng.normal(size=(count, width)) @ mixing + offset + rng.normal(size=width)).astype(np.float32)
@@ -32,7 +32,7 @@ def test_statistics_are_those_of_numpy():
     np.testing.assert_allclose(stats.covariance, np.cov(rows.astype(np.float64), rowvar=False), rtol=1e-10)
 
 
-def test_distance_is_that_of_the_matrix_root():
+def test_the_distance_equals_that_of_the_matrix_root():
     linalg = pytest.importorskip("scipy.linalg")
     a, b = features(300, 12, 1), features(200, 12, 2)
     covariances = [np.cov(rows.astype(np.float64), rowvar=False) for rows in (a, b)]
@@ -43,7 +43,7 @@ def test_distance_is_that_of_the_matrix_root():
     np.testing.assert_allclose(frechet.distance(statistics(b), statistics(a)), expected, rtol=1e-9)
 
 
-def test_fewer_pictures_than_features():
+def test_fewer_images_than_features():
     """For centred X [n, D], tr (S1 S2)^½ is the sum of the singular values of X1 X2ᵀ / √((n1 − 1)(n2 − 1))."""
     a, b = (features(count, 64, seed).astype(np.float64) for count, seed in ((20, 1), (9, 2)))
     x, y = (rows - rows.mean(0) for rows in (a, b))
@@ -76,7 +76,7 @@ def test_halves_merged_equal_the_whole():
     assert frechet.merge(nothing, whole) is whole and frechet.merge(whole, nothing) is whole
 
 
-def test_far_means_cancel_nothing():
+def test_means_far_from_zero_lose_no_precision():
     rows = np.random.default_rng(0).normal(size=(500, 4))
     far = statistics(rows + 1e6, batch=50)
     np.testing.assert_allclose(far.covariance, np.cov(rows, rowvar=False), rtol=1e-8, atol=1e-9)
@@ -99,7 +99,7 @@ def test_sharded_and_filled_up_batches():
 
 
 def torch_fidelity_distance(a, b):
-    """That package's distance between features [N, D]."""
+    """Computes the distance between features [N, D] with torch-fidelity."""
     import_torchvision()
     pytest.importorskip("torch_fidelity", reason="needs torch-fidelity==0.4.0 (--no-deps)")
     import torch
@@ -115,23 +115,23 @@ def test_agrees_with_torch_fidelity(counts):
     np.testing.assert_allclose(frechet.distance(statistics(a), statistics(b)), torch_fidelity_distance(a, b), rtol=1e-3)
 
 
-def test_the_name_says_which_features():
+def test_the_name_depends_on_the_features():
     stats = statistics(features(10, 4), "clip")
     assert frechet.compute(stats, stats).keys() == {"fid_clip"}
     assert frechet.empty(2048).metric == "fid"
-    with pytest.raises(ValueError, match="2048 wide, given 512"):
+    with pytest.raises(ValueError, match="512"):
         frechet.empty(512)
 
 
-def test_what_cannot_be_measured():
+def test_invalid_inputs_are_rejected():
     stats = statistics(features(10, 4), "clip")
-    with pytest.raises(ValueError, match="do not compare"):
+    with pytest.raises(ValueError, match="different features"):
         frechet.distance(stats, statistics(features(10, 4), "other"))
-    with pytest.raises(DataError, match="between 10 and 1 pictures"):
+    with pytest.raises(DataError, match="10 and 1"):
         frechet.distance(stats, statistics(features(1, 4), "clip"))
-    with pytest.raises(ValueError, match=r"\(10, 5\); expected \[B, 4\]"):
+    with pytest.raises(ValueError, match=r"\(10, 5\)"):
         frechet.add(stats, features(10, 5))
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="finite"):
         frechet.add(stats, np.full((2, 4), np.nan))
-    with pytest.raises(ValueError, match=r"expected bool \(10,\)"):
+    with pytest.raises(ValueError, match="valid"):
         frechet.add(stats, features(10, 4), np.ones(9, bool))

@@ -1,4 +1,4 @@
-"""PSNR against its definition, SSIM against scikit-image's."""
+"""PSNR against its definition, SSIM against that of scikit-image."""
 
 import jax
 import numpy as np
@@ -11,7 +11,7 @@ from dalle_jax.metrics import image_quality
 
 
 def pairs(count=8, height=21, width=34):
-    """Smooth pictures and noisier and noisier copies; the last one flat and exact."""
+    """Returns smooth images and copies with falling noise; the last pair is flat and equal."""
     rng = np.random.default_rng(0)
     waves = np.sin(np.arange(height)[:, None, None] / 4) + np.cos(np.arange(width)[:, None] / (3 + np.arange(3)))
     images = np.clip(120 + 50 * waves + rng.normal(size=(count, 1, 1, 3)) * 30, 0, 255)
@@ -31,7 +31,7 @@ def expected(images, others):
     return -10 * np.log10(np.maximum(error, 1e-10)), np.array(similarity)
 
 
-def test_each_picture():
+def test_each_image():
     images, others = pairs()
     psnr, ssim = expected(images, others)
     assert psnr[0] < 20 and psnr[-1] == 100 and ssim[0] < 0.5 and ssim[-1] == 1
@@ -41,7 +41,7 @@ def test_each_picture():
 
 
 def test_parts_shards_and_filled_up_batches():
-    """All in batches of eight, which are compiled already."""
+    """All batches have eight rows, so that nothing is compiled again."""
     sides = pairs()
     psnr, ssim = (values[:5].mean() for values in expected(*sides))
     filled = [np.concatenate([x[:5], y[:3]]) for x, y in (sides, sides[::-1])]
@@ -61,13 +61,13 @@ def test_parts_shards_and_filled_up_batches():
     assert whole.count == 8 and image_quality.compute(whole)["psnr"] > psnr
 
 
-def test_what_cannot_be_measured():
+def test_invalid_inputs_are_rejected():
     images, others = pairs()
-    with pytest.raises(ValueError, match="expected uint8 of one shape"):
+    with pytest.raises(ValueError, match="uint8"):
         image_quality.psnr(images, others[:, :-1])
-    with pytest.raises(ValueError, match="expected uint8 of one shape"):
+    with pytest.raises(ValueError, match="uint8"):
         image_quality.psnr(images, others.astype(np.float32))
-    with pytest.raises(ValueError, match="at least 11"):
+    with pytest.raises(ValueError, match="11"):
         image_quality.ssim(images[:, :10], others[:, :10])
-    with pytest.raises(DataError, match="no pictures"):
+    with pytest.raises(DataError, match="PSNR"):
         image_quality.compute(image_quality.empty())

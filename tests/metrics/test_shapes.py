@@ -1,4 +1,4 @@
-"""The reader of shapes: right on real pictures, robust to what a dVAE does to them, strict with smears."""
+"""The reader of shapes: right on real images, robust to a dVAE's artefacts, strict with smears."""
 
 import dataclasses
 
@@ -28,19 +28,19 @@ def disturb(images, blur, noise):
     return np.clip(np.rint(noisy), 0, 255).astype(np.uint8)
 
 
-def test_real_pictures_read_as_captioned():
+def test_real_images_match_their_captions():
     scores = shapes.score(*examples(512))
     assert scores["caption_accuracy"] >= 0.99
     assert all(scores[name] >= 0.99 for name in ("attribute_accuracy", *shapes.ATTRIBUTES))
 
 
 @pytest.mark.parametrize("image_size", [40, 48, 64])
-def test_other_picture_sizes(image_size):
+def test_other_image_sizes(image_size):
     assert shapes.score(*examples(128, image_size))["caption_accuracy"] >= 0.99
 
 
 @pytest.mark.parametrize("blur, noise", [(0.0, 8), (0.7, 8), (0.9, 10)])
-def test_blur_and_noise_leave_pictures_readable(blur, noise):
+def test_images_with_blur_and_noise_are_readable(blur, noise):
     images, scenes = examples(256)
     assert shapes.score(disturb(images, blur, noise), scenes)["caption_accuracy"] >= 0.97
 
@@ -76,7 +76,7 @@ def faint_circle():
     ],
     ids=["blank", "noise", "stripes", "faint"],
 )
-def test_what_looks_like_no_object_is_not_read_as_one(image):
+def test_an_image_without_an_object_is_read_as_empty(image):
     assert shapes.read_scene(image).objects == ()
 
 
@@ -120,7 +120,7 @@ def test_a_second_object_spoils_a_caption_with_one():
     assert scores["shape"] == scores["color"] == 1.0
 
 
-def test_what_a_caption_leaves_open_is_not_scored():
+def test_unstated_attributes_are_not_scored():
     open_scene = Scene(tuple(dataclasses.replace(item, size=None) for item in BASE.objects), "above", None)
     scores = shapes.score(render(BASE)[None], [open_scene])
     assert scores["caption_accuracy"] == scores["attribute_accuracy"] == 1.0
@@ -132,8 +132,8 @@ def test_chance_is_low_for_shuffled_captions():
     assert shapes.score(images, scenes[1:] + scenes[:1])["caption_accuracy"] < 0.03
 
 
-def test_wrong_inputs_are_refused():
-    with pytest.raises(ValueError, match="expected uint8"):
+def test_invalid_inputs_are_rejected():
+    with pytest.raises(ValueError, match="uint8"):
         shapes.read_scenes(np.zeros((1, 32, 32, 3), np.float32))
-    with pytest.raises(ValueError, match="2 pictures for 1 scenes"):
+    with pytest.raises(ValueError, match="2 images"):
         shapes.score(np.zeros((2, 32, 32, 3), np.uint8), [BASE])

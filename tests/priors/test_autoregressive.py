@@ -199,7 +199,7 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
     "variant, billions, tolerance", [("paper", 12.0, 0.02), ("5.6b", 5.6, 0.04), ("2.8b", 2.8, 0.04)]
 )
 def test_published_sizes(variant, billions, tolerance):
-    config = config_files.module(CONFIGS / "any", "prior.py").get_config(variant)
+    config = config_files.load(f"{CONFIGS}/prior.py:{variant}")
     layout = TokenLayout(config.text.vocab_size, config.tokenizer.model.vocab_size, config.text.length, 32, 32)
     prior = registry.make(config.prior, config.model, layout)
     shapes = jax.eval_shape(prior.init, jax.random.key(0))

@@ -1,4 +1,4 @@
-"""Pictures and tables for people."""
+"""Grids of images, and tables of metrics."""
 
 import json
 
@@ -7,10 +7,10 @@ import pytest
 from PIL import Image
 
 from dalle_jax.reporting.images import image_grid, save_png, to_uint8
-from dalle_jax.reporting.tables import save_json, table
+from dalle_jax.reporting.tables import plain_text, save_json, table
 
 
-def picture(value, size=16):
+def plain(value, size=16):
     return np.full((size, size, 3), value, np.uint8)
 
 
@@ -20,33 +20,33 @@ def test_to_uint8():
 
 
 def find(sheet, image):
-    """Whether the picture stands somewhere in the sheet, pixel for pixel."""
+    """Returns whether the sheet contains the image, pixel for pixel."""
     windows = np.lib.stride_tricks.sliding_window_view(sheet, image.shape)
     return (windows == image).all((-1, -2, -3)).any()
 
 
-def test_grid_holds_every_picture():
+def test_a_grid_contains_every_image():
     noise = np.random.default_rng(0).integers(0, 256, (3, 2, 8, 8, 3), np.uint8)
     rows = [(f"a caption, number {i}", list(pair)) for i, pair in enumerate(noise)]
-    sheet = image_grid(rows, ("real", "generated"), title="A title", picture_size=16)
+    sheet = image_grid(rows, ("real", "generated"), title="A title", cell_size=16)
     assert sheet.dtype == np.uint8 and sheet.shape[2] == 3
     for image in noise.reshape(-1, 8, 8, 3):  # enlarged twofold, without smoothing
         assert find(sheet, image.repeat(2, axis=0).repeat(2, axis=1))
 
 
-def test_blocks_stand_side_by_side():
-    rows = [("word " * 40, [picture(100)])] * 5
+def test_blocks_are_placed_side_by_side():
+    rows = [("word " * 40, [plain(100)])] * 5
     tall, wide = image_grid(rows), image_grid(rows, blocks=2)
     assert wide.shape[0] < tall.shape[0] and wide.shape[1] > tall.shape[1]
 
 
-def test_large_pictures_are_shrunk():
-    assert find(image_grid([("a", [picture(77, 64)])], picture_size=32), picture(77, 32))
+def test_large_images_are_shrunk():
+    assert find(image_grid([("a", [plain(77, 64)])], cell_size=32), plain(77, 32))
 
 
-def test_grids_that_cannot_be():
-    for rows in ([], [("a", [picture(0)]), ("b", [])]):
-        with pytest.raises(ValueError, match="at least one row, and the same number"):
+def test_rows_of_different_lengths_are_rejected():
+    for rows in ([], [("a", [plain(0)]), ("b", [])]):
+        with pytest.raises(ValueError, match="row"):
             image_grid(rows)
 
 
@@ -57,11 +57,16 @@ def test_png_round_trip(tmp_path):
 
 
 def test_json_and_table(tmp_path):
-    figures = {"dvae": {"psnr": 21.123456789, "usage": np.float32(0.5)}, "counts": [1, 2.00000001], "device": "cpu"}
-    save_json(tmp_path / "new" / "report.json", figures)
+    metrics = {"dvae": {"psnr": 21.123456789, "usage": np.float32(0.5)}, "counts": [1, 2.00000001], "device": "cpu"}
+    save_json(tmp_path / "new" / "report.json", metrics)
     assert json.loads((tmp_path / "new" / "report.json").read_text()) == {
         "dvae": {"psnr": 21.1235, "usage": 0.5}, "counts": [1, 2.0], "device": "cpu",
     }  # fmt: skip
     lines = table({"dvae": {"psnr": 21.123456789}, "device": "cpu"}).splitlines()
     assert lines == ["  dvae.psnr  21.12", "  device     cpu"]
     assert table({}) == ""
+
+
+def test_plain_text_is_short_yaml_without_tags():
+    text = plain_text({"job": "evaluate", "blur": (0, 1), "model": {"trunk": {"width": 16, "head_dim": None}}})
+    assert text.splitlines() == ["job: evaluate", "blur: [0, 1]", "model:", "  trunk: {width: 16, head_dim: null}"]

@@ -310,6 +310,7 @@ def test_the_job_of_a_configuration(config, tmp_path):
     text_model = TextModel.load(tmp_path / "run" / "text" / "sentencepiece.model")
     options = job.task.clip.options
     assert options.end_id == text_model.vocab_size == options.text_vocab - 1 and options.text_length == 13
+    assert job.data_counts() == {"captions_truncated": 0}
     training = next(job.train_batches())
     assert training["image"].shape == (4, 16, 16, 3) and training["text"].shape == (4, 12)
     shapes = nn.meta.unbox(jax.eval_shape(job.task.init, jax.random.key(0)))

@@ -1,12 +1,10 @@
-"""The training loop: what it must not change (mesh, interruption, slices of the batch), and how it stops."""
+"""Tests of the training loop: results do not depend on mesh, interruptions or batch slices; how a training stops."""
 
 import dataclasses
 import io
 import json
 import os
-import pathlib
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from processes import finish, spawn
 from tiny_job import tiny_config, tiny_job
 
 from dalle_jax.checkpoints.checkpoints import Checkpoints
@@ -30,8 +29,9 @@ from dalle_jax.errors import (
     Preempted,
     UserError,
 )
+from dalle_jax.optim.optimizers import AverageOptions, update_average
 from dalle_jax.reporting.metric_writer import read_metrics
-from dalle_jax.training import loop as train_module
+from dalle_jax.training import run as run_module
 from dalle_jax.training import step as train_step
 from dalle_jax.training.loop import train
 from dalle_jax.training.warm_start import warm_start
@@ -53,7 +53,7 @@ def assert_states_equal(a, b):
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
-    """Ten steps on one device; several tests compare with them."""
+    """A reference run of ten steps on one device."""
     workdir = tmp_path_factory.mktemp("uninterrupted")
     return workdir, run(workdir)
 
@@ -65,9 +65,9 @@ def test_learns_and_writes_everything(uninterrupted):
     assert list(loss) == list(range(1, 11)) and loss[10] < loss[1]
     names = {"gradient_norm", "learning_rate", "noise", "mean_x", "skipped", "examples_per_second", "seconds_per_step"}
     assert {f"train/{name}" for name in names} <= set(read_metrics(str(workdir))[0])
-    assert series(workdir, "train/noise")[3] == pytest.approx(0.1 / 3)  # the schedule at the step it was used
+    assert series(workdir, "train/noise")[3] == pytest.approx(0.1 / 3)  # the schedule at the step that used it
     assert series(workdir, "train/left_out/unreadable")[10] == 2
-    assert len(set(series(workdir, "train/drawn").values())) == 10  # every step has a key of its own
+    assert len(set(series(workdir, "train/drawn").values())) == 10  # every step has its own key
     assert list(series(workdir, "eval/error")) == [5, 10]
     assert series(workdir, "eval/batches")[10] == 2  # config.eval_batches, of three
     assert json.loads((workdir / "config.json").read_text())["model"] == {"hidden": 16, "remat": False}
@@ -89,7 +89,7 @@ def test_sharded_equals_unsharded(uninterrupted, tmp_path, mesh):
 
 
 def test_resumed_equals_uninterrupted(uninterrupted, tmp_path):
-    """Bit for bit, data order included; on the way the run had got further than its last checkpoint."""
+    """Bit for bit, data order included, even if the run had logged steps after its last checkpoint."""
     workdir, state = uninterrupted
     run(tmp_path, steps=5)
     with open(tmp_path / "metrics.jsonl", "a") as file:
@@ -100,14 +100,14 @@ def test_resumed_equals_uninterrupted(uninterrupted, tmp_path):
         assert series(tmp_path, name) == series(workdir, name)
 
 
-def test_finished_run_is_left_alone(uninterrupted):
+def test_a_finished_run_is_not_changed(uninterrupted):
     workdir, state = uninterrupted
     before = (workdir / "metrics.jsonl").read_bytes()
     assert_states_equal(run(workdir), state)
     assert (workdir / "metrics.jsonl").read_bytes() == before
 
 
-def test_goes_on_on_another_mesh(uninterrupted, tmp_path):
+def test_resumes_on_another_mesh(uninterrupted, tmp_path):
     workdir, _ = uninterrupted
     run(tmp_path, steps=5)
     run(tmp_path, mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
@@ -147,7 +147,7 @@ def test_updates_that_are_not_finite_are_skipped(tmp_path):
 
 
 def test_stops_after_too_many_in_a_row(tmp_path):
-    with pytest.raises(NonFiniteError, match=r"3 steps in a row \(until step 9\).*checkpoint, of step 5, is good"):
+    with pytest.raises(NonFiniteError, match="step 9.*step 5"):
         run(tmp_path, poison=(1, 2, 6, 7, 8, 9))
     with Checkpoints(str(tmp_path), read_only=True) as checkpoints:
         assert checkpoints.steps == [5]
@@ -165,9 +165,9 @@ def test_keeps_the_best(tmp_path):
 
 
 def test_scalars_are_fetched_one_step_late(tmp_path, monkeypatch):
-    """In the steady state the host waits for a step only when the next one is queued, and copies nothing unasked."""
+    """In the steady state the host waits for a step only after queueing the next one, and copies nothing else."""
     events = []
-    original = train_module.make_train_step
+    original = run_module.make_train_step
 
     def spied(*args):
         class Lowered:
@@ -189,7 +189,7 @@ def test_scalars_are_fetched_one_step_late(tmp_path, monkeypatch):
             events.append("fetch")
         return get(tree)
 
-    monkeypatch.setattr(train_module, "make_train_step", spied)
+    monkeypatch.setattr(run_module, "make_train_step", spied)
     monkeypatch.setattr(jax, "device_get", fetch)
     run(tmp_path, steps=5, cadence__eval=0, cadence__checkpoint=0)
     assert events == ["queue", "queue", "fetch", "queue", "fetch", "queue", "fetch", "queue", "fetch", "fetch"]
@@ -197,11 +197,11 @@ def test_scalars_are_fetched_one_step_late(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("donated", [True, False])
 def test_state_is_donated(tmp_path, monkeypatch, donated):
-    """The old state's memory is used again, except on a CPU."""
+    """The memory of the old state is reused, except on a CPU."""
     if donated:
         monkeypatch.setattr(train_step, "donates", lambda mesh: True)
     seen = []
-    original = train_module.make_train_step
+    original = run_module.make_train_step
 
     def spied(*args):
         lower = original(*args).lower
@@ -212,7 +212,7 @@ def test_state_is_donated(tmp_path, monkeypatch, donated):
 
         return type("Step", (), {"lower": staticmethod(lowered)})()
 
-    monkeypatch.setattr(train_module, "make_train_step", spied)
+    monkeypatch.setattr(run_module, "make_train_step", spied)
     run(tmp_path, steps=2)
     state = (seen[0].params, seen[0].opt_state, seen[0].ema)
     assert all(x.is_deleted() == donated for x in jax.tree.leaves(state))
@@ -220,7 +220,7 @@ def test_state_is_donated(tmp_path, monkeypatch, donated):
 
 @pytest.mark.parametrize("donated", [True, False])
 def test_checkpoint_is_of_its_step(tmp_path, monkeypatch, donated):
-    """Written while the training went on, in the same memory or not, and yet that of a run which ended there."""
+    """A checkpoint written during training equals that of a run which ended there, with and without donation."""
     monkeypatch.setattr(train_step, "donates", lambda mesh: donated)
     run(tmp_path / "longer")
     ended = run(tmp_path / "ended", steps=5)
@@ -231,52 +231,52 @@ def test_checkpoint_is_of_its_step(tmp_path, monkeypatch, donated):
 
 
 @pytest.mark.parametrize(
-    "changes, error, words",
+    "changes, error, token",
     [
-        ({"mesh__data": 3, "mesh__tensor": 3}, MeshError, "needs 9 devices, there are 8"),
+        ({"mesh__data": 3, "mesh__tensor": 3}, MeshError, "tensor=3"),
         ({"mesh__data": 8, "batch_size": 12}, MeshError, "multiple of 8"),
-        ({"steps": 0}, ConfigError, "config.steps=0"),
-        ({"max_nonfinite": 0}, ConfigError, "config.max_nonfinite=0"),
-        ({"cadence__log": 0}, ConfigError, "config.cadence.log=0"),
-        ({"timeout_seconds__data": 0.0}, ConfigError, "config.timeout_seconds.data=0.0"),
-        ({"timeout_seconds__data": float("inf")}, ConfigError, r"config.timeout_seconds.data=inf: .*at most 1e\+09"),
-        ({"profile_steps": -1}, ConfigError, "config.profile_steps=-1"),
-        ({"schedules__learning_rate__kind": "magic"}, ConfigError, "learning_rate.*'magic'"),
-        ({"task": "unheard"}, ConfigError, r"config.task='unheard': expected one of clip, dvae, prior"),
+        ({"steps": 0}, ConfigError, "config.steps"),
+        ({"max_nonfinite": 0}, ConfigError, "config.max_nonfinite"),
+        ({"cadence__log": 0}, ConfigError, "config.cadence.log"),
+        ({"timeout_seconds__data": 0.0}, ConfigError, "config.timeout_seconds.data"),
+        ({"timeout_seconds__data": float("inf")}, ConfigError, "config.timeout_seconds.data=inf"),
+        ({"profile_steps": -1}, ConfigError, "config.profile_steps"),
+        ({"schedules__learning_rate__kind": "magic"}, ConfigError, "magic"),
+        ({"task": "unheard"}, ConfigError, "unheard"),
     ],
 )
-def test_refuses(tmp_path, changes, error, words):
-    with pytest.raises(error, match=words):
+def test_rejects_configurations(tmp_path, changes, error, token):
+    with pytest.raises(error, match=token):
         config = tiny_config(**changes)
         train(config, str(tmp_path), None if "task" in changes else tiny_job(config))
 
 
-def test_refuses_workdirs(tmp_path):
+def test_rejects_workdirs(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ConfigError, match="Cannot use .*file"):
+    with pytest.raises(ConfigError, match="file"):
         run(tmp_path / "file")
-    with pytest.raises(ConfigError, match="No workdir"):
+    with pytest.raises(ConfigError, match="--workdir"):
         run("")
 
 
-def test_refuses_unknown_options(tmp_path):
+def test_rejects_unknown_options(tmp_path):
     config = tiny_config()
     with config.unlocked():
         config.optimizer.beta1 = 0.9
-    with pytest.raises(ConfigError, match=r"config.optimizer has no key 'beta1'.*b1, b2"):
+    with pytest.raises(ConfigError, match="beta1"):
         train(config, str(tmp_path), tiny_job(config))
 
 
-def test_refuses_another_model(uninterrupted):
+def test_rejects_another_model(uninterrupted):
     workdir, _ = uninterrupted
     before = (workdir / "config.json").read_bytes()
-    with pytest.raises(ConfigMismatch, match=r"model.hidden \(checkpoint: 16, given: 32\)"):
+    with pytest.raises(ConfigMismatch, match="model.hidden"):
         run(workdir, model__hidden=32)
     assert (workdir / "config.json").read_bytes() == before
 
 
-def test_starts_from_another_runs_parameters(uninterrupted, tmp_path):
-    """The other run's average, where name and shape agree, in parameters and average; read once, when fresh."""
+def test_starts_from_parameters_of_another_run(uninterrupted, tmp_path):
+    """Where name and shape agree, parameters and average start from the other run's average, only at step 0."""
     other, theirs = uninterrupted
 
     def started(name, start_from, **changes):
@@ -292,7 +292,7 @@ def test_starts_from_another_runs_parameters(uninterrupted, tmp_path):
     mixed = warm_start(wider.replace(params=jax.tree.map(jnp.ones_like, wider.params)), str(other))
     np.testing.assert_array_equal(mixed.params["up"]["kernel"], np.ones((8, 32)))
     assert_states_equal(jax.device_get(mixed.params["down"]), jax.device_get(theirs.ema["down"]))
-    with pytest.raises(ConfigError, match="none of its parameters has the name and shape"):
+    with pytest.raises(ConfigError, match="start_from"):
         warm_start(same.replace(params={"other": same.params}), str(other))
     with pytest.raises(CheckpointError, match="nowhere"):
         started("missing", str(tmp_path / "nowhere"), steps=1)
@@ -318,13 +318,13 @@ def test_data_that_ends(tmp_path):
             self.closed = True
 
     two = Two()
-    with pytest.raises(DataError, match="training data ended"):
+    with pytest.raises(DataError, match="ended"):
         train(config, str(tmp_path), dataclasses.replace(job, train_batches=lambda: two))
     assert two.closed
 
 
 def test_full_disk_while_saving(tmp_path, monkeypatch):
-    original = train_module.Checkpoints.save
+    original = run_module.Checkpoints.save
 
     def save(self, step, *rest):
         if step == 10:
@@ -335,15 +335,15 @@ def test_full_disk_while_saving(tmp_path, monkeypatch):
             monkeypatch.setattr("tensorstore.open", full)
         original(self, step, *rest)
 
-    monkeypatch.setattr(train_module.Checkpoints, "save", save)
-    with pytest.raises(CheckpointError, match="no space left on device.*Checkpoints written before are intact"):
+    monkeypatch.setattr(run_module.Checkpoints, "save", save)
+    with pytest.raises(CheckpointError, match="no space left"):
         run(tmp_path)
     monkeypatch.undo()
-    assert int(run(tmp_path).step) == 10  # goes on from step 5
+    assert int(run(tmp_path).step) == 10  # resumes from step 5
 
 
-def test_stops_for_a_signal_and_goes_on(uninterrupted, tmp_path):
-    """In this process: SIGTERM and Ctrl-C set a flag, the state is saved, the old handlers come back."""
+def test_stops_on_a_signal_and_resumes(uninterrupted, tmp_path):
+    """In this process: after SIGTERM or Ctrl-C the state is saved and the previous handlers are restored."""
     workdir, state = uninterrupted
     handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     for number, at in ((signal.SIGTERM, 3), (signal.SIGINT, 7)):
@@ -358,14 +358,14 @@ def test_stops_for_a_signal_and_goes_on(uninterrupted, tmp_path):
 
         with pytest.raises(Preempted) as stopped:
             train(config, str(tmp_path), dataclasses.replace(job, data_counts=data_counts))
-        assert stopped.value.code == 0 and "goes on from there" in stopped.value.message
+        assert stopped.value.code == 0 and "saved" in stopped.value.message
         assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == handlers
     assert_states_equal(run(tmp_path), state)
     assert series(tmp_path, "train/loss") == series(workdir, "train/loss")
 
 
 def test_a_signal_before_the_first_step(tmp_path):
-    """While data, checkpoint and program are made ready: nothing is lost then either."""
+    """A signal while data, checkpoint and program are prepared loses nothing."""
     config = tiny_config()
     job = tiny_job(config)
 
@@ -376,12 +376,12 @@ def test_a_signal_before_the_first_step(tmp_path):
     for step in (0, 5):
         with pytest.raises(Preempted) as stopped:
             train(config, str(tmp_path), dataclasses.replace(job, train_batches=train_batches))
-        assert f"stopped at step {step} of 10 and saved" in stopped.value.message
+        assert f"step {step} of 10" in stopped.value.message
         run(tmp_path, steps=5)
 
 
 def test_a_signal_at_the_last_step(tmp_path):
-    """In its evaluation: what would follow this training does not begin."""
+    """A signal during the last evaluation stops the process, so that no other training starts."""
     config = tiny_config(steps=2)
     job = tiny_job(config)
 
@@ -389,13 +389,13 @@ def test_a_signal_at_the_last_step(tmp_path):
         os.kill(os.getpid(), signal.SIGTERM)
         return job.eval_batches()
 
-    with pytest.raises(Preempted, match="0"):
+    with pytest.raises(Preempted):
         train(config, str(tmp_path), dataclasses.replace(job, eval_batches=eval_batches))
     assert int(run(tmp_path, steps=2).step) == 2
 
 
 def test_hosts_agree_on_a_step_across_trainings(tmp_path, monkeypatch):
-    """JAX's service is asked with numbers that rise by one, though each training counts from 0."""
+    """JAX's service gets numbers that rise by one, although each training counts from 0."""
     asked = []
     ask = lambda number: asked.append(number) or False
     monkeypatch.setattr("jax.experimental.multihost_utils.reached_preemption_sync_point", ask)
@@ -404,8 +404,8 @@ def test_hosts_agree_on_a_step_across_trainings(tmp_path, monkeypatch):
     assert asked == list(range(asked[0], asked[0] + 8))
 
 
-def test_nobody_reads_what_it_prints(tmp_path, monkeypatch):
-    """A Ctrl-C in `train | tee log` ends tee too: the training saves none the less."""
+def test_a_closed_output_does_not_stop_it(tmp_path, monkeypatch):
+    """A Ctrl-C in `train | tee log` ends tee too, but the training must still save."""
 
     class Broken(io.StringIO):
         def write(self, _):
@@ -416,12 +416,12 @@ def test_nobody_reads_what_it_prints(tmp_path, monkeypatch):
 
 
 def test_the_configuration_in_the_workdir(tmp_path):
-    """That of the training whose state is there; in one piece, or an error that says what to do."""
+    """config.json belongs to the longest training; a damaged one is an error for readers and is written again."""
     run(tmp_path, steps=2)
     run(tmp_path, steps=1)
     assert read_config(tmp_path)["steps"] == 2
     (tmp_path / "config.json").write_text('{"steps": 2, "se')
-    with pytest.raises(CheckpointError, match="config.json is damaged: .*Start the training again"):
+    with pytest.raises(CheckpointError, match="config.json"):
         read_config(tmp_path)
     for steps in (1, 3):
         run(tmp_path, steps=steps)
@@ -429,9 +429,9 @@ def test_the_configuration_in_the_workdir(tmp_path):
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no disk to be full")
-def test_a_disk_that_is_full_from_the_start(tmp_path):
+def test_full_disk_at_the_start(tmp_path):
     (tmp_path / "config.json.unfinished").symlink_to("/dev/full")
-    with pytest.raises(UserError, match="Cannot write .*config.json: .*No space left on device.*Free space"):
+    with pytest.raises(UserError, match="config.json"):
         run(tmp_path)
 
 
@@ -444,7 +444,7 @@ def test_trains_in_a_thread(tmp_path):
 
 
 def test_sigterm_of_a_process(uninterrupted, tmp_path):
-    """A real process: SIGTERM → saved, status 0; the same command goes on to the same end."""
+    """A real process saves on SIGTERM and exits with status 0; the same command then reaches the same end."""
     workdir, state = uninterrupted
     script = textwrap.dedent("""
         import sys, time
@@ -461,33 +461,23 @@ def test_sigterm_of_a_process(uninterrupted, tmp_path):
         train(config, sys.argv[1], dataclasses.replace(tiny_job(config), data_counts=data_counts))
         print("done")
     """)
-    here = str(pathlib.Path(__file__).parents[1])
-    path = os.pathsep.join([here, os.path.dirname(here)])
-    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
-
-    def start(seconds):
-        command = [sys.executable, "-c", script, str(tmp_path), str(seconds)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-    with start(0.3) as process:
-        for line in process.stdout:
-            if line.startswith("logged"):
-                process.send_signal(signal.SIGTERM)
-                break
-        rest = process.stdout.read()
-    assert process.returncode == 0 and "the same command goes on from there" in rest and "done" not in rest
-    with start(0.0) as process:
-        rest = process.stdout.read()
-    assert process.returncode == 0 and "going on from step" in rest and "done" in rest, rest
+    start = lambda seconds: spawn(["-c", script, str(tmp_path), str(seconds)], devices=8)
+    process = start(0.3)
+    for line in process.stdout:
+        if line.startswith("logged"):
+            process.send_signal(signal.SIGTERM)
+            break
+    ((status, out, log),) = finish([process])
+    assert status == 0 and "the same command resumes" in out + log and "done" not in out, log
+    ((status, out, log),) = finish([start(0.0)])
+    assert status == 0 and "resuming from step" in out + log and "done" in out, log
     assert series(tmp_path, "train/loss") == series(workdir, "train/loss")
     with Checkpoints(str(tmp_path), read_only=True) as checkpoints:
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_params(ema=False), state.params)
 
 
 def test_average_follows_the_parameters(tmp_path):
-    """The average that the loop keeps is the one that `update_average` defines."""
-    from dalle_jax.optim.optimizers import AverageOptions, update_average
-
+    """The loop keeps the average that `update_average` defines."""
     states = [run(tmp_path / str(n), steps=n, ema__decay=0.5) for n in (1, 2)]
     expected = update_average(states[0].ema, states[1].params, jnp.int32(2), AverageOptions(decay=0.5))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), states[1].ema, expected)

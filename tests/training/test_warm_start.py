@@ -1,4 +1,4 @@
-"""A prior that starts from another one's parameters: layers that scans fold in different ways are the same layers."""
+"""A prior starts from the parameters of another: layers agree although scans stack them in different ways."""
 
 import contextlib
 import dataclasses
@@ -29,7 +29,7 @@ def params_of(prior, seed):
 
 
 def started(monkeypatch, own, given):
-    """Parameters of a fresh state after it started from a checkpoint with the given ones."""
+    """Returns the parameters of a fresh state after `warm_start` from a checkpoint with the given ones."""
     checkpoints = types.SimpleNamespace(restore_params=lambda: given)
     monkeypatch.setattr(module, "Checkpoints", lambda *_, **__: contextlib.nullcontext(checkpoints))
     zero = jnp.zeros((), jnp.int32)
@@ -37,8 +37,8 @@ def started(monkeypatch, own, given):
 
 
 @pytest.mark.parametrize("scans", [(True, True), (True, False), (False, True)])
-def test_every_layer_is_taken_over(monkeypatch, scans):
-    """Row, column, row, convolutional: two units of two. Bidirectional throughout: four of one."""
+def test_copies_every_layer(monkeypatch, scans):
+    """One scan stacks two units of two layers (row, column, row, convolutional), the other four units of one."""
     first, second = (dataclasses.replace(TRUNK, scan=scan) for scan in scans)
     given = params_of(AutoregressivePrior(LAYOUT, AutoregressiveOptions(first, kernel=3)), 1)
     own = params_of(MaskGITPrior(LAYOUT, MaskGITOptions(second)), 2)
@@ -49,7 +49,7 @@ def test_every_layer_is_taken_over(monkeypatch, scans):
     assert jax.tree.structure(mixed) == jax.tree.structure(own)
 
 
-def test_layers_of_another_width_or_number_stay_fresh(monkeypatch):
+def test_layers_of_another_width_or_depth_stay_fresh(monkeypatch):
     given = params_of(
         AutoregressivePrior(LAYOUT, AutoregressiveOptions(dataclasses.replace(TRUNK, depth=2), kernel=3)), 1
     )

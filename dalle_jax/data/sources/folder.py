@@ -1,12 +1,12 @@
-"""A folder of pictures with captions, as people have them on disk.
+"""A folder of images with captions.
 
-The captions stand either beside the pictures (`cat.png` + `cat.txt`, one caption per line) or in one
-`captions.jsonl` or `captions.csv` at the top, whose rows name a file ("file", "file_name" or "image") and
+The captions are either in text files next to the images (`cat.png` + `cat.txt`, one caption per line) or in one
+`captions.jsonl` or `captions.csv` at the top. The rows of such a table name a file ("file", "file_name" or "image") and
 hold "caption" (one text) or "captions" (a list; in a CSV file, separated by "|").
 
-Splits: a sub-folder named like the split, with captions of its own, is that split.  Otherwise the folder is
-one set, of which a fixed twentieth (chosen by a hash of the names, so that it does not change as files are
-copied) is "validation", the rest "train"; "all" is everything.
+Splits: a sub-folder with the split's name and its own captions is that split. Otherwise a fixed twentieth of the folder
+is "validation", the rest is "train", and "all" is everything. A hash of the names selects this twentieth, so that
+copying the files does not change it.
 """
 
 from __future__ import annotations
@@ -22,34 +22,34 @@ from etils import epath
 from dalle_jax.data.sources.source import Record, Source, UnreadableExample
 from dalle_jax.errors import DataError
 
-_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
+_IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif")
 _FILE_KEYS = ("file", "file_name", "image")
 _VALIDATION_SHARE = 20
 
 
 class FolderSource(Source):
-    """The pictures of a folder in the order of their names, or of the rows of the captions file."""
+    """The images of a folder, in the order of their names or of the rows of the captions table."""
 
     def __init__(self, path: epath.PathLike, split: str = "all"):
-        """Lists the folder; pictures and text files are read when asked for.
+        """Lists the folder; images and text files are read on request.
 
         Args:
           path: the folder, local or remote.
           split: "train", "validation", "all", or the name of a sub-folder.
 
         Raises:
-          DataError: where the folder does not exist, holds no pictures, or its captions file is malformed.
+          DataError: if the folder does not exist or holds no images, or if its captions table is malformed.
         """
         root = epath.Path(path)
         if not root.is_dir():
-            raise DataError(f"data.path is {path}, which is not a folder: give the folder with the pictures.")
+            raise DataError(f"data.path is {path}, which is not a folder: give the folder with the images.")
         if (root / split).is_dir():
             root, split = root / split, "all"
         self._root = root
         self.description = f"{root} ({split})"
         entries = _entries(root)
         if not entries:
-            raise DataError(f"{root} holds no pictures ({', '.join(_PICTURES)}) and no captions.jsonl or captions.csv.")
+            raise DataError(f"{root} holds no images ({', '.join(_IMAGES)}) and no captions.jsonl or captions.csv.")
         self._entries = _choose(entries, split, root)
 
     def __len__(self) -> int:
@@ -71,23 +71,23 @@ class FolderSource(Source):
 
 
 def _entries(root: epath.Path) -> list[tuple[str, tuple[str | bytes, ...] | None]]:
-    """(file, captions) of every picture; captions are None where they stand in a text file beside it."""
+    """Returns (file, captions) of every image; captions is None if they are in a text file next to the image."""
     for name, rows in (("captions.jsonl", _jsonl_rows), ("captions.csv", _csv_rows)):
         table = root / name
         if table.exists():
-            # A row that is not UTF-8 is counted as one example lost, not as the whole table: see _raw.
+            # A row that is not UTF-8 must cost one example, not the whole table: see _raw.
             content = table.read_bytes().decode("utf-8", "surrogateescape").removeprefix("\ufeff")
             return [_entry(row, number, table) for number, row in rows(content, table)]
-    return [(name, None) for name in sorted(_pictures(root))]
+    return [(name, None) for name in sorted(_images(root))]
 
 
-def _pictures(folder: epath.Path, prefix: str = "") -> Iterator[str]:
-    """Names of all pictures below a folder (epath lists remote folders one level at a time only)."""
+def _images(folder: epath.Path, prefix: str = "") -> Iterator[str]:
+    """Yields the names of all images below a folder, one level at a time as epath requires for remote folders."""
     for entry in folder.iterdir():
-        if entry.suffix.lower() in _PICTURES:
+        if entry.suffix.lower() in _IMAGES:
             yield prefix + entry.name
         elif entry.suffix != ".txt" and entry.is_dir():
-            yield from _pictures(entry, f"{prefix}{entry.name}/")
+            yield from _images(entry, f"{prefix}{entry.name}/")
 
 
 def _jsonl_rows(content: str, table: epath.Path):
@@ -121,7 +121,7 @@ def _entry(row, number: int, table: epath.Path) -> tuple[str, tuple[str | bytes,
 
 
 def _raw(caption: str) -> str | bytes:
-    """The text itself, or undecodable bytes where it stands for bytes that were not UTF-8."""
+    """Returns the text, or undecodable bytes if it stands for bytes that were not UTF-8."""
     try:
         caption.encode("utf-8")
         return caption
@@ -137,8 +137,8 @@ def _choose(entries: list, split: str, root: epath.Path) -> list:
     if split == "validation":
         return [entry for i, entry in enumerate(entries) if i in held_out]
     if split == "train":
-        # A single picture cannot be divided: it is both.
+        # A single image cannot be divided, so it is in both splits.
         return [entry for i, entry in enumerate(entries) if i not in held_out] or entries
     raise DataError(
-        f"{root} has no split {split!r}: make a sub-folder of that name, or ask for 'train', 'validation' or 'all'."
+        f"{root} has no split {split!r}: create a sub-folder with that name, or use 'train', 'validation' or 'all'."
     )

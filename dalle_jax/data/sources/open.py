@@ -8,17 +8,17 @@ from dalle_jax.data.sources.tfds import TfdsSource
 
 
 def open_source(options: DataOptions, split: str) -> Source:
-    """Opens the source that the options name, building an embedded data set first where need be.
+    """Opens the source that the options name, and first prepares its TFDS data set if needed.
 
     Args:
       options: what to read.
-      split: which part of it ("train", "validation", "heldout", "train[:90%]", "val+test", …).
+      split: the part to read ("train", "validation", "heldout", "train[:90%]", "val+test", …).
 
     Returns:
       The source.
 
     Raises:
-      DataError: where it does not exist, or lacks the split or the features.
+      DataError: if it does not exist, or lacks the split or the features.
     """
     if options.source == "folder":
         return FolderSource(options.path, split)

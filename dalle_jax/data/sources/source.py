@@ -1,11 +1,10 @@
-"""Where pictures and captions come from: one random-access interface over every kind of source.
+"""The random-access interface of every kind of source of images and captions.
 
-A source yields `Record`s (encoded bytes, nothing decoded yet), because training on captions alone must not
-pay for decoding pictures, nor the image tokenizer for captions.  `source[i]` decodes everything and is
-strict: what cannot be read raises `UnreadableExample`, which carries the reason under which the pipeline
-counts it.
+A source returns `Record`s of encoded bytes. Reading captions alone therefore does not decode images, and training an
+image tokenizer does not decode captions. `source[i]` decodes everything. It raises `UnreadableExample`, with the reason
+under which the pipeline counts it, if anything cannot be read.
 
-    H, W picture size
+    H, W image size
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from dalle_jax.configuration.options import check
 from dalle_jax.errors import ConfigError, DataError
 
 _AUGMENTS = ("none", "dvae", "prior")
@@ -27,25 +27,24 @@ _AUGMENTS = ("none", "dvae", "prior")
 
 @dataclasses.dataclass(frozen=True)
 class DataOptions:
-    """What to read, and how to make examples of it.
+    """The data to read, and how to turn it into examples.
 
     Attributes:
       source: "shapes_captions", "emoji_captions", "folder", "tar_shards", "coco_captions", "cub_captions", or any
-      other TFDS name ("name:1.0.0", …).
-      image_size: height and width of the pictures in a batch.
+        other TFDS name ("name:1.0.0", …).
+      image_size: height and width of the images in a batch, in pixels.
       augment: "none" (centre square, resized), "dvae" or "prior" (see augment.py); in training only.
-      path: the folder of pictures, where source is "folder"; the folder (or a glob) of shards, where it is
-      "tar_shards"; the user's own copy of the data set, where it is "coco_captions" or "cub_captions" and has not
-      been prepared before (TFDS's `manual_dir`).
-      data_dir: where TFDS keeps its data; None means $DALLE_JAX_DATA or ~/.cache/dalle_jax/data.
-      image_key: the TFDS feature that holds the picture; "a/b" reaches into a nested feature.
+      path: depends on source. "folder": the folder of images. "tar_shards": the folder of shards, or a glob.
+        "coco_captions" and "cub_captions": your local copy of the data set (TFDS's `manual_dir`), until it is prepared.
+      data_dir: directory of TFDS's prepared data sets; None means $DALLE_JAX_DATA or ~/.cache/dalle_jax/data.
+      image_key: the TFDS feature that holds the image; "a/b" reads a nested feature.
       caption_key: the TFDS feature that holds the caption or captions, in the same notation.
-      builder_kwargs: passed to the TFDS builder (the font, the picture size, …).
+      builder_kwargs: keyword arguments of the TFDS builder (the font, the image size, …).
       train_split: the split to train on.
       eval_split: the split to evaluate on.
-      cache: keep what has been decoded in memory, per worker process; for data sets that fit there.
-      workers: processes that make batches; 0 makes them in two threads of this process.
-      bpe_dropout: the chance for a BPE merge to be dropped, in training.
+      cache: keep decoded examples in memory, per worker process; for data sets that fit there.
+      workers: number of processes that create batches; 0 uses two threads of this process.
+      bpe_dropout: the probability that a BPE merge is dropped, in training.
     """
 
     source: str = "shapes_captions"
@@ -63,43 +62,24 @@ class DataOptions:
     bpe_dropout: float = 0.0
 
     def __post_init__(self):
-        if self.augment not in _AUGMENTS:
-            raise ConfigError(f"data.augment is {self.augment!r}; expected one of {', '.join(_AUGMENTS)}.")
-        if self.image_size < 1:
-            raise ConfigError(f"data.image_size is {self.image_size}; expected a positive number of pixels.")
-        if self.workers < 0:
-            raise ConfigError(f"data.workers is {self.workers}; expected 0 (no processes) or more.")
-        if not 0.0 <= self.bpe_dropout < 1.0:
-            raise ConfigError(f"data.bpe_dropout is {self.bpe_dropout}; expected a chance in [0, 1).")
+        check(
+            self, "data", positive=["image_size"], at_least_0=["workers"], below_1=["bpe_dropout"],
+            choices={"augment": _AUGMENTS},
+        )  # fmt: skip
         if self.source in ("folder", "tar_shards") and not self.path:
-            held = "pictures" if self.source == "folder" else "shards"
-            raise ConfigError(f"data.source is {self.source!r} but data.path is not set: give the {held}' folder.")
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> DataOptions:
-        """Reads the `data` part of a config.
-
-        Args:
-          config: a mapping (ConfigDict or dict) whose keys are fields of this class.
-
-        Raises:
-          ConfigError: where a key is unknown or a value cannot be used.
-        """
-        values = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-        known = [field.name for field in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise ConfigError(f"Unknown key data.{unknown[0]}; the keys of data are {', '.join(known)}.")
-        if values.get("builder_kwargs") is None:
-            values.pop("builder_kwargs", None)
-        return cls(**values)
+            held = "images" if self.source == "folder" else "shards"
+            raise ConfigError(
+                f"config.data.source is {self.source!r}, which needs config.data.path: the {held}' folder."
+            )
 
 
 class UnreadableExample(DataError):
-    """One example that has to be skipped.
+    """One example that must be skipped.
 
     Attributes:
       reason: the heading under which it is counted, a few words.
-      name: which example.
+      name: the example's name.
+      detail: what was found, or "".
     """
 
     def __init__(self, reason: str, name: str, detail: str = ""):
@@ -112,11 +92,11 @@ class UnreadableExample(DataError):
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """What a data set lacks since it was made, because the files that it was made from were damaged.
+    """Examples that a prepared data set lacks because their original files were damaged.
 
     Attributes:
-      reason: the heading under which it is counted, a few words.
-      count: how many examples, or files of many, were left out.
+      reason: the heading under which they are counted, a few words.
+      count: number of examples left out, or of files with many examples.
       names: the first of them, with what was found.
     """
 
@@ -132,7 +112,7 @@ class Record:
     Attributes:
       image: encoded bytes (PNG, JPEG, …), or uint8 [H, W, 3 or 1].
       captions: zero or more captions, as text or as bytes that should be UTF-8.
-      name: which example this is, for messages.
+      name: the example's name, for messages.
       extra: the other features of the example (text as str, numbers and arrays as numpy).
     """
 
@@ -143,13 +123,16 @@ class Record:
 
 
 def decode_image(record: Record) -> np.ndarray:
-    """Decodes the picture: upright, RGB, transparent parts on white.
+    """Decodes the image: upright, RGB, transparent parts on white.
+
+    Args:
+      record: the example.
 
     Returns:
       uint8 [H, W, 3].
 
     Raises:
-      UnreadableExample: where the bytes are not a whole picture.
+      UnreadableExample: if the bytes are not a complete image.
     """
     if isinstance(record.image, np.ndarray):
         if record.image.dtype != np.uint8 or record.image.ndim != 3 or record.image.shape[-1] not in (1, 3):
@@ -169,13 +152,16 @@ def decode_image(record: Record) -> np.ndarray:
 
 
 def decode_captions(record: Record) -> list[str]:
-    """Decodes the captions, leaving out those that are empty or not UTF-8.
+    """Decodes the captions, without those that are empty or not UTF-8.
+
+    Args:
+      record: the example.
 
     Returns:
       At least one caption.
 
     Raises:
-      UnreadableExample: where none is left.
+      UnreadableExample: if no caption is left.
     """
     captions, undecodable = [], False
     for caption in record.captions:
@@ -192,12 +178,12 @@ def decode_captions(record: Record) -> list[str]:
 
 
 class Source(abc.ABC):
-    """Random access to examples.  Subclasses say how many there are and how one is read.
+    """Random access to examples. Subclasses define their number and how to read one.
 
     Attributes:
-      description: what this is, for messages.
-      identity: a text that no other examples have, where these can never change; else None.
-      left_out: what is known to be missing in it.
+      description: the source and its split, for messages.
+      identity: a text unique to these examples if they can never change, else None.
+      left_out: examples that are known to be missing.
     """
 
     description: str
@@ -206,14 +192,17 @@ class Source(abc.ABC):
 
     @abc.abstractmethod
     def __len__(self) -> int:
-        """How many examples there are, readable or not."""
+        """Returns the number of examples, readable or not."""
 
     @abc.abstractmethod
     def record(self, index: int) -> Record:
-        """Reads example `index` without decoding it.
+        """Reads one example without decoding it.
+
+        Args:
+          index: in [0, len(self)).
 
         Raises:
-          UnreadableExample: where it cannot even be read.
+          UnreadableExample: if it cannot be read.
         """
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -226,8 +215,8 @@ class Source(abc.ABC):
           {"image": uint8 [H, W, 3], "captions": list of str, "name": str, "extra": dict of other features}.
 
         Raises:
-          IndexError: where there is no such example.
-          UnreadableExample: where picture or caption cannot be read.
+          IndexError: if there is no such example.
+          UnreadableExample: if image or captions cannot be read.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"Example {index} of {len(self)} in {self.description}.")
@@ -240,7 +229,7 @@ class Source(abc.ABC):
         }
 
     def captions(self) -> Iterator[str]:
-        """All readable captions in order, every one of each example; no picture is decoded."""
+        """Yields all readable captions of every example in order, without decoding images."""
         for index in range(len(self)):
             try:
                 yield from decode_captions(self.record(index))

@@ -1,46 +1,51 @@
-"""TFDS data sets as sources: the project's own builders, MS-COCO's captions, and whatever else TFDS can read.
+"""TFDS data sets as sources: the project's builders, MS-COCO's captions, and every other data set that TFDS can read.
 
-`coco_captions` is found in one of two places, the first that is there:
+`coco_captions` is the first of these that exists:
 
-1. TFDS's own data set, where `data_dir` holds it already, prepared as ArrayRecord. Its splits are those of Karpathy and
-   Li (train, val, test, restval); "validation" here means the last three together, which are val2014.
-2. `coco_captions_local` (its docstring has the details), made from the user's copy of the official files. Its splits
-   are COCO's own, train and validation, with the same pictures and captions.
+1. TFDS's own data set, if `data_dir` holds it, prepared as ArrayRecord. Its splits are those of Karpathy and Li (train,
+   val, test, restval). "validation" means the last three together, which are val2014.
+2. `coco_captions_local` (see its docstring), prepared from a local copy of the official files. Its splits are COCO's,
+   train and validation, with the same images and captions.
 """
 
 from __future__ import annotations
 
 import collections
-import importlib
 import os
 
 import tensorflow_datasets as tfds
 from absl import logging
 from etils import epath
 
+from dalle_jax.data.builders import (  # noqa: F401 - importing them registers them with TFDS
+    coco_captions_local,
+    cub_captions,
+    emoji_captions,
+    shapes_captions,
+    tar_shards,
+)
 from dalle_jax.data.sources.source import DataOptions, LeftOut, Record, Source, UnreadableExample
 from dalle_jax.distributed.turns import first_host_first
 from dalle_jax.errors import DataError, UserError
 
-BUILDERS = ("shapes_captions", "emoji_captions", "coco_captions_local", "cub_captions", "tar_shards")
 _COCO, _COCO_LOCAL = "coco_captions", "coco_captions_local"
 _COCO_CONFIG = "2014"  # the only one that TFDS's coco_captions has
 _COCO_VALIDATION = "val+test+restval"
-_NAME_KEYS = ("file", "image/filename", "name")  # features that tell a person which example it is
+_NAME_KEYS = ("file", "image/filename", "name")  # features that name an example for people
 
 
 class TfdsSource(Source):
-    """A TFDS data set with a picture and a caption feature, stored as ArrayRecord (no TensorFlow)."""
+    """A TFDS data set with an image and a caption feature, stored as ArrayRecord (no TensorFlow)."""
 
     def __init__(self, options: DataOptions, split: str):
-        """Opens the data set, making it first where need be.
+        """Opens the data set, and first prepares it if needed.
 
         Args:
           options: what to read.
-          split: in TFDS's notation ("train", "train[:90%]", "val+test", …).
+          split: the split in TFDS's notation ("train", "train[:90%]", "val+test", …).
 
         Raises:
-          DataError: where it cannot be made or opened, or lacks the split or the features.
+          DataError: if it cannot be prepared or opened, or lacks the split or the features.
         """
         data_dir = options.data_dir or os.environ.get("DALLE_JAX_DATA") or "~/.cache/dalle_jax/data"
         data_dir = data_dir if "://" in data_dir else os.path.expanduser(data_dir)
@@ -58,7 +63,7 @@ class TfdsSource(Source):
             features = builder.info.features
             for key in (options.image_key, options.caption_key):
                 _feature(features, key, options.source)
-            # Pictures stay encoded here, so that damaged ones can be counted instead of ending the run.
+            # Images stay encoded here, so that the pipeline can count damaged ones instead of ending the run.
             decoders = None
             if isinstance(_feature(features, options.image_key, options.source), tfds.features.Image):
                 decoders = tfds.decode.SkipDecoding()
@@ -81,7 +86,7 @@ class TfdsSource(Source):
             raise DataError(
                 f"The TFDS data set {options.source!r} (split {split!r}, in {data_dir}) cannot be opened: "
                 f"{error}. "
-                "Give a TFDS name with a picture and a caption feature, or 'folder' with data.path."
+                "Give a TFDS name with an image and a caption feature, or 'folder' with data.path."
             ) from error
         self._image_key, self._caption_key = options.image_key.split("/"), options.caption_key.split("/")
         self.left_out = _left_out(builder.info.metadata, splits)
@@ -93,7 +98,7 @@ class TfdsSource(Source):
         name = f"{self.description} #{index}"
         try:
             example = self._records[index]
-        except Exception as error:  # the reader and the parser raise their own kinds on damaged records
+        except Exception as error:  # reader and parser raise various errors on damaged records
             raise UnreadableExample("unreadable record", name, f"{type(error).__name__}: {error}") from error
         image = _lookup(example, self._image_key)
         captions = _lookup(example, self._caption_key)
@@ -107,27 +112,25 @@ class TfdsSource(Source):
 
 
 def _prepare(options: DataOptions, data_dir: str) -> tfds.core.DatasetBuilder:
-    """The builder of the data set that the options name, its files written."""
+    """Returns the builder of the data set that the options name, after preparing its files."""
     source, arguments = options.source, dict(options.builder_kwargs)
     if source == _COCO:
         if (prepared := _prepared_coco(data_dir)) is not None:
             if options.path:
-                logging.info("data.path is not read: TFDS's coco_captions is prepared in %s", prepared.data_path)
+                logging.info("data.path is ignored: TFDS's coco_captions is prepared in %s", prepared.data_path)
             return prepared
         source = _COCO_LOCAL
-    if source in BUILDERS:
-        importlib.import_module(f"dalle_jax.data.builders.{source}")
     if source == "tar_shards":
         arguments["path"] = options.path
     builder = tfds.builder(source, data_dir=data_dir, file_format="array_record", **arguments)
-    # TFDS would ask its public bucket first, over the network, though that has nothing in this format.
+    # TFDS would first look in its public bucket, over the network, which holds no data in this format.
     download = tfds.download.DownloadConfig(manual_dir=options.path, try_download_gcs=False)
     builder.download_and_prepare(download_config=download)
     return builder
 
 
 def _prepared_coco(data_dir: str) -> tfds.core.DatasetBuilder | None:
-    """TFDS's own coco_captions, where it is there in a format with random access; read without its code."""
+    """Returns TFDS's own coco_captions from its files, if they exist in a format with random access."""
     folder = epath.Path(data_dir) / _COCO / _COCO_CONFIG
     versions = folder.glob("*/dataset_info.json") if folder.exists() else []
     found = [tfds.builder_from_directory(version.parent) for version in sorted(versions)]
@@ -135,14 +138,14 @@ def _prepared_coco(data_dir: str) -> tfds.core.DatasetBuilder | None:
     for builder in found:
         if builder not in readable:
             logging.warning(
-                "coco_captions in %s is not read: it is %s; expected array_record (TFDS writes it with "
+                "coco_captions in %s is ignored: its format is %s; expected array_record (run tfds build with "
                 "--file_format=array_record).", builder.data_path, builder.info.file_format.value,
             )  # fmt: skip
     return readable[-1] if readable else None
 
 
 def _left_out(metadata, splits: list[str]) -> tuple[LeftOut, ...]:
-    """What the project's builders wrote down (own_copy.py), of these splits together."""
+    """Sums up the examples that a builder left out (builders/local_copy.py) over these splits."""
     counts, names = collections.Counter(), collections.defaultdict(list)
     for split in splits:
         for reason, found in (metadata or {}).get("left_out", {}).get(split, {}).items():
@@ -152,7 +155,7 @@ def _left_out(metadata, splits: list[str]) -> tuple[LeftOut, ...]:
 
 
 def _feature(features, key: str, source: str):
-    """The TFDS feature under "a/b"; a clear error names what there is."""
+    """Returns the TFDS feature "a/b"; the error for an unknown key lists the features."""
     found = features
     for part in key.split("/"):
         found = getattr(found, "feature", found)  # a Sequence of dicts reads as the dict
@@ -161,7 +164,7 @@ def _feature(features, key: str, source: str):
         except (KeyError, TypeError) as error:
             raise DataError(
                 f"{source} has no feature {key!r}; it has {', '.join(sorted(features))}. "
-                "Set data.image_key and data.caption_key to the picture and the caption."
+                "Set data.image_key and data.caption_key to the image and the caption."
             ) from error
     return found
 
@@ -173,7 +176,7 @@ def _lookup(example, path: list[str]):
 
 
 def _as_text(value):
-    """Bytes as str where they are UTF-8; everything else as it is."""
+    """Returns bytes that are UTF-8 as str, and every other value unchanged."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8")

@@ -1,4 +1,4 @@
-"""MS-COCO's captions: TFDS's own data set where it is prepared, else made from a copy in the official layout."""
+"""MS-COCO's captions: TFDS's own data set if it is prepared, else a local copy in the official layout."""
 
 import io
 import json
@@ -30,10 +30,10 @@ def copy(tmp_path):
     return tiny_copies.coco(tmp_path / "copy")
 
 
-# -- from the user's own copy ---------------------------------------------------------------------------------------
+# -- from a local copy ----------------------------------------------------------------------------------------------
 
 
-def test_own_copy(tmp_path, copy):
+def test_local_copy(tmp_path, copy):
     train, validation = (open_source(options(tmp_path), split) for split in ("train", "validation"))
     assert (len(train), len(validation)) == (8, 4)
     assert "tensorflow" not in sys.modules
@@ -49,20 +49,20 @@ def test_own_copy(tmp_path, copy):
     assert train.left_out == validation.left_out == ()
 
 
-def test_pictures_are_stored_as_they_are(tmp_path, copy):
+def test_images_are_stored_unchanged(tmp_path, copy):
     source = open_source(options(tmp_path), "train")
     assert source.record(2).image == (copy / "train2014" / "COCO_train2014_000000000041.jpg").read_bytes()
 
 
-def test_once_made_the_copy_is_not_needed(tmp_path, copy):
-    made = open_source(options(tmp_path), "train")[3]
+def test_a_prepared_data_set_does_not_need_the_copy(tmp_path, copy):
+    prepared = open_source(options(tmp_path), "train")[3]
     shutil.rmtree(copy)
-    np.testing.assert_array_equal(open_source(options(tmp_path, path=None), "train")[3]["image"], made["image"])
+    np.testing.assert_array_equal(open_source(options(tmp_path, path=None), "train")[3]["image"], prepared["image"])
 
 
 def test_many_shards_keep_the_order(tmp_path, copy, monkeypatch):
     monkeypatch.setattr(
-        "dalle_jax.data.builders.coco_captions_local.coco_captions_local_dataset_builder._PICTURES_PER_SHARD", 3
+        "dalle_jax.data.builders.coco_captions_local.coco_captions_local_dataset_builder._IMAGES_PER_SHARD", 3
     )
     source = open_source(options(tmp_path), "train")
     assert [source[i]["extra"]["image/id"] for i in range(8)] == [9 + 16 * i for i in range(8)]
@@ -73,37 +73,37 @@ def test_2017(tmp_path):
     tiny_copies.coco(tmp_path / "copy", year=2017)
     source = open_source(options(tmp_path, builder_kwargs={"year": 2017}), "validation")
     assert source[0]["extra"]["image/filename"] == "000000000137.jpg"
-    with pytest.raises(DataError, match=r"not a copy of COCO 2014.*train2014.*or set data.builder_kwargs.year=2017"):
+    with pytest.raises(DataError, match="data.builder_kwargs.year=2017"):
         open_source(options(tmp_path), "train")
-    with pytest.raises(ConfigError, match="year is 2015"):
+    with pytest.raises(ConfigError, match="2015"):
         Builder(data_dir=tmp_path, year=2015)
 
 
 @pytest.mark.parametrize("name", ["annotations/captions_val2014.json", "train2014"])
-def test_what_is_missing_is_named(tmp_path, copy, name):
+def test_missing_files_are_named(tmp_path, copy, name):
     found = copy / name
     found.rename(copy / "elsewhere")
-    with pytest.raises(DataError, match=rf"{name} not found there. Unpack train2014.zip"):
+    with pytest.raises(DataError, match=name):
         open_source(options(tmp_path), "train")
 
 
-def test_without_a_copy_the_error_says_what_to_get(tmp_path):
-    with pytest.raises(DataError, match=r"(?s)manual.* does not exist.*2014 Train images.*given as data.path"):
+def test_without_a_copy_the_error_names_the_downloads(tmp_path):
+    with pytest.raises(DataError, match="data.path"):
         open_source(options(tmp_path, path=None), "train")
 
 
 @pytest.mark.parametrize("content", ["nonsense", "[]", '{"images": [{"id": 1}], "annotations": []}'])
 def test_a_damaged_table_is_an_error(tmp_path, copy, content):
     (copy / "annotations" / "captions_val2014.json").write_text(content)
-    with pytest.raises(DataError, match=r"captions_val2014.json is not one of COCO's caption files"):
+    with pytest.raises(DataError, match="captions_val2014.json"):
         open_source(options(tmp_path), "train")
 
 
 def test_damaged_examples_are_skipped_counted_and_named(tmp_path, copy, monkeypatch):
-    """A missing file when the data set is made, a damaged picture and missing captions in each run."""
-    pictures = copy / "train2014"
-    (pictures / "COCO_train2014_000000000009.jpg").unlink()
-    damaged = pictures / "COCO_train2014_000000000025.jpg"
+    """A missing file is found when the data set is prepared; a damaged image and missing captions in each run."""
+    images = copy / "train2014"
+    (images / "COCO_train2014_000000000009.jpg").unlink()
+    damaged = images / "COCO_train2014_000000000025.jpg"
     damaged.write_bytes(damaged.read_bytes()[:100])
     table = copy / "annotations" / "captions_train2014.json"
     content = json.loads(table.read_text())
@@ -113,8 +113,8 @@ def test_damaged_examples_are_skipped_counted_and_named(tmp_path, copy, monkeypa
             each["caption"] = "  "
     table.write_text(json.dumps(content))
 
-    said = []
-    monkeypatch.setattr(logging, "warning", lambda text, *values: said.append(text % values))
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
     source = open_source(options(tmp_path), "train")
     assert len(source) == 7
     assert [(found.reason, found.count) for found in source.left_out] == [("missing file", 1)]
@@ -125,9 +125,9 @@ def test_damaged_examples_are_skipped_counted_and_named(tmp_path, copy, monkeypa
         for _ in range(2):
             next(batches)
     assert pipeline.skipped() == {"empty caption": 2, "missing file": 1, "unreadable image": 1}
-    assert pipeline.metrics()["data/skipped"] == 4.0 and pipeline.metrics()["data/skipped_missing_file"] == 1.0
+    assert pipeline.counts()["left_out/missing file"] == 1
     for key in ("0009", "0025", "0041", "0057"):
-        assert any(f"{key}.jpg" in line for line in said), key
+        assert any(f"{key}.jpg" in line for line in lines), key
 
 
 # -- TFDS's own -----------------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ SPLITS = {"train": 3, "val": 1, "test": 2, "restval": 4}
 
 
 class Official(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Writes what TFDS's own builder writes, without its archives of 40 GB and without TensorFlow."""
+    """Writes the same files as TFDS's own builder, without its archives of 40 GB and without TensorFlow."""
 
     name = "coco_captions"
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name="2014", version=tfds.core.Version("1.1.0"))]
@@ -171,7 +171,7 @@ class Official(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             yield (
                 f"COCO_{number}.jpg",
                 {
-                    "image": io.BytesIO(tiny_copies.picture(number)),
+                    "image": io.BytesIO(tiny_copies.image(number)),
                     "image/filename": f"COCO_{number}.jpg",
                     "image/id": number,
                     "objects": [{"id": 7, "area": 12, "bbox": box, "label": 3, "is_crowd": False}] * (i % 3),
@@ -191,7 +191,7 @@ def official(tmp_path):
 def test_these_are_the_official_features(tmp_path, monkeypatch):
     from tensorflow_datasets.object_detection import coco, coco_captions
 
-    if "tensorflow" not in sys.modules:  # its builder asks TensorFlow for the name of a type
+    if "tensorflow" not in sys.modules:  # its builder gets the name of a dtype from TensorFlow
         monkeypatch.setattr(coco, "tf", type("types", (), {"int64": np.int64}))
     features = coco_captions.CocoCaptions(data_dir=tmp_path).info.features
     assert repr(features) == repr(tfds.features.FeaturesDict(OFFICIAL))
@@ -210,25 +210,25 @@ def test_official(tmp_path, official):
     ids = [part[i]["extra"]["image/id"] for part in parts for i in range(len(part))]
     assert [whole[i]["extra"]["image/id"] for i in range(7)] == ids
     assert len(open_source(options(tmp_path, path=None), "val+restval[:50%]")) == 3
-    with pytest.raises(DataError, match="no split 'heldout'; it has restval, test, train, val"):
+    with pytest.raises(DataError, match="heldout"):
         open_source(options(tmp_path, path=None), "val+heldout")
 
 
-def test_official_goes_before_the_own_copy(tmp_path, official, copy):
+def test_official_is_preferred_to_the_local_copy(tmp_path, official, copy):
     assert len(open_source(options(tmp_path), "train")) == SPLITS["train"]
 
 
-def test_a_format_without_random_access_is_passed_over(tmp_path, official, copy, monkeypatch):
-    said = []
-    monkeypatch.setattr(logging, "warning", lambda text, *values: said.append(text % values))
+def test_a_format_without_random_access_is_ignored(tmp_path, official, copy, monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
     facts = official.data_path / "dataset_info.json"
     facts.write_text(facts.read_text().replace("array_record", "tfrecord"))
     assert len(open_source(options(tmp_path), "train")) == 8
-    assert any("is tfrecord; expected array_record" in line for line in said)
+    assert any("tfrecord" in line and "array_record" in line for line in lines)
 
 
 def test_wrong_keys_are_named(tmp_path, official):
-    with pytest.raises(DataError, match="no feature 'captions/words'; it has captions, image,"):
+    with pytest.raises(DataError, match="captions/words"):
         open_source(options(tmp_path, path=None, caption_key="captions/words"), "train")
 
 

@@ -27,7 +27,7 @@ def copy(tmp_path):
 
 
 def numbers(source):
-    """The places in images.txt, from 0: the first caption has them."""
+    """Returns the places in images.txt, counted from 0, which the first captions contain."""
     return [int(source[i]["captions"][0].split("number ")[1].split(",")[0]) for i in range(len(source))]
 
 
@@ -40,7 +40,7 @@ def test_official_division(tmp_path, copy):
     assert example["extra"]["file"] == "002.Laysan_Albatross/Laysan_Albatross_0002_796001.jpg" in example["name"]
     assert example["extra"]["species"] == "002.Laysan_Albatross"
     np.testing.assert_array_equal(example["extra"]["bounding_box"], [6.0, 2.0, 40.0, 30.0])
-    assert test.record(2).image == tiny_copies.picture(5)
+    assert test.record(2).image == tiny_copies.image(5)
     assert train.left_out == ()
 
 
@@ -49,63 +49,61 @@ def test_division_by_class(tmp_path, copy):
     train, test = (open_source(settings, split) for split in ("train", "test"))
     assert numbers(train) == list(range(12)) and numbers(test) == list(range(12, 16))
     assert {test[i]["extra"]["species"] for i in range(len(test))} == {"004.Groove_billed_Ani"}
-    assert len(open_source(options(tmp_path), "train")) == 8, "both lie on disk side by side"
-    with pytest.raises(ConfigError, match="division is 'mine'; expected one of official, classes"):
+    assert len(open_source(options(tmp_path), "train")) == 8, "both are on disk"
+    with pytest.raises(ConfigError, match="mine"):
         Builder(data_dir=tmp_path, division="mine")
 
 
 def test_lists_of_classes_must_name_all(tmp_path, copy):
     (copy / "cvpr2016_cub" / "testclasses.txt").write_text("")
-    with pytest.raises(DataError, match=r"do not name the species '004.Groove_billed_Ani' .and 0 more"):
+    with pytest.raises(DataError, match="004.Groove_billed_Ani"):
         open_source(options(tmp_path, builder_kwargs={"division": "classes"}), "train")
 
 
 @pytest.mark.parametrize("place", ["text_c10", "CUB_200_2011/text_c10"])
-def test_captions_may_lie_elsewhere(tmp_path, copy, place):
+def test_captions_may_be_in_other_folders(tmp_path, copy, place):
     (copy / "cvpr2016_cub" / "text_c10").rename(copy / place)
     assert len(open_source(options(tmp_path), "train")[0]["captions"]) == 10
 
 
-def test_what_is_missing_is_named(tmp_path, copy):
+def test_missing_files_are_named(tmp_path, copy):
     (copy / "cvpr2016_cub" / "text_c10").rename(copy / "elsewhere")
-    with pytest.raises(DataError, match=r"(?s)No captions .*copy/text_c10, .*copy/cvpr2016_cub/text_c10.*Reed"):
+    with pytest.raises(DataError, match="copy/cvpr2016_cub/text_c10"):
         open_source(options(tmp_path), "train")
     (copy / "elsewhere").rename(copy / "text_c10")
     (copy / "CUB_200_2011" / "images.txt").rename(copy / "elsewhere.txt")
-    with pytest.raises(DataError, match=r"CUB_200_2011 is not a whole copy: images.txt not found"):
+    with pytest.raises(DataError, match="images.txt"):
         open_source(options(tmp_path), "train")
     (copy / "CUB_200_2011").rename(copy / "birds")
-    with pytest.raises(
-        DataError, match=r"looked for images.txt, .* in .*CUB_200_2011 and .*copy. Unpack CUB_200_2011.t"
-    ):
+    with pytest.raises(DataError, match="CUB_200_2011.tgz"):
         open_source(options(tmp_path), "train")
-    with pytest.raises(DataError, match=r"(?s)does not exist or is empty.*CUB_200_2011.tgz.*data.path"):
+    with pytest.raises(DataError, match="data.path"):
         open_source(options(tmp_path, path=None), "train")
 
 
 @pytest.mark.parametrize(
-    "table, content, message",
+    "table, content, token",
     [
-        ("image_class_labels.txt", "1 1\n", "do not fit each other: KeyError '2'"),
-        ("bounding_boxes.txt", "1 a b c d\n", "do not fit each other: ValueError"),
-        ("classes.txt", "1\n", "expected rows of a number and a value, found '1'"),
+        ("image_class_labels.txt", "1 1\n", "KeyError"),
+        ("bounding_boxes.txt", "1 a b c d\n", "ValueError"),
+        ("classes.txt", "1\n", "classes.txt"),
     ],
 )
-def test_damaged_tables_are_errors(tmp_path, copy, table, content, message):
+def test_damaged_tables_are_errors(tmp_path, copy, table, content, token):
     (copy / "CUB_200_2011" / table).write_text(content)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError, match=token):
         open_source(options(tmp_path), "train")
 
 
 def test_damaged_examples_are_skipped_counted_and_named(tmp_path, copy, monkeypatch):
-    pictures, texts = copy / "CUB_200_2011" / "images", copy / "cvpr2016_cub" / "text_c10"
+    images, texts = copy / "CUB_200_2011" / "images", copy / "cvpr2016_cub" / "text_c10"
     one, two, three, four = (f"{name}" for name in (copy / "CUB_200_2011" / "images.txt").read_text().split()[1::4][:4])
-    (pictures / one).unlink()
-    (pictures / two).write_bytes(b"\xff\xd8 not a picture")
+    (images / one).unlink()
+    (images / two).write_bytes(b"\xff\xd8 not an image")
     (texts / three).with_suffix(".txt").unlink()
     (texts / four).with_suffix(".txt").write_text("\n \n")
-    said = []
-    monkeypatch.setattr(logging, "warning", lambda text, *values: said.append(text % values))
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
     source = open_source(options(tmp_path), "train")
     model = TextModel.train(source.captions(), 100)
     layout = TokenLayout(model.vocab_size, 16, 24, 2, 2)
@@ -114,5 +112,5 @@ def test_damaged_examples_are_skipped_counted_and_named(tmp_path, copy, monkeypa
         assert next(batches)["valid"].tolist() == [False, False, False, True, True, True, True]
     assert pipeline.skipped() == {"empty caption": 2, "missing file": 1, "unreadable image": 1}
     for name in (one, two, three, four):
-        assert any(name in line for line in said), name
+        assert any(name in line for line in lines), name
     assert Pipeline(options(tmp_path), split="train", train=True, batch_size=2).skipped()["missing file"] == 1

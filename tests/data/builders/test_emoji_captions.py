@@ -17,7 +17,7 @@ BY_NAME = {item.name: item for item in ALL}
 ALIKE = [item for item in names.split_emoji(ALL, (), seed=0)["validation"] if item.base == "flag"][:2]
 
 
-def test_names_have_their_punctuation_again():
+def test_names_get_their_punctuation_back():
     assert {
         "woman firefighter: dark skin tone",
         "red apple",
@@ -48,12 +48,12 @@ def test_names_have_their_punctuation_again():
         ("red apple", ("", "", "")),
     ],
 )
-def test_names_come_apart(name, expected):
+def test_names_are_parsed(name, expected):
     item = BY_NAME[name]
     assert (item.role, item.gender, item.tone) == expected
 
 
-def test_captions_say_all_parts_and_begin_with_the_name():
+def test_captions_state_all_parts_and_begin_with_the_name():
     for item in ALL:
         captions = item.captions()
         assert captions[0] == item.name and len(set(captions)) == 4
@@ -75,7 +75,7 @@ def test_heldout_parts_are_seen_in_every_pair_but_never_together(seed):
         assert {(triple[first], triple[second]) for triple in heldout} <= seen
 
 
-def test_nobody_is_held_out_whose_mirror_image_is_not():
+def test_mirrored_emoji_are_held_out_together():
     heldout = {item.name for item in names.split_emoji(ALL, (), seed=0)["heldout"]}
     mirrored = [name for name in heldout if " facing right" in name]
     assert mirrored and all(name.replace(" facing right", "") in heldout for name in mirrored)
@@ -102,14 +102,14 @@ def test_a_missing_font_names_the_package(tmp_path, monkeypatch):
         tfds.builder("emoji_captions", data_dir=tmp_path)
 
 
-def test_an_unusable_font_is_refused(tmp_path):
+def test_an_unusable_font_is_rejected(tmp_path):
     (tmp_path / "font.ttf").write_bytes(b"not a font")
-    with pytest.raises(DataError, match="not a font with bitmaps"):
+    with pytest.raises(DataError, match="font.ttf"):
         drawing.EmojiFont(tmp_path / "font.ttf")
 
 
 class BlotFont:
-    """Knows no keycaps, draws the flags of ALIKE alike, and all else in colours of its own."""
+    """Knows no keycaps, draws the flags of ALIKE alike, and all other emoji in different colours."""
 
     def __init__(self, path):
         self._index = {item.sequence: index for index, item in enumerate(ALL)}
@@ -130,7 +130,7 @@ def blot_font(tmp_path, monkeypatch):
     return str(path)
 
 
-def test_builder_needs_no_tensorflow_and_counts_what_it_skips(tmp_path, monkeypatch, blot_font):
+def test_builder_needs_no_tensorflow_and_counts_skipped_emoji(tmp_path, monkeypatch, blot_font):
     roles, bases = ("judge", "surfing", "red hair"), ("flag", "keycap")
     some = [item for item in ALL if item.base in bases or item.role in roles]
     monkeypatch.setattr(names, "all_emoji", lambda: some)
@@ -149,14 +149,14 @@ def test_builder_needs_no_tensorflow_and_counts_what_it_skips(tmp_path, monkeypa
             assert parts == [item.role, item.gender, item.tone]
     assert "tensorflow" not in sys.modules
     assert len(found) == len(some) - 13
-    assert list(found.values()).count("heldout") == 9  # three roles of three genders, a tone of each
+    assert list(found.values()).count("heldout") == 9  # three roles of three genders, one tone each
     assert [found[item.name] for item in ALIKE] == ["train", "train"]
     drawn, shared = [item for item in some if item.base != "keycap"], [item.sequence for item in ALIKE]
     expected = names.split_emoji(drawn, shared, seed=0)
     assert found == {item.name: split for split, items in expected.items() for item in items}
 
 
-def test_other_options_lie_elsewhere_on_disk(tmp_path, blot_font):
+def test_other_options_have_other_paths_on_disk(tmp_path, blot_font):
     other = tmp_path / "other.ttf"
     other.write_bytes(b"other")
     options = ({}, {"image_size": 64}, {"seed": 1}, {"font": str(other)})
@@ -172,16 +172,16 @@ def noto():
         pytest.skip(str(error))
 
 
-def test_the_font_draws_whole_sequences_only(noto):
-    picture = noto.draw(BY_NAME["woman firefighter: dark skin tone"].sequence)
-    assert picture.size == (128, 128) and picture.mode == "RGB"
+def test_the_font_draws_complete_sequences_only(noto):
+    drawn = noto.draw(BY_NAME["woman firefighter: dark skin tone"].sequence)
+    assert drawn.size == (128, 128) and drawn.mode == "RGB"
     assert noto.draw("\U0001f469\U0001f692") is None  # a woman, then a fire engine
-    assert noto.draw("\U000eff80") is None  # nobody's character
+    assert noto.draw("\U000eff80") is None  # an unassigned character
     sample = ALL[::40]
     assert sum(noto.draw(item.sequence) is not None for item in sample) > 0.9 * len(sample)
 
 
-def test_drawings_fill_the_picture_on_white(noto):
+def test_drawings_fill_the_image_on_white(noto):
     image = drawing.shrink(noto.draw(BY_NAME["red apple"].sequence), 32)
     assert image.shape == (32, 32, 3) and image.dtype == np.uint8
     np.testing.assert_array_equal(image[[0, 0, -1, -1], [0, -1, 0, -1]], 255)
@@ -191,6 +191,6 @@ def test_drawings_fill_the_picture_on_white(noto):
 
 
 def test_tones_differ(noto):
-    pictures = [noto.draw(BY_NAME[f"waving hand: {tone} skin tone"].sequence) for tone in names.TONES]
-    brightness = [np.asarray(picture).mean() for picture in pictures]
+    drawings = [noto.draw(BY_NAME[f"waving hand: {tone} skin tone"].sequence) for tone in names.TONES]
+    brightness = [np.asarray(drawn).mean() for drawn in drawings]
     assert brightness == sorted(brightness, reverse=True)

@@ -1,4 +1,4 @@
-"""The embedded shapes: what is held out, what captions say, and the TFDS builder without TensorFlow."""
+"""The embedded shapes: held-out combinations, captions, and the TFDS builder without TensorFlow."""
 
 import dataclasses
 import itertools
@@ -55,15 +55,15 @@ def test_every_color_of_every_shape_is_seen_in_every_place():
         assert pairs == set(itertools.product(scenes.COLORS, scenes.SHAPES))
 
 
-def test_a_tenth_of_the_wholes_is_held_out():
+def test_a_tenth_of_the_combinations_is_held_out():
     pairs = list(itertools.product(scenes.COLORS, scenes.SHAPES))
     for relation in scenes.RELATIONS:
-        wholes = [Scene((Object(*a), Object(*b)), relation) for a, b in itertools.product(pairs, pairs)]
-        assert 0.08 < np.mean([scenes.is_held_out(scene) for scene in wholes]) < 0.12
+        combinations = [Scene((Object(*a), Object(*b)), relation) for a, b in itertools.product(pairs, pairs)]
+        assert 0.08 < np.mean([scenes.is_held_out(scene) for scene in combinations]) < 0.12
 
 
 def read_caption(caption):
-    """A parser of its own for what a caption states, in words."""
+    """Parses the scene that a caption states, independently of the code that wrote it."""
     words = re.sub(r"[^a-z ]", " ", caption).split()
     background = next((a for a, b in itertools.pairwise(words) if b == "background"), None)
     objects = []
@@ -87,9 +87,9 @@ def test_captions_state_exactly_the_stored_scene():
         captions.add(caption)
         all_stated.append(stated)
         assert read_caption(caption) == stated
-        for said, drawn in zip(stated.objects, shown.objects):
-            assert said in (drawn, dataclasses.replace(drawn, size=None))
-            assert said.size is not None or drawn.size == "large"
+        for written, drawn in zip(stated.objects, shown.objects):
+            assert written in (drawn, dataclasses.replace(drawn, size=None))
+            assert written.size is not None or drawn.size == "large"
         assert stated.relation == shown.relation and stated.background in (None, shown.background)
     assert len(captions) > 1000
     assert 0.3 < np.mean([scene.objects[0].size is None for scene in all_stated]) < 0.5
@@ -127,7 +127,7 @@ def test_coverage_is_antialiased_and_keeps_its_area(shape):
     np.testing.assert_allclose(mask.mean(), areas[shape] * 0.3**2, rtol=0.03)
 
 
-def test_large_objects_fill_their_part_of_the_picture():
+def test_large_objects_fill_their_part_of_the_image():
     for shown, _ in draw_scenes(200, False):
         if all(item.size == "large" for item in shown.objects):
             background = np.array(scenes.BACKGROUNDS[shown.background])
@@ -160,7 +160,7 @@ def test_builder_needs_no_tensorflow(tmp_path):
     assert "tensorflow" not in sys.modules
 
 
-def test_other_options_lie_elsewhere_on_disk(tmp_path):
+def test_other_options_have_other_paths_on_disk(tmp_path):
     other = {"image_size": 64, "num_train": 7, "num_validation": 7, "num_heldout": 7, "seed": 1}
     options = [{}, *({key: value} for key, value in other.items())]
     assert len({str(Builder(data_dir=tmp_path, **each).data_path) for each in options}) == 6

@@ -1,4 +1,4 @@
-"""Image–caption tar shards as img2dataset and WebDataset write them; damage is counted and named."""
+"""Image–caption tar shards, as img2dataset and WebDataset write them. Damage is counted and named."""
 
 import gzip
 import io
@@ -11,7 +11,7 @@ import pytest
 import tiny_copies
 from absl import logging
 
-from dalle_jax.data.builders.own_copy import ReadOnce
+from dalle_jax.data.builders.local_copy import ReadOnce
 from dalle_jax.data.builders.tar_shards import Builder
 from dalle_jax.data.builders.tar_shards.reading import DamagedShard, read_samples
 from dalle_jax.data.pipeline import Pipeline
@@ -37,7 +37,7 @@ def members(count, ending="jpg"):
 
 
 def read(content, **arguments):
-    """The samples of a shard, and what was wrong with it."""
+    """Returns the samples of a shard, and the message of its damage or None."""
     found = []
     try:
         for sample in read_samples(io.BytesIO(content), **arguments):
@@ -56,7 +56,7 @@ def tar(tmp_path, entries, mode="w"):
 
 @pytest.mark.parametrize("ending", ["jpg", "png", "webp"])
 @pytest.mark.parametrize("mode", ["w", "w:gz"])
-def test_a_whole_shard(tmp_path, ending, mode):
+def test_a_complete_shard(tmp_path, ending, mode):
     found, damage = read(tar(tmp_path, members(5, ending), mode))
     assert damage is None and [sample.key for sample in found] == [f"{number:09}" for number in range(5)]
     for number, sample in enumerate(found):
@@ -65,7 +65,7 @@ def test_a_whole_shard(tmp_path, ending, mode):
 
 
 def test_names(tmp_path):
-    """Keys go up to the first dot of the last part; other endings, folders and capitals."""
+    """Keys end at the first dot of the last part. Other endings are ignored; folders and capitals are accepted."""
     entries = [
         ("a.b/x.y.jpg", b"no"),
         ("a.b/x.JPG", b"1"),
@@ -98,27 +98,27 @@ def test_names(tmp_path):
     ],
 )
 def test_captions(tmp_path, parts, captions):
-    found, _ = read(tar(tmp_path, [("x.jpg", b"picture"), *((f"x.{end}", part) for end, part in parts.items())]))
+    found, _ = read(tar(tmp_path, [("x.jpg", b"image"), *((f"x.{end}", part) for end, part in parts.items())]))
     assert [sample.captions for sample in found] == [captions]
 
 
-def test_only_what_is_wanted_is_read(tmp_path):
+def test_only_selected_samples_are_read(tmp_path):
     found, _ = read(tar(tmp_path, members(9)), wanted=lambda number: number % 4 == 1)
     assert [int(sample.key) for sample in found] == [1, 5]
 
 
 def offsets(content):
-    """Where the data of each member begin, and how long they are."""
+    """Returns the offset and the size of each member's data."""
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         return {member.name: (member.offset_data, member.size) for member in archive}
 
 
-@pytest.mark.parametrize("within", ["picture", "text", "header", "end mark"])
+@pytest.mark.parametrize("within", ["image", "text", "header", "end mark"])
 def test_a_truncated_shard_gives_the_samples_before(tmp_path, within):
     whole = tar(tmp_path, members(5))
     places = offsets(whole)
     at, count = {
-        "picture": (places["000000003.jpg"][0] + 700, 3),
+        "image": (places["000000003.jpg"][0] + 700, 3),
         "text": (places["000000003.txt"][0] + 5, 3),
         "header": (places["000000003.jpg"][0] - 100, 3),
         "end mark": (places["000000004.json"][0] + 512, 5),
@@ -139,7 +139,7 @@ def test_garbage_in_the_middle_is_not_the_end(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"garbage" * 1000, b"\x1f\x8b\x08 no gzip"])
-def test_what_is_no_tar_at_all(content):
+def test_a_file_that_is_no_tar(content):
     found, damage = read(content)
     assert not found and "0 samples" in damage and "\n" not in damage
 
@@ -150,7 +150,7 @@ def test_a_truncated_compressed_shard(tmp_path):
     assert damage and 5 <= len(found) <= 12
 
 
-def test_memory_is_that_of_a_sample(tmp_path):
+def test_memory_holds_one_sample(tmp_path):
     shard = tiny_copies.write_tar(tmp_path / "big.tar", ((f"{i}.jpg", bytes([i]) * 500_000) for i in range(60)))
     tracemalloc.start()
     with shard.open("rb") as file:
@@ -178,7 +178,7 @@ def test_folders_are_splits(tmp_path):
     for split, count in (("train", 3), ("test", 2)):
         tiny_copies.tar_shards(tmp_path / "shards" / split, shards=1, samples=count)
     assert [len(open_source(options(tmp_path), split)) for split in ("train", "test")] == [3, 2]
-    with pytest.raises(DataError, match="no split 'validation'; it has test, train"):
+    with pytest.raises(DataError, match="validation"):
         open_source(options(tmp_path), "validation")
 
 
@@ -201,37 +201,37 @@ def test_other_shards_are_another_data_set(tmp_path):
 
 
 def test_errors(tmp_path):
-    with pytest.raises(ConfigError, match="'tar_shards' but data.path is not set: give the shards' folder"):
+    with pytest.raises(ConfigError, match="data.path"):
         DataOptions(source="tar_shards")
-    with pytest.raises(DataError, match="absent, which is not a folder"):
+    with pytest.raises(DataError, match="absent"):
         open_source(options(tmp_path, path="absent"), "train")
     (tmp_path / "shards").mkdir()
-    with pytest.raises(DataError, match=r"holds no shards .\.tar"):
+    with pytest.raises(DataError, match=".tgz"):
         open_source(options(tmp_path), "train")
     (tmp_path / "shards" / "0.tar").write_bytes(b"garbage" * 1000)
-    with pytest.raises(DataError, match=r"(?s)no example of the split 'train' is usable.*damaged shard: 0.tar"):
+    with pytest.raises(DataError, match="0.tar"):
         open_source(options(tmp_path), "train")
-    assert not list((tmp_path / "data").glob("tar_shards/*/1.0.0")), "what could not be made is not left behind"
+    assert not list((tmp_path / "data").glob("tar_shards/*/1.0.0")), "a failed preparation leaves no files"
 
 
 def test_damage_is_skipped_counted_and_named(tmp_path, monkeypatch):
-    said = []
-    monkeypatch.setattr(logging, "warning", lambda text, *values: said.append(text % values))
+    lines = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
     folder = tiny_copies.tar_shards(tmp_path / "shards", shards=1)
     (folder / "00001.tar").write_bytes(b"garbage" * 1000)
     whole = tiny_copies.write_tar(folder / "00002.tar", members(10)).read_bytes()
     (folder / "00002.tar").write_bytes(whole[: offsets(whole)["000000006.jpg"][0] + 900])
-    picture = tiny_copies.picture(1)
-    broken = [("first.jpg", picture), ("first.txt", b"fine"), ("cut.jpg", picture[:300]), ("cut.txt", b"fine")]
-    broken += [("empty.jpg", picture), ("empty.txt", b""), ("none.jpg", picture), ("alone.txt", b"no picture")]
-    broken += [("latin.jpg", picture), ("latin.txt", b"caf\xe9"), ("nothing.jpg", b""), ("nothing.txt", b"fine")]
+    image = tiny_copies.image(1)
+    broken = [("first.jpg", image), ("first.txt", b"fine"), ("cut.jpg", image[:300]), ("cut.txt", b"fine")]
+    broken += [("empty.jpg", image), ("empty.txt", b""), ("none.jpg", image), ("alone.txt", b"no image")]
+    broken += [("latin.jpg", image), ("latin.txt", b"caf\xe9"), ("nothing.jpg", b""), ("nothing.txt", b"fine")]
     tiny_copies.write_tar(folder / "00003.tar", broken)
 
     source = open_source(options(tmp_path), "train")
     assert len(source) == 9 + 5 + 5
     assert {found.reason: (found.count, found.names) for found in source.left_out} == {
         "damaged shard": (2, source.left_out[0].names),
-        "missing picture": (1, ("00003.tar/alone",)),
+        "missing image": (1, ("00003.tar/alone",)),
     }
     assert "00001.tar" in source.left_out[0].names[0] and "6 samples before" in source.left_out[0].names[1]
     model = TextModel.train(source.captions(), 100)
@@ -242,18 +242,18 @@ def test_damage_is_skipped_counted_and_named(tmp_path, monkeypatch):
     assert pipeline.skipped() == {
         "damaged shard": 2,
         "empty caption": 2,
-        "missing picture": 1,
+        "missing image": 1,
         "undecodable text": 1,
         "unreadable image": 2,
     }
     for name in ("00001.tar (", "00002.tar (", "alone", "empty", "none", "latin", "cut", "nothing"):
-        assert any(name in line for line in said), name
+        assert any(name in line for line in lines), name
     again = Pipeline(options(tmp_path), split="train", train=True, batch_size=2)
-    assert again.skipped()["damaged shard"] == 2, "also where the data set has been made before"
+    assert again.skipped()["damaged shard"] == 2, "the prepared data set remembers it"
 
 
-def test_pictures_are_let_go_when_written(tmp_path, monkeypatch):
-    """TFDS keeps the examples of a shard until it is written; the bytes of the pictures must not be among them."""
+def test_images_are_released_when_written(tmp_path, monkeypatch):
+    """TFDS keeps the examples of a shard until it is written, which must not include the bytes of the images."""
     tiny_copies.write_tar(tmp_path / "shards" / "0.tar", ((f"{i}.jpg", bytes([i]) * 500_000) for i in range(80)))
     kept = []
     original = ReadOnce.__init__
@@ -262,8 +262,8 @@ def test_pictures_are_let_go_when_written(tmp_path, monkeypatch):
     assert len(kept) == 80 and not any(each._content for each in kept)
 
 
-def test_without_captions_pictures_still_train_a_tokenizer(tmp_path):
-    entries = [(f"{i}.png", tiny_copies.picture(i, kind="PNG")) for i in range(5)]
+def test_images_without_captions_still_train_a_tokenizer(tmp_path):
+    entries = [(f"{i}.png", tiny_copies.image(i, kind="PNG")) for i in range(5)]
     tiny_copies.write_tar(tmp_path / "shards" / "0.tar", entries)
     pipeline = Pipeline(options(tmp_path), split="train", train=True, batch_size=4)
     with iter(pipeline) as batches:

@@ -1,4 +1,4 @@
-"""MS-COCO's pictures and captions, from a copy in the layout in which its archives unpack.
+"""MS-COCO's images and captions, from a local copy in the layout of its unpacked archives.
 
     DIR/annotations/captions_train2014.json    DIR/train2014/COCO_train2014_000000000009.jpg …
     DIR/annotations/captions_val2014.json      DIR/val2014/COCO_val2014_000000000042.jpg …
@@ -6,13 +6,12 @@
 train       train2014
 validation  val2014, of which DALL-E is evaluated on 30,000 captions
 
-Pictures come in the order of their ids, the (about five) captions of each in the order of theirs; training draws one of
-them each time, evaluation takes the first. Features have the names of TFDS's `coco_captions`.
+Images and their captions (about five each) come in the order of their ids. Training draws one caption each time,
+evaluation uses the first. Features have the names of TFDS's `coco_captions`.
 
-TFDS's own data set takes the archives themselves, with TensorFlow installed and without a network where all eight that
-it asks for lie in DIR (those of the test sets, which have no captions, are among them): `tfds build coco_captions
---manual_dir=DIR --file_format=array_record --data_dir=…`. Where that is done, it is read instead of this one
-(tfds_source.py).
+TFDS's own data set reads the archives themselves, with TensorFlow: `tfds build coco_captions --manual_dir=DIR
+--file_format=array_record --data_dir=…`. It needs no network if DIR holds all eight archives that it requests. These
+include the test sets, which have no captions. Once prepared, it is read instead of this one (data/sources/tfds.py).
 """
 
 from __future__ import annotations
@@ -28,20 +27,20 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from dalle_jax.data.builders.own_copy import Examples, OwnCopyBuilder, ReadOnce, in_parts, read_text
+from dalle_jax.data.builders.local_copy import Examples, LocalCopyBuilder, ReadOnce, in_parts, read_text
 from dalle_jax.errors import ConfigError, DataError
 
 _YEARS = (2014, 2017)
 _FOLDERS = {"train": "train", "validation": "val"}
-_PICTURES_PER_SHARD = 2048  # about 300 MB
+_IMAGES_PER_SHARD = 2048  # about 300 MB
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class CocoConfig(tfds.core.BuilderConfig):
-    """Which of COCO's divisions; the name tells them apart on disk.
+    """The choice of COCO's division. The name distinguishes divisions on disk.
 
     Attributes:
-      year: 2014 (the paper's) or 2017 (the same pictures, only 5,000 of them for validation).
+      year: 2014 (the paper's) or 2017 (the same images, only 5,000 of them for validation).
     """
 
     name: str = dataclasses.field(init=False)
@@ -53,7 +52,7 @@ class CocoConfig(tfds.core.BuilderConfig):
         self.name = str(self.year)
 
 
-class Builder(OwnCopyBuilder):
+class Builder(LocalCopyBuilder):
     """TFDS builder `coco_captions_local`; keyword arguments are those of `CocoConfig`.
 
     Features: `image` (JPEG), `image/filename`, `image/id`, `captions` (several `text` with their `id`).
@@ -77,26 +76,26 @@ class Builder(OwnCopyBuilder):
         )
 
     def shards(self, dl_manager):
-        root, year = self.own_copy(dl_manager), self.builder_config.year
+        root, year = self.local_copy(dl_manager), self.builder_config.year
         _check_layout(root, year)
         shards = {}
         for split, folder in _FOLDERS.items():
-            pictures = read_annotations(root / f"annotations/captions_{folder}{year}.json")
+            images = read_annotations(root / f"annotations/captions_{folder}{year}.json")
             shards[split] = [
                 functools.partial(self._examples, split, root / f"{folder}{year}", part)
-                for part in in_parts(pictures, _PICTURES_PER_SHARD)
+                for part in in_parts(images, _IMAGES_PER_SHARD)
             ]
         return shards
 
-    def _examples(self, split: str, folder: epath.Path, pictures: Sequence[dict[str, Any]]) -> Examples:
-        for picture in pictures:
-            name = picture["image/filename"]
+    def _examples(self, split: str, folder: epath.Path, images: Sequence[dict[str, Any]]) -> Examples:
+        for image in images:
+            name = image["image/filename"]
             try:
                 content = (folder / name).read_bytes()
             except OSError as error:
                 self.leave_out(split, "missing file", f"{folder.name}/{name} ({error})")
                 continue
-            yield name, {"image": ReadOnce(content), **picture}
+            yield name, {"image": ReadOnce(content), **image}
 
 
 def read_annotations(file: epath.Path) -> list[dict[str, Any]]:
@@ -106,10 +105,10 @@ def read_annotations(file: epath.Path) -> list[dict[str, Any]]:
       file: `captions_<split><year>.json`.
 
     Returns:
-      For each picture {"image/filename", "image/id", "captions": list of {"text", "id"}}, in the order of the ids.
+      For each image {"image/filename", "image/id", "captions": list of {"text", "id"}}, in the order of the ids.
 
     Raises:
-      DataError: where it is not such a file.
+      DataError: if it is not such a file.
     """
     captions = collections.defaultdict(list)
     try:
@@ -130,7 +129,7 @@ def read_annotations(file: epath.Path) -> list[dict[str, Any]]:
 
 
 def _check_layout(root: epath.Path, year: int) -> None:
-    """Says all that is missing at once, before an hour of writing."""
+    """Raises an error that names all missing files and folders, before an hour of writing."""
     expected = [f"annotations/captions_{folder}{year}.json" for folder in _FOLDERS.values()]
     expected += [f"{folder}{year}" for folder in _FOLDERS.values()]
     missing = [path for path in expected if not (root / path).exists()]

@@ -1,18 +1,19 @@
-"""Caltech-UCSD Birds 200-2011 with ten captions for each picture, from the user's own copy.
+"""Caltech-UCSD Birds 200-2011 with ten captions per image, from a local copy.
 
     DIR/CUB_200_2011/images.txt, classes.txt, image_class_labels.txt, bounding_boxes.txt, train_test_split.txt
     DIR/CUB_200_2011/images/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.jpg …
     DIR/text_c10/001.Black_footed_Albatross/Black_Footed_Albatross_0001_796111.txt …
 
-The first is the archive of the data set itself; the second, with a caption on each of ten lines, comes with "Learning
-Deep Representations of Fine-grained Visual Descriptions" (Reed et al., arXiv 1605.05395), whose archive unpacks as
-`cvpr2016_cub`: there, or inside `CUB_200_2011`, it is found too.
+`CUB_200_2011` is the archive of the data set itself. The captions, one on each of ten lines, come with "Learning Deep
+Representations of Fine-grained Visual Descriptions" (Reed et al., arXiv 1605.05395). Their archive unpacks as
+`cvpr2016_cub`; `text_c10` is also found there and inside `CUB_200_2011`.
 
-train, test   by `train_test_split.txt`: 5,994 and 5,794 pictures of the same 200 species; or, with division="classes",
-              by species, as in Reed et al. and most text-to-image work since: `trainvalclasses.txt` (150) and
-              `testclasses.txt` (50) beside `text_c10`, 8,855 and 2,933 pictures
+    division     train    test     split by
+    official     5,994    5,794    `train_test_split.txt`; both splits hold all 200 species
+    classes      8,855    2,933    species: `trainvalclasses.txt` (150) and `testclasses.txt` (50) next to `text_c10`
 
-Pictures come in the order of `images.txt`; training draws one of the captions each time, evaluation takes the first.
+Reed et al. and most later text-to-image work use the division by classes. Images come in the order of `images.txt`.
+Training draws one caption each time, evaluation uses the first.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ import numpy as np
 import tensorflow_datasets as tfds
 from etils import epath
 
-from dalle_jax.data.builders.own_copy import Examples, OwnCopyBuilder, ReadOnce, in_parts, read_text
+from dalle_jax.data.builders.local_copy import Examples, LocalCopyBuilder, ReadOnce, in_parts, read_text
 from dalle_jax.errors import ConfigError, DataError
 
 _TABLES = ("images.txt", "classes.txt", "image_class_labels.txt", "bounding_boxes.txt", "train_test_split.txt")
 _CLASS_LISTS = {"train": "trainvalclasses.txt", "test": "testclasses.txt"}
 _DIVISIONS = ("official", "classes")
-_PICTURES_PER_SHARD = 2048  # about 200 MB
+_IMAGES_PER_SHARD = 2048  # about 200 MB
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class CubConfig(tfds.core.BuilderConfig):
-    """How the pictures are divided; the name tells the divisions apart on disk.
+    """The division into splits. The name distinguishes divisions on disk.
 
     Attributes:
       division: "official" (`train_test_split.txt`) or "classes" (species that training never sees).
@@ -56,8 +57,8 @@ class Bird:
     """One row of the tables.
 
     Attributes:
-      file: below `images/`; its folder is the species.
-      species: the class's name, "001.Black_footed_Albatross".
+      file: path below `images/`; its folder is the species.
+      species: name of the class, "001.Black_footed_Albatross".
       box: x, y, width and height of the bird, in pixels.
       split: "train" or "test".
     """
@@ -68,7 +69,7 @@ class Bird:
     split: str
 
 
-class Builder(OwnCopyBuilder):
+class Builder(LocalCopyBuilder):
     """TFDS builder `cub_captions`; keyword arguments are those of `CubConfig`.
 
     Features: `image` (JPEG), `caption` (several), `file`, `species`, `bounding_box` (float32 [4]: x, y, width and
@@ -95,7 +96,7 @@ class Builder(OwnCopyBuilder):
         )
 
     def shards(self, dl_manager):
-        root = self.own_copy(dl_manager)
+        root = self.local_copy(dl_manager)
         tables, texts = _find(root, ("CUB_200_2011", ""), _TABLES), _find_captions(root)
         birds = read_birds(tables)
         if self.builder_config.division == "classes":
@@ -103,7 +104,7 @@ class Builder(OwnCopyBuilder):
         return {
             split: [
                 functools.partial(self._examples, split, tables / "images", texts, part)
-                for part in in_parts([bird for bird in birds if bird.split == split], _PICTURES_PER_SHARD)
+                for part in in_parts([bird for bird in birds if bird.split == split], _IMAGES_PER_SHARD)
             ]
             for split in ("train", "test")
         }
@@ -118,7 +119,7 @@ class Builder(OwnCopyBuilder):
             try:
                 lines = (texts / bird.file).with_suffix(".txt").read_bytes().splitlines()
             except OSError:
-                lines = []  # the picture is whole: it serves the image tokenizer, and the pipeline counts the rest
+                lines = []  # the tokenizer can still use the image; the pipeline counts the missing caption
             yield (
                 bird.file,
                 {
@@ -138,10 +139,10 @@ def read_birds(folder: epath.Path) -> list[Bird]:
       folder: `CUB_200_2011`.
 
     Returns:
-      The pictures in the order of `images.txt`, divided as the data set's authors did.
+      The rows in the order of `images.txt`, with the official division.
 
     Raises:
-      DataError: where a table is missing, or a row is not what it should be.
+      DataError: if a table is missing or has a malformed row.
     """
     files, classes, labels, boxes, divided = (_table(folder / name) for name in _TABLES)
     try:
@@ -156,13 +157,13 @@ def read_birds(folder: epath.Path) -> list[Bird]:
         ]
     except (KeyError, ValueError) as error:
         raise DataError(
-            f"The tables in {folder} ({', '.join(_TABLES)}) do not fit each other: {type(error).__name__} {error}. "
+            f"The tables in {folder} ({', '.join(_TABLES)}) do not match: {type(error).__name__} {error}. "
             "Unpack the archive again."
         ) from error
 
 
 def _table(file: epath.Path) -> dict[str, str]:
-    """The rows "number value" of one of the tables."""
+    """Reads a table with rows "number value" and returns the values by number."""
     rows = [line.split(maxsplit=1) for line in read_text(file).splitlines() if line.strip()]
     if bad := [row for row in rows if len(row) != 2]:
         raise DataError(f"{file}: expected rows of a number and a value, found {' '.join(bad[0])!r}.")
@@ -170,26 +171,26 @@ def _table(file: epath.Path) -> dict[str, str]:
 
 
 def _divide_by_class(birds: Sequence[Bird], folder: epath.Path) -> list[Bird]:
-    """The pictures with the split that the lists of classes in `folder` put their species in."""
+    """Returns the rows with the split to which the class lists in `folder` assign their species."""
     splits: Mapping[str, str] = {
         species: split for split, name in _CLASS_LISTS.items() for species in read_text(folder / name).split()
     }
     if missing := sorted({bird.species for bird in birds} - set(splits)):
         raise DataError(
             f"{' and '.join(_CLASS_LISTS.values())} in {folder} do not name the species {missing[0]!r} (and "
-            f"{len(missing) - 1} more): give the lists that came with the captions, or set division='official'."
+            f"{len(missing) - 1} more): use the lists that came with the captions, or set division='official'."
         )
     return [dataclasses.replace(bird, split=splits[bird.species]) for bird in birds]
 
 
 def _find(root: epath.Path, folders: Sequence[str], names: Sequence[str]) -> epath.Path:
-    """The first of the folders below `root` that holds any of the names; it must hold them all."""
+    """Returns the first of the folders below `root` that holds any of the names, and checks that it holds all."""
     places = [root / folder if folder else root for folder in folders]
     for place in places:
         found = [name for name in names if (place / name).exists()]
         if found and len(found) < len(names):
             missing = [name for name in names if name not in found]
-            raise DataError(f"{place} is not a whole copy: {', '.join(missing)} not found. Unpack the archive again.")
+            raise DataError(f"{place} is incomplete: {', '.join(missing)} not found. Unpack the archive again.")
         if found:
             return place
     raise DataError(
@@ -205,5 +206,5 @@ def _find_captions(root: epath.Path) -> epath.Path:
             return place
     raise DataError(
         f"No captions for CUB-200-2011: looked for {', '.join(map(str, places))}. Unpack those of Reed et al. (2016; "
-        "cvpr2016_cub.tar.gz, github.com/reedscot/cvpr2016) there: a folder for each species, with <picture>.txt in it."
+        "cvpr2016_cub.tar.gz, github.com/reedscot/cvpr2016) there: a folder for each species, with <image>.txt in it."
     )

@@ -1,9 +1,9 @@
 """Draws emoji with a colour bitmap font.
 
-The font's own scale and position are kept (a small blue diamond stays smaller than a large one); transparent
-parts become white.
+The font's scale and position are kept, so a small blue diamond stays smaller than a large one. Transparent parts become
+white.
 
-    H, W picture size
+    H, W image size
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ PACKAGE = "fonts-noto-color-emoji"
 _FILE = "NotoColorEmoji.ttf"
 _FOLDERS = ("/usr/share/fonts", "/usr/local/share/fonts", "~/.local/share/fonts", "~/.fonts")
 _BITMAP_SIZE = 109  # the one size at which the font holds bitmaps
-_SIDE = 128  # pixels of such a bitmap that are drawn on, at most
+_SIDE = 128  # pixels: the largest extent of such a bitmap
 
 
 def find_font(path: str | None = None) -> pathlib.Path:
     """Finds the font.
 
     Args:
-      path: of the font's file; None looks where systems install it.
+      path: path of the font's file; None searches the usual folders.
 
     Returns:
-      Its path.
+      The path of the font's file.
 
     Raises:
-      DataError: where there is none.
+      DataError: if there is no such file.
     """
     if path is not None:
         found = [pathlib.Path(path).expanduser()]
@@ -46,19 +46,19 @@ def find_font(path: str | None = None) -> pathlib.Path:
         where = str(path) if path is not None else f"{_FILE} under {', '.join(_FOLDERS)}"
         raise DataError(
             f"There is no emoji font at {where}. Install one (on Debian and Ubuntu: apt install {PACKAGE}) "
-            "or give the path of its file as font."
+            "or set font to the path of its file."
         )
     return found[0]
 
 
 class EmojiFont:
-    """A colour bitmap font that is drawn one emoji at a time.
+    """A colour bitmap font that draws one emoji at a time.
 
     Args:
-      path: of the font's file.
+      path: path of the font's file.
 
     Raises:
-      DataError: where Pillow cannot compose emoji or cannot use the font.
+      DataError: if Pillow cannot compose emoji or cannot use the font.
     """
 
     def __init__(self, path: pathlib.Path):
@@ -83,27 +83,27 @@ class EmojiFont:
           sequence: its characters.
 
         Returns:
-          RGB picture of 128 × 128, or None where the font has no single drawing for the sequence.
+          RGB image of 128 × 128, or None if the font has no single drawing for the sequence.
         """
-        if self._font.getlength(sequence) != self._advance:  # more glyphs: a woman, then a fire engine
+        if self._font.getlength(sequence) != self._advance:  # several glyphs: a woman, then a fire engine
             return None
         left, top, right, bottom = self._font.getbbox(sequence)
         canvas = PIL.Image.new("RGBA", (_SIDE, _SIDE))
         corner = ((_SIDE - left - right) // 2, (_SIDE - top - bottom) // 2)
         PIL.ImageDraw.Draw(canvas).text(corner, sequence, font=self._font, embedded_color=True)
-        if canvas.getchannel("A").getbbox() is None:  # the empty glyph that stands for unknown characters
+        if canvas.getchannel("A").getbbox() is None:  # the empty glyph of unknown characters
             return None
         return PIL.Image.alpha_composite(PIL.Image.new("RGBA", canvas.size, "white"), canvas).convert("RGB")
 
 
-def shrink(picture: PIL.Image.Image, image_size: int) -> np.ndarray:
-    """Averages a drawing down to the asked size.
+def shrink(drawing: PIL.Image.Image, image_size: int) -> np.ndarray:
+    """Averages a drawing down to the requested size.
 
     Args:
-      picture: RGB.
+      drawing: RGB.
       image_size: H and W.
 
     Returns:
       uint8 [H, W, 3].
     """
-    return np.asarray(picture.resize((image_size, image_size), PIL.Image.Resampling.BOX))
+    return np.asarray(drawing.resize((image_size, image_size), PIL.Image.Resampling.BOX))

@@ -1,7 +1,7 @@
-"""Real pictures on any machine: the colour emoji of an installed font, captioned with their Unicode names.
+"""Drawn images on any machine: the colour emoji of an installed font, with their Unicode names as captions.
 
-train       everything else
-validation  a random tenth: emoji that training never sees at all
+train       all other emoji
+validation  a random tenth: emoji that training never sees
 heldout     combinations of role, gender and skin tone that training never sees (see names.py)
 """
 
@@ -18,17 +18,18 @@ import PIL.Image
 import tensorflow_datasets as tfds
 from absl import logging
 
+from dalle_jax.data.builders.configured import ConfiguredBuilder
 from dalle_jax.data.builders.emoji_captions import drawing, names
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class EmojiConfig(tfds.core.BuilderConfig):
-    """What the pictures on disk depend on; the name tells configurations apart there.
+    """Everything that the images on disk depend on. The name distinguishes configurations there.
 
     Attributes:
       image_size: height and width in pixels.
-      font: path of the font's file; None looks where systems install NotoColorEmoji.ttf.
-      seed: of the splits.
+      font: path of the font's file; None searches for NotoColorEmoji.ttf in the usual folders.
+      seed: seed of the splits.
     """
 
     name: str = dataclasses.field(init=False)
@@ -43,30 +44,15 @@ class EmojiConfig(tfds.core.BuilderConfig):
         self.name = f"{self.image_size}px_font{checksum:08x}_seed{self.seed}"
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+class Builder(ConfiguredBuilder, tfds.core.GeneratorBasedBuilder):
     """TFDS builder `emoji_captions`; keyword arguments are those of `EmojiConfig`.
 
-    Features: `image` (PNG), `caption` (several, the name first), `name`, `sequence` (the emoji itself),
-    `role`, `gender` and `tone` (empty where the emoji has none).  `info.metadata` counts what the font cannot
-    draw.
+    Features: `image` (PNG), `caption` (several, the name first), `name`, `sequence` (the emoji itself), `role`,
+    `gender` and `tone` (empty if the emoji has none). `info.metadata` counts the emoji that the font cannot draw.
     """
 
     VERSION = tfds.core.Version("1.0.0")
-
-    def __init__(
-        self,
-        *,
-        config: EmojiConfig | None = None,
-        file_format: str = "array_record",
-        data_dir=None,
-        version=None,
-        **options: Any,
-    ):
-        config = config or EmojiConfig(**options)
-        super().__init__(config=config, file_format=file_format, data_dir=data_dir, version=version)
-
-    def _create_builder_config(self, builder_config, version):
-        return builder_config  # TFDS would warn, at every opening, of all not listed in advance
+    CONFIG = EmojiConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.image_size
@@ -87,34 +73,34 @@ class Builder(tfds.core.GeneratorBasedBuilder):
     def _split_generators(self, dl_manager) -> dict[str, Any]:
         options = self.builder_config
         font = drawing.EmojiFont(drawing.find_font(options.font))
-        pictures, same = {}, collections.defaultdict(list)
+        images, same = {}, collections.defaultdict(list)
         candidates = names.all_emoji()
         for item in candidates:
-            picture = font.draw(item.sequence)
-            if picture is not None:
-                same[hashlib.sha1(picture.tobytes()).digest()].append(item.sequence)
-                pictures[item.sequence] = _png(picture, options.image_size)
-        skipped = [item.name for item in candidates if item.sequence not in pictures]
-        logging.info("%d emoji drawn, %d unknown to %s", len(pictures), len(skipped), options.font)
-        self.info.metadata.update(drawn=len(pictures), skipped=len(skipped))
+            drawn = font.draw(item.sequence)
+            if drawn is not None:
+                same[hashlib.sha1(drawn.tobytes()).digest()].append(item.sequence)
+                images[item.sequence] = _png(drawn, options.image_size)
+        skipped = [item.name for item in candidates if item.sequence not in images]
+        logging.info("%d emoji drawn, %d unknown to %s", len(images), len(skipped), options.font)
+        self.info.metadata.update(drawn=len(images), skipped=len(skipped))
         shared = [sequence for sequences in same.values() if len(sequences) > 1 for sequence in sequences]
-        drawn = [item for item in candidates if item.sequence in pictures]
-        splits = names.split_emoji(drawn, shared, options.seed)
-        return {split: self._generate_examples(items, pictures) for split, items in splits.items()}
+        known = [item for item in candidates if item.sequence in images]
+        splits = names.split_emoji(known, shared, options.seed)
+        return {split: self._generate_examples(items, images) for split, items in splits.items()}
 
-    def _generate_examples(self, items: list[names.Emoji], pictures: dict[str, bytes]):
+    def _generate_examples(self, items: list[names.Emoji], images: dict[str, bytes]):
         for item in items:
             yield (
                 item.sequence,
                 {
-                    "image": io.BytesIO(pictures[item.sequence]),  # an array would make TFDS import TensorFlow
+                    "image": io.BytesIO(images[item.sequence]),  # TFDS would import TensorFlow for an array
                     "caption": list(item.captions()),
                     **{key: getattr(item, key) for key in ("name", "sequence", "role", "gender", "tone")},
                 },
             )
 
 
-def _png(picture: PIL.Image.Image, image_size: int) -> bytes:
+def _png(drawn: PIL.Image.Image, image_size: int) -> bytes:
     file = io.BytesIO()
-    PIL.Image.fromarray(drawing.shrink(picture, image_size)).save(file, format="png")
+    PIL.Image.fromarray(drawing.shrink(drawn, image_size)).save(file, format="png")
     return file.getvalue()

@@ -1,13 +1,12 @@
-"""The names of emoji: taken apart, said in a few phrasings, and dealt to splits.
+"""The names of emoji: parses them, phrases captions and assigns emoji to splits.
 
-The names are the CLDR short names that Unicode's emoji charts print ("woman firefighter: dark skin tone"), as
-the `emoji` package carries them (":woman_firefighter_dark_skin_tone:"), which drops their punctuation; it is
-put back here.
+The names are the CLDR short names that Unicode's emoji charts print ("woman firefighter: dark skin tone"). The `emoji`
+package holds them without punctuation (":woman_firefighter_dark_skin_tone:"), so this module restores it.
 
-Held out are whole combinations of role, gender and skin tone: for every role that is drawn for several
-genders and in every tone, each gender loses one tone, a different one per gender.  So the split "heldout"
-asks for a woman firefighter with dark skin of a model that has seen women firefighters, firefighters with
-dark skin and women with dark skin, but never the three at once.
+Combinations of role, gender and skin tone are held out. For every role that is drawn for several genders and in every
+tone, each gender loses one tone, a different one per gender. The split "heldout" thus asks for a woman firefighter with
+dark skin. The model has seen women firefighters, firefighters with dark skin and women with dark skin, but never all
+three at once.
 """
 
 from __future__ import annotations
@@ -41,11 +40,10 @@ class Emoji:
 
     Attributes:
       sequence: its characters, fully qualified.
-      base: what is drawn, without what follows the colon: "woman firefighter", "flag", "red apple".
-      parts: what follows the colon: ("dark skin tone",), ("man", "woman", "boy"), ("brazil",).
-      role: what a person is or does, without the gender: "firefighter"; "" where nobody of one gender is
-        drawn.
-      gender: "man", "woman" or "person"; "" where role is "".
+      base: the name before the colon: "woman firefighter", "flag", "red apple".
+      parts: the parts of the name after the colon: ("dark skin tone",), ("man", "woman", "boy"), ("brazil",).
+      role: a person's occupation or activity, without the gender: "firefighter"; "" for other emoji.
+      gender: "man", "woman" or "person"; "" if role is "".
       tone: one of TONES, "several", or "".
     """
 
@@ -58,11 +56,11 @@ class Emoji:
 
     @property
     def name(self) -> str:
-        """The CLDR short name, lower-case."""
+        """The CLDR short name in lower case."""
         return self.base + (": " + ", ".join(self.parts) if self.parts else "")
 
     def captions(self) -> tuple[str, ...]:
-        """The name and a few other phrasings of its parts, the name first."""
+        """Returns the name, followed by other phrasings of its parts."""
         base = self.base
         if not self.parts:
             return (base, f"emoji of {base}", f"{base} emoji", f"a picture of {base}")
@@ -74,13 +72,13 @@ class Emoji:
 
 
 def all_emoji() -> list[Emoji]:
-    """Every fully qualified emoji that Unicode recommends, in the order of their characters."""
+    """Returns every fully qualified emoji that Unicode recommends, in the order of their characters."""
     status = emoji.STATUS["fully_qualified"]
     found = [parse(key, data["en"]) for key, data in emoji.EMOJI_DATA.items() if data["status"] == status]
     genders = collections.defaultdict(set)
     for item in found:
         genders[item.role].add(item.gender)
-    # "firefighter" is the person beside "man firefighter" and "woman firefighter"
+    # "firefighter" is the person that belongs to "man firefighter" and "woman firefighter".
     found = [
         dataclasses.replace(item, role=item.base, gender="person")
         if not item.role and genders.get(item.base, set()) & {"man", "woman"}
@@ -91,14 +89,14 @@ def all_emoji() -> list[Emoji]:
 
 
 def parse(sequence: str, short_name: str) -> Emoji:
-    """Takes a name of the `emoji` package apart.
+    """Parses a name of the `emoji` package.
 
     Args:
       sequence: the characters.
-      short_name: such as ":woman_firefighter_dark_skin_tone:".
+      short_name: a name such as ":woman_firefighter_dark_skin_tone:".
 
     Returns:
-      The emoji; role and gender are set where the name begins with a gender.
+      The emoji; role and gender are set if the name begins with a gender.
     """
     name = short_name.strip(":")
     if _FLAG.match(sequence):
@@ -125,16 +123,16 @@ def _plain(name: str) -> str:
 
 
 def split_emoji(items: Iterable[Emoji], shared: Iterable[str], seed: int) -> dict[str, list[Emoji]]:
-    """Deals emoji to the splits.
+    """Assigns emoji to the splits.
 
     Args:
-      items: all that can be drawn.
-      shared: sequences whose drawing is that of another one too (some flags); they stay in training.
-      seed: of the choice.
+      items: all emoji that can be drawn.
+      shared: sequences that share their drawing with another sequence (some flags); they stay in training.
+      seed: seed of the choice.
 
     Returns:
-      "heldout": combinations of role, gender and tone that training never sees;
-      "validation": a random tenth of the rest, less what training needs to see a held-out role in its tone;
+      "heldout": combinations of role, gender and tone that training never sees.
+      "validation": a random tenth of the rest, without those that training needs to see a held-out role in its tone.
       "train": all others.
     """
     items, shared = list(items), set(shared)
@@ -163,10 +161,10 @@ def split_emoji(items: Iterable[Emoji], shared: Iterable[str], seed: int) -> dic
 
 
 def _held_out_tone(item: Emoji, tones: dict[str, set[str]], seed: int) -> str | None:
-    """The tone that training never sees with this role and gender; None where there is no such tone."""
+    """Returns the tone that training never sees with this role and gender, or None."""
     complete = [gender for gender in sorted(tones) if tones[gender] >= set(TONES)]
     if not item.role or len(complete) < 2 or item.gender not in complete:
         return None
-    # Somebody facing right is somebody facing left mirrored: both lose the same tone.
+    # An emoji that faces right is a mirrored one that faces left, so both lose the same tone.
     first = zlib.crc32(f"{seed} {item.role.removesuffix(' facing right')}".encode())
     return TONES[(first + 2 * complete.index(item.gender)) % len(TONES)]

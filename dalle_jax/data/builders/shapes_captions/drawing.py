@@ -1,10 +1,10 @@
 """Draws scenes: flat colours, edges antialiased by supersampling.
 
-Lengths are fractions of the picture's side, so a scene looks the same at every size.  A large object fills
-nearly the whole picture, or nearly its half of the picture where there are two, because pictures that are
-mostly background teach a small dVAE a handful of codes.
+Lengths are fractions of the image's side, so a scene looks the same at every size. A large object nearly fills the
+image, or its half of the image if there are two objects. Images that are mostly background would teach a small dVAE
+only a handful of codes.
 
-    H, W picture size
+    H, W image size
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _SAMPLES = 5  # per pixel and axis
 
 
 def draw(shown: Scene, image_size: int) -> np.ndarray:
-    """Draws a scene. Every object is in the middle of its half of the picture, or of the whole.
+    """Draws a scene, with each object in the middle of the image or of its half of the image.
 
-    Shifts by fractions of a small tokenizer's patches would be noise that a small prior spends its training on.
+    Objects are not shifted at random, because a small prior would spend its training on shifts by fractions of a patch.
 
     Args:
       shown: a scene with every attribute set.
@@ -35,7 +35,7 @@ def draw(shown: Scene, image_size: int) -> np.ndarray:
     Returns:
       uint8 [H, W, 3].
     """
-    image = np.empty((3, image_size, image_size), np.float32)  # planes: numpy is slow along an axis of three
+    image = np.empty((3, image_size, image_size), np.float32)  # channels first: numpy is slow along a last axis of 3
     image[:] = np.float32(BACKGROUNDS[shown.background]).reshape(3, 1, 1)
     for item, (x, y) in zip(shown.objects, CENTERS[shown.relation]):
         extent = EXTENTS[len(shown.objects)][item.size]
@@ -45,18 +45,18 @@ def draw(shown: Scene, image_size: int) -> np.ndarray:
     return np.rint(image).astype(np.uint8).transpose(1, 2, 0)
 
 
-@functools.lru_cache(maxsize=1024)  # scenes share a few dozen
+@functools.lru_cache(maxsize=1024)  # all scenes share a few dozen masks
 def coverage(shape: str, x: float, y: float, extent: float, image_size: int) -> np.ndarray:
-    """How much of each pixel a shape covers.
+    """Returns the share of each pixel that a shape covers.
 
     Args:
       shape: one of SHAPES.
-      x, y: its centre, as fractions of the picture's side.
-      extent: half of its width.
+      x, y: its centre, as fractions of the image's side.
+      extent: half of its width, in the same unit.
       image_size: H and W.
 
     Returns:
-      float32 [H, W] in [0, 1], not to be written to.
+      float32 [H, W] in [0, 1], read-only.
     """
     mask = np.zeros((image_size, image_size), np.float32)
     left, top = (max(math.floor((at - extent) * image_size), 0) for at in (x, y))
@@ -73,7 +73,7 @@ def coverage(shape: str, x: float, y: float, extent: float, image_size: int) -> 
 
 
 def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """Whether points are inside a shape; u to the right and v downwards, both in [-1, 1] across the shape."""
+    """Returns whether points lie inside a shape; u to the right, v downwards, both in [-1, 1] across the shape."""
     match shape:
         case "circle":
             return u * u + v * v <= 1.0

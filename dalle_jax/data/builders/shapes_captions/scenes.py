@@ -1,11 +1,12 @@
-"""Scenes of coloured shapes: what a caption says, how it says it, and which combinations training never sees.
+"""Scenes of coloured shapes: their content, their captions, and the combinations that training never sees.
 
-This is the data set's own idea of the zero-shot test of the DALL-E paper (Ramesh et al. 2021, section 3):
-captions whose parts were all seen, in combinations that were not.  Held out is a tenth of the whole combinations
-(colour, shape, relation, colour, shape), chosen by a checksum of the combination: `is_held_out`.  Sizes,
-backgrounds and phrasings are never part of the choice, and every colour of every shape still occurs in training
-alone, above, below, left and right: an image token is one symbol for a patch, so a prior cannot make a patch that
-no training picture holds, and to ask for one would test the tokens, not the composition.
+This is the data set's version of the zero-shot test of the DALL-E paper (Ramesh et al. 2021, section 3): every part of
+a caption was seen, but not the combination. A tenth of the combinations (colour, shape, relation, colour, shape) is
+held out, chosen by a checksum of the combination: `is_held_out`. Sizes, backgrounds and phrasings have no influence.
+
+Every colour of every shape still occurs in training alone, above, below, left and right. An image token is one symbol
+for a patch, so a prior cannot draw a patch that no training image holds. Such a caption would test the tokens, not the
+composition.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _INVERSE = {"above": "below", "left of": "right of"}
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """One object.  None means: not stated by the caption, or not to be read from the picture.
+    """One object. None means that the caption does not state it, or that it cannot be read from the image.
 
     Attributes:
       color: one of COLORS.
@@ -49,12 +50,12 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What a caption states, or what a picture shows.
+    """The content that a caption states or an image shows.
 
     Attributes:
       objects: one object, or two in reading order (the upper or the left one first).
-      relation: one of RELATIONS where there are two objects, else None.
-      background: one of BACKGROUNDS, or None where the caption leaves it open.
+      relation: one of RELATIONS for two objects, else None.
+      background: one of BACKGROUNDS, or None if the caption leaves it open.
     """
 
     objects: tuple[Object, ...]
@@ -62,19 +63,19 @@ class Scene:
     background: str | None = None
 
     def to_json(self) -> str:
-        """The scene as one line of JSON."""
+        """Returns the scene as one line of JSON."""
         return json.dumps(dataclasses.asdict(self), sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Scene:
-        """Reads what `to_json` wrote."""
+        """Reads the JSON of `to_json`."""
         fields = json.loads(text)
         objects = tuple(Object(**item) for item in fields["objects"])
         return cls(objects, fields["relation"], fields["background"])
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether training leaves out this scene's combination of colours, shapes and relation."""
+    """Returns whether training leaves out this scene's combination of colours, shapes and relation."""
     return _is_held_out([(item.color, item.shape) for item in scene.objects], scene.relation)
 
 
@@ -86,17 +87,17 @@ def _is_held_out(pairs: list[tuple[str, str]], relation: str | None) -> bool:
 
 
 def draw_scene(rng: np.random.Generator, *, held_out: bool) -> tuple[Scene, Scene]:
-    """Draws a scene and what its caption is to state of it.
+    """Draws a random scene, and the part of it that its caption will state.
 
     Args:
-      rng: where the choices come from.
-      held_out: draw a held-out combination (of two objects); otherwise one of the training split, a fifth of
-        them of one object.
+      rng: the source of randomness.
+      held_out: whether to draw a held-out combination (always of two objects). Otherwise the combination belongs to the
+        training split, and a fifth of the scenes have one object.
 
     Returns:
       shown: the scene with every attribute set.
-      stated: the same with None for what the caption leaves open: all sizes (of objects drawn large) in two
-        fifths of the captions, the background in one fifth.
+      stated: the same scene with None for everything that the caption leaves open. Two fifths of the captions leave the
+        sizes open (objects are then large), one fifth the background.
     """
     pairs, relation = _draw_pairs(rng, held_out)
     background = str(rng.choice(list(BACKGROUNDS)))
@@ -132,14 +133,14 @@ _TWO_OPEN = ("{a} {rel} {b}", "{a} is {rel} {b}", "a picture of {a} {rel} {b}")
 
 
 def write_caption(rng: np.random.Generator, stated: Scene) -> str:
-    """Says a scene in one of several phrasings, a quarter of the relations from the second object's side.
+    """Writes a caption in a random phrasing; a quarter of the relations start from the second object.
 
     Args:
-      rng: where the phrasing comes from.
-      stated: what to say; what is None is left out.
+      rng: the source of randomness.
+      stated: the scene to state; attributes that are None are left out.
 
     Returns:
-      The caption, lower-case.
+      The caption, in lower case.
     """
     objects, relation = list(stated.objects), stated.relation
     if relation is not None and rng.random() < 0.25:

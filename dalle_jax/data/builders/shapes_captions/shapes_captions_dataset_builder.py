@@ -1,11 +1,11 @@
-"""The embedded data set: pictures of coloured shapes with captions, made on the spot by numpy.
+"""The embedded data set: images of coloured shapes with captions, drawn by numpy.
 
     train       seen combinations
-    validation  seen combinations, unseen pictures
+    validation  seen combinations, unseen images
     heldout     combinations that training never sees (see scenes.py)
 
-Example i of a split is a pure function of (seed, split, i, image_size), so a longer training split begins
-with the shorter one.
+Example i of a split is a pure function of (seed, split, i, image_size). A longer training split therefore begins with
+the shorter one.
 """
 
 from __future__ import annotations
@@ -20,17 +20,18 @@ import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 
+from dalle_jax.data.builders.configured import ConfiguredBuilder
 from dalle_jax.data.builders.shapes_captions import drawing, scenes
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class ShapesConfig(tfds.core.BuilderConfig):
-    """What the pictures on disk depend on; the name tells configurations apart there.
+    """Everything that the images on disk depend on. The name distinguishes configurations there.
 
     Attributes:
       image_size: height and width in pixels.
       num_train, num_validation, num_heldout: examples per split.
-      seed: of all choices.
+      seed: seed of all choices.
     """
 
     name: str = dataclasses.field(init=False)
@@ -45,28 +46,14 @@ class ShapesConfig(tfds.core.BuilderConfig):
         self.name = f"{self.image_size}px_{sizes}_seed{self.seed}"
 
 
-class Builder(tfds.core.GeneratorBasedBuilder):
+class Builder(ConfiguredBuilder, tfds.core.GeneratorBasedBuilder):
     """TFDS builder `shapes_captions`; keyword arguments are those of `ShapesConfig`.
 
     Features: `image` (PNG), `caption`, `scene` (what the caption states, as `Scene.to_json`).
     """
 
     VERSION = tfds.core.Version("2.0.0")
-
-    def __init__(
-        self,
-        *,
-        config: ShapesConfig | None = None,
-        file_format: str = "array_record",
-        data_dir=None,
-        version=None,
-        **options: Any,
-    ):
-        config = config or ShapesConfig(**options)
-        super().__init__(config=config, file_format=file_format, data_dir=data_dir, version=version)
-
-    def _create_builder_config(self, builder_config, version):
-        return builder_config  # TFDS would warn, at every opening, of all not listed in advance
+    CONFIG = ShapesConfig
 
     def _info(self) -> tfds.core.DatasetInfo:
         size = self.builder_config.image_size
@@ -96,19 +83,19 @@ class Builder(tfds.core.GeneratorBasedBuilder):
         options = self.builder_config
         for index in range(count):
             image, caption, stated = make_example(options.seed, split, index, options.image_size)
-            png = io.BytesIO()  # an array would make TFDS import TensorFlow to encode it
+            png = io.BytesIO()  # TFDS would import TensorFlow to encode an array
             PIL.Image.fromarray(image).save(png, format="png", compress_level=1)
             png.seek(0)
             yield index, {"image": png, "caption": caption, "scene": stated.to_json()}
 
 
 def make_example(seed: int, split: str, index: int, image_size: int) -> tuple[np.ndarray, str, scenes.Scene]:
-    """Makes one example.
+    """Creates one example.
 
     Args:
-      seed: of the data set.
+      seed: seed of the data set.
       split: "heldout", or any other name for seen combinations.
-      index: of the example in its split.
+      index: number of the example in its split.
       image_size: H and W.
 
     Returns:

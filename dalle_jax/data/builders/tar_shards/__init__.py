@@ -1,4 +1,4 @@
-"""`tar_shards`: a TFDS data set of a user's own image–caption tar shards.  Importing this registers it."""
+"""`tar_shards`: a TFDS data set of a user's image–caption tar shards. Importing this package registers it."""
 
 from dalle_jax.data.builders.tar_shards.tar_shards_dataset_builder import Builder, TarShardsConfig
 

@@ -1,10 +1,10 @@
-"""Reads the samples of an image–caption tar shard in order, one at a time, as far as it is whole.
+"""Reads the samples of an image–caption tar shard in order, one at a time, up to its first damage.
 
-Members of one sample stand side by side and share their name up to the first dot of its last part (WebDataset's rule):
-`000000000.jpg`, `000000000.txt`, `000000000.json`. Other endings are passed over.
+Members of one sample follow each other. They share their name up to the first dot of its last part (WebDataset's rule):
+`000000000.jpg`, `000000000.txt`, `000000000.json`. Other endings are ignored.
 
-tarfile takes a damaged header for the end of the archive, so that everything behind it would go missing without a word;
-here it is an error, and so is an archive without its end mark, or with more behind it.
+tarfile treats a damaged header as the end of the archive, which would silently lose everything after it. Here it is an
+error. An archive without its end mark, or with data after it, is an error too.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import BinaryIO
 
-PICTURES = ("jpg", "jpeg", "png", "webp")
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 _TEXT, _METADATA = "txt", "json"
-_ENDINGS = (*PICTURES, _TEXT, _METADATA)
+_ENDINGS = (*IMAGE_ENDINGS, _TEXT, _METADATA)
 _CHUNK = 1 << 20
 
 _DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
 
 
 class DamagedShard(Exception):
-    """The shard cannot be read to its end; says why, and after how many samples."""
+    """A shard that cannot be read to its end. The message gives the reason and the number of samples before it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,9 +35,9 @@ class Sample:
 
     Attributes:
       key: the name that its members share.
-      image: the encoded picture; None where there is none.
-      captions: those of the `.txt` (one), else those under "caption" in the `.json` (a text or a list of texts), as
-        bytes that should be UTF-8; none where there are neither.
+      image: the encoded image, or None.
+      captions: the content of the `.txt`, else "caption" of the `.json` (a text or a list of texts); () without either.
+        Bytes that should be UTF-8.
     """
 
     key: str
@@ -46,7 +46,7 @@ class Sample:
 
 
 class _Header(tarfile.TarInfo):
-    """A member's header that tells damage from the end of the archive."""
+    """A member's header that distinguishes damage from the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, archive):
@@ -64,14 +64,14 @@ def read_samples(file: BinaryIO, wanted: Callable[[int], bool] = lambda number: 
     """Reads a shard, compressed or not.
 
     Args:
-      file: seekable; read forwards only, but for the first bytes.
-      wanted: says by its number, counted from 0, whether a sample is to be read; the others are passed over.
+      file: a seekable file; only its first bytes are read twice.
+      wanted: selects samples by their number, counted from 0; the others are skipped.
 
     Yields:
-      The samples that are wanted, in order.
+      The selected samples, in order.
 
     Raises:
-      DamagedShard: after the last sample that is whole, where the shard is damaged.
+      DamagedShard: after the last complete sample, if the shard is damaged.
     """
     number, key, parts = -1, None, {}
     try:
@@ -89,7 +89,7 @@ def read_samples(file: BinaryIO, wanted: Callable[[int], bool] = lambda number: 
                     parts[ending] = archive.extractfile(member).read()
             _check_end(archive.fileobj)
     except _DAMAGE as error:
-        # The members of a sample are read one by one: with a picture and a caption it is whole enough.
+        # The members of a sample are read one by one. With an image and a caption it is complete enough.
         last = _sample(key, parts) if parts else None
         whole = last is not None and last.image is not None and bool(last.captions)
         if whole:
@@ -101,14 +101,14 @@ def read_samples(file: BinaryIO, wanted: Callable[[int], bool] = lambda number: 
 
 
 def _split_name(name: str) -> tuple[str, str]:
-    """The key and the ending, in lower case."""
+    """Splits a member's name into the sample's key and the ending in lower case."""
     folder, slash, base = name.rpartition("/")
     stem, _, ending = base.partition(".")
     return folder + slash + stem, ending.lower()
 
 
 def _sample(key: str, parts: dict[str, bytes]) -> Sample:
-    image = next((parts[ending] for ending in PICTURES if ending in parts), None)
+    image = next((parts[ending] for ending in IMAGE_ENDINGS if ending in parts), None)
     captions = (parts[_TEXT],) if parts.get(_TEXT, b"").strip() else _captions_of(parts.get(_METADATA, b"null"))
     return Sample(key, image, captions)
 
@@ -116,16 +116,16 @@ def _sample(key: str, parts: dict[str, bytes]) -> Sample:
 def _captions_of(metadata: bytes) -> tuple[bytes, ...]:
     try:
         content = json.loads(metadata)
-    except ValueError:  # a sample without a caption, then: the pipeline counts those
+    except ValueError:  # The pipeline counts samples without a caption.
         return ()
     captions = content.get("caption") if isinstance(content, dict) else None
     captions = captions if isinstance(captions, list) else [captions]
-    # JSON can hold half of a surrogate pair, which is no text: undecodable bytes, so that the pipeline counts it.
+    # JSON can hold half of a surrogate pair, which is no text. Undecodable bytes let the pipeline count it.
     return tuple(caption.encode("utf-8", "surrogatepass") for caption in captions if isinstance(caption, str))
 
 
 def _check_end(file: BinaryIO) -> None:
-    """Nothing but padding may follow the end mark: a stretch of zeros in the middle of a shard looks just like it."""
+    """Raises an error if data follow the end mark, because zeros in the middle of a shard look just like it."""
     while chunk := file.read(_CHUNK):
         if chunk.strip(b"\0"):
-            raise tarfile.ReadError("the end mark is not at the end: zeros, or another archive's beginning")
+            raise tarfile.ReadError("data follow the end mark: zeros in the middle, or a second archive")

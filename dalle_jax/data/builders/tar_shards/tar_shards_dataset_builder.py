@@ -1,16 +1,16 @@
-"""Image–caption tar shards, as img2dataset and WebDataset write them, as a data set with random access.
+"""A data set with random access from image–caption tar shards, as img2dataset and WebDataset write them.
 
     DIR/00000.tar, DIR/00001.tar, …     each with 000000000.jpg, 000000000.txt, 000000000.json, 000000001.jpg, …
 
-Pictures are .jpg, .jpeg, .png or .webp; the caption is the whole of the .txt, or "caption" in the .json. Shards may be
-compressed (.tar.gz, .tgz).
+Images are .jpg, .jpeg, .png or .webp files. The caption is the content of the .txt, or "caption" in the .json. Shards
+may be compressed (.tar.gz, .tgz).
 
-Splits: where DIR holds shards, every twentieth sample of each, from its first on, is "validation", the rest "train".
-Where sub-folders hold them (DIR/train/00000.tar), each is the split of its name.
+Splits: if DIR holds the shards, every twentieth sample of each shard, starting with its first, is "validation" and the
+rest is "train". If sub-folders hold them (DIR/train/00000.tar), each sub-folder is the split of its name.
 
-The samples are copied once, shard by shard and in order, into TFDS's files. The shards could be read in place instead,
-through an index of their members; but that takes a pass over every header anyway, compressed shards have no random
-access, and each read would be two or three (on remote storage: requests) instead of one. The price is the disk space.
+The samples are copied once into TFDS's files, shard by shard and in order, which costs disk space. Reading the shards
+in place would need an index of their members, and so a pass over every header. Compressed shards have no random access.
+Each example would need two or three reads (requests on remote storage) instead of one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from collections.abc import Callable
 import tensorflow_datasets as tfds
 from etils import epath
 
-from dalle_jax.data.builders.own_copy import Examples, OwnCopyBuilder, ReadOnce
+from dalle_jax.data.builders.local_copy import Examples, LocalCopyBuilder, ReadOnce
 from dalle_jax.data.builders.tar_shards import reading
 from dalle_jax.errors import DataError
 
@@ -37,11 +37,11 @@ _PARTS: dict[str, Callable[[int], bool]] = {
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class TarShardsConfig(tfds.core.BuilderConfig):
-    """Which shards; their names and sizes tell data sets apart on disk.
+    """The choice of shards. Their names and sizes distinguish data sets on disk.
 
     Attributes:
       path: their folder, or a glob ("DIR/000[0-4]*.tar"), local or remote.
-      splits: the shards of each split; found.
+      splits: the shards found for each split.
     """
 
     name: str = dataclasses.field(init=False)
@@ -56,10 +56,10 @@ class TarShardsConfig(tfds.core.BuilderConfig):
         self.name = f"shards{len(listing)}_{zlib.crc32(chr(10).join(listing).encode()):08x}"
 
 
-class Builder(OwnCopyBuilder):
+class Builder(LocalCopyBuilder):
     """TFDS builder `tar_shards`; keyword arguments are those of `TarShardsConfig`.
 
-    Features: `image` (as it was encoded), `caption` (none, one or several), `file` (shard and key).
+    Features: `image` (in its original encoding), `caption` (zero or more), `file` (shard and key).
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -90,7 +90,7 @@ class Builder(OwnCopyBuilder):
                 for sample in reading.read_samples(file, wanted):
                     name = f"{shard.name}/{sample.key}".encode("utf-8", "backslashreplace").decode()
                     if sample.image is None:
-                        self.leave_out(split, "missing picture", name)
+                        self.leave_out(split, "missing image", name)
                         continue
                     yield name, {"image": ReadOnce(sample.image), "caption": list(sample.captions), "file": name}
         except (reading.DamagedShard, OSError) as error:
@@ -108,10 +108,10 @@ def find_shards(path: str) -> dict[str, list[epath.Path]]:
       path: a folder, or a glob.
 
     Returns:
-      {"": shards} where they are still to be divided into splits; else the shards of each split.
+      The shards of each split; {"": shards} if they are not divided into splits yet.
 
     Raises:
-      DataError: where there are none.
+      DataError: if there are no shards.
     """
     plain = []
     for part in epath.Path(path).expanduser().parts:

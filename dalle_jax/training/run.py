@@ -1,0 +1,204 @@
+"""One training run: its state, data and checkpoints, and the work that the loop asks of it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import time
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dalle_jax import keys
+from dalle_jax.checkpoints.checkpoints import Checkpoints
+from dalle_jax.checkpoints.compatibility import to_json
+from dalle_jax.checkpoints.workdir import has_config
+from dalle_jax.data.prefetch import prefetch_to_mesh
+from dalle_jax.data.timeout_iterator import TimeoutIterator
+from dalle_jax.distributed.rows import to_mesh
+from dalle_jax.distributed.sharding import batch_sharding, replicated
+from dalle_jax.distributed.turns import is_first
+from dalle_jax.distributed.watchdog import Watchdog
+from dalle_jax.errors import DataError, NonFiniteError
+from dalle_jax.metrics.mean import Mean
+from dalle_jax.optim import optimizers, schedules
+from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
+from dalle_jax.reporting.metric_writer import MetricWriter
+from dalle_jax.reporting.progress import Progress
+from dalle_jax.storage.files import write_json
+from dalle_jax.tasks.registry import defaults
+from dalle_jax.tasks.task import Batch, Job
+from dalle_jax.training.cleanup import close_at_exit
+from dalle_jax.training.profiling import StepClock, StepTrace
+from dalle_jax.training.step import TrainState, make_init, make_train_step
+from dalle_jax.training.warm_start import warm_start
+
+
+class Run:
+    """A training run: its state, data and checkpoints, and all that reports on them.
+
+    Attributes:
+      config, workdir, job: see `train`.
+      start: number of steps done when this run was opened.
+      total: number of steps at which it ends.
+      state: the train state after the last step that was queued.
+      batches: the training iterator.
+      checkpoints, writer, trace: of the workdir.
+      progress, clock, mean: of the steps since the last report.
+      watchdog: is notified of progress.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: str,
+        job: Job,
+        mesh: Mesh,
+        options: OptimizerOptions,
+        average: AverageOptions,
+        cleanup: contextlib.ExitStack,
+    ):
+        """Restores or initialises the state and opens data and files, inside `on_mesh(mesh)`.
+
+        Args:
+          config: the training configuration.
+          workdir: an existing directory.
+          job: task and data.
+          mesh: the devices.
+          options: of the optimizer.
+          average: of the moving average.
+          cleanup: closes what the run opens.
+        """
+        task = job.task
+        self.config, self.workdir, self.job, self.total = config, workdir, job, config.steps
+        self.watchdog = cleanup.enter_context(Watchdog(config.timeout_seconds.step))
+        learning_rate = schedules.make(config.schedules.learning_rate, "learning_rate")
+        self._schedules = {**task.schedules, "learning_rate": learning_rate}
+        self._optimizer, self._options, self._average = optimizers.make_optimizer(options), options, average
+        init, self._abstract_state = make_init(task, self._optimizer, average, mesh, config.seed)
+        self._rows, everywhere = batch_sharding(mesh), replicated(mesh)
+        self.batches = prefetch_to_mesh(TimeoutIterator(job.train_batches(), config.timeout_seconds.data), self._rows)
+        close_at_exit(cleanup, self.batches.close)
+        self.checkpoints = Checkpoints(
+            workdir, keep_last=config.keep.last, keep_best=config.keep.best, best_metric=task.best_metric
+        )
+        close_at_exit(cleanup, self.checkpoints.close)
+
+        # The state is, in order of precedence:
+        #   1. the latest checkpoint in workdir (state and data iterator), written on any mesh
+        #   2. fresh parameters, replaced by those of config.start_from where name and shape agree
+        if self.checkpoints.latest_step is not None:
+            items = self.checkpoints.restore(self._abstract_state.items(), self.batches, config, defaults(config))
+            self.state = TrainState.from_items(items)
+        else:
+            self.state = init()
+            if config.get("start_from"):
+                self.state = warm_start(self.state, config.start_from)
+        start = self.start = int(self.state.step)
+        if is_first() and (start <= self.total or not has_config(workdir)):  # else keep the longer training's file
+            write_json(epath.Path(workdir) / "config.json", to_json(config))
+
+        self.writer = MetricWriter(workdir, start=start)
+        close_at_exit(cleanup, self.writer.close)
+        self.trace = StepTrace(workdir, start=start, total=self.total, count=config.profile_steps)
+        close_at_exit(cleanup, self.trace.close)
+        self.progress = Progress(start, self.total, config.batch_size)
+        self.clock, self.mean = StepClock(start), Mean()
+        self._queued: list[tuple[int, dict[str, jax.Array]]] = []  # steps whose scalars were not fetched yet
+        self._compile_seconds: dict[str, float] = {}  # until they are logged
+        self._update: jax.stages.Compiled | None = None
+        self._frozen = jax.device_put(task.frozen, everywhere)
+        self._key = jax.device_put(jax.random.key(config.seed), everywhere)
+
+    def next_batch(self) -> Batch:
+        """Returns the next training batch, on the mesh."""
+        with self.clock.part("data"):
+            try:
+                return next(self.batches)
+            except StopIteration:
+                raise DataError("The training data ended; the training iterator must repeat forever.") from None
+
+    def queue(self, step: int, batch: Batch) -> None:
+        """Queues step number `step` on the device.  The first call compiles the update."""
+        if self._update is None:
+            with self.progress.pause():
+                self._update = self._compile(batch)
+        with self.clock.part("dispatch"):
+            self.state, scalars = self._update(self.state, self._frozen, batch, self._key)
+        self._queued.append((step, scalars))
+
+    def _compile(self, batch: Batch) -> jax.stages.Compiled:
+        began = time.perf_counter()
+        how = self._options, self._average, self._schedules, self._abstract_state, self.config.overlap_exchanges
+        update = make_train_step(self.job.task, self._optimizer, *how)
+        update = update.lower(self.state, self._frozen, batch, self._key).compile()
+        seconds = self._compile_seconds["seconds_compile"] = time.perf_counter() - began
+        size = sum(x.size for x in jax.tree.leaves(self.state.params))
+        self.progress.note(f"{self.workdir}: {size:,} parameters, compiled in {seconds:.1f} s")
+        return update
+
+    def report(self, keep: int) -> None:
+        """Fetches and logs the scalars of all queued steps except the latest `keep`."""
+        while len(self._queued) > keep:
+            step, scalars = self._queued.pop(0)
+            with self.clock.part("device"):
+                values = {name: float(value) for name, value in jax.device_get(scalars).items()}
+            if values["skipped_in_row"] >= self.config.max_nonfinite:
+                saved = self.checkpoints.latest_step
+                raise NonFiniteError(
+                    f"Loss or gradients were not finite in {values['skipped_in_row']:.0f} steps in a row (until step "
+                    f"{step}). None of them changed the parameters. "
+                    f"{'No checkpoint exists yet' if saved is None else f'The checkpoint of step {saved} is good'}. "
+                    "Lower schedules.learning_rate or optimizer.clip_norm."
+                )
+            del values["skipped_in_row"]
+            self.mean.add(values)
+            self.progress.show(step, values["loss"])
+            self.watchdog.progress()
+            if step % self.config.cadence.log == 0 or step == self.total:
+                self._log(step, values)
+
+    def _log(self, step: int, values: dict[str, float]) -> None:
+        """Writes the means since the last call, and the step's own schedules, times and counts."""
+        now = {name: values[name] for name in (*self._schedules, "skipped")}
+        counts = self.job.data_counts()
+        rates = self.progress.rates(step)
+        times = {**self.clock.take(step, rates["seconds_per_step"]), **self._compile_seconds}
+        values = {**self.mean.take(), **now, **rates, **times, **counts}
+        self.writer.scalars(step, {f"train/{name}": value for name, value in values.items()})
+        self._compile_seconds.clear()
+
+    def _evaluation_batches(self) -> Iterator[Batch]:
+        batches = TimeoutIterator(iter(self.job.eval_batches()), self.config.timeout_seconds.data)
+        with contextlib.closing(batches):
+            for batch in itertools.islice(batches, self.config.eval_batches):
+                yield to_mesh(batch, self._rows)
+                self.watchdog.progress()
+
+    @functools.partial(jax.profiler.annotate_function, name="evaluate")
+    def evaluate(self, step: int) -> dict[str, float]:
+        """Evaluates the current state and reports its metrics."""
+        key = keys.stream(self._key, "evaluate")
+        metrics = self.job.task.evaluate(self.state.eval_params, self._frozen, self._evaluation_batches(), key)
+        self.writer.scalars(step, {f"eval/{name}": value for name, value in metrics.items()})
+        self.progress.note(f"step {step} · " + " · ".join(f"{name} {value:.4g}" for name, value in metrics.items()))
+        return metrics
+
+    @functools.partial(jax.profiler.annotate_function, name="preview")
+    def preview(self, step: int) -> None:
+        """Writes the task's preview image of the current state."""
+        batch = next(self._evaluation_batches())
+        key = keys.stream(self._key, "preview")
+        image = self.job.task.preview(self.state.eval_params, self._frozen, batch, key)
+        self.writer.image(step, "preview", image)
+
+    def save(self, step: int, metrics: dict[str, float] | None) -> None:
+        """Flushes the reports and starts to write a checkpoint of the current state."""
+        self.writer.flush()
+        with jax.profiler.TraceAnnotation("checkpoint"):
+            self.checkpoints.save(step, self.state.items(), self.batches, self.config, metrics)
+        self.watchdog.progress()

@@ -1,0 +1,75 @@
+"""Validation of a training configuration before any resource is created."""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dalle_jax.configuration.options import from_config
+from dalle_jax.distributed.mesh import make_mesh
+from dalle_jax.distributed.rows import check_batch
+from dalle_jax.distributed.turns import first_host_first, is_first, joined
+from dalle_jax.errors import ConfigError
+from dalle_jax.optim import schedules
+from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
+from dalle_jax.storage.files import full_path, make_workdir
+from dalle_jax.training.profiling import check_profile_steps
+
+_LONGEST = 1e9  # seconds: Python's wait functions overflow beyond this
+
+
+def validate(config: ConfigDict) -> tuple[Mesh, OptimizerOptions, AverageOptions]:
+    """Validates the configuration before any resource is created.
+
+    Returns:
+      The mesh, the optimizer's options and the moving average's options.
+
+    Raises:
+      ConfigError: an invalid value or an unknown key.
+      MeshError: the mesh does not fit the devices, or the batch does not fit the mesh.
+    """
+    for name in ("batch_size", "steps", "max_nonfinite", "eval_batches", "cadence.log", "keep.last"):
+        value = config
+        for part in name.split("."):
+            value = value[part]
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"config.{name}={value!r}: expected a whole number of at least 1.")
+    for name, seconds in config.timeout_seconds.items():
+        if not 0 < seconds <= _LONGEST:
+            raise ConfigError(
+                f"config.timeout_seconds.{name}={seconds!r}: expected seconds, more than 0 and at most {_LONGEST:g}."
+            )
+    if jax.process_count() > 1 and not joined():
+        raise ConfigError(
+            f"This is one of {jax.process_count()} hosts of a TPU slice, but it has not joined them. Give "
+            "--coordinator_address=auto on each host."
+        )
+    check_profile_steps(config.profile_steps)
+    for name, section in config.schedules.items():
+        schedules.make(section, name)
+    mesh = make_mesh(**config.mesh)
+    options = from_config(OptimizerOptions, config.optimizer, "optimizer")
+    average = from_config(AverageOptions, config.ema, "ema")
+    check_batch(mesh, config.batch_size, options.accumulate_steps)
+    return mesh, options, average
+
+
+def make_shared_workdir(workdir: str) -> str:
+    """Creates the workdir on the first host, checks that all hosts see it, and returns its full name.
+
+    Raises:
+      ConfigError: it is empty, cannot be created, or is invisible to this host.
+    """
+    if not workdir:
+        raise ConfigError("No workdir: give --workdir=DIR or config.workdir, the directory for the run's files.")
+    with first_host_first(f"the workdir {workdir}"):
+        if is_first():
+            return make_workdir(workdir)
+        path = full_path(workdir)
+        if not path.exists():
+            raise ConfigError(
+                f"The first host created {path}, but this host does not see it. Several hosts need a shared workdir "
+                "(a network file system, or gs://…)."
+            )
+        return str(path)
