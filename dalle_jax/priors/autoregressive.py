@@ -18,195 +18,21 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
-from dalle_jax.configuration.options import check
-from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
-from dalle_jax.models.attention.patterns import CausalPattern, full_layers, sparse_layers
 from dalle_jax.models.dense import outputs_first
-from dalle_jax.models.transformer import ImageCache, TextCache, TransformerOptions
-from dalle_jax.models.trunk import Trunk, for_decoding
+from dalle_jax.models.trunk import for_decoding
 from dalle_jax.priors import orders, sampling
-from dalle_jax.priors.embedding import AutoregressiveEmbedding, start_from_codebook
+from dalle_jax.priors.autoregressive_model import AutoregressiveModel, AutoregressiveOptions
+from dalle_jax.priors.embedding import start_from_codebook
 from dalle_jax.priors.losses import cross_entropy, drop_captions, mean_over
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
-
-ATTENTION = ("sparse", "full")
-ORDERS = ("raster", "random")
-
-
-@dataclasses.dataclass(frozen=True)
-class AutoregressiveOptions:
-    """Hyper-parameters of the prior.
-
-    Attributes:
-      trunk: options of the transformer.
-      attention: "sparse" (the paper's row, column, row, row, …, convolutional) or "full" (dense causal).
-      kernel: side of the convolutional layer's window.
-      wrap: whether the convolutional window continues across row ends.
-      tied_embeddings: whether the heads are the transposed embeddings.
-      embedding_scale: standard deviation of the embeddings at initialisation.
-      head_scale: standard deviation of untied heads at initialisation.
-      codebook_init: whether image embedding and head start as the tokenizer's codebook; see `start_from_codebook`.
-      text_weight: weight of the text in the loss, 1/8 in the paper.
-      caption_drop: share of captions that training replaces by the empty caption, for guidance.
-      order: "raster" or "random". "random" needs "full" attention and learned positions.
-      anneal_start: update at which the share of random orders begins to fall from 1.
-      anneal_end: update at which the share reaches 0; 0 keeps it at 1.
-    """
-
-    trunk: TransformerOptions = TransformerOptions()
-    attention: str = "sparse"
-    kernel: int = 11
-    wrap: bool = True
-    tied_embeddings: bool = False
-    embedding_scale: float = 0.02
-    head_scale: float = 0.02
-    codebook_init: bool = False
-    text_weight: float = 1 / 8
-    caption_drop: float = 0.1
-    order: str = "raster"
-    anneal_start: int = 0
-    anneal_end: int = 0
-
-    def __post_init__(self):
-        choices = {"attention": ATTENTION, "order": ORDERS}
-        shares = ["text_weight", "caption_drop"]
-        check(self, "model", positive=["kernel"], odd=["kernel"], share=shares, choices=choices)
-        if self.order == "random" and (self.attention != "full" or self.trunk.positions != "learned"):
-            raise ConfigError(
-                f"config.model.order is 'random' with attention={self.attention!r} and trunk.positions="
-                f"{self.trunk.positions!r}; tokens in any order need attention='full' and positions='learned'."
-            )
-        if not 0 <= self.anneal_start <= self.anneal_end:
-            raise ConfigError(
-                f"config.model.anneal_start is {self.anneal_start} and anneal_end {self.anneal_end}; "
-                "expected 0 ≤ start ≤ end."
-            )
-
-    @property
-    def patterns(self) -> tuple[CausalPattern, ...]:
-        """The attention pattern of each layer."""
-        depth = self.trunk.depth
-        return sparse_layers(depth, self.kernel, self.wrap) if self.attention == "sparse" else full_layers(depth)
-
-
-class AutoregressiveModel(nn.Module):
-    """Embeddings, trunk and heads.
-
-    Attributes:
-      options: options of the prior.
-      layout: layout of the token stream.
-    """
-
-    options: AutoregressiveOptions
-    layout: TokenLayout
-
-    def setup(self):
-        o, lay = self.options, self.layout
-        self.embedding = AutoregressiveEmbedding(
-            o.trunk, lay, o.embedding_scale, o.head_scale, o.tied_embeddings, o.order == "random"
-        )
-        self.trunk = Trunk(o.trunk, lay, o.patterns)
-
-    def embed(
-        self,
-        text: Int[ArrayLike, "B T"],
-        tokens: Int[ArrayLike, "B N"],
-        train: bool = False,
-        cells: Int[ArrayLike, "B N"] | None = None,
-    ) -> Float[Array, "B S D"]:
-        """Embeds the stream.
-
-        Args:
-          text: padded captions, int32 [B, T].
-          tokens: image tokens in the order of `cells`, int32 [B, N].
-          train: whether dropout applies.
-          cells: order of the image tokens, int32 [B, N]; None for raster order.
-
-        Returns:
-          [B, S, D] in the trunk's dtype.
-        """
-        x = [self.embedding.text(text, train), self.embedding.image(tokens, train, cells)]
-        x = jnp.concatenate(x, axis=1)
-        if cells is not None:
-            x = x + jnp.pad(self.embedding.next_cell(cells), ((0, 0), (self.layout.text_length - 1, 1), (0, 0)))
-        return constrain(x, "batch", "length", "embed_act")
-
-    def logits(
-        self, x: Float[ArrayLike, "B S D"], train: bool = False
-    ) -> tuple[Float[Array, "B _ W"], Float[Array, "B N V"]]:
-        """Computes text logits, float32 [B, T-1, W], and image logits, float32 [B, N, V], from embeddings."""
-        t = self.layout.text_length
-        x = self.trunk(x, train)
-        return self.embedding.text_logits(x[:, : t - 1]), self.embedding.image_logits(x[:, t - 1 : -1])
-
-    def __call__(
-        self,
-        text: Int[ArrayLike, "B T"],
-        tokens: Int[ArrayLike, "B N"],
-        train: bool = False,
-        cells: Int[ArrayLike, "B N"] | None = None,
-    ) -> tuple[Float[Array, "B _ W"], Float[Array, "B N V"]]:
-        """Computes the text and image logits of a stream. Arguments as in `embed`, results as in `logits`."""
-        return self.logits(self.embed(text, tokens, train, cells), train)
-
-    def prefill(
-        self, text: Int[ArrayLike, "C T"], first: Int[ArrayLike, " C"] | None = None
-    ) -> tuple[Float[Array, "C V"], list[TextCache]]:
-        """Runs the model over captions.
-
-        Args:
-          text: padded captions, int32 [C, T].
-          first: the first cell of each row, int32 [C], for random orders; None for raster order.
-
-        Returns:
-          Logits of the first image token, float32 [C, V], and the keys and values of the text in each layer.
-        """
-        x = self.embedding.text(text)
-        if first is not None:
-            x = x.at[:, -1].add(self.embedding.next_cell(first))
-        x, cache = self.trunk.prefill(x)
-        return self.embedding.image_logits(x[:, -1], decode_step=True), cache
-
-    def init_cache(self, rows: int) -> list[ImageCache]:
-        """See `Trunk.init_cache`."""
-        return self.trunk.init_cache(rows)
-
-    def step(
-        self,
-        tokens: Int[ArrayLike, " B"],
-        index: Int[ArrayLike, ""],
-        cells: Int[ArrayLike, " B"],
-        following: Int[ArrayLike, " B"],
-        text: list[TextCache],
-        caches: list[ImageCache],
-    ) -> tuple[Float[Array, "B V"], list[ImageCache]]:
-        """Runs the model over one image token per row.
-
-        Args:
-          tokens: the tokens, int32 [B].
-          index: place of the tokens in their order, int32 scalar.
-          cells: cells of the tokens, int32 [B].
-          following: cells of the next tokens, int32 [B].
-          text: keys and values of the text, from `prefill`.
-          caches: keys and values of the image tokens before these.
-
-        Returns:
-          Logits of the next tokens, float32 [B, V], and the caches with these tokens.
-        """
-        x = self.embedding.image_at(tokens, cells)
-        if self.options.order == "random":
-            x = x + self.embedding.next_cell(following)
-        x, caches = self.trunk.step(x, text, caches, index)
-        return self.embedding.image_logits(x, decode_step=True), caches
 
 
 @dataclasses.dataclass(frozen=True)

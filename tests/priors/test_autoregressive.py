@@ -16,7 +16,7 @@ from dalle_jax.configuration import config_files
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.trunk import unstack
 from dalle_jax.priors import registry, sampling
-from dalle_jax.priors.autoregressive import AutoregressiveModel
+from dalle_jax.priors.autoregressive_model import AutoregressiveModel
 from dalle_jax.token_layout import TokenLayout
 
 
