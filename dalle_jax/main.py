@@ -68,7 +68,7 @@ def _parse(argv: list[str]) -> list[str]:
         if len(rest) > 1:
             raise ConfigError(f"Unexpected argument {rest[1]!r}: write options as --name=value.")
         if _CONFIG.value is None:
-            raise ConfigError("No --config given; start with --config=configs/quickstart.py.")
+            raise ConfigError("No --config given; start with --config=configs/quickstart.py (--help lists all).")
         if _CONFIG.value.job not in JOBS:  # (reading the value raises if the file is unreadable)
             raise ConfigError(f"config.job={_CONFIG.value.job!r}: expected one of {', '.join(JOBS)}.")
         if wanted:

@@ -8,12 +8,19 @@ from __future__ import annotations
 
 import os
 import threading
+import zlib
+
+_SHARED = "DALLE_JAX_TEST_CACHE"  # the folder, for the processes that `preloaded` starts
 
 
 def share() -> None:
-    """Makes this process write whole entries to the cache. Processes that do not call this function only read it."""
+    """Makes this process use the shared folder, and write whole entries to it.
+
+    The folder is $JAX_COMPILATION_CACHE_DIR. Other processes that a test starts write as JAX does, so this variable
+    then names a folder that only the children of this process use.
+    """
     import jax
-    from jax._src import lru_cache
+    from jax._src import compilation_cache, lru_cache
 
     def put(self: lru_cache.LRUCache, key: str, value: bytes) -> None:
         entry = os.path.join(os.fspath(self.path), f"{key}{lru_cache._CACHE_SUFFIX}")
@@ -25,5 +32,8 @@ def share() -> None:
         os.replace(unfinished, entry)
 
     lru_cache.LRUCache.put = put
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = str(10**6)  # for child processes: never write
+    if not (compilation_cache.zstd or compilation_cache.zstandard):
+        compilation_cache.compress_executable = lambda executable: zlib.compress(executable, 1)  # a third of the time
+    shared = os.environ.setdefault(_SHARED, os.environ["JAX_COMPILATION_CACHE_DIR"])
+    jax.config.update("jax_compilation_cache_dir", shared)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(shared, f"children_of_{os.getpid()}")

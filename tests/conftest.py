@@ -13,6 +13,7 @@ import signal
 import tempfile
 
 import compiled_programs
+import longest_first
 import pytest
 import quick_xla
 
@@ -34,6 +35,12 @@ def pytest_configure(config):
 
         type_checks.install()
         compiled_programs.share()
+
+
+def pytest_collection_modifyitems(items):
+    """Sorts the test files by time, longest first, so that no worker ends with a long file while the others wait."""
+    rank = {name: i for i, name in enumerate(longest_first.FILES)}
+    items.sort(key=lambda item: rank.get(str(item.path.relative_to(longest_first.FOLDER)), len(rank)))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from dalle_jax.configuration import config_files
-from dalle_jax.configuration.options import from_config
+from dalle_jax.configuration.options import check, from_config
 from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.distributed.rows import check_batch
 from dalle_jax.distributed.sharding import abstract, batch_sharding, batch_shards, on_mesh, replicated
@@ -50,11 +50,7 @@ class CompileOptions:
     effort: str = "full"
 
     def __post_init__(self):
-        for name, known in (("what", WHAT), ("effort", EFFORTS)):
-            if getattr(self, name) not in known:
-                raise ConfigError(f"config.{name}={getattr(self, name)!r}: expected one of {', '.join(known)}.")
-        if self.rows < 1:
-            raise ConfigError(f"config.rows={self.rows}: expected at least 1.")
+        check(self, "", positive=["rows"], choices={"what": WHAT, "effort": EFFORTS})
 
 
 def load_target(target: str, overrides: str = "") -> ConfigDict:

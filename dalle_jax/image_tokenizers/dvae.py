@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Key, UInt8
 
+from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import logit_laplace
@@ -66,16 +67,12 @@ class DVAEOptions:
     dtype: str = "float32"
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("dtype", "min_log_scale") and value <= 0:
-                raise ConfigError(f"dVAE: {field.name}={value}: expected a positive number.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"dVAE: dtype={self.dtype!r}: expected 'float32' or 'bfloat16'.")
+        sizes = [field.name for field in dataclasses.fields(self) if field.name not in ("dtype", "min_log_scale")]
+        check(self, "model", positive=sizes, odd=["in_kernel"], choices={"dtype": ("float32", "bfloat16")})
         if self.hidden % 4:
-            raise ConfigError(f"dVAE: hidden={self.hidden}: expected a multiple of 4 (blocks narrow to a quarter).")
-        if self.in_kernel % 2 == 0:
-            raise ConfigError(f"dVAE: in_kernel={self.in_kernel}: expected an odd number.")
+            raise ConfigError(
+                f"config.model.hidden is {self.hidden}; expected a multiple of 4 (blocks narrow to a quarter)."
+            )
         self.grid(self.image_size)
 
     @property

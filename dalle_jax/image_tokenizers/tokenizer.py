@@ -12,7 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 from jaxtyping import Array, ArrayLike, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 
-from dalle_jax.configuration.options import from_config as options_from_config
+from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.pytree import PyTree
@@ -76,11 +76,11 @@ def from_dict(description: Mapping[str, Any]) -> ImageTokenizer:
     if kind not in _KINDS:
         raise ConfigError(f"Image tokenizer of kind {kind!r}: expected one of {sorted(_KINDS)}.")
     tokenizer, options = _KINDS[kind]
-    return tokenizer(options_from_config(options, fields, "image_tokenizer"))
+    return tokenizer(from_config(options, fields, "", "options.json"))
 
 
-def from_config(config: Mapping[str, Any] | ConfigDict) -> ImageTokenizer:
-    """The tokenizer that a dVAE training configuration describes: its `model`, for pictures of `data.image_size`.
+def of_training(config: Mapping[str, Any] | ConfigDict) -> ImageTokenizer:
+    """The tokenizer that a dVAE training configuration describes: its `model`, for images of `data.image_size`.
 
     Args:
       config: the configuration, or what was read back from a workdir's config.json.
@@ -89,4 +89,4 @@ def from_config(config: Mapping[str, Any] | ConfigDict) -> ImageTokenizer:
       ConfigError: an option that does not exist, or sizes that do not fit each other.
     """
     model = {**dict(config["model"]), "image_size": config["data"]["image_size"]}
-    return DVAETokenizer(options_from_config(DVAEOptions, model, "model"))
+    return DVAETokenizer(from_config(DVAEOptions, model, "model"))

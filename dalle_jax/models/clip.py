@@ -32,7 +32,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key, Num
 from ml_collections import ConfigDict
 
-from dalle_jax.configuration.options import from_config as options_from_config
+from dalle_jax.configuration.options import check, from_config
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.resampling import space_to_depth
@@ -99,21 +99,18 @@ class CLIPOptions:
 
     def __post_init__(self):
         sizes = [f"{tower}_{size}" for tower in ("image", "text") for size in ("width", "heads")]
-        for name in (*sizes, "patch", "embed_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}; expected at least 1.")
+        choices = {"activation": ACTIVATIONS, "image_readout": READOUTS}
+        check(self, "model", positive=[*sizes, "patch", "embed_dim", "image_positions"], choices=choices)
         if self.image_size % self.patch:
-            raise ConfigError(f"Pictures of {self.image_size} pixels cannot be cut into patches of {self.patch}.")
+            raise ConfigError(
+                f"config.model.patch is {self.patch}; expected a divisor of the image size, {self.image_size}."
+            )
         for tower in ("image", "text"):
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
             if width % heads:
-                raise ConfigError(f"model.{tower}_width is {width}; expected a multiple of {tower}_heads={heads}.")
-        if self.activation not in ACTIVATIONS:
-            raise ConfigError(f"model.activation is {self.activation!r}; expected one of {', '.join(ACTIVATIONS)}.")
-        if self.image_readout not in READOUTS:
-            raise ConfigError(f"model.image_readout is {self.image_readout!r}; expected one of {', '.join(READOUTS)}.")
-        if not self.image_positions > 0:
-            raise ConfigError(f"model.image_positions is {self.image_positions}; expected a number above 0.")
+                raise ConfigError(
+                    f"config.model.{tower}_width is {width}; expected a multiple of {tower}_heads={heads}."
+                )
         if not 0 <= self.end_id < self.text_vocab:
             raise ConfigError(f"The end token {self.end_id} lies outside the vocabulary of {self.text_vocab}.")
 
@@ -123,7 +120,7 @@ class CLIPOptions:
         return (self.image_size // self.patch) ** 2
 
 
-def from_config(config: Mapping[str, Any] | ConfigDict, text_vocab: int) -> CLIPOptions:
+def options_of_training(config: Mapping[str, Any] | ConfigDict, text_vocab: int) -> CLIPOptions:
     """Reads the options of a CLIP configuration, for a text model without an end token.
 
     Args:
@@ -139,7 +136,7 @@ def from_config(config: Mapping[str, Any] | ConfigDict, text_vocab: int) -> CLIP
         "text_vocab": text_vocab + 1,
         "end_id": text_vocab,
     }
-    return options_from_config(CLIPOptions, {**dict(config["model"]), **sizes}, "model")
+    return from_config(CLIPOptions, {**dict(config["model"]), **sizes}, "model")
 
 
 # -- input of the image tower -------------------------------------------------------------------------------------

@@ -20,7 +20,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
+from dalle_jax.errors import ConfigError
 from dalle_jax.models.attention import splash
 from dalle_jax.models.attention.patterns import ATTENDED, HEADS, Pattern
 from dalle_jax.models.attention.xla import attend, attend_image, attend_reference, attend_step
@@ -95,28 +97,22 @@ class TransformerOptions:
 
     def __post_init__(self):
         choices = {"norm": NORMS, "activation": ACTIVATIONS, "positions": POSITIONS, "remat": REMAT}
-        for field, known in (choices | {"attention_kernel": splash.KERNELS}).items():
-            if getattr(self, field) not in known:
-                given = f"model.trunk.{field} is {getattr(self, field)!r}"
-                raise ValueError(f"{given}; expected one of {', '.join(known)}.")
-        for field in ("width", "depth", "heads"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"model.trunk.{field} is {getattr(self, field)}; expected at least 1.")
-        if self.head_dim < 0:
-            raise ValueError(f"model.trunk.head_dim is {self.head_dim}; expected a size, or 0 for width / heads.")
+        choices["attention_kernel"] = splash.KERNELS
+        sizes = ["width", "depth", "heads"]
+        check(self, "model.trunk", positive=sizes, at_least_0=["head_dim"], share=["dropout"], choices=choices)
         if self.hidden < 1:
-            raise ValueError(
-                f"model.trunk.mlp_ratio is {self.mlp_ratio}, which leaves an MLP of width {self.width} no hidden unit; "
+            raise ConfigError(
+                f"config.model.trunk.mlp_ratio is {self.mlp_ratio}, which leaves no hidden unit at width {self.width}; "
                 "expected a positive number, such as 4."
             )
         if not self.head_dim and self.width % self.heads:
-            raise ValueError(
-                f"model.trunk.width {self.width} is not a multiple of model.trunk.heads {self.heads}; change one of "
-                f"them: the width to {self.heads * max(round(self.width / self.heads), 1)}, for example."
+            raise ConfigError(
+                f"config.model.trunk.width {self.width} is not a multiple of config.model.trunk.heads {self.heads}; "
+                f"change one of them: the width to {self.heads * max(round(self.width / self.heads), 1)}, for example."
             )
         if self.positions == "rotary" and self.size_per_head % 4:
             size = self.size_per_head
-            raise ValueError(f"Rotary positions need a head size (width / heads) divisible by 4, not {size}.")
+            raise ConfigError(f"Rotary positions need a head size (width / heads) divisible by 4, not {size}.")
 
     @property
     def size_per_head(self) -> int:

@@ -21,6 +21,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dalle_jax.configuration.options import check
 from dalle_jax.errors import ConfigError
 from dalle_jax.pytree import PyTree
 
@@ -52,16 +53,8 @@ class OptimizerOptions:
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if self.decay not in ("kernels", "all"):
-            raise ConfigError(f"optimizer.decay={self.decay!r}: expected 'kernels' or 'all'.")
-        if self.first_moment not in ("float32", "bfloat16"):
-            raise ConfigError(f"optimizer.first_moment={self.first_moment!r}: expected 'float32' or 'bfloat16'.")
-        if self.accumulate_steps < 1:
-            raise ConfigError(f"optimizer.accumulate_steps={self.accumulate_steps}: expected at least 1.")
-        if self.clip_norm < 0:
-            raise ConfigError(
-                f"optimizer.clip_norm={self.clip_norm}: expected a positive number, or 0 for no clipping."
-            )
+        choices = {"decay": ("kernels", "all"), "first_moment": ("float32", "bfloat16")}
+        check(self, "optimizer", positive=["accumulate_steps"], at_least_0=["clip_norm"], choices=choices)
 
 
 def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
@@ -148,10 +141,7 @@ class AverageOptions:
     every: int = 1
 
     def __post_init__(self):
-        if not 0.0 <= self.decay < 1.0 or self.every < 1:
-            raise ConfigError(
-                f"ema.decay={self.decay}, ema.every={self.every}: expected 0 <= decay < 1 and every >= 1."
-            )
+        check(self, "ema", positive=["every"], below_1=["decay"])
 
 
 def update_average(average: PyTree, params: PyTree, step: jax.Array, options: AverageOptions) -> PyTree:

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
+from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.attention.patterns import CausalPattern, full_layers, sparse_layers
@@ -76,22 +77,18 @@ class AutoregressiveOptions:
     anneal_end: int = 0
 
     def __post_init__(self):
-        for name, known in (("attention", ATTENTION), ("order", ORDERS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"model.{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}.")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"model.kernel is {self.kernel}; expected an odd number, the paper's being 11.")
-        for name in ("text_weight", "caption_drop"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1].")
+        choices = {"attention": ATTENTION, "order": ORDERS}
+        shares = ["text_weight", "caption_drop"]
+        check(self, "model", positive=["kernel"], odd=["kernel"], share=shares, choices=choices)
         if self.order == "random" and (self.attention != "full" or self.trunk.positions != "learned"):
-            raise ValueError(
-                f"model.order is 'random' with attention={self.attention!r} and trunk.positions="
-                f"{self.trunk.positions!r}: tokens in any order need attention='full' and positions='learned'."
+            raise ConfigError(
+                f"config.model.order is 'random' with attention={self.attention!r} and trunk.positions="
+                f"{self.trunk.positions!r}; tokens in any order need attention='full' and positions='learned'."
             )
         if not 0 <= self.anneal_start <= self.anneal_end:
-            raise ValueError(
-                f"model.anneal_start is {self.anneal_start} and anneal_end {self.anneal_end}; expected 0 ≤ start ≤ end."
+            raise ConfigError(
+                f"config.model.anneal_start is {self.anneal_start} and anneal_end {self.anneal_end}; "
+                "expected 0 ≤ start ≤ end."
             )
 
     @property

@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
+from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.models.attention.patterns import Bidirectional, Pattern
 from dalle_jax.models.dense import Dense
@@ -79,19 +80,10 @@ class MaskGITOptions:
 
     def __post_init__(self):
         masking.check_schedule(self.mask_schedule)
-        if self.order not in masking.ORDERS:
-            raise ValueError(f"model.order is {self.order!r}; expected one of {', '.join(masking.ORDERS)}.")
-        if self.steps < 1:
-            raise ValueError(f"model.steps is {self.steps}; expected at least 1.")
-        if self.head not in HEADS:
-            raise ValueError(f"model.head is {self.head!r}; expected one of {', '.join(HEADS)}.")
-        if self.neighbour_kernel < 0 or (self.neighbour_kernel and self.neighbour_kernel % 2 == 0):
-            raise ValueError(
-                f"model.neighbour_kernel is {self.neighbour_kernel}; expected an odd number, or 0 for none."
-            )
-        for name in ("label_smoothing", "unmasked_weight", "caption_drop"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1].")
+        choices = {"order": masking.ORDERS, "head": HEADS}
+        shares = ["label_smoothing", "unmasked_weight", "caption_drop"]
+        kernel = ["neighbour_kernel"]
+        check(self, "model", positive=["steps"], at_least_0=kernel, odd=kernel, share=shares, choices=choices)
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:

@@ -36,14 +36,15 @@ def check_schedule(name: str) -> None:
     """Checks the name of a mask schedule.
 
     Raises:
-      ValueError: an unknown name; the message lists the known ones.
+      ConfigError: an unknown name; the message lists the known ones.
     """
     try:
         known = name in SCHEDULES or (name.startswith("pow") and float(name[3:]) > 0)
     except ValueError:
         known = False
     if not known:
-        raise ValueError(f"The mask schedule is {name!r}; expected one of {', '.join(SCHEDULES)}, or powP (1 - r^P).")
+        known = ", ".join(SCHEDULES)
+        raise ConfigError(f"config.model.mask_schedule is {name!r}; expected one of {known}, or powP (1 - r^P).")
 
 
 def masked_share(

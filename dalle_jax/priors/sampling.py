@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, UInt32
 
-from dalle_jax.errors import ConfigError
+from dalle_jax.configuration.options import check
 from dalle_jax.token_layout import TokenLayout
 
 Knobs = dict[str, Array]
@@ -46,18 +46,10 @@ class SamplingOptions:
     choice_temperature: float | None = None
 
     def __post_init__(self):
-        for name in ("temperature", "final_temperature", "choice_temperature"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ConfigError(f"{name} is {value}; expected 0 (greedy) or more.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k is {self.top_k}; expected 1 or more, or None for no limit.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}; expected a share in (0, 1], or None for no limit.")
-        if self.guidance < 0:
-            raise ConfigError(f"guidance is {self.guidance}; expected 0 (none) or more.")
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"steps is {self.steps}; expected 1 or more, or None for the prior's own.")
+        check(
+            self, None, positive=["top_k", "top_p", "steps"], share=["top_p"],
+            at_least_0=["temperature", "final_temperature", "choice_temperature", "guidance"],
+        )  # fmt: skip
 
 
 def knobs(

@@ -208,7 +208,7 @@ def _task(config: ConfigDict, text_vocab: int, text_model: TextModel | None) -> 
     negatives = from_config(NegativeOptions, config.get("negatives", {}), "negatives")
     negatives.check(config.data.image_size, config.batch_size)
     layout = TokenLayout(text_vocab, 1, config.text.length, 1, 1)  # only its text part is used
-    return CLIPTask(CLIP(models.from_config(config, text_vocab)), text_model, negatives), layout
+    return CLIPTask(CLIP(models.options_of_training(config, text_vocab)), text_model, negatives), layout
 
 
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:

@@ -19,6 +19,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dalle_jax.configuration.options import check
 from dalle_jax.errors import ConfigError
 
 # A replacement is visible if this share of the square's pixels differs by more than this step (of 255) in any channel.
@@ -41,14 +42,12 @@ class NegativeOptions:
     squares: int = 12
 
     def __post_init__(self):
-        if self.spoiled < 0:
-            raise ConfigError(f"negatives.spoiled={self.spoiled}: expected a number of pictures, or 0 for none.")
+        check(self, "negatives", at_least_0=["spoiled"], positive=["squares"])
         if self.grid < 2:
-            raise ConfigError(f"negatives.grid={self.grid}: expected at least 2 squares a side.")
-        if not 1 <= self.squares < self.grid**2:
-            raise ConfigError(
-                f"negatives.squares={self.squares}: expected 1 to {self.grid**2 - 1}, as a picture has {self.grid**2}."
-            )
+            raise ConfigError(f"config.negatives.grid is {self.grid}; expected at least 2 squares a side.")
+        if self.squares >= self.grid**2:
+            squares = f"an image has {self.grid**2}"
+            raise ConfigError(f"config.negatives.squares is {self.squares}; expected fewer, because {squares}.")
 
     def check(self, image_size: int, batch_size: int) -> None:
         """Checks that images can be cut into squares and that a batch holds another image.

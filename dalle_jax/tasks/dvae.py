@@ -25,12 +25,11 @@ import optax
 from ml_collections import ConfigDict
 
 from dalle_jax import keys
-from dalle_jax.configuration.options import from_config
+from dalle_jax.configuration.options import check, from_config
 from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.distributed.rows import to_host
-from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import logit_laplace
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
@@ -61,8 +60,7 @@ class ObjectiveOptions:
     kmeans_sharpness: float = 10.0
 
     def __post_init__(self):
-        if self.init not in ("paper", "kmeans"):
-            raise ConfigError(f"objective.init is {self.init!r}; expected 'paper' or 'kmeans'.")
+        check(self, "objective", choices={"init": ("paper", "kmeans")})
 
 
 class DVAETask:
@@ -227,7 +225,7 @@ def _decibels(mean_squared_error: jax.Array) -> jax.Array:
 def _task(config: ConfigDict, start_from: tuple[np.ndarray, float] | None) -> DVAETask:
     """Builds the task of a configuration."""
     temperature, kl_weight = (schedules.make(config.schedules[name], name) for name in ("temperature", "kl_weight"))
-    return DVAETask(tokenizers.from_config(config), temperature, kl_weight, start_from)
+    return DVAETask(tokenizers.of_training(config), temperature, kl_weight, start_from)
 
 
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:

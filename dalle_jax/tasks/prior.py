@@ -187,7 +187,7 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
 
 def abstract(config: ConfigDict) -> tuple[PriorTask, Batch]:
     """See `registry.abstract`. A split that is encoded in advance has 65,536 examples here."""
-    tokenizer = tokenizers.from_config(config.tokenizer)
+    tokenizer = tokenizers.of_training(config.tokenizer)
     params = zeros_like(tokenizer.init, jax.random.key(0))
     tokens = None
     if _encodes_once(config):

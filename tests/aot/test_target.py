@@ -141,7 +141,7 @@ XLA = "model.trunk.attention_kernel=xla"  # the program states the cost of this 
 
 @pytest.fixture(scope="module")
 def compiled_prior():
-    split = "mesh.data=2,mesh.fsdp=2,batch_size=8,overlap_exchanges=True"
+    split = "mesh.data=2,mesh.fsdp=2,batch_size=8,overlap_exchanges=True,model.trunk.depth=3"
     return compile_target(CompileOptions("configs/prior.py", "v5e:2x2", f"{XLA},{split}"))
 
 
@@ -173,7 +173,7 @@ def test_the_table_and_the_file(compiled_prior, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     "target, overrides",
     [
-        ("configs/maskgit.py", "mesh.data=-1,mesh.tensor=2,batch_size=8"),
+        ("configs/maskgit.py", "mesh.data=-1,mesh.tensor=2,batch_size=8,model.trunk.depth=2"),
         ("configs/dvae.py", ""),
         ("configs/clip.py", "mesh.data=-1,mesh.fsdp=2,model.image_depth=1,model.text_depth=1"),
     ],
@@ -219,7 +219,7 @@ def test_a_compiled_program_that_does_not_fit_ends_with_a_remedy(tmp_path, capsy
 
     monkeypatch.setattr(costs, "costs_of", larger)
     with pytest.raises(DoesNotFit, match=r"20.00 GiB.*16.00.*accumulate_steps="):
-        run(run_config("configs/dvae.py", effort="low"), str(tmp_path))
+        run(run_config("configs/prior.py", overrides=f"{XLA},model.trunk.depth=1", effort="low"), str(tmp_path))
     assert "DOES NOT FIT" in capsys.readouterr().out and not json.loads((tmp_path / "compile.json").read_text())["fits"]
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from dalle_jax.errors import ConfigError
 from dalle_jax.models import clip as models
-from dalle_jax.models.clip import CLIP, MAX_LOG_SCALE, MEAN, STD, CLIPOptions, from_config, limited
+from dalle_jax.models.clip import CLIP, MAX_LOG_SCALE, MEAN, STD, CLIPOptions, limited, options_of_training
 
 OPTIONS = CLIPOptions(
     image_size=16, patch=8, image_width=16, image_depth=1, image_heads=2,
@@ -206,6 +206,6 @@ def test_sizes_that_do_not_fit():
             dataclasses.replace(OPTIONS, **changes)
     config = {"model": {"depth": 3}, "data": {"image_size": 32}, "text": {"length": 7}}
     with pytest.raises(ConfigError, match="depth"):
-        from_config(config, 11)
-    made = from_config({**config, "model": {"patch": 8}}, 11)
+        options_of_training(config, 11)
+    made = options_of_training({**config, "model": {"patch": 8}}, 11)
     assert (made.text_length, made.text_vocab, made.end_id) == (8, 12, 11)

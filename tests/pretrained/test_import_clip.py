@@ -4,12 +4,11 @@ import dataclasses
 import functools
 import importlib.util
 import json
-import subprocess
-import sys
 
 import jax
 import numpy as np
 import pytest
+from processes import finish, spawn
 from torchvision_on_cpu import import_torchvision
 
 from dalle_jax.errors import PretrainedError
@@ -305,11 +304,10 @@ def test_the_command_writes_a_folder_that_the_scorer_reads(tmp_path, expected):
     pytest.importorskip("tokenizers", reason="the vocabulary of published weights needs tokenizers")
     weights, vocabulary = tmp_path / "weights.npz", small_vocabulary(tmp_path / "tokenizer.json")
     np.savez(weights, **random_arrays())
-    command = [sys.executable, "-m", "dalle_jax.pretrained.clip", f"--weights={weights}", "--head_dim=16"]
-    done = subprocess.run(
-        [*command, f"--vocabulary={vocabulary}", f"--output={tmp_path}/imported"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    command = ["-m", "dalle_jax.pretrained.clip", f"--weights={weights}", "--head_dim=16"]
+    command += [f"--vocabulary={vocabulary}", f"--output={tmp_path}/imported"]
+    ((status, _, error),) = finish([spawn(command)])
+    assert status == 0, error
     scorer = ClipScorer.load(tmp_path / "imported")
     assert scorer.clip.options == SMALL
     same(scorer.params, expected)

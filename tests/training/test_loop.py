@@ -4,9 +4,7 @@ import dataclasses
 import io
 import json
 import os
-import pathlib
 import signal
-import subprocess
 import sys
 import textwrap
 import threading
@@ -16,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from processes import finish, spawn
 from tiny_job import tiny_config, tiny_job
 
 from dalle_jax.checkpoints.checkpoints import Checkpoints
@@ -462,24 +461,16 @@ def test_sigterm_of_a_process(uninterrupted, tmp_path):
         train(config, sys.argv[1], dataclasses.replace(tiny_job(config), data_counts=data_counts))
         print("done")
     """)
-    here = str(pathlib.Path(__file__).parents[1])
-    path = os.pathsep.join([here, os.path.dirname(here)])
-    environment = {**os.environ, "PYTHONPATH": path, "JAX_PLATFORMS": "cpu"}
-
-    def start(seconds):
-        command = [sys.executable, "-c", script, str(tmp_path), str(seconds)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment)
-
-    with start(0.3) as process:
-        for line in process.stdout:
-            if line.startswith("logged"):
-                process.send_signal(signal.SIGTERM)
-                break
-        rest = process.stdout.read()
-    assert process.returncode == 0 and "the same command resumes" in rest and "done" not in rest
-    with start(0.0) as process:
-        rest = process.stdout.read()
-    assert process.returncode == 0 and "resuming from step" in rest and "done" in rest, rest
+    start = lambda seconds: spawn(["-c", script, str(tmp_path), str(seconds)], devices=8)
+    process = start(0.3)
+    for line in process.stdout:
+        if line.startswith("logged"):
+            process.send_signal(signal.SIGTERM)
+            break
+    ((status, out, log),) = finish([process])
+    assert status == 0 and "the same command resumes" in out + log and "done" not in out, log
+    ((status, out, log),) = finish([start(0.0)])
+    assert status == 0 and "resuming from step" in out + log and "done" in out, log
     assert series(tmp_path, "train/loss") == series(workdir, "train/loss")
     with Checkpoints(str(tmp_path), read_only=True) as checkpoints:
         jax.tree.map(np.testing.assert_array_equal, checkpoints.restore_params(ema=False), state.params)

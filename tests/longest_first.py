@@ -1,0 +1,33 @@
+"""The test files that take longest, by their CPU time. Workers begin with them.
+
+Update the order when a file changes much: `python -m pytest --durations=60`. All other files follow in any order.
+"""
+
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+FILES = (  # comments: seconds of CPU time on a busy machine
+    "checkpoints/test_survival.py",  # minutes with its slow tests
+    "docs/test_code_blocks.py",  # minutes with its slow tests
+    "priors/test_protocol.py",  # 98
+    "text_to_image/test_text_to_image.py",  # 83
+    "aot/test_target.py",  # 75
+    "models/attention/test_splash.py",  # 65
+    "training/test_loop.py",  # 40
+    "tasks/test_clip_task.py",
+    "evaluation/test_measure.py",
+    "data/test_workers.py",
+    "tasks/test_dvae_task.py",
+    "models/test_transformer.py",  # 28
+    "image_tokenizers/test_dvae.py",  # 25
+    "distributed/test_factorisations.py",
+    "pretrained/test_inception.py",
+    "text_to_image/test_clip_scorer.py",
+    "experiments/test_tpu_vm.py",  # 18
+    "distributed/test_joining.py",  # 15
+    "data/test_pipeline.py",  # 14
+    "pretrained/test_openai_dvae.py",
+    "priors/test_maskgit.py",
+    "priors/test_autoregressive.py",
+)
