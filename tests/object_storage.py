@@ -14,10 +14,13 @@ from collections.abc import Iterator
 import pytest
 from etils import epath
 
+from dalle_jax.storage.files import disable_listings_cache
+
 
 @contextlib.contextmanager
 def emulated_bucket() -> Iterator[epath.Path]:
     """Provides an empty bucket, to which the environment of this process and its children points."""
+    disable_listings_cache()  # tests list what other processes write
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"

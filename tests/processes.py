@@ -54,7 +54,7 @@ def spawn(
 def finish(
     processes: Sequence[preloaded.Program | subprocess.Popen], seconds: float = 240
 ) -> list[tuple[int, str, str]]:
-    """Waits for all: (status, stdout, stderr) of each. Ends those that are still there after the time, or an error."""
+    """Waits for all processes and returns (status, stdout, stderr) of each. Kills them after the time or an error."""
     try:
         outputs = [process.communicate(timeout=seconds) for process in processes]
     finally:

@@ -21,19 +21,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from flax import linen as nn
 
 from dalle_jax.data.byte_pairs import BytePairs
 from dalle_jax.errors import ConfigError, PretrainedError, UserError
 from dalle_jax.models.clip import ACTIVATIONS, CLIP, CLIPOptions
 from dalle_jax.pretrained import state_dict
-from dalle_jax.pytree import PyTree, first_mismatch
+from dalle_jax.pytree import PyTree
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 
 StateDict = Mapping[str, np.ndarray]
@@ -171,21 +169,14 @@ def convert(arrays: StateDict, options: CLIPOptions) -> PyTree:
     Raises:
       PretrainedError: an array is missing, unexpected, or has a shape that does not match the options.
     """
-    params: dict[str, Any] = {}
+    converted = {}
     for name, array in arrays.items():
         path = _our_path(name)
         if path is None:
             raise PretrainedError(f"The weights have an unexpected array {name!r} of shape {array.shape}.")
         heads = options.image_heads if path[0] == "image" else options.text_heads
-        node = params
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = np.asarray(_our_shape(path, np.asarray(array, np.float32), heads))
-    expected = nn.meta.unbox(jax.eval_shape(CLIP(options).init, jax.random.key(0)))
-    if wrong := first_mismatch(params, expected):
-        path, given, needed = wrong
-        raise PretrainedError(f"The weights do not fit {options}: array {path} has shape {given}, expected {needed}.")
-    return params
+        converted[path] = np.asarray(_our_shape(path, np.asarray(array, np.float32), heads))
+    return state_dict.as_parameters(converted, CLIP(options).init, options)
 
 
 def _our_path(name: str) -> tuple[str, ...] | None:

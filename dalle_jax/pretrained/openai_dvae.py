@@ -15,19 +15,17 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from flax import linen as nn
 
 from dalle_jax.checkpoints import workdir
 from dalle_jax.errors import ConfigError, PretrainedError, UserError
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.pretrained import state_dict
-from dalle_jax.pytree import PyTree, first_mismatch
+from dalle_jax.pytree import PyTree
 
 StateDict = Mapping[str, np.ndarray]
 
@@ -96,8 +94,7 @@ def convert(encoder: StateDict, decoder: StateDict, options: DVAEOptions) -> PyT
     Raises:
       PretrainedError: an array is missing, unexpected, or has a shape that does not match the options.
     """
-    expected = nn.meta.unbox(jax.eval_shape(DVAETokenizer(options).init, jax.random.key(0)))
-    params: dict[str, Any] = {"codebook": {}, "encoder": {}, "decoder": {}}
+    converted = {}
     for side, arrays in (("encoder", encoder), ("decoder", decoder)):
         for name, array in arrays.items():
             path = _our_path(side, name)
@@ -107,14 +104,8 @@ def convert(encoder: StateDict, decoder: StateDict, options: DVAEOptions) -> PyT
             if path[-1] == "kernel" and array.ndim == 4:
                 array = array.transpose(2, 3, 1, 0)
                 array = array[0, 0] if array.shape[:2] == (1, 1) else array
-            node = params
-            for key in path[:-1]:
-                node = node.setdefault(key, {})
-            node[path[-1]] = np.asarray(array, np.float32)
-    if mismatch := first_mismatch(params, expected):
-        path, given, needed = mismatch
-        raise PretrainedError(f"The weights do not fit {options}: array {path} has shape {given}, expected {needed}.")
-    return params
+            converted[path] = np.asarray(array, np.float32)
+    return state_dict.as_parameters(converted, DVAETokenizer(options).init, options)
 
 
 def _our_path(side: str, name: str) -> tuple[str, ...] | None:

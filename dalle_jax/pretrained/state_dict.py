@@ -10,13 +10,18 @@ import json
 import os
 import struct
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
+from flax import linen as nn
+from flax import traverse_util
 
 from dalle_jax.errors import PretrainedError
 from dalle_jax.pretrained import restricted_pickle
+from dalle_jax.pytree import PyTree, first_mismatch
 
 _SAFETENSORS_DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -59,6 +64,29 @@ def read(path: str | os.PathLike, module_classes: frozenset[str] = frozenset()) 
     raise PretrainedError(
         f"{path} holds a {type(content).__name__}: expected a state dict (name → tensor) or a module."
     )
+
+
+def as_parameters(
+    arrays: Mapping[tuple[str, ...], np.ndarray], init: Callable[[jax.Array], PyTree], options: Any
+) -> PyTree:
+    """Nests converted arrays and compares their names and shapes with those of the model.
+
+    Args:
+      arrays: arrays by path in the parameters.
+      init: the model's `init`, a function of a key.
+      options: the model's options, for messages.
+
+    Returns:
+      Parameters of the model.
+
+    Raises:
+      PretrainedError: an array is missing, unexpected, or has another shape.
+    """
+    params = traverse_util.unflatten_dict(arrays)
+    if mismatch := first_mismatch(params, nn.meta.unbox(jax.eval_shape(init, jax.random.key(0)))):
+        path, given, needed = mismatch
+        raise PretrainedError(f"The weights do not fit {options}: array {path} has shape {given}, expected {needed}.")
+    return params
 
 
 def _read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
