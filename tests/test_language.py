@@ -43,7 +43,7 @@ ALLOWED = {
     # These are captions of data sets. Other words would be other data.
     "dalle_jax/data/builders/emoji_captions/names.py": {"picture"},
     "dalle_jax/data/builders/shapes_captions/scenes.py": {"picture"},
-    # A key that earlier versions stored.
+    # A key that is stored with prepared data sets.
     "tests/data/sources/test_sources.py": {"picture"},
 }
 

@@ -80,7 +80,7 @@ def from_dict(description: Mapping[str, Any]) -> ImageTokenizer:
 
 
 def of_training(config: Mapping[str, Any] | ConfigDict) -> ImageTokenizer:
-    """The tokenizer that a dVAE training configuration describes: its `model`, for images of `data.image_size`.
+    """Returns the tokenizer that a dVAE training configuration describes: `model`, for images of `data.image_size`.
 
     Args:
       config: the configuration, or what was read back from a workdir's config.json.
