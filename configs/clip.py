@@ -20,34 +20,13 @@ Measured: shapes and emoji, see README.md and experiments/results/. Not yet meas
 
 from ml_collections import ConfigDict
 
+from dalle_jax.configuration import sections
 from dalle_jax.configuration.config_files import choose
-from dalle_jax.configuration.sections import (
-    COCO,
-    CUB,
-    EMOJI,
-    FOLDER,
-    SHAPES,
-    TRAINING_KEYS,
-    cadence,
-    override,
-    schedule,
-    section,
-    set_steps,
-    text,
-    training_loop,
-)  # fmt: skip
+from dalle_jax.configuration.sections import schedule, section
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.models.clip import CLIPOptions
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.tasks.corrupted_negatives import NegativeOptions
-
-
-def tower(name: str, width: int, depth: int, heads: int) -> dict[str, int]:
-    return {f"{name}_width": width, f"{name}_depth": depth, f"{name}_heads": heads}
-
-
-def towers(image: dict, text: dict, **sizes) -> dict:
-    return tower("image", **image) | tower("text", **text) | sizes
 
 
 def cpu(steps):
@@ -56,7 +35,7 @@ def cpu(steps):
         "model.dtype": "float32",
         "optimizer.clip_norm": 1.0,
         "schedules.learning_rate": schedule("warmup_cosine", peak=3e-3, end=3e-5, warmup_steps=20, steps=steps),
-        **cadence((steps + 3) // 4),
+        **sections.cadence((steps + 3) // 4),
     }
 
 
@@ -68,49 +47,51 @@ FLAT = {
     "schedules.learning_rate.peak": 2e-3,
 }
 
-OWN_IMAGES = dict(augment="prior", bpe_dropout=0.1)
+AUGMENTED = dict(augment="prior", bpe_dropout=0.1)
 
 VARIANTS = {
     # The text tower needs its two blocks: with one it cannot bind colours to shapes.
     "shapes": dict(
         doc="drawn shapes, embedded; two CPU cores, 1 minute",
-        data=SHAPES, text=dict(vocab_size=300, length=20),
-        model=towers(dict(width=64, depth=1, heads=2), dict(width=64, depth=2, heads=2), patch=8, embed_dim=96),
-        batch_size=256, steps=340, overrides=[cpu, FLAT],
+        data=sections.SHAPES, text=dict(vocab_size=300, length=20),
+        image_tower=dict(width=64, depth=1, heads=2), text_tower=dict(width=64, depth=2, heads=2),
+        patch=8, embed_dim=96, batch_size=256, steps=340, overrides=[cpu, FLAT],
     ),
     "emoji": dict(
         doc="the emoji of an installed font; two CPU cores, 2 minutes",
-        data=dict(EMOJI, bpe_dropout=0.1), text=dict(vocab_size=1024, length=20),
-        model=towers(dict(width=128, depth=3, heads=4), dict(width=96, depth=2, heads=2), patch=8, embed_dim=128),
-        batch_size=256, steps=200, overrides=[cpu],
+        data=dict(sections.EMOJI, bpe_dropout=0.1), text=dict(vocab_size=1024, length=20),
+        image_tower=dict(width=128, depth=3, heads=4), text_tower=dict(width=96, depth=2, heads=2),
+        patch=8, embed_dim=128, batch_size=256, steps=200, overrides=[cpu],
     ),
     "folder": dict(
         doc="your own images (data.path), 128 pixels; one GPU, not yet measured",
-        data=dict(FOLDER, image_size=128, **OWN_IMAGES), text=dict(vocab_size=8192, length=64),
-        model=towers(dict(width=384, depth=8, heads=6), dict(width=384, depth=6, heads=6), patch=16, embed_dim=256),
-        batch_size=512, steps=50_000,
+        data=dict(sections.FOLDER, image_size=128, **AUGMENTED), text=dict(vocab_size=8192, length=64),
+        image_tower=dict(width=384, depth=8, heads=6), text_tower=dict(width=384, depth=6, heads=6),
+        patch=16, embed_dim=256, batch_size=512, steps=50_000,
     ),
     "coco": dict(
         doc="MS-COCO, 62 epochs of 82,783 images; one GPU or TPU host, not yet measured",
-        data=dict(COCO, image_size=224, **OWN_IMAGES), text=dict(vocab_size=8192, length=64),
-        model=towers(dict(width=384, depth=12, heads=6), dict(width=384, depth=6, heads=6), patch=16, embed_dim=256),
-        batch_size=512, steps=10_000,
+        data=dict(sections.COCO, image_size=224, **AUGMENTED), text=dict(vocab_size=8192, length=64),
+        image_tower=dict(width=384, depth=12, heads=6), text_tower=dict(width=384, depth=6, heads=6),
+        patch=16, embed_dim=256, batch_size=512, steps=10_000,
     ),
     "cub": dict(
         doc="CUB-200-2011, 171 epochs of 5,994 images; one GPU or TPU host, not yet measured",
-        data=dict(CUB, image_size=224, **OWN_IMAGES), text=dict(vocab_size=4096, length=64),
-        model=towers(dict(width=256, depth=8, heads=4), dict(width=256, depth=4, heads=4), patch=16, embed_dim=256),
-        batch_size=256, steps=4000,
+        data=dict(sections.CUB, image_size=224, **AUGMENTED), text=dict(vocab_size=4096, length=64),
+        image_tower=dict(width=256, depth=8, heads=4), text_tower=dict(width=256, depth=4, heads=4),
+        patch=16, embed_dim=256, batch_size=256, steps=4000,
     ),
     "vit_b32": dict(
         doc="OpenAI's ViT-B/32, your own images (data.path); TPU v5e:16x16 or v5p:4x4x4, not yet measured",
-        data=dict(FOLDER, image_size=224, augment="prior"), text=dict(vocab_size=49_407, length=76),
-        model=towers(dict(width=768, depth=12, heads=12), dict(width=512, depth=12, heads=8), patch=32, embed_dim=512),
-        batch_size=32_768, steps=390_000,
+        data=dict(sections.FOLDER, image_size=224, augment="prior"), text=dict(vocab_size=49_407, length=76),
+        image_tower=dict(width=768, depth=12, heads=12), text_tower=dict(width=512, depth=12, heads=8),
+        patch=32, embed_dim=512, batch_size=32_768, steps=390_000,
     ),
 }  # fmt: skip
 
-KEYS = TRAINING_KEYS | {
+_TOWER = ("width", "depth", "heads")
+
+KEYS = sections.TRAINING_KEYS | {
     "text.path": "file of a text model to use; a prior's scores need the prior's text model",
     "model.image_width": "width of the image tower; depth and heads are next to it",
     "model.text_width": "width of the text tower",
@@ -127,18 +108,20 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.variant = variant
     config.workdir = f"runs/clip-{variant}"
     config.seed = 0
-    steps = set_steps(config, row["steps"])
+    steps = sections.set_steps(config, row["steps"])
 
     config.data = section(DataOptions, **row["data"])
-    config.text = text(**row["text"])
+    config.text = sections.text(**row["text"])
     derived = ["image_size", "text_length", "text_vocab", "end_id"]  # from data and text
-    config.model = section(CLIPOptions, without=derived, **{"dtype": "bfloat16", **row["model"]})
+    towers = {f"{name}_{size}": row[f"{name}_tower"][size] for name in ("image", "text") for size in _TOWER}
+    sizes = {"patch": row["patch"], "embed_dim": row["embed_dim"]}
+    config.model = section(CLIPOptions, without=derived, dtype="bfloat16", **towers, **sizes)
     config.negatives = section(NegativeOptions)
     config.optimizer = section(OptimizerOptions, b2=0.98, eps=1e-6, weight_decay=0.2)
     config.schedules = ConfigDict({
         "learning_rate": schedule("warmup_cosine", peak=5e-4, end=0.0, warmup_steps=2000, steps=steps),
     })  # fmt: skip
     config.ema = section(AverageOptions)
-    training_loop(config, row["batch_size"], every=1000)
-    override(config, *row.get("overrides", []))
+    sections.training_loop(config, row["batch_size"], every=1000)
+    sections.override(config, *row.get("overrides", []))
     return config

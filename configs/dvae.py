@@ -14,21 +14,9 @@ Measured: shapes and emoji, see README.md and experiments/results/. Not yet meas
 
 from ml_collections import ConfigDict
 
+from dalle_jax.configuration import sections
 from dalle_jax.configuration.config_files import choose
-from dalle_jax.configuration.sections import (
-    COCO,
-    CUB,
-    EMOJI,
-    FOLDER,
-    SHAPES,
-    TRAINING_KEYS,
-    cadence,
-    override,
-    schedule,
-    section,
-    set_steps,
-    training_loop,
-)  # fmt: skip
+from dalle_jax.configuration.sections import schedule, section
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.image_tokenizers.dvae import DVAEOptions
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
@@ -49,7 +37,7 @@ def cpu(steps):
         "schedules.temperature": schedule("cosine", start=0.25, end=1 / 16, steps=steps // 2),
         "schedules.kl_weight": schedule("constant", value=0.05),
         "ema.decay": 0.99,
-        **cadence((steps + 3) // 4),
+        **sections.cadence((steps + 3) // 4),
     }
 
 
@@ -59,35 +47,37 @@ PAPER = {"schedules.learning_rate.steps": 1_200_000, "schedules.temperature.step
 VARIANTS = {
     "shapes": dict(
         doc="drawn shapes, embedded; two CPU cores, 1 minute",
-        data=SHAPES, model=dict(vocab_size=1024, hidden=128, codebook_dim=128, min_log_scale=-1.5, **SMALL_MODEL),
+        data=sections.SHAPES,
+        model=dict(vocab_size=1024, hidden=128, codebook_dim=128, min_log_scale=-1.5, **SMALL_MODEL),
         batch_size=32, steps=150, overrides=[cpu],
     ),
     # With min_log_scale=-1.5 the emoji's edges would weigh too little next to their flat areas.
     "emoji": dict(
         doc="the emoji of an installed font; two CPU cores, 4 minutes",
-        data=EMOJI, model=dict(vocab_size=2048, hidden=160, codebook_dim=160, min_log_scale=-0.5, **SMALL_MODEL),
+        data=sections.EMOJI,
+        model=dict(vocab_size=2048, hidden=160, codebook_dim=160, min_log_scale=-0.5, **SMALL_MODEL),
         batch_size=32, steps=1000, overrides=[cpu],
     ),
     "folder": dict(
         doc="your own images (data.path), 128 pixels; one GPU, not yet measured",
-        data=dict(FOLDER, image_size=128, augment="dvae"), model=HALF_WIDTH, batch_size=64, steps=300_000,
+        data=dict(sections.FOLDER, image_size=128, augment="dvae"), model=HALF_WIDTH, batch_size=64, steps=300_000,
     ),
     "coco": dict(
         doc="MS-COCO, 77 epochs of 82,783 images; one GPU or TPU host, not yet measured",
-        data=dict(COCO, augment="dvae"), model=HALF_WIDTH, batch_size=32, steps=200_000,
+        data=dict(sections.COCO, augment="dvae"), model=HALF_WIDTH, batch_size=32, steps=200_000,
     ),
     "cub": dict(
         doc="CUB-200-2011, 534 epochs of 5,994 images; one GPU or TPU host, not yet measured",
-        data=dict(CUB, augment="dvae"), model=HALF_WIDTH, batch_size=32, steps=100_000,
+        data=dict(sections.CUB, augment="dvae"), model=HALF_WIDTH, batch_size=32, steps=100_000,
     ),
     "paper": dict(
         doc="the paper's size, your own images (data.path), 256 pixels; TPU v5e:8x8 or v5p:2x4x4, not yet measured",
-        data=dict(FOLDER, image_size=256, augment="dvae"), model=dict(dtype="bfloat16"),
+        data=dict(sections.FOLDER, image_size=256, augment="dvae"), model=dict(dtype="bfloat16"),
         batch_size=512, steps=3_000_000, overrides=[PAPER],
     ),
 }  # fmt: skip
 
-KEYS = TRAINING_KEYS | {
+KEYS = sections.TRAINING_KEYS | {
     "model.vocab_size": "number of codes",
     "model.hidden": "width of the first group of blocks",
     "schedules.learning_rate.end": "step size at the end",
@@ -103,7 +93,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.variant = variant
     config.workdir = f"runs/dvae-{variant}"
     config.seed = 0
-    steps = set_steps(config, row["steps"])
+    steps = sections.set_steps(config, row["steps"])
 
     config.data = section(DataOptions, **row["data"])
     config.model = section(DVAEOptions, without=["image_size"], **row["model"])
@@ -115,6 +105,6 @@ def get_config(variant: str | None = None) -> ConfigDict:
         "kl_weight": schedule("cosine", start=0.0, end=6.6, steps=5000),
     })  # fmt: skip
     config.ema = section(AverageOptions, decay=0.999)
-    training_loop(config, row["batch_size"], every=5000)
-    override(config, *row.get("overrides", []))
+    sections.training_loop(config, row["batch_size"], every=5000)
+    sections.override(config, *row.get("overrides", []))
     return config

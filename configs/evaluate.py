@@ -17,8 +17,9 @@ and the best of N. On the embedded shapes: whether the images show what the capt
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
+from dalle_jax.configuration import sections
 from dalle_jax.configuration.config_files import choose
-from dalle_jax.configuration.sections import COCO, CUB, SAMPLING_KEYS, mesh, section
+from dalle_jax.configuration.sections import section
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.evaluation.measure import Options
 from dalle_jax.priors.sampling import SamplingOptions
@@ -30,11 +31,11 @@ VARIANTS = {
     ),
     "coco": dict(
         doc="30,000 captions of MS-COCO's validation split; one GPU, not yet measured",
-        data=COCO, split="validation", captions="drawn", count=30_000,
+        data=sections.COCO, split="validation", captions="drawn", count=30_000,
     ),
     "cub": dict(
         doc="all unique captions of CUB's test split; one GPU, not yet measured",
-        data=CUB, split="test", captions="unique", count=None,
+        data=sections.CUB, split="test", captions="unique", count=None,
     ),
 }  # fmt: skip
 # The images are used as they are, at the model's size.
@@ -51,7 +52,7 @@ KEYS = {
     "metrics.inception": "file of Inception-v3's weights; None: no FID and no Inception score",
     "metrics.candidates": "largest N of the best of N by CLIP; 0: no such sweep",
     "rows_at_once": "images per batch, over all devices; fewer need less memory",
-    **SAMPLING_KEYS,
+    **sections.SAMPLING_KEYS,
 }
 
 
@@ -75,5 +76,5 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.metrics = section(Options, without=["seed"])
     config.sampling = section(SamplingOptions)
     config.rows_at_once = 64
-    config.mesh = mesh()  # images over all devices; fsdp, tensor: split a prior that one device cannot hold
+    config.mesh = sections.mesh()  # images over all devices; fsdp, tensor: split a prior that one device cannot hold
     return config

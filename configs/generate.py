@@ -13,7 +13,8 @@ draws an image again. Runs wherever the prior was trained; a laptop's CPU is eno
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from dalle_jax.configuration.sections import SAMPLING_KEYS, mesh, section
+from dalle_jax.configuration import sections
+from dalle_jax.configuration.sections import section
 from dalle_jax.priors.sampling import SamplingOptions
 
 KEYS = {
@@ -28,7 +29,7 @@ KEYS = {
     "clip": "workdir or folder of a CLIP; None: the one in the prior's workdir, if any",
     "candidates": "samples per caption, of which CLIP keeps the best n; 0: draw n",
     "rows_at_once": "images per batch, over all devices; fewer need less memory",
-    **SAMPLING_KEYS,
+    **sections.SAMPLING_KEYS,
 }
 
 
@@ -48,5 +49,5 @@ def get_config() -> ConfigDict:
     config.candidates = 0
     config.sampling = section(SamplingOptions)
     config.rows_at_once = 64
-    config.mesh = mesh()  # images over all devices; fsdp, tensor: split a prior that one device cannot hold
+    config.mesh = sections.mesh()  # images over all devices; fsdp, tensor: split a prior that one device cannot hold
     return config

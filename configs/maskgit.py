@@ -23,16 +23,9 @@ experiments/results/emoji/. Not yet measured: the others.
 from ml_collections import ConfigDict
 
 from configs import prior
+from dalle_jax.configuration import sections
 from dalle_jax.configuration.config_files import choose
-from dalle_jax.configuration.sections import (
-    cadence,
-    override,
-    schedule,
-    section,
-    set_steps,
-    split_over_chips,
-    training_loop,
-)  # fmt: skip
+from dalle_jax.configuration.sections import schedule, section
 from dalle_jax.priors.maskgit import MaskGITOptions
 
 
@@ -51,7 +44,7 @@ def cpu(steps):
             "warmup_cosine", peak=2e-3, end=1e-5, warmup_steps=steps // 20, steps=steps
         ),
         "mesh.data": 1,  # four examples at a time: more devices would wait for each other
-        **cadence((steps + 3) // 4),
+        **sections.cadence((steps + 3) // 4),
     }
 
 
@@ -79,12 +72,12 @@ VARIANTS = {
     "paper": dict(
         doc="the paper's size, your own images (data.path); TPU v5e:4x4 or v6e:2x4, not yet measured",
         prior="paper", trunk=dict(width=768, depth=24, heads=16, dropout=0.1), batch_size=256, steps=500_000,
-        overrides=[split_over_chips(copies=1)],
+        overrides=[sections.split_over_chips(copies=1)],
     ),
     "3b": dict(
         doc="the size of Muse's base model, your own images; TPU v5p:4x4x4 or v6e:8x8, not yet measured",
         prior="paper", trunk=dict(width=2048, depth=48, heads=16, dropout=0.1), batch_size=512, steps=1_000_000,
-        overrides=[split_over_chips(copies=2)],
+        overrides=[sections.split_over_chips(copies=2)],
     ),
 }  # fmt: skip
 
@@ -100,13 +93,13 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config = prior.get_config(row["prior"])
     config.variant = variant
     config.workdir = f"runs/maskgit-{variant}"
-    set_steps(config, row["steps"])
+    sections.set_steps(config, row["steps"])
 
     config.prior = "maskgit"
     trunk, caption_drop = config.model.trunk, config.model.caption_drop
     trunk.update(row["trunk"])
     config.model = section(MaskGITOptions, trunk=trunk, caption_drop=caption_drop, steps=18)
     config.schedules = ConfigDict({"learning_rate": schedule("warmup_constant", value=1e-4, warmup_steps=5000)})
-    training_loop(config, row["batch_size"], every=5000)
-    override(config, *row.get("overrides", []))
+    sections.training_loop(config, row["batch_size"], every=5000)
+    sections.override(config, *row.get("overrides", []))
     return config

@@ -25,31 +25,19 @@ from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
 from configs import dvae
+from dalle_jax.configuration import sections
 from dalle_jax.configuration.config_files import choose
-from dalle_jax.configuration.sections import (
-    COCO,
-    CUB,
-    EMOJI,
-    FOLDER,
-    SHAPES,
-    TRAINING_KEYS,
-    cadence,
-    override,
-    schedule,
-    section,
-    set_steps,
-    split_over_chips,
-    text,
-    training_loop,
-)  # fmt: skip
+from dalle_jax.configuration.sections import schedule, section
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.models.transformer import TransformerOptions
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.priors.autoregressive import AutoregressiveOptions
 
-OWN_IMAGES = dict(augment="prior", bpe_dropout=0.1)
-PAPER = dict(tokenizer="paper", data=dict(FOLDER, image_size=256, **OWN_IMAGES),
-             text=dict(vocab_size=16_384, length=256), batch_size=1024, steps=430_000)  # fmt: skip
+AUGMENTED = dict(augment="prior", bpe_dropout=0.1)
+PAPER = dict(
+    tokenizer="paper", data=dict(sections.FOLDER, image_size=256, **AUGMENTED),
+    text=dict(vocab_size=16_384, length=256), batch_size=1024, steps=430_000,
+)  # fmt: skip
 
 
 def cpu(steps):
@@ -70,38 +58,42 @@ def cpu(steps):
         ),
         "ema.every": 1,
         "mesh.data": 1,  # four examples at a time: more devices would wait for each other
-        **cadence((steps + 3) // 4),
+        **sections.cadence((steps + 3) // 4),
     }
 
 
 # Keep the products of dense layers and the results of attention; split everything else over the chips.
-POD = {"model.trunk.remat": "dots", "optimizer.first_moment": "bfloat16", **split_over_chips(copies=2)}
+POD = {"model.trunk.remat": "dots", "optimizer.first_moment": "bfloat16", **sections.split_over_chips(copies=2)}
 
 VARIANTS = {
     "shapes": dict(
         doc="drawn shapes, embedded; two CPU cores, 3 minutes",
-        tokenizer="shapes", data=SHAPES, text=dict(vocab_size=300, length=20),
+        tokenizer="shapes", data=sections.SHAPES, text=dict(vocab_size=300, length=20),
         trunk=dict(width=128, depth=5, heads=4), kernel=3, batch_size=4, steps=4200,
         overrides=[cpu, {"model.caption_drop": 0.05}],
     ),
     "emoji": dict(
         doc="the emoji of an installed font; two CPU cores, 11 minutes",
-        tokenizer="emoji", data=dict(EMOJI, bpe_dropout=0.1), text=dict(vocab_size=1024, length=20),
+        tokenizer="emoji", data=dict(sections.EMOJI, bpe_dropout=0.1),
+        text=dict(vocab_size=1024, length=20),
         trunk=dict(width=192, depth=6, heads=6), kernel=3, batch_size=4, steps=5000, overrides=[cpu],
     ),
     "folder": dict(
         doc="your own images (data.path), 128 pixels; one GPU, not yet measured",
-        tokenizer="folder", data=dict(FOLDER, image_size=128, **OWN_IMAGES), text=dict(vocab_size=8192, length=64),
+        tokenizer="folder", data=dict(sections.FOLDER, image_size=128, **AUGMENTED),
+        text=dict(vocab_size=8192, length=64),
         trunk=dict(width=512, depth=12, heads=8), kernel=3, batch_size=64, steps=100_000,
     ),
     "coco": dict(
         doc="MS-COCO, 77 epochs; one GPU or TPU host, not yet measured",
-        tokenizer="coco", data=dict(COCO, **OWN_IMAGES), text=dict(vocab_size=8192, length=64),
+        tokenizer="coco", data=dict(sections.COCO, **AUGMENTED),
+        text=dict(vocab_size=8192, length=64),
         trunk=dict(width=768, depth=24, heads=12), batch_size=64, steps=100_000,
     ),
     "cub": dict(
         doc="CUB-200-2011, 213 epochs; one GPU or TPU host, not yet measured",
-        tokenizer="cub", data=dict(CUB, **OWN_IMAGES), text=dict(vocab_size=4096, length=64),
+        tokenizer="cub", data=dict(sections.CUB, **AUGMENTED),
+        text=dict(vocab_size=4096, length=64),
         trunk=dict(width=512, depth=12, heads=8), batch_size=64, steps=20_000,
     ),
     "2.8b": dict(
@@ -118,7 +110,7 @@ VARIANTS = {
     ),
 }  # fmt: skip
 
-KEYS = TRAINING_KEYS | {
+KEYS = sections.TRAINING_KEYS | {
     "tokenizer_from": "directory of a trained or imported image tokenizer to use instead of training one",
     "start_from": "workdir of another prior: start from its parameters and tokens",
     "model.trunk.width": "width of the transformer; depth and heads are next to it",
@@ -135,14 +127,14 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.variant = variant
     config.workdir = f"runs/prior-{variant}"
     config.seed = 0
-    set_steps(config, row["steps"])
+    sections.set_steps(config, row["steps"])
     config.tokenizer = dvae.get_config(row["tokenizer"])
     config.tokenizer_from = placeholder(str)
     config.start_from = placeholder(str)
 
     config.data = section(DataOptions, **row["data"])
     config.data_tokens = "each_batch"  # "once": encode the training split before training
-    config.text = text(**row["text"])
+    config.text = sections.text(**row["text"])
     config.prior = "autoregressive"
     trunk = section(TransformerOptions, **{"remat": "full", **row["trunk"]})
     config.model = section(AutoregressiveOptions, trunk=trunk, kernel=row.get("kernel", 11), tied_embeddings=True)
@@ -150,6 +142,6 @@ def get_config(variant: str | None = None) -> ConfigDict:
     # The paper halves the step size five times on plateaus (appendix B.2).
     config.schedules = ConfigDict({"learning_rate": schedule("warmup_constant", value=4.5e-4, warmup_steps=5000)})
     config.ema = section(AverageOptions, decay=0.99, every=25)
-    training_loop(config, row["batch_size"], every=5000)
-    override(config, *row.get("overrides", []))
+    sections.training_loop(config, row["batch_size"], every=5000)
+    sections.override(config, *row.get("overrides", []))
     return config

@@ -1,4 +1,4 @@
-"""XLA's programs kept on disk, so that the second run of a command starts at once."""
+"""JAX's persistent compilation cache, with which the second run of a command starts faster."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 
 def enable() -> str:
-    """Turns JAX's persistent compilation cache on, unless JAX_COMPILATION_CACHE_DIR already did.
+    """Enables the cache, which JAX_ENABLE_COMPILATION_CACHE=false disables again.
 
-    Commands, `train` and `TextToImage.load` call it.  JAX_ENABLE_COMPILATION_CACHE=false turns the cache off.
+    Commands, `train` and `TextToImage.load` call it.
 
     Returns:
-      The directory: $JAX_COMPILATION_CACHE_DIR (which may be remote), or `~/.cache/dalle_jax/xla`.
+      The folder of the cache: $JAX_COMPILATION_CACHE_DIR, which may be remote, or `~/.cache/dalle_jax/xla`.
     """
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser("~/.cache/dalle_jax/xla"))
@@ -25,10 +25,10 @@ def enable() -> str:
 
 @contextlib.contextmanager
 def turned_off() -> Iterator[None]:
-    """Context without that cache: what is compiled for devices that are not there cannot be read back from it."""
+    """Context without the cache, because programs for absent devices cannot be read back from it."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # else the old setting stays
+    compilation_cache.reset_cache()  # without it the old setting stays
     try:
         yield
     finally:

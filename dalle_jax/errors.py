@@ -1,75 +1,76 @@
-"""Errors meant for the person at the keyboard.
+"""Errors for users: everything that a user can cause and repair, such as a wrong config key or a missing folder.
 
-Everything a user can cause and repair (a wrong config key, a missing folder, a mesh that does not fit) is raised as
-a `UserError`.  `main.py` prints its message alone, without a traceback, and exits with its `exit_code`; any other
-exception is a bug and keeps its traceback.
-
-Messages follow one pattern: what was given, what is expected, what to do.
+`main.py` prints the message of a `UserError` without a traceback and exits with its `exit_code`. Any other exception is
+a bug and keeps its traceback. A message says what was given, what was expected and what to do.
 """
 
 
 class UserError(Exception):
-    """Base of every error caused by the user's input or machine; carries the exit status of the process."""
+    """Base class of errors caused by the user's input or machine.
+
+    Attributes:
+      exit_code: exit status of the process.
+      unwinds: whether the process can exit normally. False if a thread or host would block the exit forever.
+    """
 
     exit_code = 1
-    unwinds = True  # false: something waits for ever, and would hold up the end of the process
+    unwinds = True
 
 
 class ConfigError(UserError, ValueError):
-    """A configuration key, value or variant that cannot be used."""
+    """A configuration key, value or variant is invalid."""
 
     exit_code = 2
 
 
 class DataError(UserError, ValueError):
-    """Training or evaluation data that is missing or unreadable."""
+    """Training or evaluation data is missing or unreadable."""
 
 
 class StuckDataError(DataError):
-    """A data source that does not deliver; a thread is left waiting for it."""
+    """A data source does not answer, and a thread still waits for it."""
 
     unwinds = False
 
 
 class LostHostError(UserError, RuntimeError):
-    """Another host does not answer any more."""
+    """Another host no longer answers."""
 
     unwinds = False
 
 
 class CheckpointError(UserError, RuntimeError):
-    """A checkpoint that cannot be written or read."""
+    """A checkpoint cannot be written or read."""
 
 
 class ConfigMismatch(CheckpointError):
-    """A checkpoint whose stored configuration describes another model than the one asked for."""
+    """The configuration stored in a checkpoint describes a different model than the current one."""
 
     exit_code = 2
 
 
 class MeshError(UserError, ValueError):
-    """A device mesh that does not fit the devices or the arrays laid out on it."""
+    """A device mesh does not fit the devices or the arrays on it."""
 
     exit_code = 2
 
 
 class DoesNotFit(UserError, RuntimeError):
-    """A program that needs more memory than its device has."""
+    """A program needs more memory than its device has."""
 
 
 class NonFiniteError(UserError, ArithmeticError):
-    """Training stopped because loss or gradients stayed infinite or not-a-number."""
+    """Training stopped because loss or gradients stayed infinite or NaN."""
 
 
 class PretrainedError(UserError, RuntimeError):
-    """Pretrained weights that are missing, damaged or of another architecture."""
+    """Pretrained weights are missing, damaged or of a different architecture."""
 
 
 class Preempted(SystemExit):
-    """Training was asked to stop (SIGTERM, Ctrl-C), has saved its state, and ends the process with status 0.
+    """Training was stopped by SIGTERM or Ctrl-C and has saved its state. Ends the process with status 0.
 
-    Derives from `SystemExit` so that a caller which runs several trainings in turn stops with the first one
-    instead of starting the next.
+    Derives from `SystemExit`, so that a caller does not start the next training after a stop signal.
     """
 
     def __init__(self, message: str):

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import logging
 import pathlib
 import sys
@@ -48,7 +47,6 @@ JOBS = {
     "compile": "dalle_jax.jobs.compile",
 }
 _PACKAGE = pathlib.Path(__file__).parent
-_ORBAX = tuple(importlib.util.find_spec("orbax").submodule_search_locations)  # (importing it would take seconds)
 
 
 def _parse(argv: list[str]) -> list[str]:
@@ -70,7 +68,7 @@ def _parse(argv: list[str]) -> list[str]:
         if len(rest) > 1:
             raise ConfigError(f"Unexpected argument {rest[1]!r}: write options as --name=value.")
         if _CONFIG.value is None:
-            raise ConfigError("No --config given; start with --config=configs/quickstart.py.")
+            raise ConfigError("No --config given; start with --config=configs/quickstart.py (--help lists all).")
         if _CONFIG.value.job not in JOBS:  # (reading the value raises if the file is unreadable)
             raise ConfigError(f"config.job={_CONFIG.value.job!r}: expected one of {', '.join(JOBS)}.")
         if wanted:
@@ -91,13 +89,9 @@ def configure_logging() -> None:
 def _is_worth_reading(record: logging.LogRecord) -> bool:
     """Returns whether to print a log record.
 
-    Messages of this package are printed by the first host, warnings by every host and for every library but orbax.
-    Orbax logs dozens of lines per save, and logs each error that it also raises.
+    The first host prints the messages of this package. Every host prints warnings of this package and of libraries.
     """
-    file = pathlib.Path(record.pathname)
-    if file.is_relative_to(_PACKAGE):
-        return record.levelno >= logging.WARNING or is_first()
-    return record.levelno >= logging.WARNING and not any(file.is_relative_to(folder) for folder in _ORBAX)
+    return record.levelno >= logging.WARNING or (is_first() and pathlib.Path(record.pathname).is_relative_to(_PACKAGE))
 
 
 def _run(_: list[str]) -> None:

@@ -1,8 +1,8 @@
-"""The token stream of one picture and its caption: who sits where, with which id.
+"""The layout of the token stream of a caption and its image: positions, vocabularies and special ids.
 
-Section 2.2 of Zero-Shot Text-to-Image Generation: T text positions are followed by N = h·w image positions in
-raster order. A text position without a token holds a padding id *of its own*: padding is embedded and attended
-to, never masked. Everything that needs an offset, a length or a special id asks this class.
+T text positions are followed by N = h·w image positions in raster order (DALL-E, section 2.2). Each text position has
+its own padding id. Padding is embedded and attended to; it is never masked. All offsets, lengths and special ids in the
+package come from this class.
 
     T text length    h, w grid    N = h·w image tokens    S = T + N
 """
@@ -18,7 +18,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
-    """Vocabularies and positions of the stream "text, then image".
+    """Sizes and special ids of the stream "text, then image".
 
     Attributes:
       text_vocab: number of kinds of text token, without padding.
@@ -28,7 +28,7 @@ class TokenLayout:
       width: w, columns of the image token grid.
 
     Raises:
-      ValueError: where one of them is not positive.
+      ValueError: a size below 1.
     """
 
     text_vocab: int
@@ -45,26 +45,26 @@ class TokenLayout:
 
     @property
     def image_length(self) -> int:
-        """N = h·w."""
+        """N, the number of image tokens."""
         return self.height * self.width
 
     @property
     def length(self) -> int:
-        """S = T + N."""
+        """S, the length of the stream."""
         return self.text_length + self.image_length
 
     @property
     def text_ids(self) -> int:
-        """Rows of the text embedding: the text vocabulary and one padding id for each text position."""
+        """Number of rows of the text embedding: the text vocabulary and one padding id for each text position."""
         return self.text_vocab + self.text_length
 
     @property
     def mask_id(self) -> int:
-        """The id after the image vocabulary, which stands for "not yet decided" in a bidirectional prior."""
+        """Id of a masked image token in a bidirectional prior: the first id after the image vocabulary."""
         return self.image_vocab
 
     def pad_text(self, ids: Sequence[int]) -> np.ndarray:
-        """Fills the positions after `ids` with their padding ids.
+        """Pads a caption to T positions with their padding ids.
 
         Args:
           ids: at most T ids in [0, text_vocab).
@@ -73,7 +73,7 @@ class TokenLayout:
           int32 [T], ids in [0, text_ids).
 
         Raises:
-          ValueError: where there are more than T ids, or one lies outside the vocabulary.
+          ValueError: more than T ids, or an id outside the vocabulary.
         """
         ids = np.asarray(ids, np.int32).reshape(-1)
         if len(ids) > self.text_length:
@@ -88,12 +88,12 @@ class TokenLayout:
         return padded
 
     def null_text(self) -> np.ndarray:
-        """The empty caption, int32 [T]: padding everywhere. It stands for "no text" in guidance."""
+        """Returns the empty caption, int32 [T]: padding everywhere. Guidance uses it as "no text"."""
         return self.text_vocab + np.arange(self.text_length, dtype=np.int32)
 
     def text_targets(self, text: jnp.ndarray) -> jnp.ndarray:
-        """Classes for the text head, int32 [..., T] in [0, text_vocab].
+        """Converts text ids, int32 [..., T], to classes of the text head, int32 [..., T] in [0, text_vocab].
 
-        At a given position only one padding id is possible, so all of them share the class `text_vocab`.
+        All padding ids share the class `text_vocab`, because a position can only hold its own padding id.
         """
         return jnp.minimum(text, self.text_vocab)

@@ -1,11 +1,11 @@
-"""How finely a CLIP tells pictures of shapes apart: the true caption or picture against one that is wrong in one thing.
+"""Tests CLIP on single attributes of shapes: the true caption or image against one with a single change.
 
     python experiments/one_attribute.py --clip=runs/clip-shapes
 
-Draws scenes whose combinations training held out, changes one attribute that the caption states, and asks whether the
-true caption scores higher for the true picture than the changed caption does ("caption"), and whether the true picture
-scores higher for the true caption than the changed picture does ("picture"). 0.5 is chance. `order` puts the two
-objects in each other's place; `binding` lets them exchange their colours.
+Draws scenes whose combinations are held out of training, and changes one attribute that the caption states. "caption"
+is the share of scenes where the true caption scores higher for the true image than the changed caption. "image" is the
+share where the true image scores higher for the true caption than the changed image. Chance is 0.5. `order` exchanges
+the places of the two objects; `binding` exchanges their colours.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def _exchange_colors(scene: Scene) -> Scene:
 
 
 def changes(rng: np.random.Generator, stated: Scene) -> Iterator[tuple[str, Change]]:
-    """One change for each attribute that a caption of two objects states, by the attribute's name."""
+    """Yields one change for each attribute that a caption of two objects states, by the attribute's name."""
 
     def other(values, value: str) -> str:
         return str(rng.choice([each for each in values if each != value]))
@@ -61,32 +61,37 @@ def changes(rng: np.random.Generator, stated: Scene) -> Iterator[tuple[str, Chan
 
 
 def measure(scorer: ClipScorer, count: int, seed: int = 0) -> dict[str, dict[str, float]]:
-    """Shares of right choices by attribute, and their mean over all questions.
+    """Computes the share of right choices by attribute, and over all questions.
 
     Args:
-      scorer: of any picture size.
-      count: scenes to ask about.
-      seed: of the scenes and of what is changed.
+      scorer: a CLIP of any image size.
+      count: number of scenes.
+      seed: of the scenes and of the changes.
+
+    Returns:
+      Shares in [0, 1] by "caption" or "image", then by attribute.
     """
-    names, pictures, captions = [], [], []  # of each question: (true, changed)
+    names, drawn, captions = [], [], []  # of each question: (true, changed)
     for i in range(count):
         rng = np.random.default_rng([seed, i])
         shown, stated = scenes.draw_scene(rng, held_out=True)
         for name, change in changes(rng, stated):
             if change(stated) == stated:
                 continue
-            say = lambda scene, i=i: scenes.write_caption(np.random.default_rng([seed, i, 1]), scene)  # one phrasing
+            say = lambda scene, i=i: scenes.write_caption(
+                np.random.default_rng([seed, i, 1]), scene
+            )  # the same phrasing
             names.append(name)
-            pictures += [drawing.draw(scene, 32) for scene in (shown, change(shown))]
+            drawn += [drawing.draw(scene, 32) for scene in (shown, change(shown))]
             captions += [say(scene) for scene in (stated, change(stated))]
     unique = list(dict.fromkeys(captions))
     places = {caption: i for i, caption in enumerate(unique)}
     text = scorer.text_features(unique)[[places[caption] for caption in captions]].reshape(len(names), 2, -1)
-    images = scorer.image_features(np.stack(pictures)).reshape(len(names), 2, -1)
+    images = scorer.image_features(np.stack(drawn)).reshape(len(names), 2, -1)
     true = np.sum(images[:, 0] * text[:, 0], -1)
     right = {
         "caption": true > np.sum(images[:, 0] * text[:, 1], -1),
-        "picture": true > np.sum(images[:, 1] * text[:, 0], -1),
+        "image": true > np.sum(images[:, 1] * text[:, 0], -1),
     }
     kinds = list(dict.fromkeys(names))
     by_kind = {kind: np.array(names) == kind for kind in kinds}

@@ -1,11 +1,12 @@
-"""How close CLIP, Inception-v3, FID and the Inception score come to the originals: a table, by what the tests compare.
+"""Compares CLIP, Inception-v3, FID and the Inception score with the original packages, and prints a table.
 
     python experiments/parity.py
 
-Random weights, the published sizes. Needs the tests' packages (`pip install -e '.[test]'`) and the originals:
+It uses random weights of the published sizes and the comparisons of the tests. It takes a minute or two on a CPU. It
+needs the tests' packages (`pip install -e '.[test]'`) and the originals:
 `pip install torch==2.13.0 torchvision==0.28.0 open_clip_torch==3.3.0 transformers==5.23.0`, then
-`pip install --no-deps torch-fidelity==0.4.0 pytorch-fid==0.3.0`; and a minute or two of a CPU. Differences of vectors,
-features and logits are the greatest absolute ones, those of FID and the Inception score relative.
+`pip install --no-deps torch-fidelity==0.4.0 pytorch-fid==0.3.0`. For vectors, features and logits, the table has the
+largest absolute difference. For FID and the Inception score, it has the relative difference.
 """
 
 import pathlib
@@ -15,7 +16,7 @@ import tempfile
 TESTS = pathlib.Path(__file__).resolve().parent.parent / "tests"
 sys.path[:0] = [str(TESTS / folder) for folder in (".", "pretrained", "metrics")]
 
-import conftest  # noqa: E402, F401  the tests' settings of JAX: before it is imported
+import conftest  # noqa: E402, F401  sets JAX's flags before JAX is imported
 import numpy as np  # noqa: E402
 import test_frechet  # noqa: E402
 import test_import_clip  # noqa: E402
@@ -29,23 +30,23 @@ from dalle_jax.pretrained import inception  # noqa: E402
 
 
 def clip():
-    """Vectors of ViT-B/32, of pictures and of captions."""
+    """Compares the vectors of ViT-B/32, of images and of captions."""
     import open_clip
     import transformers
 
     options = CLIPOptions()
     model = test_import_clip.shake(open_clip.create_model("ViT-B-32-quickgelu", pretrained=None))
-    pictures, captions = test_import_clip.open_clip_differences(model, options, 64)
-    yield "CLIP, pictures", "open_clip ViT-B-32-quickgelu", pictures
+    images, captions = test_import_clip.open_clip_differences(model, options, 64)
+    yield "CLIP, images", "open_clip ViT-B-32-quickgelu", images
     yield "CLIP, captions", "open_clip ViT-B-32-quickgelu", captions
     model = test_import_clip.transformers_model(transformers, options)
-    pictures, captions = test_import_clip.transformers_differences(model, options, 64)
-    yield "CLIP, pictures", "transformers.CLIPModel", pictures
+    images, captions = test_import_clip.transformers_differences(model, options, 64)
+    yield "CLIP, images", "transformers.CLIPModel", images
     yield "CLIP, captions", "transformers.CLIPModel", captions
 
 
 def network():
-    """Features and logits of Inception-v3, each with the resizing of the package it is compared with."""
+    """Compares features and logits of Inception-v3, each with the resizing of the other package."""
     import torch
 
     arrays = test_inception.random_arrays()
@@ -59,7 +60,7 @@ def network():
 
 
 def metrics():
-    """FID and the Inception score of the same features and logits."""
+    """Compares FID and the Inception score of equal features and logits."""
     for counts in ((4000, 3000), (400, 500)):
         a, b = (test_frechet.features(count, 512, seed) for seed, count in enumerate(counts))
         expected = test_frechet.torch_fidelity_distance(a, b)
@@ -74,7 +75,7 @@ def metrics():
 
 if __name__ == "__main__":
     import_torchvision()
-    print("| what | against | difference |\n|---|---|---|")
+    print("| value | package | difference |\n|---|---|---|")
     for part in (metrics, network, clip):
         for what, package, difference in part():
             print(f"| {what} | {package} | {difference:.1e} |", flush=True)

@@ -1,8 +1,8 @@
-"""Which shipped config is meant for which TPU topology, and the table of what the TPU compiler says about each.
+"""Compiles the shipped configs for their TPU topologies and writes a table of their costs.
 
     python experiments/pods.py --output experiments/results/compile [--only prior.py:paper]
 
-Needs no TPU: see configs/compile.py. Tests compile from the same list.
+It needs no TPU, see configs/compile.py. The tests use the same list.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @dataclasses.dataclass(frozen=True)
 class Pod:
-    """A training on a topology. A config's first one is its default: without overrides.
+    """A training on a topology. The first one of a config is its default and has no overrides.
 
     Attributes:
       target: config file and variant.
-      topology: see `dalle_jax.aot.topologies`.
-      overrides: see `dalle_jax.aot.target`.
+      topology: name of a topology, see `dalle_jax.aot.topologies`.
+      overrides: changed keys, see `dalle_jax.aot.target.CompileOptions`.
     """
 
     target: str
@@ -35,7 +35,8 @@ class Pod:
     overrides: str = ""
 
 
-FULL = "model.trunk.remat=full"  # where what "dots" keeps does not fit; and where some of it does:
+# For chips that cannot keep what "dots" keeps: keep nothing, or some of it.
+FULL = "model.trunk.remat=full"
 ATTENDED, ATTENTION = "model.trunk.remat=attended", "model.trunk.remat=attention"
 PODS = (
     Pod("prior.py:paper", "v5p:4x4x8"),
@@ -69,7 +70,7 @@ COLUMNS = (
 
 
 def row(pod: Pod, f: dict) -> dict[str, str]:
-    """A line of the table from the figures of `aot.target`; all but parameters and batch are those of a chip."""
+    """Formats the costs of a pod as a row of the table. All numbers but parameters and batch are per chip."""
     size, seconds, gib = f["bytes"], f["seconds"], 2**30
     moved = sum(one["bytes"] for one in f["collectives"].values())
     hidden = sum(one["bytes"] * one["overlapped"] for one in f["collectives"].values())
@@ -85,20 +86,20 @@ def row(pod: Pod, f: dict) -> dict[str, str]:
     return dict(zip(COLUMNS, map(str, values)))
 
 
-def figures_of(pod: Pod, effort: str) -> dict:
-    """What the compiler says, asked in a process of its own: each compilation leaves a gigabyte behind in its process.
+def costs_of(pod: Pod, effort: str) -> dict:
+    """Compiles a pod in a separate process, because each compilation leaks a gigabyte.
 
     Args:
-      pod: what to compile for what.
+      pod: the training and its topology.
       effort: see configs/compile.py.
 
     Returns:
-      The figures of `dalle_jax.aot.target`.
+      The costs, see `dalle_jax.aot.compiler.compile_target`.
 
     Raises:
-      RuntimeError: with the last lines that it printed, where it does not compile or does not fit.
+      RuntimeError: it does not compile or does not fit. The message holds the last lines of the output.
     """
-    # What tests set for their own process would be another program.
+    # Settings of tests would change the program.
     others = {key: value for key, value in os.environ.items() if not key.startswith(("JAX_", "XLA_"))}
     with tempfile.TemporaryDirectory() as folder:
         command = [
@@ -116,9 +117,9 @@ def figures_of(pod: Pod, effort: str) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", required=True, help="folder of compile.csv, compile.md and one JSON each")
-    parser.add_argument("--only", default="", help="targets that contain this")
-    parser.add_argument("--topology", default="", help="topologies that contain this")
+    parser.add_argument("--output", required=True, help="folder for compile.csv, compile.md and one JSON file per pod")
+    parser.add_argument("--only", default="", help="compile only targets that contain this text")
+    parser.add_argument("--topology", default="", help="compile only topologies that contain this text")
     parser.add_argument("--effort", default="full", help="see configs/compile.py")
     arguments = parser.parse_args()
     output = Path(arguments.output)
@@ -128,38 +129,38 @@ def main() -> int:
         if arguments.only not in pod.target or arguments.topology not in pod.topology:
             continue
         try:
-            figures = figures_of(pod, arguments.effort)
+            costs = costs_of(pod, arguments.effort)
         except RuntimeError as error:
             print(f"{pod.target} on {pod.topology}: {error}")
             failed += 1
             continue
-        print(f"{pod.target} on {pod.topology}: {figures['utilisation']:.1%} of the peak", flush=True)
-        (output / f"{name(pod)}.json").write_text(json.dumps(figures, indent=2) + "\n")
+        print(f"{pod.target} on {pod.topology}: {costs['utilisation']:.1%} of the peak", flush=True)
+        (output / f"{name(pod)}.json").write_text(json.dumps(costs, indent=2) + "\n")
     write(output)
     return 1 if failed else 0
 
 
 def name(pod: Pod) -> str:
+    """Returns the name of the JSON file of a pod, without ending."""
     return "-".join([pod.target, pod.topology]).replace(":", "-").replace(".py", "")
 
 
 def write(output: Path) -> None:
-    """The table of all that is there, as CSV and Markdown."""
-    there = [(pod, output / f"{name(pod)}.json") for pod in PODS]
-    found = [(pod, json.loads(path.read_text())) for pod, path in there if path.exists()]
-    rows = [row(pod, figures) for pod, figures in found]
-    versions = {f"{name} {version}" for _, figures in found for name, version in figures["versions"].items()}
+    """Writes the table of all JSON files of a folder, as CSV and Markdown."""
+    files = [(pod, output / f"{name(pod)}.json") for pod in PODS]
+    found = [(pod, json.loads(path.read_text())) for pod, path in files if path.exists()]
+    rows = [row(pod, costs) for pod, costs in found]
+    versions = {f"{name} {version}" for _, costs in found for name, version in costs["versions"].items()}
     with open(output / "compile.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
         writer.writerows(rows)
     lines = [
-        "# Every config that is meant for pods, by the TPU compiler",
+        "# Costs of the configs for pods, from the TPU compiler",
         "",
-        f"`python experiments/pods.py --output DIR` wrote this ({', '.join(sorted(versions))}); no TPU was "
-        "there. Each row is the update that `dalle_jax/training/loop.py` runs; with low effort (`--effort low`) the "
-        "compiler overlaps no exchange, and needs up to an eighth less memory. `dalle_jax/aot/costs.py` says what the "
-        "roofline counts.",
+        f"`python experiments/pods.py --output DIR` wrote this table ({', '.join(sorted(versions))}) without a TPU. "
+        "Each row is the update step of a training. With low effort (`--effort low`) the compiler overlaps no "
+        "exchange, and the program needs up to an eighth less memory. `dalle_jax/aot/costs.py` defines the roofline.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),

@@ -1,12 +1,12 @@
-"""Runs every config for a few steps, as a user would from the command line, and fails where one fails.
+"""Runs every config for a few steps from the command line, and fails if one of them fails.
 
     python experiments/short_runs.py [--only NAME] [--workdir DIR]
 
-The sizes of `2.8b`, `5.6b` and `paper` do not fit a small machine: their parameters are counted without making them
-(tests/priors/test_autoregressive.py); here their data path and command line run with a model of one-digit width.
+The models of `2.8b`, `5.6b` and `paper` do not fit a small machine. Here they run with a tiny width, which tests their
+data path and command line. tests/priors/test_autoregressive.py counts their parameters without creating them.
 
-Nearly all of a run's time is compilation: programs are optimised less than a user's (quick_xla.py). XLA_FLAGS in
-the environment, even empty, takes precedence.
+Compilation takes nearly all of the time, so programs are optimised less than usual (quick_xla.py). XLA_FLAGS in the
+environment, even empty, takes precedence.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = ["steps=2", "cadence.eval=2", "cadence.preview=2", "cadence.checkpoint=2", "eval_batches=1", "batch_size=4"]
 FEW_SHAPES = ["data.builder_kwargs.num_train=512"]
 SMALL_DVAE = ["model.vocab_size=32", "model.hidden=8", "model.codebook_dim=8", "model.blocks_per_group=1"]
-PATCHES = [*SMALL_DVAE, "model.hidden=96", "model.codebook_dim=96"]  # the k-means start needs the width
+PATCHES = [*SMALL_DVAE, "model.hidden=96", "model.codebook_dim=96"]  # k-means initialisation needs the width
 SMALL_CLIP = [
     *(f"model.{tower}_{size}" for tower in ("image", "text") for size in ("width=16", "depth=1", "heads=2")),
     "text.vocab_size=300",
@@ -41,26 +41,30 @@ SMALL_TRUNK = [
     "text.length=16",
     "text.vocab_size=300",
 ]
-SHALLOW_TRUNK = [*SMALL_TRUNK, "model.trunk.depth=3"]  # still each kind of attention; with scan it takes two more
+SHALLOW_TRUNK = [
+    *SMALL_TRUNK,
+    "model.trunk.depth=3",
+]  # still each kind of attention; a scan needs two more layers
 
 
 def under(prefix: str, options: list[str]) -> list[str]:
+    """Adds a prefix to each option."""
     return [f"{prefix}{option}" for option in options]
 
 
 def make_folder(path: Path, size: int, count: int = 24) -> Path:
-    """A folder of small pictures with captions, as a user's own data would be."""
+    """Creates a folder of small images with captions, in the layout of a user's own data."""
     path.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(0)
     for i in range(count):
         colour = rng.integers(0, 255, 3)
         Image.fromarray(np.full((size, size, 3), colour, np.uint8)).save(path / f"{i}.png")
-        (path / f"{i}.txt").write_text(f"a plain picture number {i} of colour {colour[0]} {colour[1]} {colour[2]}\n")
+        (path / f"{i}.txt").write_text(f"a plain image number {i} of colour {colour[0]} {colour[1]} {colour[2]}\n")
     return path
 
 
 def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
-    """Chains of name → config and its overrides: a run may use the workdirs of earlier ones of its chain."""
+    """Returns chains of runs: name → config and overrides. A run may use the workdirs of earlier runs of its chain."""
     folder, big = make_folder(work / "folder", 64), make_folder(work / "big", 256)
     shapes = {
         "dvae": ["dvae.py", *STEPS, *PATCHES, *FEW_SHAPES],
@@ -79,7 +83,7 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
             "evaluate.count=8", "evaluate.rows_at_once=4", "evaluate.metrics.candidates=2",
         ],
     }  # fmt: skip
-    own_pictures = {
+    own_images = {
         "dvae:folder": [
             "dvae.py:folder", *STEPS, *SMALL_DVAE, f"data.path={folder}", "data.image_size=64", "data.workers=0",
         ],
@@ -104,8 +108,8 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
             name.replace(":", ".py:"), *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:paper", f"data.path={big}",
             "data.workers=0", "data.image_size=64", "ema.every=1", "mesh.data=1",
         ]  # fmt: skip
-    own_pictures["maskgit:folder"] = ["maskgit.py:folder", *own_pictures["prior:folder"][1:]]
-    chains = [shapes, published, own_pictures, on_own_copy("coco", work), on_own_copy("cub", work)]
+    own_images["maskgit:folder"] = ["maskgit.py:folder", *own_images["prior:folder"][1:]]
+    chains = [shapes, published, own_images, on_own_copy("coco", work), on_own_copy("cub", work)]
     if emoji:
         chains.append({
             "dvae:emoji": ["dvae.py:emoji", *STEPS, *PATCHES],
@@ -117,7 +121,7 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
 
 
 def on_own_copy(name: str, work: Path) -> dict[str, list[str]]:
-    """The trainings on one of the paper's data sets, here a tiny copy in the official layout."""
+    """Returns the runs on a tiny copy of one of the paper's data sets, in the official layout."""
     copy = getattr(tiny_copies, name)(work / f"tiny_{name}")
     data = [f"data.path={copy}", f"data.data_dir={work}/data", "data.image_size=64", "data.workers=0"]
     prior = [*STEPS, *SMALL_TRUNK, *data, f"tokenizer_from={work}/dvae:{name}", "ema.every=1"]
@@ -140,7 +144,11 @@ def on_own_copy(name: str, work: Path) -> dict[str, list[str]]:
 
 
 def run(name: str, line: list[str], work: Path) -> bool:
-    """One run as a user would start it; says how it ended."""
+    """Runs a config from the command line and prints whether it succeeded.
+
+    Returns:
+      Whether it succeeded.
+    """
     start, (config, *options) = time.perf_counter(), line
     command = [sys.executable, "-m", "dalle_jax.main", f"--config=configs/{config}", f"--workdir={work / name}"]
     command += under("--config.", options)
@@ -161,24 +169,24 @@ def run(name: str, line: list[str], work: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", help="run this one alone")
+    parser.add_argument("--only", help="run only this one")
     parser.add_argument("--workdir", default=None)
     arguments = parser.parse_args()
     work = Path(arguments.workdir or tempfile.mkdtemp()).resolve()
 
-    from dalle_jax.data.builders.emoji_captions import Builder as Emoji  # only to ask whether its font is here
+    from dalle_jax.data.builders.emoji_captions import Builder as Emoji  # to check whether its font is installed
     from dalle_jax.errors import DataError
 
     try:
         Emoji()
         emoji = True
     except DataError as error:
-        print(f"emoji left out: {error}")
+        print(f"emoji skipped: {error}")
         emoji = False
     chains = commands(work, emoji)
     if arguments.only:
         chains = [{name: chain[name] for name in chain if name == arguments.only} for chain in chains]
-    # Two chains at a time: a run waits for its imports and compilations most of the time, on one core.
+    # Two chains at a time, because a run spends most of its time on imports and compilation on a single core.
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         ended = pool.map(lambda chain: [run(name, line, work) for name, line in chain.items()], chains)
         results = [ok for chain in ended for ok in chain]

@@ -1,9 +1,9 @@
-"""Tiny data sets in the layouts of the real ones: for the tests, the short runs, and for a look at what is expected.
+"""Writes tiny data sets in the layouts of the real ones, for tests, short runs, and as examples of the layouts.
 
     python experiments/tiny_copies.py --output DIR
 
-Each function writes a handful of small pictures with captions into a folder, under the names and in the tables of the
-official archives (or of img2dataset), and returns the folder.
+Each function writes a few small images with captions into a folder and returns the folder. File names and tables are
+those of the official archives or of img2dataset.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (50, 80, 220), "
 SPECIES = ("001.Black_footed_Albatross", "002.Laysan_Albatross", "003.Sooty_Albatross", "004.Groove_billed_Ani")
 
 
-def picture(number: int, size: tuple[int, int] = (72, 60), kind: str = "JPEG") -> bytes:
-    """An encoded picture of one colour with some noise.
+def image(number: int, size: tuple[int, int] = (72, 60), kind: str = "JPEG") -> bytes:
+    """Returns an encoded image of one colour with some noise.
 
     Args:
-      number: says which colour, and seeds the noise.
+      number: selects the colour and seeds the noise.
       size: width and height.
       kind: one of Pillow's formats.
     """
@@ -38,12 +38,12 @@ def picture(number: int, size: tuple[int, int] = (72, 60), kind: str = "JPEG") -
 
 
 def caption(number: int, version: int) -> str:
-    """One of several captions of a picture."""
-    return f"A {list(COLORS)[number % len(COLORS)]} picture, number {number}, told in way {version}."
+    """Returns one of several captions of an image."""
+    return f"A {list(COLORS)[number % len(COLORS)]} image, number {number}, caption {version}."
 
 
 def coco(root: Path, year: int = 2014, train: int = 8, val: int = 4) -> Path:
-    """MS-COCO as `train<year>.zip`, `val<year>.zip` and `annotations_trainval<year>.zip` unpack; five captions each."""
+    """Writes MS-COCO as its archives unpack (`train<year>.zip`, …), with five captions per image."""
     (root / "annotations").mkdir(parents=True, exist_ok=True)
     first = 0
     for split, count in (("train", train), ("val", val)):
@@ -54,13 +54,13 @@ def coco(root: Path, year: int = 2014, train: int = 8, val: int = 4) -> Path:
             key = 9 + 16 * number
             prefix = f"COCO_{folder}_" if year == 2014 else ""
             name = f"{prefix}{key:012}.jpg"
-            (root / folder / name).write_bytes(picture(number))
+            (root / folder / name).write_bytes(image(number))
             images.append({"license": 5, "file_name": name, "height": 60, "width": 72, "id": key, "coco_url": ""})
             annotations += [
                 {"image_id": key, "id": 1000 * version + key, "caption": caption(number, version)}
                 for version in range(5)
             ]
-        # The official files are in no order.
+        # The official files are not sorted.
         content = {"info": {"year": year}, "images": images[::-1], "licenses": [], "annotations": annotations[::-1]}
         (root / "annotations" / f"captions_{folder}.json").write_text(json.dumps(content))
         first += count
@@ -68,7 +68,7 @@ def coco(root: Path, year: int = 2014, train: int = 8, val: int = 4) -> Path:
 
 
 def cub(root: Path, per_species: int = 4) -> Path:
-    """CUB-200-2011 as its archive unpacks, cut to four species, and the captions of Reed et al. beside it."""
+    """Writes CUB-200-2011 as its archive unpacks, with four species, and the captions of Reed et al. next to it."""
     data, reed = root / "CUB_200_2011", root / "cvpr2016_cub"
     names = [
         f"{species}/{species.split('.')[1]}_{number + 1:04}_{796000 + number}.jpg"
@@ -77,7 +77,7 @@ def cub(root: Path, per_species: int = 4) -> Path:
     ]
     for number, name in enumerate(names):
         for file, content in (
-            (data / "images" / name, picture(number)),
+            (data / "images" / name, image(number)),
             (
                 (reed / "text_c10" / name).with_suffix(".txt"),
                 "".join(f"{caption(number, version)}\n" for version in range(10)).encode(),
@@ -101,15 +101,15 @@ def cub(root: Path, per_species: int = 4) -> Path:
 
 
 def sample(number: int, ending: str = "jpg") -> dict[str, bytes]:
-    """The members of one sample, by their ending, as img2dataset writes them."""
+    """Returns the files of one sample by ending, as img2dataset writes them."""
     kind = {"jpg": "JPEG", "png": "PNG", "webp": "WEBP"}[ending]
     text = caption(number, 0)
-    facts = {"caption": text, "url": f"http://pictures/{number}", "key": f"{number:09}", "status": "success"}
-    return {ending: picture(number, kind=kind), "txt": text.encode(), "json": json.dumps(facts).encode()}
+    facts = {"caption": text, "url": f"http://images/{number}", "key": f"{number:09}", "status": "success"}
+    return {ending: image(number, kind=kind), "txt": text.encode(), "json": json.dumps(facts).encode()}
 
 
 def write_tar(file: Path, members: Iterable[tuple[str, bytes]], mode: str = "w") -> Path:
-    """A tar of the members, in order; like WebDataset's with times that need an extended header."""
+    """Writes a tar of the members, in order. As in WebDataset, the times need an extended header."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(file, mode) as archive:
         for name, content in members:
@@ -120,7 +120,7 @@ def write_tar(file: Path, members: Iterable[tuple[str, bytes]], mode: str = "w")
 
 
 def tar_shards(root: Path, shards: int = 2, samples: int = 10, ending: str = "jpg") -> Path:
-    """Shards as img2dataset writes them: `00000.tar` with `000000000.jpg`, `.txt` and `.json`."""
+    """Writes shards like img2dataset: `00000.tar` with `000000000.jpg`, `.txt` and `.json`."""
     for shard in range(shards):
         keys = range(10000 * shard, 10000 * shard + samples)
         members = [(f"{key:09}.{end}", content) for key in keys for end, content in sample(key, ending).items()]
@@ -132,8 +132,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     output = parser.parse_args().output
-    for made in (coco(output / "coco"), cub(output / "cub"), tar_shards(output / "tar_shards")):
-        print(made)
+    for folder in (coco(output / "coco"), cub(output / "cub"), tar_shards(output / "tar_shards")):
+        print(folder)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""What trained priors do on their own data: a grid of seen and held-out captions, the curves, the figures.
+"""Reports trained priors on their own data: a grid of seen and held-out captions, curves, and metrics.
 
     python experiments/training_report.py --workdir runs/prior-emoji runs/maskgit-emoji --output=DIR
 
-Writes `grid.png` (real, reconstructed and generated pictures; captions of the training split on the left, held-out ones
-on the right), `curves.png` (validation and training, dVAE and priors) and `training.json` (the figures of both splits).
+Writes three files. `grid.png` has real, reconstructed and generated images, with captions of the training split on the
+left and held-out ones on the right. `curves.png` has validation and training curves of dVAE and priors. `training.json`
+has the metrics of both splits.
 """
 
 from __future__ import annotations
@@ -35,13 +36,13 @@ PANELS = {  # title: (metric, unit)
 
 
 def read_metrics(workdir: str) -> list[dict]:
-    """Lines of `metrics.jsonl`."""
+    """Reads the lines of `metrics.jsonl`."""
     path = epath.Path(workdir).expanduser() / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def curves(tokenizer: list[dict], priors: dict[str, list[dict]], path: epath.Path) -> None:
-    """One panel a measure: the training split in grey, validation in colour, a colour for each prior."""
+    """Plots one panel per metric: the training split in grey, validation in one colour per prior."""
     figure, axes = plt.subplots(1, len(PANELS), figsize=(4 * len(PANELS), 3), layout="constrained")
     for axis, (title, (name, unit)) in zip(axes, PANELS.items()):
         runs = {"validation": tokenizer} if title.startswith("dVAE") else priors
@@ -58,12 +59,14 @@ def curves(tokenizer: list[dict], priors: dict[str, list[dict]], path: epath.Pat
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", required=True, nargs="+", help="of trained priors over the same tokens")
     parser.add_argument(
-        "--tokenizer_workdir", help="of their dVAE's training; default: as the first prior's config says"
+        "--workdir", required=True, nargs="+", help="workdirs of trained priors with the same tokenizer"
+    )
+    parser.add_argument(
+        "--tokenizer_workdir", help="workdir of their dVAE's training; default: that of the first prior's config"
     )
     parser.add_argument("--output", required=True)
-    parser.add_argument("--count", type=int, default=128, help="captions of each split that the figures are over")
+    parser.add_argument("--count", type=int, default=128, help="captions of each split for the metrics")
     parser.add_argument("--rows", type=int, default=12, help="captions of each split in the grid")
     parser.add_argument("--samples", type=int, default=2, help="samples of each caption and prior in the grid")
     parser.add_argument("--guidance", type=float, default=0.0)
@@ -74,10 +77,10 @@ def main() -> None:
     models = [TextToImage.load(workdir) for workdir in args.workdir]
     sampling = {"guidance": args.guidance, "temperature": args.temperature}
     measured = {model.prior.name: Model(model, SamplingOptions(**sampling)) for model in models}
-    figures, rows = {"runs": {model.prior.name: [model.workdir, model.step] for model in models}}, []
+    metrics, rows = {"runs": {model.prior.name: [model.workdir, model.step] for model in models}}, []
     for name, split in (("seen", config["data"]["train_split"]), ("held out", "heldout")):
         tests = open_test_set(config["data"], Protocol(split, "first", args.count))
-        figures[name] = measure(measured, tests, Options(blur=())).figures
+        metrics[name] = measure(measured, tests, Options(blur=())).metrics
         shown = np.linspace(0, args.count - 1, args.rows).astype(int)
         real, captions = tests.images(shown), [tests.captions[i] for i in shown]
         reconstructed = models[0].decode(models[0].encode(real))
@@ -87,12 +90,12 @@ def main() -> None:
             rows.append((f"{name}: {caption}", [real[number], reconstructed[number], *drawn]))
     out = epath.Path(args.output)
     columns = ("real", "dVAE", *(model.prior.name for model in models for _ in range(args.samples)))
-    save_png(out / "grid.png", image_grid(rows, columns, picture_size=96, blocks=2))
-    save_json(out / "training.json", figures)
+    save_png(out / "grid.png", image_grid(rows, columns, cell_size=96, blocks=2))
+    save_json(out / "training.json", metrics)
     tokenizer = args.tokenizer_workdir or config["tokenizer"]["workdir"]
     priors = {model.prior.name: read_metrics(workdir) for model, workdir in zip(models, args.workdir)}
     curves(read_metrics(tokenizer), priors, out / "curves.png")
-    print(table(figures))
+    print(table(metrics))
 
 
 if __name__ == "__main__":

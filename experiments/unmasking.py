@@ -1,10 +1,10 @@
-"""What a MaskGIT prior does, to look at: its unmasking as a strip and an animation, and edits of pictures as a grid.
+"""Shows how a MaskGIT prior draws: its unmasking as a strip and an animation, and edits of images as a grid.
 
     python experiments/unmasking.py --workdir=runs/maskgit-shapes --output=runs/unmasking
 
-Writes `strip.png` and `unmasking.gif` (a caption a row, a decoding step a column; cells still masked are grey), and
-`edits.png` (held-out pictures with their right half inpainted, their canvas extended to the right, and a third of
-their tokens drawn anew; and inpainted whole under another picture's caption).
+Writes three files. `strip.png` and `unmasking.gif` have one row per caption and one column or frame per decoding step;
+masked cells are grey. `edits.png` has held-out images with these edits: the right half inpainted, the canvas extended
+to the right, a third of the tokens drawn again, and the whole image inpainted under the caption of another one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GREY = 190
 
 
 def trajectory(model: TextToImage, captions: list[str], seed: int, steps: int) -> np.ndarray:
-    """Pictures after each decoding step, masked cells grey: uint8 [steps, C, H, W, 3]."""
+    """Draws images after each decoding step, masked cells grey: uint8 [steps, C, H, W, 3]."""
     layout = model.prior.layout
     text = model.encode_text(captions)
     keys = row_keys(seed, text, np.zeros(len(captions)))
@@ -38,29 +38,32 @@ def trajectory(model: TextToImage, captions: list[str], seed: int, steps: int) -
 
 
 def edits(model: TextToImage, images: np.ndarray, captions: list[str], seed: int) -> list[tuple[str, list[np.ndarray]]]:
-    """Rows of a grid: the real picture and its edits."""
+    """Returns rows of a grid: the real image and its edits."""
     size = model.image_size
     right = np.zeros((size, size), bool)
     right[:, size // 2 :] = True
-    knobs = {"seed": seed, "temperature": 0.5}
+    sampling = {"seed": seed, "temperature": 0.5}
     rows = []
     for i, (image, caption) in enumerate(zip(images, captions)):
         other = captions[(i + 1) % len(captions)]
-        wide = model.outpaint(image, (0, 0, 0, size // 2), caption, **knobs)[0]
+        wide = model.outpaint(image, (0, 0, 0, size // 2), caption, **sampling)[0]
         square = np.full((wide.shape[1],) * 2 + (3,), 255, np.uint8)
         top = (square.shape[0] - size) // 2
         square[top : top + size] = wide
-        half, varied = model.inpaint(image, right, caption, **knobs)[0], model.vary(image, 1 / 3, caption, **knobs)[0]
-        swapped = model.inpaint(image, np.ones((size, size), bool), other, **knobs)[0]
+        half, varied = (
+            model.inpaint(image, right, caption, **sampling)[0],
+            model.vary(image, 1 / 3, caption, **sampling)[0],
+        )
+        swapped = model.inpaint(image, np.ones((size, size), bool), other, **sampling)[0]
         rows.append((f"{caption}; the other: {other}", [image, half, square, varied, swapped]))
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--workdir", required=True, help="of a trained MaskGIT prior")
+    parser.add_argument("--workdir", required=True, help="the workdir of a trained MaskGIT prior")
     parser.add_argument("--output", required=True)
-    parser.add_argument("--rows", type=int, default=6, help="captions")
+    parser.add_argument("--rows", type=int, default=6, help="number of captions")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -72,9 +75,9 @@ def main() -> None:
     frames = trajectory(model, tests.captions, args.seed, args.steps)
     names = [f"step {t + 1}" for t in range(args.steps)]
     strip = [(caption, list(frames[:, i])) for i, caption in enumerate(tests.captions)]
-    save_png(out / "strip.png", image_grid(strip, names, picture_size=96))
+    save_png(out / "strip.png", image_grid(strip, names, cell_size=96))
     sheets = [
-        Image.fromarray(image_grid([(c, [f[i]]) for i, c in enumerate(tests.captions)], picture_size=96, blocks=2))
+        Image.fromarray(image_grid([(c, [f[i]]) for i, c in enumerate(tests.captions)], cell_size=96, blocks=2))
         for f in frames
     ]
     with (out / "unmasking.gif").open("wb") as file:
@@ -82,8 +85,8 @@ def main() -> None:
         sheets[0].save(file, format="GIF", save_all=True, append_images=sheets[1:], duration=durations, loop=0)
     columns = ("real", "right half inpainted", "extended to the right", "a third varied", "the other caption")
     rows = edits(model, images, tests.captions, args.seed)
-    save_png(out / "edits.png", image_grid(rows, columns, picture_size=128))
-    print(f"strip.png, unmasking.gif and edits.png in {out}")
+    save_png(out / "edits.png", image_grid(rows, columns, cell_size=128))
+    print(f"Wrote strip.png, unmasking.gif and edits.png to {out}")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,9 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 def pytest_configure(config):
     """Prepares a process that runs tests. The controller of pytest-xdist only distributes them."""
     if not config.getoption("numprocesses", None):
+        import type_checks  # imports jaxtyping and thereby JAX, which reads the settings from above
+
+        type_checks.install()
         compiled_programs.share()
 
 

@@ -1,6 +1,6 @@
 """Golden numbers: loss and scalars of a small model on seeded data, before and after one Adam update.
 
-They stand in `golden/*.json`. After a change that is meant to alter them: `python tests/golden_updates.py`.
+The numbers are stored in `golden/*.json`. `python tests/golden_updates.py` writes them again after an intended change.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FOLDER = pathlib.Path(__file__).with_name("golden")
 
 
 def dvae() -> tuple[Callable, Callable]:
-    """`init(key)` and `loss(params, key, step)` of a small dVAE on pictures of coloured blocks."""
+    """Returns `init(key)` and `loss(params, key, step)` of a small dVAE on images of coloured blocks."""
     options = DVAEOptions(
         image_size=16,
         vocab_size=32,
@@ -53,12 +53,12 @@ TRUNK = TransformerOptions(width=16, depth=3, heads=2, dtype="float32")
 
 
 def prior() -> tuple[Callable, Callable]:
-    """The same of a small autoregressive prior on random captions and tokens."""
+    """Returns the same of a small autoregressive prior on random captions and tokens."""
     return _prior(AutoregressivePrior(LAYOUT, AutoregressiveOptions(TRUNK, kernel=3, caption_drop=0.25)))
 
 
 def maskgit() -> tuple[Callable, Callable]:
-    """The same of a small MaskGIT prior on the same captions and tokens."""
+    """Returns the same of a small MaskGIT prior on the same captions and tokens."""
     return _prior(MaskGITPrior(LAYOUT, MaskGITOptions(TRUNK, caption_drop=0.25)))
 
 
@@ -73,7 +73,7 @@ MODELS = {"dvae": dvae, "prior": prior, "maskgit": maskgit}
 
 
 def measure(name: str) -> dict[str, dict[str, float]]:
-    """The scalars of one of `MODELS`, before and after the update."""
+    """Returns the scalars of one of `MODELS`, before and after the update."""
     init, loss = MODELS[name]()
     params = nn.meta.unbox(jax.jit(init)(jax.random.key(0)))
     optimizer = optax.adam(1e-2)
@@ -90,12 +90,14 @@ def measure(name: str) -> dict[str, dict[str, float]]:
     for step, moment in enumerate(("before", "after")):
         params, opt_state, scalars = update(params, opt_state, step)
         scalars = {key: float(value) for key, value in scalars.items()}
-        measured[moment] = {key: value for key, value in scalars.items() if math.isfinite(value)}  # nan: nothing there
+        measured[moment] = {
+            key: value for key, value in scalars.items() if math.isfinite(value)
+        }  # NaN: nothing to measure
     return measured
 
 
 def check(name: str) -> None:
-    """Fails where `measure(name)` is not what stands in its file."""
+    """Checks `measure(name)` against its stored numbers."""
     golden, measured = json.loads((FOLDER / f"{name}.json").read_text()), measure(name)
     for moment, scalars in golden.items():
         assert scalars.keys() == measured[moment].keys()

@@ -1,8 +1,8 @@
-"""An emulated bucket of Google Cloud Storage on this machine, for runs in this process and in others.
+"""An emulated bucket of Google Cloud Storage on this machine, for this process and others.
 
-`gcp-storage-emulator` speaks the same HTTP as Google, in memory.  It lacks what tensorstore's database relies on: the
-generation of what is read, and writes on condition that an object has a certain generation.  Both are added here.  Not
-emulated: permissions, quotas, limits of rate, slowness, outages.
+`gcp-storage-emulator` implements the HTTP interface of Google in memory. This module adds two features that the
+database of tensorstore needs: the generation of an object that is read, and writes that require a certain generation.
+Permissions, quotas, rate limits, slowness and outages are not emulated.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from etils import epath
 
 @contextlib.contextmanager
 def emulated_bucket() -> Iterator[epath.Path]:
-    """An empty bucket, while the context lasts; the environment of this process, and of its children, leads to it."""
+    """Provides an empty bucket, to which the environment of this process and its children points."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
@@ -35,7 +35,7 @@ def emulated_bucket() -> Iterator[epath.Path]:
 
 
 def names(folder: epath.Path) -> list[str]:
-    """Names of all objects below a folder."""
+    """Returns the names of all objects below a folder."""
     found = []
     for path in folder.iterdir():
         found += [f"{path.name}/{name}" for name in names(path)] if path.is_dir() else [path.name]
@@ -58,8 +58,8 @@ def _add_generations(patch: pytest.MonkeyPatch, objects) -> None:
 
     def upload_on_condition(request, response, storage):
         expected = request.query.get("ifGenerationMatch")
-        there = generation(storage, request.params["bucket_name"], request.query["name"][0])
-        if expected and expected[0] != there:
+        current = generation(storage, request.params["bucket_name"], request.query["name"][0])
+        if expected and expected[0] != current:
             response.status = objects.HTTPStatus.PRECONDITION_FAILED
         else:
             upload(request, response, storage)

@@ -1,4 +1,4 @@
-"""Small priors of every kind, and what their tests share."""
+"""Small priors of every kind, and functions that their tests share."""
 
 import dataclasses
 import functools
@@ -45,7 +45,7 @@ def changed(prior, trunk=None, **options):
 
 
 def drawn(prior, scale=0.3):
-    """Parameters of the prior's shapes, drawn by numpy: large enough for every input to matter."""
+    """Draws random parameters of a prior, large enough for every input to matter."""
     rng = np.random.default_rng(2)
     shapes = nn.meta.unbox(jax.eval_shape(prior.init, jax.random.key(0)))
 

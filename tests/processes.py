@@ -1,4 +1,4 @@
-"""Several processes of this machine as several hosts."""
+"""Starts processes of this machine, which may simulate several hosts."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 
 def free_address() -> str:
-    """An address at which nobody listens."""
+    """Returns an address that no process listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def host_flags(address: str, count: int, index: int) -> list[str]:
-    """The flags that make a command one of `count` hosts."""
+    """Returns the flags of a command that runs as one of `count` hosts."""
     return [f"--coordinator_address={address}", f"--num_processes={count}", f"--process_id={index}"]
 
 

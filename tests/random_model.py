@@ -1,4 +1,4 @@
-"""A MaskGIT `TextToImage` with random weights, for what does not depend on learning: 16 pixels, 4x4 tokens of 24."""
+"""A MaskGIT `TextToImage` with random weights: images of 16 pixels, 4x4 tokens of 24 codes."""
 
 import jax
 from flax import linen as nn
@@ -16,12 +16,12 @@ _DVAE = dict(vocab_size=24, hidden=8, groups=1, blocks_per_group=1, codebook_dim
 
 
 def text_to_image(folder) -> TextToImage:
-    """Draws two pictures in one go; `folder` gets the text model's file."""
+    """Builds a model that draws two images per batch. The text model is written to `folder`."""
     text = TextModel.train(["a red circle above a blue square", "a green star"] * 9, 40, folder / "model")
     tokenizer = DVAETokenizer(DVAEOptions(image_size=SIZE, **_DVAE))
     layout = TokenLayout(text.vocab_size, 24, 8, SIDE, SIDE)
     prior = MaskGITPrior(layout, MaskGITOptions(TRUNK, steps=3))
     init = lambda made, key: nn.meta.unbox(jax.jit(made.init)(jax.random.key(key)))
-    # Eight times the codebook and the heads: pictures and tokens that differ visibly.
+    # Parameters times eight, so that images and tokens differ visibly.
     tokenizer_params = jax.tree.map(lambda x: 8 * x, init(tokenizer, 0))
     return TextToImage(prior, init(prior, 1), tokenizer, tokenizer_params, text, SIZE, rows_at_once=2)

@@ -1,4 +1,4 @@
-"""configs/prior.py in very small, as a configuration of its own: `--config=tests/small_prior.py:FOLDER`."""
+"""A very small configs/prior.py, for tests in child processes: `--config=tests/small_prior.py:FOLDER`."""
 
 from ml_collections import ConfigDict
 
@@ -6,7 +6,7 @@ from configs import prior
 
 
 def get_config(folder: str) -> ConfigDict:
-    """Both trainings write into `folder`, the data set too: 16 pixels, 4×4 tokens, four devices."""
+    """Returns the configuration: 16 pixels, 4×4 tokens, four devices. Everything is written into `folder`."""
     config = prior.get_config("shapes")
     common = {
         "data": {

@@ -15,7 +15,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "dalle_jax"
 
-# From top to bottom: each package may import every package of the levels below its own, and none of its own level.
+# From top to bottom: each package may import every package of the levels below it, but no other package of its level.
 LEVELS = (
     ("main",),
     ("jobs",),

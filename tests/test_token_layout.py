@@ -25,7 +25,7 @@ def test_padding_has_an_id_for_each_position(ids):
 def test_the_empty_caption_is_padding_everywhere():
     assert LAYOUT.null_text().tolist() == [10, 11, 12, 13, 14] == LAYOUT.pad_text([]).tolist()
     LAYOUT.null_text()[:] = 0
-    assert LAYOUT.null_text()[0] == 10, "one caller's change must not reach the next"
+    assert LAYOUT.null_text()[0] == 10, "a caller's change must not affect later calls"
 
 
 def test_all_padding_is_one_class():
@@ -33,11 +33,11 @@ def test_all_padding_is_one_class():
     assert targets.tolist() == [[0, 9, 10, 10, 10]]
 
 
-def test_refusals():
-    with pytest.raises(ValueError, match="6 text tokens do not fit in 5 positions: truncate first"):
+def test_invalid_arguments():
+    with pytest.raises(ValueError, match="6"):
         LAYOUT.pad_text([1] * 6)
     for ids in ([10], [-1, 3]):
-        with pytest.raises(ValueError, match="outside the vocabulary of 10"):
+        with pytest.raises(ValueError, match="vocabulary"):
             LAYOUT.pad_text(ids)
-    with pytest.raises(ValueError, match="TokenLayout.width is 0"):
+    with pytest.raises(ValueError, match="width"):
         TokenLayout(10, 7, 5, 3, 0)

@@ -1,16 +1,16 @@
-"""Makes torchvision importable beside a CPU build of torch, for the originals that import it.
+"""Makes torchvision importable with a CPU build of torch, for reference implementations that import it.
 
-Its releases are built against CUDA's torch: without that, its compiled operators do not load, and its import fails at
-the two that it describes to torch. The networks it defines are Python and use none of them.
+Releases of torchvision are built against torch with CUDA. With a CPU build its compiled operators do not load, and its
+import fails at two operators that it registers. Its networks are plain Python and do not use them.
 """
 
 import warnings
 
-_LIBRARIES = []  # an operator lasts as long as its library
+_LIBRARIES = []  # keeps the operators registered
 
 
 def import_torchvision():
-    """Imports torchvision, or skips the test that asks for it where torch or torchvision is absent."""
+    """Imports torchvision, or skips the test if torch or torchvision is not installed."""
     import pytest
 
     torch = pytest.importorskip("torch", reason="needs torch==2.13.0")

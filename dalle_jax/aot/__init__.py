@@ -1,1 +1,1 @@
-"""Compiles trainings and samplers ahead of time for a TPU, and reads what they cost from the program."""
+"""Compiles trainings and samplers ahead of time for TPUs, and reads memory, work and time from the programs."""

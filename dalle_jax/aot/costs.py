@@ -1,13 +1,13 @@
-"""The figures of a compiled program, and the table of them.
+"""Costs of a compiled program (memory, work, exchanges, time), and their table.
 
-Roofline. One instruction takes as long as its matrix products at the chip's peak, or as its bytes at the rate of its
-main memory, whichever is longer; instructions follow each other. Exchanges with other chips take their bytes at the
-rate of the links that they extend over; those that the compiler overlaps with other work cost only what exceeds it:
+The time is a roofline estimate:
 
     step = max(Σ max(flops / peak, bytes / memory rate) + attention kernels, overlapped exchange) + other exchange
     utilisation = model flops / (chips · peak · step)
 
-Attention kernels take what `kernels.py` counts, or what their operands and results cost, whichever is longer.
+The sum runs over all instructions, which do not overlap with each other. An exchange takes its bytes divided by the
+rate of its links. Overlapped exchanges cost only the time that exceeds the instructions. Attention kernels take the
+larger of the estimate of `kernels.py` and the memory traffic of their operands and results.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ import jax
 from jax.sharding import Mesh
 
 from dalle_jax.aot import topologies
-from dalle_jax.aot.program import KINDS, Program
+from dalle_jax.aot.hlo import COLLECTIVES
+from dalle_jax.aot.program import Program, Work
 from dalle_jax.aot.topologies import GIB
+from dalle_jax.pytree import PyTree
 
-_LARGE = 2**20  # bytes of a gather worth naming
+_LARGE = 2**20  # smallest gather outside of loops that is listed, in bytes
 
 
-def bytes_per_chip(tree: Any) -> int:
-    """Of arrays with shardings, as far as one device holds them; layouts may pad them further."""
+def bytes_per_chip(tree: PyTree) -> int:
+    """Returns the bytes that one device holds of arrays with shardings, without padding of layouts."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
         for x in jax.tree.leaves(tree)
@@ -38,25 +40,28 @@ def bytes_per_chip(tree: Any) -> int:
     )
 
 
-def figures(
+def costs_of(
     mesh: Mesh,
-    arguments: Mapping[str, Any],
-    compiled: Any,
+    arguments: Mapping[str, PyTree],
+    compiled: jax.stages.Compiled,
     program: Program,
     model_flops: float,
     rows: int,
     kernel_seconds: float | None,
 ) -> dict[str, Any]:
-    """Everything that is known about a program before it ever ran; JSON.
+    """Computes the costs of a program without running it.
 
     Args:
-      mesh: what it was compiled for.
-      arguments: trees of `ShapeDtypeStruct`s with shardings, by what they are; "parameters" among them.
-      compiled: from `lowered.compile()`.
-      program: its text, read.
-      model_flops: what the model asks for, on all chips together.
-      rows: examples in one run of the program.
-      kernel_seconds: of the kernels that the program is silent about; None where that is not known.
+      mesh: the mesh that it was compiled for.
+      arguments: arguments by name, trees of `ShapeDtypeStruct`s with shardings. "parameters" must be among them.
+      compiled: the compiled program.
+      program: its parsed text.
+      model_flops: operations of the model, on all chips together.
+      rows: examples per run of the program.
+      kernel_seconds: time of the kernels that do not state their cost, or None if unknown.
+
+    Returns:
+      JSON values for one chip. "parameters", "rows" and "chips" are totals.
     """
     everything = list(mesh.devices.flat)
     chip, memory = topologies.chip(everything[0]), compiled.memory_analysis()
@@ -64,11 +69,14 @@ def figures(
         memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
         + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     )  # fmt: skip
-    told = lambda w: max(w.flops / chip.flops, w.bytes / chip.memory_rate) * w.times
+
+    def roofline(work: Work) -> float:
+        return max(work.flops / chip.flops, work.bytes / chip.memory_rate) * work.times
+
     here = [w for w in program.work if not w.aside]
-    silent = sum(told(w) for w in here if w.silent)
+    silent = sum(roofline(w) for w in here if w.silent)
     kernels = max(kernel_seconds or 0.0, silent)
-    compute = sum(told(w) for w in here) - silent + kernels
+    compute = sum(roofline(w) for w in here) - silent + kernels
     exchanges = [
         (c, c.sent / topologies.exchange_rate([everything[i] for i in c.group], everything))
         for c in program.collectives
@@ -78,14 +86,14 @@ def figures(
     exposed = sum(seconds for c, seconds in exchanges if not c.overlapped)
     step = max(compute, hidden) + exposed
     kinds = {}
-    for kind in KINDS:
-        those = [(c, s) for c, s in exchanges if c.kind == kind]
-        size = sum(c.bytes * c.times for c, _ in those)
+    for kind in COLLECTIVES:
+        of_kind = [(c, s) for c, s in exchanges if c.kind == kind]
+        size = sum(c.bytes * c.times for c, _ in of_kind)
         kinds[kind] = {
-            "count": sum(c.times for c, _ in those),
+            "count": sum(c.times for c, _ in of_kind),
             "bytes": size,
-            "overlapped": sum(c.bytes * c.times for c, _ in those if c.overlapped) / size if size else 0.0,
-            "seconds": sum(s for _, s in those),
+            "overlapped": sum(c.bytes * c.times for c, _ in of_kind if c.overlapped) / size if size else 0.0,
+            "seconds": sum(s for _, s in of_kind),
         }
     outside = collections.Counter()
     for c, _ in exchanges:
@@ -128,16 +136,16 @@ def figures(
     }
 
 
-def _fits(f: dict[str, Any]) -> str:
+def _fits(f: Mapping[str, Any]) -> str:
     if not f["fits"]:
         return "DOES NOT FIT"
     if f.get("effort") == "low" and f["bytes"]["total"] > 7 / 8 * f["bytes"]["memory"]:
-        return "fits with low effort; the full one may need an eighth more"
+        return "fits with low effort, but full effort may need an eighth more"
     return "fits"
 
 
-def table(f: dict[str, Any]) -> str:
-    """The figures for people."""
+def table(f: Mapping[str, Any]) -> str:
+    """Formats the costs of a target, as from `compile_target`, as a text table."""
     size, seconds, flops = f["bytes"], f["seconds"], f["flops"]
     mesh = " x ".join(f"{axis} {n}" for axis, n in f["mesh"].items())
     gib = lambda x: f"{x / GIB:9.3f} GiB"
@@ -147,7 +155,7 @@ def table(f: dict[str, Any]) -> str:
         "",
         "memory of one chip",
         *(f"  {name:22}{gib(size[name])}" for name in itertools.takewhile(lambda name: name != "arguments", size)),
-        f"  {'arguments (all these)':22}{gib(size['arguments'])}   as laid out",
+        f"  {'arguments (sum)':22}{gib(size['arguments'])}   with padding",
         f"  {'temporaries':22}{gib(size['temporaries'])}   activations, gradients, gathered parameters",
         f"  {'outputs not in place':22}{gib(size['outputs'])}",
         f"  {'program':22}{gib(size['program'])}",
@@ -168,18 +176,18 @@ def table(f: dict[str, Any]) -> str:
         lines.append(f"  gathered outside of loops: {gathered / 2**20:.0f} MiB for {name}")
     lines += [
         "",
-        f"step {seconds['step'] * 1e3:.1f} ms by the roofline: max(instructions {seconds['instructions'] * 1e3:.1f}, "
+        f"step {seconds['step'] * 1e3:.1f} ms by roofline: max(instructions {seconds['instructions'] * 1e3:.1f}, "
         f"overlapped exchange {seconds['exchange_overlapped'] * 1e3:.1f}) + other exchange "
         f"{seconds['exchange_exposed'] * 1e3:.1f}",
-        f"utilisation {f['utilisation']:.1%} of the peak; the compiler's own estimates for the instructions alone: "
-        f"{seconds['compiler'] * 1e3:.1f} ms",
+        f"utilisation {f['utilisation']:.1%} of the peak; the compiler itself estimates "
+        f"{seconds['compiler'] * 1e3:.1f} ms for the instructions",
     ]
     if f["unknown_loops"]:
         lines.append(f"loops of unknown length, counted once: {', '.join(f['unknown_loops'])}")
     if f["silent_kernels"]:
         calls = ", ".join(f"{name} {times} times" for name, times in f["silent_kernels"].items())
         lines.append(
-            f"attention kernels {seconds['kernels'] * 1e3:.1f} ms of these, "
+            f"of these, attention kernels {seconds['kernels'] * 1e3:.1f} ms "
             + (
                 "by the instructions scheduled for them"
                 if f["kernels_known"]

@@ -1,4 +1,4 @@
-"""The text of a compiled program, as `compiled.as_text()` gives it: its computations, instructions, types, groups."""
+"""Parses the text of a compiled program (`compiled.as_text()`) into computations and instructions."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 
 import numpy as np
 
+COLLECTIVES = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all", "collective-permute")
 _BYTES = {"pred": 1, "c64": 8, "c128": 16, "token": 0, "u4": 0.5, "s4": 0.5, "u2": 0.25, "s2": 0.25, "u1": 0.125}
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](\{[^}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
@@ -18,7 +19,7 @@ _CALLED = re.compile(r"(?:calls|body|condition|to_apply|true_computation|false_c
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a program: %name = type opcode(operands), attributes."""
+    """One line of a program: `%name = type opcode(operands), attributes`."""
 
     name: str
     type: str
@@ -27,13 +28,20 @@ class Instruction:
     attributes: str
 
     def attribute(self, name: str) -> str:
-        """The value of name=value up to the next comma or blank; "" where there is none."""
+        """Returns the value of `name=value` up to the next comma or blank, or "" without one."""
         found = re.search(rf"\b{name}=([^,\s]+)", self.attributes)
         return found[1] if found else ""
 
 
 def parse(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
-    """Computations by name, each its instructions by name in their order; and the name of the first one to run."""
+    """Parses a program.
+
+    Returns:
+      The instructions of each computation, in order and by name, and the name of the entry computation.
+
+    Raises:
+      ValueError: the text has no entry computation.
+    """
     computations: dict[str, dict[str, Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
@@ -54,39 +62,46 @@ def _instruction(name: str, rest: str) -> Instruction:
     opening = rest.index("(")
     closing = _closing(rest, opening)
     opcode, inside = rest[:opening], rest[opening + 1 : closing]
-    # A parameter's number, a constant's value stand where others have operands: kept with the attributes.
+    # Parameters have their number and constants their value in place of operands. Both stay with the attributes.
     attributes = rest[opening + 1 :] if opcode in ("parameter", "constant") else rest[closing + 1 :]
     return Instruction(name, kind, opcode, tuple(_NAME.findall(inside)), attributes)
 
 
 def _closing(text: str, opening: int) -> int:
-    """The place of the parenthesis that closes the one at `opening`."""
+    """Returns the index of the parenthesis that closes the one at `opening`."""
     depth = 0
     for place in range(opening, len(text)):
         depth += {"(": 1, ")": -1}.get(text[place], 0)
         if not depth:
             return place
-    raise ValueError(f"A parenthesis is never closed in {text[:100]!r}.")
+    raise ValueError(f"A parenthesis is not closed in {text[:100]!r}.")
+
+
+def kind(one: Instruction) -> str:
+    """Returns the opcode without "-start", which is one of `COLLECTIVES` for every exchange between devices."""
+    return one.opcode.removesuffix("-start")
 
 
 def called(one: Instruction) -> list[str]:
+    """Returns the names of the computations that an instruction calls."""
     branches = re.search(r"branch_computations=\{([^}]*)\}", one.attributes)
     return _CALLED.findall(one.attributes) + (_NAME.findall(branches[1]) if branches else [])
 
 
 def arrays(one: Instruction) -> list[tuple[str, str, str]]:
+    """Returns dtype, dimensions and layout of each array in the type of an instruction, as text."""
     return _ARRAY.findall(one.type)
 
 
-def shape(kind: str) -> tuple[int, ...]:
-    """The dimensions of an array's type."""
-    return tuple(int(x.strip("<=")) for x in _ARRAY.search(kind)[2].split(",") if x)
+def shape(type_: str) -> tuple[int, ...]:
+    """Returns the dimensions of the type of an array."""
+    return tuple(int(x.strip("<=")) for x in _ARRAY.search(type_)[2].split(",") if x)
 
 
-def size(kind: str, *, hbm: bool = False) -> float:
-    """Bytes of a type's arrays; with `hbm`, of those in main memory alone."""
+def size(type_: str, *, hbm: bool = False) -> float:
+    """Returns the bytes of all arrays of a type. With `hbm`, counts only arrays in main memory."""
     total = 0.0
-    for dtype, shape, layout in _ARRAY.findall(kind):
+    for dtype, shape, layout in _ARRAY.findall(type_):
         if hbm and "S(1)" in layout:
             continue
         width = _BYTES.get(dtype) or (int(found[1]) / 8 if (found := re.match(r"[a-z]+(\d+)", dtype)) else 0)
@@ -94,14 +109,14 @@ def size(kind: str, *, hbm: bool = False) -> float:
     return total
 
 
-def last(kind: str) -> str:
-    """The type of an asynchronous collective's result: the last array of (operands, results)."""
-    dtype, shape, layout = [x for x in _ARRAY.findall(kind) if x[0] not in ("u32", "s32") or x[1]][-1]
+def last(type_: str) -> str:
+    """Returns the result type of an asynchronous collective: the last array of (operands, results)."""
+    dtype, shape, layout = [x for x in _ARRAY.findall(type_) if x[0] not in ("u32", "s32") or x[1]][-1]
     return f"{dtype}[{shape}]{layout}"
 
 
 def first_group(attributes: str) -> tuple[int, ...]:
-    """The devices of the first group of a collective, in any of the notations for them."""
+    """Returns the devices of the first group of a collective, in any notation of HLO."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^{]*)\))?\s*\{([^}]*)\}", attributes):
         axes = dict(re.findall(r"'([^']+)'=(\d+)", mesh[1]))
         sizes = [int(size) for size in axes.values()]

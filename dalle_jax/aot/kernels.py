@@ -1,15 +1,15 @@
-"""How long the attention kernels of a program take, of which the compiler tells nothing.
+"""Estimates the time of attention kernels, whose cost the compiler does not report.
 
-From the instructions that it scheduled for them, for each chip (`splash.SCHEDULES`): a kernel's grid goes over the
-blocks of a mask, and computes the filled ones. Waiting for memory is not in it.
+The estimate uses the instructions that the compiler scheduled for each kernel on each chip (`splash.SCHEDULES`). The
+grid of a kernel visits all blocks of a mask and computes the filled ones. Memory stalls are not included.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from dalle_jax.aot import topologies
+from dalle_jax.aot.target import Subject
 from dalle_jax.aot.topologies import Chip
 from dalle_jax.models.attention import splash
 from dalle_jax.models.attention.patterns import Pattern
@@ -19,18 +19,18 @@ from dalle_jax.token_layout import TokenLayout
 def seconds(
     calls: Mapping[str, int], patterns: Sequence[Pattern], layout: TokenLayout, queries: int, heads: float, chip: Chip
 ) -> float | None:
-    """Of all calls together, on one chip.
+    """Estimates the time of all kernel calls on one chip.
 
     Args:
-      calls: by kernel, see `Program.silent_kernels`: each layer's pattern is taken equally often.
-      patterns: of the layers.
-      layout: of the stream.
-      queries: positions that ask; S, or N where only the image does.
-      heads: of all rows that a chip has, in one call.
-      chip: which.
+      calls: calls by kernel, see `Program.silent_kernels`. They are spread evenly over the patterns.
+      patterns: attention patterns of the layers.
+      layout: layout of the token stream.
+      queries: query positions: S, or N if only image positions are queries.
+      heads: heads per call, summed over all rows of a chip.
+      chip: the chip.
 
     Returns:
-      Seconds; None where one of the kernels is not known here.
+      Seconds, or None if one of the kernels is unknown.
     """
     total = 0.0
     for name, count in calls.items():
@@ -43,8 +43,18 @@ def seconds(
     return total
 
 
-def of_subject(calls: Mapping[str, int], subject: Any, rows: int, sampling: bool) -> float | None:
-    """`seconds` of a program of `compile.Subject`, for so many rows on all chips together; 0 without such calls."""
+def of_subject(calls: Mapping[str, int], subject: Subject, rows: int, sampling: bool) -> float | None:
+    """Estimates the time of all kernel calls in a program of a subject.
+
+    Args:
+      calls: calls by kernel, see `Program.silent_kernels`.
+      subject: the training that was compiled.
+      rows: rows per run of the program, on all chips together.
+      sampling: whether the program is the sampler.
+
+    Returns:
+      Seconds on one chip: 0 without calls, None if a kernel or the model is unknown.
+    """
     if not calls:
         return 0.0
     prior, mesh = getattr(subject.task, "prior", None), subject.mesh

@@ -1,9 +1,9 @@
-"""Floating-point operations that a model asks for, counted from its sizes: what utilisation is measured by.
+"""Counts the floating-point operations of a model from its sizes, as the basis of utilisation.
 
-Matrix products, convolutions and attention, two operations for each multiplication; attention counts the pairs of
-positions that the pattern's mask allows. The backward pass costs twice the forward one (for the pictures, which need no
-gradient, once). What a program does beyond that is not the model's: recomputed activations, masked pairs that are
-computed all the same, measures for the log.
+A multiplication counts as two operations. Matrix products, convolutions and attention count; attention counts only the
+pairs of positions that the mask of its pattern allows. The backward pass costs twice the forward pass, but only once
+for the layer that reads the image, which needs no gradient. Extra work of a program does not count: recomputed
+activations, masked pairs that are computed anyway, metrics for the log.
 
     B rows    T text    N image tokens    D width    H heads    K head size    F hidden width    V vocabulary
 """
@@ -25,10 +25,14 @@ from dalle_jax.tasks.task import Batch, Task
 
 
 def training(task: Task, batch: Batch) -> float:
-    """Of one update over a batch (shapes will do): forward and backward, and a frozen image tokenizer forward.
+    """Counts one update: forward and backward pass of the model, forward pass of a frozen image tokenizer.
+
+    Args:
+      task: the task.
+      batch: a batch, or its shapes.
 
     Raises:
-      ValueError: a task whose sizes are not known here.
+      ValueError: the type of the task is unknown.
     """
     rows, side = batch["image"].shape[:2]
     if isinstance(task, PriorTask):
@@ -42,12 +46,14 @@ def training(task: Task, batch: Batch) -> float:
         seen = 1 + task.negatives.spoiled
         similarities = 2 * rows * (rows + task.negatives.spoiled) * o.embed_dim
         return rows * (3 * (seen * image_tower(o) + text_tower(o)) - seen * patches(o)) + 3 * similarities
-    raise ValueError(f"The sizes of {type(task).__name__} are not known here.")
+    raise ValueError(f"The sizes of {type(task).__name__} are unknown.")
 
 
 def sampling(prior_: TokenPrior, rows: int) -> float:
-    """Of drawing the image tokens of `rows` pictures, each with a caption of its own: every position once where tokens
-    are cached, all image positions at each step where they are refined."""
+    """Counts the sampling of the image tokens of `rows` images, each with its own caption.
+
+    An autoregressive prior computes each position once, MaskGIT computes all image positions at each step.
+    """
     lay = prior_.layout
     text = _trunk(prior_, lay.text_length, slice(0, lay.text_length))
     steps = prior_.decoding_steps(None) if isinstance(prior_, MaskGITPrior) else 1
@@ -56,7 +62,7 @@ def sampling(prior_: TokenPrior, rows: int) -> float:
 
 
 def prior(one: TokenPrior) -> float:
-    """Of one row's forward pass in training."""
+    """Counts the forward pass of one row in training."""
     lay = one.layout
     text_head = 0 if isinstance(one, MaskGITPrior) else 2 * (lay.text_length - 1) * _width(one) * (lay.text_vocab + 1)
     return _trunk(one, lay.length, slice(None)) + text_head + _image_head(one)
@@ -73,7 +79,7 @@ def _image_head(one: TokenPrior) -> float:
 
 
 def _trunk(one: TokenPrior, positions: int, queries: slice) -> float:
-    """All layers at so many positions, whose queries are those rows of the masks."""
+    """Counts all layers at `positions` positions, with the mask rows `queries`."""
     o: TransformerOptions = one.options.trunk
     pairs = {pattern: int(pattern.mask(one.layout)[queries].sum()) for pattern in set(one.options.patterns)}
     attention = sum(4 * o.heads * o.size_per_head * pairs[pattern] for pattern in one.options.patterns)
@@ -86,7 +92,7 @@ def _trunk(one: TokenPrior, positions: int, queries: slice) -> float:
 
 
 def first_layer(o: DVAEOptions) -> float:
-    """Of the encoder's first convolution, over one picture."""
+    """Counts the first convolution of the encoder for one image."""
     side = o.image_size // o.stem_factor
     return 2 * side**2 * o.in_kernel**2 * 3 * o.stem_factor**2 * o.hidden
 
@@ -107,7 +113,7 @@ def _blocks(o: DVAEOptions, widths: list[int], sides: list[int], before: int, ke
 
 
 def encoder(o: DVAEOptions) -> float:
-    """Of one picture's logits."""
+    """Counts the encoder for one image."""
     side = o.image_size // o.stem_factor
     widths, sides = [o.hidden * 2**g for g in range(o.groups)], [side // 2**g for g in range(o.groups)]
     output = 2 * sides[-1] ** 2 * widths[-1] * o.vocab_size
@@ -115,7 +121,7 @@ def encoder(o: DVAEOptions) -> float:
 
 
 def decoder(o: DVAEOptions) -> float:
-    """Of one picture from relaxed codes."""
+    """Counts the decoder for one image from relaxed codes."""
     side = o.image_size // o.stem_factor
     widths = [o.hidden * 2**g for g in reversed(range(o.groups))]
     sides = [side // 2**g for g in reversed(range(o.groups))]
@@ -128,12 +134,12 @@ def decoder(o: DVAEOptions) -> float:
 
 
 def patches(o: CLIPOptions) -> float:
-    """Of one picture's patches before the first block."""
+    """Counts the patch embedding of one image."""
     return 2 * o.patches * 3 * o.patch**2 * o.image_width
 
 
 def image_tower(o: CLIPOptions) -> float:
-    """Of one picture."""
+    """Counts the image tower for one image."""
     with_class = o.image_readout == "class_token"
     seen, read = o.patches + with_class, 1 if with_class else o.patches
     projection = 2 * read * o.image_width * o.embed_dim
@@ -141,7 +147,7 @@ def image_tower(o: CLIPOptions) -> float:
 
 
 def text_tower(o: CLIPOptions) -> float:
-    """Of one caption."""
+    """Counts the text tower for one caption."""
     projection = 2 * o.text_width * o.embed_dim
     return _tower(o.text_length, math.comb(o.text_length + 1, 2), o.text_width, o.text_depth) + projection
 

@@ -1,7 +1,11 @@
-"""TPU topologies without TPUs: devices that the TPU compiler knows, and what their chips can do.
+"""TPU topologies without TPUs: devices to compile for, and the published data of their chips.
 
-The TPU compiler (libtpu, `pip install -e '.[tpu]'`) runs on any machine. A topology's name is a generation and the
-number of chips along each axis of its torus: "v5e:16x16" (256 chips), "v5p:8x8x8" (512 chips), "v6e:16x16" (256 chips).
+The TPU compiler (libtpu, `pip install -e '.[tpu]'`) runs on any machine. The name of a topology holds the generation
+and the number of chips along each axis of the torus:
+
+    v5e:16x16   256 chips
+    v5p:8x8x8   512 chips
+    v6e:16x16   256 chips
 """
 
 from __future__ import annotations
@@ -11,7 +15,6 @@ import importlib.util
 import os
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from absl import logging
@@ -24,17 +27,18 @@ NAMES = "v5e:AxB and v6e:AxB with A and B 2, 4, 8 or 16; v5p:AxBxC with A and B 
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip's published figures (cloud.google.com/tpu/docs, and "How to Scale Your Model" for the links).
+    """Published data of a chip (cloud.google.com/tpu/docs; the links from "How to Scale Your Model").
 
     Attributes:
-      name: of its generation.
-      flops: peak of bfloat16 matrix products, operations a second.
-      memory: bytes of main memory (HBM).
-      memory_rate: of that memory, bytes a second.
-      link_rate: of one link to a neighbour, one way, bytes a second; each axis of the torus has two.
-      whole_axis: an axis of at least so many chips, where a multiple of it, closes to a ring.
-      clock: cycles a second, in which the compiler's own estimates are.
-      cores: of one device, which some kernels share.
+      name: name of the generation.
+      flops: peak of bfloat16 matrix products, in operations per second.
+      memory: main memory (HBM), in bytes.
+      memory_rate: bandwidth of the main memory, in bytes per second.
+      link_rate: bandwidth of one link to a neighbour in one direction, in bytes per second. Each axis of the torus has
+        two links.
+      whole_axis: an axis whose number of chips is a multiple of this closes to a ring.
+      clock: cycles per second, the unit of the compiler's own estimates.
+      cores: cores of one device, over which some kernels split their work.
     """
 
     name: str
@@ -54,52 +58,58 @@ CHIPS = {
 }
 
 
-def devices(name: str) -> Sequence[Any]:
-    """The devices of a topology, to build a mesh of and compile for; nothing can run on them.
+def devices(name: str) -> Sequence[jax.Device]:
+    """Returns the devices of a topology, for a mesh to compile for. They cannot run programs.
 
-    Sets what libtpu reads from the environment, and makes this process compute on its CPU: a machine's own TPU stays
+    Sets environment variables of libtpu, and makes this process compute on the CPU, so that a TPU of this machine stays
     free.
 
     Args:
-      name: such as "v5p:8x8x8".
+      name: name of the topology, such as "v5p:8x8x8".
 
     Raises:
-      ConfigError: where libtpu is missing, or does not know the name.
+      ConfigError: libtpu is missing, or does not know the name.
     """
     if importlib.util.find_spec("libtpu") is None:
-        raise ConfigError("Compiling for TPUs needs libtpu, which is not installed: pip install -e '.[tpu]'.")
+        raise ConfigError("Compilation for TPUs needs libtpu, which is not installed: pip install -e '.[tpu]'.")
     if not re.fullmatch(r"v\w+:\d+x\d+(x\d+)?", name):
         raise ConfigError(f"config.topology={name!r}: expected a name such as v5p:8x8x8. Known: {NAMES}.")
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # else it asks a cloud machine's metadata server, for minutes
+    # Without the first variable, libtpu queries the metadata server of cloud machines for minutes.
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
     jax.config.update("jax_platforms", "cpu")
-    from jax.experimental import topologies  # after the environment: it loads libtpu
+    from jax.experimental import topologies  # loads libtpu, which reads the environment
 
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=name).devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise ConfigError(
-            f"config.topology={name!r}: the TPU compiler refuses it ({reason}). Known: {NAMES}."
+            f"config.topology={name!r}: the TPU compiler rejects it ({reason}). Known: {NAMES}."
         ) from None
     if found[0].device_kind not in CHIPS:
         known = ", ".join(chip.name for chip in CHIPS.values())
-        raise ConfigError(f"config.topology={name!r}: figures are known for chips of {known}, not of {name}.")
+        raise ConfigError(f"config.topology={name!r}: chips of {known} are known, but not those of {name}.")
     logging.info("%s: %d chips", name, len(found))
     return found
 
 
-def chip(device: Any) -> Chip:
-    """The figures of a device's chip."""
+def chip(device: jax.Device) -> Chip:
+    """Returns the chip data of a device.
+
+    Raises:
+      MeshError: the kind of device is unknown.
+    """
     if device.device_kind not in CHIPS:
-        raise MeshError(f"No figures are known for {device.device_kind}; there are some for {', '.join(CHIPS)}.")
+        raise MeshError(f"Unknown chip {device.device_kind}: expected one of {', '.join(CHIPS)}.")
     return CHIPS[device.device_kind]
 
 
-def exchange_rate(group: Sequence[Any], everything: Sequence[Any]) -> float:
-    """Bytes a second that each device of a group can receive from the others: both links of each axis of the torus
-    along which the group extends, one link's worth where the axis is no ring.
+def exchange_rate(group: Sequence[jax.Device], everything: Sequence[jax.Device]) -> float:
+    """Returns the bytes per second that each device of a group can receive from the others.
+
+    Each axis of the torus along which the group extends adds two links if it is a ring, otherwise one.
 
     Args:
       group: devices that exchange.

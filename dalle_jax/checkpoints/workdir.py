@@ -102,7 +102,7 @@ def load_tokenizer(workdir: epath.PathLike) -> tuple[ImageTokenizer, PyTree]:
     if config.get("task") != "dvae":
         raise CheckpointError(f"{workdir} holds no image tokenizer: its task is {config.get('task')!r}, not 'dvae'.")
     with Checkpoints(str(workdir), read_only=True) as checkpoints:
-        return tokenizers.from_config(config), checkpoints.restore_params()
+        return tokenizers.of_training(config), checkpoints.restore_params()
 
 
 # -- the text model -----------------------------------------------------------------------------------------------

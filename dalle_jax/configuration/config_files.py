@@ -33,7 +33,9 @@ def load(config: str, option: str = "config") -> ConfigDict:
       ConfigError: no such file or variant, or the file is not a config.
     """
     path, _, variant = config.partition(":")
-    loaded = load_module(path, option)
+    if not Path(path).name:
+        raise ConfigError(f"{option}={config!r} names no file; expected a config such as configs/prior.py:paper.")
+    loaded = load_module(path)
     try:
         return loaded.get_config(*([variant] if variant else []))
     except (TypeError, AttributeError) as error:
@@ -42,14 +44,12 @@ def load(config: str, option: str = "config") -> ConfigDict:
         raise
 
 
-def load_module(path: str | Path, option: str = "config") -> ModuleType:
+def load_module(path: str | Path) -> ModuleType:
     """Executes a config file and returns it as a module, with its `get_config`, `VARIANTS` and `KEYS`.
 
     Raises:
       ConfigError: no such file, or it is not a Python file.
     """
-    if not Path(path).name:
-        raise ConfigError(f"{option}={str(path)!r} names no file; expected a config such as configs/prior.py:paper.")
     if not Path(path).is_file():
         raise ConfigError(f"There is no config file {path}: run from the repository's root, or give its whole path.")
     if Path(path).suffix != ".py":

@@ -18,23 +18,23 @@ _CONFIG_FILES = pathlib.Path(__file__).with_name("config_files.py")
 
 
 def explain_config_error(error: BaseException, given: str) -> ConfigError | None:
-    """What to raise where a file could not be run as a config because it is none, or has no variants.
+    """Explains why a file is not a config, or why it has no variants.
 
     Args:
-      error: what running the file, or calling its `get_config`, raised.
-      given: the option that names it, for the message.
+      error: the exception from executing the file or from calling its `get_config`.
+      given: the option that names the file, for the message.
 
     Returns:
-      None where the file itself has a fault.
+      The error to raise, or None if the file itself has a fault.
     """
     if isinstance(error, SyntaxError) and not (error.filename or "").endswith(".py"):
         return ConfigError(f"{given}: not a Python file; expected a config file such as configs/prior.py.")
     if not _raised_in(error, _ML_COLLECTIONS, _CONFIG_FILES):
         return None
     if str(error).startswith("get_config() takes 0 positional arguments"):
-        return ConfigError(f"{given}: this config has no variants; leave out the colon and what follows it.")
+        return ConfigError(f"{given}: this config has no variants; leave out the colon and the name after it.")
     if str(error).endswith("has no attribute 'get_config'"):
-        return ConfigError(f"{given}: no config, for it has no get_config(); expected one such as configs/prior.py.")
+        return ConfigError(f"{given}: not a config, it has no get_config(); expected one such as configs/prior.py.")
     return None
 
 
@@ -45,24 +45,24 @@ def _raised_in(error: BaseException, *places: pathlib.Path) -> bool:
 
 
 def explain_flag_error(error: Exception, argv: Sequence[str]) -> Exception:
-    """What to raise for an error that absl's or ml_collections' flag parsing raised.
+    """Explains an error of absl's or ml_collections' flag parsing.
 
     Args:
       error: the error.
       argv: the command line.
 
     Returns:
-      The `ConfigError` that a config file raised; else one that says in a line what is wrong with the command; the
-      error itself where the config file has a fault (its traceback is needed).
+      The error to raise: the `ConfigError` that a config file raised; or one that states in one line what is wrong with
+      the command; or `error` itself if the config file has a fault, because then its traceback is needed.
     """
     text, cause = str(error).replace("\\", ""), error
     config = next((arg for arg in argv if arg.startswith("--config=")), "--config")
-    while cause is not None:  # a config file's own refusal, wrapped by the flag parser
+    while cause is not None:  # the flag parser wraps an error that the config file raised
         found, cause = cause, cause.__cause__ or cause.__context__
         if isinstance(found, UserError) and not str(found).startswith("Error whilst parsing"):
             return found
-        if refused := explain_config_error(found, config):
-            return refused
+        if explained := explain_config_error(found, config):
+            return explained
     if "Error whilst parsing config file" in text or not _raised_in(error, _ABSL, _ML_COLLECTIONS):
         return error
     if isinstance(error, OSError):

@@ -22,7 +22,7 @@ def closest(word: str, candidates: Iterable[str]) -> str:
     return f' (did you mean "{near[0]}"?)' if near else ""
 
 
-def from_config(cls: type[T], section: Mapping[str, Any], where: str) -> T:
+def from_config(cls: type[T], section: Mapping[str, Any], where: str, document: str = "config") -> T:
     """Builds the dataclass `cls` from a section of a configuration, or from JSON that was written from one.
 
     A field whose type is a dataclass is built from the section of that name. A list becomes a tuple.
@@ -30,13 +30,14 @@ def from_config(cls: type[T], section: Mapping[str, Any], where: str) -> T:
     Args:
       cls: a dataclass.
       section: mapping of its fields (a ConfigDict or a dict). Absent fields keep their defaults.
-      where: name of the section, for messages; "" for the configuration itself.
+      where: name of the section, for messages; "" for the whole document.
+      document: the section's origin, for messages; a file name if it is not a configuration.
 
     Raises:
       ConfigError: a key is not a field, or a field without a default is missing.
     """
     fields = {field.name: field for field in dataclasses.fields(cls)}
-    name = f"config.{where}" if where else "config"
+    name = f"{document}.{where}" if where else document
     if unknown := [key for key in section if key not in fields]:
         raise ConfigError(
             f"{name} has no key {unknown[0]!r}{closest(unknown[0], fields)}. It has: {', '.join(fields)}."
@@ -48,8 +49,9 @@ def from_config(cls: type[T], section: Mapping[str, Any], where: str) -> T:
     for key in section:
         value = section[key]
         if isinstance(value, Mapping) or hasattr(value, "to_dict"):
-            inner = f"{where}.{key}" if where else key
-            value = from_config(types[key], value, inner) if dataclasses.is_dataclass(types[key]) else plain(value)
+            value = plain(value)
+            if dataclasses.is_dataclass(types[key]):
+                value = from_config(types[key], value, f"{where}.{key}" if where else key, document)
         elif value is None and fields[key].default_factory is not dataclasses.MISSING:
             continue  # an empty mapping, which older configurations wrote as None
         values[key] = tuple(value) if isinstance(value, list) else value
@@ -74,11 +76,12 @@ def defaults_of(cls: type) -> dict[str, Any]:
 
 def check(
     options: Any,
-    where: str,
+    where: str | None,
     *,
     positive: Collection[str] = (),
     at_least_0: Collection[str] = (),
     share: Collection[str] = (),
+    below_1: Collection[str] = (),
     odd: Collection[str] = (),
     choices: Mapping[str, Collection[str]] | None = None,
 ) -> None:
@@ -86,21 +89,26 @@ def check(
 
     Args:
       options: the dataclass.
-      where: the section that it is read from, for messages: "model.trunk"; "" for the configuration itself.
+      where: the section that it is read from, for messages: "model.trunk"; "" for the configuration itself; None for
+        options that Python callers give by name, too.
       positive: fields that must be above 0.
       at_least_0: fields that must be 0 or above.
       share: fields that must lie in [0, 1].
+      below_1: fields that must lie in [0, 1).
       odd: fields that must be odd; `positive` or `at_least_0` says which are possible.
       choices: the allowed values by field.
 
     Raises:
       ConfigError: the first field that has another value; names the value, the expected ones, and the field.
     """
-    prefix = f"config.{where}." if where else "config."
+    prefix = "" if where is None else f"config.{where}." if where else "config."
+
+    optional = {field.name for field in dataclasses.fields(options) if field.default is None}
 
     def require(name: str, allowed: bool, expected: str) -> None:
         if not allowed:
-            raise ConfigError(f"{prefix}{name} is {getattr(options, name)!r}; expected {expected}.")
+            none = ", or None" if name in optional else ""
+            raise ConfigError(f"{prefix}{name} is {getattr(options, name)!r}; expected {expected}{none}.")
 
     def values(names: Iterable[str]) -> Iterable[tuple[str, Any]]:
         return [(name, getattr(options, name)) for name in names if getattr(options, name) is not None]
@@ -113,5 +121,7 @@ def check(
         require(name, value >= 0, "0 or more")
     for name, value in values(share):
         require(name, 0 <= value <= 1, "a number in [0, 1]")
+    for name, value in values(below_1):
+        require(name, 0 <= value < 1, "a number in [0, 1)")
     for name, value in values(odd):
-        require(name, value == 0 or value % 2 == 1, "an odd number")
+        require(name, value == 0 or value % 2 == 1, "an odd number, or 0" if name in at_least_0 else "an odd number")

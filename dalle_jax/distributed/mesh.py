@@ -50,7 +50,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, *, devices: Sequen
     if not fits:
         raise MeshError(
             f"Mesh {asked} does not fit {count} devices ({devices[0].device_kind}): it needs "
-            f"{'a multiple of ' if free else ''}{fixed}. Change config.mesh so that data*fsdp*tensor = {count}."
+            f"{'a multiple of ' if free else ''}{fixed} devices. Change config.mesh so that data*fsdp*tensor = {count}."
         )
     if free:
         sizes[free[0]] = count // fixed

@@ -23,12 +23,12 @@ from typing import Any
 import numpy as np
 from absl import logging
 
-from dalle_jax.configuration.options import from_config
+from dalle_jax.configuration.options import check, from_config
 from dalle_jax.data.augment import augment
 from dalle_jax.data.builders.shapes_captions.scenes import Scene
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions, Source, UnreadableExample, decode_captions, decode_image
-from dalle_jax.errors import ConfigError, DataError
+from dalle_jax.errors import DataError
 
 CAPTIONS = ("first", "drawn", "unique")
 
@@ -50,10 +50,7 @@ class Protocol:
     seed: int = 0
 
     def __post_init__(self):
-        if self.captions not in CAPTIONS:
-            raise ConfigError(f"config.captions={self.captions!r}: expected one of {', '.join(CAPTIONS)}.")
-        if self.count is not None and self.count < 1:
-            raise ConfigError(f"config.count={self.count}: expected at least 1, or None for all.")
+        check(self, "", positive=["count"], choices={"captions": CAPTIONS})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""Image tokenizers: images to grids of tokens and back."""
+"""Image tokenizers: encode images to grids of tokens, and decode tokens to images."""

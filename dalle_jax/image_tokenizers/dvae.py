@@ -1,18 +1,18 @@
-"""The discrete variational autoencoder (dVAE): pictures to a grid of tokens and back.
+"""The discrete variational autoencoder (dVAE): encodes images to a grid of tokens, and decodes tokens.
 
-DALL-E (arXiv 2102.12092), section 2.1 and appendix A, with the block structure of the published `openai/DALL-E` code:
-residual blocks without normalisation, max-pooling down, nearest-neighbour upsampling, and a decoder that mirrors the
-encoder. During training the decoder sees a relaxed one-hot code (Gumbel-softmax); tokens are the plain argmax of the
-encoder's logits.
+DALL-E (arXiv 2102.12092), section 2.1 and appendix A, with the blocks of the published `openai/DALL-E` code. These are
+residual blocks without normalisation, max pooling, nearest-neighbour upsampling, and a decoder that mirrors the
+encoder. In training the decoder reads a relaxed one-hot code (Gumbel-softmax). Tokens are the argmax of the encoder's
+logits.
 
-One addition, off by default: with `stem_factor` s > 1 the encoder starts from s x s blocks of pixels laid out as
-channels, and the decoder ends with the inverse, so that no convolution runs at full resolution. Convolutions of few
-channels on many pixels are what a CPU is worst at; the small configs train several times faster with it.
+`stem_factor` s > 1 is an addition. The encoder then starts from s x s blocks of pixels as channels, and the decoder
+ends with the inverse. No convolution runs at full resolution, because convolutions of few channels on many pixels are
+slow on CPUs. The small configurations train several times faster with it.
 
-Convolutions of kernel 1 are written as dense layers: the same numbers, and a matrix product is what every backend
-does best.
+Convolutions of kernel 1 are dense layers: the numbers are the same, and matrix products are faster.
 
-    B batch    H, W picture    C channels    h, w grid, H = downsample * h    V vocabulary    D width of a code's vector
+    B batch    H, W image    C channels    h, w grid, H = downsample * h    V vocabulary    D codebook width
+    F features
 """
 
 from __future__ import annotations
@@ -22,32 +22,35 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int, Key, UInt8
 
+from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import logit_laplace
+from dalle_jax.image_tokenizers.resampling import depth_to_space, max_pool, space_to_depth, upsample
 from dalle_jax.pytree import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class DVAEOptions:
-    """Sizes of the dVAE; the defaults are the paper's.
+    """Hyper-parameters of the dVAE; the defaults are those of the paper.
 
     Attributes:
-      image_size: side of the pictures it is trained on. The network is convolutional: any multiple of `downsample`
-        can be encoded.
-      vocab_size: V, number of codes.
+      image_size: side of the training images in pixels. The network is convolutional and can encode any multiple of
+        `downsample`.
+      vocab_size: V, the number of codes.
       hidden: width of the first group of blocks; group i is 2**i times as wide.
-      groups: number of groups of blocks; resolution halves between them.
-      blocks_per_group: residual blocks in a group.
-      codebook_dim: D, width of the vector that stands for a code at the decoder's input.
+      groups: number of groups of blocks; the resolution halves between them.
+      blocks_per_group: number of residual blocks in a group.
+      codebook_dim: D, the width of a code's vector at the decoder's input.
       in_kernel: side of the encoder's first convolution.
-      stem_factor: s, side of the pixel blocks that become channels before anything else; 1: none (the paper).
-      logit_scale: factor on the initial encoder's output layer; 1: the paper.
-      codebook_scale: factor on the initial codebook; 1: the paper, which draws it from N(0, 1/√V).
-      min_log_scale: floor under ln b; None: none (the paper). Drawings without noise have flat areas, whose
-        likelihood grows without bound as b shrinks, until edges, where b is large, weigh nothing in the loss.
-      dtype: of the activations inside the blocks; parameters, logits and pixel distributions are float32.
+      stem_factor: s, the side of the pixel blocks that become channels first; 1 (the paper) for none.
+      logit_scale: factor on the initial output layer of the encoder; 1 in the paper.
+      codebook_scale: factor on the initial codebook; 1 in the paper, which draws from N(0, 1/√V).
+      min_log_scale: lower bound of ln b; None (the paper) for no bound. Drawings have flat areas, whose likelihood
+        grows without limit as b shrinks. Edges, where b is large, then lose all weight in the loss.
+      dtype: dtype of the activations inside the blocks. Parameters, logits and pixel distributions are float32.
     """
 
     image_size: int = 256
@@ -64,16 +67,12 @@ class DVAEOptions:
     dtype: str = "float32"
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("dtype", "min_log_scale") and value <= 0:
-                raise ConfigError(f"dVAE: {field.name}={value}: expected a positive number.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"dVAE: dtype={self.dtype!r}: expected 'float32' or 'bfloat16'.")
+        sizes = [field.name for field in dataclasses.fields(self) if field.name not in ("dtype", "min_log_scale")]
+        check(self, "model", positive=sizes, odd=["in_kernel"], choices={"dtype": ("float32", "bfloat16")})
         if self.hidden % 4:
-            raise ConfigError(f"dVAE: hidden={self.hidden}: expected a multiple of 4 (blocks narrow to a quarter).")
-        if self.in_kernel % 2 == 0:
-            raise ConfigError(f"dVAE: in_kernel={self.in_kernel}: expected an odd number.")
+            raise ConfigError(
+                f"config.model.hidden is {self.hidden}; expected a multiple of 4 (blocks narrow to a quarter)."
+            )
         self.grid(self.image_size)
 
     @property
@@ -87,75 +86,38 @@ class DVAEOptions:
         return self.groups * self.blocks_per_group
 
     def grid(self, image_size: int) -> tuple[int, int]:
-        """Rows and columns of tokens of a square picture.
+        """Returns the number of rows and columns of tokens of a square image.
+
+        Args:
+          image_size: side of the image in pixels.
 
         Raises:
-          ConfigError: the picture cannot be divided into whole tokens.
+          ConfigError: the side is not a multiple of `downsample`.
         """
         if image_size % self.downsample:
             raise ConfigError(
-                f"A picture of {image_size} pixels cannot be cut into tokens of {self.downsample} x {self.downsample} "
-                f"pixels: give an image size that is a multiple of {self.downsample}."
+                f"The image size is {image_size} pixels; expected a multiple of {self.downsample}, because a token "
+                f"stands for {self.downsample} x {self.downsample} pixels."
             )
         return image_size // self.downsample, image_size // self.downsample
-
-
-# -- the relaxation (appendix A.2) --------------------------------------------------------------------------------
-
-
-def gumbel_softmax(logits: jax.Array, key: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """A relaxed one-hot sample: softmax((logits + Gumbel noise) / τ). Soft, not straight-through.
-
-    Args:
-      logits: float32 [..., V].
-      key: scalar key.
-      temperature: τ; towards 0 the result tends to a one-hot sample of softmax(logits).
-
-    Returns:
-      float32 [..., V], non-negative, sums to 1.
-    """
-    noise = jax.random.gumbel(key, logits.shape, logits.dtype)
-    return jax.nn.softmax((logits + noise) / temperature, axis=-1)
-
-
-def kl_to_uniform(logits: jax.Array) -> jax.Array:
-    """KL(softmax(logits) ‖ uniform) in nats, [..., V] to [...]. At temperature 1, whatever the relaxation's."""
-    log_q = jax.nn.log_softmax(logits, axis=-1)
-    return jnp.sum(jnp.exp(log_q) * log_q, axis=-1) + jnp.log(jnp.float32(logits.shape[-1]))
 
 
 # -- modules ------------------------------------------------------------------------------------------------------
 
 
-def space_to_depth(x: jax.Array, factor: int) -> jax.Array:
-    """[B, H, W, C] to [B, H/s, W/s, s*s*C]: each s x s block of pixels becomes one position."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h // factor, factor, w // factor, factor, c)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h // factor, w // factor, factor * factor * c)
-
-
-def depth_to_space(x: jax.Array, factor: int) -> jax.Array:
-    """The inverse of `space_to_depth`: [B, h, w, s*s*C] to [B, h*s, w*s, C]."""
-    b, h, w, c = x.shape
-    x = x.reshape(b, h, w, factor, factor, c // factor**2)
-    return x.transpose(0, 1, 3, 2, 4, 5).reshape(b, h * factor, w * factor, c // factor**2)
-
-
-def max_pool(x: jax.Array) -> jax.Array:
-    """[B, H, W, C] to [B, H/2, W/2, C]."""
-    return nn.max_pool(x, (2, 2), strides=(2, 2))
-
-
-def upsample(x: jax.Array) -> jax.Array:
-    """Nearest neighbour, [B, H, W, C] to [B, 2H, 2W, C]."""
-    b, h, w, c = x.shape
-    return jnp.broadcast_to(x[:, :, None, :, None, :], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
-
-
 def convolution(
-    features: int, kernel: int, dtype: str, name: str, *, scale: float = 1.0, out_axis: str = "conv_out"
+    features: int, kernel: int, dtype: str, name: str | None, *, scale: float = 1.0, out_axis: str = "conv_out"
 ) -> nn.Module:
-    """A convolution of odd kernel that keeps the size; weights N(0, scale/√(inputs * kernel²)), bias 0."""
+    """Builds a convolution that keeps the resolution.
+
+    Args:
+      features: number of output channels.
+      kernel: side of the kernel, odd.
+      dtype: dtype of the computation.
+      name: name of the module; None inside `setup`.
+      scale: the weights start as N(0, scale/√(inputs * kernel²)), the bias as 0.
+      out_axis: logical name of the output channels.
+    """
     normal = nn.initializers.variance_scaling(scale**2, "fan_in", "normal")
     bias_init = nn.with_logical_partitioning(nn.initializers.zeros, (out_axis,))
     if kernel == 1:
@@ -166,12 +128,12 @@ def convolution(
 
 
 class Block(nn.Module):
-    """Residual block: four convolutions through a quarter of the width, scaled by 1/layers².
+    """A residual block: four convolutions, three of them with a quarter of the width, scaled by 1/layers².
 
     Attributes:
-      features: channels of the output.
-      kernels: of the four convolutions: 3, 3, 3, 1 in the encoder, the mirror in the decoder.
-      options: for the number of layers and the dtype.
+      features: number of output channels.
+      kernels: sides of the four kernels: 3, 3, 3, 1 in the encoder, the reverse in the decoder.
+      options: options of the dVAE.
     """
 
     features: int
@@ -179,8 +141,8 @@ class Block(nn.Module):
     options: DVAEOptions
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, H, W, C] to [B, H, W, features]."""
+    def __call__(self, x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B H W F"]:
+        """Maps [B, H, W, C] to [B, H, W, features]."""
         dtype = self.options.dtype
         skip = x if x.shape[-1] == self.features else convolution(self.features, 1, dtype, "skip")(x)
         for i, kernel in enumerate(self.kernels, start=1):
@@ -191,7 +153,11 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Mapped pixels to the logits of each grid position's code."""
+    """Computes the logits of the codes from mapped pixels.
+
+    Attributes:
+      options: options of the dVAE.
+    """
 
     options: DVAEOptions
 
@@ -205,12 +171,12 @@ class Encoder(nn.Module):
         }
         self.output = convolution(o.vocab_size, 1, "float32", None, scale=o.logit_scale, out_axis="codebook")
 
-    def features(self, x: jax.Array) -> jax.Array:
-        """What the output layer reads: float32 [B, H, W, 3] to [B, h, w, F]."""
+    def features(self, x: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B h w F"]:
+        """Computes the input of the output layer: float32 [B, H, W, 3] to [B, h, w, F]."""
         o = self.options
         x = self.input(space_to_depth(x, o.stem_factor))
-        # Without this, XLA's partitioner gives this layer a gradient that is wrong by 2% on a mesh of 2x2x2
-        # (tests/distributed/test_factorisations.py).
+        # Without this constraint, XLA's partitioner computes a gradient of this layer that is wrong by 2% on a mesh of
+        # 2x2x2 (tests/distributed/test_factorisations.py).
         x = constrain(x, "batch", None, None, None)
         for group in range(o.groups):
             for block in range(o.blocks_per_group):
@@ -219,13 +185,17 @@ class Encoder(nn.Module):
                 x = max_pool(x)
         return nn.relu(x)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """float32 [B, H, W, 3] to float32 [B, h, w, V]."""
+    def __call__(self, x: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B h w V"]:
+        """Computes the logits of the codes: float32 [B, H, W, 3] to float32 [B, h, w, V]."""
         return self.output(self.features(x))
 
 
 class Codebook(nn.Module):
-    """One vector per code: a 1x1 convolution of one-hot codes, which for true tokens is a look-up."""
+    """One vector per code, applied to relaxed codes as a product and to tokens as a look-up.
+
+    Attributes:
+      options: options of the dVAE.
+    """
 
     options: DVAEOptions
 
@@ -237,23 +207,27 @@ class Codebook(nn.Module):
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("conv_in",))
         self.bias = self.param("bias", zeros, (o.codebook_dim,))
 
-    def __call__(self, codes: jax.Array) -> jax.Array:
-        """float32 [B, h, w, V], each position sums to 1, to [B, h, w, D]."""
+    def __call__(self, codes: Float[ArrayLike, "B h w V"]) -> Float[ArrayLike, "B h w D"]:
+        """Embeds relaxed codes of sum 1, float32 [B, h, w, V], as [B, h, w, D]."""
         return codes @ self.kernel + self.bias[None, None, None]
 
-    def lookup(self, tokens: jax.Array) -> jax.Array:
-        """int32 [B, h, w] to [B, h, w, D]."""
+    def lookup(self, tokens: Int[ArrayLike, "B h w"]) -> Float[Array, "B h w D"]:
+        """Embeds tokens, int32 [B, h, w], as [B, h, w, D]."""
         return jnp.take(self.kernel, tokens, axis=0) + self.bias[None, None, None]
 
 
 class Decoder(nn.Module):
-    """Vectors of codes to the parameters of each pixel's distribution."""
+    """Computes the distribution of each pixel from the vectors of the codes.
+
+    Attributes:
+      options: options of the dVAE.
+    """
 
     options: DVAEOptions
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """[B, h, w, D] to float32 [B, H, W, 6]: μ of red, green, blue, then ln b of each."""
+    def __call__(self, x: Float[ArrayLike, "B h w D"]) -> Float[Array, "B H W 6"]:
+        """Maps [B, h, w, D] to float32 [B, H, W, 6]: μ of red, green and blue, then ln b of each."""
         o = self.options
         x = x.astype(o.dtype)
         for group in range(o.groups):
@@ -267,31 +241,35 @@ class Decoder(nn.Module):
 
 
 class DVAE(nn.Module):
-    """Encoder, codebook and decoder."""
+    """Encoder, codebook and decoder.
+
+    Attributes:
+      options: options of the dVAE.
+    """
 
     options: DVAEOptions
 
     def setup(self):
         self.encoder, self.codebook, self.decoder = Encoder(self.options), Codebook(self.options), Decoder(self.options)
 
-    def encode_logits(self, images: jax.Array) -> jax.Array:
-        """Pictures as `map_pixels` gives them, float32 [B, H, W, 3], to logits, float32 [B, h, w, V]."""
+    def encode_logits(self, images: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B h w V"]:
+        """Computes logits, float32 [B, h, w, V], from images of `map_pixels`, float32 [B, H, W, 3]."""
         return self.encoder(images)
 
-    def encode_features(self, images: jax.Array) -> jax.Array:
-        """The same up to the output layer's input, [B, h, w, F]."""
+    def encode_features(self, images: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B h w F"]:
+        """Computes the input of the encoder's output layer, [B, h, w, F], from images of `map_pixels`."""
         return self.encoder.features(images)
 
-    def decode_maps(self, codes: jax.Array) -> jax.Array:
-        """One-hot or relaxed codes, float32 [B, h, w, V], to (μ, ln b), float32 [B, H, W, 6]."""
+    def decode_maps(self, codes: Float[ArrayLike, "B h w V"]) -> Float[Array, "B H W 6"]:
+        """Decodes one-hot or relaxed codes, float32 [B, h, w, V], to μ and ln b, float32 [B, H, W, 6]."""
         return self.decoder(self.codebook(codes))
 
-    def decode_tokens(self, tokens: jax.Array) -> jax.Array:
-        """The same from tokens, int32 [B, h, w]."""
+    def decode_tokens(self, tokens: Int[ArrayLike, "B h w"]) -> Float[Array, "B H W 6"]:
+        """Decodes tokens, int32 [B, h, w], to μ and ln b, float32 [B, H, W, 6]."""
         return self.decoder(self.codebook.lookup(tokens))
 
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Mapped pictures through the unsampled code; makes every parameter."""
+    def __call__(self, images: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B H W 6"]:
+        """Reconstructs images of `map_pixels` through softmax codes, and so creates every parameter."""
         return self.decode_maps(jax.nn.softmax(self.encode_logits(images)))
 
 
@@ -332,54 +310,74 @@ class DVAETokenizer:
         return self.options.image_size
 
     def grid(self, image_size: int) -> tuple[int, int]:
-        """Rows and columns of tokens of a square picture; ConfigError where they are not whole."""
+        """Returns the number of rows and columns of tokens of a square image; see `DVAEOptions.grid`."""
         return self.options.grid(image_size)
 
-    def init(self, key: jax.Array) -> PyTree:
-        """Fresh parameters, boxed with their logical names."""
+    def init(self, key: Key[Array, ""]) -> PyTree:
+        """Returns new parameters, boxed with their logical axis names."""
         side = self.downsample
         return self.module.init(key, jnp.zeros((1, side, side, 3)))["params"]
 
-    def encode_logits(self, params: PyTree, images: jax.Array) -> jax.Array:
-        """uint8 [B, H, W, 3] to logits, float32 [B, h, w, V].
+    def encode_logits(self, params: PyTree, images: UInt8[ArrayLike, "B H W 3"]) -> Float[Array, "B h w V"]:
+        """Computes the logits of the codes.
+
+        Args:
+          params: unboxed parameters.
+          images: uint8 [B, H, W, 3].
+
+        Returns:
+          float32 [B, h, w, V].
 
         Raises:
-          ConfigError: a picture that cannot be cut into whole tokens.
+          ConfigError: H or W is not a multiple of `downsample`.
         """
         self.grid(images.shape[1])
         self.grid(images.shape[2])
         images = logit_laplace.map_pixels(images)
         return self.module.apply({"params": params}, images, method="encode_logits")
 
-    def decode_maps(self, params: PyTree, codes: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Codes to μ and ln b, each float32 [B, H, W, 3].
+    def decode_maps(
+        self, params: PyTree, codes: Int[ArrayLike, "B h w"] | Float[ArrayLike, "B h w V"]
+    ) -> tuple[Float[Array, "B H W 3"], Float[Array, "B H W 3"]]:
+        """Decodes tokens or codes to the distribution of each pixel.
 
         Args:
-          params: parameters.
+          params: unboxed parameters.
           codes: tokens, int32 [B, h, w], or relaxed one-hot codes, float32 [B, h, w, V].
+
+        Returns:
+          μ and ln b, each float32 [B, H, W, 3].
         """
         method = "decode_tokens" if jnp.issubdtype(codes.dtype, jnp.integer) else "decode_maps"
         mean, log_scale = jnp.split(self.module.apply({"params": params}, codes, method=method), 2, axis=-1)
         floor = self.options.min_log_scale
         return mean, log_scale if floor is None else jnp.maximum(log_scale, floor)
 
-    def encode(self, params: PyTree, images: jax.Array) -> jax.Array:
-        """Tokens: the most likely code at each position, without noise.
+    def encode(self, params: PyTree, images: UInt8[ArrayLike, "B H W 3"]) -> Int[Array, "B h w"]:
+        """Encodes images to tokens: the most likely code at each position.
 
         Args:
-          params: parameters.
+          params: unboxed parameters.
           images: uint8 [B, H, W, 3].
 
         Returns:
-          int32 [B, h, w].
+          Tokens, int32 [B, h, w].
         """
         return jnp.argmax(self.encode_logits(params, images), axis=-1).astype(jnp.int32)
 
-    def decode(self, params: PyTree, tokens: jax.Array) -> jax.Array:
-        """Tokens, int32 [B, h, w], to pictures, float32 [B, H, W, 3] in [0, 1]."""
+    def decode(self, params: PyTree, tokens: Int[ArrayLike, "B h w"]) -> Float[Array, "B H W 3"]:
+        """Decodes tokens to images.
+
+        Args:
+          params: unboxed parameters.
+          tokens: int32 [B, h, w].
+
+        Returns:
+          Images, float32 [B, H, W, 3] in [0, 1].
+        """
         mean, _ = self.decode_maps(params, tokens)
         return logit_laplace.to_pixels(mean)
 
-    def codebook(self, params: PyTree) -> jax.Array:
-        """What the decoder reads for each token: float32 [V, codebook_dim]."""
+    def codebook(self, params: PyTree) -> Float[ArrayLike, "V D"]:
+        """Returns the vector of each token at the decoder's input, float32 [V, D]."""
         return params["codebook"]["kernel"]

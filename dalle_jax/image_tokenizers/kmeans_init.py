@@ -1,45 +1,50 @@
-"""A start for the dVAE from data: k-means on the encoder's own features, and the mean patch of each cluster.
+"""Initialisation of the dVAE from data: k-means on the encoder's features, and the mean patch of each cluster.
 
-Not in the paper, which trains for three million updates. In a run of a few hundred the relaxation's noise settles on
-a handful of codes before the decoder has learned to use more (DALL-E, footnote 4), and the decoder then spends the
-run on learning what each code looks like. Here nothing changes but the initial values: the encoder's features at
-initialisation, random functions of a patch, are clustered, and
+The paper trains for three million updates and does not need this. A run of a few hundred updates collapses onto a
+handful of codes, because the relaxation is noisy before the decoder has learned to use more (DALL-E, footnote 4).
 
-    logits_k = −|f − c_k|² / (2 s²) = (c_k · f − |c_k|²/2) / s² + (the same for all k)
+Only the initial values change. At initialisation, the encoder's features f are random functions of a patch. They are
+clustered to centres c_k with variance s², and
 
-so that each code starts as the posterior of one cluster. A code's vector starts as (max(m, 0), max(−m, 0), r), m the
-mean μ of its cluster's pixels and r a random projection of its centre; the decoder's residual branches start at zero
-and its output layer at reading μ back: untrained, the dVAE is a vector quantiser of patches, and training goes on from
-there.
+    logits_k = −|f − c_k|² / (2 s²) = (c_k · f − |c_k|²/2) / s² + (a term that is equal for all k)
 
-    n features    F their width    V vocabulary    D width of a code's vector    P = 3 s² numbers in a patch
+so that each code starts as the posterior of one cluster. A code's vector starts as (max(m, 0), max(−m, 0), r). Here m
+is the mean μ of its cluster's pixels, and r is a random projection of its centre. The residual branches start at zero,
+and the decoder's output layer starts by reading μ from the vector. The untrained dVAE is then a vector quantiser of
+patches.
+
+    n features    F width of a feature    V vocabulary    D codebook width    P = 3 s² numbers in a patch, s the stem
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int, Key, UInt8
 
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import logit_laplace
-from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer, space_to_depth
+from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
+from dalle_jax.image_tokenizers.resampling import space_to_depth
 from dalle_jax.pytree import PyTree
 
-_MAX_FEATURES = 32_768  # with fewer, rare patches (a shape and a colour on a background) get no code of their own
+_MAX_FEATURES = 32_768  # with fewer features, rare patches (one shape and colour on a background) get no code
 _ROUNDS = 8
-_LOG_SCALE = -1.0  # ln b to begin with: about the error of a cluster's mean
+_LOG_SCALE = -1.0  # initial ln b: about the error of a cluster's mean
 
 
-def kmeans(features: jax.Array, count: int, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Centres by k-means++ and Lloyd's rounds.
+def kmeans(
+    features: Float[ArrayLike, "n F"], count: int, key: Key[Array, ""]
+) -> tuple[Float[Array, "{count} F"], Int[Array, " n"]]:
+    """Clusters features by k-means++ and eight of Lloyd's iterations.
 
     Args:
       features: float32 [n, F].
-      count: V, number of centres.
+      count: V, the number of centres.
       key: scalar key.
 
     Returns:
-      Centres, float32 [V, F], and the nearest one of each feature, int32 [n].
+      Centres, float32 [V, F], and the index of each feature's nearest centre, int32 [n].
     """
     first_key, choice_key = jax.random.split(key)
     norms = jnp.sum(features**2, axis=1)
@@ -49,7 +54,7 @@ def kmeans(features: jax.Array, count: int, key: jax.Array) -> tuple[jax.Array, 
 
     def seed(i: jax.Array, carry: tuple[jax.Array, jax.Array]):
         centres, nearest = carry
-        # A feature is chosen in proportion to its squared distance to the centres there are (all alike: any).
+        # The probability of a feature is proportional to its squared distance to the centres so far.
         chosen = jax.random.categorical(jax.random.fold_in(choice_key, i), jnp.log(nearest + 1e-12))
         centre = features[chosen]
         return centres.at[i].set(centre), jnp.minimum(nearest, distances(centre))
@@ -71,23 +76,31 @@ def kmeans(features: jax.Array, count: int, key: jax.Array) -> tuple[jax.Array, 
 
 
 def kmeans_init(
-    tokenizer: DVAETokenizer, params: PyTree, images: jax.Array, key: jax.Array, *, sharpness: float
+    tokenizer: DVAETokenizer,
+    params: PyTree,
+    images: UInt8[ArrayLike, "B H W 3"],
+    key: Key[Array, ""],
+    *,
+    sharpness: float,
 ) -> PyTree:
-    """Replaces the initial values of the encoder's and the decoder's output layers, of the last layers of their
-    residual branches (zero), and of the codebook.
+    """Replaces initial values of a dVAE by those of clusters.
+
+    These are the codebook, the output layers of encoder and decoder, and the last layers of the residual branches. The
+    last layers of the branches become zero.
 
     Args:
       tokenizer: the dVAE.
-      params: its fresh parameters, unboxed.
-      images: uint8 [B, H, W, 3], of the training split.
+      params: new parameters, unboxed.
+      images: images of the training split, uint8 [B, H, W, 3].
       key: scalar key.
-      sharpness: the mean squared distance of a feature to its centre, in units of s²: how sure the first codes are.
+      sharpness: mean squared distance of a feature to its centre, in units of s². Higher values give more confident
+        codes.
 
     Returns:
-      The parameters, a new tree.
+      A new tree of parameters.
 
     Raises:
-      ConfigError: a dVAE whose codes do not stand for one block of pixels each, or too narrow to carry it.
+      ConfigError: a code does not stand for one block of pixels, or the dVAE is too narrow for a block.
     """
     check_sizes(tokenizer.options)
     feature_key, kmeans_key, projection_key = jax.random.split(key, 3)
@@ -113,7 +126,11 @@ def kmeans_init(
 
 
 def check_sizes(options: DVAEOptions) -> None:
-    """Raises ConfigError where the start cannot be made for these sizes."""
+    """Checks that a dVAE can be initialised from clusters.
+
+    Raises:
+      ConfigError: a code does not stand for one block of pixels, or the dVAE is too narrow for a block.
+    """
     needed = 6 * options.stem_factor**2
     if options.groups != 1 or options.codebook_dim != options.hidden or options.hidden < needed:
         raise ConfigError(
@@ -124,9 +141,13 @@ def check_sizes(options: DVAEOptions) -> None:
 
 
 def _mean_patches(
-    patches: jax.Array, nearest: jax.Array, centres: jax.Array, key: jax.Array, options: DVAEOptions
-) -> tuple[jax.Array, PyTree]:
-    """Codes' vectors, float32 [V, D], and the decoder's output layer that reads each one's mean patch from it."""
+    patches: Float[ArrayLike, "n P"],
+    nearest: Int[ArrayLike, " n"],
+    centres: Float[ArrayLike, "V F"],
+    key: Key[Array, ""],
+    options: DVAEOptions,
+) -> tuple[Float[Array, "V D"], PyTree]:
+    """Returns the vectors of the codes, and a decoder output layer that reads the mean patch from each vector."""
     count, size = options.vocab_size, patches.shape[1]
     member = jax.nn.one_hot(nearest, count, dtype=jnp.float32)
     means = member.T @ patches / jnp.maximum(member.sum(0), 1)[:, None]
@@ -134,7 +155,7 @@ def _mean_patches(
     rest = (centres - centres.mean(0)[None]) @ projection
     vectors = jnp.concatenate([jax.nn.relu(means), jax.nn.relu(-means), rest / jnp.maximum(rest.std(), 1e-6)], axis=1)
 
-    # Channels of the output are (place in the block, (μ of 3 colours, ln b of 3 colours)).
+    # The output channels are ordered by place in the block, then μ of 3 colours, then ln b of 3 colours.
     identity = jnp.eye(size).reshape(size, size // 3, 3)
     mean_channels = jnp.concatenate([identity, jnp.zeros_like(identity)], axis=2).reshape(size, 2 * size)
     kernel = jnp.concatenate([mean_channels, -mean_channels, jnp.zeros((options.hidden - 2 * size, 2 * size))])
@@ -143,7 +164,7 @@ def _mean_patches(
 
 
 def _without_residuals(part: PyTree) -> PyTree:
-    """The encoder's or the decoder's parameters, the last layer of each residual branch at zero."""
+    """Sets the last layer of each residual branch of the encoder or decoder to zero."""
     return {
         name: {**layer, "conv_4": jax.tree.map(jnp.zeros_like, layer["conv_4"])} if name.startswith("group_") else layer
         for name, layer in part.items()

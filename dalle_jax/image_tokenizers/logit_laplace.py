@@ -1,8 +1,8 @@
 """The logit-Laplace distribution over pixels (DALL-E, appendix A.3).
 
-Pixels are bounded, a Laplace or Gaussian density is not. The paper therefore takes a Laplace variable with location μ
-and scale b and passes it through the sigmoid: a density on (0, 1). Because it has no mass at 0 and 1 themselves, pixel
-values are first squeezed into [ε, 1 − ε].
+Pixels are bounded; Laplace and Gaussian densities are not. The paper therefore applies the sigmoid to a Laplace
+variable with location μ and scale b, which gives a density on (0, 1). It is not defined at 0 and 1, so pixels are first
+mapped to [ε, 1 − ε].
 
     ln f(x | μ, b) = −ln(2 b x (1 − x)) − |logit x − μ| / b
 """
@@ -11,22 +11,25 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, UInt8
 
 EPSILON = 0.1
 
 
-def map_pixels(images: jax.Array) -> jax.Array:
-    """φ: uint8 pixels [...] to float32 in [ε, 1 − ε], same shape."""
+def map_pixels(images: UInt8[ArrayLike, "*axes"]) -> Float[ArrayLike, "*axes"]:
+    """Computes φ: uint8 pixels [...] to float32 [...] in [ε, 1 − ε]."""
     return (1 - 2 * EPSILON) / 255 * images.astype(jnp.float32) + EPSILON
 
 
-def unmap_pixels(x: jax.Array) -> jax.Array:
-    """φ⁻¹ up to the factor of 255: float [...] to [0, 1], clamped, same shape."""
+def unmap_pixels(x: Float[ArrayLike, "*axes"]) -> Float[Array, "*axes"]:
+    """Computes φ⁻¹ / 255, clipped to [0, 1]: float [...] to [...]."""
     return jnp.clip((x - EPSILON) / (1 - 2 * EPSILON), 0.0, 1.0)
 
 
-def log_prob(x: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
-    """Log density in nats, elementwise.
+def log_prob(
+    x: Float[ArrayLike, "*#axes"], mean: Float[ArrayLike, "*#axes"], log_scale: Float[ArrayLike, "*#axes"]
+) -> Float[Array, "*#axes"]:
+    """Computes the log density of each pixel in nats.
 
     Args:
       x: mapped pixels in (0, 1), [...].
@@ -41,6 +44,6 @@ def log_prob(x: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
     return log_jacobian - jnp.log(2.0) - log_scale - jnp.abs(logit - mean) * jnp.exp(-log_scale)
 
 
-def to_pixels(mean: jax.Array) -> jax.Array:
-    """The picture to look at, φ⁻¹(sigmoid(μ)), in [0, 1]: the scale b is a training device only."""
+def to_pixels(mean: Float[ArrayLike, "*axes"]) -> Float[Array, "*axes"]:
+    """Computes pixels φ⁻¹(sigmoid(μ)) in [0, 1]. The scale b is used in training only."""
     return unmap_pixels(jax.nn.sigmoid(mean))

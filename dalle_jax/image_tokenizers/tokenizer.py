@@ -1,14 +1,18 @@
-"""What an image tokenizer is, and how one is written beside the prior that was trained on its tokens."""
+"""The `ImageTokenizer` protocol, and the stored descriptions of image tokenizers.
+
+B batch    H, W image    h, w grid    V vocabulary    E codebook width
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
-import jax
+from jaxtyping import Array, ArrayLike, Float, Int, Key, UInt8
+from ml_collections import ConfigDict
 
-from dalle_jax.configuration.options import from_config as options_from_config
+from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.pytree import PyTree
@@ -16,41 +20,48 @@ from dalle_jax.pytree import PyTree
 _KINDS = {DVAETokenizer.kind: (DVAETokenizer, DVAEOptions)}
 
 
+@runtime_checkable
 class ImageTokenizer(Protocol):
-    """Pictures to a grid of tokens and back.
+    """Encodes images to a grid of tokens, and decodes tokens.
+
+    Implementations are frozen dataclasses. Equal ones share compiled programs, as static arguments of `jax.jit`.
 
     Attributes:
-      kind: names the class in saved descriptions.
-      options: frozen dataclass of its sizes.
-      vocab_size: V, number of kinds of token.
+      kind: name of the class in stored descriptions.
+      options: frozen dataclass of hyper-parameters.
+      vocab_size: V, the number of tokens.
       downsample: side of the square of pixels that one token stands for.
-      image_size: side of the pictures it was trained on.
+      image_size: side of the training images in pixels.
     """
 
     kind: str
-    options: Any
+    options: object
     vocab_size: int
     downsample: int
     image_size: int
 
     def grid(self, image_size: int) -> tuple[int, int]:
-        """Rows and columns of tokens of a square picture; ConfigError where they are not whole."""
+        """Returns the number of rows and columns of tokens of a square image.
 
-    def init(self, key: jax.Array) -> PyTree:
-        """Fresh parameters, boxed with their logical names."""
+        Raises:
+          ConfigError: the image size is not a multiple of `downsample`.
+        """
 
-    def encode(self, params: PyTree, images: jax.Array) -> jax.Array:
-        """uint8 [B, H, W, 3] to int32 [B, h, w]."""
+    def init(self, key: Key[Array, ""]) -> PyTree:
+        """Returns new parameters, boxed with their logical axis names."""
 
-    def decode(self, params: PyTree, tokens: jax.Array) -> jax.Array:
-        """int32 [B, h, w] to float32 [B, H, W, 3] in [0, 1]."""
+    def encode(self, params: PyTree, images: UInt8[ArrayLike, "B H W 3"]) -> Int[Array, "B h w"]:
+        """Encodes images, uint8 [B, H, W, 3], to tokens, int32 [B, h, w]."""
 
-    def codebook(self, params: PyTree) -> jax.Array:
-        """A vector for each token, near where tokens decode alike: float32 [V, C]."""
+    def decode(self, params: PyTree, tokens: Int[ArrayLike, "B h w"]) -> Float[Array, "B H W 3"]:
+        """Decodes tokens, int32 [B, h, w], to images, float32 [B, H, W, 3] in [0, 1]."""
+
+    def codebook(self, params: PyTree) -> Float[ArrayLike, "V E"]:
+        """Returns a vector for each token, float32 [V, E]. Tokens that decode to similar pixels have close vectors."""
 
 
 def to_dict(tokenizer: ImageTokenizer) -> dict[str, Any]:
-    """A description that JSON can hold, from which `from_dict` makes the same tokenizer (without parameters)."""
+    """Returns a JSON description of a tokenizer without parameters; `from_dict` is the inverse."""
     return {"kind": tokenizer.kind, **dataclasses.asdict(tokenizer.options)}
 
 
@@ -65,11 +76,11 @@ def from_dict(description: Mapping[str, Any]) -> ImageTokenizer:
     if kind not in _KINDS:
         raise ConfigError(f"Image tokenizer of kind {kind!r}: expected one of {sorted(_KINDS)}.")
     tokenizer, options = _KINDS[kind]
-    return tokenizer(options_from_config(options, fields, "image_tokenizer"))
+    return tokenizer(from_config(options, fields, "", "options.json"))
 
 
-def from_config(config: Mapping[str, Any]) -> ImageTokenizer:
-    """The tokenizer that a dVAE training configuration describes: its `model`, for pictures of `data.image_size`.
+def of_training(config: Mapping[str, Any] | ConfigDict) -> ImageTokenizer:
+    """The tokenizer that a dVAE training configuration describes: its `model`, for images of `data.image_size`.
 
     Args:
       config: the configuration, or what was read back from a workdir's config.json.
@@ -78,4 +89,4 @@ def from_config(config: Mapping[str, Any]) -> ImageTokenizer:
       ConfigError: an option that does not exist, or sizes that do not fit each other.
     """
     model = {**dict(config["model"]), "image_size": config["data"]["image_size"]}
-    return DVAETokenizer(options_from_config(DVAEOptions, model, "model"))
+    return DVAETokenizer(from_config(DVAEOptions, model, "model"))

@@ -1,4 +1,4 @@
-"""The job of `configs/compile.py`: compiles a training or a sampler for a TPU topology and reports what it costs."""
+"""The job of `configs/compile.py`: compiles a training or a sampler for a TPU topology and reports its costs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,26 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dalle_jax.aot import costs
-from dalle_jax.aot.target import CompileOptions, compile_target
+from dalle_jax.aot.compiler import compile_target
+from dalle_jax.aot.target import CompileOptions
 from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import DoesNotFit
 from dalle_jax.storage.files import access, make_workdir, write_json
 
 
 def run(config: ConfigDict, workdir: str) -> Mapping[str, Any]:
-    """The job of `configs/compile.py`: prints a table, and writes `compile.json` into `workdir`.
+    """Compiles the target, prints the table of its costs and writes them to `compile.json`.
+
+    Args:
+      config: see `configs/compile.py`.
+      workdir: folder for `compile.json`, created if needed.
+
+    Returns:
+      The costs, as from `compile_target`.
 
     Raises:
-      ConfigError: a workdir that cannot be written; and see `compile_target`.
-      DoesNotFit: after the table and the file, where there is a program to tell of.
+      ConfigError: `workdir` is not writable; see also `compile_target`.
+      DoesNotFit: the program needs too much memory. If it could be compiled, table and file are written before.
     """
     options = from_config(CompileOptions, {key: config[key] for key in config if key not in ("job", "workdir")}, "")
     folder = _writable(workdir)
@@ -33,10 +41,10 @@ def run(config: ConfigDict, workdir: str) -> Mapping[str, Any]:
 
 
 def _writable(workdir: str) -> epath.Path:
-    """The folder for the results, made and tried before the minutes or hours that they take.
+    """Creates the folder of the results and tests it, because the compilation may take hours.
 
     Raises:
-      ConfigError: it cannot be made, or nothing can be written there.
+      ConfigError: the folder cannot be created or written.
     """
     folder = epath.Path(make_workdir(workdir))
     with access(workdir):

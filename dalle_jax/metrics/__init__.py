@@ -1,1 +1,1 @@
-"""Metrics: what pictures, tokens and captions are judged by; pure functions of arrays."""
+"""Metrics of images, tokens and captions; pure functions of arrays."""

@@ -1,1 +1,1 @@
-"""Networks as pure Flax linen modules: no configuration, no files, no mesh."""
+"""Networks as pure Flax linen modules, without configuration files, I/O or mesh."""

@@ -1,19 +1,20 @@
-"""CLIP: a picture and a caption as unit vectors that lie near each other where the two belong together.
+"""CLIP: embeds images and captions as unit vectors that are close if image and caption belong together.
 
-Learning Transferable Visual Models From Natural Language Supervision (arXiv 2103.00020), sections 2.3 and 2.4, in the
-shape of OpenAI's ViT models: a vision transformer with a class token and a norm before and after its blocks, a causal
-text transformer read at the end token, both projected without bias into one space.
+Learning Transferable Visual Models From Natural Language Supervision (arXiv 2103.00020), sections 2.3 and 2.4. The
+architecture is that of OpenAI's ViT models. The image tower is a vision transformer with a class token and norms before
+and after its blocks. The text tower is a causal transformer, read at the end token. Both are projected without bias
+into one space.
 
-Two options leave that shape for the sake of short trainings: how large the image tower's positions start, and what a
-picture's vector is read from (`image_positions`, `image_readout`).
+Two options deviate from this for short trainings: `image_positions` (scale of the initial positions) and
+`image_readout` (from which states an image's vector is read).
 
-One rule for captions of either origin, our own text model's or OpenAI's byte pairs: the caption is read at its *first*
-`end_id`, and since the text tower is causal, what follows it changes nothing.
+A caption is read at its *first* `end_id`, for our text models and for OpenAI's byte pairs. The text tower is causal, so
+the ids after it have no effect.
 
-The factor on the similarities is stored as its logarithm and limited to 100 where it is used (`CLIP.scale`), not where
-it is stored; see `limited`.
+The factor on the similarities is stored as its logarithm. It is limited to 100 at its use (`CLIP.scale`), not in
+storage; see `limited`.
 
-    B batch    H, W picture    S sequence    D width    K head size    T text positions    E embedding
+    B batch    H, W image    S sequence    P patches    D width    T text positions    E embedding
 """
 
 from __future__ import annotations
@@ -28,17 +29,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Num
+from ml_collections import ConfigDict
 
-from dalle_jax.configuration.options import from_config as options_from_config
+from dalle_jax.configuration.options import check, from_config
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
-from dalle_jax.image_tokenizers.dvae import space_to_depth
+from dalle_jax.image_tokenizers.resampling import space_to_depth
 from dalle_jax.models.attention.xla import attend_reference
 from dalle_jax.models.dense import Dense
 from dalle_jax.models.transformer import Norm
 from dalle_jax.pytree import PyTree
 
-# Of the pixels that OpenAI trained on, in [0, 1].
+# Mean and standard deviation of the pixels of OpenAI's training images, in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
 INITIAL_LOG_SCALE = math.log(1 / 0.07)
@@ -53,24 +56,28 @@ ACTIVATIONS = {
 
 @dataclasses.dataclass(frozen=True)
 class CLIPOptions:
-    """Sizes of both towers; the defaults are ViT-B/32's.
+    """Hyper-parameters of both towers; the defaults are those of ViT-B/32.
 
     Attributes:
-      image_size: H = W of the pictures that the image tower sees.
-      patch: side of its patches, in pixels.
-      image_width, image_depth, image_heads: D, number of blocks and of attention heads of the image tower.
-      image_positions: how large the image tower's positions start, as a multiple of OpenAI's deviation of D**-0.5.
-        Patches of flat colour start some ten times as large as those; then hundreds of updates pass before the tower
-        sees where something is: no "above", no order.
-      image_readout: what a picture's vector is a projection of: "class_token" (OpenAI's), or "patches", all of them
-        side by side and without a class token, so that places need not pass through one position's attention.
-      text_width, text_depth, text_heads: those of the text tower.
+      image_size: H = W of the images that the image tower reads.
+      patch: side of a patch in pixels.
+      image_width: D of the image tower.
+      image_depth: number of blocks of the image tower.
+      image_heads: number of attention heads of the image tower.
+      image_positions: standard deviation of the image tower's initial positions, in units of OpenAI's D**-0.5. Patches
+        of flat colour start about ten times as large as OpenAI's positions. The tower then needs hundreds of updates
+        before it sees where an object is.
+      image_readout: states from which an image's vector is projected. "class_token" is OpenAI's choice. "patches"
+        projects all patches together, without a class token, so that places need not pass through one position.
+      text_width: D of the text tower.
+      text_depth: number of blocks of the text tower.
+      text_heads: number of attention heads of the text tower.
       embed_dim: E.
-      text_length: T, the end token included.
-      text_vocab: kinds of text token, the end token included.
-      end_id: the token that ends a caption.
+      text_length: T, including the end token.
+      text_vocab: number of text ids, including the end token.
+      end_id: id of the end token.
       activation: "quick_gelu" (OpenAI's) or "gelu" (exact).
-      dtype: of the activations. Parameters, norms, softmax, embeddings and losses are float32 in any case.
+      dtype: dtype of the activations. Parameters, norms, softmax, embeddings and losses are always float32.
     """
 
     image_size: int = 224
@@ -92,39 +99,36 @@ class CLIPOptions:
 
     def __post_init__(self):
         sizes = [f"{tower}_{size}" for tower in ("image", "text") for size in ("width", "heads")]
-        for name in (*sizes, "patch", "embed_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"model.{name} is {getattr(self, name)}; expected at least 1.")
+        choices = {"activation": ACTIVATIONS, "image_readout": READOUTS}
+        check(self, "model", positive=[*sizes, "patch", "embed_dim", "image_positions"], choices=choices)
         if self.image_size % self.patch:
-            raise ConfigError(f"Pictures of {self.image_size} pixels cannot be cut into patches of {self.patch}.")
+            raise ConfigError(
+                f"config.model.patch is {self.patch}; expected a divisor of the image size, {self.image_size}."
+            )
         for tower in ("image", "text"):
             width, heads = getattr(self, f"{tower}_width"), getattr(self, f"{tower}_heads")
             if width % heads:
-                raise ConfigError(f"model.{tower}_width is {width}; expected a multiple of {tower}_heads={heads}.")
-        if self.activation not in ACTIVATIONS:
-            raise ConfigError(f"model.activation is {self.activation!r}; expected one of {', '.join(ACTIVATIONS)}.")
-        if self.image_readout not in READOUTS:
-            raise ConfigError(f"model.image_readout is {self.image_readout!r}; expected one of {', '.join(READOUTS)}.")
-        if not self.image_positions > 0:
-            raise ConfigError(f"model.image_positions is {self.image_positions}; expected a number above 0.")
+                raise ConfigError(
+                    f"config.model.{tower}_width is {width}; expected a multiple of {tower}_heads={heads}."
+                )
         if not 0 <= self.end_id < self.text_vocab:
             raise ConfigError(f"The end token {self.end_id} lies outside the vocabulary of {self.text_vocab}.")
 
     @property
     def patches(self) -> int:
-        """Number of patches of a picture."""
+        """P, the number of patches of an image."""
         return (self.image_size // self.patch) ** 2
 
 
-def from_config(config: Mapping[str, Any], text_vocab: int) -> CLIPOptions:
-    """The sizes that a configuration describes, for a text model without an end token of its own.
+def options_of_training(config: Mapping[str, Any] | ConfigDict, text_vocab: int) -> CLIPOptions:
+    """Reads the options of a CLIP configuration, for a text model without an end token.
 
     Args:
-      config: of a CLIP training, or what was read back from a workdir's config.json.
-      text_vocab: ids of the text model; the end token is the one after them.
+      config: configuration of a CLIP training, or the content of a workdir's config.json.
+      text_vocab: number of ids of the text model; the end token is the first id after them.
 
     Raises:
-      ConfigError: an option that does not exist, or sizes that do not fit each other.
+      ConfigError: an unknown option, or sizes that do not fit each other.
     """
     sizes = {
         "image_size": config["data"]["image_size"],
@@ -132,19 +136,21 @@ def from_config(config: Mapping[str, Any], text_vocab: int) -> CLIPOptions:
         "text_vocab": text_vocab + 1,
         "end_id": text_vocab,
     }
-    return options_from_config(CLIPOptions, {**dict(config["model"]), **sizes}, "model")
+    return from_config(CLIPOptions, {**dict(config["model"]), **sizes}, "model")
 
 
-# -- pictures as the image tower sees them ------------------------------------------------------------------------
+# -- input of the image tower -------------------------------------------------------------------------------------
 
 
-def preprocess(images: jax.Array | np.ndarray, size: int) -> jax.Array:
-    """Pictures of any size as the image tower takes them: the short side resized to `size` (bicubic, antialiased),
-    the middle square cut out, OpenAI's mean and deviation.
+def preprocess(images: Num[ArrayLike, "B H W 3"], size: int) -> Float[Array, "B {size} {size} 3"]:
+    """Converts images of any size to the input of the image tower.
+
+    The short side is resized to `size` (bicubic, antialiased), and the centre square is cropped. The pixels are
+    normalised with OpenAI's mean and standard deviation.
 
     Args:
       images: uint8, or float in [0, 1], [B, H, W, 3].
-      size: side of the result.
+      size: side of the result in pixels.
 
     Returns:
       float32 [B, size, size, 3].
@@ -165,13 +171,15 @@ def preprocess(images: jax.Array | np.ndarray, size: int) -> jax.Array:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x)), with biases throughout. [B, S, D] to [B, S, D].
+    """A pre-norm block with biases: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Attributes:
-      width, heads: D and number of heads.
-      depth: number of blocks of the tower, which scales what each adds at initialisation.
+      width: D.
+      heads: number of attention heads.
+      depth: number of blocks of the tower, which scales the initial outputs of each block.
       activation: a key of `ACTIVATIONS`.
-      causal: whether a position sees only itself and those before it.
+      causal: whether a position attends only to itself and earlier positions.
+      dtype: dtype of the activations.
     """
 
     width: int
@@ -182,7 +190,8 @@ class Block(nn.Module):
     dtype: str
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[ArrayLike, "B S D"]) -> Float[Array, "B S D"]:
+        """Maps states, [B, S, D], to [B, S, D]."""
         d, hidden, heads = self.width, self.width * _MLP_RATIO, (self.heads, self.width // self.heads)
         names = ("heads", "kv")
         norm = lambda name: Norm("layernorm", self.dtype, name=name)
@@ -198,12 +207,17 @@ class Block(nn.Module):
 
 
 class ImageTower(nn.Module):
-    """Pictures from `preprocess`, [B, H, W, 3], to float32 [B, E], not yet of length one."""
+    """The vision transformer.
+
+    Attributes:
+      options: sizes.
+    """
 
     options: CLIPOptions
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
+    def __call__(self, images: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B E"]:
+        """Embeds the images of `preprocess`, [B, H, W, 3], as float32 [B, E], not normalised."""
         o = self.options
         b, d = images.shape[0], o.image_width
         patches = space_to_depth(images, o.patch).reshape(b, o.patches, -1)
@@ -225,12 +239,17 @@ class ImageTower(nn.Module):
 
 
 class TextTower(nn.Module):
-    """Captions, int32 [B, T] with an end token in each, to float32 [B, E], not yet of length one."""
+    """The causal text transformer.
+
+    Attributes:
+      options: sizes.
+    """
 
     options: CLIPOptions
 
     @nn.compact
-    def __call__(self, text: jax.Array) -> jax.Array:
+    def __call__(self, text: Int[ArrayLike, "B T"]) -> Float[Array, "B E"]:
+        """Embeds captions, int32 [B, T] with an end token in each, as float32 [B, E], not normalised."""
         o, d = self.options, self.options.text_width
         table = lambda name, scale, names, rows: self.param(
             name, nn.with_logical_partitioning(nn.initializers.normal(scale), names), (rows, d)
@@ -239,14 +258,18 @@ class TextTower(nn.Module):
         x = (x + table("positions", 0.01, ("positions", "embed"), o.text_length)[None]).astype(o.dtype)
         for i in range(o.text_depth):
             x = Block(d, o.text_heads, o.text_depth, o.activation, True, o.dtype, name=f"block_{i}")(x)
-        end = jnp.argmax(text == o.end_id, axis=1)  # the first of them
+        end = jnp.argmax(text == o.end_id, axis=1)  # the first end token
         x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
         x = Norm("layernorm", "float32", name="norm_after")(x)
         return Dense((d,), (o.embed_dim,), ("embed", None), "float32", name="projection")(x)
 
 
 class TwoTowers(nn.Module):
-    """Both towers and the factor on their similarities."""
+    """Both towers and the factor on their similarities.
+
+    Attributes:
+      options: sizes.
+    """
 
     options: CLIPOptions
 
@@ -254,26 +277,29 @@ class TwoTowers(nn.Module):
         self.image, self.text = ImageTower(self.options), TextTower(self.options)
         self.logit_scale = self.param("logit_scale", nn.initializers.constant(INITIAL_LOG_SCALE), ())
 
-    def encode_image(self, images: jax.Array) -> jax.Array:
-        """float32 [B, H, W, 3] to unit vectors, float32 [B, E]."""
+    def encode_image(self, images: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B E"]:
+        """Embeds the images of `preprocess`, float32 [B, H, W, 3], as unit vectors, float32 [B, E]."""
         return _unit(self.image(images))
 
-    def encode_text(self, text: jax.Array) -> jax.Array:
-        """int32 [B, T] to unit vectors, float32 [B, E]."""
+    def encode_text(self, text: Int[ArrayLike, "B T"]) -> Float[Array, "B E"]:
+        """Embeds captions, int32 [B, T], as unit vectors, float32 [B, E]."""
         return _unit(self.text(text))
 
-    def __call__(self, images: jax.Array, text: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Both; makes every parameter."""
+    def __call__(
+        self, images: Float[ArrayLike, "B H W 3"], text: Int[ArrayLike, "B T"]
+    ) -> tuple[Float[Array, "B E"], Float[Array, "B E"]]:
+        """Embeds images and captions, and so creates every parameter."""
         return self.encode_image(images), self.encode_text(text)
 
 
-def _unit(x: jax.Array) -> jax.Array:
+def _unit(x: Float[ArrayLike, "B E"]) -> Float[Array, "B E"]:
+    """Scales vectors to length one."""
     return x * jax.lax.rsqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-12))
 
 
 @jax.custom_vjp
-def limited(log_scale: jax.Array) -> jax.Array:
-    """min(x, ln 100). Beyond the limit only a gradient that leads back passes, so that x neither grows on nor stays."""
+def limited(log_scale: Float[ArrayLike, ""]) -> Float[Array, ""]:
+    """Computes min(x, ln 100). Beyond the limit, only gradients that reduce x pass, so that x can return."""
     return jnp.minimum(log_scale, MAX_LOG_SCALE)
 
 
@@ -284,13 +310,14 @@ def _limited_backward(log_scale, gradient):
 limited.defvjp(lambda x: (limited(x), x), _limited_backward)
 
 
-# -- as pure functions --------------------------------------------------------------------------------------------
+# -- pure functions -----------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIP:
-    """Pictures and captions to unit vectors. Pure functions of the parameters; two of equal sizes are equal, so that
-    what was compiled for one serves the other.
+    """Embeds images and captions as unit vectors. All methods are pure functions of the parameters.
+
+    Models with equal options are equal, so that `jax.jit` with a static model compiles once for all of them.
 
     Attributes:
       options: sizes.
@@ -303,37 +330,37 @@ class CLIP:
         """The network."""
         return TwoTowers(self.options)
 
-    def init(self, key: jax.Array) -> PyTree:
-        """Fresh parameters, boxed with their logical names."""
+    def init(self, key: Key[Array, ""]) -> PyTree:
+        """Returns new parameters, boxed with their logical axis names."""
         o = self.options
         images, text = jnp.zeros((1, o.image_size, o.image_size, 3)), jnp.full((1, o.text_length), o.end_id, jnp.int32)
         return self.module.init(key, images, text)["params"]
 
-    def encode_image(self, params: PyTree, images: jax.Array | np.ndarray) -> jax.Array:
-        """Pictures to unit vectors.
+    def encode_image(self, params: PyTree, images: Num[ArrayLike, "B H W 3"]) -> Float[Array, "B E"]:
+        """Embeds images.
 
         Args:
-          params: parameters.
+          params: unboxed parameters.
           images: uint8, or float in [0, 1], [B, H, W, 3] of any size; see `preprocess`.
 
         Returns:
-          float32 [B, E].
+          Unit vectors, float32 [B, E].
         """
         images = preprocess(images, self.options.image_size)
         return self.module.apply({"params": params}, images, method="encode_image")
 
-    def encode_text(self, params: PyTree, text: jax.Array | np.ndarray) -> jax.Array:
-        """Captions to unit vectors.
+    def encode_text(self, params: PyTree, text: Int[ArrayLike, "B T"]) -> Float[Array, "B E"]:
+        """Embeds captions.
 
         Args:
-          params: parameters.
-          text: int32 [B, T], each row with an `end_id`; the first one is where the caption is read.
+          params: unboxed parameters.
+          text: int32 [B, T], with an `end_id` in each row.
 
         Returns:
-          float32 [B, E].
+          Unit vectors, float32 [B, E].
         """
         return self.module.apply({"params": params}, jnp.asarray(text), method="encode_text")
 
-    def scale(self, params: PyTree) -> jax.Array:
-        """The factor on the similarities, float32 scalar, at most 100."""
+    def scale(self, params: PyTree) -> Float[Array, ""]:
+        """Returns the factor on the similarities, float32 scalar, at most 100."""
         return jnp.exp(limited(params["logit_scale"]))

@@ -1,38 +1,49 @@
-"""Dense layers, and how their kernels lie in memory: one layout for training, another for a decode step.
+"""Dense layers, with one memory layout of the kernels for training and another one for decode steps.
 
-B rows    D inputs
+B rows    D inputs    O outputs    R positions
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import numpy as np
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike, Float
 
 from dalle_jax.distributed.per_device import contract
 from dalle_jax.distributed.sharding import platform
+from dalle_jax.pytree import PyTree
 
 
-def rows_product(x: jax.Array, kernel: jax.Array, **kwargs) -> jax.Array:
-    """One position per row: x [B, D] times a kernel stored [outputs, D], as kernel · xᵀ; gives [B, outputs].
+def rows_product(x: Float[ArrayLike, "B D"], kernel: Float[ArrayLike, "O D"], **kwargs) -> Float[Array, "B O"]:
+    """Computes x · kernelᵀ as (kernel · xᵀ)ᵀ, for decode steps with one position per row.
 
-    A decode step is bound by reading its kernels. In this order XLA's CPU backend reads them as they lie; in the usual
-    one it first repacks them (twice the time at 8 rows) or stays on one core (at 1 row). The barriers keep XLA from
-    turning the order around.
+    A decode step is limited by the time to read its kernels. In this order XLA's CPU backend reads them in place. In
+    the usual order it repacks them first (twice the time at 8 rows) or uses one core (at 1 row). The barriers prevent
+    XLA from reversing the order.
+
+    Args:
+      x: [B, D].
+      kernel: [O, D].
+      **kwargs: arguments of `jax.lax.dot`.
+
+    Returns:
+      [B, O].
     """
     barrier = jax.lax.optimization_barrier
     return barrier(jax.lax.dot(kernel, barrier(x.T), **kwargs)).T
 
 
 @jax.custom_vjp
-def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """[R, inputs] times [inputs, outputs], for CPUs.
+def product(x: Float[ArrayLike, "R D"], kernel: Float[ArrayLike, "D O"]) -> Float[Array, "R O"]:
+    """Computes [R, D] times [D, O] on CPUs.
 
-    The kernel's gradient contracts over the rows, and for that XLA's CPU backend first copies its left operand
-    transposed: here that is the narrower one of the two.
+    The gradient of the kernel contracts over the rows. XLA's CPU backend transposes the left operand for that in a
+    copy, so the narrower operand stands on the left.
     """
     return jax.lax.dot(x, kernel)
 
@@ -55,11 +66,11 @@ def _product_backward(saved, dy):
 product.defvjp(_product_forward, _product_backward)
 
 
-def _dense(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
-    """[..., *inputs] times [*inputs, *outputs], with so many axes of inputs."""
+def _dense(x: Float[ArrayLike, ...], kernel: Float[ArrayLike, ...], axes: int) -> Float[Array, ...]:
+    """Computes [..., *inputs] times [*inputs, *outputs], where `inputs` has `axes` axes."""
     if platform() != "cpu":
-        # In one axis the rows could lie in memory in one order only: 6% of the 12-billion model's step on a v5p would
-        # be copies from one to another.
+        # The leading axes are not merged. Merged rows have one order in memory, and 6% of the 12-billion model's step
+        # on a v5p would be copies between orders.
         last = tuple(range(x.ndim - axes, x.ndim))
         return jax.lax.dot_general(x, kernel, ((last, tuple(range(axes))), ((), ())))
     leading, outputs = x.shape[: x.ndim - axes], kernel.shape[axes:]
@@ -68,26 +79,35 @@ def _dense(x: jax.Array, kernel: jax.Array, axes: int) -> jax.Array:
 
 
 class Dense(nn.Module):
-    """A dense layer over one or more trailing axes, named for sharding. [..., *inputs] to [..., *outputs] in `dtype`.
-
-    With `decode_step` the input is [B, *inputs], one position per row; see `rows_product` and `outputs_first`.
+    """A dense layer over one or more trailing axes, with logical axis names for sharding.
 
     Attributes:
-      inputs, outputs: shapes of the contracted and of the new axes.
+      inputs: shape of the contracted axes.
+      outputs: shape of the new axes.
       names: logical axis names of the kernel, [*inputs, *outputs].
-      bias: logical axis names of the bias, [*outputs]; empty for none.
-      scale: variance of the output for an input of variance 1, at initialisation.
+      dtype: dtype of the product and the output.
+      bias: logical axis names of the bias, [*outputs]; empty for no bias.
+      scale: variance of the output at initialisation, for inputs of variance 1.
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     names: tuple[str | None, ...]
-    dtype: Any
+    dtype: DTypeLike
     bias: tuple[str | None, ...] = ()
     scale: float = 1.0
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, decode_step: bool = False) -> jax.Array:
+    def __call__(self, x: Float[ArrayLike, ...], *, decode_step: bool = False) -> Float[Array, ...]:
+        """Maps [..., *inputs] to [..., *outputs].
+
+        Args:
+          x: [..., *inputs]; [B, *inputs] in a decode step.
+          decode_step: whether x holds one position per row; see `rows_product` and `outputs_first`.
+
+        Returns:
+          [..., *outputs].
+        """
         axes = tuple(range(len(self.inputs)))
         init = nn.initializers.normal((self.scale / np.prod(self.inputs)) ** 0.5)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.names), (*self.inputs, *self.outputs))
@@ -104,12 +124,16 @@ class Dense(nn.Module):
         return y
 
 
-def outputs_first(params, dtype):
-    """Every dense kernel of the trunk laid out [*outputs, *inputs] in memory, in `dtype`, as `rows_product` reads it.
+def outputs_first(params: PyTree, dtype: DTypeLike) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
+    """Stores every dense kernel of a trunk as [*outputs, *inputs], the order in which `rows_product` reads it.
+
+    Args:
+      params: parameters of the trunk.
+      dtype: dtype of the stored kernels.
 
     Returns:
-      The stored parameters, and a function that gives them the shapes the modules expect: call it inside the decode
-      loop, where it costs nothing.
+      The stored parameters, and a function that restores the shapes that the modules expect. Call the function inside
+      the decode loop, where it costs nothing.
     """
 
     def store(path, x):

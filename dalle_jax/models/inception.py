@@ -1,16 +1,18 @@
-"""Inception-v3 as FID and the Inception score use it: pictures to pool features and class logits. Inference only.
+"""Inception-v3 for FID and the Inception score: pool features and class logits of images. Inference only.
 
-The network of Szegedy et al. (arXiv 1512.00567) as it was published for TensorFlow in December 2015, which differs from
-the usual one: 1008 classes; average pooling inside the blocks leaves the padding out of the average; the last block
-pools by maximum. Batch normalisation is folded into the convolutions before it (`pretrained/inception.py`).
+This is the network of Szegedy et al. (arXiv 1512.00567) as published for TensorFlow in December 2015. It differs from
+the usual one in three points:
 
-Modules have the names that the PyTorch ports gave them. Everything is float32 at full precision on every device: FID
-sees the difference.
+* It has 1008 classes.
+* Average pooling inside the blocks excludes the padding from the average.
+* The last block pools by maximum.
 
-What comes before the network is part of a result's protocol (`RESIZES`). Neither filter smooths before it makes a
-picture smaller.
+Batch normalisation is folded into the convolutions before it (`pretrained/inception.py`). Modules have the names of the
+PyTorch ports. All computations are float32 at full precision on every device, because FID is sensitive to rounding.
 
-    B batch    H, W picture    C channels
+The resize filter is part of the protocol of a result (`RESIZES`). Neither filter antialiases.
+
+    B batch    H, W image    C channels
 """
 
 from __future__ import annotations
@@ -22,12 +24,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Float
 
 from dalle_jax.errors import ConfigError
 from dalle_jax.pytree import PyTree
 
-SIZE = 299  # of the network's input
-WIDTH = 2048  # of the pool features
+SIZE = 299  # side of the network's input in pixels
+WIDTH = 2048  # number of pool features
 CLASSES = 1008
 RESIZES = {
     "bilinear_tf1": "pixel i of the result lies at i·H/299; then (x − 128) / 128. The original FID, and torch-fidelity",
@@ -36,48 +39,48 @@ RESIZES = {
 
 
 class Features(NamedTuple):
-    """What the network says of a batch.
+    """Outputs of the network.
 
     Attributes:
-      pool: float32 [B, 2048], average over the last feature map; FID's features.
-      logits: float32 [B, 1008].
-      unbiased_logits: the same without the last layer's bias; the Inception score's.
+      pool: features of FID, the average over the last feature map, float32 [B, 2048].
+      logits: class logits, float32 [B, 1008].
+      unbiased_logits: logits without the bias of the last layer, for the Inception score, float32 [B, 1008].
     """
 
-    pool: jax.Array
-    logits: jax.Array
-    unbiased_logits: jax.Array
+    pool: Float[Array, "B 2048"]
+    logits: Float[Array, "B 1008"]
+    unbiased_logits: Float[Array, "B 1008"]
 
 
-def extract(params: PyTree, images: jax.Array, resize: str = "bilinear_tf1") -> Features:
-    """Features of pictures of any size.
+def extract(params: PyTree, images: ArrayLike, resize: str = "bilinear_tf1") -> Features:
+    """Computes features of images of any size.
 
     Args:
-      params: of `Inception`, as from `pretrained.inception.load`.
+      params: parameters of `Inception`, such as those of `pretrained.inception.load`.
       images: uint8 [B, H, W, 3].
       resize: a key of `RESIZES`.
 
     Raises:
-      ConfigError: another `resize`.
-      ValueError: pictures of another kind.
+      ConfigError: an unknown `resize`.
+      ValueError: images of another shape or dtype.
     """
     return _network(params, preprocess(images, resize))
 
 
 @jax.jit
-def _network(params: PyTree, x: jax.Array) -> Features:
-    """Compiled apart from what comes before it: once, whatever the size of the pictures."""
+def _network(params: PyTree, x: Float[ArrayLike, "B 299 299 3"]) -> Features:
+    """Runs the network. It is compiled apart from `preprocess`, so that it compiles once for all image sizes."""
     return Inception().apply({"params": params}, x)
 
 
-# -- pictures to the network's input ------------------------------------------------------------------------------
+# -- input of the network -----------------------------------------------------------------------------------------
 
 
 @jax.jit(static_argnames="resize")
-def preprocess(images: jax.Array, resize: str = "bilinear_tf1") -> jax.Array:
-    """uint8 [B, H, W, 3] to float32 [B, 299, 299, 3], about [-1, 1]. Arguments and errors as `extract`."""
+def preprocess(images: ArrayLike, resize: str = "bilinear_tf1") -> Float[Array, "B 299 299 3"]:
+    """Resizes and scales images, uint8 [B, H, W, 3], to about [-1, 1]. Arguments and errors are those of `extract`."""
     if images.dtype != jnp.uint8 or images.ndim != 4 or images.shape[3] != 3:
-        raise ValueError(f"Pictures are {images.dtype} {images.shape}; expected uint8 [B, H, W, 3].")
+        raise ValueError(f"Images are {images.dtype} {images.shape}; expected uint8 [B, H, W, 3].")
     rows, columns = (resize_matrix(size, SIZE, resize) for size in images.shape[1:3])
     product = lambda form, *arrays: jnp.einsum(form, *arrays, precision=jax.lax.Precision.HIGHEST)
     x = product("qw,bhwc->bhqc", columns, images.astype(jnp.float32))
@@ -85,11 +88,19 @@ def preprocess(images: jax.Array, resize: str = "bilinear_tf1") -> jax.Array:
     return (x - 128) / 128 if resize == "bilinear_tf1" else x / 127.5 - 1
 
 
-def resize_matrix(size: int, target: int, resize: str) -> np.ndarray:
-    """Bilinear interpolation along one axis, float32 [target, size]; each row holds one or two weights, of sum 1.
+def resize_matrix(size: int, target: int, resize: str) -> Float[np.ndarray, "{target} {size}"]:
+    """Returns the matrix of a bilinear interpolation along one axis.
+
+    Args:
+      size: number of pixels of the input.
+      target: number of pixels of the result.
+      resize: a key of `RESIZES`.
+
+    Returns:
+      float32 [target, size]. Each row holds one or two weights of sum 1.
 
     Raises:
-      ConfigError: a `resize` that is not in `RESIZES`.
+      ConfigError: an unknown `resize`.
     """
     if resize not in RESIZES:
         raise ConfigError(f"resize={resize!r}: expected one of {', '.join(RESIZES)}.")
@@ -108,29 +119,33 @@ def resize_matrix(size: int, target: int, resize: str) -> np.ndarray:
 
 def convolution(
     features: int, name: str, kernel: tuple[int, int] = (1, 1), stride: int = 1, padding: str = "SAME"
-) -> Callable[[jax.Array], jax.Array]:
-    """A convolution, its normalisation folded in, and a ReLU."""
+) -> Callable[[Array], Array]:
+    """Builds a convolution with folded normalisation, and a ReLU."""
     layer = nn.Conv(features, kernel, stride, padding, precision=jax.lax.Precision.HIGHEST, name=name)
     return lambda x: nn.relu(layer(x))
 
 
-def average_pool(x: jax.Array) -> jax.Array:
-    """Mean over 3 x 3 places, as many of them as there are: [B, H, W, C] to the same."""
+def average_pool(x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B H W C"]:
+    """Averages over 3 x 3 windows without their padding: [B, H, W, C] to [B, H, W, C]."""
     return nn.avg_pool(x, (3, 3), padding="SAME", count_include_pad=False)
 
 
-def max_pool(x: jax.Array, stride: int = 2, padding: str = "VALID") -> jax.Array:
-    """Maximum over 3 x 3 places: [B, H, W, C] to about half the size, or the same with stride 1 and padding "SAME"."""
+def max_pool(x: Float[ArrayLike, "B H W C"], stride: int = 2, padding: str = "VALID") -> Float[Array, "B _ _ C"]:
+    """Computes the maximum over 3 x 3 windows: about half the size, or the same with stride 1 and padding "SAME"."""
     return nn.max_pool(x, (3, 3), (stride, stride), padding)
 
 
 class BlockA(nn.Module):
-    """On the 35 x 35 grid: [B, 35, 35, C] to [B, 35, 35, 224 + pooled]."""
+    """A block on the 35 x 35 grid: [B, 35, 35, C] to [B, 35, 35, 224 + pooled].
+
+    Attributes:
+      pooled: channels of the pooling branch.
+    """
 
     pooled: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[ArrayLike, "B _ _ _"]) -> Float[Array, "B _ _ _"]:
         single = convolution(64, "branch1x1")(x)
         wide = convolution(48, "branch5x5_1")(x)
         wide = convolution(64, "branch5x5_2", (5, 5))(wide)
@@ -142,10 +157,10 @@ class BlockA(nn.Module):
 
 
 class BlockB(nn.Module):
-    """From the 35 x 35 to the 17 x 17 grid: [B, 35, 35, C] to [B, 17, 17, 480 + C]."""
+    """A block from the 35 x 35 to the 17 x 17 grid: [B, 35, 35, C] to [B, 17, 17, 480 + C]."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[ArrayLike, "B _ _ _"]) -> Float[Array, "B _ _ _"]:
         single = convolution(384, "branch3x3", (3, 3), 2, "VALID")(x)
         double = convolution(64, "branch3x3dbl_1")(x)
         double = convolution(96, "branch3x3dbl_2", (3, 3))(double)
@@ -154,12 +169,16 @@ class BlockB(nn.Module):
 
 
 class BlockC(nn.Module):
-    """On the 17 x 17 grid, kernels of 7 one axis at a time: [B, 17, 17, 768] to the same; `width` between them."""
+    """A block on the 17 x 17 grid with kernels of 7 along one axis: [B, 17, 17, 768] to [B, 17, 17, 768].
+
+    Attributes:
+      width: channels between the kernels.
+    """
 
     width: int
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[ArrayLike, "B _ _ _"]) -> Float[Array, "B _ _ _"]:
         row, column = (1, 7), (7, 1)
         single = convolution(192, "branch1x1")(x)
         once = convolution(self.width, "branch7x7_1")(x)
@@ -175,10 +194,10 @@ class BlockC(nn.Module):
 
 
 class BlockD(nn.Module):
-    """From the 17 x 17 to the 8 x 8 grid: [B, 17, 17, C] to [B, 8, 8, 512 + C]."""
+    """A block from the 17 x 17 to the 8 x 8 grid: [B, 17, 17, C] to [B, 8, 8, 512 + C]."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[ArrayLike, "B _ _ _"]) -> Float[Array, "B _ _ _"]:
         small = convolution(192, "branch3x3_1")(x)
         small = convolution(320, "branch3x3_2", (3, 3), 2, "VALID")(small)
         large = convolution(192, "branch7x7x3_1")(x)
@@ -189,16 +208,16 @@ class BlockD(nn.Module):
 
 
 class BlockE(nn.Module):
-    """On the 8 x 8 grid: [B, 8, 8, C] to [B, 8, 8, 2048].
+    """A block on the 8 x 8 grid: [B, 8, 8, C] to [B, 8, 8, 2048].
 
     Attributes:
-      pool: what the last branch begins with: the average, or (the network's last block) the maximum.
+      pool: the pooling of the last branch: the average, or the maximum in the network's last block.
     """
 
-    pool: Callable[[jax.Array], jax.Array]
+    pool: Callable[[Array], Array]
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[ArrayLike, "B _ _ _"]) -> Float[Array, "B _ _ _"]:
         row, column = (1, 3), (3, 1)
         single = convolution(320, "branch1x1")(x)
         once = convolution(384, "branch3x3_1")(x)
@@ -211,10 +230,10 @@ class BlockE(nn.Module):
 
 
 class Classifier(nn.Module):
-    """The last layer: [B, 2048] to logits without and with its bias, each [B, 1008]."""
+    """The last layer: [B, 2048] to logits without and with bias, each [B, 1008]."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, x: Float[ArrayLike, "B 2048"]) -> tuple[Float[Array, "B 1008"], Float[Array, "B 1008"]]:
         kernel = self.param("kernel", nn.initializers.lecun_normal(), (WIDTH, CLASSES))
         bias = self.param("bias", nn.initializers.zeros, (CLASSES,))
         logits = jnp.dot(x, kernel, precision=jax.lax.Precision.HIGHEST)
@@ -225,8 +244,8 @@ class Inception(nn.Module):
     """The whole network."""
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> Features:
-        """Preprocessed pictures, float32 [B, 299, 299, 3], to `Features`."""
+    def __call__(self, x: Float[ArrayLike, "B 299 299 3"]) -> Features:
+        """Computes `Features` of preprocessed images, float32 [B, 299, 299, 3]."""
         x = convolution(32, "Conv2d_1a_3x3", (3, 3), 2, "VALID")(x)
         x = convolution(32, "Conv2d_2a_3x3", (3, 3), 1, "VALID")(x)
         x = max_pool(convolution(64, "Conv2d_2b_3x3", (3, 3))(x))

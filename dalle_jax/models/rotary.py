@@ -1,21 +1,29 @@
-"""Rotary positions (arXiv 2104.09864) over "text, then image grid": text by position, the image by row and column.
+"""Rotary positions (arXiv 2104.09864) of the stream "text, then image grid".
 
 S = T + N sequence    T text    H heads    K head size
 """
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Float
 
 from dalle_jax.token_layout import TokenLayout
 
 
 def rotary_angles(layout: TokenLayout, head_dim: int) -> np.ndarray:
-    """Angles of each position, float32 [S, K/2]: a quarter of K for each of two coordinates.
+    """Computes the rotation angles of each position, one quarter of K for each of two coordinates.
 
-    Text has (position, 0); the image has (T + row, column), so that a text distance never equals an image one by row.
+    The coordinates of text are (position, 0). Those of the image are (T + row, column), so that no text position shares
+    its first coordinate with an image row.
+
+    Args:
+      layout: layout of the token stream.
+      head_dim: K, a multiple of 4.
+
+    Returns:
+      float32 [S, K/2].
     """
     text = np.stack([np.arange(layout.text_length), np.zeros(layout.text_length)], -1)
     rows, columns = np.divmod(np.arange(layout.image_length), layout.width)
@@ -25,8 +33,16 @@ def rotary_angles(layout: TokenLayout, head_dim: int) -> np.ndarray:
     return angles.reshape(layout.length, head_dim // 2).astype(np.float32)
 
 
-def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
-    """Rotates [..., S, H, K] by angles [S, K/2], pairing k with k + K/2."""
+def rotate(x: Float[ArrayLike, "*axes S H K"], angles: Float[ArrayLike, "S _"]) -> Float[Array, "*axes S H K"]:
+    """Rotates queries or keys; channel k is paired with channel k + K/2.
+
+    Args:
+      x: [..., S, H, K].
+      angles: float32 [S, K/2].
+
+    Returns:
+      [..., S, H, K] in the dtype of x.
+    """
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
     shape = (1,) * (a.ndim - 3) + cos.shape[:1] + (1,) + cos.shape[2:]

@@ -1,31 +1,28 @@
-"""The trunk that both priors share: blocks of attention and MLP over the stream "text, then image grid".
+"""One block of the transformer that both priors share, over the stream "text, then image grid".
 
-DALL-E, section 2.2, with pre-norm blocks (the paper does not settle the block; its fp16 gradient scaling is not
-needed in bfloat16, footnote 12). Norm, activation, QK-norm and positions are typed fields, so they can be compared.
+DALL-E, section 2.2, with pre-norm blocks. The paper does not describe its block. Its gradient scaling for fp16 is not
+needed in bfloat16 (footnote 12). Norm, activation, QK-norm and positions are options. `trunk.py` stacks the blocks.
 
-Layers with a repeating order of patterns (row, column, row, row) run as one `nn.scan` over that unit, so that 64
-layers compile as fast as four. The model's last layer, convolutional, is in it too: there the last layer of the unit
-chooses between two patterns, which have the same parameters. What is left over follows one by one. Decoding wants each
-layer's weights in one piece, not sliced out of a stack at every token: `unstack` gives the same parameters in the
-layout of `scan=False`.
-
-    B batch    S = T + N sequence    D width    H heads    K head size    F hidden width of the MLP
+    B batch    C captions    n candidates of a caption    S = T + N sequence    T text    N image tokens
+    D width    H heads    K head size    F hidden width of the MLP    P = S, T or N positions
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Array, ArrayLike, Float, Int
 
+from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
+from dalle_jax.errors import ConfigError
 from dalle_jax.models.attention import splash
 from dalle_jax.models.attention.patterns import ATTENDED, HEADS, Pattern
 from dalle_jax.models.attention.xla import attend, attend_image, attend_reference, attend_step
@@ -41,8 +38,10 @@ ACTIVATIONS = {
     "swiglu": (jax.nn.silu, True),
 }
 POSITIONS = ("learned", "rotary")
+TextCache = tuple[Float[Array, "C H T K"], Float[Array, "C H T K"]]  # keys and values of a layer
+ImageCache = tuple[Float[Array, "..."], Float[Array, "..."]]  # the same of the image, shaped by the pattern
 _KEEP = jax.checkpoint_policies
-REMAT = {  # in rising order of what is kept
+REMAT = {  # from least to most memory
     "full": _KEEP.nothing_saveable,
     "attended": _KEEP.save_only_these_names(ATTENDED),
     "attention": _KEEP.save_only_these_names(HEADS, ATTENDED),
@@ -55,26 +54,30 @@ REMAT = {  # in rising order of what is kept
 
 @dataclasses.dataclass(frozen=True)
 class TransformerOptions:
-    """Sizes and choices of the trunk.
+    """Hyper-parameters of the trunk.
 
     Attributes:
       width: D.
       depth: number of layers.
       heads: H.
-      head_dim: K; 0 means width / heads.
+      head_dim: K; 0 for width / heads.
       mlp_ratio: F / D.
       norm: "layernorm" or "rmsnorm", before each branch.
-      activation: "gelu" (exact), "gelu_tanh" (its usual approximation), "geglu" or "swiglu"; the last two have a gate,
-        and so two input matrices.
-      qk_norm: RMS-normalise queries and keys, with a learned gain.
-      positions: "learned" (text position; image row + column) or "rotary" (the same coordinates, rotated into q, k).
-      dropout: on the embeddings and on each branch's output.
-      dtype: of the activations. Parameters, softmax, logits and losses are float32 in any case.
-      remat: what is kept of each scanned unit for the gradients beside its input. "full": nothing; "attended": what
-        attention gives, for which the splash kernel need not run again; "attention": queries, keys and values too;
-        "dots": all products of dense layers and what attention gives; "none": everything.
-      scan: run repeated layers as one scan.
-      attention_kernel: "xla" (`attention.attend`), "splash" (`splash.attend`), or "auto": splash on TPUs.
+      activation: "gelu" (exact), "gelu_tanh" (its approximation), "geglu" or "swiglu". The last two have a gate, and so
+        two input matrices.
+      qk_norm: apply RMS norm with a learned gain to queries and keys.
+      positions: "learned" (text position; image row + column) or "rotary" (the same coordinates, as rotations of
+        queries and keys).
+      dropout: dropout rate on the embeddings and on the output of each branch.
+      dtype: dtype of the activations. Parameters, softmax, logits and losses are always float32.
+      remat: activations of each scanned unit that are kept for the backward pass, in addition to its input.
+        "full": none, all are recomputed.
+        "attended": the output of attention, so that the splash kernel does not run again.
+        "attention": also queries, keys and values.
+        "dots": all products of dense layers, and the output of attention.
+        "none": all, nothing is recomputed.
+      scan: whether repeated layers run as one scan.
+      attention_kernel: "xla" (`xla.attend`), "splash" (`splash.attend`), or "auto" for splash on TPUs.
     """
 
     width: int = 512
@@ -94,65 +97,51 @@ class TransformerOptions:
 
     def __post_init__(self):
         choices = {"norm": NORMS, "activation": ACTIVATIONS, "positions": POSITIONS, "remat": REMAT}
-        for field, known in (choices | {"attention_kernel": splash.KERNELS}).items():
-            if getattr(self, field) not in known:
-                given = f"model.trunk.{field} is {getattr(self, field)!r}"
-                raise ValueError(f"{given}; expected one of {', '.join(known)}.")
-        for field in ("width", "depth", "heads"):
-            if getattr(self, field) < 1:
-                raise ValueError(f"model.trunk.{field} is {getattr(self, field)}; expected at least 1.")
-        if self.head_dim < 0:
-            raise ValueError(f"model.trunk.head_dim is {self.head_dim}; expected a size, or 0 for width / heads.")
+        choices["attention_kernel"] = splash.KERNELS
+        sizes = ["width", "depth", "heads"]
+        check(self, "model.trunk", positive=sizes, at_least_0=["head_dim"], share=["dropout"], choices=choices)
         if self.hidden < 1:
-            raise ValueError(
-                f"model.trunk.mlp_ratio is {self.mlp_ratio}, which leaves an MLP of width {self.width} no hidden unit; "
+            raise ConfigError(
+                f"config.model.trunk.mlp_ratio is {self.mlp_ratio}, which leaves no hidden unit at width {self.width}; "
                 "expected a positive number, such as 4."
             )
         if not self.head_dim and self.width % self.heads:
-            raise ValueError(
-                f"model.trunk.width {self.width} is not a multiple of model.trunk.heads {self.heads}; change one of "
-                f"them: the width to {self.heads * max(round(self.width / self.heads), 1)}, for example."
+            raise ConfigError(
+                f"config.model.trunk.width {self.width} is not a multiple of config.model.trunk.heads {self.heads}; "
+                f"change one of them: the width to {self.heads * max(round(self.width / self.heads), 1)}, for example."
             )
         if self.positions == "rotary" and self.size_per_head % 4:
             size = self.size_per_head
-            raise ValueError(f"Rotary positions need a head size (width / heads) divisible by 4, not {size}.")
+            raise ConfigError(f"Rotary positions need a head size (width / heads) divisible by 4, not {size}.")
 
     @property
     def size_per_head(self) -> int:
+        """K, the size of a head."""
         return self.head_dim or self.width // self.heads
 
     @property
     def hidden(self) -> int:
+        """F, the hidden width of the MLP."""
         return int(self.width * self.mlp_ratio)
-
-
-def stacking(patterns: tuple[Pattern, ...]) -> tuple[int, int]:
-    """How to fold layers into a scan: (layers in the repeated unit, repeats), covering as many layers as can be.
-
-    The last of all layers may have another pattern than its place in the unit. Gives (0, 0) where nothing repeats.
-    """
-    depth, best = len(patterns), (0, 0)
-    for unit in range(1, 5):
-        whole = depth // unit
-        repeats = next((r for r in range(whole) if patterns[r * unit : (r + 1) * unit] != patterns[:unit]), whole)
-        if repeats == whole - 1 and patterns[:-1] == (patterns[:unit] * whole)[:-1]:
-            repeats = whole
-        if repeats > 1 and unit * repeats > best[0] * best[1]:
-            best = (unit, repeats)
-    return best
 
 
 # -- modules ------------------------------------------------------------------------------------------------------
 
 
 class Norm(nn.Module):
-    """Layer norm or RMS norm, in float32. [..., D] to [..., D] in `dtype`."""
+    """Layer norm or RMS norm, computed in float32.
+
+    Attributes:
+      kind: one of `NORMS`.
+      dtype: dtype of the output.
+    """
 
     kind: str
-    dtype: Any
+    dtype: DTypeLike
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[ArrayLike, "*axes D"]) -> Float[Array, "*axes D"]:
+        """Normalises over the last axis: [..., D] to [..., D]."""
         ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
         if self.kind == "layernorm":
@@ -163,12 +152,16 @@ class Norm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention, in four uses: the whole stream; its text alone, and after that one image position or all of
-    them.
+    """Multi-head attention over the stream.
+
+    `__call__` runs over the whole stream. `prefill` runs over the text alone. After it, `step` runs over one image
+    position, and `refine` over all image positions.
 
     Attributes:
-      options, layout: of the trunk.
-      patterns: who reads whom. Several where one module stands for several layers (in a scan); the whole stream only.
+      options: options of the trunk.
+      layout: layout of the token stream.
+      patterns: the attention pattern. In a scan, one module stands for several layers and may have several patterns;
+        then only `__call__` is available.
     """
 
     options: TransformerOptions
@@ -185,12 +178,16 @@ class Attention(nn.Module):
         if o.positions == "rotary":
             self.angles = rotary_angles(self.layout, o.size_per_head)
 
-    def _heads(self, x: jax.Array, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x [B, S', D] to q, k, v, each [B, S', H, K]."""
+    def _heads(
+        self, x: Float[ArrayLike, "B P D"], angles: Float[ArrayLike, "P _"] | None
+    ) -> tuple[Float[Array, "B P H K"], Float[Array, "B P H K"], Float[Array, "B P H K"]]:
+        """Projects [B, P, D] to queries, keys and values, each [B, P, H, K]."""
         return self._split(self.qkv(x), angles)
 
-    def _split(self, qkv: jax.Array, angles) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """[B, S', 3, H, K] to q, k, v."""
+    def _split(
+        self, qkv: Float[ArrayLike, "B P 3 H K"], angles: Float[ArrayLike, "P _"] | None
+    ) -> tuple[Float[Array, "B P H K"], Float[Array, "B P H K"], Float[Array, "B P H K"]]:
+        """Splits [B, P, 3, H, K] into queries, keys and values, with norm and rotary positions."""
         q, k, v = checkpoint_name(tuple(jnp.moveaxis(qkv, -3, 0)), HEADS)
         if self.options.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
@@ -198,17 +195,26 @@ class Attention(nn.Module):
             q, k = rotate(q, angles), rotate(k, angles)
         return q, k, v
 
-    def _angles(self, positions) -> jax.Array | None:
+    def _angles(self, positions: slice | np.ndarray | Array) -> Float[Array, "P _"] | None:
+        """Returns the rotary angles of some positions of the stream, or None without rotary positions."""
         return jnp.asarray(self.angles)[positions] if self.options.positions == "rotary" else None
 
     @property
     def pattern(self) -> Pattern:
-        """The only one."""
+        """The pattern, if there is exactly one."""
         (pattern,) = self.patterns
         return pattern
 
-    def __call__(self, x: jax.Array, which: jax.Array | None = None) -> jax.Array:
-        """[B, S, D] to [B, S, D], by the pattern numbered `which`, int32 []."""
+    def __call__(self, x: Float[ArrayLike, "B S D"], which: Int[ArrayLike, ""] | None = None) -> Float[Array, "B S D"]:
+        """Attends over the whole stream.
+
+        Args:
+          x: states, [B, S, D].
+          which: index into `patterns`, int32 scalar; None if there is one pattern.
+
+        Returns:
+          [B, S, D].
+        """
         kernel = splash.use_splash(self.options.attention_kernel)
         if len(self.patterns) > 1:
             attention = splash.attend_raster if kernel else attend
@@ -221,15 +227,15 @@ class Attention(nn.Module):
         x = self.out(splash.attend(*self._heads(x, self._angles(splash.order(*how))), *how))
         return splash.restored(x, *how)
 
-    def prefill(self, x: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """The text alone, [C, T, D]; also returns its keys and values, each [C, H, T, K]."""
+    def prefill(self, x: Float[ArrayLike, "C T D"]) -> tuple[Float[Array, "C T D"], TextCache]:
+        """Attends over the text alone, [C, T, D]; also returns its keys and values, each [C, H, T, K]."""
         t = self.layout.text_length
         q, k, v = self._heads(x, self._angles(slice(0, t)))
         out = self.out(attend_reference(q, k, v, self.pattern.mask(self.layout)[:t, :t]))
         return out, (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
-    def refine(self, x: jax.Array, text) -> jax.Array:
-        """All image positions, [C·n, N, D], against each other and their caption's (keys, values)."""
+    def refine(self, x: Float[ArrayLike, "B N D"], text: TextCache) -> Float[Array, "B N D"]:
+        """Attends from all image positions, [C·n, N, D], to each other and to the caption's keys and values."""
         how, t = (self.pattern, self.layout), self.layout.text_length
         text = [jnp.repeat(y.swapaxes(1, 2), x.shape[0] // y.shape[0], axis=0) for y in text]
         if not splash.use_splash(self.options.attention_kernel):
@@ -238,8 +244,20 @@ class Attention(nn.Module):
         k, v = (jnp.concatenate(both, axis=1) for both in zip(text, kv))
         return splash.restored(self.out(splash.attend(q, k, v, *how)), *how)
 
-    def step(self, x: jax.Array, text, cache, position: jax.Array):
-        """One image position, [C·n, D], against its caption's (keys, values) and its cache, which it joins."""
+    def step(
+        self, x: Float[ArrayLike, "B D"], text: TextCache, cache: ImageCache, position: Int[ArrayLike, ""]
+    ) -> tuple[Float[Array, "B D"], ImageCache]:
+        """Attends from one image position to the caption and the earlier image positions.
+
+        Args:
+          x: states of the position, [C·n, D].
+          text: keys and values of the captions, from `prefill`.
+          cache: keys and values of the image positions before this one.
+          position: the image position, int32 scalar.
+
+        Returns:
+          States, [C·n, D], and the cache with this position.
+        """
         where = self.layout.text_length + position
         qkv = self.qkv(x, decode_step=True)
         q, k, v = (y[:, 0] for y in self._split(qkv[:, None], self._angles(where[None])))
@@ -251,12 +269,17 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two dense layers, the first with a gate where the activation has one. [..., D] to [..., D]."""
+    """Two dense layers; the first one has a gate if the activation has one.
+
+    Attributes:
+      options: options of the trunk.
+    """
 
     options: TransformerOptions
 
     @nn.compact
-    def __call__(self, x: jax.Array, *, decode_step: bool = False) -> jax.Array:
+    def __call__(self, x: Float[ArrayLike, "*axes D"], *, decode_step: bool = False) -> Float[Array, "*axes D"]:
+        """Maps states, [..., D], to [..., D]; `decode_step` as in `Dense`."""
         o = self.options
         activation, gated = ACTIVATIONS[o.activation]
         up = functools.partial(Dense, (o.width,), (o.hidden,), ("embed", "mlp"), o.dtype, ("mlp",))
@@ -268,7 +291,13 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + mlp(norm(x))."""
+    """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)). The methods are those of `Attention`.
+
+    Attributes:
+      options: options of the trunk.
+      layout: layout of the token stream.
+      patterns: see `Attention`.
+    """
 
     options: TransformerOptions
     layout: TokenLayout
@@ -281,140 +310,29 @@ class Block(nn.Module):
         self.mlp = MLP(o)
         self.drop = nn.Dropout(o.dropout)
 
-    def __call__(self, x: jax.Array, train: bool, which: jax.Array | None = None) -> jax.Array:
-        """[B, S, D] to [B, S, D]; `which` as in `Attention`."""
+    def __call__(
+        self, x: Float[ArrayLike, "B S D"], train: bool, which: Int[ArrayLike, ""] | None = None
+    ) -> Float[Array, "B S D"]:
+        """Runs over the whole stream, with dropout if `train` is true."""
         x = x + self.drop(self.attention(self.attention_norm(x), which), deterministic=not train)
         x = x + self.drop(self.mlp(self.mlp_norm(x)), deterministic=not train)
         return constrain(x, "batch", "length", "embed_act")
 
-    def prefill(self, x: jax.Array):
+    def prefill(self, x: Float[ArrayLike, "C T D"]) -> tuple[Float[Array, "C T D"], TextCache]:
+        """Runs over the text alone."""
         y, kv = self.attention.prefill(self.attention_norm(x))
         x = x + y
         return x + self.mlp(self.mlp_norm(x)), kv
 
-    def refine(self, x: jax.Array, text) -> jax.Array:
+    def refine(self, x: Float[ArrayLike, "B N D"], text: TextCache) -> Float[Array, "B N D"]:
+        """Runs over all image positions."""
         x = x + self.attention.refine(self.attention_norm(x), text)
         return x + self.mlp(self.mlp_norm(x))
 
-    def step(self, x: jax.Array, text, cache, position: jax.Array):
+    def step(
+        self, x: Float[ArrayLike, "B D"], text: TextCache, cache: ImageCache, position: Int[ArrayLike, ""]
+    ) -> tuple[Float[Array, "B D"], ImageCache]:
+        """Runs over one image position."""
         y, cache = self.attention.step(self.attention_norm(x), text, cache, position)
         x = x + y
         return x + self.mlp(self.mlp_norm(x), decode_step=True), cache
-
-
-class Unit(nn.Module):
-    """The repeated layers that one scan step runs. Carries x, [B, S, D].
-
-    Attributes:
-      options, layout: of the trunk.
-      patterns: of each layer, those it has in the course of the scan.
-    """
-
-    options: TransformerOptions
-    layout: TokenLayout
-    patterns: tuple[tuple[Pattern, ...], ...]
-
-    @nn.compact
-    def __call__(self, x: jax.Array, train: bool, which: jax.Array):
-        for i, patterns in enumerate(self.patterns):
-            x = Block(self.options, self.layout, patterns, name=f"layer_{i}")(x, train, which[i])
-        return x, None
-
-
-class Trunk(nn.Module):
-    """All layers and the last norm.
-
-    Parameters: with `scan`, `units/layer_j/...` with a leading axis of repeats, then `layer_i/...` for what is left
-    over; without, `layer_i/...` throughout (see `unstack`).
-    """
-
-    options: TransformerOptions
-    layout: TokenLayout
-    patterns: tuple[Pattern, ...]
-
-    def setup(self):
-        o = self.options
-        if len(self.patterns) != o.depth:
-            raise ValueError(
-                f"{len(self.patterns)} attention patterns for {o.depth} layers; there must be one for each."
-            )
-        unit, repeats = stacking(self.patterns) if o.scan else (0, 0)
-        remat = REMAT[o.remat]
-        self.scanned = unit * repeats
-        if repeats:
-            cell = Unit if remat is None else nn.remat(Unit, policy=remat, prevent_cse=False, static_argnums=(2,))
-            orders = [self.patterns[i : self.scanned : unit] for i in range(unit)]  # of each layer of the unit
-            known = [tuple(dict.fromkeys(order)) for order in orders]
-            which = [[patterns.index(each) for each in order] for patterns, order in zip(known, orders)]
-            self.which = np.asarray(which, np.int32).T  # [repeats, unit]
-            self.units = nn.scan(
-                cell, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=repeats,
-                in_axes=(nn.broadcast, 0), metadata_params={nn.PARTITION_NAME: "layers"},
-            )(o, self.layout, tuple(known))  # fmt: skip
-        block = Block if remat is None else nn.remat(Block, policy=remat, static_argnums=(2,))
-        left = range(self.scanned, o.depth)
-        self.layers = [block(o, self.layout, (self.patterns[i],), name=f"layer_{i}") for i in left]
-        self.final_norm = Norm(o.norm, o.dtype)
-
-    def __call__(self, x: jax.Array, train: bool) -> jax.Array:
-        """[B, S, D] to [B, S, D]."""
-        if self.scanned:
-            x, _ = self.units(x, train, jnp.asarray(self.which))
-        for layer in self.layers:
-            x = layer(x, train)
-        return self.final_norm(x)
-
-    # Decoding: `scan=False` only.
-
-    def init_cache(self, rows: int) -> list[tuple[jax.Array, jax.Array]]:
-        """An empty (keys, values) for each layer, as large as its pattern needs."""
-        o = self.options
-        stores = [p.cache(self.layout) for p in self.patterns]
-        new = lambda store: store.init(rows, o.heads, o.size_per_head, o.dtype)
-        return [(new(store), new(store)) for store in stores]
-
-    def prefill(self, x: jax.Array):
-        """Text states [C, T, D]; returns them, and for each layer its keys and values, each [C, H, T, K]."""
-        text = []
-        for layer in self.layers:
-            x, kv = layer.prefill(x)
-            text.append(kv)
-        return self.final_norm(x), text
-
-    def refine(self, x: jax.Array, text) -> jax.Array:
-        """All image positions at once: states [C·n, N, D], beside the text's keys and values from `prefill`."""
-        for layer, kv in zip(self.layers, text):
-            x = layer.refine(x, kv)
-        return self.final_norm(x)
-
-    def step(self, x: jax.Array, text, caches, position: jax.Array):
-        """One image position: states [C·n, D], int32 []; returns the states and the caches with it written."""
-        new = []
-        for layer, kv, cache in zip(self.layers, text, caches):
-            x, cache = layer.step(x, kv, cache, position)
-            new.append(cache)
-        return self.final_norm(x), new
-
-
-def unstack(params):
-    """Trunk parameters made with `scan` in the layout of `scan=False`. Others come back as they are."""
-    if "units" not in params:
-        return params
-    unit, repeats = len(params["units"]), len(jax.tree.leaves(params["units"])[0])
-    flat = {name: sub for name, sub in params.items() if name != "units"}
-    for r in range(repeats):
-        for j in range(unit):
-            flat[f"layer_{r * unit + j}"] = jax.tree.map(operator.itemgetter(r), params["units"][f"layer_{j}"])
-    return flat
-
-
-def for_decoding(params, options):
-    """A prior's parameters and options with each layer's weights in one piece: cut out of the scan's stack once, and
-    not at every step.
-
-    Args:
-      params: with the trunk's under "trunk".
-      options: a dataclass with a `trunk`.
-    """
-    flat = dataclasses.replace(options, trunk=dataclasses.replace(options.trunk, scan=False, remat="none"))
-    return params | {"trunk": unstack(params["trunk"])}, flat

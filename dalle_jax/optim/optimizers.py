@@ -1,14 +1,14 @@
-"""AdamW with clipping, gradients accumulated over slices of the batch, and the average of the parameters.
+"""AdamW with clipping, gradient accumulation over slices of the batch, and an EMA of the parameters.
 
-Two choices that differ from the usual optax recipe:
+Two choices differ from the usual optax recipe:
 
-- The step size is not part of the transformation: `train_step.py` evaluates every schedule, this one included, at
-  `state.step`, so that what is logged is what was used, also after skipped updates.
-- Accumulation runs inside one compiled step (a scan over slices of the batch) instead of over several steps: one
-  step is one update, whatever the memory of the device.
+- The learning rate is not part of the transformation. `training/step.py` evaluates all schedules at `state.step`, so
+  that the logged values are those that were used, also after skipped updates.
+- Accumulation is a scan over slices of the batch inside one compiled step. Therefore one step is one update, whatever
+  the memory of the device.
 
-The structure of the optimizer's state does not depend on the options, so that clipping or weight decay can change
-when a run is resumed.
+The structure of the optimizer state does not depend on the options, so that clipping or weight decay can change when a
+run resumes.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dalle_jax.configuration.options import check
 from dalle_jax.errors import ConfigError
 from dalle_jax.pytree import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerOptions:
-    """AdamW's numbers.
+    """Options of AdamW.
 
     Attributes:
-      b1, b2, eps: Adam's.
-      weight_decay: decoupled decay, multiplied by the step size as in AdamW.
-      decay: which parameters decay: "kernels" (those whose name ends in "kernel": not gains, biases or embeddings)
-        or "all".
-      clip_norm: largest global norm of the gradients; 0: no clipping.
-      accumulate_steps: slices of the batch whose gradients are averaged before the update.
-      first_moment: dtype in which Adam's mean of the gradients is kept, "float32" or "bfloat16": half the memory (the
-        paper keeps both moments in 16 bits). The mean of their squares stays float32.
-      scales: factors on the step size, by the first name of a parameter's path ({"encoder": 0.02}); 1 elsewhere.
+      b1, b2, eps: as in Adam.
+      weight_decay: decoupled weight decay, multiplied by the learning rate.
+      decay: which parameters decay: "all", or "kernels", those whose name ends in "kernel". Gains, biases and
+        embeddings are not kernels.
+      clip_norm: largest global norm of the gradients, or 0 for no clipping.
+      accumulate_steps: number of slices of the batch, whose gradients are averaged before the update.
+      first_moment: dtype of Adam's first moment: "float32", or "bfloat16" for half its memory. The paper keeps both
+        moments in 16 bits; here the second moment stays float32.
+      scales: factors of the learning rate by first name of a parameter's path, such as {"encoder": 0.02}. Default: 1.
     """
 
     b1: float = 0.9
@@ -52,20 +53,12 @@ class OptimizerOptions:
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        if self.decay not in ("kernels", "all"):
-            raise ConfigError(f"optimizer.decay={self.decay!r}: expected 'kernels' or 'all'.")
-        if self.first_moment not in ("float32", "bfloat16"):
-            raise ConfigError(f"optimizer.first_moment={self.first_moment!r}: expected 'float32' or 'bfloat16'.")
-        if self.accumulate_steps < 1:
-            raise ConfigError(f"optimizer.accumulate_steps={self.accumulate_steps}: expected at least 1.")
-        if self.clip_norm < 0:
-            raise ConfigError(
-                f"optimizer.clip_norm={self.clip_norm}: expected a positive number, or 0 for no clipping."
-            )
+        choices = {"decay": ("kernels", "all"), "first_moment": ("float32", "bfloat16")}
+        check(self, "optimizer", positive=["accumulate_steps"], at_least_0=["clip_norm"], choices=choices)
 
 
 def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
-    """The transformation from gradients to the AdamW direction, to be multiplied by minus the step size."""
+    """Builds the transformation from gradients to the AdamW direction, without the factor -learning_rate."""
     return optax.chain(
         optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity(),
         optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.eps, mu_dtype=options.first_moment),
@@ -75,10 +68,10 @@ def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
 
 
 def _scaled(updates: PyTree, scales: Mapping[str, float]) -> PyTree:
-    """The updates times the factor of their part of the model.
+    """Multiplies each part of the updates by its factor.
 
     Raises:
-      ConfigError: a name that no part of the model has.
+      ConfigError: the model has no part of that name.
     """
     if unknown := sorted(set(scales) - set(updates)):
         raise ConfigError(f"optimizer.scales names {unknown[0]!r}; the model's parts are {', '.join(updates)}.")
@@ -86,7 +79,7 @@ def _scaled(updates: PyTree, scales: Mapping[str, float]) -> PyTree:
 
 
 def decay_mask(params: PyTree, options: OptimizerOptions) -> PyTree:
-    """Booleans with the structure of `params`: which parameters the weight decay applies to."""
+    """Returns a tree of booleans with the structure of `params`: true for parameters that decay."""
 
     def decays(path: Any, _: Any) -> bool:
         return options.decay == "all" or jax.tree_util.keystr(path[-1:], simple=True).endswith("kernel")
@@ -101,19 +94,19 @@ def accumulated_gradients(
     key: jax.Array,
     steps: int,
 ) -> tuple[PyTree, dict[str, jax.Array]]:
-    """Gradients of the mean loss over a batch, `1/steps` of its rows at a time.
+    """Computes the gradients of the mean loss over a batch in `steps` slices.
 
-    Slice i takes rows i, i + steps, ...: rows stay on the device that has them, whatever the mesh.
+    Slice i has rows i, i + steps, …, so that each row stays on its device, whatever the mesh.
 
     Args:
-      loss: (params, batch, key) -> (float32 scalar, scalars to log), means over the rows given.
-      params: what to differentiate by.
+      loss: maps (params, batch, key) to a float32 scalar and scalars to log, which are means over the rows.
+      params: the parameters.
       batch: arrays [B, ...], B a multiple of `steps`.
-      key: folded with the slice number (unless there is one slice only).
+      key: folded with the index of the slice if there are several.
       steps: number of slices.
 
     Returns:
-      Gradients (mean over slices), and the scalars with "loss" among them (means too).
+      The gradients and the scalars with "loss" among them, averaged over slices.
     """
 
     def gradients(rows: PyTree, key: jax.Array) -> tuple[PyTree, dict[str, jax.Array]]:
@@ -137,36 +130,34 @@ def accumulated_gradients(
 
 @dataclasses.dataclass(frozen=True)
 class AverageOptions:
-    """Exponential moving average of the parameters (EMA), the one used for evaluation and generation.
+    """Options of the exponential moving average (EMA) of the parameters, which evaluation and sampling use.
 
     Attributes:
-      decay: weight of the past at each renewal; 0: no average is kept, the parameters themselves are used.
-      every: renew after every so many updates.
+      decay: weight of the old average at each EMA update, or 0 to use the parameters themselves.
+      every: number of updates between EMA updates.
     """
 
     decay: float = 0.0
     every: int = 1
 
     def __post_init__(self):
-        if not 0.0 <= self.decay < 1.0 or self.every < 1:
-            raise ConfigError(
-                f"ema.decay={self.decay}, ema.every={self.every}: expected 0 <= decay < 1 and every >= 1."
-            )
+        check(self, "ema", positive=["every"], below_1=["decay"])
 
 
 def update_average(average: PyTree, params: PyTree, step: jax.Array, options: AverageOptions) -> PyTree:
-    """The average after the update number `step`.
+    """Returns the EMA after update number `step`.
 
-    The n-th renewal uses min(decay, (1 + n) / (10 + n)): without it, a run of a thousand updates at decay 0.999 would
-    still be one third its random initialisation.  The papers' runs are far past that phase.
+    The n-th EMA update uses the decay min(decay, (1 + n) / (10 + n)). Without this warmup, a run of a thousand updates
+    at decay 0.999 would keep one third of its random initialisation. The runs of the papers are far past that phase.
 
     Args:
-      average, params: trees of the same structure, after and before this update of the average.
-      step: int32 scalar, number of updates done, this one included.
-      options: see `AverageOptions`.
+      average: the EMA before the update.
+      params: the current parameters, a tree of the same structure.
+      step: int32 scalar, number of updates including this one.
+      options: options of the EMA.
 
     Returns:
-      The renewed average, or the same one where `step` is no multiple of `options.every`.
+      The new EMA, or `average` if `step` is not a multiple of `options.every`.
     """
     renewals = (step // options.every).astype(jnp.float32)
     decay = jnp.minimum(options.decay, (1.0 + renewals) / (10.0 + renewals))

@@ -1,9 +1,12 @@
-"""Schedules: functions of the number of updates done, from a section of a configuration.
+"""Schedules: functions of the number of updates, built from a section of a configuration.
 
     learning_rate=dict(kind="cosine", start=1e-4, end=1.25e-6, steps=1_200_000)
 
-Every kind is a frozen dataclass and is itself the function (an `optax.Schedule`): it takes an int32 step, traced or
-not, and gives a float32 value. All of them hold their last value after the end.
+Each kind is a frozen dataclass and an `optax.Schedule`: it maps an int32 step, traced or not, to a float32 value. After
+its last step a schedule keeps its value.
+
+The formulas are not those of `optax.schedules`. Those round differently in 16 to 47% of all steps, have no rising
+cosine, and reject a training that is shorter than its warmup.
 """
 
 from __future__ import annotations
@@ -21,18 +24,18 @@ from dalle_jax.errors import ConfigError
 
 
 def _cosine(start: float, end: float, fraction: jax.Array) -> jax.Array:
-    """Half a cosine from `start` (fraction 0) to `end` (fraction 1), held outside."""
+    """Returns half a cosine from `start` (fraction 0) to `end` (fraction 1), constant outside."""
     return end + (start - end) * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.clip(fraction, 0.0, 1.0)))
 
 
 def _progress(step: jax.Array | int, steps: int) -> jax.Array:
-    """How much of `steps` is done, float32, 1 and more after the end."""
+    """Returns the fraction of `steps` that is done, float32, at least 1 after the end."""
     return jnp.asarray(step, jnp.float32) / max(steps, 1)
 
 
 @dataclasses.dataclass(frozen=True)
 class Constant:
-    """`value` at every step."""
+    """The constant `value`."""
 
     value: float
 
@@ -42,7 +45,7 @@ class Constant:
 
 @dataclasses.dataclass(frozen=True)
 class Linear:
-    """A straight line from `start` to `end` in `steps` updates."""
+    """A linear change from `start` to `end` in `steps` updates."""
 
     start: float
     end: float
@@ -54,7 +57,7 @@ class Linear:
 
 @dataclasses.dataclass(frozen=True)
 class Cosine:
-    """Half a cosine from `start` to `end`, rising or falling, in `steps` updates: the dVAE's three schedules."""
+    """Half a cosine from `start` to `end`, up or down, in `steps` updates. The dVAE has three of them."""
 
     start: float
     end: float
@@ -66,7 +69,7 @@ class Cosine:
 
 @dataclasses.dataclass(frozen=True)
 class WarmupConstant:
-    """A straight line from 0 to `value` in `warmup_steps` updates, then `value`."""
+    """A linear rise from 0 to `value` in `warmup_steps` updates, then constant."""
 
     value: float
     warmup_steps: int
@@ -77,9 +80,9 @@ class WarmupConstant:
 
 @dataclasses.dataclass(frozen=True)
 class WarmupCosine:
-    """A straight line from 0 to `peak` in `warmup_steps` updates, then half a cosine to `end` at update `steps`.
+    """A linear rise from 0 to `peak` in `warmup_steps` updates, then half a cosine to `end` at update `steps`.
 
-    A training of no more than `warmup_steps` updates (somebody's trial) ends on the straight line.
+    A training of at most `warmup_steps` updates ends during the warmup.
     """
 
     peak: float
@@ -108,13 +111,13 @@ def make(section: Mapping[str, Any], name: str = "schedule") -> optax.Schedule:
 
     Args:
       section: mapping with "kind" (constant, linear, cosine, warmup_constant, warmup_cosine) and that kind's fields.
-      name: of the schedule, for messages.
+      name: name of the schedule, for messages.
 
     Returns:
-      A function from int32 step [...] to float32 [...].
+      A function from int32 steps [...] to float32 [...].
 
     Raises:
-      ConfigError: an unknown kind or field, a missing field, a value that is not a number, a negative number of steps.
+      ConfigError: the kind or a field is unknown, a field is missing, a value is not a number, or steps are negative.
     """
     where = f"schedules.{name}"
     kind = section.get("kind")

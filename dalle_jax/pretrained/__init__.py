@@ -1,1 +1,1 @@
-"""Public weights turned into our parameters, without running any code that a file brings along."""
+"""Converts published weights to our parameters without running code from their files."""

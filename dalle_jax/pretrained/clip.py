@@ -1,15 +1,19 @@
-"""Imports published CLIP weights: OpenAI's own files, open_clip's, or Hugging Face's.
+"""Imports published CLIP weights from files of OpenAI, open_clip or Hugging Face.
 
     python -m dalle_jax.pretrained.clip --weights=ViT-B-32.pt --vocabulary=bpe_simple_vocab_16e6.txt.gz \
         --output=runs/openai-clip
 
-The output is a folder that `ClipScorer.load` reads. The weights may be safetensors, npz, or written by
-`torch.save` or `torch.jit.save`, read by `restricted_pickle` and never executed; torch is not needed. The vocabulary is
-the user's own file as well, see `data.byte_pairs`. Towers other than vision transformers are refused.
+The output is a folder that `ClipScorer.load` reads. The weights may be safetensors, npz, or a file of `torch.save` or
+`torch.jit.save`. `restricted_pickle` reads the latter without torch and without running their code. The vocabulary is a
+file that the user provides, see `data.byte_pairs`. Only vision transformers are accepted as image towers.
 
-Layouts: OpenAI and open_clip write `visual.conv1.weight`, `visual.transformer.resblocks.0.attn.in_proj_weight`,
-`transformer.resblocks.0.mlp.c_fc.weight`, …; Hugging Face `vision_model.encoder.layers.0.self_attn.q_proj.weight`, ….
-Matrices are [out, in], except for both projections of the first layout.
+| source            | names of arrays                                                                            |
+|-------------------|--------------------------------------------------------------------------------------------|
+| OpenAI, open_clip | `visual.conv1.weight`, `visual.transformer.resblocks.0.attn.in_proj_weight`,               |
+|                   | `transformer.resblocks.0.mlp.c_fc.weight`, …                                               |
+| Hugging Face      | `vision_model.encoder.layers.0.self_attn.q_proj.weight`, …                                 |
+
+Matrices are [out, in], except for the two projections in the layout of OpenAI, which are [in, out].
 """
 
 from __future__ import annotations
@@ -34,11 +38,11 @@ from dalle_jax.text_to_image.clip_scorer import ClipScorer
 
 StateDict = Mapping[str, np.ndarray]
 
-_HEAD_DIM = 64  # of all published models
-# Of OpenAI's files, and buffers of the others: no parameters.
+_HEAD_DIM = 64  # in all published models
+# Entries that are not parameters: settings in OpenAI's files, buffers in the others.
 _NOT_PARAMETERS = re.compile(r"input_resolution|context_length|vocab_size|(.*\.)?(attn_mask|position_ids)")
 
-# Hugging Face's names in OpenAI's words, apart from the three matrices of an attention layer.
+# Hugging Face's names → OpenAI's, except for the three matrices of an attention layer.
 _OPENAI_NAMES = (
     (r"vision_model\.embeddings\.class_embedding", "visual.class_embedding"),
     (r"vision_model\.embeddings\.patch_embedding\.weight", "visual.conv1.weight"),
@@ -57,7 +61,7 @@ _OPENAI_NAMES = (
     (r"(.*)\.mlp\.fc1\.", r"\1.mlp.c_fc."),
     (r"(.*)\.mlp\.fc2\.", r"\1.mlp.c_proj."),
 )
-# OpenAI's names in ours: within a tower, and within one of its blocks.
+# OpenAI's names → ours, inside a tower and inside one of its blocks.
 _TOWER = {
     "visual.class_embedding": "image/class_token",
     "visual.positional_embedding": "image/positions",
@@ -82,10 +86,13 @@ _BLOCK = {
 
 
 def openai_names(arrays: StateDict) -> dict[str, np.ndarray]:
-    """Any of the layouts as OpenAI's, without what is no parameter.
+    """Renames arrays of any layout to OpenAI's names and drops entries that are not parameters.
+
+    Args:
+      arrays: arrays by name, as in the file.
 
     Raises:
-      PretrainedError: an attention layer of Hugging Face's layout that is not whole.
+      PretrainedError: an attention layer in Hugging Face's layout is incomplete.
     """
     plain = {name.removeprefix("module."): array for name, array in arrays.items()}
     plain = {name: array for name, array in plain.items() if not _NOT_PARAMETERS.fullmatch(name)}
@@ -99,7 +106,7 @@ def openai_names(arrays: StateDict) -> dict[str, np.ndarray]:
                 parts = [plain[f"{layer}.self_attn.{letter}_proj.{kind}"] for letter in "qkv"]
             except KeyError as error:
                 raise PretrainedError(f"The weights have {name!r} but not {error}.") from error
-            if which != "q":  # all three at the first
+            if which != "q":  # "q" has handled all three
                 continue
             name, array = f"{layer}.attn.in_proj_{kind}", np.concatenate(parts)
         for pattern, words in _OPENAI_NAMES:
@@ -109,15 +116,15 @@ def openai_names(arrays: StateDict) -> dict[str, np.ndarray]:
 
 
 def options_of(arrays: StateDict, activation: str = "quick_gelu", head_dim: int = _HEAD_DIM) -> CLIPOptions:
-    """Reads the sizes of the model off its arrays.
+    """Derives the sizes of the model from the shapes of its arrays.
 
     Args:
-      arrays: by OpenAI's names, as from `openai_names`.
-      activation: "quick_gelu" or "gelu"; the arrays do not say.
-      head_dim: size of an attention head; nor that.
+      arrays: arrays by OpenAI's names, as from `openai_names`.
+      activation: "quick_gelu" or "gelu", which the arrays do not determine.
+      head_dim: size of an attention head, which the arrays do not determine.
 
     Raises:
-      PretrainedError: arrays that the sizes cannot be read from.
+      PretrainedError: the arrays are not those of such a model.
     """
     try:
         image_width, _, patch, _ = arrays["visual.conv1.weight"].shape
@@ -155,20 +162,20 @@ def convert(arrays: StateDict, options: CLIPOptions) -> PyTree:
     """Renames, transposes and reshapes the original arrays.
 
     Args:
-      arrays: by OpenAI's names, as from `openai_names`.
+      arrays: arrays by OpenAI's names, as from `openai_names`.
       options: sizes, as from `options_of`.
 
     Returns:
       Parameters of `CLIP(options)`, float32 numpy arrays.
 
     Raises:
-      PretrainedError: an array that is missing, left over, or of another shape than the options ask for.
+      PretrainedError: an array is missing, unexpected, or has a shape that does not match the options.
     """
     params: dict[str, Any] = {}
     for name, array in arrays.items():
         path = _our_path(name)
         if path is None:
-            raise PretrainedError(f"The weights have an array {name!r} of {array.shape} that CLIP has no place for.")
+            raise PretrainedError(f"The weights have an unexpected array {name!r} of shape {array.shape}.")
         heads = options.image_heads if path[0] == "image" else options.text_heads
         node = params
         for key in path[:-1]:
@@ -176,13 +183,13 @@ def convert(arrays: StateDict, options: CLIPOptions) -> PyTree:
         node[path[-1]] = np.asarray(_our_shape(path, np.asarray(array, np.float32), heads))
     expected = nn.meta.unbox(jax.eval_shape(CLIP(options).init, jax.random.key(0)))
     if wrong := first_mismatch(params, expected):
-        name, given, asked = wrong
-        raise PretrainedError(f"The weights do not fit {options}: array {name} has shape {given}, expected {asked}.")
+        path, given, needed = wrong
+        raise PretrainedError(f"The weights do not fit {options}: array {path} has shape {given}, expected {needed}.")
     return params
 
 
 def _our_path(name: str) -> tuple[str, ...] | None:
-    """Where an array of the original goes in our tree; None where we have no such place."""
+    """Returns the path in our tree of an array of the original, or None for an unknown name."""
     if name in _TOWER:
         return tuple(_TOWER[name].split("/"))
     block = re.fullmatch(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)", name)
@@ -196,7 +203,7 @@ def _our_path(name: str) -> tuple[str, ...] | None:
 
 
 def _our_shape(path: tuple[str, ...], array: np.ndarray, heads: int) -> np.ndarray:
-    """An array in our layout; one of a wrong size comes back as it is, to be refused by name."""
+    """Converts an array to our layout. An array of wrong size stays unchanged, so that `convert` can name it."""
     layer, leaf = path[-2:] if len(path) > 1 else ("", path[0])
     try:
         if layer == "patch":  # [D, 3, p, p]
@@ -213,17 +220,17 @@ def _our_shape(path: tuple[str, ...], array: np.ndarray, heads: int) -> np.ndarr
 
 
 def load(weights: str | os.PathLike, activation: str = "quick_gelu", head_dim: int = _HEAD_DIM) -> tuple[CLIP, PyTree]:
-    """The model of a file.
+    """Loads a CLIP model from a file of weights.
 
     Args:
-      weights: see `state_dict.read`.
+      weights: the file, see `state_dict.read`.
       activation, head_dim: see `options_of`.
 
     Returns:
       The model and its float32 parameters.
 
     Raises:
-      PretrainedError: a file that cannot be read, or that is not such a CLIP.
+      PretrainedError: the file cannot be read or is not such a model.
     """
     arrays = openai_names(state_dict.read(weights))
     options = options_of(arrays, activation, head_dim)
@@ -231,28 +238,28 @@ def load(weights: str | os.PathLike, activation: str = "quick_gelu", head_dim: i
 
 
 def load_scorer(weights: str | os.PathLike, vocabulary: str | os.PathLike, *rest) -> ClipScorer:
-    """The model of a file with its vocabulary, ready to compare, or to `save`.
+    """Loads a CLIP model with its vocabulary as a scorer.
 
     Args:
-      vocabulary: see `BytePairs`.
       weights, *rest: see `load`.
+      vocabulary: file or folder, see `BytePairs`.
 
     Raises:
-      PretrainedError: as `load`, or the two files do not belong together.
-      DataError: as `BytePairs`.
+      PretrainedError: see `load`, or the two files do not belong together.
+      DataError: see `BytePairs`.
     """
     text_model = BytePairs(vocabulary)
     clip, params = load(weights, *rest)
     if text_model.end_id != clip.options.end_id:
         raise PretrainedError(
             f"{vocabulary} ends captions by id {text_model.end_id}, but the weights have {clip.options.text_vocab} "
-            "tokens, of which the last ends them: give the vocabulary of these weights."
+            "tokens and end captions by the last one. Give the vocabulary of these weights."
         )
     return ClipScorer(clip, params, text_model)
 
 
 def main(argv: list[str]) -> None:
-    """Imports the files named by the flags."""
+    """Imports the files given by the flags."""
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments {argv[1:]}.")
     values = flags.FLAGS

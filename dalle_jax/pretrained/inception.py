@@ -1,8 +1,8 @@
 """Imports the weights of FID's Inception-v3 as parameters of `models/inception.py`.
 
-They are the user's to fetch: `pt_inception-2015-12-05-6726825d.pth`, published by the project pytorch-fid (release
-"fid_weights"); `weights-inception-2015-12-05-6726825d.pth` by torch-fidelity holds the same. Any file with arrays of
-these names will do, as safetensors, npz, or by `torch.save` (torch is not needed):
+Users download the file themselves: `pt_inception-2015-12-05-6726825d.pth` of the project pytorch-fid (release
+"fid_weights"). `weights-inception-2015-12-05-6726825d.pth` of torch-fidelity holds the same weights. Any file with
+arrays of these names is accepted, as safetensors, npz, or from `torch.save` (torch is not needed):
 
     Mixed_5b.branch5x5_1.conv.weight                                       [out, in, height, width]
     Mixed_5b.branch5x5_1.bn.{weight,bias,running_mean,running_var}         [out]
@@ -26,26 +26,26 @@ from dalle_jax.pretrained import state_dict
 from dalle_jax.pytree import PyTree
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
-_EPSILON = 1e-3  # of the batch normalisation
+_EPSILON = 1e-3  # of batch normalisation
 
 
 def load(path: str | os.PathLike | None) -> PyTree:
-    """The parameters of `Inception`.
+    """Loads the parameters of `Inception` from a file.
 
     Args:
-      path: the file; None where the user has named none.
+      path: the file, or None if the user has given none.
 
     Returns:
-      float32 arrays.
+      Parameters of `Inception`, float32.
 
     Raises:
-      PretrainedError: no file, one that cannot be read, or one of another network.
+      PretrainedError: the file is missing, cannot be read, or is of another network.
     """
     if path is None or not os.path.exists(path):
         given = "config.metrics.inception is not set" if path is None else f"There is no file {os.fspath(path)!r}"
         raise PretrainedError(
-            f"{given}: FID and the Inception score need the weights of Inception-v3. Fetch {FILE}, which the "
-            "project pytorch-fid publishes (github.com/mseitzer/pytorch-fid, release 'fid_weights'), and give it as "
+            f"{given}: FID and the Inception score need the weights of Inception-v3. Download {FILE} of the "
+            "project pytorch-fid (github.com/mseitzer/pytorch-fid, release 'fid_weights') and set "
             "--config.metrics.inception=PATH."
         )
     try:
@@ -57,16 +57,16 @@ def load(path: str | os.PathLike | None) -> PyTree:
 
 
 def convert(arrays: Mapping[str, np.ndarray]) -> PyTree:
-    """Transposes the original arrays, and folds each batch normalisation into the convolution before it.
+    """Transposes the original arrays and folds each batch normalisation into the convolution before it.
 
     Args:
-      arrays: by their original names; counters of batches (`….num_batches_tracked`) are ignored.
+      arrays: arrays by their original names. Batch counters (`….num_batches_tracked`) are ignored.
 
     Returns:
       Parameters of `Inception`, float32 numpy arrays.
 
     Raises:
-      PretrainedError: an array that is missing, of another shape, or left over: the first of them.
+      PretrainedError: an array is missing, has another shape, or is unexpected.
     """
     left = {name: array for name, array in arrays.items() if not name.endswith(".num_batches_tracked")}
 
@@ -91,13 +91,13 @@ def convert(arrays: Mapping[str, np.ndarray]) -> PyTree:
             kernel, bias = take(f"{name}.weight", outputs, inputs).T, take(f"{name}.bias", outputs)
         params[f"{name}.kernel"], params[f"{name}.bias"] = kernel.astype(np.float32), bias.astype(np.float32)
     if left:
-        raise PretrainedError(f"array {min(left)!r} has no place in it.")
+        raise PretrainedError(f"array {min(left)!r} is unexpected.")
     return traverse_util.unflatten_dict(params, sep=".")
 
 
 @functools.cache
 def _kernels() -> dict[str, tuple[int, ...]]:
-    """Shape of the kernel of each of our layers, "Mixed_5b.branch1x1" and so on, from the pictures to the logits."""
+    """Returns the shape of the kernel of each layer, such as "Mixed_5b.branch1x1"."""
     variables = jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
     flat = traverse_util.flatten_dict(variables["params"], sep=".")
     return {name.removesuffix(".kernel"): leaf.shape for name, leaf in flat.items() if name.endswith(".kernel")}

@@ -1,10 +1,10 @@
-"""Imports the published dVAE of DALL-E, or anything of its layout, as our parameters.
+"""Imports the published dVAE of DALL-E, or a dVAE of the same layout, as our parameters.
 
     python -m dalle_jax.pretrained.openai_dvae --encoder=encoder.pkl --decoder=decoder.pkl --output=runs/openai-dvae
 
-The output is a folder that `config.tokenizer_from` of a prior's training accepts. Files may be safetensors, npz, or
-written by `torch.save`: a state dict, or a whole pickled module as OpenAI published them, which is read by
-`restricted_pickle` and never executed. Torch is not needed.
+The output is a folder that `config.tokenizer_from` of a prior accepts. Files may be safetensors, npz, or written by
+`torch.save`: a state dict, or a pickled module as OpenAI published it. `restricted_pickle` reads the latter without
+torch and without running its code.
 
 Layout of the original: `blocks.input.w`, `blocks.group_1.block_1.res_path.conv_1.w`, `….id_path.w`,
 `blocks.output.conv.w`, each with a bias `.b`; convolution kernels are [out, in, height, width].
@@ -23,6 +23,7 @@ import numpy as np
 from absl import app, flags
 from flax import linen as nn
 
+from dalle_jax.checkpoints import workdir
 from dalle_jax.errors import ConfigError, PretrainedError, UserError
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.pretrained import state_dict
@@ -30,7 +31,7 @@ from dalle_jax.pytree import PyTree, first_mismatch
 
 StateDict = Mapping[str, np.ndarray]
 
-# Classes of which a published module consists. They become inert records.
+# Classes in a published module, which become inert records.
 _MODULE_CLASSES = frozenset(
     {
         "dall_e.encoder.Encoder",
@@ -46,18 +47,18 @@ _MODULE_CLASSES = frozenset(
     }
 )
 
-# -- from their layout to ours ------------------------------------------------------------------------------------
+# -- conversion of the layout -------------------------------------------------------------------------------------
 
 
 def options_of(encoder: StateDict, decoder: StateDict, image_size: int = 256) -> DVAEOptions:
-    """Reads the sizes of the model off its arrays.
+    """Derives the sizes of the model from the shapes of its arrays.
 
     Args:
       encoder, decoder: arrays by their original names.
-      image_size: side of the pictures it is to be used on; the files do not say.
+      image_size: side of the images in pixels, which the files do not determine.
 
     Raises:
-      PretrainedError: arrays that the sizes cannot be read from.
+      PretrainedError: the arrays are not those of such a model.
     """
     blocks = [re.match(r"blocks\.group_(\d+)\.block_(\d+)\.", name) for name in encoder]
     places = [(int(match[1]), int(match[2])) for match in blocks if match]
@@ -93,7 +94,7 @@ def convert(encoder: StateDict, decoder: StateDict, options: DVAEOptions) -> PyT
       Parameters of `DVAETokenizer(options)`, float32 numpy arrays.
 
     Raises:
-      PretrainedError: an array that is missing, left over, or of another shape than the options ask for.
+      PretrainedError: an array is missing, unexpected, or has a shape that does not match the options.
     """
     expected = nn.meta.unbox(jax.eval_shape(DVAETokenizer(options).init, jax.random.key(0)))
     params: dict[str, Any] = {"codebook": {}, "encoder": {}, "decoder": {}}
@@ -101,10 +102,8 @@ def convert(encoder: StateDict, decoder: StateDict, options: DVAEOptions) -> PyT
         for name, array in arrays.items():
             path = _our_path(side, name)
             if path is None:
-                raise PretrainedError(
-                    f"The {side} has an array {name!r} of {array.shape} that a dVAE has no place for."
-                )
-            # OIHW to HWIO; a kernel of 1x1 is a matrix [in, out] here. The codebook's "in" are the codes.
+                raise PretrainedError(f"The {side} has an unexpected array {name!r} of shape {array.shape}.")
+            # OIHW to HWIO. Kernels of 1x1 become matrices [in, out]; the inputs of the codebook are the codes.
             if path[-1] == "kernel" and array.ndim == 4:
                 array = array.transpose(2, 3, 1, 0)
                 array = array[0, 0] if array.shape[:2] == (1, 1) else array
@@ -113,13 +112,13 @@ def convert(encoder: StateDict, decoder: StateDict, options: DVAEOptions) -> PyT
                 node = node.setdefault(key, {})
             node[path[-1]] = np.asarray(array, np.float32)
     if mismatch := first_mismatch(params, expected):
-        path, given, wanted = mismatch
-        raise PretrainedError(f"The weights do not fit {options}: array {path} has shape {given}, expected {wanted}.")
+        path, given, needed = mismatch
+        raise PretrainedError(f"The weights do not fit {options}: array {path} has shape {given}, expected {needed}.")
     return params
 
 
 def _our_path(side: str, name: str) -> tuple[str, ...] | None:
-    """Where an array of the original goes in our tree; None where we have no such place."""
+    """Returns the path in our tree of an array of the original, or None for an unknown name."""
     match = re.fullmatch(r"blocks\.(?:(input)|(output)\.conv|group_(\d+)\.block_(\d+)\.(.+))\.([wb])", name)
     if not match:
         return None
@@ -136,17 +135,17 @@ def _our_path(side: str, name: str) -> tuple[str, ...] | None:
 
 
 def load(encoder: str | os.PathLike, decoder: str | os.PathLike, image_size: int = 256) -> tuple[DVAETokenizer, PyTree]:
-    """The image tokenizer of two files.
+    """Loads an image tokenizer from two files.
 
     Args:
-      encoder, decoder: files, see `state_dict.read`.
-      image_size: side of the pictures it is to be used on.
+      encoder, decoder: the files, see `state_dict.read`.
+      image_size: side of the images in pixels.
 
     Returns:
       The tokenizer and its float32 parameters.
 
     Raises:
-      PretrainedError: files that cannot be read, or that are not the two halves of one dVAE.
+      PretrainedError: a file cannot be read, or the files are not the two halves of one dVAE.
     """
     arrays = state_dict.read(encoder, _MODULE_CLASSES), state_dict.read(decoder, _MODULE_CLASSES)
     options = options_of(*arrays, image_size)
@@ -154,9 +153,7 @@ def load(encoder: str | os.PathLike, decoder: str | os.PathLike, image_size: int
 
 
 def main(argv: list[str]) -> None:
-    """Imports the files named by the flags."""
-    from dalle_jax.checkpoints import workdir  # not needed by `load`
-
+    """Imports the files given by the flags."""
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments {argv[1:]}.")
     values = flags.FLAGS
@@ -172,5 +169,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("encoder", None, "File of the encoder's weights.", required=True)
     flags.DEFINE_string("decoder", None, "File of the decoder's weights.", required=True)
     flags.DEFINE_string("output", None, "Folder to write the image tokenizer into.", required=True)
-    flags.DEFINE_integer("image_size", 256, "Side of the pictures it is to be used on.")
+    flags.DEFINE_integer("image_size", 256, "Side of the images in pixels.")
     app.run(main)

@@ -1,11 +1,11 @@
-"""Reads the arrays out of files written by `torch.save`, without torch and without trusting the file.
+"""Reads arrays from files of `torch.save`, without torch and without trusting the file.
 
-A pickle is a program: unpickling it freely runs whatever its author wrote. This reader knows a short list of names
-that a file of weights may ask for: tensors, storages, containers, and the classes of network modules, which become
-inert records of their attributes. Any other name stops the reading.
+A pickle is a program, so unrestricted unpickling runs any code of its author. This reader allows a short list of names:
+tensors, storages, containers, and the classes of network modules, which become inert records of their attributes. Any
+other name raises an error.
 
-Both containers of `torch.save` are read: the zip archive (torch ≥ 1.6) and the sequence of pickles before it. So are
-the modules of `torch.jit.save`, whose classes are part of the file: they too become records.
+The reader supports both containers of `torch.save`, the zip archive (torch ≥ 1.6) and the older sequence of pickles. It
+also reads the modules of `torch.jit.save`. Their classes are part of the file and become records too.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ _DTYPES = {
     "ByteStorage": np.dtype("u1"),
     "BoolStorage": np.dtype("?"),
 }
-# First numbers of the older container.
+# The first numbers of the older container.
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
-# What classes that a file of `torch.jit.save` defines itself are called.
+# Prefix of the classes that a file of `torch.jit.save` defines itself.
 _SCRIPTED = "__torch__."
-# Its marks on values: which type a container has.
+# Functions of `torch.jit.save` that mark the type of a container.
 _TYPE_MARKS = {
     f"torch.jit._pickle.{name}"
     for name in ("restore_type_tag", "build_intlist", "build_doublelist", "build_boollist", "build_tensorlist")
@@ -50,11 +50,11 @@ _TYPE_MARKS = {
 
 
 class Record:
-    """An object of a class that is not built: the names of its class and its attributes, nothing else.
+    """Stands for an object of the file and holds only the name of its class and its attributes.
 
     Attributes:
-      qualified_name: "module.Class" as the file names it; set per class by the reader.
-      state: attributes, from the file.
+      qualified_name: "module.Class" as in the file, set per class by the reader.
+      state: attributes from the file.
     """
 
     qualified_name = ""
@@ -76,7 +76,7 @@ class Record:
 
 @dataclasses.dataclass(eq=False)
 class _Storage:
-    """A flat array; in the older container its content comes after the objects that refer to it."""
+    """A flat array. In the older container its content follows the objects that refer to it."""
 
     dtype: np.dtype
     numel: int
@@ -85,7 +85,7 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Tensor:
-    """A view of a storage, turned into an array after all storages are there."""
+    """A view of a storage, which becomes an array after all storages are read."""
 
     storage: _Storage
     offset: int
@@ -110,7 +110,7 @@ class _Tensor:
 
 
 class _Function:
-    """A name from the file that may be called, and nothing more: it has no attributes a file could set."""
+    """A callable from the list of allowed names, without attributes that a file could set."""
 
     __slots__ = ("_function",)
 
@@ -125,7 +125,7 @@ class _Function:
 
 
 class _StorageType:
-    """The class of a storage, as a dtype. Not a bare `np.dtype`: that has a `__setstate__`, which a file could call."""
+    """The class of a storage, as a dtype. A bare `np.dtype` has a `__setstate__` that a file could call."""
 
     __slots__ = ("dtype",)
 
@@ -156,12 +156,12 @@ def _marked(value: Any, *mark: Any) -> Any:
 
 
 class RestrictedUnpickler(pickle.Unpickler):
-    """Unpickles tensors, containers and inert records; refuses every other name.
+    """Unpickles tensors, containers and inert records, and rejects every other name.
 
     Args:
       file: the pickle.
-      inert: whether an unlisted class, given as "module.Class", may become a `Record`.
-      load_storage: (storage class, key, number of elements) -> storage.
+      inert: returns whether an unlisted class "module.Class" may become a `Record`.
+      load_storage: maps (dtype, key, number of elements) to a storage.
     """
 
     def __init__(
@@ -175,10 +175,10 @@ class RestrictedUnpickler(pickle.Unpickler):
         self._records: dict[str, type[Record]] = {}
 
     def find_class(self, module: str, name: str) -> Any:
-        """What the name in the file stands for.
+        """Returns the object for a name in the file.
 
         Raises:
-          PretrainedError: not on the list.
+          PretrainedError: the name is not allowed.
         """
         asked = f"{module}.{name}"
         if asked == "collections.OrderedDict":
@@ -200,12 +200,12 @@ class RestrictedUnpickler(pickle.Unpickler):
                 )
             return self._records[asked]
         raise PretrainedError(
-            f"The file asks for {asked!r}, which a file of weights has no need of, so reading stopped and nothing was "
-            "run. If you trust its origin, convert it to safetensors where it was made."
+            f"The file asks for {asked!r}, which weights do not need. It was rejected, no code was run. If you trust "
+            "its origin, convert it to safetensors on the machine that wrote it."
         )
 
     def persistent_load(self, pid: Any) -> Any:
-        """A storage, or (older container) a module class with its source text, which is dropped."""
+        """Returns a storage, or in the older container a module class, whose source text is dropped."""
         if isinstance(pid, tuple) and pid and pid[0] == "module" and isinstance(pid[1], type):
             return pid[1]
         if not (isinstance(pid, tuple) and len(pid) >= 5 and pid[0] == "storage" and isinstance(pid[1], _StorageType)):
@@ -217,17 +217,17 @@ class RestrictedUnpickler(pickle.Unpickler):
 
 
 def load(path: str | os.PathLike, inert: Callable[[str], bool] = lambda name: False) -> Any:
-    """Reads a file written by `torch.save`.
+    """Reads a file of `torch.save`.
 
     Args:
       path: the file.
-      inert: which classes, by "module.Class", become a `Record` instead of being refused.
+      inert: returns whether a class "module.Class" becomes a `Record`. Otherwise the file is rejected.
 
     Returns:
-      The object, with numpy arrays (in the file's dtype) in place of tensors, and `Record`s in place of modules.
+      The object, with numpy arrays in the dtype of the file in place of tensors, and `Record`s in place of modules.
 
     Raises:
-      PretrainedError: no such file, not of this format, damaged, or a name that is not allowed.
+      PretrainedError: the file does not exist, is damaged or of another format, or contains a name that is not allowed.
     """
     try:
         with open(path, "rb") as file:
@@ -247,18 +247,20 @@ def _load_zip(file: BinaryIO, inert: Callable[[str], bool]) -> Any:
     with zipfile.ZipFile(file) as archive:
         names = [name for name in archive.namelist() if name.split("/")[1:] == ["data.pkl"]]
         if len(names) != 1:
-            raise PretrainedError("It is a zip archive, but not one written by torch.save (no data.pkl).")
+            raise PretrainedError("It is a zip archive, but not of torch.save, because it has no data.pkl.")
         root = names[0].removesuffix("data.pkl")
         read = [entry for entry in archive.infolist() if entry.filename.startswith((names[0], f"{root}data/"))]
-        if any(entry.compress_type != zipfile.ZIP_STORED for entry in read):  # (the code of a scripted module may be)
-            raise PretrainedError("It is a compressed archive; torch.save never writes one.")
+        if any(
+            entry.compress_type != zipfile.ZIP_STORED for entry in read
+        ):  # the code of a scripted module may be compressed
+            raise PretrainedError("It is a compressed archive, but torch.save never compresses.")
         if f"{root}byteorder" in archive.namelist() and archive.read(f"{root}byteorder") != b"little":
             raise PretrainedError("It was written on a big-endian machine, which is not supported.")
         storages: dict[str, _Storage] = {}
 
         def load_storage(dtype: np.dtype, key: str, numel: int) -> _Storage:
             if key not in storages:
-                # frombuffer raises where the entry is shorter than it says.
+                # frombuffer raises if the entry is too short.
                 data = np.frombuffer(archive.read(f"{root}data/{key}"), dtype, count=numel)
                 storages[key] = _Storage(dtype, numel, data)
             return storages[key]
@@ -276,7 +278,7 @@ def _load_legacy(file: BinaryIO, inert: Callable[[str], bool]) -> Any:
         return RestrictedUnpickler(file, inert, load_storage).load()
 
     if unpickle() != _LEGACY_MAGIC or unpickle() != _LEGACY_PROTOCOL or not unpickle().get("little_endian"):
-        raise PretrainedError("It is not of a format that torch.save writes (or of a big-endian machine).")
+        raise PretrainedError("It is not in a format of torch.save, or it was written on a big-endian machine.")
     result = unpickle()
     for key in unpickle():
         storage = storages[key]
@@ -290,7 +292,7 @@ def _load_legacy(file: BinaryIO, inert: Callable[[str], bool]) -> Any:
 
 
 def _resolve(value: Any, done: dict[int, Any]) -> Any:
-    """The same structure with arrays in place of tensors; keeps shared and cyclic references."""
+    """Replaces tensors by arrays and keeps shared and cyclic references."""
     if id(value) in done:
         return done[id(value)]
     if isinstance(value, _Tensor):
@@ -312,19 +314,19 @@ def _resolve(value: Any, done: dict[int, Any]) -> Any:
 
 
 def module_parameters(module: Record) -> dict[str, np.ndarray]:
-    """The parameters of a pickled module tree under the names that its `state_dict()` would have.
+    """Collects the parameters of a pickled module under the names of its `state_dict()`.
 
     Args:
-      module: a record that `load` made of a `torch.nn.Module`.
+      module: the record of a `torch.nn.Module`, as from `load`.
 
     Raises:
-      PretrainedError: a record that is not such a module.
+      PretrainedError: the record is not such a module.
     """
 
     def tables(module: Any) -> tuple[dict, dict] | None:
         if not isinstance(module, Record):
             return None
-        if module.qualified_name.startswith(_SCRIPTED):  # parameters, children and all else side by side
+        if module.qualified_name.startswith(_SCRIPTED):  # parameters, children and other attributes in one table
             return module.state, {name: value for name, value in module.state.items() if isinstance(value, Record)}
         both = module.state.get("_parameters"), module.state.get("_modules")
         return both if all(isinstance(table, dict) for table in both) else None

@@ -1,8 +1,7 @@
-"""Files of weights as arrays by name, whichever of the usual formats they have.
+"""Reads files of weights in the usual formats as arrays by name.
 
-    safetensors, npz, or written by `torch.save` (a state dict, or a whole pickled module) or `torch.jit.save`
-
-Torch is not needed, and nothing in a file is executed: see `restricted_pickle`.
+The formats are safetensors, npz, `torch.save` (a state dict or a pickled module) and `torch.jit.save`. Torch is not
+needed, and no code in a file is executed, see `restricted_pickle`.
 """
 
 from __future__ import annotations
@@ -26,18 +25,18 @@ _SAFETENSORS_DTYPES = {
 
 
 def read(path: str | os.PathLike, module_classes: frozenset[str] = frozenset()) -> dict[str, np.ndarray]:
-    """Reads the arrays of a file, whichever of the accepted formats it has (told by content, not by suffix).
+    """Reads the arrays of a file. Its format is detected from the content, not from the suffix.
 
     Args:
-      path: safetensors, npz, or a file by `torch.save` (a state dict, alone or under "state_dict"; or a module) or
-        `torch.jit.save`.
-      module_classes: the classes, by "module.Class", of which a pickled module may consist.
+      path: a safetensors or npz file, or a file of `torch.save` or `torch.jit.save`. It holds a state dict, alone or
+        under the key "state_dict", or a module.
+      module_classes: classes that a pickled module may contain, as "module.Class".
 
     Returns:
-      Arrays by name, in the file's dtype.
+      Arrays by name, in the dtype of the file.
 
     Raises:
-      PretrainedError: no such file, an unknown or damaged format, or a pickle that asks for anything else.
+      PretrainedError: the file does not exist, is damaged or of an unknown format, or its pickle needs another class.
     """
     try:
         with open(path, "rb") as file:
@@ -63,7 +62,7 @@ def read(path: str | os.PathLike, module_classes: frozenset[str] = frozenset()) 
 
 
 def _read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """The format is a length, a JSON header and the bytes of the arrays."""
+    """Reads a safetensors file: a length, a JSON header and the bytes of the arrays."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         if length > os.path.getsize(path):

@@ -1,1 +1,1 @@
-"""Priors over text and image tokens."""
+"""Priors over (text, image) tokens: their models, losses and samplers."""

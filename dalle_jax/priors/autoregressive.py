@@ -1,17 +1,16 @@
-"""The autoregressive prior: text and image tokens as one stream (DALL-E, section 2.2).
+"""The autoregressive prior: predicts text and image tokens as one stream (DALL-E, section 2.2).
 
-Every position predicts the next one: text positions 0…T-2 the text, the last text position and the image positions
-the image. The heads are split, so that only possible classes are computed: text tokens plus one class "padding here"
-(at a position only its own padding id is possible), and image tokens. Loss: 1/8 text + 7/8 image cross-entropy, each
-averaged over its own tokens.
+Each position predicts the next one. Text positions 0…T-2 predict text. The last text position and the image positions
+predict image tokens. Text and image have separate heads, so that only possible classes are computed. All padding ids
+share one class of the text head. The loss is 1/8 of the text's mean cross-entropy plus 7/8 of the image's.
 
-Not settled by the paper, and so chosen here: no start token (the first text token is given, not predicted);
-`tied_embeddings` reuses the image and text embeddings as heads (the 12-billion size counts them once).
+The paper leaves two choices open. There is no start token, so the first text token is given, not predicted.
+`tied_embeddings` reuses the embeddings as heads; the 12-billion size counts them once.
 
-With `order="random"` the image tokens follow in any order, each position told which cell it predicts next (RandAR,
+With `order="random"` image tokens follow in any order, and each position knows which cell it predicts next (RandAR,
 arXiv 2412.01827; RAR, arXiv 2411.00776). The share of random orders may fall to zero during training, as in RAR.
 
-    B rows    C captions    T text    N image tokens    D width    V image vocabulary    H heads    K head size
+    B rows    C captions    T text    N image tokens    S = T + N    D width    V image vocabulary    W text classes
 """
 
 from __future__ import annotations
@@ -23,16 +22,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
+from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.attention.patterns import CausalPattern, full_layers, sparse_layers
 from dalle_jax.models.dense import outputs_first
-from dalle_jax.models.transformer import TransformerOptions, Trunk, for_decoding
+from dalle_jax.models.transformer import ImageCache, TextCache, TransformerOptions
+from dalle_jax.models.trunk import Trunk, for_decoding
 from dalle_jax.priors import orders, sampling
-from dalle_jax.priors.embedding import StreamEmbedding, project, start_from_codebook
+from dalle_jax.priors.embedding import AutoregressiveEmbedding, start_from_codebook
 from dalle_jax.priors.losses import cross_entropy, drop_captions, mean_over
 from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
 
 ATTENTION = ("sparse", "full")
@@ -41,21 +44,22 @@ ORDERS = ("raster", "random")
 
 @dataclasses.dataclass(frozen=True)
 class AutoregressiveOptions:
-    """What the prior adds to its trunk.
+    """Hyper-parameters of the prior.
 
     Attributes:
-      trunk: sizes and choices of the transformer.
+      trunk: options of the transformer.
       attention: "sparse" (the paper's row, column, row, row, …, convolutional) or "full" (dense causal).
-      kernel: of the convolutional layer.
-      wrap: whether the convolutional window runs on across row ends.
-      tied_embeddings: the heads are the embeddings, transposed.
+      kernel: side of the convolutional layer's window.
+      wrap: whether the convolutional window continues across row ends.
+      tied_embeddings: whether the heads are the transposed embeddings.
       embedding_scale: standard deviation of the embeddings at initialisation.
-      head_scale: the same of heads that are not tied.
-      codebook_init: image embedding and head start as the tokenizer's codebook, see `start_from_codebook`.
-      text_weight: share of the text in the loss, 1/8 in the paper.
-      caption_drop: share of captions emptied in training, for guidance.
-      order: "raster", or "random": with "full" attention and learned positions only.
-      anneal_start, anneal_end: updates between which the share of random orders falls from 1 to 0; 0, 0 keeps it at 1.
+      head_scale: standard deviation of untied heads at initialisation.
+      codebook_init: whether image embedding and head start as the tokenizer's codebook; see `start_from_codebook`.
+      text_weight: weight of the text in the loss, 1/8 in the paper.
+      caption_drop: share of captions that training replaces by the empty caption, for guidance.
+      order: "raster" or "random". "random" needs "full" attention and learned positions.
+      anneal_start: update at which the share of random orders begins to fall from 1.
+      anneal_end: update at which the share reaches 0; 0 keeps it at 1.
     """
 
     trunk: TransformerOptions = TransformerOptions()
@@ -73,63 +77,34 @@ class AutoregressiveOptions:
     anneal_end: int = 0
 
     def __post_init__(self):
-        for name, known in (("attention", ATTENTION), ("order", ORDERS)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"model.{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}.")
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"model.kernel is {self.kernel}; expected an odd number, the paper's being 11.")
-        for name in ("text_weight", "caption_drop"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1].")
+        choices = {"attention": ATTENTION, "order": ORDERS}
+        shares = ["text_weight", "caption_drop"]
+        check(self, "model", positive=["kernel"], odd=["kernel"], share=shares, choices=choices)
         if self.order == "random" and (self.attention != "full" or self.trunk.positions != "learned"):
-            raise ValueError(
-                f"model.order is 'random' with attention={self.attention!r} and trunk.positions="
-                f"{self.trunk.positions!r}: tokens in any order need attention='full' and positions='learned'."
+            raise ConfigError(
+                f"config.model.order is 'random' with attention={self.attention!r} and trunk.positions="
+                f"{self.trunk.positions!r}; tokens in any order need attention='full' and positions='learned'."
             )
         if not 0 <= self.anneal_start <= self.anneal_end:
-            raise ValueError(
-                f"model.anneal_start is {self.anneal_start} and anneal_end {self.anneal_end}; expected 0 ≤ start ≤ end."
+            raise ConfigError(
+                f"config.model.anneal_start is {self.anneal_start} and anneal_end {self.anneal_end}; "
+                "expected 0 ≤ start ≤ end."
             )
 
     @property
     def patterns(self) -> tuple[CausalPattern, ...]:
+        """The attention pattern of each layer."""
         depth = self.trunk.depth
         return sparse_layers(depth, self.kernel, self.wrap) if self.attention == "sparse" else full_layers(depth)
 
 
-class AutoregressiveEmbedding(StreamEmbedding):
-    """Adds the text head, and "which cell comes next".
+class AutoregressiveModel(nn.Module):
+    """Embeddings, trunk and heads.
 
     Attributes:
-      any_order: whether a position is told which cell it predicts.
+      options: options of the prior.
+      layout: layout of the token stream.
     """
-
-    any_order: bool
-
-    def setup(self):
-        super().setup()
-        if not self.tied:
-            self.text_head = self.table("text_head_kernel", self.layout.text_vocab + 1, scale=self.head_scale)
-        if self.any_order:
-            self.next_rows = self.table("next_rows", self.layout.height, "positions")
-            self.next_columns = self.table("next_columns", self.layout.width, "positions")
-
-    def next_cell(self, cells: jax.Array) -> jax.Array:
-        """int32 [...] to [..., D]."""
-        x = self.next_rows[cells // self.layout.width] + self.next_columns[cells % self.layout.width]
-        return x.astype(self.trunk.dtype)
-
-    def text_logits(self, x: jax.Array) -> jax.Array:
-        """[..., D] to float32 [..., text_vocab + 1]."""
-        if not self.tied:
-            return project(x, self.text_head)
-        # Tied: "padding here" is the mean padding embedding, so that all of them are trained by it.
-        words, padding = jnp.split(self.text_table, [self.layout.text_vocab])
-        return project(x, jnp.concatenate([words, padding.mean(0, keepdims=True)]))
-
-
-class AutoregressiveModel(nn.Module):
-    """Embeddings, trunk and heads. `cells`, int32 [B, N], is the order of the image tokens; None: raster."""
 
     options: AutoregressiveOptions
     layout: TokenLayout
@@ -141,28 +116,59 @@ class AutoregressiveModel(nn.Module):
         )
         self.trunk = Trunk(o.trunk, lay, o.patterns)
 
-    def embed(self, text: jax.Array, tokens: jax.Array, train: bool = False, cells=None) -> jax.Array:
-        """int32 [B, T] and [B, N], in the order of `cells`, to the stream's states, [B, S, D]."""
+    def embed(
+        self,
+        text: Int[ArrayLike, "B T"],
+        tokens: Int[ArrayLike, "B N"],
+        train: bool = False,
+        cells: Int[ArrayLike, "B N"] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """Embeds the stream.
+
+        Args:
+          text: padded captions, int32 [B, T].
+          tokens: image tokens in the order of `cells`, int32 [B, N].
+          train: whether dropout applies.
+          cells: order of the image tokens, int32 [B, N]; None for raster order.
+
+        Returns:
+          [B, S, D] in the trunk's dtype.
+        """
         x = [self.embedding.text(text, train), self.embedding.image(tokens, train, cells)]
         x = jnp.concatenate(x, axis=1)
         if cells is not None:
             x = x + jnp.pad(self.embedding.next_cell(cells), ((0, 0), (self.layout.text_length - 1, 1), (0, 0)))
         return constrain(x, "batch", "length", "embed_act")
 
-    def logits(self, x: jax.Array, train: bool = False) -> tuple[jax.Array, jax.Array]:
-        """Stream states to (text logits float32 [B, T-1, text_vocab + 1], image logits float32 [B, N, V])."""
+    def logits(
+        self, x: Float[ArrayLike, "B S D"], train: bool = False
+    ) -> tuple[Float[Array, "B _ W"], Float[Array, "B N V"]]:
+        """Computes text logits, float32 [B, T-1, W], and image logits, float32 [B, N, V], from embeddings."""
         t = self.layout.text_length
         x = self.trunk(x, train)
         return self.embedding.text_logits(x[:, : t - 1]), self.embedding.image_logits(x[:, t - 1 : -1])
 
-    def __call__(self, text: jax.Array, tokens: jax.Array, train: bool = False, cells=None):
-        """int32 [B, T] and [B, N] to the logits of `logits`."""
+    def __call__(
+        self,
+        text: Int[ArrayLike, "B T"],
+        tokens: Int[ArrayLike, "B N"],
+        train: bool = False,
+        cells: Int[ArrayLike, "B N"] | None = None,
+    ) -> tuple[Float[Array, "B _ W"], Float[Array, "B N V"]]:
+        """Computes the text and image logits of a stream. Arguments as in `embed`, results as in `logits`."""
         return self.logits(self.embed(text, tokens, train, cells), train)
 
-    def prefill(self, text: jax.Array, first=None):
-        """int32 [C, T] to the first image token's logits, float32 [C, V], and each layer's text keys and values.
+    def prefill(
+        self, text: Int[ArrayLike, "C T"], first: Int[ArrayLike, " C"] | None = None
+    ) -> tuple[Float[Array, "C V"], list[TextCache]]:
+        """Runs the model over captions.
 
-        `first`, int32 [C], is the first cell, where the order is free.
+        Args:
+          text: padded captions, int32 [C, T].
+          first: the first cell of each row, int32 [C], for random orders; None for raster order.
+
+        Returns:
+          Logits of the first image token, float32 [C, V], and the keys and values of the text in each layer.
         """
         x = self.embedding.text(text)
         if first is not None:
@@ -170,13 +176,31 @@ class AutoregressiveModel(nn.Module):
         x, cache = self.trunk.prefill(x)
         return self.embedding.image_logits(x[:, -1], decode_step=True), cache
 
-    def init_cache(self, rows: int):
+    def init_cache(self, rows: int) -> list[ImageCache]:
+        """See `Trunk.init_cache`."""
         return self.trunk.init_cache(rows)
 
-    def step(self, tokens: jax.Array, index: jax.Array, cells: jax.Array, following: jax.Array, text, caches):
-        """The `index`-th image token, int32 [B], to the logits of the one after it, float32 [B, V], and the caches.
+    def step(
+        self,
+        tokens: Int[ArrayLike, " B"],
+        index: Int[ArrayLike, ""],
+        cells: Int[ArrayLike, " B"],
+        following: Int[ArrayLike, " B"],
+        text: list[TextCache],
+        caches: list[ImageCache],
+    ) -> tuple[Float[Array, "B V"], list[ImageCache]]:
+        """Runs the model over one image token per row.
 
-        It stands at `cells`, int32 [B]; the one after it at `following`, int32 [B].
+        Args:
+          tokens: the tokens, int32 [B].
+          index: place of the tokens in their order, int32 scalar.
+          cells: cells of the tokens, int32 [B].
+          following: cells of the next tokens, int32 [B].
+          text: keys and values of the text, from `prefill`.
+          caches: keys and values of the image tokens before these.
+
+        Returns:
+          Logits of the next tokens, float32 [B, V], and the caches with these tokens.
         """
         x = self.embedding.image_at(tokens, cells)
         if self.options.order == "random":
@@ -187,11 +211,11 @@ class AutoregressiveModel(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class AutoregressivePrior:
-    """The `TokenPrior` that predicts one token after the other.
+    """The `TokenPrior` that predicts one token after another.
 
     Attributes:
-      layout: of the stream.
-      options: of the model and its loss.
+      layout: layout of the token stream.
+      options: options of the model and its loss.
     """
 
     layout: TokenLayout
@@ -200,10 +224,12 @@ class AutoregressivePrior:
 
     @property
     def any_order(self) -> bool:
+        """See `TokenPrior.any_order`: true for a prior of random orders."""
         return self.options.order == "random"
 
     @property
     def schedules(self) -> dict[str, optax.Schedule]:
+        """See `TokenPrior.schedules`: "random_orders", the share of random orders, if there are any."""
         o = self.options
         if o.order == "raster":
             return {}
@@ -213,9 +239,10 @@ class AutoregressivePrior:
 
     @property
     def model(self) -> AutoregressiveModel:
+        """The network."""
         return AutoregressiveModel(self.options, self.layout)
 
-    def init(self, key: jax.Array, codebook=None):
+    def init(self, key: Key[Array, ""], codebook: Float[ArrayLike, "V E"] | None = None) -> PyTree:
         """See `TokenPrior.init`."""
         text = jnp.zeros((1, self.layout.text_length), jnp.int32)
         tokens = jnp.zeros((1, self.layout.image_length), jnp.int32)
@@ -224,9 +251,21 @@ class AutoregressivePrior:
         start = codebook is not None and self.options.codebook_init
         return start_from_codebook(params, codebook, key) if start else params
 
-    def loss(self, params, text: jax.Array, tokens: jax.Array, key: jax.Array, *, train: bool, valid=None, step=None):
-        """See `TokenPrior.loss`. Dropped captions do not count in the text loss. Evaluation is in raster order once
-        the share of random orders is to fall to zero, otherwise in random ones."""
+    def loss(
+        self,
+        params: PyTree,
+        text: Int[ArrayLike, "B T"],
+        tokens: Int[ArrayLike, "B N"],
+        key: Key[Array, ""],
+        *,
+        train: bool,
+        valid: Bool[ArrayLike, " B"] | None = None,
+        step: Int[ArrayLike, ""] | None = None,
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """See `TokenPrior.loss`. Dropped captions do not count in the text loss.
+
+        Evaluation uses random orders. It uses raster order if the share of random orders falls to zero in training.
+        """
         rows = text.shape[0]
         drop_key, dropout_key = jax.random.split(key)
         given, dropped = drop_captions(drop_key, text, self.options.caption_drop if train else 0.0, self.layout)
@@ -242,7 +281,7 @@ class AutoregressivePrior:
         )
         counted = jnp.ones(rows) if valid is None else valid.astype(jnp.float32)
         image_nats = mean_over(cross_entropy(image_logits, tokens).mean(-1), counted)
-        if self.layout.text_length == 1:  # the only text token is given, so no text is predicted
+        if self.layout.text_length == 1:  # the only text token is given, not predicted
             return image_nats, {"text_nats": jnp.float32(jnp.nan), "image_nats": image_nats}
         text_rows = cross_entropy(text_logits, self.layout.text_targets(text[:, 1:])).mean(-1)
         text_nats = mean_over(text_rows, counted * ~dropped)
@@ -251,34 +290,47 @@ class AutoregressivePrior:
         return loss, {"text_nats": text_nats, "image_nats": image_nats}
 
     def decoding_steps(self, steps: int | None) -> int:
+        """See `TokenPrior.decoding_steps`: N, one step per token."""
         return self.layout.image_length
 
-    def sample(self, params, text, keys, *, known=None, negative=None, **options) -> jax.Array:
-        """See `TokenPrior.sample`. One jitted loop over the N positions; `order` is "raster" or, where the prior was
-        trained for it, "random" or "halton": given tokens then come first, so that every other one sees them.
+    def sample(
+        self,
+        params: PyTree,
+        text: Int[ArrayLike, "C T"],
+        keys: Key[Array, " B"],
+        *,
+        known: tuple[Int[ArrayLike, "B N"], Bool[ArrayLike, "B N"]] | None = None,
+        negative: Int[ArrayLike, "_ T"] | None = None,
+        **options,
+    ) -> Int[Array, "B N"]:
+        """See `TokenPrior.sample`. Runs one jitted loop over the N positions.
+
+        The option `order` is "raster", or "random" or "halton" for a prior that was trained with random orders. With
+        those two, known tokens come first, so that all other tokens depend on them.
 
         Raises:
-          ValueError: where the rows are not a multiple of the captions.
-          ConfigError: an option that is another prior's.
+          ValueError: B is not a multiple of C.
+          ConfigError: an option that the autoregressive prior does not have.
         """
         options = SamplingOptions(**options)
         for name in ("steps", "choice_temperature"):
             if getattr(options, name) is not None:
                 raise ConfigError(
-                    f"{name}={getattr(options, name)}: the autoregressive prior takes one step a token; leave it out."
+                    f"{name}={getattr(options, name)} is an option of the MaskGIT prior; the autoregressive prior "
+                    "draws one token per step. Leave it out."
                 )
         order = options.order or ("raster" if self.options.anneal_end or not self.any_order else "random")
         if order not in (orders.NAMES if self.any_order else ("raster",)):
-            expected = ", ".join(orders.NAMES) if self.any_order else "raster, as it was trained"
-            raise ConfigError(f"order={order!r}: this prior draws in the order {expected}.")
+            expected = ", ".join(orders.NAMES) if self.any_order else "raster, the order of training"
+            raise ConfigError(f"order={order!r}; expected {expected}.")
         return _decode(
             self, order, params, text, keys, known, sampling.knobs(self.layout, text, keys, options, negative)
         )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _decode(prior: AutoregressivePrior, order: str, params, text, keys, known, knobs) -> jax.Array:
-    """`sample`, traced: which knobs are set is static, their values are not."""
+def _decode(prior: AutoregressivePrior, order: str, params, text, keys, known, knobs) -> Array:
+    """Implements `sample`. Which keys `knobs` has is static; their values are traced."""
     layout, o = prior.layout, prior.options
     params, flat = for_decoding(params, o)
     model = AutoregressiveModel(flat, layout)
@@ -289,9 +341,9 @@ def _decode(prior: AutoregressivePrior, order: str, params, text, keys, known, k
     if prior.any_order:
         if known is not None:
             cells = orders.given_first(cells, known[1])
-        text, first = jnp.repeat(text, rows // text.shape[0], axis=0), cells[:, 0]  # each row has its own first cell
+        text, first = jnp.repeat(text, rows // text.shape[0], axis=0), cells[:, 0]  # rows differ in their first cell
     guided = "guidance" in knobs
-    if guided:  # the null branch is more captions, with text and caches of its own
+    if guided:  # the null branch runs as additional captions
         negative = jnp.repeat(knobs["negative"], text.shape[0] // knobs["negative"].shape[0], axis=0)
         text = jnp.concatenate([text, negative])
     twice = (lambda x: jnp.concatenate([x, x])) if guided else (lambda x: x)

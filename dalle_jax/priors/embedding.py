@@ -1,9 +1,9 @@
-"""Embeddings of the stream "text, then image grid" that both priors share (DALL-E, section 2.2), and the image head.
+"""Embeddings of the stream "text, then image grid", and the heads, which are tables of the same width.
 
-A text position is token + position, an image position token + row + column; padding has an id of its own at each text
-position (`TokenLayout`).
+A text position is embedded as token + position, an image position as token + row + column (DALL-E, section 2.2).
 
-    B rows    T text    N image tokens    D width    V image vocabulary    C width of the tokenizer's codebook
+    B rows    T text    N image tokens    P positions    D width    V image vocabulary    W text classes
+    E codebook width
 """
 
 from __future__ import annotations
@@ -11,22 +11,24 @@ from __future__ import annotations
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from dalle_jax.distributed.per_device import contract
 from dalle_jax.models.dense import rows_product
 from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
 
 
 class StreamEmbedding(nn.Module):
-    """Token and position embeddings of both parts.
+    """Embeds the tokens and positions of text and image.
 
     Attributes:
-      trunk: of the transformer that reads them.
-      layout: of the stream.
-      scale: standard deviation at initialisation.
-      head_scale: that of heads that are tables of their own.
-      tied: the image head is the image embedding, transposed.
+      trunk: options of the transformer that reads the embeddings.
+      layout: layout of the token stream.
+      scale: standard deviation of the embeddings at initialisation.
+      head_scale: standard deviation of untied heads at initialisation.
+      tied: whether the image head is the transposed image embedding.
     """
 
     trunk: TransformerOptions
@@ -47,27 +49,41 @@ class StreamEmbedding(nn.Module):
             self.columns = self.table("columns", lay.width, "positions")
         self.drop = nn.Dropout(self.trunk.dropout)
 
-    def table(self, name: str, rows: int, axis: str = "vocab", scale: float | None = None) -> jax.Array:
-        """A parameter, float32 [rows, D]."""
+    def table(
+        self, name: str, rows: int, axis: str = "vocab", scale: float | None = None
+    ) -> Float[ArrayLike, "rows D"]:
+        """Creates a parameter, float32 [rows, D]."""
         init = nn.initializers.normal(self.scale if scale is None else scale)
         return self.param(name, nn.with_logical_partitioning(init, (axis, "embed")), (rows, self.trunk.width))
 
-    def cast(self, x: jax.Array, train: bool) -> jax.Array:
+    def cast(self, x: Float[ArrayLike, "B S D"], train: bool) -> Float[ArrayLike, "B S D"]:
+        """Applies dropout and casts embeddings to the trunk's dtype."""
         return self.drop(x, deterministic=not train).astype(self.trunk.dtype)
 
-    def text(self, text: jax.Array, train: bool = False) -> jax.Array:
-        """int32 [B, T] to [B, T, D]."""
+    def text(self, text: Int[ArrayLike, "B T"], train: bool = False) -> Float[ArrayLike, "B T D"]:
+        """Embeds captions, int32 [B, T], to [B, T, D]."""
         x = self.text_table[text]
         if self.trunk.positions == "learned":
             x = x + self.text_positions[None]
         return self.cast(x, train)
 
-    def image_tokens(self, tokens: jax.Array) -> jax.Array:
-        """int32 [B, N] to float32 [B, N, D], without positions."""
+    def image_tokens(self, tokens: Int[ArrayLike, "B N"]) -> Float[ArrayLike, "B N D"]:
+        """Embeds image tokens without positions: int32 [B, N] to float32 [B, N, D]."""
         return self.image_table[tokens]
 
-    def image(self, tokens: jax.Array, train: bool = False, cells: jax.Array | None = None) -> jax.Array:
-        """int32 [B, N] to [B, N, D]; `cells`, int32 [B, N], says which stands where (None: raster order)."""
+    def image(
+        self, tokens: Int[ArrayLike, "B N"], train: bool = False, cells: Int[ArrayLike, "B N"] | None = None
+    ) -> Float[ArrayLike, "B N D"]:
+        """Embeds image tokens with their positions.
+
+        Args:
+          tokens: int32 [B, N].
+          train: whether dropout applies.
+          cells: the grid cell of each token, int32 [B, N]; None for raster order.
+
+        Returns:
+          [B, N, D] in the trunk's dtype.
+        """
         x = self.image_tokens(tokens)
         if self.trunk.positions == "learned" and cells is None:
             x = x + (self.rows[:, None] + self.columns[None]).reshape(1, self.layout.image_length, -1)
@@ -75,19 +91,95 @@ class StreamEmbedding(nn.Module):
             x = x + self.rows[cells // self.layout.width] + self.columns[cells % self.layout.width]
         return self.cast(x, train)
 
-    def image_at(self, tokens: jax.Array, cells: jax.Array) -> jax.Array:
-        """int32 [B] at one cell each, int32 [B], to [B, D]."""
+    def image_at(self, tokens: Int[ArrayLike, " B"], cells: Int[ArrayLike, " B"]) -> Float[ArrayLike, "B D"]:
+        """Embeds one token per row at its grid cell: int32 [B] and [B] to [B, D]."""
         return self.image(tokens[:, None], cells=cells[:, None])[:, 0]
 
-    def image_logits(self, x: jax.Array, *, decode_step: bool = False) -> jax.Array:
-        """[..., D] to float32 [..., V]; `decode_step` as in `project`."""
+    def image_logits(self, x: Float[ArrayLike, "*axes D"], *, decode_step: bool = False) -> Float[Array, "*axes V"]:
+        """Computes image logits, float32 [..., V], from states [..., D]; see `project`."""
         return project(x, self.image_table if self.tied else self.image_head, decode_step=decode_step)
 
 
-def project(x: jax.Array, table: jax.Array, *, decode_step: bool = False) -> jax.Array:
-    """Computes the logits of states: [..., D] and [V, D] to float32 [..., V].
+class AutoregressiveEmbedding(StreamEmbedding):
+    """Adds the text head, and the embedding of the cell that is predicted next.
 
-    With `decode_step`, x is [B, D], one position per row; see `rows_product`.
+    Attributes:
+      any_order: whether positions know which cell they predict.
+    """
+
+    any_order: bool
+
+    def setup(self):
+        super().setup()
+        if not self.tied:
+            self.text_head = self.table("text_head_kernel", self.layout.text_vocab + 1, scale=self.head_scale)
+        if self.any_order:
+            self.next_rows = self.table("next_rows", self.layout.height, "positions")
+            self.next_columns = self.table("next_columns", self.layout.width, "positions")
+
+    def next_cell(self, cells: Int[ArrayLike, "*axes"]) -> Float[ArrayLike, "*axes D"]:
+        """Embeds the cells that are predicted next: int32 [...] to [..., D]."""
+        x = self.next_rows[cells // self.layout.width] + self.next_columns[cells % self.layout.width]
+        return x.astype(self.trunk.dtype)
+
+    def text_logits(self, x: Float[ArrayLike, "B P D"]) -> Float[Array, "B P W"]:
+        """Computes text logits, float32 [..., W], W = text_vocab + 1, from states [..., D]."""
+        if not self.tied:
+            return project(x, self.text_head)
+        # Tied: the class of padding uses the mean padding embedding, so that its loss trains all of them.
+        words, padding = jnp.split(self.text_table, [self.layout.text_vocab])
+        return project(x, jnp.concatenate([words, padding.mean(0, keepdims=True)]))
+
+
+class MaskGITEmbedding(StreamEmbedding):
+    """Adds the embedding of the mask, and a depthwise convolution over the grid of image embeddings.
+
+    The convolution is added to the embeddings (a positional encoding generator, arXiv 2102.10882).
+
+    Attributes:
+      kernel: side of the convolution's window; 0 for no convolution.
+    """
+
+    kernel: int
+
+    def setup(self):
+        super().setup()
+        self.mask = self.table("mask", 1, "positions")
+        if self.kernel:
+            # The sum over the window has variance 2 for any kernel, so neighbours weigh about as much as the token.
+            init = nn.with_logical_partitioning(nn.initializers.normal(1.5 / self.kernel), (None, None, "embed"))
+            self.neighbours = self.param("neighbours_kernel", init, (self.kernel, self.kernel, self.trunk.width))
+
+    def image_tokens(self, tokens: Int[ArrayLike, "B N"]) -> Float[ArrayLike, "B N D"]:
+        """See `StreamEmbedding.image_tokens`. Neighbours outside of the grid are zero."""
+        vocab = self.layout.image_vocab
+        x = super().image_tokens(jnp.minimum(tokens, vocab - 1))
+        x = jnp.where((tokens == vocab)[..., None], self.mask[0][None, None], x)
+        if not self.kernel:
+            return x
+        height, width, half = self.layout.height, self.layout.width, self.kernel // 2
+        grid = x.reshape(-1, height, width, x.shape[-1])
+        padded = jnp.pad(grid, ((0, 0), (half, half), (half, half), (0, 0)))
+        # Shifted sums replace a convolution, because XLA's gradient of a depthwise one is slow, most of all on CPUs.
+        for row in range(self.kernel):
+            for column in range(self.kernel):
+                tap = self.neighbours[row, column][None, None, None]
+                grid = grid + padded[:, row : row + height, column : column + width] * tap
+        return grid.reshape(x.shape)
+
+
+def project(
+    x: Float[ArrayLike, "*axes D"], table: Float[ArrayLike, "V D"], *, decode_step: bool = False
+) -> Float[Array, "*axes V"]:
+    """Computes logits from states.
+
+    Args:
+      x: states, [..., D]; [B, D] in a decode step.
+      table: the head, float32 [V, D].
+      decode_step: whether x holds one position per row, which a faster product serves; see `rows_product`.
+
+    Returns:
+      Logits, float32 [..., V].
     """
     table = table.astype(x.dtype)
     if decode_step:
@@ -95,23 +187,24 @@ def project(x: jax.Array, table: jax.Array, *, decode_step: bool = False) -> jax
     return contract(_logits, x, table, ("vocab", "embed"), (1,))
 
 
-def _logits(x: jax.Array, table: jax.Array) -> jax.Array:
+def _logits(x: ArrayLike, table: ArrayLike) -> Array:
     return jax.lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
 
-def start_from_codebook(params, codebook: jax.Array, key: jax.Array):
-    """Initial parameters in which tokens that decode to alike pixels are alike from the start.
+def start_from_codebook(params: PyTree, codebook: Float[ArrayLike, "V E"], key: Key[Array, ""]) -> PyTree:
+    """Initialises the image embedding and head from the tokenizer's codebook.
 
-    The image embedding and, where it is not tied, the image head become the codebook's vectors, centred, turned by a
-    random rotation into the prior's width, and scaled to the entries they replace. Not in the papers, whose priors see
-    enough pictures to find out.
+    Tokens that decode to similar pixels then start with similar embeddings. The vectors are centred, rotated at random
+    into the prior's width, and scaled to the standard deviation of the entries that they replace. The papers do not do
+    this; their priors see enough images to learn which tokens are similar.
 
     Args:
-      params: of a model whose `embedding` is a `StreamEmbedding`, boxed.
-      codebook: float [V, C], see `ImageTokenizer.codebook`.
+      params: boxed parameters of a model whose `embedding` is a `StreamEmbedding`.
+      codebook: float [V, E]; see `ImageTokenizer.codebook`.
+      key: scalar key of the rotation.
 
     Returns:
-      The parameters with those two replaced.
+      The parameters with a new image embedding and, if it is untied, a new image head.
     """
     tables = dict(params["embedding"])
     inner = codebook.shape[1]

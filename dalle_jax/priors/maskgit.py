@@ -1,15 +1,18 @@
-"""The MaskGIT prior: a bidirectional transformer that refines all image tokens at once (arXiv 2202.04200).
+"""The MaskGIT prior: a bidirectional transformer that predicts all masked image tokens at once (arXiv 2202.04200).
 
-Training masks some of a picture's tokens and predicts them from the rest and the caption; decoding starts with all of
-them masked and uncovers more in each of a few steps. The paper's masked-token head is dense, GELU, norm, then the
-image embedding, transposed, and a bias for each token. Guidance rises linearly over the steps (Muse, arXiv 2301.00704,
-section 2.7).
+Training masks some tokens of an image and predicts them from the other tokens and the caption. Decoding starts with all
+tokens masked and unmasks more of them in each of a few steps. Guidance rises linearly over the steps (Muse, arXiv
+2301.00704, section 2.7). The paper's masked-token head is a dense layer, GELU, norm, the transposed image embedding and
+a bias per token.
 
-Deviations: pre-norm blocks, as in the other prior (the reference is post-norm BERT); a caption instead of a class,
-computed once: text positions do not read the image. Where pictures are few, three options learn far faster than the
-paper's model: `codebook_init`, `neighbour_kernel`, and the head "linear".
+Deviations from the paper:
 
-    B rows    C captions    T text    N image tokens    D width    V image vocabulary
+* The blocks are pre-norm, as in the autoregressive prior. The reference is a post-norm BERT.
+* The condition is a caption, not a class. Text positions do not attend to the image, so the text is computed once.
+* `codebook_init`, `neighbour_kernel` and the head "linear" are options. On few images they learn much faster than the
+  paper's model.
+
+    B rows    C captions    T text    N image tokens    S = T + N    D width    V image vocabulary
 """
 
 from __future__ import annotations
@@ -20,39 +23,43 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
+from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.models.attention.patterns import Bidirectional, Pattern
 from dalle_jax.models.dense import Dense
-from dalle_jax.models.transformer import Norm, TransformerOptions, Trunk, for_decoding
+from dalle_jax.models.transformer import Norm, TextCache, TransformerOptions
+from dalle_jax.models.trunk import Trunk, for_decoding
 from dalle_jax.priors import masking, sampling
-from dalle_jax.priors.embedding import StreamEmbedding, start_from_codebook
+from dalle_jax.priors.embedding import MaskGITEmbedding, start_from_codebook
 from dalle_jax.priors.losses import cross_entropy, drop_captions, mean_over, uniform_cross_entropy
 from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
 
 HEADS = ("mlm", "linear")
-BUCKETS = 4  # of the share of masked tokens, for the log
+BUCKETS = 4  # of the share of masked tokens, each with its own metric
 
 
 @dataclasses.dataclass(frozen=True)
 class MaskGITOptions:
-    """What the prior adds to its trunk.
+    """Hyper-parameters of the prior.
 
     Attributes:
-      trunk: sizes and choices of the transformer.
-      head: "mlm" (the paper's) or "linear" (the last product and the bias alone).
-      tied_embeddings: the head's product is with the image embedding, transposed.
+      trunk: options of the transformer.
+      head: "mlm" (the paper's) or "linear" (only the last product and the bias).
+      tied_embeddings: whether the head's last product is with the transposed image embedding.
       embedding_scale: standard deviation of the embeddings at initialisation.
-      head_scale: the same of heads that are not tied.
-      codebook_init: image embedding and head start as the tokenizer's codebook, see `start_from_codebook`.
-      neighbour_kernel: side of the square of tokens that each token's embedding is mixed from; 0: itself alone.
-      mask_schedule: γ, see `masking.masked_share`; the same in training and decoding.
-      label_smoothing: share of the target spread over the vocabulary.
-      unmasked_weight: of the unmasked positions in the loss; a masked one counts 1.
-      caption_drop: share of captions emptied in training, for guidance.
-      steps: T, decoding steps where `sample` is not told.
-      order: of unmasking, see `masking.unmasking_order`.
+      head_scale: standard deviation of untied heads at initialisation.
+      codebook_init: whether image embedding and head start as the tokenizer's codebook; see `start_from_codebook`.
+      neighbour_kernel: side of the square of neighbours that are mixed into each token's embedding; 0 for no mixing.
+      mask_schedule: γ, used in training and decoding; see `masking.masked_share`.
+      label_smoothing: share of the target that is spread over the vocabulary.
+      unmasked_weight: weight of unmasked positions in the loss; masked positions have weight 1.
+      caption_drop: share of captions that training replaces by the empty caption, for guidance.
+      steps: default number of decoding steps.
+      order: order of unmasking; see `masking.unmasking_order`.
       choice_temperature: τ of the order "confidence".
     """
 
@@ -73,63 +80,24 @@ class MaskGITOptions:
 
     def __post_init__(self):
         masking.check_schedule(self.mask_schedule)
-        if self.order not in masking.ORDERS:
-            raise ValueError(f"model.order is {self.order!r}; expected one of {', '.join(masking.ORDERS)}.")
-        if self.steps < 1:
-            raise ValueError(f"model.steps is {self.steps}; expected at least 1.")
-        if self.head not in HEADS:
-            raise ValueError(f"model.head is {self.head!r}; expected one of {', '.join(HEADS)}.")
-        if self.neighbour_kernel < 0 or (self.neighbour_kernel and self.neighbour_kernel % 2 == 0):
-            raise ValueError(
-                f"model.neighbour_kernel is {self.neighbour_kernel}; expected an odd number, or 0 for none."
-            )
-        for name in ("label_smoothing", "unmasked_weight", "caption_drop"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must lie in [0, 1].")
+        choices = {"order": masking.ORDERS, "head": HEADS}
+        shares = ["label_smoothing", "unmasked_weight", "caption_drop"]
+        kernel = ["neighbour_kernel"]
+        check(self, "model", positive=["steps"], at_least_0=kernel, odd=kernel, share=shares, choices=choices)
 
     @property
     def patterns(self) -> tuple[Pattern, ...]:
+        """The attention pattern of each layer."""
         return (Bidirectional(),) * self.trunk.depth
 
 
-class MaskGITEmbedding(StreamEmbedding):
-    """Adds the mask's embedding and the mixing of neighbours: a convolution of each channel by itself over the grid of
-    image embeddings, beside the embedding itself (a positional encoding generator, arXiv 2102.10882).
+class MaskGITModel(nn.Module):
+    """Embeddings, trunk and the masked-token head.
 
     Attributes:
-      kernel: side of its square; 0 for none.
+      options: options of the prior.
+      layout: layout of the token stream.
     """
-
-    kernel: int
-
-    def setup(self):
-        super().setup()
-        self.mask = self.table("mask", 1, "positions")
-        if self.kernel:
-            # The taps' sum has variance 2, whatever the kernel: neighbours weigh about as much as the token itself.
-            init = nn.with_logical_partitioning(nn.initializers.normal(1.5 / self.kernel), (None, None, "embed"))
-            self.neighbours = self.param("neighbours_kernel", init, (self.kernel, self.kernel, self.trunk.width))
-
-    def image_tokens(self, tokens: jax.Array) -> jax.Array:
-        """See `StreamEmbedding.image_tokens`; what lies outside of the grid is zero."""
-        vocab = self.layout.image_vocab
-        x = super().image_tokens(jnp.minimum(tokens, vocab - 1))
-        x = jnp.where((tokens == vocab)[..., None], self.mask[0][None, None], x)
-        if not self.kernel:
-            return x
-        height, width, half = self.layout.height, self.layout.width, self.kernel // 2
-        grid = x.reshape(-1, height, width, x.shape[-1])
-        padded = jnp.pad(grid, ((0, 0), (half, half), (half, half), (0, 0)))
-        # Shifted sums, not a convolution: XLA's gradient of a depthwise one is slow, on CPUs above all.
-        for row in range(self.kernel):
-            for column in range(self.kernel):
-                tap = self.neighbours[row, column][None, None, None]
-                grid = grid + padded[:, row : row + height, column : column + width] * tap
-        return grid.reshape(x.shape)
-
-
-class MaskGITModel(nn.Module):
-    """Embeddings, trunk and the masked-token head."""
 
     options: MaskGITOptions
     layout: TokenLayout
@@ -146,24 +114,35 @@ class MaskGITModel(nn.Module):
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
         self.image_bias = self.param("image_bias", zeros, (self.layout.image_vocab,))
 
-    def _logits(self, x: jax.Array) -> jax.Array:
-        """Image states [B, N, D] to float32 [B, N, V]."""
+    def _logits(self, x: Float[ArrayLike, "B N D"]) -> Float[Array, "B N V"]:
+        """Computes logits, float32 [B, N, V], from the states of the image, [B, N, D]."""
         if self.options.head == "mlm":
             x = self.head_norm(jax.nn.gelu(self.head(x), approximate=False))
         return self.embedding.image_logits(x) + self.image_bias[None, None]
 
-    def __call__(self, text: jax.Array, ids: jax.Array, train: bool = False) -> jax.Array:
-        """int32 [B, T] and [B, N] (with `layout.mask_id` where masked) to logits, float32 [B, N, V]."""
+    def __call__(
+        self, text: Int[ArrayLike, "B T"], ids: Int[ArrayLike, "B N"], train: bool = False
+    ) -> Float[Array, "B N V"]:
+        """Computes the image logits of a stream.
+
+        Args:
+          text: padded captions, int32 [B, T].
+          ids: image tokens in raster order, `layout.mask_id` where masked, int32 [B, N].
+          train: whether dropout applies.
+
+        Returns:
+          float32 [B, N, V].
+        """
         x = jnp.concatenate([self.embedding.text(text, train), self.embedding.image(ids, train)], axis=1)
         x = self.trunk(constrain(x, "batch", "length", "embed_act"), train)
         return self._logits(x[:, self.layout.text_length :])
 
-    def prefill(self, text: jax.Array):
-        """int32 [C, T] to each layer's text keys and values."""
+    def prefill(self, text: Int[ArrayLike, "C T"]) -> list[TextCache]:
+        """Computes the keys and values of captions, int32 [C, T], in each layer."""
         return self.trunk.prefill(self.embedding.text(text))[1]
 
-    def refine(self, ids: jax.Array, text) -> jax.Array:
-        """int32 [C·n, N] (with `layout.mask_id`) beside the captions of `prefill` to logits, float32 [C·n, N, V]."""
+    def refine(self, ids: Int[ArrayLike, "B N"], text: list[TextCache]) -> Float[Array, "B N V"]:
+        """Computes image logits given the captions of `prefill`: ids, int32 [C·n, N], to float32 [C·n, N, V]."""
         return self._logits(self.trunk.refine(self.embedding.image(ids), text))
 
 
@@ -172,8 +151,8 @@ class MaskGITPrior:
     """The `TokenPrior` that draws all tokens in a few steps.
 
     Attributes:
-      layout: of the stream.
-      options: of the model, its loss and its decoding.
+      layout: layout of the token stream.
+      options: options of the model, its loss and its decoding.
     """
 
     layout: TokenLayout
@@ -184,9 +163,10 @@ class MaskGITPrior:
 
     @property
     def model(self) -> MaskGITModel:
+        """The network."""
         return MaskGITModel(self.options, self.layout)
 
-    def init(self, key: jax.Array, codebook=None):
+    def init(self, key: Key[Array, ""], codebook: Float[ArrayLike, "V E"] | None = None) -> PyTree:
         """See `TokenPrior.init`."""
         text = jnp.zeros((1, self.layout.text_length), jnp.int32)
         tokens = jnp.zeros((1, self.layout.image_length), jnp.int32)
@@ -194,13 +174,23 @@ class MaskGITPrior:
         start = codebook is not None and self.options.codebook_init
         return start_from_codebook(params, codebook, key) if start else params
 
-    def mask_ratios(self, key: jax.Array, rows: int, *, train: bool) -> jax.Array:
-        """r of each row, float32 [B]: U(0, 1), each its own draw; in evaluation one in each of B equal parts."""
+    def mask_ratios(self, key: Key[Array, ""], rows: int, *, train: bool) -> Float[Array, " B"]:
+        """Draws r of each row, float32 [B]: U(0, 1) in training; one from each of B equal intervals in evaluation."""
         drawn = jax.random.uniform(key, (rows,))
         return drawn if train else (jnp.arange(rows) + drawn) / rows
 
-    def loss(self, params, text: jax.Array, tokens: jax.Array, key: jax.Array, *, train: bool, valid=None, step=None):
-        """See `TokenPrior.loss`. `image_nats` is the mean over masked tokens, without smoothing: not a likelihood."""
+    def loss(
+        self,
+        params: PyTree,
+        text: Int[ArrayLike, "B T"],
+        tokens: Int[ArrayLike, "B N"],
+        key: Key[Array, ""],
+        *,
+        train: bool,
+        valid: Bool[ArrayLike, " B"] | None = None,
+        step: Int[ArrayLike, ""] | None = None,
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """See `TokenPrior.loss`. `image_nats` is the unsmoothed mean over masked tokens, which is not a likelihood."""
         o, lay, rows = self.options, self.layout, text.shape[0]
         drop_key, dropout_key, ratio_key, mask_key = jax.random.split(key, 4)
         given, _ = drop_captions(drop_key, text, o.caption_drop if train else 0.0, lay)
@@ -229,17 +219,36 @@ class MaskGITPrior:
         return mean_over(smooth, weights), scalars
 
     def decoding_steps(self, steps: int | None) -> int:
+        """See `TokenPrior.decoding_steps`."""
         return steps or self.options.steps
 
-    def sample(self, params, text, keys, *, known=None, negative=None, **options) -> jax.Array:
+    def sample(
+        self,
+        params: PyTree,
+        text: Int[ArrayLike, "C T"],
+        keys: Key[Array, " B"],
+        *,
+        known: tuple[Int[ArrayLike, "B N"], Bool[ArrayLike, "B N"]] | None = None,
+        negative: Int[ArrayLike, "_ T"] | None = None,
+        **options,
+    ) -> Int[Array, "B N"]:
         """See `TokenPrior.sample`."""
         return self.trajectory(params, text, keys, known=known, negative=negative, **options)[0]
 
-    def trajectory(self, params, text, keys, *, known=None, negative=None, **options) -> tuple[jax.Array, jax.Array]:
-        """`sample`, with what stood there after each step.
+    def trajectory(
+        self,
+        params: PyTree,
+        text: Int[ArrayLike, "C T"],
+        keys: Key[Array, " B"],
+        *,
+        known: tuple[Int[ArrayLike, "B N"], Bool[ArrayLike, "B N"]] | None = None,
+        negative: Int[ArrayLike, "_ T"] | None = None,
+        **options,
+    ) -> tuple[Int[Array, "B N"], Int[Array, "steps B N"]]:
+        """Draws image tokens and returns the tokens after each step. Arguments as in `TokenPrior.sample`.
 
         Returns:
-          int32 [B, N], and int32 [steps, B, N] with `layout.mask_id` where a token was still masked.
+          Tokens, int32 [B, N]. Tokens after each step, int32 [steps, B, N], `layout.mask_id` where still masked.
         """
         options, o = SamplingOptions(**options), self.options
         choice = o.choice_temperature if options.choice_temperature is None else options.choice_temperature
@@ -250,12 +259,12 @@ class MaskGITPrior:
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _decode(prior: MaskGITPrior, steps: int, order: masking.UnmaskingOrder, params, text, keys, known, knobs):
-    """`trajectory`, traced: steps, order and which knobs are set are static, their values are not."""
+    """Implements `trajectory`. Which keys `knobs` has is static; their values are traced."""
     layout, o = prior.layout, prior.options
     params, flat = for_decoding(params, o)
     bound = functools.partial(MaskGITModel(flat, layout).apply, {"params": params})
     rows, shape = keys.shape[0], (keys.shape[0], layout.image_length)
-    guided = "guidance" in knobs  # the null branch is more captions
+    guided = "guidance" in knobs  # the null branch runs as additional captions
     text_cache = bound(jnp.concatenate([text, knobs["negative"]]) if guided else text, method="prefill")
 
     ids = jnp.full(shape, layout.mask_id, jnp.int32)

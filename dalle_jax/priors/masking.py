@@ -1,26 +1,28 @@
-"""Which image tokens are masked: how many, in training and at each decoding step, and which of them first (MaskGIT,
-sections 3.1 and 3.3; the reference code `google-research/maskgit`).
+"""Masking of image tokens: how many are masked, and which of them are unmasked first.
 
-    B rows    N image tokens    r ratio in [0, 1]    γ(r) share of tokens masked
+MaskGIT (arXiv 2202.04200), sections 3.1 and 3.3, and its reference code `google-research/maskgit`.
+
+    B rows    N image tokens    r ratio in [0, 1]    γ(r) share of masked tokens
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from dalle_jax.errors import ConfigError
 from dalle_jax.priors import orders
 from dalle_jax.token_layout import TokenLayout
 
-# -- how many -----------------------------------------------------------------------------------------------------
+# -- number -------------------------------------------------------------------------------------------------------
 
-# name: γ(r, number of tokens); "pow2", "pow3", "pow0.5", … are 1 - rᵖ.
+# name: γ(r, number of tokens). Names such as "pow2" and "pow0.5" stand for 1 - rᵖ.
 SCHEDULES = {
     "cosine": lambda r, n: jnp.cos(r * (math.pi / 2)),
     "linear": lambda r, n: 1 - r,
@@ -31,80 +33,120 @@ SCHEDULES = {
 
 
 def check_schedule(name: str) -> None:
-    """Refuses a schedule that `masked_share` does not know.
+    """Checks the name of a mask schedule.
 
     Raises:
-      ValueError: names the schedules there are.
+      ConfigError: an unknown name; the message lists the known ones.
     """
     try:
         known = name in SCHEDULES or (name.startswith("pow") and float(name[3:]) > 0)
     except ValueError:
         known = False
     if not known:
-        raise ValueError(f"The mask schedule is {name!r}; expected one of {', '.join(SCHEDULES)}, or powP (1 - r^P).")
+        known = ", ".join(SCHEDULES)
+        raise ConfigError(f"config.model.mask_schedule is {name!r}; expected one of {known}, or powP (1 - r^P).")
 
 
-def masked_share(name: str, ratio: jax.Array, count: jax.Array) -> jax.Array:
-    """γ(r) in [1e-6, 1], float32 of the shape of both.
+def masked_share(
+    name: str, ratio: Float[ArrayLike, "*#rows"], count: Float[ArrayLike, "*#rows"] | Int[ArrayLike, "*#rows"]
+) -> Float[Array, "*#rows"]:
+    """Computes γ(r), the share of masked tokens.
 
     Args:
-      name: of the schedule.
-      ratio: r, float32: 0 masks all, 1 none.
-      count: number of tokens it is a share of; "log" and "exp" depend on it.
+      name: name of the schedule.
+      ratio: r, float32; 0 masks all tokens, 1 masks none.
+      count: number of tokens, which "log" and "exp" depend on; broadcast against `ratio`.
+
+    Returns:
+      Shares in [1e-6, 1], float32.
     """
     ratio, count = jnp.asarray(ratio, jnp.float32), jnp.asarray(count, jnp.float32)
     share = SCHEDULES[name](ratio, count) if name in SCHEDULES else 1 - ratio ** float(name[3:])
     return jnp.clip(share, 1e-6, 1.0)
 
 
-def training_counts(name: str, ratio: jax.Array, length: int) -> jax.Array:
-    """How many of N tokens a training example masks: max(1, ⌊N·γ(r)⌋), int32 of the shape of `ratio`."""
+def training_counts(name: str, ratio: Float[ArrayLike, "*rows"], length: int) -> Int[Array, "*rows"]:
+    """Computes how many tokens a training example masks: max(1, ⌊N·γ(r)⌋).
+
+    Args:
+      name: name of the schedule.
+      ratio: r of each row, float32 [B].
+      length: N.
+
+    Returns:
+      int32 [B].
+    """
     return jnp.maximum(1, _whole(length * masked_share(name, ratio, length)))
 
 
-def still_masked(name: str, step: jax.Array, steps: int, at_start: jax.Array, now: jax.Array) -> jax.Array:
-    """How many tokens of each row stay masked after a decoding step: int32 [B].
+def still_masked(
+    name: str,
+    step: Int[ArrayLike, ""],
+    steps: int,
+    at_start: Int[ArrayLike, " B"],
+    now: Int[ArrayLike, " B"],
+) -> Int[Array, " B"]:
+    """Computes how many tokens of each row stay masked after a decoding step.
 
     Args:
-      name: of the schedule.
-      step: t, int32 [], from 0.
-      steps: T; the last step leaves none.
-      at_start: int32 [B], unknown tokens of the row when decoding began.
-      now: int32 [B], unknown tokens before this step.
+      name: name of the schedule.
+      step: t, int32 scalar, from 0.
+      steps: number of decoding steps; the last one leaves no token masked.
+      at_start: number of masked tokens before decoding, int32 [B].
+      now: number of masked tokens before this step, int32 [B].
+
+    Returns:
+      int32 [B].
     """
     planned = _whole(at_start * masked_share(name, (step + 1) / steps, at_start))
     left = jnp.maximum(1, jnp.minimum(now - 1, planned))
-    return jnp.where(step + 1 == steps, 0, jnp.minimum(left, now))  # the last: a row that has nothing unknown
+    return jnp.where(step + 1 == steps, 0, jnp.minimum(left, now))  # a row may have no masked token
 
 
-def _whole(x: jax.Array) -> jax.Array:
-    """⌊x⌋ as int32; what float32 puts a little below a whole number (256·cos(π/3)) counts as that number."""
+def _whole(x: ArrayLike) -> Array:
+    """Computes ⌊x⌋ as int32. Numbers that float32 rounds just below an integer, as 256·cos(π/3), count as that one."""
     return jnp.floor(x + 1e-3).astype(jnp.int32)
 
 
-# -- which --------------------------------------------------------------------------------------------------------
+# -- positions ----------------------------------------------------------------------------------------------------
 
 
-def ranks(scores: jax.Array) -> jax.Array:
-    """The place of each score in ascending order, int32 [B, N]: 0 the lowest; ties in order of position."""
+def ranks(scores: Float[ArrayLike, "B N"]) -> Int[Array, "B N"]:
+    """Ranks the scores of each row, int32 [B, N]: 0 is the lowest. Ties are ranked by position."""
     order = jnp.argsort(scores.astype(jnp.float32), axis=-1, stable=True)
     return jnp.argsort(order, axis=-1, stable=True).astype(jnp.int32)
 
 
-def random_mask(key: jax.Array, counts: jax.Array, length: int) -> jax.Array:
-    """Exactly `counts`, int32 [B], positions of each row, uniformly at random: bool [B, N]."""
+def random_mask(key: Key[Array, ""], counts: Int[ArrayLike, " B"], length: int) -> Bool[Array, "B N"]:
+    """Selects exactly `counts` positions of each row uniformly at random.
+
+    Args:
+      key: scalar key.
+      counts: number of positions, int32 [B].
+      length: N.
+
+    Returns:
+      True where selected, bool [B, N].
+    """
     return ranks(jax.random.uniform(key, (*counts.shape, length))) < counts[:, None]
 
 
+@runtime_checkable
 class UnmaskingOrder(Protocol):
-    """Which of the positions just drawn are kept: those with the highest scores."""
+    """Scores the tokens that a decoding step has drawn. The tokens with the highest scores are kept."""
 
-    def scores(self, log_probability: jax.Array, noise: jax.Array, ratio: jax.Array) -> jax.Array:
-        """
+    def scores(
+        self,
+        log_probability: Float[ArrayLike, "B N"],
+        noise: Float[ArrayLike, "B N"],
+        ratio: Float[ArrayLike, ""],
+    ) -> Float[ArrayLike, "B N"]:
+        """Computes a score for each position.
+
         Args:
-          log_probability: float32 [B, N], of the token drawn at each position.
-          noise: float32 [B, N], standard Gumbel, fresh in each step.
-          ratio: float32 [], (t + 1) / T.
+          log_probability: log-probability of the token drawn at each position, float32 [B, N].
+          noise: standard Gumbel noise, new in each step, float32 [B, N].
+          ratio: (t + 1) / number of steps, float32 scalar.
 
         Returns:
           float32 [B, N].
@@ -113,38 +155,50 @@ class UnmaskingOrder(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Confidence:
-    """MaskGIT's rule: ln p(drawn) + τ·(1 - ratio)·Gumbel.
+    """Keeps the most confident tokens (MaskGIT): ln p(drawn) + τ·(1 - ratio)·Gumbel.
 
     Attributes:
-      temperature: τ, 4.5 in the reference code; 0 takes the surest.
+      temperature: τ, 4.5 in the reference code; 0 keeps the tokens of highest probability.
     """
 
     temperature: float = 4.5
 
-    def scores(self, log_probability, noise, ratio):
+    def scores(
+        self, log_probability: Float[ArrayLike, "B N"], noise: Float[ArrayLike, "B N"], ratio: Float[ArrayLike, ""]
+    ) -> Float[ArrayLike, "B N"]:
+        """See `UnmaskingOrder.scores`."""
         return log_probability + self.temperature * (1 - ratio) * noise
 
 
 @dataclasses.dataclass(frozen=True)
 class Random:
-    """Any position as well as any other."""
+    """Keeps tokens at uniformly random positions."""
 
-    def scores(self, log_probability, noise, ratio):
+    def scores(
+        self, log_probability: Float[ArrayLike, "B N"], noise: Float[ArrayLike, "B N"], ratio: Float[ArrayLike, ""]
+    ) -> Float[ArrayLike, "B N"]:
+        """See `UnmaskingOrder.scores`."""
         return noise
 
 
 @dataclasses.dataclass(frozen=True)
 class Halton:
-    """A fixed order that spreads over the grid, so that tokens drawn in one step are far apart (arXiv 2503.17076).
+    """Keeps tokens in a fixed order that spreads over the grid (arXiv 2503.17076).
+
+    Tokens that are drawn in one step are therefore far apart.
 
     Attributes:
-      height, width: of the grid.
+      height: h, rows of the grid.
+      width: w, columns of the grid.
     """
 
     height: int
     width: int
 
-    def scores(self, log_probability, noise, ratio):
+    def scores(
+        self, log_probability: Float[ArrayLike, "B N"], noise: Float[ArrayLike, "B N"], ratio: Float[ArrayLike, ""]
+    ) -> Float[ArrayLike, "B N"]:
+        """See `UnmaskingOrder.scores`."""
         rank = np.empty(self.height * self.width, np.float32)
         rank[orders.halton(self.height, self.width)] = np.arange(len(rank))
         return jnp.broadcast_to(-jnp.asarray(rank), log_probability.shape)
@@ -154,10 +208,15 @@ ORDERS = ("confidence", "random", "halton")
 
 
 def unmasking_order(name: str, layout: TokenLayout, temperature: float) -> UnmaskingOrder:
-    """The order of that name.
+    """Builds an unmasking order by name.
+
+    Args:
+      name: one of `ORDERS`.
+      layout: layout of the token stream.
+      temperature: τ of "confidence".
 
     Raises:
-      ConfigError: where there is none.
+      ConfigError: an unknown name.
     """
     if name not in ORDERS:
         raise ConfigError(f"The unmasking order is {name!r}; expected one of {', '.join(ORDERS)}.")

@@ -1,9 +1,11 @@
-"""Priors by `config.prior`: builds one from a configuration."""
+"""Priors by name: builds the prior of a configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
+
+from ml_collections import ConfigDict
 
 from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import ConfigError
@@ -19,16 +21,16 @@ PRIORS = {
 }
 
 
-def make(kind: str, model: Mapping[str, Any], layout: TokenLayout) -> TokenPrior:
+def make(kind: str, model: Mapping[str, Any] | ConfigDict, layout: TokenLayout) -> TokenPrior:
     """Builds a prior from a configuration.
 
     Args:
       kind: `config.prior`, "autoregressive" or "maskgit".
-      model: `config.model`, fields of the prior's options and, under "trunk", of `TransformerOptions`.
-      layout: of its stream.
+      model: `config.model`: fields of the prior's options and, under "trunk", of `TransformerOptions`.
+      layout: layout of the token stream.
 
     Raises:
-      ConfigError: an unknown kind, or a key or value that the options refuse.
+      ConfigError: an unknown kind, an unknown key or an invalid value.
     """
     options = from_config(options_of(kind), model, "model")
     try:

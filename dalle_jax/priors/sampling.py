@@ -1,7 +1,7 @@
-"""From logits to tokens: the sampling options, temperature, top-k, top-p, guidance, and one key for each row.
+"""Sampling of tokens from logits: temperature, top-k, top-p, guidance, and one key per row.
 
-Both filters search for their threshold bit by bit instead of sorting: 32 passes over the logits, exact, with k and
-p free to change without compiling anew. Tokens tied with the last one kept are kept.
+The top-k and top-p filters search their threshold bit by bit, in 32 passes over the logits, and do not sort. The search
+is exact, and k and p may change without a new compilation. Tokens that tie with the last kept token are kept.
 
     B rows    C captions    T text    V vocabulary
 """
@@ -12,26 +12,28 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, UInt32
 
-from dalle_jax.errors import ConfigError
+from dalle_jax.configuration.options import check
 from dalle_jax.token_layout import TokenLayout
 
-Knobs = dict[str, jax.Array]
+Knobs = dict[str, Array]
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingOptions:
-    """How tokens are drawn.
+    """Sampling parameters.
 
     Attributes:
-      temperature: divides the logits; 0 takes the most likely token.
-      final_temperature: the temperature at the last step, to which it moves linearly; None: the same throughout.
+      temperature: divides the logits; 0 selects the most likely token.
+      final_temperature: temperature of the last step. Between the first and the last step the temperature is linear.
+        None keeps it constant.
       top_k: keep the k most likely tokens; None for all.
-      top_p: keep the likeliest tokens that together hold this mass; None for all.
-      guidance: s in (1 + s)·conditional - s·null logits; 0 does without the null branch.
-      steps: decoding steps, where the prior has a choice; None for its own.
-      order: in which tokens are decided, where the prior has a choice; None for its own.
-      choice_temperature: randomness of MaskGIT's choice of what to keep; None for its own.
+      top_p: keep the smallest set of most likely tokens whose probability reaches p; None for all.
+      guidance: s in (1 + s)·conditional - s·null logits; 0 for no guidance, which skips the null branch.
+      steps: number of decoding steps of a MaskGIT prior; None for the prior's default.
+      order: order in which tokens are decided; None for the prior's default.
+      choice_temperature: randomness in MaskGIT's selection of the tokens to keep; None for the prior's default.
     """
 
     temperature: float = 1.0
@@ -44,38 +46,39 @@ class SamplingOptions:
     choice_temperature: float | None = None
 
     def __post_init__(self):
-        for name in ("temperature", "final_temperature", "choice_temperature"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ConfigError(f"{name} is {value}; expected 0 (greedy) or more.")
-        if self.top_k is not None and self.top_k < 1:
-            raise ConfigError(f"top_k is {self.top_k}; expected 1 or more, or None for no limit.")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ConfigError(f"top_p is {self.top_p}; expected a share in (0, 1], or None for no limit.")
-        if self.guidance < 0:
-            raise ConfigError(f"guidance is {self.guidance}; expected 0 (none) or more.")
-        if self.steps is not None and self.steps < 1:
-            raise ConfigError(f"steps is {self.steps}; expected 1 or more, or None for the prior's own.")
+        check(
+            self, None, positive=["top_k", "top_p", "steps"], share=["top_p"],
+            at_least_0=["temperature", "final_temperature", "choice_temperature", "guidance"],
+        )  # fmt: skip
 
 
-def knobs(layout: TokenLayout, text: jax.Array, keys: jax.Array, options: SamplingOptions, negative=None) -> Knobs:
-    """What a compiled decoder takes: which of them are there is static, their values are not.
+def knobs(
+    layout: TokenLayout,
+    text: Int[ArrayLike, "C T"],
+    keys: Key[Array, " B"],
+    options: SamplingOptions,
+    negative: Int[ArrayLike, "_ T"] | None = None,
+) -> Knobs:
+    """Returns the arguments of a compiled decoder. Which keys are present is static; their values are traced.
 
     Args:
-      layout: of the stream.
-      text: int32 [C, T].
-      keys: [B] keys.
-      options: checked numbers.
-      negative: int32 [C, T] or [1, T], what guidance leads away from; None: the empty caption.
+      layout: layout of the token stream.
+      text: padded captions, int32 [C, T].
+      keys: one key per row, [B].
+      options: sampling parameters.
+      negative: captions that guidance leads away from, int32 [C, T] or [1, T]; None for the empty caption.
+
+    Returns:
+      "temperature", and those of "final_temperature", "top_k", "top_p", "guidance" and "negative" that are set.
 
     Raises:
-      ValueError: where B is not a multiple of C, or there is a negative caption and no guidance.
+      ValueError: B is not a multiple of C, or a negative caption without guidance.
     """
     captions, rows = text.shape[0], keys.shape[0]
     if rows % captions:
-        raise ValueError(f"{rows} keys for {captions} captions: expected the same number of candidates for each.")
+        raise ValueError(f"{rows} keys for {captions} captions: expected the same number of keys for each.")
     if negative is not None and not options.guidance:
-        raise ValueError("A negative caption does nothing without guidance: give guidance > 0.")
+        raise ValueError("A negative caption has no effect without guidance; set guidance above 0.")
     found = {"temperature": jnp.float32(options.temperature)}
     for name in ("final_temperature", "top_k", "top_p"):
         if getattr(options, name) is not None:
@@ -86,15 +89,17 @@ def knobs(layout: TokenLayout, text: jax.Array, keys: jax.Array, options: Sampli
     return found
 
 
-def _ordered_bits(x: jax.Array) -> jax.Array:
-    """uint32 in the same order as the float32 `x`."""
+def _ordered_bits(x: Float[ArrayLike, "*axes"]) -> UInt32[Array, "*axes"]:
+    """Maps float32 numbers to uint32 numbers in the same order."""
     bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
     sign = bits >> 31
     return jnp.where(sign == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 
-def _keep_at_least(x: jax.Array, weights: jax.Array, enough: jax.Array) -> jax.Array:
-    """The largest `x` whose weights together reach `enough`, as a bool mask [..., V]."""
+def _keep_at_least(
+    x: Float[ArrayLike, "*axes V"], weights: Float[ArrayLike, "*axes V"], enough: Float[ArrayLike, ""]
+) -> Bool[Array, "*axes V"]:
+    """Selects the largest `x` of each row, as few as needed for the sum of their weights to reach `enough`."""
     bits = _ordered_bits(x)
 
     def refine(i, threshold):
@@ -106,13 +111,18 @@ def _keep_at_least(x: jax.Array, weights: jax.Array, enough: jax.Array) -> jax.A
     return bits >= threshold
 
 
-def filter_logits(logits: jax.Array, *, top_k: jax.Array | None = None, top_p: jax.Array | None = None) -> jax.Array:
-    """Sets what is filtered out to -inf.
+def filter_logits(
+    logits: Float[ArrayLike, "*axes V"],
+    *,
+    top_k: Float[ArrayLike, ""] | Int[ArrayLike, ""] | None = None,
+    top_p: Float[ArrayLike, ""] | None = None,
+) -> Float[ArrayLike, "*axes V"]:
+    """Sets the logits of filtered tokens to -inf.
 
     Args:
       logits: float32 [..., V].
-      top_k: keep the k largest of each row (all, where k ≥ V).
-      top_p: then keep the smallest set of the largest whose probability reaches p.
+      top_k: keep the k largest logits of each row; all if k ≥ V.
+      top_p: of those, keep the smallest set of the largest whose probability reaches p.
 
     Returns:
       float32 [..., V].
@@ -121,28 +131,41 @@ def filter_logits(logits: jax.Array, *, top_k: jax.Array | None = None, top_p: j
         k = jnp.clip(jnp.asarray(top_k, jnp.float32), 1, logits.shape[-1])
         logits = jnp.where(_keep_at_least(logits, jnp.ones_like(logits), k), logits, -jnp.inf)
     if top_p is not None:
-        # A whole float32 sum of probabilities may fall a few ulps short of 1: p = 1 must not drop anything real.
+        # The float32 sum of all probabilities may be slightly below 1, and p = 1 must keep every token.
         p = jnp.minimum(jnp.asarray(top_p, jnp.float32), 1 - 1e-6)
         logits = jnp.where(_keep_at_least(logits, jax.nn.softmax(logits), p), logits, -jnp.inf)
     return logits
 
 
-def guide(conditional: jax.Array, null: jax.Array, scale: jax.Array) -> jax.Array:
-    """Classifier-free guidance of logits: (1 + s)·conditional - s·null (Muse, section 2.7)."""
+def guide(
+    conditional: Float[ArrayLike, "*axes"], null: Float[ArrayLike, "*axes"], scale: Float[ArrayLike, ""]
+) -> Float[ArrayLike, "*axes"]:
+    """Applies classifier-free guidance to logits (Muse, arXiv 2301.00704, section 2.7).
+
+    Args:
+      conditional: logits given the caption, float32.
+      null: logits given the empty or negative caption, float32 of the same shape.
+      scale: s, float32 scalar.
+
+    Returns:
+      (1 + s)·conditional - s·null.
+    """
     return (1 + scale) * conditional - scale * null
 
 
-def choose(logits: jax.Array, keys: jax.Array, knobs: Knobs, progress: jax.Array | float) -> jax.Array:
-    """Draws tokens under `knobs`.
+def choose(
+    logits: Float[ArrayLike, "B *axes V"], keys: Key[Array, " B"], knobs: Knobs, progress: Float[ArrayLike, ""]
+) -> Int[Array, " B *axes"]:
+    """Draws one token per row and position with the sampling parameters in `knobs`.
 
     Args:
       logits: float32 [B, ..., V].
-      keys: [B] keys, of this step.
-      knobs: from `knobs`.
-      progress: 0 at the first step, 1 at the last.
+      keys: one key per row for this step, [B].
+      knobs: the result of `knobs`.
+      progress: 0 at the first step, 1 at the last step.
 
     Returns:
-      int32 [B, ...].
+      Tokens, int32 [B, ...].
     """
     temperature = knobs["temperature"]
     if "final_temperature" in knobs:
@@ -152,19 +175,21 @@ def choose(logits: jax.Array, keys: jax.Array, knobs: Knobs, progress: jax.Array
     return draw(logits, keys, jnp.where(temperature > 0, 1.0, 0.0))
 
 
-def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array) -> jax.Array:
-    """One token a row, each from its own key; temperature 0 takes the largest logit.
+def draw(
+    logits: Float[ArrayLike, "B *axes V"], keys: Key[Array, " B"], temperature: Float[ArrayLike, ""]
+) -> Int[Array, " B *axes"]:
+    """Draws one token per row and position from softmax(logits), or selects the largest logit.
 
-    Where the cumulative probability first exceeds a uniform number: one random number a token. Gumbel noise would take
-    one for each class, a third of a MaskGIT prior's time on a CPU.
+    A token is the class at which the cumulative probability first exceeds a uniform random number. This needs one
+    random number per token. Gumbel noise needs one per class, which takes a third of a MaskGIT prior's time on a CPU.
 
     Args:
       logits: float32 [B, ..., V].
-      keys: [B] keys.
-      temperature: float32 [].
+      keys: one key per row, [B].
+      temperature: float32 scalar; 0 selects the largest logit, any other value draws.
 
     Returns:
-      int32 [B, ...].
+      Tokens, int32 [B, ...].
     """
     vocab, top = logits.shape[-1], logits.max(-1, keepdims=True)
     classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
@@ -172,6 +197,6 @@ def draw(logits: jax.Array, keys: jax.Array, temperature: jax.Array) -> jax.Arra
     uniform = jax.vmap(lambda key: jax.random.uniform(key, logits.shape[1:-1]))(keys)[..., None]
     weights = jnp.exp(logits - top)
     reached = jnp.cumsum(weights, axis=-1)
-    # Sums that differ by rounding alone must not let in what has no weight, nor leave nothing.
+    # Rounding errors of the sums must neither select a class without weight nor leave no class at all.
     drawn = first((reached > uniform * reached[..., -1:]) & (weights > 0))
     return jnp.where((temperature > 0) & (drawn < vocab), drawn, first(~(logits < top)))

@@ -1,83 +1,98 @@
-"""The priors over (text, image) tokens: the protocol that both heads speak.
+"""The `TokenPrior` protocol: a model of the image tokens given a caption, with a loss and a sampler.
 
-B rows    C captions (B = C·n, the n candidates of a caption side by side)    T text    N image tokens
+    B rows    C captions    T text    N image tokens    V image vocabulary    E codebook width
+
+Samplers draw B = C·n rows. The n candidates of a caption are adjacent rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
-import jax
 import optax
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
 
 
+@runtime_checkable
 class TokenPrior(Protocol):
-    """p(image tokens | text), trained by `loss` and drawn from by `sample`."""
+    """p(image tokens | text): trained by `loss`, sampled by `sample`.
+
+    Attributes:
+      layout: layout of the token stream.
+      name: name of the prior in reports.
+      any_order: whether a token can be drawn given later tokens, as inpainting needs.
+      schedules: schedules that the loss depends on, by name; see `Task.schedules`.
+    """
 
     layout: TokenLayout
-    name: str  # its section in reports
-    any_order: bool  # whether a token can be drawn given later ones (inpainting)
-    schedules: Mapping[str, optax.Schedule]  # that its loss depends on, by name; see `Task.schedules`
+    name: str
+    any_order: bool
+    schedules: Mapping[str, optax.Schedule]
 
-    def init(self, key: jax.Array, codebook: jax.Array | None = None) -> PyTree:
-        """Fresh parameters, boxed with their logical axis names.
+    def init(self, key: Key[Array, ""], codebook: Float[ArrayLike, "V E"] | None = None) -> PyTree:
+        """Returns new parameters, boxed with their logical axis names.
 
         Args:
-          codebook: the tokenizer's, float [V, C], for options with `codebook_init`; None: random entries all the same.
+          key: scalar key.
+          codebook: the tokenizer's codebook, float [V, E], which options with `codebook_init` use. With None, all
+            entries are random.
         """
 
     def loss(
         self,
         params: PyTree,
-        text: jax.Array,
-        tokens: jax.Array,
-        key: jax.Array,
+        text: Int[ArrayLike, "B T"],
+        tokens: Int[ArrayLike, "B N"],
+        key: Key[Array, ""],
         *,
         train: bool,
-        valid: jax.Array | None = None,
-        step: jax.Array | None = None,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """The mean loss of a batch.
+        valid: Bool[ArrayLike, " B"] | None = None,
+        step: Int[ArrayLike, ""] | None = None,
+    ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
+        """Computes the mean loss of a batch.
 
         Args:
-          text: int32 [B, T], padded by `TokenLayout.pad_text`.
-          tokens: int32 [B, N], raster order.
-          key: for dropout, dropped captions and masks.
-          train: whether those apply.
-          valid: bool [B], rows that count; None for all.
-          step: int32 [], updates before this one, for `schedules`; None outside training.
+          params: unboxed parameters.
+          text: padded captions of `TokenLayout.pad_text`, int32 [B, T].
+          tokens: image tokens in raster order, int32 [B, N].
+          key: key of dropout, dropped captions and masks.
+          train: whether dropout and dropped captions apply.
+          valid: rows that count, bool [B]; None for all.
+          step: number of updates before this one, int32 scalar, for `schedules`; None outside training.
 
         Returns:
-          float32 [], and float32 scalars by name, `image_nats` (per image token) among them; nan: nothing to measure.
+          The loss, float32 scalar, and float32 scalars by name. One of them is `image_nats`, nats per image token. A
+          scalar is NaN if there is nothing to measure.
         """
 
     def decoding_steps(self, steps: int | None) -> int:
-        """How many times `sample` runs the model over the image, told `steps`."""
+        """Returns how often `sample` runs the model over the image when its option `steps` has this value."""
 
     def sample(
         self,
         params: PyTree,
-        text: jax.Array,
-        keys: jax.Array,
+        text: Int[ArrayLike, "C T"],
+        keys: Key[Array, " B"],
         *,
-        known: tuple[jax.Array, jax.Array] | None = None,
-        negative: jax.Array | None = None,
+        known: tuple[Int[ArrayLike, "B N"], Bool[ArrayLike, "B N"]] | None = None,
+        negative: Int[ArrayLike, "_ T"] | None = None,
         **options,
-    ) -> jax.Array:
+    ) -> Int[Array, "B N"]:
         """Draws image tokens.
 
         Args:
-          text: int32 [C, T].
-          keys: [B] keys, one for each row, B a multiple of C. A row depends on its own key alone, not on the batch
-            it was drawn in, nor on the number of devices.
-          known: (tokens int32 [B, N], mask bool [B, N]): where the mask is True the token comes back unchanged.
-          negative: int32 [C, T] or [1, T], what guidance leads away from; None: the empty caption.
-          **options: fields of `sampling.SamplingOptions`: temperature, top_k, top_p, guidance, steps, and so on.
+          params: unboxed parameters.
+          text: padded captions, int32 [C, T].
+          keys: one key per row, [B]; B is a multiple of C. A row depends on its own key only, not on the batch or the
+            number of devices.
+          known: tokens, int32 [B, N], and mask, bool [B, N]. Tokens under a true mask are returned unchanged.
+          negative: captions that guidance leads away from, int32 [C, T] or [1, T]; None for the empty caption.
+          **options: fields of `sampling.SamplingOptions`, such as temperature, top_k, top_p, guidance and steps.
 
         Returns:
-          int32 [B, N], in [0, image_vocab).
+          Tokens, int32 [B, N], in [0, V).
         """

@@ -1,1 +1,1 @@
-"""What a training optimises: tasks, and the jobs that hold them with their batches."""
+"""Tasks: the models that can be trained, with their losses, their metrics and their data."""

@@ -1,14 +1,17 @@
-"""Training CLIP: pictures and captions told apart within a batch (arXiv 2103.00020, section 2.3 and figure 3).
+"""Contrastive training of CLIP within a batch (arXiv 2103.00020, section 2.3 and figure 3).
 
-    loss = ½ (cross-entropy of each picture over the batch's captions + of each caption over its pictures)
+    loss = ½ (cross-entropy of each image over the captions + cross-entropy of each caption over the images)
 
-The batch is the global one: every picture meets the captions of all devices and hosts, and the loss is that of one
-device with the whole batch. A slice of it would be another, easier problem, so gradients are not accumulated here.
-Where a caption occurs more than once in a batch, which the paper's 400 million pictures make rare and small data sets
-common, its other pictures are not taken for wrong ones. Beside the batch's pictures, each caption may meet spoiled ones
-of its own (`negatives.py`), which are nobody's right ones; the paper has none.
+The batch is the global batch: every image is compared with the captions of all devices and hosts. A slice of a batch
+would be an easier problem, so gradients cannot be accumulated.
 
-    B rows    T text positions    E embedding    n spoiled pictures of each
+Two deviations from the paper:
+
+* Images that share a caption are not used as negatives for each other. Equal captions are rare among the paper's 400
+  million images and common in small data sets.
+* Each caption may also have corrupted copies of its image as negatives (`corrupted_negatives.py`).
+
+    B rows    T text positions    E embedding    n corrupted copies of each image
 """
 
 from __future__ import annotations
@@ -20,12 +23,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
 from dalle_jax.data.examples import batch_shapes
-from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.text import TextModel
@@ -38,7 +41,7 @@ from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.reporting.images import image_grid
 from dalle_jax.tasks.corrupted_negatives import NegativeOptions, spoil
-from dalle_jax.tasks.task import Batch, Job
+from dalle_jax.tasks.task import Batch, Job, make_job
 from dalle_jax.token_layout import TokenLayout
 
 _PREVIEW_ROWS, _PREVIEW_MATCHES = 6, 4
@@ -51,19 +54,21 @@ def contrastive_loss(
     text: jax.Array | None = None,
     spoiled: tuple[jax.Array, jax.Array] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The symmetric loss of matching rows.
+    """Computes the symmetric contrastive loss.
 
     Args:
-      images, captions: unit vectors, float32 [B, E]; row i of both belongs together.
-      scale: factor on their similarities.
-      text: int32 [B, T], the captions' ids: rows with equal ones are no alternatives to each other. None: all differ.
-      spoiled: further wrong pictures of each caption, unit vectors, float32 [B, n, E], and which of them count, bool
-        [B, n]. None: there are none.
+      images: unit vectors of images, float32 [B, E].
+      captions: unit vectors of captions, float32 [B, E]; row i belongs to image i.
+      scale: factor on the similarities, float32 scalar.
+      text: ids of the captions, int32 [B, T]. Rows with equal ids are not negatives for each other. With None, all
+        captions differ.
+      spoiled: corrupted copies of each image: unit vectors, float32 [B, n, E], and which of them count, bool [B, n].
+        None for no copies.
 
     Returns:
-      Mean loss, float32 scalar, and "image_to_text_accuracy", "text_to_image_accuracy": how often the own partner is
-      the nearest of the batch; with `spoiled`, "spoiled_accuracy": how often the own picture is nearer than a spoiled
-      one that counts.
+      The mean loss, float32 scalar, and scalars to log:
+        image_to_text_accuracy, text_to_image_accuracy: share of rows whose partner is the nearest of the batch.
+        spoiled_accuracy: with `spoiled`, share of the counted copies that are farther from the caption than the image.
     """
     logits = scale * jnp.matmul(images, captions.T, precision=jax.lax.Precision.HIGHEST)
     if text is not None:
@@ -92,21 +97,22 @@ class CLIPTask:
 
     Attributes:
       schedules: none.
-      best_metric: "loss", on the evaluation split.
+      best_metric: "loss" on the evaluation split.
       frozen: nothing.
-      negatives: the wrong pictures that training makes beside those of the batch.
+      negatives: the corrupted images that training adds to those of the batch.
     """
 
-    schedules: dict[str, Any] = {}
+    schedules: dict[str, optax.Schedule] = {}
     best_metric = "loss"
     frozen: PyTree = {}
 
     def __init__(self, clip: CLIP, text_model: TextModel | None, negatives: NegativeOptions | None = None):
-        """
+        """Creates the task.
+
         Args:
-          clip: what is trained; its `end_id` is the first id after the text model's.
-          text_model: turns ids back into captions, for the preview; None: there is none.
-          negatives: the wrong pictures that training makes beside those of the batch; None: none.
+          clip: the model to train. Its `end_id` is the first id after those of the text model.
+          text_model: decodes captions for the preview; None if no preview is drawn.
+          negatives: the corrupted images that training adds to those of the batch; None for none.
         """
         self.clip, self._text_model, self.negatives = clip, text_model, negatives or NegativeOptions()
 
@@ -114,14 +120,18 @@ class CLIPTask:
         """See `Task.init`."""
         return self.clip.init(key)
 
-    def loss(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, step: jax.Array):
-        """See `Task.loss`. The batch needs "image", uint8 [B, H, W, 3], and "text", int32 [B, T - 1]. Scalars: the
-        accuracies of `contrastive_loss`, and "logit_scale", the factor on the similarities."""
+    def loss(
+        self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `Task.loss`. The batch needs "image", uint8 [B, H, W, 3], and "text", int32 [B, T - 1].
+
+        The scalars are the accuracies of `contrastive_loss`, and "logit_scale", the factor on the similarities.
+        """
         del frozen, step
         images, spoiled = batch["image"], None
         if self.negatives.spoiled:
             wrong, counts = spoil(images, key, self.negatives)
-            # Side by side, so that each device keeps the rows it has.
+            # Copies stand next to their image, so that each device keeps its rows.
             all_images = jnp.concatenate([images[:, None], wrong], axis=1)
             vectors = self.clip.encode_image(params, all_images.reshape(-1, *images.shape[1:]))
             vectors = vectors.reshape(*all_images.shape[:2], -1)
@@ -134,34 +144,36 @@ class CLIPTask:
         return loss, {**scalars, "logit_scale": scale}
 
     def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
-        """See `Task.evaluate`. Over consecutive groups of 64 examples, whatever the batch: "loss", their mean loss
-        without spoiled pictures, and the figures of `metrics.retrieval`."""
+        """See `Task.evaluate`. Returns "loss", without corrupted images, and the metrics of `metrics.retrieval`.
+
+        All are means over consecutive groups of 64 examples, so that they do not depend on the batch size.
+        """
         del frozen, key
         parts = []
         for batch in batches:
             *made, valid = to_host(_features(self.clip, params, batch))
             parts.append([x[valid] for x in made])
         images, captions, text = (np.concatenate(column) for column in zip(*parts))
-        figures = retrieval(images, captions, text)
+        metrics = retrieval(images, captions, text)
         among = min(AMONG, len(images))
         scale = to_host(self.clip.scale(params))
         losses = [
             float(_loss(images[i : i + among], captions[i : i + among], scale, text[i : i + among])[0])
             for i in range(0, len(images) - among + 1, among)
         ]
-        return {"loss": float(np.mean(losses)), **figures}
+        return {"loss": float(np.mean(losses)), **metrics}
 
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
-        """Captions of the first rows, each beside its picture and the pictures of the batch that suit it best."""
+        """Draws the first captions, each with its image and the images of the batch that match it best."""
         del frozen, key
         images, captions, text, _ = to_host(_features(self.clip, params, batch))
-        pictures = to_host(batch["image"])
+        real = to_host(batch["image"])
         best = np.argsort(-captions @ images.T, axis=1)[:, :_PREVIEW_MATCHES]
         shown = []
         for i in range(min(_PREVIEW_ROWS, len(text))):
             caption = self._text_model.decode([token for token in text[i].tolist() if token < self.clip.options.end_id])
-            shown.append((caption, [pictures[i], *pictures[best[i]]]))
-        return image_grid(shown, ("its picture", *["best matches"] * best.shape[1]))
+            shown.append((caption, [real[i], *real[best[i]]]))
+        return image_grid(shown, ("its image", *["best matches"] * best.shape[1]))
 
 
 def with_end(text: jax.Array, end_id: int) -> jax.Array:
@@ -187,40 +199,32 @@ def _features(clip: CLIP, params: PyTree, batch: Batch) -> tuple[jax.Array, ...]
 
 
 def _task(config: ConfigDict, text_vocab: int, text_model: TextModel | None) -> tuple[CLIPTask, TokenLayout]:
-    """The task, and the layout that pads its captions."""
+    """Builds the task of a configuration, and the layout that pads its captions."""
     if (steps := config.optimizer.accumulate_steps) > 1:
         raise ConfigError(
-            f"config.optimizer.accumulate_steps={steps}: the contrastive loss compares all rows of a batch, and slices "
-            "of it would be smaller batches with another loss. Set it to 1, and batch_size to what the devices hold."
+            f"config.optimizer.accumulate_steps={steps}: the contrastive loss compares all rows of a batch, so a batch "
+            "cannot be split. Set it to 1, and reduce batch_size until the batch fits the devices."
         )
     negatives = from_config(NegativeOptions, config.get("negatives", {}), "negatives")
     negatives.check(config.data.image_size, config.batch_size)
     layout = TokenLayout(text_vocab, 1, config.text.length, 1, 1)  # only its text part is used
-    return CLIPTask(CLIP(models.from_config(config, text_vocab)), text_model, negatives), layout
+    return CLIPTask(CLIP(models.options_of_training(config, text_vocab)), text_model, negatives), layout
 
 
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
-    """The job of `configs/clip.py`.
+    """Builds the job of `configs/clip.py`.
 
     Raises:
-      ConfigError: a wrong key, sizes that do not fit each other, or gradients that are to be accumulated.
+      ConfigError: an unknown key, sizes that do not fit each other, or accumulated gradients.
     """
     options = from_config(DataOptions, config.data, "data")
     text_model = workdirs.ensure_text_model(config.text, open_source(options, options.train_split).captions(), workdir)
     task, layout = _task(config, text_model.vocab_size, text_model)
-    pipeline = functools.partial(Pipeline, options, text_model, layout, batch_size=config.batch_size)
-    training = pipeline(split=options.train_split, train=True, seed=config.seed, rows=rows)
-    evaluation = pipeline(split=options.eval_split, train=False, rows=rows)
-    return Job(
-        task=task,
-        train_batches=lambda: iter(training),
-        eval_batches=lambda: iter(evaluation),
-        data_counts=training.counts,
-    )
+    return make_job(task, config, options, rows, text_model, layout)
 
 
 def abstract(config: ConfigDict) -> tuple[CLIPTask, Batch]:
-    """See `tasks.abstract`."""
+    """See `registry.abstract`."""
     task, layout = _task(config, config.text.vocab_size, None)
     return task, batch_shapes(config.data.image_size, layout, config.batch_size)
 

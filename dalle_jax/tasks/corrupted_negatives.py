@@ -1,12 +1,15 @@
-"""Pictures spoiled in a few places: wrong ones that a contrastive loss sets beside the right one.
+"""Corrupted images: additional negatives for a contrastive loss.
 
-Whole pictures of other captions teach a CLIP to tell captions apart, not to see damage: a picture with a few squares
-of another one in it remains the nearest to its caption. Priors make just such pictures, token by token, and among many
-candidates a judge that is blind to it finds them. So some squares of a picture are exchanged for the squares of another
-picture of the batch at the same places (cut as in CutMix, arXiv 1905.04899; negatives made by spoiling the right
-picture: arXiv 2110.14189). A pure function of the batch and a key, the same on any mesh.
+Images of other captions teach CLIP to tell captions apart. They do not teach it to see damage: an image with a few
+squares of another image in it stays the nearest to its caption. Priors generate such images, because they draw token by
+token. A CLIP that cannot see the damage selects them when it reranks many candidates.
 
-    B batch    H, W picture    g squares a side    n spoiled ones of each picture
+Therefore some squares of an image are replaced by the squares of another image of the batch at the same places. The
+squares are cut as in CutMix (arXiv 1905.04899). Negatives from a corrupted positive follow arXiv 2110.14189.
+
+The result is a pure function of the batch and a key, and the same on any mesh.
+
+    B batch    H, W image    g squares per side    n corrupted copies of each image
 """
 
 from __future__ import annotations
@@ -16,21 +19,22 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from dalle_jax.configuration.options import check
 from dalle_jax.errors import ConfigError
 
-# A square shows the exchange where so much of it differs by so much, of 255, in some channel.
+# A replacement is visible if this share of the square's pixels differs by more than this step (of 255) in any channel.
 _VISIBLE_SHARE, _VISIBLE_STEP = 0.25, 64
 
 
 @dataclasses.dataclass(frozen=True)
 class NegativeOptions:
-    """Which wrong pictures join those of the batch.
+    """The corrupted images that are added to those of the batch.
 
     Attributes:
-      spoiled: n, how many spoiled ones of each picture; 0: none, the plain loss.
-      grid: g, into how many squares a side pictures are cut; a divisor of their size.
-      squares: the most squares exchanged in one picture; each number from 1 on is as likely. They come from any row of
-        the global batch, which devices exchange for it.
+      spoiled: n, the number of corrupted copies of each image; 0 for the plain loss.
+      grid: g, the number of squares per side; a divisor of the image size.
+      squares: maximum number of replaced squares in an image. The number is uniform between 1 and this maximum.
+        Squares may come from any row of the global batch, so devices exchange images.
     """
 
     spoiled: int = 0
@@ -38,54 +42,59 @@ class NegativeOptions:
     squares: int = 12
 
     def __post_init__(self):
-        if self.spoiled < 0:
-            raise ConfigError(f"negatives.spoiled={self.spoiled}: expected a number of pictures, or 0 for none.")
+        check(self, "negatives", at_least_0=["spoiled"], positive=["squares"])
         if self.grid < 2:
-            raise ConfigError(f"negatives.grid={self.grid}: expected at least 2 squares a side.")
-        if not 1 <= self.squares < self.grid**2:
-            raise ConfigError(
-                f"negatives.squares={self.squares}: expected 1 to {self.grid**2 - 1}, as a picture has {self.grid**2}."
-            )
+            raise ConfigError(f"config.negatives.grid is {self.grid}; expected at least 2 squares a side.")
+        if self.squares >= self.grid**2:
+            squares = f"an image has {self.grid**2}"
+            raise ConfigError(f"config.negatives.squares is {self.squares}; expected fewer, because {squares}.")
 
     def check(self, image_size: int, batch_size: int) -> None:
-        """Refuses pictures that cannot be cut so, and a batch without another picture.
+        """Checks that images can be cut into squares and that a batch holds another image.
+
+        Args:
+          image_size: side of the images in pixels.
+          batch_size: B.
 
         Raises:
-          ConfigError: either.
+          ConfigError: the grid does not divide the image size, or the batch has one row.
         """
         if not self.spoiled:
             return
         if image_size % self.grid:
             raise ConfigError(
-                f"negatives.grid={self.grid}: pictures of {image_size} pixels cannot be cut into so many squares a "
-                "side; give a divisor."
+                f"negatives.grid={self.grid} does not divide the image size of {image_size} pixels; expected a divisor."
             )
         if batch_size < 2:
-            raise ConfigError("negatives.spoiled takes squares from another picture of the batch: batch_size is 1.")
+            raise ConfigError(
+                "negatives.spoiled copies squares from another image of the batch, but batch_size is 1; expected 2 or "
+                "more."
+            )
 
 
 def spoil(images: jax.Array, key: jax.Array, options: NegativeOptions) -> tuple[jax.Array, jax.Array]:
-    """Spoils each picture n times.
+    """Creates n corrupted copies of each image.
 
     Args:
-      images: uint8 [B, H, W, 3], two or more.
-      key: of this batch.
-      options: how.
+      images: uint8 [B, H, W, 3], B at least 2.
+      key: key of this batch.
+      options: number of copies and squares.
 
     Returns:
-      uint8 [B, n, H, W, 3], each its picture but for 1 to `options.squares` squares, in which the difference can be
-      seen; and bool [B, n], false where no square of the other picture would have shown: that one is its picture.
+      Copies, uint8 [B, n, H, W, 3], with 1 to `options.squares` visibly different squares each. Which of them count,
+      bool [B, n]. A copy does not count if no replacement would have been visible; it then equals its image.
     """
     one = lambda i: _spoil(images, jax.random.fold_in(key, i), options)
-    pictures, valid = zip(*[one(i) for i in range(options.spoiled)])
-    return jnp.stack(pictures, axis=1), jnp.stack(valid, axis=1)
+    copies, valid = zip(*[one(i) for i in range(options.spoiled)])
+    return jnp.stack(copies, axis=1), jnp.stack(valid, axis=1)
 
 
 def _spoil(images: jax.Array, key: jax.Array, options: NegativeOptions) -> tuple[jax.Array, jax.Array]:
+    """Creates one corrupted copy of each image: uint8 [B, H, W, 3], and which of them count, bool [B]."""
     b, height, width, _ = images.shape
     g = options.grid
     for_shift, for_number, for_places = jax.random.split(key, 3)
-    # All pictures take theirs from as many rows on.
+    # Every image copies from the image a common number of rows further.
     others = jnp.take(images, (jnp.arange(b) + jax.random.randint(for_shift, (), 1, b)) % b, axis=0)
     differs = jnp.abs(others.astype(jnp.int16) - images.astype(jnp.int16)).max(-1) > _VISIBLE_STEP
     share = differs.reshape(b, g, height // g, g, width // g).mean((2, 4), dtype=jnp.float32).reshape(b, g * g)

@@ -1,12 +1,12 @@
-"""Training the image tokenizer: the dVAE's evidence lower bound (DALL-E, section 2.1 and appendix A.2).
+"""Training of the dVAE by its evidence lower bound (DALL-E, section 2.1 and appendix A.2).
 
     loss = (−Σ ln f(pixels | code) + β Σ KL(q ‖ uniform)) / (H W 3)
 
-The decoder is trained on relaxed codes (Gumbel-softmax at temperature τ) but is used on true ones, the argmax. What
-the relaxation hides is measured as `relaxation_gap`: loss with true codes minus loss with relaxed ones, on the same
-pictures. Where it stays large, τ has not been low enough for long enough.
+The decoder is trained on relaxed codes (Gumbel-softmax at temperature τ) and used on tokens (the argmax).
+`relaxation_gap` measures the difference: the loss with tokens minus the loss with relaxed codes, on the same images. A
+gap that stays large means that τ was not low enough for long enough.
 
-    B rows    H, W picture    h, w grid    V vocabulary
+    B rows    H, W image    h, w grid    V vocabulary
 """
 
 from __future__ import annotations
@@ -25,43 +25,42 @@ import optax
 from ml_collections import ConfigDict
 
 from dalle_jax import keys
-from dalle_jax.configuration.options import from_config
+from dalle_jax.configuration.options import check, from_config
 from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.distributed.rows import to_host
-from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import logit_laplace
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
-from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer, gumbel_softmax, kl_to_uniform
+from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.image_tokenizers.kmeans_init import kmeans_init
+from dalle_jax.image_tokenizers.relaxation import gumbel_softmax, kl_to_uniform
 from dalle_jax.metrics import codebook
 from dalle_jax.optim import schedules
 from dalle_jax.pytree import PyTree
 from dalle_jax.reporting.images import to_uint8
-from dalle_jax.tasks.task import Batch, Job
+from dalle_jax.tasks.task import Batch, Job, make_job
 
-# True codes are decoded for every eighth row of a training batch only: enough for the log, cheap enough for each step.
+# Tokens are decoded for every eighth row of a training batch, which costs little and is enough for the log.
 _PROBE_EVERY = 8
 _PREVIEW_COLUMNS = 8
-_START_PICTURES = 1024  # for the clusters of "kmeans"
+_START_IMAGES = 1024  # for the clusters of "kmeans"
 
 
 @dataclasses.dataclass(frozen=True)
 class ObjectiveOptions:
-    """How the codes begin.
+    """How the codes are initialised.
 
     Attributes:
-      init: "paper", or "kmeans": from clusters of patches, for runs of a few thousand updates (models/kmeans_init.py).
-      kmeans_sharpness: how sure the first codes are; see `kmeans_init`.
+      init: "paper", or "kmeans": from clusters of patches, for runs of a few thousand updates (`kmeans_init.py`).
+      kmeans_sharpness: confidence of the initial codes; see `kmeans_init`.
     """
 
     init: str = "paper"
     kmeans_sharpness: float = 10.0
 
     def __post_init__(self):
-        if self.init not in ("paper", "kmeans"):
-            raise ConfigError(f"objective.init is {self.init!r}; expected 'paper' or 'kmeans'.")
+        check(self, "objective", choices={"init": ("paper", "kmeans")})
 
 
 class DVAETask:
@@ -69,7 +68,7 @@ class DVAETask:
 
     Attributes:
       schedules: "temperature" and "kl_weight".
-      best_metric: "mse", of pictures decoded from tokens.
+      best_metric: "mse" of images decoded from tokens.
       frozen: nothing.
     """
 
@@ -83,13 +82,14 @@ class DVAETask:
         kl_weight: optax.Schedule,
         start_from: tuple[np.ndarray, float] | None = None,
     ):
-        """
+        """Creates the task.
+
         Args:
-          tokenizer: what is trained.
+          tokenizer: the dVAE to train.
           temperature: τ of the relaxation, by update.
           kl_weight: β, by update.
-          start_from: pictures of the training split, uint8 [n, H, W, 3], and a sharpness: start from clusters of
-            their patches (`kmeans_init`). None starts as the paper does.
+          start_from: images of the training split, uint8 [n, H, W, 3], and a sharpness. The codes start as clusters of
+            the images' patches (`kmeans_init`). None initialises as the paper does.
         """
         self.tokenizer, self._start_from = tokenizer, start_from
         self.schedules = {"temperature": temperature, "kl_weight": kl_weight}
@@ -104,15 +104,18 @@ class DVAETask:
         params = kmeans_init(self.tokenizer, nn.meta.unbox(boxed), images, key, sharpness=sharpness)
         return nn.meta.replace_boxed(boxed, params)
 
-    def loss(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, step: jax.Array):
-        """See `Task.loss`. The batch needs "image", uint8 [B, H, W, 3]. Scalars:
+    def loss(
+        self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `Task.loss`. The batch needs "image", uint8 [B, H, W, 3].
 
-        reconstruction_nats: −ln f of the pixels given relaxed codes, nats per subpixel.
-        kl_nats: KL(q ‖ uniform), nats per grid position.
-        elbo: the bound itself (β = 1), nats per subpixel, higher is better.
-        codebook_perplexity, codebook_usage: of the batch's tokens.
-        psnr: of pictures decoded from tokens, dB (every eighth row).
-        relaxation_gap: loss with tokens minus loss with relaxed codes, nats per subpixel (every eighth row).
+        The scalars are:
+          reconstruction_nats: −ln f of the pixels given relaxed codes, nats per subpixel.
+          kl_nats: KL(q ‖ uniform), nats per grid position.
+          elbo: the bound (β = 1), nats per subpixel; higher is better.
+          codebook_perplexity, codebook_usage: of the tokens of the batch.
+          psnr: of images decoded from tokens, dB, for every eighth row.
+          relaxation_gap: loss with tokens minus loss with relaxed codes, nats per subpixel, for every eighth row.
         """
         del frozen
         images = batch["image"]
@@ -138,11 +141,13 @@ class DVAETask:
         }
 
     def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
-        """See `Task.evaluate`. All figures are of pictures decoded from tokens, as they are used later.
+        """See `Task.evaluate`. All metrics are of images decoded from tokens, because sampling decodes tokens.
 
-        mse, psnr: PSNR is of the mean squared error over all pictures, dB.
-        reconstruction_nats, kl_nats, elbo: as in `loss`.
-        codebook_perplexity, codebook_usage: over all the batches together.
+        The metrics are:
+          mse: mean squared error of pixels in [0, 1].
+          psnr: of the mean squared error over all images, dB.
+          reconstruction_nats, kl_nats, elbo: as in `loss`.
+          codebook_perplexity, codebook_usage: of the tokens of all batches together.
         """
         del frozen, key
         sums = [to_host(_measure(self.tokenizer, params, batch)) for batch in batches]
@@ -158,7 +163,7 @@ class DVAETask:
         }
 
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
-        """Rows of real pictures, each above the row of its reconstructions from tokens."""
+        """Draws rows of real images, each above a row of their reconstructions from tokens."""
         del frozen, key
         real = to_host(batch["image"][: 2 * _PREVIEW_COLUMNS])
         shown = to_uint8(to_host(_reconstruct(self.tokenizer, params, real)))
@@ -170,7 +175,7 @@ class DVAETask:
         return np.concatenate(strips, axis=0)
 
 
-# Jitted functions of the tokenizer and not methods of the task: `jax.jit` keeps its static arguments alive.
+# These are functions of the tokenizer, not methods of the task, because `jax.jit` keeps its static arguments alive.
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -208,50 +213,42 @@ def _errors(
 
 
 def _nats_per_row(images: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
-    """−ln f in nats per subpixel of each row, [B], of uint8 images [B, H, W, 3] under μ and ln b of that shape."""
+    """Returns −ln f of uint8 images [B, H, W, 3] under μ and ln b of that shape: nats per subpixel, [B]."""
     return -jnp.mean(logit_laplace.log_prob(logit_laplace.map_pixels(images), mean, log_scale), axis=(1, 2, 3))
 
 
 def _decibels(mean_squared_error: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio of pixels in [0, 1]."""
+    """Converts the mean squared error of pixels in [0, 1] to a peak signal-to-noise ratio in dB."""
     return -10.0 * jnp.log10(jnp.maximum(mean_squared_error, 1e-10))
 
 
 def _task(config: ConfigDict, start_from: tuple[np.ndarray, float] | None) -> DVAETask:
+    """Builds the task of a configuration."""
     temperature, kl_weight = (schedules.make(config.schedules[name], name) for name in ("temperature", "kl_weight"))
-    return DVAETask(tokenizers.from_config(config), temperature, kl_weight, start_from)
+    return DVAETask(tokenizers.of_training(config), temperature, kl_weight, start_from)
 
 
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
-    """The job of `configs/dvae.py`.
+    """Builds the job of `configs/dvae.py`.
 
     Raises:
-      ConfigError: a wrong key, or sizes that do not fit each other.
-      DataError: data that cannot be opened.
+      ConfigError: an unknown key, or sizes that do not fit each other.
+      DataError: the data cannot be opened.
     """
     del workdir
     objective = from_config(ObjectiveOptions, config.objective, "objective")
     options = from_config(DataOptions, config.data, "data")
-    pipeline = functools.partial(Pipeline, options, batch_size=config.batch_size)
-    training = pipeline(split=options.train_split, train=True, seed=config.seed, rows=rows)
-    evaluation = pipeline(split=options.eval_split, train=False, rows=rows)
     start_from = None
     if objective.init == "kmeans":
-        batches = itertools.islice(
-            iter(pipeline(split=options.train_split, train=True, seed=config.seed)),
-            1 + _START_PICTURES // config.batch_size,
-        )
-        start_from = np.concatenate([batch["image"] for batch in batches])[:_START_PICTURES], objective.kmeans_sharpness
-    return Job(
-        task=_task(config, start_from),
-        train_batches=lambda: iter(training),
-        eval_batches=lambda: iter(evaluation),
-        data_counts=training.counts,
-    )
+        batch_size = config.batch_size
+        training = Pipeline(options, split=options.train_split, train=True, batch_size=batch_size, seed=config.seed)
+        batches = itertools.islice(iter(training), 1 + _START_IMAGES // batch_size)
+        start_from = np.concatenate([batch["image"] for batch in batches])[:_START_IMAGES], objective.kmeans_sharpness
+    return make_job(_task(config, start_from), config, options, rows)
 
 
 def abstract(config: ConfigDict) -> tuple[DVAETask, Batch]:
-    """See `tasks.abstract`. Where the codes start has no part in the train step."""
+    """See `registry.abstract`. The initial codes are no part of the train step."""
     return _task(config, None), batch_shapes(config.data.image_size, None, config.batch_size)
 
 

@@ -1,4 +1,4 @@
-"""The image tokens of a whole split, encoded once and kept in a file."""
+"""Image tokens of a whole split: encoded once, and cached in a file."""
 
 from __future__ import annotations
 
@@ -28,8 +28,21 @@ def _encode(tokenizer: ImageTokenizer, params: PyTree, images: jax.Array) -> jax
     return tokenizer.encode(params, images)
 
 
-def encode_split(options: DataOptions, split: str, tokenizer: ImageTokenizer, params: PyTree, batch_size: int = 64):
-    """The image tokens of a whole split, int32 [examples, N], in the order of its source (zeros where unreadable)."""
+def encode_split(
+    options: DataOptions, split: str, tokenizer: ImageTokenizer, params: PyTree, batch_size: int = 64
+) -> np.ndarray:
+    """Encodes all images of a split.
+
+    Args:
+      options: the data set.
+      split: name of the split.
+      tokenizer: the image tokenizer.
+      params: its parameters.
+      batch_size: number of images that are encoded together.
+
+    Returns:
+      Tokens, int32 [examples, N], in the order of the source. Rows of unreadable examples are zero.
+    """
     pipeline = Pipeline(options, split=split, train=False, batch_size=batch_size)
     rows = None
     for batch in pipeline:
@@ -43,10 +56,19 @@ def encode_split(options: DataOptions, split: str, tokenizer: ImageTokenizer, pa
 def tokens_of_split(
     options: DataOptions, split: str, tokenizer: ImageTokenizer, params: PyTree, folders: Sequence[epath.PathLike]
 ) -> np.ndarray:
-    """What `encode_split` makes, kept in a file where the source's examples cannot change.
+    """Returns the tokens of `encode_split`, from a file if one exists.
+
+    A source whose examples may change has no identity. Its tokens are never stored.
 
     Args:
-      folders: where such a file may be; the first one gets it.
+      options: the data set.
+      split: name of the split.
+      tokenizer: the image tokenizer.
+      params: its parameters.
+      folders: folders that may hold the file; a new file is written to the first one.
+
+    Returns:
+      Tokens, int32 [examples, N].
     """
     identity = open_source(options, split).identity
     if identity is None:

@@ -1,4 +1,4 @@
-"""Training a prior over (text, image) tokens, with a frozen image tokenizer (DALL-E, section 2.2).
+"""Training of a prior over (text, image) tokens with a frozen image tokenizer (DALL-E, section 2.2).
 
 B rows    T text    N = h·w image tokens
 """
@@ -18,7 +18,6 @@ from dalle_jax import keys
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
 from dalle_jax.data.examples import batch_shapes
-from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.text import TextModel
@@ -33,18 +32,21 @@ from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
 from dalle_jax.reporting.images import image_grid, to_uint8
 from dalle_jax.tasks.encoded_split import tokens_of_split
-from dalle_jax.tasks.task import Batch, Job, zeros_like
+from dalle_jax.tasks.task import Batch, Job, make_job, zeros_like
 from dalle_jax.token_layout import TokenLayout
+
+# A split that is encoded in advance has this many examples in `abstract`.
+_ABSTRACT_EXAMPLES = 65_536
 
 
 class PriorTask:
-    """The `Task` of either prior.
+    """The `Task` of an autoregressive or MaskGIT prior.
 
     Attributes:
-      schedules: the prior's.
+      schedules: the prior's schedules.
       best_metric: "image_nats", nats per image token on the evaluation split.
-      frozen: {"tokenizer": its parameters}, and "tokens", int32 [examples, N], where the training split was encoded
-        beforehand.
+      frozen: "tokenizer", the parameters of the image tokenizer. If the training split was encoded in advance, also
+        "tokens", int32 [examples, N].
     """
 
     best_metric = "image_nats"
@@ -58,13 +60,16 @@ class PriorTask:
         tokens: np.ndarray | None = None,
         preview_rows: int = 4,
     ):
-        """
+        """Creates the task.
+
         Args:
-          prior: what is trained.
-          tokenizer, tokenizer_params: make the tokens.
-          text_model: turns ids back into captions, for the preview; None: there is none.
-          tokens: int32 [examples, N] of the training split, in the order of its source; None encodes each batch.
-          preview_rows: captions in the preview.
+          prior: the model to train.
+          tokenizer: encodes images to tokens.
+          tokenizer_params: parameters of the tokenizer.
+          text_model: decodes captions for the preview; None if no preview is drawn.
+          tokens: tokens of the training split, int32 [examples, N], in the order of its source. With None, each batch
+            is encoded when it is used.
+          preview_rows: number of captions in the preview.
         """
         self.prior, self.tokenizer, self._text_model, self._preview_rows = prior, tokenizer, text_model, preview_rows
         self.schedules = dict(prior.schedules)
@@ -73,10 +78,13 @@ class PriorTask:
             self.frozen["tokens"] = jnp.asarray(tokens, jnp.int32)
 
     def init(self, key: jax.Array) -> PyTree:
+        """See `Task.init`."""
         return self.prior.init(key, self.tokenizer.codebook(self.frozen["tokenizer"]))
 
-    def loss(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, step: jax.Array):
-        """See `Task.loss`; the metrics are the prior's."""
+    def loss(
+        self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """See `Task.loss`. The scalars are those of the prior."""
         if "tokens" in frozen:
             tokens = frozen["tokens"][batch["index"]]
         else:
@@ -84,7 +92,7 @@ class PriorTask:
         return self.prior.loss(params, batch["text"], tokens, key, train=True, step=step)
 
     def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
-        """Means of the prior's metrics over the valid rows."""
+        """See `Task.evaluate`. Returns means of the prior's metrics over the valid rows."""
         mean = Mean()
         for i, batch in enumerate(batches):
             batch_key = keys.stream(key, "batch", i)
@@ -94,28 +102,28 @@ class PriorTask:
         return mean.take()
 
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
-        """Captions of the first rows, each beside the real picture, its reconstruction and two samples."""
+        """Draws the first captions, each with the real image, its reconstruction and two samples."""
         rows = min(self._preview_rows, batch["text"].shape[0])
         text, real = to_host((batch["text"][:rows], batch["image"][:rows]))
         drawn = self.prior.sample(params, jnp.asarray(text), jax.random.split(key, 2 * rows))
         images = to_uint8(to_host(_decode(self.tokenizer, frozen["tokenizer"], jnp.asarray(real), drawn)))
-        layout = self.prior.layout
-        captions = [self._text_model.decode([i for i in row if i < layout.text_vocab]) for row in text.tolist()]
+        vocab = self.prior.layout.text_vocab
+        captions = [self._text_model.decode([i for i in row if i < vocab]) for row in text.tolist()]
         shown = [
             (captions[i], [real[i], images[i], images[rows + 2 * i], images[rows + 2 * i + 1]]) for i in range(rows)
         ]
         return image_grid(shown, ("real", "reconstructed", "generated", "generated"))
 
 
-# Jitted functions of prior and tokenizer and not methods of the task: `jax.jit` keeps its static arguments alive, and
-# the task holds frozen arrays.
+# These are functions of prior and tokenizer, not methods of the task. `jax.jit` keeps its static arguments alive, and
+# the task holds the frozen arrays.
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _measure(
     prior: TokenPrior, tokenizer: ImageTokenizer, params: PyTree, tokenizer_params: PyTree, batch: Batch, key: jax.Array
 ) -> dict[str, jax.Array]:
-    """Returns the loss and the metrics of a batch, and the number of its valid rows."""
+    """Returns the loss and the metrics of a batch, and "rows", the number of its valid rows."""
     tokens = _encode(tokenizer, tokenizer_params, batch["image"])
     loss, scalars = prior.loss(params, batch["text"], tokens, key, train=False, valid=batch["valid"])
     return {"loss": loss, **scalars, "rows": batch["valid"].sum()}
@@ -123,7 +131,7 @@ def _measure(
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decode(tokenizer: ImageTokenizer, params: PyTree, images: jax.Array, drawn: jax.Array) -> jax.Array:
-    """Decodes the tokens of images, uint8 [R, H, W, 3], then drawn tokens, int32 [D, N]: float32 [R + D, H, W, 3]."""
+    """Reconstructs R images, uint8 [R, H, W, 3], and decodes D drawn rows, int32 [D, N]: float32 [R + D, H, W, 3]."""
     tokens = jnp.concatenate([_encode(tokenizer, params, images), drawn])
     return tokenizer.decode(params, tokens.reshape(-1, *tokenizer.grid(images.shape[1])))
 
@@ -134,29 +142,37 @@ def _encode(tokenizer: ImageTokenizer, params: PyTree, images: jax.Array) -> jax
     return tokens.reshape(tokens.shape[0], -1)
 
 
-def _task(config: ConfigDict, tokenizer: ImageTokenizer, params: PyTree, text_vocab: int, **more: Any) -> PriorTask:
+def _task(
+    config: ConfigDict,
+    tokenizer: ImageTokenizer,
+    params: PyTree,
+    text_vocab: int,
+    text_model: TextModel | None = None,
+    tokens: np.ndarray | None = None,
+) -> PriorTask:
+    """Builds the task of a configuration for a tokenizer and a text vocabulary."""
     height, width = tokenizer.grid(config.data.image_size)
     layout = TokenLayout(text_vocab, tokenizer.vocab_size, config.text.length, height, width)
-    return PriorTask(make(config.prior, config.model, layout), tokenizer, params, **more)
+    return PriorTask(make(config.prior, config.model, layout), tokenizer, params, text_model, tokens)
 
 
 def _encodes_once(config: ConfigDict) -> bool:
-    """Whether the training split is encoded beforehand (`config.data_tokens`)."""
+    """Returns whether the training split is encoded in advance (`config.data_tokens`)."""
     if config.data_tokens not in ("once", "each_batch"):
         raise ConfigError(f"config.data_tokens is {config.data_tokens!r}; expected 'once' or 'each_batch'.")
     if config.data_tokens == "once" and config.data.augment != "none":
         raise ConfigError(
-            f"config.data_tokens is 'once' but config.data.augment is {config.data.augment!r}: tokens of augmented "
-            "pictures differ from epoch to epoch. Set data.augment to 'none' or data_tokens to 'each_batch'."
+            f"config.data_tokens is 'once' but config.data.augment is {config.data.augment!r}. Augmented images have "
+            "other tokens in each epoch. Set data.augment to 'none' or data_tokens to 'each_batch'."
         )
     return config.data_tokens == "once"
 
 
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
-    """The job of `configs/prior.py`. `workdir` must hold a frozen image tokenizer (see `stages.run`).
+    """Builds the job of `configs/prior.py`. The workdir must hold a frozen image tokenizer (see `jobs/train.py`).
 
     Raises:
-      ConfigError: where tokenizer, picture size, text model and prior do not fit each other.
+      ConfigError: tokenizer, image size, text model and prior do not fit each other.
     """
     options = from_config(DataOptions, config.data, "data")
     tokenizer, params = workdirs.load_tokenizer(workdir)
@@ -165,26 +181,18 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     if _encodes_once(config):
         folders = [workdir, *([config.start_from] if config.get("start_from") else [])]
         tokens = tokens_of_split(options, options.train_split, tokenizer, params, folders)
-    task = _task(config, tokenizer, params, text_model.vocab_size, text_model=text_model, tokens=tokens)
-    pipeline = functools.partial(Pipeline, options, text_model, task.prior.layout, batch_size=config.batch_size)
-    training = pipeline(split=options.train_split, train=True, seed=config.seed, rows=rows)
-    evaluation = pipeline(split=options.eval_split, train=False, rows=rows)
-    return Job(
-        task=task,
-        train_batches=lambda: iter(training),
-        eval_batches=lambda: iter(evaluation),
-        data_counts=training.counts,
-    )
+    task = _task(config, tokenizer, params, text_model.vocab_size, text_model, tokens)
+    return make_job(task, config, options, rows, text_model, task.prior.layout)
 
 
 def abstract(config: ConfigDict) -> tuple[PriorTask, Batch]:
-    """See `tasks.abstract`. A split that is encoded beforehand has 65,536 examples here."""
-    tokenizer = tokenizers.from_config(config.tokenizer)
+    """See `registry.abstract`. A split that is encoded in advance has 65,536 examples here."""
+    tokenizer = tokenizers.of_training(config.tokenizer)
     params = zeros_like(tokenizer.init, jax.random.key(0))
     tokens = None
     if _encodes_once(config):
-        tokens = np.zeros((65_536, np.prod(tokenizer.grid(config.data.image_size))), np.int32)
-    task = _task(config, tokenizer, params, config.text.vocab_size, text_model=None, tokens=tokens)
+        tokens = np.zeros((_ABSTRACT_EXAMPLES, np.prod(tokenizer.grid(config.data.image_size))), np.int32)
+    task = _task(config, tokenizer, params, config.text.vocab_size, tokens=tokens)
     return task, batch_shapes(config.data.image_size, task.prior.layout, config.batch_size)
 
 

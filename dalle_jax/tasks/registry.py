@@ -1,8 +1,9 @@
-"""Tasks by `config.task`: builds the job or the abstract task of a training configuration."""
+"""Tasks by name: builds the job, or the task without data, of a training configuration."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -14,38 +15,38 @@ from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.tasks import clip, dvae, prior
 from dalle_jax.tasks.task import Batch, Job, Task
 
-# config.task → the module whose `build` and `abstract` make it.
+# config.task → the module with its `build` and `abstract`.
 TASKS = {"clip": clip, "dvae": dvae, "prior": prior}
 
 
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
-    """Builds the job that `config.task` names.
+    """Builds the job of a training configuration.
 
     Args:
-      config: a training configuration.
-      workdir: where the run writes; a job may put there what later needs it (a text model, a frozen tokenizer).
-      rows: the rows of each batch that this host makes (`parallel.host_rows`); None: all.
+      config: a training configuration; `config.task` selects the task.
+      workdir: workdir of the run. A job may store there what the model needs later, such as its text model.
+      rows: rows of each batch that this host reads (`rows.host_rows`); None for all.
 
     Raises:
-      ConfigError: no such task.
+      ConfigError: an unknown task.
     """
     return _module(config).build(config, workdir, rows)
 
 
 def abstract(config: ConfigDict) -> tuple[Task, Batch]:
-    """The task of a configuration without its data: all that its train step's program depends on.
+    """Builds the task of a configuration without its data: all that the program of its train step depends on.
 
-    Sizes that training finds out from its data are taken from the configuration: the text model has
-    `config.text.vocab_size` ids, the image tokenizer is the one of `config.tokenizer`. `frozen` holds zeros.
+    Sizes that training reads from its data are read from the configuration here. The text model has
+    `config.text.vocab_size` ids, and the image tokenizer is that of `config.tokenizer`. `frozen` holds zeros.
 
     Args:
       config: a training configuration.
 
     Returns:
-      The task, and a batch of `jax.ShapeDtypeStruct`s as its pipeline would deliver, B rows of each.
+      The task, and a batch of `jax.ShapeDtypeStruct`s with B rows each, as its pipeline would deliver.
 
     Raises:
-      ConfigError: no such task, or sizes that do not fit each other.
+      ConfigError: an unknown task, or sizes that do not fit each other.
     """
     return _module(config).abstract(config)
 
@@ -72,7 +73,7 @@ def defaults(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _module(config: ConfigDict) -> Any:
+def _module(config: ConfigDict) -> ModuleType:
     if config.task not in TASKS:
         raise ConfigError(f"config.task={config.task!r}: expected one of {', '.join(TASKS)}.")
     return TASKS[config.task]

@@ -93,7 +93,7 @@ class ClipScorer:
                     "(python -m dalle_jax.main --config=configs/clip.py) or import one (dalle_jax.pretrained.clip)."
                 )
             text_model = workdirs.load_text_model(folder)
-            clip = CLIP(models.from_config(config, text_model.vocab_size))
+            clip = CLIP(models.options_of_training(config, text_model.vocab_size))
             with Checkpoints(str(folder), best_metric="loss", read_only=True) as checkpoints:
                 params = checkpoints.restore_params(step)
         _check_fit(clip, params, folder)
@@ -229,7 +229,7 @@ def _load_frozen(folder: epath.Path) -> tuple[CLIP, PyTree, TextModel | BytePair
     kind = options.pop("text_model", None)
     if kind not in _TEXT_MODELS:
         raise CheckpointError(f"{folder}: text model of kind {kind!r}; expected one of {', '.join(_TEXT_MODELS)}.")
-    clip = CLIP(from_config(CLIPOptions, options, "options"))
+    clip = CLIP(from_config(CLIPOptions, options, "", "options.json"))
     return clip, params, _TEXT_MODELS[kind](folder / "text.model")
 
 

@@ -38,8 +38,8 @@ def parse(sampling: Mapping[str, Any]) -> tuple[SamplingOptions, str | None]:
     options = SamplingOptions(**fields)
     if negative is not None and not options.guidance:
         raise ConfigError(
-            f"The negative caption {negative!r} has no effect because guidance is 0: set guidance above 0, or leave "
-            "negative out."
+            f"The negative caption {negative!r} has no effect because guidance is 0: set guidance above 0 "
+            "(--config.sampling.guidance), or leave negative out."
         )
     return options, negative
 

@@ -16,7 +16,7 @@ from absl import logging
 
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.errors import ConfigError
-from dalle_jax.models.transformer import unstack
+from dalle_jax.models.trunk import unstack
 from dalle_jax.pytree import PyTree, by_path
 from dalle_jax.training.step import TrainState
 

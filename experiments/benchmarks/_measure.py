@@ -1,11 +1,16 @@
-"""What the benchmarks share: two threads, ahead-of-time compilation, a timer, one process and one JSON line a case.
+"""Shared code of the benchmarks: two threads, ahead-of-time compilation, a timer, and one process per case.
 
-Import it before jax: it says how many cores may be used.
+Import it before jax, because it limits the cores. Each case prints one line of JSON:
 
-Fields of a line: name, median_ms, min_ms, runs, times_ms (what is timed never includes compilation), compile_s,
-peak_rss_mb (of the whole process, compilation included) and run_rss_mb (resident after the timed runs), params, shape,
-other_cores (cores that everything else on the machine used during the runs: above 0.15 the figure means little),
-threads, jax, device.
+| field                               | meaning                                                                   |
+|-------------------------------------|---------------------------------------------------------------------------|
+| name, params, shape, threads        | the case                                                                  |
+| jax, device                         | the environment                                                           |
+| median_ms, min_ms, runs, times_ms   | times without compilation                                                 |
+| compile_s                           | time of the compilation                                                   |
+| peak_rss_mb                         | peak memory of the process, including compilation                         |
+| run_rss_mb                          | resident memory after the timed runs                                      |
+| other_cores                         | cores that other processes used during the runs; above 0.15, discard it   |
 """
 
 from __future__ import annotations
@@ -22,27 +27,27 @@ from collections.abc import Callable
 from typing import Any
 
 THREADS = int(os.environ.get("BENCHMARK_THREADS", "2"))
-if hasattr(os, "sched_setaffinity"):  # XLA's CPU backend makes as many threads as it may use cores
+if hasattr(os, "sched_setaffinity"):  # XLA's CPU backend creates one thread per available core
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:THREADS])
 
 import jax  # noqa: E402
 
 
 def compiled(function: Callable, *args) -> tuple[Callable, float]:
-    """A jitted function compiled for these arguments, and the seconds that took."""
+    """Compiles a jitted function for its arguments and returns it with the seconds of the compilation."""
     start = time.perf_counter()
     program = function.lower(*args).compile()
     return program, time.perf_counter() - start
 
 
 def measure(run: Callable[[], Any], runs: int, *, warmup: int = 1, inner: int = 1) -> dict[str, Any]:
-    """Times `run`, which returns arrays to wait for.
+    """Times a function.
 
     Args:
-      run: what to time.
-      runs: number of times reported.
-      warmup: calls before the first of them.
-      inner: calls to `run` in each; times are per call.
+      run: the function. It returns arrays to wait for.
+      runs: number of reported times.
+      warmup: number of calls before the first time.
+      inner: calls per time. Times are divided by it.
 
     Returns:
       The fields of the line that belong to the timing.
@@ -71,26 +76,26 @@ def measure(run: Callable[[], Any], runs: int, *, warmup: int = 1, inner: int = 
 
 
 def count(params: Any) -> int:
-    """Number of parameters."""
+    """Returns the number of parameters."""
     return sum(x.size for x in jax.tree.leaves(params))
 
 
 def main(script: str, cases: dict[str, Callable[[int, bool], dict[str, Any]]]) -> int:
-    """Runs one case, or each in a process of its own, so that peak memory belongs to the case.
+    """Runs one case, or each case in a separate process, so that peak memory belongs to the case.
 
     Args:
       script: `__file__` of the caller.
-      cases: by name; (runs, smoke) -> fields of the line. runs = 0 stands for the case's own number, smoke for tiny
-        sizes that only show that the script works.
+      cases: functions by name that map (runs, smoke) to fields of the line. runs = 0 means the default of the case,
+        smoke means tiny sizes that only check the script.
 
     Returns:
       The exit status.
     """
     parser = argparse.ArgumentParser(description=sys.modules["__main__"].__doc__)
-    parser.add_argument("--case", choices=list(cases), help="only this one, in this process")
-    parser.add_argument("--runs", type=int, default=0, help="timed runs; 0: the case's own number")
+    parser.add_argument("--case", choices=list(cases), help="run only this case, in this process")
+    parser.add_argument("--runs", type=int, default=0, help="timed runs; 0: the default of the case")
     parser.add_argument("--smoke", action="store_true", help="tiny sizes")
-    parser.add_argument("--list", action="store_true", help="names of the cases")
+    parser.add_argument("--list", action="store_true", help="print the names of the cases")
     options = parser.parse_args()
     if options.list:
         print("\n".join(cases))
@@ -106,7 +111,7 @@ def main(script: str, cases: dict[str, Callable[[int, bool], dict[str, Any]]]) -
 
 
 def _busy_seconds() -> float:
-    """Processor seconds of the whole machine; those of this process where the system does not say (not Linux)."""
+    """Returns the CPU seconds of the whole machine, or of this process if the system is not Linux."""
     try:
         with open("/proc/stat") as file:
             fields = [int(x) for x in file.readline().split()[1:9]]

@@ -1,4 +1,4 @@
-"""The prior of the benchmarks: the sizes of the peers' transformer, with the paper's sparse attention."""
+"""The prior of the benchmarks: the sizes of the compared transformers, with the sparse attention of the paper."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ from dalle_jax.token_layout import TokenLayout
 
 
 def build(*, smoke: bool, attention: str = "sparse", kind: str = "autoregressive", side: int = 32):
-    """The prior, float32 throughout. attention: "sparse" or "full"; smoke: tiny sizes; side: of the token grid."""
+    """Builds the prior in float32.
+
+    Args:
+      smoke: use tiny sizes.
+      attention: "sparse" or "full".
+      kind: "autoregressive" or "maskgit".
+      side: side of the token grid.
+    """
     if smoke:
         layout = TokenLayout(text_vocab=64, image_vocab=128, text_length=8, height=4, width=4)
         sizes = dict(width=32, depth=3, heads=2)
@@ -28,18 +35,18 @@ def build(*, smoke: bool, attention: str = "sparse", kind: str = "autoregressive
 
 
 def random_params(prior: TokenPrior):
-    """Parameters as training starts from."""
+    """Returns freshly initialised parameters."""
     return nn.meta.unbox(jax.jit(prior.init)(jax.random.key(0)))
 
 
 def random_text(prior: TokenPrior, batch: int) -> np.ndarray:
-    """int32 [B, T] without padding."""
+    """Returns random text ids, int32 [B, T], without padding."""
     layout = prior.layout
     return np.random.default_rng(0).integers(0, layout.text_vocab, (batch, layout.text_length), dtype=np.int32)
 
 
 def shape(prior: TokenPrior, batch: int) -> dict:
-    """What the line reports under "shape"."""
+    """Returns the field "shape" of the line."""
     layout, trunk = prior.layout, prior.options.trunk
     return {
         "width": trunk.width, "depth": trunk.depth, "heads": trunk.heads, "head_dim": trunk.size_per_head,

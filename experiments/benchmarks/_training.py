@@ -1,4 +1,4 @@
-"""One training step, timed: the step that `train.py` runs, AdamW, no clipping, no moving average."""
+"""Times a training step as training runs it: AdamW without clipping or EMA."""
 
 from __future__ import annotations
 
@@ -14,14 +14,17 @@ from dalle_jax.training import step as train_step
 
 
 def time_step(task, batch: dict, schedules: dict, runs: int, **timing) -> dict:
-    """The fields of a line: timing and memory, losses before and after, number of parameters.
+    """Times the training step of a task.
 
     Args:
-      task: what `train_step` trains.
+      task: the task to train.
       batch: numpy arrays, the same for every step.
-      schedules: to log, the task's own.
-      runs: number of times reported.
+      schedules: schedules of the task, to log.
+      runs: number of reported times.
       **timing: `warmup` and `inner` of `_measure.measure`.
+
+    Returns:
+      Fields of the line: timing, memory, first and last loss, and number of parameters.
     """
     options, average = OptimizerOptions(), AverageOptions()
     optimizer, mesh = optimizers.make_optimizer(options), make_mesh()

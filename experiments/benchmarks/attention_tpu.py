@@ -1,13 +1,18 @@
-"""Attention of one layer on a TPU v5p, by the TPU compiler: splash attention beside the structured XLA path.
+"""Compares splash attention with the structured XLA path for one layer on a TPU v5p, using the TPU compiler alone.
 
-No TPU is needed, but `libtpu` is (pip install -e '.[tpu]'). Forward and backward of the layer (projections included) at
-the paper's size on one chip: 4 examples of 256 + 1,024 tokens, 62 heads of 64, bfloat16.
+It needs no TPU, but `libtpu` (pip install -e '.[tpu]'). It compiles forward and backward pass of the layer, projections
+included, at the size of the paper on one chip: 4 examples of 256 + 1,024 tokens, 62 heads of 64, bfloat16.
 
-The compiler's figures: flops, bytes_accessed, temporaries_mb, and compiler_ms, its lower bound from both. It knows
-nothing of what happens inside the splash kernels, so they are counted apart: kernels_ms comes from the instructions
-that the compiler scheduled for them. A grid step costs so many cycles in any case, more where its block is filled, and
-at both ends of a row of blocks; waiting for memory is not in it. The forward kernel shares the heads between the chip's
-two cores, the backward ones run on one. total_ms = compiler_ms + kernels_ms.
+| field                                 | meaning                                                                 |
+|---------------------------------------|-------------------------------------------------------------------------|
+| flops, bytes_accessed, temporaries_mb | from the compiler, without the inside of splash kernels                 |
+| compiler_ms                           | the compiler's lower bound from flops and bytes                         |
+| kernels_ms                            | splash kernels, from the instructions that the compiler scheduled       |
+| total_ms                              | compiler_ms + kernels_ms                                                |
+
+A kernel spends a fixed number of cycles per grid step, more for a filled block, and more at both ends of a row of
+blocks. Memory stalls are not included. The forward kernel splits the heads over the two cores of the chip. The backward
+kernels run on one core.
 
 The cases schedule_CHIP_BLOCK print the lines of `splash.SCHEDULES`.
 """
@@ -20,7 +25,7 @@ import tempfile
 
 FOLDER = tempfile.TemporaryDirectory(prefix="llo_")  # deleted when the process ends
 os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={FOLDER.name} --xla_jf_dump_llo_text=true"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # what is not compiled leaves no schedule
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # a cached program leaves no schedule
 os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
 
 import _measure as m  # noqa: E402  (first of all that imports jax: it limits the threads)
@@ -41,14 +46,14 @@ PATTERNS = {
     "bidirectional": Bidirectional(),
 }  # fmt: skip
 CORES, CLOCK = 2, 1.75e9  # v5p: 459e12 bfloat16 operations a second = 2 cores x 4 units x 128 x 128 x 2 x CLOCK
-KERNELS = {"fwd": CORES, "dq": 1, "dkv": 1}  # and how many cores share its heads
+KERNELS = {"fwd": CORES, "dq": 1, "dkv": 1}  # number of cores that share the heads of a kernel
 
 
 LAYOUT = TokenLayout(text_vocab=16_384, image_vocab=8192, text_length=256, height=32, width=32)
 
 
 def layer_program(topology: str, pattern, kernel: str, heads: int, batch: int):
-    """Forward and backward of the layer, compiled for one chip, and the seconds that took."""
+    """Compiles forward and backward pass of the layer for one chip. Returns the program and the seconds."""
     options = TransformerOptions(width=64 * heads, depth=64, heads=heads, attention_kernel=kernel)
     layer = Attention(options, LAYOUT, (pattern,))
     devices = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
@@ -84,7 +89,7 @@ def run(pattern, kernel: str, runs: int, smoke: bool) -> dict:
 
 
 def schedule(topology: str, block: int) -> dict:
-    """A line of `splash.SCHEDULES`: (step, row, block) of each kernel, with blocks of this side."""
+    """Computes a line of `splash.SCHEDULES`: (step, row, block) of each kernel, for blocks of this size."""
     splash.block_size = lambda mask: block
     _, compile_s = layer_program(topology, Row(), "splash", 2, 1)
     found = {kind: scheduled(kind) for kind in splash.KERNEL_KINDS}
@@ -92,14 +97,14 @@ def schedule(topology: str, block: int) -> dict:
 
 
 def kernel_ms(pattern, layout: TokenLayout, heads: int) -> dict:
-    """What the compiled kernels take, by their scheduled instructions."""
+    """Computes the time of the compiled kernels from their scheduled instructions."""
     mask = splash.kernel_mask(pattern, layout, layout.length)
     block = splash.block_size(mask)
     filled = splash.filled_blocks(mask, block)
     milliseconds, cycles = {}, {}
     for name, cores in KERNELS.items():
         start, row, body = cycles[name] = scheduled(name)
-        rows = filled.sum(0 if name == "dkv" else 1)  # filled blocks of each; the longest makes the grid's width
+        rows = filled.sum(0 if name == "dkv" else 1)  # filled blocks per row
         per_head = len(rows) * (rows.max() * start + row) + rows.sum() * body
         milliseconds[name] = round(float(1e3 * heads * per_head / cores / CLOCK), 2)
     return {
@@ -111,10 +116,10 @@ def kernel_ms(pattern, layout: TokenLayout, heads: int) -> dict:
 
 
 def scheduled(name: str) -> tuple[int, int, int]:
-    """Instructions of a kernel: of each grid step, of a row of blocks beside that, and of a filled block beside that.
+    """Counts the instructions of a kernel per grid step, and in addition per row of blocks and per filled block.
 
-    Its schedule is one loop over the grid, with three conditional regions: what begins a row, what computes a block,
-    what ends a row.
+    The schedule is one loop over the grid with three conditional regions: the start of a row, the computation of a
+    block, and the end of a row.
     """
     (file,) = (
         f for f in glob.glob(f"{FOLDER.name}/*splash_mha_{name}_*final_bundles.txt") if "schedule-analysis" not in f
@@ -131,7 +136,7 @@ def scheduled(name: str) -> tuple[int, int, int]:
             branches += [(address, region) for region in re.findall(r"target = \$region(\d+)", line)]
     inside = [(at, starts.get(region, 0) - at) for at, region in branches if at > loop]
     length = inside[-1][0] - loop  # the last branch closes the loop
-    begin, body, end = [skipped for _, skipped in inside if skipped > 8][-3:]  # what comes before holds all of them
+    begin, body, end = [skipped for _, skipped in inside if skipped > 8][-3:]  # earlier regions enclose these three
     return length - begin - body - end, begin + end, body
 
 

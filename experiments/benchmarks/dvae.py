@@ -1,8 +1,15 @@
-"""The dVAE: pictures to tokens (argmax included), tokens to pictures, and one training step.
+"""Times the dVAE: images to tokens (argmax included), tokens to images, and one training step.
 
-Random weights, float32. Encoding and decoding: full size at 256x256, batch 1 and 4, and a small one at 64x64, batch 16.
-The training step is the one that `train.py` runs (ELBO with its logged metrics, AdamW), at 64x64, batch 16: the small
-size, and the same behind a space-to-depth stem, as the small configs use it.
+All cases use random weights and float32.
+
+| case           | model                                  | images  | batch |
+|----------------|----------------------------------------|---------|-------|
+| encode, decode | full size                              | 256x256 | 1, 4  |
+| encode, decode | small                                  | 64x64   | 16    |
+| train          | small, without and with stem           | 64x64   | 16    |
+
+The training step is that of a training: ELBO with its logged metrics, AdamW. The stem is the space-to-depth stem of the
+small configs.
 """
 
 import sys
@@ -25,7 +32,7 @@ SMOKE = dict(hidden=8, blocks_per_group=1, vocab_size=32)
 
 
 def build(sizes: dict, size: int, batch: int, smoke: bool) -> tuple[DVAETokenizer, np.ndarray, dict]:
-    """The tokenizer, pictures uint8 [B, size, size, 3], and what the line reports under "shape"."""
+    """Returns the tokenizer, images uint8 [B, size, size, 3], and the field "shape" of the line."""
     sizes, size, batch = (sizes | SMOKE, 16, min(batch, 2)) if smoke else (sizes, size, batch)
     options = DVAEOptions(image_size=size, **sizes)
     images = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), np.uint8)
@@ -35,7 +42,7 @@ def build(sizes: dict, size: int, batch: int, smoke: bool) -> tuple[DVAETokenize
 
 def infer(kind: str, sizes: dict, size: int, batch: int, default_runs: int, runs: int, smoke: bool) -> dict:
     tokenizer, images, shape = build(sizes, size, batch, smoke)
-    # Only this half's parameters, so that memory can be compared with a peer that builds only this half.
+    # Only the parameters of this half, because the compared implementations also build only one half.
     parts = ("encoder",) if kind == "encode" else ("codebook", "decoder")
     init = jax.jit(lambda key: {part: nn.meta.unbox(tokenizer.init(key))[part] for part in parts})
     params = init(jax.random.key(0))

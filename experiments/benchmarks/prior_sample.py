@@ -1,7 +1,8 @@
-"""Autoregressive sampling, end to end: a caption to all its image tokens (1,024), the text's prefill included.
+"""Times autoregressive sampling of all 1,024 image tokens of a caption, including the prefill of the text.
 
-Random weights, float32, top-k half the vocabulary, one caption a row; batch 1 and 8. `guided` adds guidance, which
-runs every row twice; `candidates` draws eight pictures of one caption, which share its text cache.
+It uses random weights, float32, a top_k of half the vocabulary, and batches of 1 and 8 with one caption per row.
+`guided` adds guidance, which runs each row twice. `candidates` samples eight images of one caption, which share its
+text cache.
 """
 
 import sys

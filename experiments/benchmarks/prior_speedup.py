@@ -1,7 +1,7 @@
-"""MaskGIT beside the autoregressive prior: seconds a picture at equal width and depth, 16x16 and 32x32 tokens.
+"""Compares the seconds per image of MaskGIT and the autoregressive prior, for 16x16 and 32x32 tokens.
 
-Random weights, float32, width 512, depth 8, 64 text tokens, 8,192 image tokens; MaskGIT in 8 steps. Both are timed in
-alternation in this process; `ratio` is the median over the rounds of autoregressive / MaskGIT.
+Both have random weights, float32, width 512, depth 8, 64 text tokens and 8,192 image tokens. MaskGIT runs 8 steps. The
+process times them in alternation. `ratio` is the median of autoregressive / MaskGIT over the rounds.
 """
 
 import statistics
@@ -37,7 +37,7 @@ def run(side: int, rows: int, default_runs: int, runs: int, smoke: bool) -> dict
             seconds[kind].append(line["median_ms"] / 1e3 / rows)
     ratios = [a / b for a, b in zip(seconds["autoregressive"], seconds["maskgit"])]
     return line | {
-        "seconds_per_picture": {kind: round(statistics.median(times), 4) for kind, times in seconds.items()},
+        "seconds_per_image": {kind: round(statistics.median(times), 4) for kind, times in seconds.items()},
         "ratio": round(statistics.median(ratios), 2),
         "ratios": [round(ratio, 2) for ratio in ratios],
         "steps": {"autoregressive": prior.layout.image_length, "maskgit": STEPS},

@@ -1,8 +1,8 @@
-"""One training step of the autoregressive prior: the step that `train.py` runs, forward, backward and AdamW.
+"""Times a training step of the autoregressive prior: forward pass, backward pass and AdamW.
 
-Random weights and tokens, float32, batch 2. `row_column` has the paper's attention (row, column, row, row, …, the last
-convolutional); `dense` is the same model with dense causal attention. No gradient clipping and no moving average, as
-the peers.
+It uses random weights and tokens, float32, batch 2, and neither gradient clipping nor EMA, as the compared
+implementations. `row_column` has the attention of the paper (row, column, row, row, …, the last convolutional). `dense`
+is the same model with dense causal attention.
 """
 
 import sys
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Task:
-    """The prior's loss over precomputed tokens, as `train_step` wants it."""
+    """The loss of a prior on precomputed tokens, as a task."""
 
     def __init__(self, prior):
         self.prior, self.frozen = prior, {}

@@ -1,34 +1,34 @@
 #!/usr/bin/env bash
-# A training on a Cloud TPU VM or pod slice: create, launch on all workers, watch, resume after preemption, delete.
-# `tpu_vm.sh help` says how, README.md beside this file when and why.
+# Trains on a Cloud TPU VM or pod slice: creates it, launches on all workers, watches, resumes after preemption, deletes.
+# `tpu_vm.sh help` lists the options. README.md in this folder explains the steps.
 set -euo pipefail
 
 usage() {
   cat <<'HELP'
 tpu_vm.sh COMMAND --name=NAME --zone=ZONE [OPTION…] [-- ARGUMENTS OF dalle_jax.main]
 
-  create   make the TPU VM and wait until it is ready
-  launch   install this project on all workers, and start the training there
-  watch    follow the log of worker 0 (Ctrl-C ends the watching, not the training)
-  resume   keep the training going until it is done: where the TPU was taken away, make it again; where the training is
-           not running, start it again, and it goes on from its last checkpoint
-  delete   let the training save, then delete the TPU VM; asks first
+  create   create the TPU VM and wait until it is ready
+  launch   install this project on all workers and start the training
+  watch    follow the log of worker 0 (Ctrl-C ends this command, not the training)
+  resume   keep the training running until it is done: create the TPU VM again after a preemption, and restart the
+           training if it has ended early, which resumes from its last checkpoint
+  delete   let the training save, then delete the TPU VM, after a confirmation
 
-Every command takes every option, so that one line does for all of them.
+Every command accepts every option, so that you can use the same options for all commands.
 
-  --name=NAME         of the TPU VM
-  --zone=ZONE         gcloud compute tpus locations list
-  --project=PROJECT   (gcloud's own)
-  --type=TYPE         create, resume: v5litepod-16, v5p-128, v6e-64, …; gcloud compute tpus accelerator-types list
-  --version=VERSION   the TPU's software (the one for JAX on that type)
-  --spot              cheaper; may be taken away at any time
-  --queued            wait in Google's queue for a place; without it, create fails where there is none now
-  --autocheckpoint    ask for SIGTERM before maintenance (gcloud's alpha commands), so that the training saves
-  --repository=URL    launch, resume: what the workers clone
-  --commit=COMMIT     a branch, tag or commit of it (main)
-  --poll=SECONDS      how often resume and create look (60)
-  --yes               do not ask
-  --dry-run           print the commands, run none
+  --name=NAME         name of the TPU VM
+  --zone=ZONE         zone, see gcloud compute tpus locations list
+  --project=PROJECT   project (default: the one of gcloud)
+  --type=TYPE         create, resume: v5litepod-16, v5p-128, v6e-64, …; see gcloud compute tpus accelerator-types list
+  --version=VERSION   software of the TPU (default: the one for JAX on that type)
+  --spot              cheaper, but may be preempted at any time
+  --queued            wait in Google's queue for capacity; without it, create fails if there is none
+  --autocheckpoint    request SIGTERM before maintenance, so that the training saves (needs gcloud's alpha commands)
+  --repository=URL    launch, resume: repository that the workers clone
+  --commit=COMMIT     branch, tag or commit of the repository (default: main)
+  --poll=SECONDS      interval at which create and resume check the state (default: 60)
+  --yes               do not ask for confirmation
+  --dry-run           print the commands without running them
 HELP
 }
 
@@ -38,7 +38,7 @@ fail() {
   exit 2
 }
 
-# -- what is asked for -------------------------------------------------------------------------------------------------
+# -- options -----------------------------------------------------------------------------------------------------------
 
 name='' zone='' project='' type='' version='' repository='' commit=main poll=60
 spot=false queued=false autocheckpoint=false yes=false dry_run=false
@@ -68,8 +68,8 @@ while [ $# -gt 0 ]; do
     --autocheckpoint) autocheckpoint=true ;;
     --yes) yes=true ;;
     --dry-run) dry_run=true ;;
-    --config* | --workdir*) fail "$1 is the training's: write it after ' -- '" ;;
-    *) fail "unexpected '$1': options are written --option=VALUE, the training's arguments after ' -- '; see tpu_vm.sh help" ;;
+    --config* | --workdir*) fail "$1 is an argument of the training: write it after ' -- '" ;;
+    *) fail "unexpected '$1': write options as --option=VALUE, and arguments of the training after ' -- '; see tpu_vm.sh help" ;;
   esac
   shift
 done
@@ -84,12 +84,12 @@ needs zone "$zone" us-east5-b
 
 case $command in create | resume)
   needs type "$type" v6e-16
-  case $version$type in # (a version given matches none of these)
+  case $version$type in # with a given version, no pattern matches
     v6e-*) version=v2-alpha-tpuv6e ;;
     v5p-*) version=v2-alpha-tpuv5 ;;
     v5litepod-*) version=v2-alpha-tpuv5-lite ;;
     v[234]-*) version=tpu-ubuntu2204-base ;;
-    "$type") fail "--type=$type is none that this script knows: give its software --version too" ;;
+    "$type") fail "--type=$type is unknown to this script: give its software --version too" ;;
   esac ;;
 esac
 
@@ -105,25 +105,26 @@ done
 case $command in launch | resume)
   needs repository "$repository" https://github.com/YOU/dalle_jax.git
   example='-- --config=configs/prior.py:2.8b --workdir=gs://BUCKET/prior'
-  [ -n "$config" ] || fail "$command needs the training's arguments, for example $example"
+  [ -n "$config" ] || fail "$command needs the arguments of the training, for example $example"
   if [[ $workdir != gs://* ]]; then
-    [ "$command" = launch ] || fail "resume needs a workdir that outlives the TPU VM (given: '$workdir'), for example $example"
-    say "warning: --workdir is not on gs://, so the run is lost with the TPU VM, and several workers cannot share it"
+    [ "$command" = launch ] || fail "resume needs a workdir on gs:// (given: '$workdir'), because the TPU VM may be deleted; for example $example"
+    say "warning: --workdir is not on gs://, so it is lost with the TPU VM, and several workers cannot share it"
   fi ;;
 esac
 
 if ! $dry_run && ! type gcloud >/dev/null 2>&1; then
-  fail "gcloud is not installed: see https://cloud.google.com/sdk/docs/install, or look first with --dry-run"
+  fail "gcloud is not installed: see https://cloud.google.com/sdk/docs/install, or try --dry-run"
 fi
 
 # -- gcloud ------------------------------------------------------------------------------------------------------------
-# Functions below join their steps by `&&`: `set -e` is off in whatever an `if` calls, and resume has to outlive failures.
+# The functions below join their steps by `&&`, because `set -e` is off in functions that an `if` calls, and resume must
+# survive failures.
 
 where=("--zone=$zone" ${project:+"--project=$project"})
 errors=$(mktemp) answers=$(mktemp)
 trap 'rm -f "$errors" "$answers"' EXIT
 
-run() { # prints a command as it could be typed, then runs it, within `limit` where its caller has one
+run() { # prints a command in shell syntax, then runs it, with the prefix `limit` if the caller has set one
   printf '+' >&2
   printf ' %q' "$@" >&2
   printf '\n' >&2
@@ -133,18 +134,18 @@ run() { # prints a command as it could be typed, then runs it, within `limit` wh
 tpu() { run gcloud compute tpus tpu-vm "$@" "${where[@]}"; }
 workers() { tpu ssh "$name" "--worker=$1" "--command=$2" "${@:3}"; }
 
-# Sets `state`: READY; WAITING, it will change by itself; LOST, it never comes back; STOPPED; ABSENT; or UNKNOWN.
+# Sets `state`: READY; WAITING, which changes without action; LOST, which is final; STOPPED; ABSENT; or UNKNOWN.
 look() {
   if $dry_run; then
     run gcloud compute tpus tpu-vm describe "$name" "${where[@]}" '--format=value(state)'
-    [[ ${made:-} || $command != resume ]] && state=READY || state=LOST
-    say "(dry run: taken to be $state)"
+    [[ ${created:-} || $command != resume ]] && state=READY || state=LOST
+    say "(dry run: assuming $state)"
     return
   fi
   if state=$(gcloud compute tpus tpu-vm describe "$name" "${where[@]}" '--format=value(state)' 2>"$errors"); then
     case $state in
       READY | STOPPED) ;;
-      PREEMPTED | TERMINATED | UNKNOWN) state=LOST ;; # (gcloud's UNKNOWN: after a repair that failed)
+      PREEMPTED | TERMINATED | UNKNOWN) state=LOST ;; # gcloud says UNKNOWN after a failed repair
       *) state=WAITING ;;
     esac
   elif ! grep -q NOT_FOUND "$errors"; then
@@ -160,11 +161,11 @@ look() {
   fi
 }
 
-make() {
+create() {
   local track=() options=("--accelerator-type=$type" "${where[@]}")
   if $spot; then options+=(--spot); fi
   if $autocheckpoint; then track=(alpha) && options+=(--autocheckpoint-enabled); fi
-  made=yes
+  created=yes
   if $queued; then
     run gcloud ${track[@]+"${track[@]}"} compute tpus queued-resources create "$name" "--node-id=$name" "--runtime-version=$version" "${options[@]}"
   else
@@ -173,7 +174,7 @@ make() {
 }
 
 remove() {
-  if $queued; then # the TPU goes with the request for it
+  if $queued; then # this deletes the TPU together with the request
     run gcloud compute tpus queued-resources delete "$name" "${where[@]}" --force --quiet
   else
     tpu delete "$name" --quiet
@@ -193,30 +194,30 @@ pause() { $dry_run || sleep "$poll"; }
 
 # -- resume ------------------------------------------------------------------------------------------------------------
 
-going_on='resuming from step' # what dalle_jax.training.loop prints, with "N of M", where there is a checkpoint
+resuming='resuming from step' # printed by dalle_jax.training.loop at a checkpoint, followed by "N of M"
 patience=${TPU_VM_PATIENCE_SECONDS:-1800}
-slowest=${TPU_VM_ANSWER_SECONDS:-300} # for gcloud, the connections, and the 120 s that a worker has
-prompt=(--ssh-flag=-oConnectTimeout=60 --ssh-flag=-oServerAliveInterval=30) # a worker that hangs is no answer, soon
+slowest=${TPU_VM_ANSWER_SECONDS:-300} # includes gcloud, the connections, and 120 s for the worker
+prompt=(--ssh-flag=-oConnectTimeout=60 --ssh-flag=-oServerAliveInterval=30) # a worker that hangs counts as no answer soon
 
-# Sets `said` to what the workers answer to a command (without '). False where one does not answer, or not in time.
+# Sets `said` to the answers of the workers to a command, which must not contain '. Fails if an answer is missing or late.
 hear() { # WORKERS COMMAND
   local limit=()
-  if type timeout >/dev/null 2>&1; then limit=(timeout -k 10 "$slowest"); fi # macOS may have none
-  # In the background: Ctrl-C ends a `wait`, but does not reach what `timeout` runs, and `$(…)` would wait for that.
+  if type timeout >/dev/null 2>&1; then limit=(timeout -k 10 "$slowest"); fi # macOS may not have it
+  # In the background, because Ctrl-C ends a `wait`, but does not reach the child of `timeout`, for which `$(…)` waits.
   workers "$1" "timeout 120 bash -c '$2'" "${prompt[@]}" </dev/null >"$answers" &
   wait $! && said=$(<"$answers")
 }
 
-# Sets `job` to what the workers say of the training: done, running, failed, mixed (some of each), over or no answer.
+# Sets `job` to the state of the training: done, running, failed, mixed (differs by worker), over or no answer.
 ask() {
   local said
-  if ! hear all 'if [ -e worker.sh ]; then bash worker.sh status; else echo worker.sh: none; fi'; then # (none: a new TPU)
+  if ! hear all 'if [ -e worker.sh ]; then bash worker.sh status; else echo worker.sh: none; fi'; then # none: a new TPU
     job='no answer'
     return
   fi
   if $dry_run; then
     [[ ${started:-} ]] && job='done' || job=over
-    say "(dry run: taken to be $job)"
+    say "(dry run: assuming $job)"
     return
   fi
   said=$(sed -n 's/^worker\.sh: \([a-z]*\).*/\1/p' <<<"$said" | sort -u | tr '\n' ' ')
@@ -230,29 +231,29 @@ ask() {
   esac
 }
 
-# Sets `begun` to the step from which the run on the workers went on, as "6 of 12"; empty where it is the first.
+# Sets `begun` to the step from which the training resumed, as "6 of 12", or empty if it started from scratch.
 ask_begun() {
   local said
-  hear 0 "grep -a -s -o \"$going_on [0-9]* of [0-9]*\" dalle_jax_run/log | tail -n 1" || return
-  begun=$(sed -n "s/^$going_on //p" <<<"$said")
+  hear 0 "grep -a -s -o \"$resuming [0-9]* of [0-9]*\" dalle_jax_run/log | tail -n 1" || return
+  begun=$(sed -n "s/^$resuming //p" <<<"$said")
 }
 
 resume() {
-  local failures=0 begun='' failed_from='' before='' seen said silent='' # since when not all answer, in SECONDS
+  local failures=0 begun='' failed_from='' before='' seen said silent='' # time since when not all workers answer, in SECONDS
   while true; do
     look
     seen=$state
     case $state in READY | UNKNOWN) ;; *) silent='' ;; esac
     case $state in
-      ABSENT) make || say "it could not be made now" ;;
+      ABSENT) create || say "$name could not be created now" ;;
       LOST)
         failures=0
-        { remove && make; } || say "it could not be made again now" ;;
-      STOPPED) fail "$name was stopped by someone: gcloud compute tpus tpu-vm start $name ${where[*]}, or delete it" ;;
+        { remove && create; } || say "$name could not be created again now" ;;
+      STOPPED) fail "$name was stopped by a user. Start it (gcloud compute tpus tpu-vm start $name ${where[*]}) or delete it" ;;
       READY)
         ask
         seen="READY, $job"
-        # The others notice a lost worker within their own time-out; what is still mixed a look later has failed.
+        # The other workers notice a lost one within their timeout. A state that stays mixed counts as failed.
         if [ "$job" = mixed ] && [ "$before" != "$seen" ]; then job=running; fi
         case $job in failed | mixed) ask_begun || job='no answer' ;; esac
         if [ "$job" != 'no answer' ]; then silent=''; fi
@@ -264,23 +265,23 @@ resume() {
           'no answer')
             silent=${silent:-$SECONDS}
             if [ $((SECONDS - silent)) -ge "$patience" ]; then
-              say "$name is READY, but a worker has not answered for $patience s; see what it says to" \
+              say "$name is READY, but a worker has not answered for $patience s. Check the output of" \
                 "gcloud compute tpus tpu-vm ssh $name --worker=all --command='bash worker.sh status' ${where[*]}" \
-                "(keys: ssh-add ~/.ssh/google_compute_engine); where it hangs, delete, then resume makes it again"
+                "(keys: ssh-add ~/.ssh/google_compute_engine). If it hangs, delete $name, then resume creates it again"
               exit 1
             fi ;;
           *)
-            case $job in failed | mixed) # what fails again from a newer checkpoint has got on in between
+            case $job in failed | mixed) # a failure after a newer checkpoint means that there was progress
               if [ "$begun" != "$failed_from" ]; then failures=0; fi
               failed_from=$begun failures=$((failures + 1)) ;;
             esac
             if [ $failures -ge 3 ]; then
               if hear 0 "tail -n 20 dalle_jax_run/log"; then echo "$said"; fi
               say "the training failed three times in a row from ${begun:+step }${begun:-the beginning};" \
-                "the log of worker 0 ends as above"
+                "the end of the log of worker 0 is above"
               exit 1
             fi
-            if start; then started=yes; else say "it could not be started now"; fi ;;
+            if start; then started=yes; else say "the training could not be started now"; fi ;;
         esac ;;
     esac
     if [ "$seen" != "$before" ]; then say "$(date '+%F %T') $seen"; fi
@@ -293,29 +294,29 @@ resume() {
 
 case $command in
   create)
-    make
+    create
     until look && [ "$state" = READY ]; do
-      if [ "$state" = LOST ]; then fail "Google gave the request up: delete it, and create again"; fi
-      say "$state; looking again in $poll s"
+      if [ "$state" = LOST ]; then fail "Google dropped the request: delete it, then create again"; fi
+      say "$state; checking again in $poll s"
       pause
     done
     say "ready; next: launch" ;;
   launch)
     start
-    say "started; next: watch, and resume to keep it going" ;;
+    say "started; next: watch, and resume to keep it running" ;;
   watch)
     if [ -n "$workdir" ]; then say "curves: tensorboard --logdir=$workdir/tensorboard"; fi
     workers 0 "tail -n 50 -F dalle_jax_run/log" --ssh-flag=-t ;;
   resume) resume ;;
   delete)
     if ! $yes && ! $dry_run; then
-      [ -t 0 ] || fail "delete asks before it deletes, and there is nobody to ask: add --yes"
-      read -r -p "Delete $name in $zone? What is not on gs:// is lost. Type its name: " answer
+      [ -t 0 ] || fail "delete needs a confirmation, but the input is no terminal: add --yes"
+      read -r -p "Delete $name in $zone? All files that are not on gs:// will be lost. Type the name to confirm: " answer
       [ "$answer" = "$name" ] || fail "not deleted"
     fi
     look
     if [ "$state" = READY ]; then
-      workers all "[ ! -e worker.sh ] || bash worker.sh stop" || say "the training could not be stopped; deleting all the same"
+      workers all "[ ! -e worker.sh ] || bash worker.sh stop" || say "the training could not be stopped; deleting anyway"
     fi
     remove ;;
 esac

@@ -1,26 +1,26 @@
 #!/usr/bin/env bash
-# What tpu_vm.sh runs on each worker, in the home directory. The same on every worker: on a TPU, JAX finds the others.
+# Runs on each worker, in the home directory, called by tpu_vm.sh. All workers run the same, because JAX finds the others.
 #
 #   worker.sh setup REPOSITORY COMMIT   clone or update the project, and install it with its TPU extra
-#   worker.sh start ARGUMENTS…          start python -m dalle_jax.main ARGUMENTS… in the background, in place of one before
-#   worker.sh status                    running, done, stopped (saved, and to be gone on with), killed, failed, or none
-#   worker.sh stop                      SIGTERM, which saves; returns when the training has ended. After ten minutes it is
-#                                       killed, with its data workers
+#   worker.sh start ARGUMENTS…          start python -m dalle_jax.main ARGUMENTS… in the background; stop an earlier one
+#   worker.sh status                    print running, done, stopped (saved, can resume), killed, failed, or none
+#   worker.sh stop                      send SIGTERM, which saves, and wait for the end. After ten minutes kill the
+#                                       training with its data workers
 #
 # Files: dalle_jax/ (the clone), dalle_jax_venv/, dalle_jax_run/log (of this start), log.before, pid, exit.
 set -euo pipefail
 cd
 
 run=dalle_jax_run
-goes_on='the same command resumes the run' # what dalle_jax.training.loop prints when it was stopped and has saved
+resumes='the same command resumes the run' # printed by dalle_jax.training.loop after a stop signal and a save
 
 say() { echo "worker.sh: $*"; }
 
-is_running() { # whether the process is there, and is ours: numbers are used again after a restart of the machine
+is_running() { # checks the command too, because process ids are reused after a restart of the machine
   [ -e $run/pid ] && grep -q -s -a dalle_jax.main "/proc/$(cat $run/pid)/cmdline"
 }
 
-newer_python() { # an interpreter that this project works with; nothing where there is none
+newer_python() { # prints an interpreter that this project supports, or nothing
   local each
   for each in python3.13 python3.12 python3.11 python3; do
     if "$each" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
@@ -41,7 +41,7 @@ setup() {
     python=$(newer_python)
     if [ -n "$python" ]; then
       "$python" -m venv dalle_jax_venv
-    else # the TPU images come with Python 3.10
+    else # the TPU images have Python 3.10
       python3 -m pip install --quiet --user uv
       python3 -m uv venv --quiet --seed --python 3.12 dalle_jax_venv
     fi
@@ -62,26 +62,26 @@ start() {
     sleep 0.1
   done
   if [ ! -e $run/pid ]; then
-    say "the training did not start; ~/$run/log ends so:" >&2
+    say "the training did not start; the end of ~/$run/log:" >&2
     tail -n 5 $run/log >&2
     exit 1
   fi
   say "started"
 }
 
-wait_for() { # the background half of start: runs the training and keeps its exit status
+wait_for() { # background part of start: runs the training and stores its exit status
   local code=0
-  trap : TERM # at shutdown everything gets SIGTERM; the training has its own use for it, and this waits for it
+  trap : TERM # a shutdown sends SIGTERM to all processes: the training saves, and this function waits for it
   cd dalle_jax
-  # In a process group of its own, whose number is its own; without a file that says so, it does not begin.
-  # shellcheck disable=SC2016  # (the inner shell's)
+  # The training leads its own process group. It does not start unless the file with its id is written.
+  # shellcheck disable=SC2016  # variables of the inner shell
   setsid bash -c 'echo $$ >"$0.new" && mv "$0.new" "$0" && exec "$@"' ../$run/pid \
     ../dalle_jax_venv/bin/python -u -m dalle_jax.main "$@" &
   while true; do
     wait $! && code=0 || code=$?
     kill -0 $! 2>/dev/null || break
   done
-  kill -KILL -- "-$!" 2>/dev/null || true # data workers that outlive it would keep the TPU, or the memory, from the next
+  kill -KILL -- "-$!" 2>/dev/null || true # data workers that outlive it would block the TPU or the memory for the next training
   echo $code >../$run/exit
 }
 
@@ -94,7 +94,7 @@ status() {
     say killed
   elif [ "$(cat $run/exit)" != 0 ]; then
     say "failed, status $(cat $run/exit)"
-  elif grep -q "$goes_on" $run/log; then
+  elif grep -q "$resumes" $run/log; then
     say stopped
   else
     say 'done'
@@ -102,7 +102,7 @@ status() {
 }
 
 stop() {
-  local seconds=${WORKER_STOP_SECONDS:-600} # a large checkpoint takes its time
+  local seconds=${WORKER_STOP_SECONDS:-600} # a large checkpoint takes long
   if ! is_running; then return; fi
   kill -TERM "$(cat $run/pid)"
   until ! is_running; do
@@ -112,7 +112,7 @@ stop() {
     fi
     sleep 1
   done
-  for _ in {1..50}; do # wait_for writes it next, unless it was ended too
+  for _ in {1..50}; do # wait_for writes it next, unless it was killed too
     [ ! -e $run/exit ] || break
     sleep 0.1
   done

@@ -1,4 +1,4 @@
-"""The time of attention kernels, against a count of blocks by hand."""
+"""The estimated time of attention kernels equals a count of blocks by hand."""
 
 import pytest
 
@@ -12,7 +12,7 @@ V5P, V5E = topologies.CHIPS["TPU v5"], topologies.CHIPS["TPU v5 lite"]
 
 
 def test_row_layers_at_the_papers_size():
-    """Two by two blocks of 640, of which the upper right one is empty."""
+    """The mask has two by two blocks of 640, and the upper right one is empty."""
     mask = splash.kernel_mask(Row(), PAPER, PAPER.length)
     assert splash.block_size(mask) == 640 and splash.filled_blocks(mask, 640).tolist() == [[True, False], [True, True]]
     for kind in splash.KERNEL_KINDS:
@@ -32,7 +32,7 @@ def test_calls_heads_cores_and_clock(chip):
     assert found == pytest.approx(expected)
 
 
-def test_kernels_that_are_not_known():
+def test_unknown_kernels():
     assert kernels.seconds({"other_kernel": 1}, (Row(),), PAPER, PAPER.length, 10, V5P) is None
     assert kernels.of_subject({}, None, 8, sampling=False) == 0.0
 

@@ -1,4 +1,4 @@
-"""Operations counted from sizes, against those of compiled programs."""
+"""Operations counted from sizes agree with those of compiled programs."""
 
 import jax
 import pytest
@@ -14,7 +14,7 @@ SMALL = "model.trunk.depth=3,model.trunk.scan=False,model.trunk.remat=none,batch
 
 
 def program_of(config):
-    """A task, its batch, and the loss with its gradients, lowered for one CPU device."""
+    """Returns a task, its batch, and its loss with gradients, lowered for one CPU device."""
     task, batch = abstract(config)
     params = zeros_like(task.init, jax.random.key(0))
 
@@ -33,22 +33,23 @@ def counted(lowered):
 
 
 @pytest.mark.parametrize(
-    "target, overrides, less, more",  # than the program, which leaves out the borders that convolutions pad
+    # Bounds relative to the program, which leaves out the padded borders of convolutions.
+    "target, overrides, less, more",
     [
-        ("configs/maskgit.py", SMALL, 0.01, 0.0),  # its attention computes just what it needs
+        ("configs/maskgit.py", SMALL, 0.01, 0.0),  # its attention computes no masked pairs
         ("configs/maskgit.py:folder", f"{SMALL},data.image_size=32", 0.0, 0.3),
-        ("configs/prior.py", SMALL, 0.15, 0.0),  # its groups of queries compute masked pairs too
-        ("configs/clip.py", "batch_size=8", 0.05, 0.0),  # so does its text tower
+        ("configs/prior.py", SMALL, 0.15, 0.0),  # its groups of queries also compute masked pairs
+        ("configs/clip.py", "batch_size=8", 0.05, 0.0),  # its text tower also computes masked pairs
         ("configs/clip.py", "batch_size=8,negatives.spoiled=0,model.image_readout=class_token", 0.05, 0.0),
-        ("configs/dvae.py", "batch_size=8", 0.1, 0.1),  # every eighth row is decoded once more, for the log
+        ("configs/dvae.py", "batch_size=8", 0.1, 0.1),  # every eighth row is decoded again for the log
         ("configs/dvae.py:folder", "batch_size=8,data.image_size=64,model.hidden=16", 0.1, 0.1),
     ],
 )
 def test_against_the_program(target, overrides, less, more):
     config = load_target(target, overrides)
     task, batch, lowered = program_of(config)
-    wanted, found = model_flops.training(task, batch), counted(lowered)
-    assert (1 - less) * 0.999 <= wanted / found <= (1 + more) * 1.001
+    expected, found = model_flops.training(task, batch), counted(lowered)
+    assert (1 - less) * 0.999 <= expected / found <= (1 + more) * 1.001
 
 
 def test_scan_and_remat_change_the_program_not_the_model():
@@ -61,5 +62,5 @@ def test_scan_and_remat_change_the_program_not_the_model():
     other, _, lowered = program_of(again)
     assert model_flops.training(task, batch) == model_flops.training(other, batch)
     compiled = lowered.compile()  # trip counts are known after optimisation
-    assert 1.2 < Program(compiled.as_text()).flops / unrolled < 1.4  # the forward pass twice
-    assert compiled.cost_analysis()["flops"] < 0.7 * unrolled  # XLA's own count: the body once
+    assert 1.2 < Program(compiled.as_text()).flops / unrolled < 1.4  # the forward pass runs twice
+    assert compiled.cost_analysis()["flops"] < 0.7 * unrolled  # XLA counts the body once

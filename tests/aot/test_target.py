@@ -1,4 +1,4 @@
-"""Compiling for TPUs without TPUs."""
+"""Compilation for TPUs without TPUs."""
 
 import importlib.util
 import json
@@ -8,7 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from dalle_jax.aot import costs, remedies, topologies
-from dalle_jax.aot.target import CompileOptions, compile_target, load_target, lower_sampler, make_subject
+from dalle_jax.aot.compiler import compile_target
+from dalle_jax.aot.target import CompileOptions, load_target, lower_sampler, make_subject
 from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import ConfigError, DoesNotFit, UserError
 from dalle_jax.jobs import compile as compile_module
@@ -29,54 +30,58 @@ def test_overrides_have_the_types_of_the_keys():
 
 
 @pytest.mark.parametrize(
-    "target, overrides, words",
+    "target, overrides, token",
     [
-        ("configs/prior.py:papr", "", 'did you mean "paper"'),
-        ("configs/nothing.py", "", "There is no config file"),
-        ("", "", "config.target='' names no file; expected a config such as"),
-        (":paper", "", "config.target=':paper' names no file"),
-        ("configs", "", "There is no config file configs"),
-        ("README.md", "", "README.md is not a Python file; expected a config file"),
-        ("configs/__init__.py", "", "config.target=configs/__init__.py: no config, for it has no get_config"),
-        ("configs/generate.py:paper", "", "config.target=configs/generate.py:paper: this config has no variants"),
-        ("configs/generate.py", "", "job 'generate'; expected a training"),
-        ("configs/prior.py", "mesh.fsdb=2", "mesh.fsdb=2 does not fit"),
-        ("configs/prior.py", "mesh.fsdp=two", "mesh.fsdp='two' does not fit"),
-        ("configs/prior.py", "mesh.fsdp", "expected key=value"),
+        ("configs/prior.py:papr", "", '"paper"'),
+        ("configs/nothing.py", "", "configs/nothing.py"),
+        ("", "", "config.target=''"),
+        (":paper", "", "config.target=':paper'"),
+        ("configs", "", "configs"),
+        ("README.md", "", "README.md"),
+        ("configs/generate.py:paper", "", "configs/generate.py:paper"),
+        ("configs/generate.py", "", "'generate'"),
+        ("configs/prior.py", "mesh.fsdb=2", "mesh.fsdb=2"),
+        ("configs/prior.py", "mesh.fsdp=two", "mesh.fsdp='two'"),
+        ("configs/prior.py", "mesh.fsdp", "'mesh.fsdp'"),
     ],
 )
-def test_targets_that_cannot_be(target, overrides, words):
-    with pytest.raises(ConfigError, match=words):
+def test_invalid_targets(target, overrides, token):
+    with pytest.raises(ConfigError, match=token):
         load_target(target, overrides)
 
 
+def test_a_file_without_get_config(tmp_path):
+    (tmp_path / "no_config.py").write_text("")
+    with pytest.raises(ConfigError, match="no_config.py.*get_config"):
+        load_target(str(tmp_path / "no_config.py"))
+
+
 @pytest.mark.parametrize(
-    "overrides, words",
+    "overrides, token",
     [
-        ("batch_size=0", "batch_size=0: expected at least 1"),
-        ("model.trunk.width=0", "config.model: model.trunk.width is 0; expected at least 1"),
-        ("model.trunk.heads=0", "config.model: model.trunk.heads is 0"),
-        ("model.trunk.depth=-1", "config.model: model.trunk.depth is -1"),
-        ("model.trunk.width=65,model.trunk.heads=4", "width 65 is not a multiple of .*heads 4; .* width to 64"),
+        ("batch_size=0", "batch_size"),
+        ("model.trunk.width=0", "trunk.width"),
+        ("model.trunk.heads=0", "trunk.heads"),
+        ("model.trunk.depth=-1", "trunk.depth"),
+        ("model.trunk.width=65,model.trunk.heads=4", "65"),
     ],
 )
-def test_sizes_that_cannot_be(overrides, words):
-    with pytest.raises(ConfigError, match=words):
+def test_invalid_sizes(overrides, token):
+    with pytest.raises(ConfigError, match=token):
         make_subject(load_target("configs/prior.py", overrides), jax.devices())
 
 
 @pytest.mark.parametrize(
-    "wrong, words",
-    [({"what": "fly"}, "one of train, sample"), ({"rows": 0}, "at least 1"), ({"effort": "some"}, "one of full, low")],
+    "wrong, token", [({"what": "fly"}, "what"), ({"rows": 0}, "rows"), ({"effort": "some"}, "effort")]
 )
-def test_options_that_cannot_be(wrong, words):
-    with pytest.raises(ConfigError, match=words):
+def test_invalid_options(wrong, token):
+    with pytest.raises(ConfigError, match=token):
         CompileOptions("configs/prior.py", "v5e:2x2", **wrong)
 
 
 def test_rows_that_cannot_be_split():
     subject = make_subject(load_target("configs/maskgit.py", "mesh.data=4,mesh.tensor=2"), jax.devices())
-    with pytest.raises(ConfigError, match="config.rows=3 cannot be split over 4 devices .*: give a multiple of 4"):
+    with pytest.raises(ConfigError, match="config.rows=3"):
         lower_sampler(subject, 3)
 
 
@@ -85,10 +90,10 @@ def run_config(target, **options):
 
 
 @pytest.mark.parametrize("where", ["/proc/x", "/proc", "a_file", "a_file/x"])
-def test_a_workdir_that_cannot_be_written_is_known_before_compiling(where, tmp_path, monkeypatch):
+def test_an_unwritable_workdir_is_rejected_before_compilation(where, tmp_path, monkeypatch):
     (tmp_path / "a_file").touch()
     monkeypatch.setattr(compile_module, "compile_target", lambda options: pytest.fail("compiled"))
-    with pytest.raises(ConfigError, match=f"Cannot use '.*{where}' as the workdir: .* Give another --workdir"):
+    with pytest.raises(ConfigError, match=f"{where}'"):
         run(run_config("configs/prior.py"), str(tmp_path / where))
 
 
@@ -101,7 +106,7 @@ def test_missing_libtpu_is_named(monkeypatch):
 @needs_libtpu
 @pytest.mark.parametrize("name", ["v5e", "v9z:2x2", "v5e:3x3", "v4:2x2x1", "8x8"])
 def test_topologies_that_do_not_exist(name):
-    with pytest.raises(ConfigError, match="v5p:AxBxC|of v5e, v5p, v6e"):
+    with pytest.raises(ConfigError, match=f"topology='{name}'"):
         topologies.devices(name)
 
 
@@ -109,7 +114,7 @@ def test_topologies_that_do_not_exist(name):
 
 
 @pytest.mark.parametrize("target", ["configs/prior.py", "configs/dvae.py", "configs/clip.py", "configs/maskgit.py"])
-def test_abstract_batches_are_those_of_the_pipeline(target, tmp_path, monkeypatch):
+def test_abstract_batches_equal_those_of_the_pipeline(target, tmp_path, monkeypatch):
     config = load_target(target, "batch_size=4,data.builder_kwargs.num_train=512")
     _, batch = abstract(config)
     from dalle_jax.data.pipeline import Pipeline
@@ -131,7 +136,7 @@ def test_abstract_batches_are_those_of_the_pipeline(target, tmp_path, monkeypatc
 # -- whole compilations -------------------------------------------------------------------------------------------
 
 
-XLA = "model.trunk.attention_kernel=xla"  # whose operations the program tells
+XLA = "model.trunk.attention_kernel=xla"  # the program states the cost of this one
 
 
 @pytest.fixture(scope="module")
@@ -141,12 +146,13 @@ def compiled_prior():
 
 
 @needs_libtpu
-def test_figures_of_the_shapes_prior(compiled_prior):
+def test_costs_of_the_shapes_prior(compiled_prior):
     f = compiled_prior
     assert f["fits"] and f["chips"] == 4 and f["chip"] == "v5e" and not f["unknown_loops"] and not f["silent_kernels"]
     size = f["bytes"]
     state = 4 * f["parameters"] * 4
-    assert state / 4 < size["parameters"] + size["average"] + size["optimizer"] < state  # two ways, some of it whole
+    # Parameters are split two ways, some arrays stay whole.
+    assert state / 4 < size["parameters"] + size["average"] + size["optimizer"] < state
     assert size["arguments"] >= size["parameters"] + size["average"] + size["optimizer"] + size["batch"]
     assert f["flops"]["model"] < f["flops"]["program"] < 2 * f["flops"]["model"]
     assert f["collectives"]["all-gather"]["count"] and f["collectives"]["all-reduce"]["count"]
@@ -184,42 +190,40 @@ def test_the_sampler_compiles():
     f = compile_target(CompileOptions("configs/maskgit.py", "v5e:2x2", few, what="sample", rows=8))
     assert f["fits"] and f["rows"] == 8
     assert 0.95 < f["flops"]["program"] / f["flops"]["model"] < 2
-    printed = costs.table(f)  # what it takes, and not what a training has beside it
+    printed = costs.table(f)  # lists the arguments of the sampler, but not the optimizer state of the training
     assert "parameters  " in printed and "captions  " in printed and "optimizer" not in printed
     assert 1 <= f["bytes"]["arguments"] / (f["bytes"]["parameters"] + f["bytes"]["captions"]) < 1.2
-    with pytest.raises(ConfigError, match="only a prior draws"):
+    with pytest.raises(ConfigError, match="'clip'"):
         compile_target(CompileOptions("configs/clip.py", "v5e:2x2", what="sample"))
 
 
-# -- what does not fit --------------------------------------------------------------------------------------------
+# -- programs that do not fit -------------------------------------------------------------------------------------
 
 
 @needs_libtpu
-def test_what_does_not_fit_ends_with_a_remedy():
+def test_a_program_that_the_compiler_rejects_ends_with_a_remedy():
     big = "batch_size=65536,data.image_size=64,mesh.data=-1"
-    with pytest.raises(DoesNotFit, match=r"does not fit v5e:2x2.*GiB.*accumulate_steps=\d+") as raised:
-        compile_target(CompileOptions("configs/clip.py".replace("clip", "dvae"), "v5e:2x2", big))
+    with pytest.raises(DoesNotFit, match=r"accumulate_steps=\d+") as raised:
+        compile_target(CompileOptions("configs/dvae.py", "v5e:2x2", big))
     assert raised.value.exit_code != 0 and isinstance(raised.value, UserError)
 
 
 @needs_libtpu
-def test_what_was_compiled_and_does_not_fit_ends_with_a_remedy(tmp_path, capsys, monkeypatch):
-    """The compiler itself refuses most of it, but not all."""
-    measured = costs.figures
+def test_a_compiled_program_that_does_not_fit_ends_with_a_remedy(tmp_path, capsys, monkeypatch):
+    """The compiler rejects most programs that do not fit, but not all."""
+    measured = costs.costs_of
 
     def larger(*arguments):
         f = measured(*arguments)
         return {**f, "fits": False, "bytes": {**f["bytes"], "total": 20 * 2**30}}
 
-    monkeypatch.setattr(costs, "figures", larger)
-    with pytest.raises(
-        DoesNotFit, match=r"does not fit v5e:2x2.*it needs 20.00 GiB of v5e's 16.00 .*accumulate_steps="
-    ):
+    monkeypatch.setattr(costs, "costs_of", larger)
+    with pytest.raises(DoesNotFit, match=r"20.00 GiB.*16.00.*accumulate_steps="):
         run(run_config("configs/prior.py", overrides=f"{XLA},model.trunk.depth=1", effort="low"), str(tmp_path))
     assert "DOES NOT FIT" in capsys.readouterr().out and not json.loads((tmp_path / "compile.json").read_text())["fits"]
 
 
-def test_the_compilers_message_is_read():
+def test_the_message_of_the_compiler_is_parsed():
     said = "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 20.50G of 15.75G hbm. Exceeded"
     assert remedies.needed_and_available(said) == (20.5 * 2**30, 15.75 * 2**30)
     assert remedies.needed_and_available("something else") is None

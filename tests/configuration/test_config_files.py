@@ -1,4 +1,4 @@
-"""Every config file and variant loads, and its sections are ones that the code takes."""
+"""Every config file and variant loads, and the code accepts its sections."""
 
 import pathlib
 import sys
@@ -60,18 +60,18 @@ def test_trainings(name, variant):
     assert (config.job, config.task, config.variant) == ("train", TRAININGS[name], variant)
     options = check_training(config, name)
     if name == "clip":
-        sizes = clip.from_config(config, config.text.vocab_size)
+        sizes = clip.options_of_training(config, config.text.vocab_size)
         assert config.optimizer.accumulate_steps == 1
         assert (sizes == clip.CLIPOptions(dtype="bfloat16")) == (variant == "vit_b32"), "the published size"
         recipe = (sizes.image_positions, sizes.image_readout, config.negatives.spoiled)
         assert (recipe == (1.0, "class_token", 0)) == (variant != "shapes"), "OpenAI's"
         jax.eval_shape(clip.CLIP(sizes).init, jax.random.key(0))
         return
-    images = tokenizer.from_config(config if name == "dvae" else config.tokenizer)
+    images = tokenizer.of_training(config if name == "dvae" else config.tokenizer)
     grid = images.grid(options.image_size)
     if name != "dvae":
         inner = check_training(config.tokenizer, "dvae")
-        assert inner.image_size == options.image_size, "the tokenizer is trained at the prior's picture size"
+        assert inner.image_size == options.image_size, "the tokenizer is trained at the prior's image size"
         layout = TokenLayout(config.text.vocab_size, images.vocab_size, config.text.length, *grid)
         prior = make(config.prior, config.model, layout)
         if config.model.trunk.depth <= 24:  # tests/priors/test_autoregressive.py counts the large ones
@@ -82,7 +82,7 @@ def test_trainings(name, variant):
 
 
 def numbers_of(config):
-    """What follows the length of a training, or could: by its whole name."""
+    """Returns the numbers that follow the length of a training, or could, by path."""
     sections = {"steps": config.steps, "cadence": config.cadence.to_dict(), "schedules": config.schedules.to_dict()}
     return {"/".join(path): value for path, value in traverse_util.flatten_dict(sections).items()}
 
@@ -107,7 +107,7 @@ def test_schedules_follow_the_length_of_the_training(name, variant):
     for key in follow:
         assert after[key] == pytest.approx(3 * before[key], abs=3)
         part, value = config[key.partition("/")[0]], key.partition("/")[2].replace("/", ".")
-        part.update_from_flattened_dict({value: 5})  # by itself
+        part.update_from_flattened_dict({value: 5})  # alone
         assert numbers_of(config) == after | {key: 5}
         after[key] = 5
 
@@ -137,7 +137,9 @@ def test_jobs_on_a_trained_workdir(name):
 def test_quickstart_is_the_default_priors_and_their_evaluation():
     config = load("quickstart").get_config()
     trunk, bidirectional = config.prior.model.trunk, config.maskgit.model.trunk
-    assert config.maskgit.start_from == config.prior.workdir and trunk == bidirectional, "the trunk is taken over whole"
+    assert config.maskgit.start_from == config.prior.workdir and trunk == bidirectional, (
+        "MaskGIT starts from the whole trunk"
+    )
     assert config.maskgit.schedules.learning_rate.steps == config.maskgit.steps
     assert from_config(SamplingOptions, config.maskgit_sampling, "sampling").steps in (None, 8)
     assert config.job == "quickstart" and config.prior.variant == "shapes"
@@ -174,7 +176,7 @@ def test_a_config_with_a_fault_keeps_its_traceback(tmp_path):
 
 
 def test_the_papers_data_sets():
-    """What the other configs are built on: names and keys of COCO, CUB and tar shards."""
+    """Names and keys of COCO, CUB and tar shards, which the configs share."""
     for data, source, image_size, caption_key, splits in (
         (COCO, "coco_captions", 256, "captions/text", ("train", "validation")),
         (dict(CUB, image_size=224), "cub_captions", 224, "caption", ("train", "test")),
@@ -198,7 +200,7 @@ def test_the_papers_protocols():
         assert Protocol(config.split, config.captions, config.count) == Protocol(split, captions, count)
         options = from_config(DataOptions, config.data, "data")
         assert (options.source, options.path) == (source, None)
-        assert "image_size" not in config.data, "the model says which"
+        assert "image_size" not in config.data, "the model determines it"
         assert config.workdir == f"runs/evaluated-{variant}"
         assert from_config(Options, config.metrics, "metrics").blur == (0, 1, 2, 4, 8)
     assert "data" not in load("evaluate").get_config(), "the model's own"

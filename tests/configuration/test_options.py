@@ -47,6 +47,11 @@ def test_keys_that_do_not_fit(section, where, words):
         from_config(Outer, section, where)
 
 
+def test_the_document_is_named():
+    with pytest.raises(ConfigError, match="options.json.inner .*sise"):
+        from_config(Outer, {"name": "x", "inner": {"sise": 1}}, "", "options.json")
+
+
 def test_defaults():
     assert defaults_of(Outer) == {"inner": Inner(), "radii": (1.0,), "scales": {}, "share": None}
 

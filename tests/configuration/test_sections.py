@@ -14,7 +14,7 @@ from dalle_jax.configuration.sections import cadence, override, section, set_ste
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.errors import ConfigError
 from dalle_jax.evaluation.measure import Options
-from dalle_jax.optim.optimizers import OptimizerOptions
+from dalle_jax.evaluation.test_sets import Protocol
 from dalle_jax.priors.autoregressive import AutoregressiveOptions
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.tasks import registry
@@ -48,7 +48,8 @@ def options_of(config):
         found, derived = registry.options(config), DERIVED[config.task]
         inner = ["tokenizer"] if "tokenizer" in config else []
     elif config.job == "evaluate":
-        found = {"sampling": SamplingOptions, "metrics": Options, **({"data": DataOptions} if "data" in config else {})}
+        found = {"": Protocol, "sampling": SamplingOptions, "metrics": Options}
+        found |= {"data": DataOptions} if "data" in config else {}
         derived = DERIVED["evaluate"]
     elif config.job == "quickstart":
         found, derived, inner = {"maskgit_sampling": SamplingOptions}, set(), ["prior", "maskgit", "clip", "evaluate"]
@@ -56,7 +57,7 @@ def options_of(config):
         found, derived = {"generate": {"sampling": SamplingOptions}, "compile": {"": CompileOptions}}[config.job], set()
     for name in inner:
         options, keys = options_of(config[name])
-        found = found | {f"{name}.{key}": cls for key, cls in options.items()}
+        found = found | {f"{name}.{key}".rstrip("."): cls for key, cls in options.items()}
         derived = derived | {f"{name}.{key}" for key in keys}
     return found, derived
 
@@ -67,6 +68,16 @@ def flag_values(hint):
     if type(None) in arguments:
         hint = next(one for one in arguments if one is not type(None))
     return GIVEN[tuple] if origin is tuple else GIVEN.get(hint, MAPPING)
+
+
+def parsed(config, given):
+    """Returns the configuration as the command line gives it, with the values of `given` by dotted key."""
+    argv = ["main", f"--config={config}", *(f"--config.{key}={value}" for key, value in given.items())]
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv, lock_config=True)
+    with config_files.importable(config):
+        values(argv)
+    return holder.value
 
 
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
@@ -81,22 +92,23 @@ def test_every_field_of_every_options_dataclass_can_be_set(config):
             key = f"{name}.{field}".lstrip(".")
             if key not in derived and not dataclasses.is_dataclass(hint):
                 expected[key] = flag_values(hint)
-    argv = ["main", f"--config={config}", *(f"--config.{key}={given}" for key, (given, _) in expected.items())]
-    values = flags.FlagValues()
-    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv, lock_config=True)
-    with config_files.importable(config):
-        values(argv)
+    arrived_config = parsed(config, {key: given for key, (given, _) in expected.items()})
     for key, (_, arrived) in expected.items():
-        value = holder.value
+        value = arrived_config
         for part in key.split("."):
             value = value[part]
         assert (value.to_dict() if isinstance(value, ConfigDict) else value) == arrived, key
 
 
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_a_mapping_can_be_set_key_by_key_or_whole():
-    config = ConfigDict({"optimizer": section(OptimizerOptions, scales={"encoder": 0.02})}).lock()
-    config.update_from_flattened_dict({"optimizer.scales.encoder": 0.5})
+    """A schedule of another kind has other numbers, so it is set whole."""
+    constant = {"kind": "constant", "value": 0.5}
+    given = {"optimizer.scales.encoder": 0.5, "schedules.kl_weight": constant, "schedules.learning_rate.end": 0.5}
+    config = parsed(f"{CONFIGS}/dvae.py", given)
     assert config.optimizer.scales.to_dict() == {"encoder": 0.5}
+    assert config.schedules.kl_weight.to_dict() == constant
+    assert (config.schedules.learning_rate.end, config.schedules.learning_rate.kind) == (0.5, "warmup_cosine")
 
 
 def test_a_section_holds_every_field_with_its_default():

@@ -9,6 +9,7 @@ import PIL.Image
 import pytest
 from memory_source import CAPTIONS, SIZE, MemorySource
 
+from dalle_jax.data import examples
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.prefetch import prefetch_to_mesh
 from dalle_jax.data.sources.source import DataOptions
@@ -348,6 +349,15 @@ def test_a_truncated_caption_after_the_first_thousand_is_reported(caplog):
         tally.add((Note(TRUNCATED, 4, "#4", ""),), rows=5000)
     (line,) = summaries(caplog)
     assert "1 of the first 2500 captions (0.04%)" in line
+
+
+def test_an_unreadable_source_is_not_blamed_on_truncated_captions(model, monkeypatch):
+    pipeline = truncating(model)
+    monkeypatch.setattr(examples, "_MAX_SUBSTITUTES", 0)
+    pipeline.source.broken = set(range(10)) - {int(pipeline._make._order[0])}
+    with pytest.raises(DataError, match="missing file") as caught:
+        pipeline._make(0)
+    assert "truncated" not in str(caught.value)
 
 
 def test_no_share_is_logged_without_truncated_captions(make, caplog):

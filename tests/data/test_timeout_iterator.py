@@ -77,7 +77,7 @@ def test_timeout():
 
 @pytest.fixture
 def python_handles_sigint():
-    """Sets Python's handler for Ctrl-C. It is missing if SIGINT was ignored at start (`nohup … &`)."""
+    """Sets Python's handler for Ctrl-C, which `nohup pytest &` lacks because it ignores SIGINT."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -89,7 +89,7 @@ def _load(arguments):
 
 def check_main(command):
     """The config, the variant, the keys and the flags exist. So do the keys in the overrides of `compile.py`."""
-    arguments = [word for word in command[3:] if word != "--help"]
+    arguments = [word for word in command[3:] if not word.startswith("--help")]
     ours = [word for word in arguments if re.match(r"--config[.=]", word)]
     for word in set(arguments) - set(ours):
         assert re.match(r"--(\w+)=", word) and word[2:].partition("=")[0] in flags.FLAGS, f"there is no flag {word}"
@@ -331,5 +331,5 @@ def test_python_blocks_import_what_exists():
     for block in BLOCKS:
         if block.language == "python":
             for node in ast.walk(ast.parse(block.text)):
-                if isinstance(node, ast.ImportFrom) and node.module.startswith("dalle_jax"):
+                if isinstance(node, ast.ImportFrom) and node.module.partition(".")[0] == "dalle_jax":
                     exec(f"from {node.module} import {', '.join(alias.name for alias in node.names)}", {})

@@ -70,6 +70,15 @@ def test_values_equal_those_of_the_metrics_modules():
     assert found["inception_score"] == pytest.approx(inception_score.compute(score)["inception_score"], rel=1e-9)
 
 
+def test_the_example_in_the_module_docstring_runs():
+    """It calls only functions and methods that exist."""
+    lines = feature_extractors.__doc__.splitlines()
+    example = "\n".join(line.strip() for line in lines if line.startswith("    "))
+    assert example.count("\n") == 4
+    names = {"ImageSet": ImageSet, "path": None, "scorer": None, "a": IMAGES, "b": OTHERS}
+    exec(example, names | {"inception": lambda _: EXTRACTORS[0], "clip": lambda _: EXTRACTORS[1]})
+
+
 def test_an_unknown_resize_is_rejected_before_the_weights_are_read():
     with pytest.raises(ConfigError, match="bicubic"):
         feature_extractors.inception("no such file", "bicubic")

@@ -73,5 +73,5 @@ def test_invalid_protocols_are_rejected(data):
         open_test_set(data, Protocol("all", "first", 99))
     with pytest.raises(ConfigError, match="config.captions"):
         Protocol("all", "all")
-    with pytest.raises(ConfigError, match="count=0"):
+    with pytest.raises(ConfigError, match="config.count"):
         Protocol("all", count=0)

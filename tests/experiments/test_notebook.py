@@ -1,4 +1,4 @@
-"""experiments/notebooks/colab.ipynb: as it is committed, and as it runs."""
+"""experiments/notebooks/colab.ipynb: its committed state, and a run of all its cells."""
 
 import ast
 import copy
@@ -12,7 +12,7 @@ import sys
 import types
 import zipfile
 
-import jax  # noqa: F401 (before the tests' google.colab is there: it has more than this file's cells need)
+import jax  # noqa: F401  imported before the tests replace google.colab, which jax looks for
 import nbformat
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ from dalle_jax.configuration import config_files
 from dalle_jax.configuration.options import from_config
 from dalle_jax.data.sources.folder import FolderSource
 from dalle_jax.data.sources.source import DataOptions
-from dalle_jax.reporting import images as report
+from dalle_jax.reporting.images import save_png
 
 ROOT = pathlib.Path(__file__).parents[2]
 NOTEBOOK = ROOT / "experiments" / "notebooks" / "colab.ipynb"
@@ -72,7 +72,7 @@ def notebook():
 
 
 def cells(notebook, tag):
-    """The code cells with a tag."""
+    """Returns the code cells with a tag."""
     return [cell for cell in notebook.cells if tag in cell.metadata.get("tags", ())]
 
 
@@ -88,7 +88,7 @@ def test_is_a_notebook_without_outputs(notebook):
     for cell in notebook.cells:
         if cell.cell_type == "code":
             assert cell.outputs == [] and cell.execution_count is None, cell.source
-            assert set(cell.metadata) <= {"tags"}, "no traces of a run"
+            assert set(cell.metadata) <= {"tags"}, "a run leaves other metadata"
     assert len({cell.id for cell in notebook.cells}) == len(notebook.cells)
     assert NOTEBOOK.read_text().endswith("}\n") and "file:/" not in NOTEBOOK.read_text()
 
@@ -101,14 +101,14 @@ def test_every_cell_compiles(notebook):
 
 def test_parameters(notebook):
     values = parameters(notebook)
-    assert set(TINY) <= set(values), "what the run below changes is there"
+    assert set(TINY) <= set(values), "the run below changes these"
     assert "OWNER" in values["REPOSITORY"] and values["INSTALL"] and values["DRIVE"] == "/content/drive"
-    assert all(not values[name] for name in ("PICTURES", "UPLOAD", "CAPTIONS", *TINY) if name != "INSTALL")
-    assert notebook.cells[1] is cells(notebook, "parameters")[0], "at the top"
+    assert all(not values[name] for name in ("IMAGES", "UPLOAD", "CAPTIONS", *TINY) if name != "INSTALL")
+    assert notebook.cells[1] is cells(notebook, "parameters")[0], "the parameters come first"
 
 
 def helper(notebook):
-    """The notebook's `load`."""
+    """Returns the notebook's function `load`."""
     (cell,) = cells(notebook, "helpers")
     names = {"config_files": config_files}
     exec(cell.source[cell.source.index("def load(") : cell.source.index("def train(")], names)
@@ -116,7 +116,7 @@ def helper(notebook):
 
 
 def test_names_and_keys_of_configs_exist(notebook, monkeypatch):
-    """Everything that the notebook loads, at both values of SIZES, and that the run below overrides."""
+    """All configs that the notebook loads, at both values of SIZES, with the changes of the run below."""
     monkeypatch.chdir(ROOT)
     load, source = helper(notebook), "\n".join(cell.source for cell in notebook.cells)
     load("quickstart.py", TINY["QUICKSTART"])
@@ -138,7 +138,7 @@ real_version = importlib.metadata.version
 
 
 def run_cells(notebook, tag, space):
-    """Runs the cells with a tag in a space of names, and gives the names that they leave."""
+    """Runs the cells with a tag in a namespace, and returns the namespace."""
     for cell in cells(notebook, tag):
         exec(compile(TransformerManager().transform_cell(cell.source), tag, "exec"), space)
     return space
@@ -146,47 +146,54 @@ def run_cells(notebook, tag, space):
 
 @pytest.fixture
 def space(notebook, tmp_path, monkeypatch):
-    """The names that the cell of pictures finds, in an empty folder."""
+    """The names that the cell of images needs, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    names = {"COLAB": False, "RUNS": tmp_path / "runs", "pathlib": pathlib, "np": np, "Image": Image, "report": report}
+    names = {
+        "COLAB": False,
+        "RUNS": tmp_path / "runs",
+        "pathlib": pathlib,
+        "np": np,
+        "Image": Image,
+        "save_png": save_png,
+    }
     return parameters(notebook) | names
 
 
-def test_sample_pictures(notebook, space, tmp_path):
-    """Without pictures of one's own some are drawn; the combinations that are left out are what will be asked for."""
-    made = run_cells(notebook, "pictures", space)
-    source = FolderSource(tmp_path / made["PICTURES"])
+def test_sample_images(notebook, space, tmp_path):
+    """Without your images, sample images are drawn. The notebook asks for the combinations that were left out."""
+    made = run_cells(notebook, "images", space)
+    source = FolderSource(tmp_path / made["IMAGES"])
     captions, asked = [source[i]["captions"][0] for i in range(len(source))], made["CAPTIONS"]
     assert len(set(captions)) == len(captions) == 64 and len(asked) == 4
     assert not set(asked) & set(captions)
     assert set(" ".join(asked).split()) <= set(" ".join(captions).split()), "their words are known"
-    pictures = np.stack([source[i]["image"] for i in range(64)])
-    assert pictures.shape == (64, 64, 64, 3) and len({picture.tobytes() for picture in pictures}) == 64
+    images = np.stack([source[i]["image"] for i in range(64)])
+    assert images.shape == (64, 64, 64, 3) and len({image.tobytes() for image in images}) == 64
 
 
-def test_pictures_of_a_folder_are_left_alone(notebook, space, tmp_path):
-    made = run_cells(notebook, "pictures", space | {"PICTURES": "somewhere"})
-    assert made["PICTURES"] == "somewhere" and made["CAPTIONS"] == [] and not list(tmp_path.iterdir())
+def test_images_of_a_folder_are_unchanged(notebook, space, tmp_path):
+    made = run_cells(notebook, "images", space | {"IMAGES": "somewhere"})
+    assert made["IMAGES"] == "somewhere" and made["CAPTIONS"] == [] and not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("top", ["", "cats/"])
-def test_uploaded_pictures(notebook, space, monkeypatch, top):
-    """A .zip as people make them, with a folder around it and what macOS adds; asked for once."""
+def test_uploaded_images(notebook, space, monkeypatch, top):
+    """A .zip with a folder around the files and the additions of macOS. The upload is asked for once."""
     zipped, asked = io.BytesIO(), []
     with zipfile.ZipFile(zipped, "w") as archive:
         archive.writestr(f"{top}cat.txt", "a cat")
-        archive.writestr(f"{top}cat.png", tiny_copies.picture(1, kind="PNG"))
-        archive.writestr(f"__MACOSX/{top}._cat.png", b"no picture")
+        archive.writestr(f"{top}cat.png", tiny_copies.image(1, kind="PNG"))
+        archive.writestr(f"__MACOSX/{top}._cat.png", b"no image")
     files = types.SimpleNamespace(upload=lambda: asked.append(1) or {"cats.zip": zipped.getvalue()})
     monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(files=files))
     for _ in range(2):
-        made = run_cells(notebook, "pictures", dict(space) | {"COLAB": True, "UPLOAD": True})
-        source = FolderSource(made["PICTURES"])
+        made = run_cells(notebook, "images", dict(space) | {"COLAB": True, "UPLOAD": True})
+        source = FolderSource(made["IMAGES"])
         assert len(source) == 1 and source[0]["captions"] == ["a cat"]
     assert asked == [1]
 
 
-def test_kept_on_drive(notebook, space, monkeypatch, tmp_path):
+def test_trainings_are_saved_on_drive(notebook, space, monkeypatch, tmp_path):
     mounted = []
     drive = types.SimpleNamespace(mount=mounted.append)
     monkeypatch.setitem(sys.modules, "google.colab", types.SimpleNamespace(drive=drive))
@@ -195,14 +202,14 @@ def test_kept_on_drive(notebook, space, monkeypatch, tmp_path):
     assert made["RUNS"] == tmp_path / "drive/MyDrive/kept" and made["RUNS"].is_dir()
     assert mounted == [str(tmp_path / "drive")]
     made = run_cells(notebook, "where", space | names | {"COLAB": True, "DRIVE": ""})
-    assert made["RUNS"] == pathlib.Path("kept") and len(mounted) == 1, "not where it is not wanted"
+    assert made["RUNS"] == pathlib.Path("kept") and len(mounted) == 1, "Drive is not mounted with an empty DRIVE"
 
 
 @pytest.mark.parametrize(
     "devices, extra", [(["/dev/accel0"], "[tpu]"), (["/dev/vfio/0"], "[tpu]"), (["/dev/nvidia0"], "[cuda]"), ([], "")]
 )
 def test_install(notebook, space, monkeypatch, tmp_path, devices, extra):
-    """The extra is the runtime's; a clone that is there already is not cloned again."""
+    """The extra depends on the runtime. An existing clone is not cloned again."""
     ran = []
 
     def run(command, check):
@@ -214,7 +221,7 @@ def test_install(notebook, space, monkeypatch, tmp_path, devices, extra):
     monkeypatch.setattr("subprocess.run", run)
     monkeypatch.setattr("glob.glob", lambda pattern: [d for d in devices if fnmatch.fnmatch(d, pattern)])
     monkeypatch.setattr(sys, "path", list(sys.path))
-    with pytest.raises(ValueError, match="Set REPOSITORY in the first cell"):
+    with pytest.raises(ValueError, match="REPOSITORY"):
         run_cells(notebook, "install", dict(space))
     address = {"REPOSITORY": "https://host/dalle_jax.git"}
     clone = ["git", "clone", "--quiet", address["REPOSITORY"], "dalle_jax"]
@@ -228,31 +235,31 @@ def test_install(notebook, space, monkeypatch, tmp_path, devices, extra):
     run_cells(notebook, "install", space | address)
     assert ran[3:] == [install] and pathlib.Path.cwd() == tmp_path / "dalle_jax", "after a restart of the session"
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.0.0" if name == "numpy" else real_version(name))
-    with pytest.raises(RuntimeError, match="numpy was in use when it was replaced: Runtime → Restart session"):
+    with pytest.raises(RuntimeError, match="numpy"):
         run_cells(notebook, "install", space | address)
 
 
-def test_one_can_take_the_whole_size(notebook, tmp_path, monkeypatch):
-    """`SIZES = "folder"` trains what `configs/prior.py:folder` says, on the small copies."""
+def test_both_sizes_load_their_variant(notebook, tmp_path, monkeypatch):
+    """`SIZES = "folder"` trains `configs/prior.py:folder` on the small copies."""
     monkeypatch.chdir(ROOT)
-    (cell,) = [cell for cell in cells(notebook, "train") if "def on_my_pictures" in cell.source]
+    (cell,) = [cell for cell in cells(notebook, "train") if "def on_my_images" in cell.source]
     code = cell.source[: cell.source.index("\n\nmine = ")]
     load = helper(notebook)
     for sizes in ("folder", "emoji"):
         made = {"load": load, "SIZES": sizes, "IMAGE_SIZE": 64, "small": tmp_path}
         exec(code, made)
-        config = made["on_my_pictures"]("prior.py", {"tokenizer.steps": 5})
+        config = made["on_my_images"]("prior.py", {"tokenizer.steps": 5})
         plain = load(f"prior.py:{sizes}", {})
         assert config.model == plain.model and config.steps == plain.steps and config.tokenizer.steps == 5
         for section in (config.data, config.tokenizer.data):
             options = from_config(DataOptions, section, "data")
             assert (options.source, options.path, options.image_size) == ("folder", str(tmp_path), 64)
-        assert made["on_my_pictures"]("clip.py", {}).data.path == str(tmp_path)
+        assert made["on_my_images"]("clip.py", {}).data.path == str(tmp_path)
 
 
 @pytest.mark.slow
 def test_runs(notebook, tmp_path):
-    """Every cell, in a fresh kernel at the repository's root, as *Run all* would, at tiny sizes."""
+    """Runs every cell at tiny sizes in a fresh kernel at the repository's root, like *Run all*."""
     notebook = copy.deepcopy(notebook)
     (first,) = cells(notebook, "parameters")
     changes = {**TINY, "RUNS": str(tmp_path / "kept"), "NAME": tmp_path.name}
@@ -265,13 +272,13 @@ def test_runs(notebook, tmp_path):
         try:
             client.execute()
         finally:
-            shutil.rmtree(ROOT / "runs" / f"{tmp_path.name}_32_pictures", ignore_errors=True)
+            shutil.rmtree(ROOT / "runs" / f"{tmp_path.name}_32_images", ignore_errors=True)
 
-    def pictures(tag):
+    def images(tag):
         outputs = [output for cell in cells(notebook, tag) for output in cell.outputs]
         return sum("image/png" in output.get("data", {}) for output in outputs)
 
-    assert [pictures(tag) for tag in ("generate", "edit", "prepare", "preview")] == [2, 2, 1, 2]
+    assert [images(tag) for tag in ("generate", "edit", "prepare", "preview")] == [2, 2, 1, 2]
     (report_cell,) = cells(notebook, "quickstart")
     assert any("<iframe srcdoc=" in output.get("data", {}).get("text/html", "") for output in report_cell.outputs)
     said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))

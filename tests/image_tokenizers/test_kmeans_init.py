@@ -1,4 +1,4 @@
-"""The dVAE's start from clusters of patches."""
+"""Initialisation of the dVAE from clusters of patches."""
 
 import dataclasses
 
@@ -42,7 +42,7 @@ def test_fewer_kinds_of_feature_than_centres():
 
 @pytest.fixture(scope="module")
 def started():
-    """Parameters before and after, and the pictures: blocks of 4×4 pixels in twelve colours."""
+    """Parameters before and after, and the images: blocks of 4×4 pixels in twelve colours."""
     rng = np.random.default_rng(0)
     colours = rng.integers(0, 256, (12, 3), np.uint8)
     images = colours[rng.integers(0, 12, (32, 4, 4))].repeat(4, axis=1).repeat(4, axis=2)
@@ -51,7 +51,7 @@ def started():
     return before, after, images
 
 
-def test_every_code_is_used_from_the_start(started):
+def test_every_code_is_used_at_initialisation(started):
     before, after, images = started
 
     def used(params):
@@ -86,14 +86,14 @@ def test_nothing_else_changes(started):
     assert all(np.abs(leaf).max() == 0 for path, leaf in jax.tree.leaves_with_path(after) if "conv_4" in str(path))
 
 
-def test_untrained_it_decodes_a_code_to_the_mean_of_its_patches(started):
+def test_an_untrained_dvae_decodes_a_code_to_its_mean_patch(started):
     _, params, images = started
     decoded = TOKENIZER.decode(params, TOKENIZER.encode(params, images))
     np.testing.assert_allclose(decoded, images / 255, atol=2e-3)
 
 
 @pytest.mark.parametrize("sizes", [dict(groups=2), dict(hidden=92, codebook_dim=92), dict(codebook_dim=120)])
-def test_sizes_that_cannot_carry_a_patch(sizes):
+def test_sizes_that_cannot_hold_a_patch(sizes):
     options = dataclasses.replace(TOKENIZER.options, **sizes)
-    with pytest.raises(ConfigError, match="expected one group"):
+    with pytest.raises(ConfigError, match="kmeans"):
         kmeans_init(DVAETokenizer(options), {}, np.zeros((1, 16, 16, 3), np.uint8), jax.random.key(0), sharpness=10.0)

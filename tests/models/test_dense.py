@@ -1,4 +1,4 @@
-"""Dense layers: the same product, whatever it is written for."""
+"""Dense layers: every path computes the same product."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ from dalle_jax.models import dense
 @pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-6), ("bfloat16", 2e-2)])
 @pytest.mark.parametrize("inputs, outputs", [((6,), (10,)), ((10,), (6,)), ((6,), (3, 2, 4)), ((2, 3), (5,))])
 def test_accelerators_and_cpus_agree(monkeypatch, inputs, outputs, dtype, tolerance):
-    """Values and both gradients; on CPUs the narrower operand is the one that is copied."""
+    """Values and both gradients agree, whichever operand is narrower."""
     rng = np.random.default_rng(0)
     x, kernel = (jnp.asarray(rng.normal(size=shape), dtype) for shape in ((2, 7, *inputs), (*inputs, *outputs)))
 

@@ -1,4 +1,4 @@
-"""Schedules: end points, the paper's shapes, refusal of what is not one."""
+"""Schedules: end points, the shapes of the paper, and rejection of invalid sections."""
 
 import jax
 import jax.numpy as jnp
@@ -50,27 +50,27 @@ def test_warmup_cosine():
     np.testing.assert_allclose(values({**spec, "steps": 2}, [0, 1, 2]), [0.0, 0.5, 1.0], rtol=1e-6)
 
 
-def test_no_steps_at_all_means_the_end_value():
+def test_zero_steps_give_the_end_value():
     assert values({"kind": "cosine", "start": 1.0, "end": 2.0, "steps": 0}, [1])[0] == 2.0
     assert values({"kind": "warmup_constant", "value": 2.0, "warmup_steps": 0}, [1])[0] == 2.0
 
 
-def test_a_config_dict_will_do():
+def test_a_config_dict_is_accepted():
     assert schedules.make(ConfigDict({"kind": "constant", "value": 0.5}))(3) == 0.5
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    ("spec", "token"),
     [
-        ({}, "kind is None.*cosine"),
-        ({"kind": "step"}, "kind is 'step'"),
-        ({"kind": "constant", "valu": 1}, "'valu'.*value"),
-        ({"kind": "constant"}, "lacks value"),
-        ({"kind": "constant", "value": "high"}, "'high'.*number"),
-        ({"kind": "linear", "start": 0, "end": 1, "steps": -3}, "steps is -3"),
-        ({"kind": "linear", "start": 0, "end": 1, "steps": 2.5}, "steps is 2.5"),
+        ({}, "kind"),
+        ({"kind": "step"}, "'step'"),
+        ({"kind": "constant", "valu": 1}, "'valu'"),
+        ({"kind": "constant"}, "value"),
+        ({"kind": "constant", "value": "high"}, "'high'"),
+        ({"kind": "linear", "start": 0, "end": 1, "steps": -3}, "-3"),
+        ({"kind": "linear", "start": 0, "end": 1, "steps": 2.5}, "2.5"),
     ],
 )
-def test_what_is_refused(spec, message):
-    with pytest.raises(ConfigError, match=message):
+def test_invalid_sections(spec, token):
+    with pytest.raises(ConfigError, match=token):
         schedules.make(spec, "temperature")

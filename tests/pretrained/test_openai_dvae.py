@@ -1,4 +1,4 @@
-"""Our encoder and decoder equal the published package's; every accepted file format gives the same parameters."""
+"""Our encoder and decoder equal those of the published package, and every file format gives the same parameters."""
 
 import collections
 import importlib.util
@@ -22,7 +22,7 @@ FULL = {"n_hid": 256, "n_blk_per_group": 2, "vocab_size": 8192}
 
 
 def original(sizes, seed=0):
-    """The package's encoder and decoder with random weights, biases and, so that errors show, a loud codebook."""
+    """Returns encoder and decoder of the package with random weights, and a large codebook, so that errors show."""
     import torch
     from dall_e.decoder import Decoder
     from dall_e.encoder import Encoder
@@ -76,7 +76,7 @@ def test_same_outputs_as_the_package(sizes, pixels):
 
 
 def random_arrays(seed=0):
-    """Two state dicts of a very small dVAE in the original's layout, without the package."""
+    """Returns two state dicts of a tiny dVAE in the original layout, without using the package."""
     rng, options = np.random.default_rng(seed), DVAEOptions(32, 16, 4, 2, 1, 8, 3)
     params = nn.meta.unbox(jax.eval_shape(DVAETokenizer(options).init, jax.random.key(0)))
     sides = {"encoder": {}, "decoder": {}}
@@ -110,7 +110,7 @@ def test_plain_files(tmp_path, kind):
     *sides, options = random_arrays()
     paths = []
     for name, arrays in zip(("encoder", "decoder"), sides):
-        paths.append(tmp_path / name)  # no suffix: the content tells
+        paths.append(tmp_path / name)  # no suffix: the format is detected from the content
         if kind == "npz":
             with open(paths[-1], "wb") as file:
                 np.savez(file, **arrays)
@@ -145,30 +145,30 @@ def test_an_imported_tokenizer_can_be_saved_for_a_prior(tmp_path):
     same(loaded, params)
 
 
-# -- what does not fit --------------------------------------------------------------------------------------------
+# -- invalid files ------------------------------------------------------------------------------------------------
 
 
 def test_arrays_that_do_not_fit():
     encoder, decoder, options = random_arrays()
     missing = {name: array for name, array in decoder.items() if name != "blocks.output.conv.b"}
-    with pytest.raises(PretrainedError, match=r"\['decoder'\]\['output'\]\['bias'\] has shape None, expected \(6,\)"):
+    with pytest.raises(PretrainedError, match="decoder.*output.*bias"):
         openai_dvae.convert(encoder, missing, options)
-    with pytest.raises(PretrainedError, match="'loss.weight'"):
+    with pytest.raises(PretrainedError, match=r"loss\.weight"):
         openai_dvae.convert({**encoder, "loss.weight": np.zeros(3)}, decoder, options)
-    with pytest.raises(PretrainedError, match="expected"):
+    with pytest.raises(PretrainedError, match="encoder.*input"):
         openai_dvae.convert({**encoder, "blocks.input.w": np.zeros((4, 3, 5, 5))}, decoder, options)
 
 
 def test_files_that_hold_something_else(tmp_path):
     other = tmp_path / "clip.npz"
     np.savez(other, weight=np.zeros(3))
-    with pytest.raises(PretrainedError, match="not the weights of a dVAE"):
+    with pytest.raises(PretrainedError, match=r"blocks\.output\.conv\.w"):
         openai_dvae.load(other, other)
     objects = tmp_path / "objects.npz"
     np.savez(objects, weight=np.array([collections.OrderedDict()], dtype=object))
-    with pytest.raises(PretrainedError, match="objects.npz"):
+    with pytest.raises(PretrainedError, match=r"objects\.npz"):
         openai_dvae.load(objects, objects)
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"\xff" * 7 + b"\x00{}")
-    with pytest.raises(PretrainedError, match="broken.safetensors"):
+    with pytest.raises(PretrainedError, match=r"broken\.safetensors"):
         openai_dvae.load(broken, broken)

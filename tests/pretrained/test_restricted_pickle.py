@@ -1,4 +1,4 @@
-"""Files by torch.save, read without torch; and files that would run code, which must not."""
+"""Files of torch.save are read without torch, and files with code are rejected without running it."""
 
 import collections
 import io
@@ -14,7 +14,7 @@ from dalle_jax.pretrained import restricted_pickle
 
 
 class Asks:
-    """Pickles as a call of whatever it is given."""
+    """Pickles as a call of a function."""
 
     def __init__(self, function, *arguments):
         self.call = function, arguments
@@ -24,7 +24,7 @@ class Asks:
 
 
 def torch_like_zip(path, content, files=()):
-    """The archive that torch.save writes, around a pickle of `content`."""
+    """Writes an archive like torch.save around a pickle of `content`."""
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("archive/data.pkl", content if isinstance(content, bytes) else pickle.dumps(content, 2))
         for name, data in files:
@@ -71,7 +71,7 @@ def test_tensors_come_back_as_arrays(save):
     assert loaded["nested"][:2] == [1, ("two", None)]
 
 
-def test_modules_become_records_only_where_that_was_asked_for(save):
+def test_only_allowed_modules_become_records(save):
     import torch
 
     path = save(torch.nn.Sequential(collections.OrderedDict(first=torch.nn.Linear(2, 3), second=torch.nn.Linear(3, 1))))
@@ -85,7 +85,7 @@ def test_modules_become_records_only_where_that_was_asked_for(save):
     }  # fmt: skip
 
 
-def test_code_in_a_torch_file_is_refused_and_not_run(save, tmp_path):
+def test_code_in_a_torch_file_is_rejected_and_not_run(save, tmp_path):
     target = tmp_path / "owned"
     path = save({"weights": Asks(os.system, f"touch {target}")})
     with pytest.raises(PretrainedError, match=r"file\.pt.*'posix\.system'"):
@@ -104,16 +104,16 @@ def test_code_in_a_torch_file_is_refused_and_not_run(save, tmp_path):
         [Asks(collections.deque, [1])],
     ],
 )
-def test_code_in_any_pickle_is_refused_and_not_run(tmp_path, monkeypatch, protocol, content):
+def test_code_in_any_pickle_is_rejected_and_not_run(tmp_path, monkeypatch, protocol, content):
     monkeypatch.chdir(tmp_path)
     path = torch_like_zip(tmp_path / "file.pt", pickle.dumps(content, protocol))
-    with pytest.raises(PretrainedError, match="asks for"):
+    with pytest.raises(PretrainedError, match="safetensors"):
         restricted_pickle.load(path, lambda name: name.startswith("torch.nn."))
     assert not (tmp_path / "owned").exists()
 
 
-def test_names_reached_through_allowed_ones_are_refused(tmp_path):
-    # protocol 4 may ask for dotted names: a class that is allowed must not lend its attributes
+def test_attributes_of_allowed_names_are_rejected(tmp_path):
+    # Protocol 4 allows dotted names, but an allowed class must not expose its attributes.
     content = b"\x80\x04\x8c\x0bcollections\x8c\x14OrderedDict.fromkeys\x93."
     with pytest.raises(PretrainedError, match=r"OrderedDict\.fromkeys"):
         restricted_pickle.load(torch_like_zip(tmp_path / "file.pt", content))
@@ -133,14 +133,14 @@ def test_names_reached_through_allowed_ones_are_refused(tmp_path):
     ],
 )
 def test_a_file_cannot_change_the_reader(tmp_path, name, state):
-    """BUILD, which sets attributes or calls `__setstate__`, on everything that the reader lends."""
+    """BUILD sets attributes or calls `__setstate__`. It must fail on every object that the reader provides."""
     content = b"\x80\x02c" + name + b"\n" + state + b"b."
-    with pytest.raises(PretrainedError, match="not a readable file"):
+    with pytest.raises(PretrainedError, match="readable"):
         restricted_pickle.load(torch_like_zip(tmp_path / "file.pt", content))
 
 
 def storage_pickle(size, stride, numel, offset=0):
-    """A pickle of one float32 tensor, written by hand."""
+    """Returns a handwritten pickle of one float32 tensor."""
 
     class Writer(pickle.Pickler):
         def persistent_id(self, value):
@@ -178,7 +178,7 @@ def storage_pickle(size, stride, numel, offset=0):
     return buffer.getvalue()
 
 
-def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
+def test_a_tensor_beyond_its_storage_is_rejected(tmp_path):
     data = [("data/0", np.arange(6, dtype=np.float32).tobytes())]
     load = lambda *numbers: restricted_pickle.load(  # noqa: E731
         torch_like_zip(tmp_path / "file.pt", storage_pickle(*numbers), data)
@@ -187,11 +187,11 @@ def test_a_tensor_beyond_its_storage_is_refused(tmp_path):
     for numbers in [
         ((2, 4), (3, 1), 6),  # too many elements
         ((2, 3), (4, 1), 6),  # strides that leave the storage
-        ((6,), (1,), 6, 1),  # an offset that does
+        ((6,), (1,), 6, 1),  # an offset that leaves it
         ((2, 3), (-3, 1), 6),
         ((10**12,), (0,), 6),  # a few bytes repeated into terabytes
     ]:
-        with pytest.raises(PretrainedError, match="Damaged"):
+        with pytest.raises(PretrainedError, match="size"):
             load(*numbers)
     with pytest.raises(PretrainedError):
         load((7,), (1,), 7)  # a storage that the file does not hold
@@ -206,5 +206,5 @@ def test_files_of_another_kind(tmp_path, content):
 
 
 def test_a_missing_file(tmp_path):
-    with pytest.raises(PretrainedError, match="cannot be read"):
+    with pytest.raises(PretrainedError, match="nothing.pkl"):
         restricted_pickle.load(tmp_path / "nothing.pkl")

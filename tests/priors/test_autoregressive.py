@@ -1,4 +1,4 @@
-"""The autoregressive prior: nothing leaks, the caches are the full forward, a sample is its own key's."""
+"""The autoregressive prior: causality, cached decoding, samples and the loss."""
 
 import dataclasses
 import functools
@@ -14,7 +14,7 @@ from prior_cases import LAYOUT, N, T, V, autoregressive, loss_of, params_of, row
 
 from dalle_jax.configuration import config_files
 from dalle_jax.errors import ConfigError
-from dalle_jax.models.transformer import unstack
+from dalle_jax.models.trunk import unstack
 from dalle_jax.priors import registry, sampling
 from dalle_jax.priors.autoregressive import AutoregressiveModel
 from dalle_jax.token_layout import TokenLayout
@@ -46,7 +46,7 @@ def forward(prior, params, text, tokens):
 
 @pytest.mark.parametrize("prior", [SPARSE, EVERY_CHOICE, FULL], ids=["sparse", "every choice", "full"])
 def test_no_leak(prior):
-    """Output i depends on the embeddings that the layers' masks chain to it, and on no later one, exactly."""
+    """Output i depends on exactly the embeddings that the chained masks of the layers connect to it."""
     text, tokens = rows(1)
     bound = functools.partial(prior.model.apply, {"params": params_of(prior)})
     outputs = LAYOUT.length - 1
@@ -71,7 +71,7 @@ def test_no_leak(prior):
     for pattern in prior.options.patterns:
         reached = pattern.mask(LAYOUT) @ reached
     np.testing.assert_array_equal(depends, reached[:outputs])
-    assert depends[T - 1 :, :T].all(), "every image token sees all text"
+    assert depends[T - 1 :, :T].all(), "every image token depends on all text"
 
 
 # -- cached decoding ----------------------------------------------------------------------------------------------
@@ -80,7 +80,7 @@ def test_no_leak(prior):
 @pytest.mark.parametrize("prior", [EVERY_CHOICE, DEEP, FULL], ids=["every choice", "scanned", "full"])
 @pytest.mark.parametrize("guided", [False, True])
 def test_cached_decoding_equals_the_full_forward(prior, guided):
-    """At every position, with two candidates for each caption, and a null caption for each in guidance."""
+    """The logits agree at every position, with two candidates per caption, and a null caption each for guidance."""
     captions, _ = rows(2)
     text = np.concatenate([captions, np.tile(LAYOUT.null_text(), (2, 1))]) if guided else captions
     _, tokens = rows(2 * len(text), seed=1)
@@ -104,7 +104,7 @@ def test_cached_decoding_equals_the_full_forward(prior, guided):
 
     expected = forward(prior, params, text.repeat(2, axis=0), tokens)
     np.testing.assert_allclose(cached(params, tokens), expected, atol=1e-4)
-    assert np.asarray(expected).std() > 0.3, "logits that are all alike would prove nothing"
+    assert np.asarray(expected).std() > 0.3, "equal logits would prove nothing"
 
 
 SAMPLERS = {
@@ -116,8 +116,8 @@ SAMPLERS = {
 
 
 @pytest.mark.parametrize("knobs", SAMPLERS.values(), ids=SAMPLERS.keys())
-def test_samples_are_what_the_full_forward_would_draw(knobs):
-    """Each token is the choice, by its position's key, from the full forward's logits of the tokens before it."""
+def test_samples_are_draws_from_the_full_forward(knobs):
+    """Each token is drawn with its position's key from the full forward's logits given the tokens before it."""
     knobs = dict(knobs)
     text, given = rows(2)
     mask = np.random.default_rng(5).random((4, N)) < 0.4
@@ -153,7 +153,7 @@ def test_samples_are_what_the_full_forward_would_draw(knobs):
 
 
 def nats(logits, targets):
-    """Mean cross-entropy of each row, in float64."""
+    """Computes the mean cross-entropy of each row in float64."""
     logits = np.asarray(logits, np.float64)
     logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     return -np.take_along_axis(logp, targets[..., None], -1)[..., 0].mean(-1)
@@ -164,7 +164,7 @@ def test_loss_is_an_eighth_text_and_seven_eighths_image():
     params = params_of(SPARSE)
     loss, scalars = loss_of(SPARSE, params, text, tokens, jax.random.key(0), False)
     text_logits, image_logits = jax.jit(SPARSE.model.apply)({"params": params}, text, tokens)
-    # Text position p predicts the token at p + 1, and all padding is one class; the first token is given.
+    # Text position p predicts the token at p + 1. All padding is one class, and the first token is given.
     of_text = nats(text_logits, np.minimum(text[:, 1:], 10))
     of_image = nats(image_logits, tokens)
     np.testing.assert_allclose(scalars["text_nats"], of_text.mean(), rtol=1e-5)
@@ -179,7 +179,7 @@ def test_loss_is_an_eighth_text_and_seven_eighths_image():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_text_of_one_token_leaves_the_image_loss(tied):
-    """The first text token is given, so a text of length 1 has no loss; the mean over none was NaN."""
+    """The first text token is given, so a text of length 1 has no text loss, and the loss stays finite."""
     layout = dataclasses.replace(LAYOUT, text_length=1)
     prior = dataclasses.replace(make(tied_embeddings=tied), layout=layout)
     text, tokens = rows(4, layout=layout)
@@ -207,21 +207,21 @@ def test_published_sizes(variant, billions, tolerance):
     assert abs(count / (billions * 1e9) - 1) < tolerance, f"{count:,}"
 
 
-def test_refused_configurations():
+def test_invalid_configurations():
     trunk = {"width": 16, "depth": 2, "heads": 2}
     assert registry.make("autoregressive", ConfigDict({"trunk": trunk, "kernel": 3}), LAYOUT).options.kernel == 3
-    with pytest.raises(ConfigError, match="config.prior is 'diffusion'; expected one of autoregressive"):
+    with pytest.raises(ConfigError, match="diffusion"):
         registry.make("diffusion", {"trunk": trunk}, LAYOUT)
-    with pytest.raises(ConfigError, match="model.trunk has no key 'widht' .did you mean \"width\""):
+    with pytest.raises(ConfigError, match="widht"):
         registry.make("autoregressive", {"trunk": {"widht": 16}}, LAYOUT)
-    with pytest.raises(ConfigError, match="model has no key 'kernl'"):
+    with pytest.raises(ConfigError, match="kernl"):
         registry.make("autoregressive", {"trunk": trunk, "kernl": 3}, LAYOUT)
-    for changes, words in (
-        ({"attention": "linear"}, "'linear'; expected one of sparse, full"),
-        ({"kernel": 4}, "model.kernel is 4; expected an odd number"),
-        ({"kernel": 0}, "model.kernel is 0"),
-        ({"text_weight": 1.5}, r"text_weight is 1.5; it must lie in \[0, 1\]"),
-        ({"caption_drop": -0.1}, "caption_drop is -0.1"),
+    for changes, token in (
+        ({"attention": "linear"}, "linear"),
+        ({"kernel": 4}, "kernel"),
+        ({"kernel": 0}, "kernel"),
+        ({"text_weight": 1.5}, "text_weight"),
+        ({"caption_drop": -0.1}, "caption_drop"),
     ):
-        with pytest.raises(ConfigError, match=words):
+        with pytest.raises(ConfigError, match=token):
             registry.make("autoregressive", {"trunk": trunk, **changes}, LAYOUT)

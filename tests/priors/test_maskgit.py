@@ -1,4 +1,4 @@
-"""The MaskGIT prior: what it reads, its loss, and its decoding against a plain numpy one."""
+"""The MaskGIT prior: its attention, its loss, and its decoding against a numpy implementation."""
 
 import functools
 
@@ -16,10 +16,10 @@ PRIOR = maskgit()
 MASK = LAYOUT.mask_id
 
 
-# -- what it reads ------------------------------------------------------------------------------------------------
+# -- attention ----------------------------------------------------------------------------------------------------
 
 
-def test_image_reads_everything_and_text_only_text():
+def test_image_depends_on_everything_and_text_on_text():
     params, (text, tokens) = params_of(PRIOR), rows(1)
     bound = {"params": params}
     parts = [
@@ -28,13 +28,13 @@ def test_image_reads_everything_and_text_only_text():
     ]
     states = lambda x: PRIOR.model.apply(bound, x, method=lambda model, x: model.trunk(x, False))[0].sum(-1)
     jacobian = jax.jit(jax.jacobian(states))(jnp.concatenate(parts, axis=1))
-    depends = np.any(np.asarray(jacobian)[:, 0] != 0, axis=-1)  # [position, position it reads]
-    assert depends[T:].all(), "image positions read everything"
-    assert depends[:T, :T].all() and not depends[:T, T:].any(), "text positions read the text"
+    depends = np.any(np.asarray(jacobian)[:, 0] != 0, axis=-1)  # [position, position that it depends on]
+    assert depends[T:].all(), "image positions depend on everything"
+    assert depends[:T, :T].all() and not depends[:T, T:].any(), "text positions depend on the text only"
 
 
-def test_refining_beside_cached_text_is_the_whole_forward():
-    """With two candidates a caption; the text is computed once for each."""
+def test_refining_with_cached_text_equals_the_full_forward():
+    """There are two candidates per caption, and the text is computed once per caption."""
     text, tokens = rows(2)
     ids = np.where(np.random.default_rng(0).random((4, N)) < 0.5, MASK, np.tile(tokens, (2, 1)))
     params = params_of(PRIOR)
@@ -49,8 +49,8 @@ def test_refining_beside_cached_text_is_the_whole_forward():
     assert np.asarray(expected).std() > 0.3
 
 
-def test_neighbours_are_a_depthwise_convolution_beside_the_token():
-    """Against lax's grouped convolution; it sees tokens and no positions."""
+def test_neighbours_are_a_depthwise_convolution_added_to_the_token():
+    """The sum equals lax's grouped convolution of token embeddings without positions."""
     prior = changed(PRIOR, neighbour_kernel=3)
     params, ids = params_of(prior), rows(2)[1]
     table, kernel = (params["embedding"][name] for name in ("image", "neighbours_kernel"))
@@ -75,7 +75,7 @@ def test_linear_head_is_one_product():
 
 
 def spied(prior, key, train=True, count=8):
-    """The ids that the loss feeds to the model, and its tokens."""
+    """Returns the ids that the loss feeds to the model, and the tokens."""
     (text, tokens), params = rows(count), params_of(prior)
     seen = []
     original = MaskGITModel.__call__
@@ -92,7 +92,7 @@ def spied(prior, key, train=True, count=8):
     return np.asarray(seen[0]), tokens
 
 
-def test_masks_are_each_rows_own():
+def test_rows_have_different_masks():
     ids, tokens = spied(PRIOR, jax.random.key(0), count=64)
     masked = ids == MASK
     np.testing.assert_array_equal(ids[~masked], tokens[~masked])
@@ -129,10 +129,10 @@ def test_loss_against_numpy(weight):
         np.testing.assert_allclose(scalars[f"image_nats_masked_{low}_{low + 25}"], expected, rtol=1e-5)
 
 
-def test_what_stands_under_the_mask_cannot_be_seen():
-    """The embedding of a token that stands under masks alone has no gradient at all."""
+def test_masked_tokens_have_no_effect():
+    """The embedding of a token that occurs only under masks has no gradient."""
     key = jax.random.key(0)
-    # Untied, so that the image embedding is an input only: rows that stand under masks alone have no gradient.
+    # Untied, so that the image embedding is only an input.
     untied = changed(PRIOR, tied_embeddings=False)
     ids, tokens = spied(untied, key, count=2)
     text, _ = rows(2)
@@ -140,14 +140,14 @@ def test_what_stands_under_the_mask_cannot_be_seen():
     touched = np.flatnonzero(np.any(np.asarray(grads["embedding"]["image"]) != 0, axis=1))
     np.testing.assert_array_equal(touched, np.unique(ids[ids != MASK]))
     assert np.any(np.asarray(grads["embedding"]["mask"]) != 0)
-    assert set(np.unique(tokens)) - set(touched), "a token that stands under masks alone"
+    assert set(np.unique(tokens)) - set(touched), "a token that occurs only under masks"
 
 
 # -- decoding -----------------------------------------------------------------------------------------------------
 
 
 def numpy_decode(logits_of, steps, token_noise, choice_noise, ids, tau=4.5, guidance=None):
-    """MaskGIT's decoding as FACTS tells it, a row and a position at a time. ids: int [B, N], MASK where unknown."""
+    """MaskGIT's decoding, one row and one position at a time. ids: int [B, N], MASK where unknown."""
     ids = ids.copy()
     at_start = [(row == MASK).sum() for row in ids]
     for t in range(steps):
@@ -174,8 +174,8 @@ def numpy_decode(logits_of, steps, token_noise, choice_noise, ids, tau=4.5, guid
 
 
 @pytest.mark.parametrize("guidance", [0.0, 2.0])
-def test_decoding_agrees_with_a_plain_decoder(guidance):
-    """The same logits and noise, with known tokens, another number in each row."""
+def test_decoding_agrees_with_a_numpy_decoder(guidance):
+    """Both use the same logits and noise. The number of known tokens differs between rows."""
     steps, params = 5, params_of(PRIOR)
     text, given = rows(4)
     known = np.random.default_rng(1).random((4, N)) < np.array([[0.0], [0.3], [0.8], [1.0]])
@@ -189,7 +189,7 @@ def test_decoding_agrees_with_a_plain_decoder(guidance):
 
     pairs = [
         [jax.random.split(jax.random.fold_in(key, t)) for key in keys] for t in range(steps)
-    ]  # one for the tokens, one for the choice
+    ]  # one for the tokens, one for their selection
     token_noise = [np.stack([jax.random.uniform(pair[0], (N,)) for pair in step]) for step in pairs]
     choice_noise = [np.stack([jax.random.gumbel(pair[1], (N,)) for pair in step]) for step in pairs]
     expected = numpy_decode(logits_of, steps, token_noise, choice_noise, np.where(known, given, MASK))
@@ -199,7 +199,7 @@ def test_decoding_agrees_with_a_plain_decoder(guidance):
 
 @pytest.mark.parametrize("order", ["confidence", "random", "halton"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_trajectory_uncovers_every_position_once(order, dtype):
+def test_trajectory_unmasks_every_position_once(order, dtype):
     prior = changed(PRIOR, {"dtype": dtype})
     text, given = rows(3)
     known = np.zeros((3, N), bool)
@@ -221,7 +221,7 @@ def test_trajectory_uncovers_every_position_once(order, dtype):
 
 
 def test_equal_confidences_do_not_under_mask():
-    """A model that knows nothing: all logits alike, nothing random, so every confidence is the same."""
+    """With equal logits and no noise, all confidences are equal."""
     params = jax.tree.map(np.zeros_like, params_of(PRIOR))
     text, _ = rows(2)
     _, steps = PRIOR.trajectory(
@@ -243,15 +243,15 @@ def test_one_step_and_more_steps_than_tokens():
 # -- from a configuration -----------------------------------------------------------------------------------------
 
 
-def test_refused_configurations():
+def test_invalid_configurations():
     trunk = {"width": 16, "depth": 2, "heads": 2}
     assert make("maskgit", {"trunk": trunk}, LAYOUT).options.steps == 8
-    for model, match in (
-        ({"mask_schedule": "sine"}, "cosine, linear"),
-        ({"order": "raster"}, "confidence, random, halton"),
-        ({"steps": 0}, "at least 1"),
-        ({"label_smoothing": 2.0}, "label_smoothing is 2.0"),
+    for model, token in (
+        ({"mask_schedule": "sine"}, "sine"),
+        ({"order": "raster"}, "raster"),
+        ({"steps": 0}, "steps"),
+        ({"label_smoothing": 2.0}, "label_smoothing"),
         ({"kernel": 3}, "kernel"),
     ):
-        with pytest.raises(ConfigError, match=match):
+        with pytest.raises(ConfigError, match=token):
             make("maskgit", {"trunk": trunk, **model}, LAYOUT)

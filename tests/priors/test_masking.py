@@ -1,4 +1,4 @@
-"""How many tokens are masked, and which: exact counts, ties, orders."""
+"""Masking: exact counts, ties, and orders of unmasking."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from dalle_jax.token_layout import TokenLayout
 SCHEDULES = [*masking.SCHEDULES, "pow2", "pow3", "pow0.5"]
 every_schedule = pytest.mark.parametrize("name", SCHEDULES)
 
-# From the reference code and the paper's figure, in float64: γ(r) for n tokens.
+# γ(r) for n tokens in float64, from the reference code and figure 3 of the paper.
 GAMMA = {
     "cosine": lambda r, n: np.cos(np.pi * r / 2),
     "linear": lambda r, n: 1 - r,
@@ -26,8 +26,8 @@ GAMMA = {
 }
 
 
-def uncovered(name, steps, unknown):
-    """Newly fixed tokens of each step, int [steps, rows]."""
+def unmasked(name, steps, unknown):
+    """Returns the number of tokens that each step unmasks, int [steps, rows]."""
     now, fixed = np.array(unknown), []
     for t in range(steps):
         left = np.asarray(masking.still_masked(name, jnp.int32(t), steps, jnp.array(unknown), jnp.array(now)))
@@ -46,20 +46,20 @@ def test_share_is_the_formula_and_falls(name):
 
 
 def test_step_counts_of_the_paper():
-    assert uncovered("cosine", 8, [256])[:, 0].tolist() == [5, 15, 24, 31, 39, 45, 48, 49]
+    assert unmasked("cosine", 8, [256])[:, 0].tolist() == [5, 15, 24, 31, 39, 45, 48, 49]
 
 
 @settings(max_examples=60, deadline=None, database=None)
 @given(st.sampled_from(SCHEDULES), st.integers(1, 40), st.lists(st.integers(0, 300), min_size=1, max_size=4))
-def test_every_token_is_uncovered_once(name, steps, unknown):
-    """Each row by its own count; while tokens last, each step but the last fixes one or more and leaves one or more."""
-    fixed = uncovered(name, steps, unknown)
+def test_every_token_is_unmasked_once(name, steps, unknown):
+    """Each row follows its own count. Each step but the last unmasks at least one token and leaves at least one."""
+    fixed = unmasked(name, steps, unknown)
     assert (fixed >= 0).all() and (fixed.sum(0) == unknown).all()
     before = np.array(unknown) - fixed.cumsum(0) + fixed
     for t in range(steps - 1):
         more = before[t] > 1
         assert (fixed[t][more] >= 1).all() and (before[t] - fixed[t] >= 1)[before[t] > 0].all()
-    # Exactly ⌊n·γ⌋ stay, wherever neither bound is in the way (and float32 does not decide).
+    # Exactly ⌊n·γ⌋ stay masked, unless a bound applies or float32 rounding decides.
     for t in range(steps - 1):
         for row, n in enumerate(unknown):
             planned = n * np.clip(GAMMA[name]((t + 1) / steps, max(n, 2)), 1e-6, 1)
@@ -102,7 +102,7 @@ def test_ranks_under_ties(dtype):
     np.testing.assert_array_equal(masking.ranks(some), [[3, 0, 4, 5, 1, 2]])
 
 
-def test_the_choices_temperature_falls_linearly():
+def test_the_choice_temperature_falls_linearly():
     confidence, noise = jnp.zeros((1, 4)), jnp.ones((1, 4))
     order = masking.Confidence(4.5)
     steps = [float(order.scores(confidence, noise, (t + 1) / 8)[0, 0]) for t in range(8)]
@@ -113,7 +113,7 @@ def test_the_choices_temperature_falls_linearly():
 def test_halton_covers_every_cell_once_and_spreads(grid):
     cells = orders.halton(*grid)
     assert sorted(cells) == list(range(grid[0] * grid[1]))
-    if grid == (16, 16):  # a quarter of the cells: about four in each of sixteen tiles
+    if grid == (16, 16):  # a quarter of the cells has about four in each of sixteen tiles
         row, column = np.divmod(cells[:64], 16)
         assert set(np.bincount(4 * (row // 4) + column // 4, minlength=16)) <= {3, 4, 5}
     layout = TokenLayout(2, 2, 1, *grid)
@@ -149,6 +149,6 @@ def test_the_share_of_random_orders():
 
 
 @pytest.mark.parametrize("name", ["pow", "pow-1", "sine", ""])
-def test_unknown_schedules_are_refused(name):
-    with pytest.raises(ValueError, match="cosine, linear"):
+def test_unknown_schedules_are_rejected(name):
+    with pytest.raises(ValueError, match=repr(name)):
         masking.check_schedule(name)

@@ -51,7 +51,7 @@ def test_top_p_against_sorting(row, p):
     assert_kept(filter_p(row[None], p)[0], row, kept_by_p(row, p))
 
 
-def test_rows_are_filtered_by_themselves_and_values_of_any_kind_are_ordered():
+def test_rows_are_filtered_separately_and_all_values_are_ordered():
     rng = np.random.default_rng(0)
     rows = np.concatenate([rng.normal(0, 10, (6, 50)), -1e-30 * rng.random((1, 50)), 1e30 * rng.normal(size=(1, 50))])
     rows = rows.astype(np.float32)
@@ -61,7 +61,7 @@ def test_rows_are_filtered_by_themselves_and_values_of_any_kind_are_ordered():
     assert (np.isfinite(filtered).sum(1) == 7).all()
 
 
-def test_ties_with_the_last_one_kept_are_kept():
+def test_ties_with_the_last_kept_token_are_kept():
     row = np.float32([1, 3, 3, 3, 0])
     assert np.isfinite(filter_k(row[None], 2)[0]).tolist() == [False, True, True, True, False]
     assert np.isfinite(filter_p(row[None], 0.4)[0]).tolist() == [False, True, True, True, False]
@@ -77,9 +77,9 @@ def test_ends_of_the_range():
     np.testing.assert_array_equal(sampling.filter_logits(row), row)
 
 
-def test_top_p_is_a_share_of_what_top_k_left():
+def test_top_p_is_a_share_of_the_tokens_that_top_k_keeps():
     row = np.log(np.float32([0.4, 0.3, 0.2, 0.1]))
-    # Of the first two, 0.4 / 0.7 = 0.57 is the first one's share.
+    # The share of the first token among the first two is 0.4 / 0.7 = 0.57.
     assert np.isfinite(filter_both(row[None], 2, 0.55)[0]).tolist() == [True, False, False, False]
     assert np.isfinite(filter_p(row[None], 0.55)[0]).tolist() == [True, True, False, False]
 
@@ -91,14 +91,14 @@ def test_guidance():
     np.testing.assert_allclose(sampling.guide(null, null, 5.0), null, rtol=1e-5, atol=1e-6)
 
 
-def test_temperature_zero_takes_the_largest():
+def test_temperature_zero_selects_the_largest_logit():
     logits = np.random.default_rng(0).normal(size=(64, 20)).astype(np.float32)
     tokens = sampling.draw(logits, jax.random.split(jax.random.key(0), 64), jnp.float32(0))
     assert tokens.dtype == jnp.int32
     np.testing.assert_array_equal(tokens, logits.argmax(1))
 
 
-def test_a_draw_depends_on_its_own_key_and_logits_alone():
+def test_a_draw_depends_on_its_own_key_and_logits_only():
     logits = np.random.default_rng(0).normal(size=(16, 20)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 16)
     tokens = np.asarray(sampling.draw(logits, keys, jnp.float32(1)))
@@ -119,13 +119,13 @@ def test_draws_follow_the_distribution():
         jnp.broadcast_to(logits, (count, 6)), jax.random.split(jax.random.key(3), count), jnp.float32(1)
     )
     found = np.bincount(tokens, minlength=6)
-    assert found[5] == 0, "what was filtered out is never drawn"
+    assert found[5] == 0, "filtered tokens are never drawn"
     chi_square = (np.square(found - count * wanted)[:5] / (count * wanted[:5])).sum()
     assert chi_square < 18.5, found  # 4 degrees of freedom: exceeded once in a thousand
 
 
 def test_half_of_a_large_vocabulary_filtered_out():
-    """Sums over thousands of classes are rounded; no draw falls on what has no weight, or outside."""
+    """Sums over thousands of classes are rounded, but every draw is a class with weight."""
     logits = np.random.default_rng(0).normal(size=(256, 32, 4096)).astype(np.float32) * 4
     logits[..., 1::2] = -np.inf
     tokens = np.asarray(jax.jit(sampling.draw)(logits, jax.random.split(jax.random.key(0), 256), jnp.float32(1)))

@@ -1,4 +1,4 @@
-"""Workdirs on object storage: gs:// through gcsfs, orbax and tensorstore, against an emulator (object_storage.py)."""
+"""Workdirs on object storage, with gcsfs, orbax and tensorstore against an emulator (object_storage.py)."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def bucket():
 # -- paths and files ----------------------------------------------------------------------------------------------
 
 
-def test_paths_from_the_root(monkeypatch, tmp_path):
+def test_full_paths(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
     assert str(full_path("gs://bucket/run")) == "gs://bucket/run"
@@ -59,9 +59,9 @@ def test_settings_of_libraries_change_at_first_use_not_at_import():
     process(_IMPORTS)
 
 
-def test_a_workdir_has_to_be_within_reach(bucket, monkeypatch):
+def test_a_workdir_must_be_accessible(bucket, monkeypatch):
     assert make_workdir(bucket / "made") == "gs://bucket/made"
-    with pytest.raises(ConfigError, match="'gs://nowhere/run'.*no bucket 'nowhere', or no access"):
+    with pytest.raises(ConfigError, match="nowhere"):
         make_workdir("gs://nowhere/run")
 
     def missing(*_):
@@ -69,24 +69,24 @@ def test_a_workdir_has_to_be_within_reach(bucket, monkeypatch):
 
     monkeypatch.setattr("etils.epath.backend._FileSystemSpecBackend.fs", missing)
     for first_use in (make_workdir, read_config):
-        with pytest.raises(ConfigError, match=r"Install gcsfs.*pip install 'dalle_jax\[gcs\]'"):
+        with pytest.raises(ConfigError, match=r"dalle_jax\[gcs\]"):
             first_use("gs://bucket/run")
 
 
-def test_a_refusal_names_its_reason(bucket, monkeypatch):
+def test_a_rejected_request_names_its_reason(bucket, monkeypatch):
     def refused(*_, **__):
         raise OSError("Forbidden: https://storage.googleapis.com/…")  # as gcsfs raises it
 
     with monkeypatch.context() as patch:
         patch.setattr("etils.epath.backend._FileSystemSpecBackend.exists", refused)
-        with pytest.raises(ConfigError, match="Cannot use 'gs://bucket/run'.*Forbidden"):
+        with pytest.raises(ConfigError, match="Forbidden"):
             make_workdir("gs://bucket/run")
     monkeypatch.setattr("dalle_jax.checkpoints.checkpoints.Manager", refused)
-    with pytest.raises(CheckpointError, match="Cannot open checkpoints in gs://bucket/run/checkpoints: Forbidden"):
+    with pytest.raises(CheckpointError, match="gs://bucket/run/checkpoints.*Forbidden"):
         Checkpoints("gs://bucket/run")
 
 
-def test_whole_files(bucket, tmp_path):
+def test_atomic_writes(bucket, tmp_path):
     for folder in (bucket / "whole", tmp_path / "whole"):
         write_atomically(folder / "a", b"first")
         write_atomically(folder / "a", b"second")
@@ -112,8 +112,8 @@ def test_a_mirror_copies_what_changed(bucket, monkeypatch):
     assert not mirror.folder.exists()
 
 
-def test_metrics_and_pictures_reach_the_bucket(bucket, monkeypatch):
-    """At a flush; an outage in between is told and waited out; a run that goes on keeps what was there."""
+def test_metrics_and_images_reach_the_bucket(bucket, monkeypatch):
+    """A flush uploads them. An outage is logged, then uploads are retried. A resumed run keeps earlier metrics."""
     workdir = str(bucket / "metrics")
     writer = MetricWriter(workdir)
     writer.scalars(1, {"train/loss": 2.0})
@@ -122,8 +122,8 @@ def test_metrics_and_pictures_reach_the_bucket(bucket, monkeypatch):
     writer.flush()
     assert [line["step"] for line in read_metrics(workdir)] == [1]
 
-    told = []
-    monkeypatch.setattr(mirror_module.logging, "warning", lambda text, *values: told.append(text % values))
+    logged = []
+    monkeypatch.setattr(mirror_module.logging, "warning", lambda text, *values: logged.append(text % values))
     monkeypatch.setattr(mirror_module, "_UPLOAD_SECONDS", 0.0)
     with monkeypatch.context() as outage:
 
@@ -132,9 +132,9 @@ def test_metrics_and_pictures_reach_the_bucket(bucket, monkeypatch):
 
         outage.setattr("etils.epath.backend._FileSystemSpecBackend.open", down)
         writer.scalars(2, {"train/loss": 1.0})
-        with pytest.raises(UserError, match="Cannot write gs://bucket/metrics.*the storage is down"):
+        with pytest.raises(UserError, match="gs://bucket/metrics"):
             writer.flush()
-    assert len(told) == 1 and "the storage is down" in told[0]
+    assert len(logged) == 1 and "the storage is down" in logged[0]
     writer.scalars(3, {"train/loss": 0.5})
     assert [line["step"] for line in read_metrics(workdir)] == [1, 2, 3]
     writer.close()
@@ -147,18 +147,18 @@ def test_metrics_and_pictures_reach_the_bucket(bucket, monkeypatch):
 
 
 def test_metrics_are_in_the_bucket_before_a_checkpoint(bucket, monkeypatch):
-    """A run that is killed right after a checkpoint goes on from it with every line up to it."""
+    """A run that is killed right after a checkpoint resumes with all metrics up to it."""
     seen = {}
     workdir = str(bucket / "before")
     monkeypatch.setattr(Checkpoints, "save", lambda self, step, *_: seen.update({step: len(read_metrics(workdir))}))
     config = tiny_config(steps=4, cadence__eval=0, cadence__checkpoint=2)
     train(config, workdir, tiny_job(config))
-    assert seen == {2: 2, 4: 5}  # the last step is evaluated, too
+    assert seen == {2: 2, 4: 5}  # the last step is also evaluated
 
 
 @pytest.mark.slow
-def test_half_a_checkpoint_is_none(bucket):
-    """What a killed process left: objects without the mark that comes last.  The one before is taken, and goes on."""
+def test_an_incomplete_checkpoint_is_ignored(bucket):
+    """A killed process leaves objects without the final mark. The run resumes from the checkpoint before."""
     workdir = str(bucket / "half")
     run = lambda steps: train(config := tiny_config(steps=steps, cadence__checkpoint=1), workdir, tiny_job(config))
     run(2)
@@ -182,7 +182,7 @@ def test_event_files_stay_small(tmp_path, monkeypatch):
     assert [path.name[-4:] for path in files] == [f"{i:04d}" for i in range(len(files))]
 
 
-# -- whole runs, in processes of their own ------------------------------------------------------------------------
+# -- whole runs, in separate processes ----------------------------------------------------------------------------
 
 _RUN = textwrap.dedent("""
     import dataclasses, os, pickle, signal, sys
@@ -221,14 +221,14 @@ def process(script, *arguments):
 
 
 @pytest.mark.slow
-def test_a_run_stops_and_goes_on_bit_for_bit(bucket, tmp_path):
-    """SIGTERM at step 4 → saved in the bucket; the same command goes on to the very end of an uninterrupted run."""
+def test_a_run_stops_and_resumes_bit_for_bit(bucket, tmp_path):
+    """SIGTERM at step 4 saves to the bucket. The same command then ends like an uninterrupted run."""
     workdir, result = bucket / "run", tmp_path / "params"
     assert "stopped at step" in process(_RUN, workdir, 4, result)
     (stopped,) = [path.name for path in (workdir / "checkpoints").iterdir()]
     assert 4 <= int(stopped) < 10 and not result.exists()
     assert f"resuming from step {stopped} of 10" in process(_RUN, workdir, 99, result)
-    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["10"]  # the older ones are deleted, whole
+    assert [path.name for path in (workdir / "checkpoints").iterdir()] == ["10"]  # older ones are deleted completely
     config = tiny_config()
     state = train(config, str(tmp_path / "local"), tiny_job(config))
     jax.tree.map(np.testing.assert_array_equal, np.load(result, allow_pickle=True), jax.device_get(state.params))
@@ -246,25 +246,25 @@ _PRIOR = textwrap.dedent("""
     from test_text_to_image import tiny_prior
     from dalle_jax import TextToImage
     from dalle_jax.configuration import config_files
-    from dalle_jax.jobs import generate, train as stages
+    from dalle_jax.jobs import generate, train as train_job
 
     bucket, data = epath.Path(sys.argv[1]), pathlib.Path(sys.argv[2])
     config = tiny_prior(bucket, data)
     config.data_tokens = "once"
     config.profile_steps = 1
-    stages.run(config, config.workdir)
+    train_job.run(config, config.workdir)
     model = TextToImage.load(config.workdir, rows_at_once=2)
     images = model.generate("a red circle", n=2, seed=0)
     np.testing.assert_array_equal(images, TextToImage.load(config.workdir, step="best").generate("a red circle", n=2))
     jobs = config_files.load(f"{sys.argv[3]}/generate.py")
     jobs.update({"model_workdir": config.workdir, "prompts": "a red circle", "n": 2})
-    generate.run(jobs, str(bucket / "pictures"))
+    generate.run(jobs, str(bucket / "images"))
 """)
 
 
 @pytest.mark.slow
-def test_a_prior_and_its_pictures_in_a_bucket(bucket, tmp_path):
-    """Tokenizer, prior, frozen files, profile, and pictures drawn from it: nothing of it on the local disk."""
+def test_a_prior_and_its_images_in_a_bucket(bucket, tmp_path):
+    """Tokenizer, prior, frozen files, profile and generated images: none of them is on the local disk."""
     configs = os.path.join(pathlib.Path(__file__).parents[2], "configs")
     process(_PRIOR, bucket / "prior_runs", tmp_path, configs)
     found = names(bucket / "prior_runs")
@@ -272,4 +272,4 @@ def test_a_prior_and_its_pictures_in_a_bucket(bucket, tmp_path):
     assert {"prior/config.json", "prior/text", "prior/image_tokenizer", "dvae/metrics.jsonl"} <= tops
     assert sum(name.startswith("prior/tokens-") and name.endswith(".npy") for name in found) == 1
     assert any(name.startswith("prior/profile/") and name.endswith(".xplane.pb") for name in found)
-    assert "pictures/manifest.json" in found and sum(n.startswith("pictures/") for n in found) >= 3
+    assert "images/manifest.json" in found and sum(n.startswith("images/") for n in found) >= 3

@@ -1,4 +1,4 @@
-"""The dVAE's loss and measures against plain numpy, one golden update, and learning on one batch."""
+"""The dVAE's loss and metrics against numpy, one golden update, and training on one batch."""
 
 import dataclasses
 
@@ -13,7 +13,8 @@ from ml_collections import ConfigDict
 
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import logit_laplace
-from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer, gumbel_softmax
+from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
+from dalle_jax.image_tokenizers.relaxation import gumbel_softmax
 from dalle_jax.optim import schedules
 from dalle_jax.optim.optimizers import OptimizerOptions, make_optimizer
 from dalle_jax.tasks.dvae import DVAETask
@@ -38,18 +39,18 @@ def params(task):
     return nn.meta.unbox(jax.jit(task.init)(jax.random.key(0)))
 
 
-def pictures(rows, seed=0):
-    """Smooth random pictures, uint8 [rows, 16, 16, 3]."""
+def draw_images(rows, seed=0):
+    """Draws smooth random images, uint8 [rows, 16, 16, 3]."""
     blocks = np.random.default_rng(seed).integers(0, 256, (rows, 4, 4, 3), np.uint8)
     return blocks.repeat(4, axis=1).repeat(4, axis=2)
 
 
 def batch(rows, valid=None, seed=0):
-    return {"image": pictures(rows, seed), "valid": np.ones(rows, bool) if valid is None else np.asarray(valid)}
+    return {"image": draw_images(rows, seed), "valid": np.ones(rows, bool) if valid is None else np.asarray(valid)}
 
 
 def negative_log_likelihood(images, mean, log_scale):
-    """Nats per subpixel, [B], from the formula."""
+    """Computes nats per subpixel, [B], from the formula."""
     x, mean, log_scale = (np.asarray(v, np.float64) for v in (logit_laplace.map_pixels(images), mean, log_scale))
     log_f = -np.log(2 * np.exp(log_scale) * x * (1 - x)) - np.abs(np.log(x / (1 - x)) - mean) / np.exp(log_scale)
     return -log_f.mean((1, 2, 3))
@@ -59,7 +60,7 @@ def negative_log_likelihood(images, mean, log_scale):
 
 
 def test_loss_and_its_terms(task, params):
-    images, key = pictures(16), jax.random.key(3)
+    images, key = draw_images(16), jax.random.key(3)
     loss, scalars = jax.jit(task.loss)(params, {}, {"image": images}, key, jnp.int32(5))
 
     made = task.tokenizer
@@ -101,9 +102,9 @@ def test_every_parameter_is_trained(task, params):
         assert np.abs(leaf).max() > 0, jax.tree_util.keystr(path)
 
 
-def test_true_codes_are_measured_but_not_trained_on(task, params):
-    """The gradient of the loss is that of the relaxed bound alone."""
-    images, key = pictures(8), jax.random.key(0)
+def test_tokens_are_measured_but_not_trained_on(task, params):
+    """The gradient of the loss is that of the relaxed bound only."""
+    images, key = draw_images(8), jax.random.key(0)
 
     def relaxed(p):
         codes = gumbel_softmax(task.tokenizer.encode_logits(p, images), key, 0.5)
@@ -123,10 +124,10 @@ def test_golden_update():
     golden_updates.check("dvae")
 
 
-# -- measures -----------------------------------------------------------------------------------------------------
+# -- evaluation ---------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_leaves_padding_out(task, params):
+def test_evaluation_excludes_padding(task, params):
     whole = task.evaluate(params, {}, [batch(6)], jax.random.key(0))
     padded = batch(6)
     padded["image"] = np.concatenate([padded["image"], np.full((2, 16, 16, 3), 255, np.uint8)])
@@ -139,30 +140,30 @@ def test_evaluation_leaves_padding_out(task, params):
     assert task.best_metric in whole
 
 
-def test_evaluation_is_of_true_codes(task, params):
+def test_evaluation_decodes_tokens(task, params):
     measured = task.evaluate(params, {}, [batch(6)], jax.random.key(0))
-    images, tokens = pictures(6), task.tokenizer.encode(params, pictures(6))
+    images, tokens = draw_images(6), task.tokenizer.encode(params, draw_images(6))
     error = task.tokenizer.decode(params, tokens) - images / 255.0
     np.testing.assert_allclose(measured["psnr"], -10 * np.log10(np.mean(np.square(error))), rtol=1e-5)
     nats = negative_log_likelihood(images, *task.tokenizer.decode_maps(params, tokens))
     np.testing.assert_allclose(measured["reconstruction_nats"], nats.mean(), rtol=1e-4)
 
 
-def test_preview_has_each_picture_above_its_reconstruction(task, params):
-    picture = task.preview(params, {}, batch(11), jax.random.key(0))
-    assert picture.shape == (4 * 16, 8 * 16, 3) and picture.dtype == np.uint8
-    images = pictures(11)
-    np.testing.assert_array_equal(picture[:16, 32:48], images[2])
-    np.testing.assert_array_equal(picture[32:48, :16], images[8])
+def test_preview_has_each_image_above_its_reconstruction(task, params):
+    preview = task.preview(params, {}, batch(11), jax.random.key(0))
+    assert preview.shape == (4 * 16, 8 * 16, 3) and preview.dtype == np.uint8
+    images = draw_images(11)
+    np.testing.assert_array_equal(preview[:16, 32:48], images[2])
+    np.testing.assert_array_equal(preview[32:48, :16], images[8])
     shown = task.tokenizer.decode(params, task.tokenizer.encode(params, images[8:9]))[0]
-    np.testing.assert_allclose(picture[48:, :16] / 255.0, shown, atol=0.5 / 255 + 1e-6)
+    np.testing.assert_allclose(preview[48:, :16] / 255.0, shown, atol=0.5 / 255 + 1e-6)
 
 
 # -- learning -----------------------------------------------------------------------------------------------------
 
 
 def test_overfitting_one_batch_exceeds_25_decibels():
-    steps, images = 200, pictures(2)  # 32 patches, each of a colour of its own: more than there are codes
+    steps, images = 200, draw_images(2)  # 32 patches of different colours: more than there are codes
     options = dataclasses.replace(OPTIONS, vocab_size=24, hidden=96, codebook_dim=96, in_kernel=1, min_log_scale=-2.0)
     temperature, kl_weight = schedules.Cosine(0.25, 1 / 16, steps // 2), schedules.Constant(0.05)
     task = DVAETask(DVAETokenizer(options), temperature, kl_weight, start_from=(images, 10.0))
@@ -195,9 +196,9 @@ def test_overfitting_one_batch_exceeds_25_decibels():
 def config(tmp_path, **model):
     from PIL import Image
 
-    for i, image in enumerate(pictures(5)):
+    for i, image in enumerate(draw_images(5)):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
-        (tmp_path / f"{i}.txt").write_text(f"picture {i}")
+        (tmp_path / f"{i}.txt").write_text(f"image {i}")
     sizes = {"vocab_size": 24, "hidden": 16, "groups": 1, "blocks_per_group": 1, "codebook_dim": 8, "in_kernel": 3}
     return ConfigDict(
         {
@@ -225,14 +226,14 @@ def test_the_job_of_a_configuration(tmp_path):
     assert dict(job.data_counts()) == {}
 
 
-def test_a_configuration_that_makes_no_model(tmp_path):
-    with pytest.raises(ConfigError, match="18 pixels"):
+def test_an_invalid_configuration(tmp_path):
+    with pytest.raises(ConfigError, match="18"):
         wrong = config(tmp_path)
         wrong.data.image_size = 18
         build(wrong, "")
-    with pytest.raises(ConfigError, match="'depth'"):
+    with pytest.raises(ConfigError, match="depth"):
         build(config(tmp_path, depth=3), "")
-    with pytest.raises(ConfigError, match="schedules.kl_weight"):
+    with pytest.raises(ConfigError, match="kl_weight"):
         wrong = config(tmp_path)
         wrong.schedules.kl_weight.kind = "sigmoid"
         build(wrong, "")

@@ -112,6 +112,13 @@ def test_a_prior_trains_its_tokenizer_first(trained):
     assert next((pathlib.Path(workdir) / "samples").rglob("*.png"))
 
 
+def test_truncated_captions_are_in_the_metrics(trained):
+    """Most captions are longer than 20 tokens of so small a vocabulary."""
+    rows = [json.loads(line) for line in (pathlib.Path(trained.workdir) / "metrics.jsonl").read_text().splitlines()]
+    counts = [row["train/captions_truncated"] for row in rows if "train/captions_truncated" in row]
+    assert len(counts) == 3 and all(16 < count <= 64 for count in counts)
+
+
 def test_the_same_command_again_trains_nothing(trained, capsys):
     config, workdir = trained.config, trained.workdir
     before = {p: p.stat().st_mtime_ns for p in pathlib.Path(config.tokenizer.workdir).rglob("*") if p.is_file()}

@@ -19,6 +19,7 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 
+from dalle_jax.configuration.options import check
 from dalle_jax.errors import ConfigError, DataError
 
 _AUGMENTS = ("none", "dvae", "prior")
@@ -61,17 +62,15 @@ class DataOptions:
     bpe_dropout: float = 0.0
 
     def __post_init__(self):
-        if self.augment not in _AUGMENTS:
-            raise ConfigError(f"data.augment is {self.augment!r}; expected one of {', '.join(_AUGMENTS)}.")
-        if self.image_size < 1:
-            raise ConfigError(f"data.image_size is {self.image_size}; expected a positive number of pixels.")
-        if self.workers < 0:
-            raise ConfigError(f"data.workers is {self.workers}; expected 0 (no processes) or more.")
-        if not 0.0 <= self.bpe_dropout < 1.0:
-            raise ConfigError(f"data.bpe_dropout is {self.bpe_dropout}; expected a chance in [0, 1).")
+        check(
+            self, "data", positive=["image_size"], at_least_0=["workers"], below_1=["bpe_dropout"],
+            choices={"augment": _AUGMENTS},
+        )  # fmt: skip
         if self.source in ("folder", "tar_shards") and not self.path:
-            held = "pictures" if self.source == "folder" else "shards"
-            raise ConfigError(f"data.source is {self.source!r} but data.path is not set: give the {held}' folder.")
+            held = "images" if self.source == "folder" else "shards"
+            raise ConfigError(
+                f"config.data.source is {self.source!r}, which needs config.data.path: the {held}' folder."
+            )
 
 
 class UnreadableExample(DataError):

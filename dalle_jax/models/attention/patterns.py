@@ -1,65 +1,76 @@
 """Attention patterns over the stream "text, then image grid" (DALL-E, section 2.2 and appendix B.1, figure 11).
 
-A pattern is one small frozen object. `mask(layout)` is the truth: which key each query may read. All that makes
-it fast is derived from that mask and tested against it, forward and backward:
+A pattern is a small frozen object. Its method `mask` defines which keys each query attends to. Two more descriptions
+are derived from the mask and tested against it:
 
-  * `attend` (training) splits the image into groups of queries that share their image keys: a row and the rows
-    before it, or a column. One float32 softmax spans the group's image keys and the text.
-  * the decode cache keeps only the image positions that a later query can still read: a ring of the last W+1
-    positions for row layers, the window for convolutional ones, the grid for column ones, of which a step reads
-    one column.
+* Groups split the image into queries that share their image keys, such as a row and the rows before it, or a column.
+  `xla.py` attends group by group. `splash.py` sorts the stream by groups.
+* The decode cache keeps the image positions that later queries still attend to (`decode_cache.py`). Row layers keep
+  the last w+1 positions, convolutional layers their window. Column layers keep the grid, and a step reads one column.
 
-Deviation: none in the masks. Figure 11's convolutional corner is not settled by public code, so wrap-around at
-row ends is a field (`Convolutional.wrap`).
+The masks are those of the paper. Figure 11 does not show how the convolutional window behaves at row ends, and no
+public code does. `Convolutional.wrap` selects the behaviour.
 
-    B batch    S = T + N sequence    T text    N = h·w image tokens    H heads    K head size
-    G groups of queries    Q queries in a group    L image keys of a group or of a decode cache (`decode_cache.py`)
+    B batch    S = T + N sequence    T text    N = h·w image tokens    h, w grid    H heads    K head size
+    G groups of queries    Q queries in a group    L image keys of a group
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Int
 
 from dalle_jax.models.attention.decode_cache import ColumnCache, RingCache
 from dalle_jax.token_layout import TokenLayout
 
-# Under these names `jax.checkpoint` can keep queries, keys and values of the whole stream, and what attention gives.
+# Names under which `jax.checkpoint` can keep queries, keys and values of the whole stream, and the output of attention.
 HEADS, ATTENDED = "heads", "attended"
 
 
+Mask = Bool[np.ndarray, "S S"]  # [query, key]
+ImageMask = Bool[np.ndarray, "N N"]  # [query, key]
+Groups = tuple[Int[np.ndarray, "G Q"], Int[np.ndarray, "G L"]]
+Grid = Float[Array, "B h w H K"]
+GroupedQueries = Float[Array, "B G Q H K"]
+GroupedKeys = Float[Array, "B G L H K"]
+RasterQueries = Float[Array, "B N H K"]
+
+
+@runtime_checkable
 class Pattern(Protocol):
-    """Who reads whom, and how to do it fast."""
+    """Which keys each query attends to, and how the image splits into groups."""
 
-    def mask(self, layout: TokenLayout) -> np.ndarray:
-        """The truth: bool [S, S], [query, key]."""
+    def mask(self, layout: TokenLayout) -> Mask:
+        """Returns whether a query attends to a key: bool [S, S], [query, key]."""
 
-    def groups(self, layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
-        """Image positions of each group's queries, int [G, Q], and of its keys, int [G, L] (-1: none)."""
+    def groups(self, layout: TokenLayout) -> Groups:
+        """Returns the image positions of each group's queries, int [G, Q], and keys, int [G, L]; -1 for no key."""
 
-    def group_queries(self, x: jax.Array) -> jax.Array:
-        """[B, h, w, H, K] to [B, G, Q, H, K], in the order of `groups`."""
+    def group_queries(self, x: Grid) -> GroupedQueries:
+        """Sorts queries by groups: [B, h, w, H, K] to [B, G, Q, H, K]."""
 
-    def group_keys(self, x: jax.Array, layout: TokenLayout) -> jax.Array:
-        """[B, h, w, H, K] to [B, G, L, H, K], in the order of `groups`; what stands at -1 is masked."""
+    def group_keys(self, x: Grid, layout: TokenLayout) -> GroupedKeys:
+        """Sorts keys or values by groups: [B, h, w, H, K] to [B, G, L, H, K]. Entries of no key are arbitrary."""
 
-    def ungroup(self, x: jax.Array, layout: TokenLayout) -> jax.Array:
-        """[B, G, Q, H, K] back to [B, N, H, K]."""
+    def ungroup(self, x: GroupedQueries, layout: TokenLayout) -> RasterQueries:
+        """Sorts queries back into raster order: [B, G, Q, H, K] to [B, N, H, K]."""
 
 
+@runtime_checkable
 class CausalPattern(Pattern, Protocol):
-    """A pattern in which nobody reads what comes later: tokens can be decoded one by one."""
+    """A pattern in which no query attends to a later key, so that tokens can be decoded one by one."""
 
     def cache(self, layout: TokenLayout) -> RingCache | ColumnCache:
-        """What decoding must remember of the image, and how to read it."""
+        """Returns the decode cache of the image positions."""
 
 
-def _causal_stream(layout: TokenLayout, image: np.ndarray) -> np.ndarray:
-    """Causal text, every image position reads all text; `image` is the bool [N, N] part."""
+def _causal_stream(layout: TokenLayout, image: ImageMask) -> Mask:
+    """Builds the mask of the stream from its image part: text is causal, and the image attends to all text."""
     t = layout.text_length
     mask = np.zeros((layout.length, layout.length), bool)
     mask[:t, :t] = np.tril(np.ones((t, t), bool))
@@ -68,38 +79,40 @@ def _causal_stream(layout: TokenLayout, image: np.ndarray) -> np.ndarray:
     return mask
 
 
-def _offsets(layout: TokenLayout) -> np.ndarray:
-    """How far before the query the key stands in raster order: int [N, N], [query, key]."""
+def _offsets(layout: TokenLayout) -> Int[np.ndarray, "N N"]:
+    """Returns the raster distance from the key forward to the query: int [N, N], [query, key]."""
     n = np.arange(layout.image_length)
     return n[:, None] - n[None, :]
 
 
 class _RasterGroups:
-    """Groups for patterns that reach back a distance in raster order: a query row, and `_rows_back` rows before it."""
+    """Groups of patterns with a limited reach in raster order: queries of one row, keys of it and of rows before it."""
 
     def _reach(self, layout: TokenLayout) -> int:
+        """Returns the largest raster distance between a query and its keys."""
         raise NotImplementedError
 
     def _rows_back(self, layout: TokenLayout) -> int:
+        """Returns how many rows before the query's row hold keys."""
         return min(-(-self._reach(layout) // layout.width), layout.height - 1)
 
-    def groups(self, layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
+    def groups(self, layout: TokenLayout) -> Groups:
         back = self._rows_back(layout)
         queries = np.arange(layout.image_length).reshape(layout.height, layout.width)
         keys = np.stack([queries + (i - back) * layout.width for i in range(back + 1)], axis=1)
         return queries, np.where(keys < 0, -1, keys).reshape(layout.height, -1)
 
-    def group_queries(self, x: jax.Array) -> jax.Array:
+    def group_queries(self, x: Grid) -> GroupedQueries:
         return x
 
-    def group_keys(self, x: jax.Array, layout: TokenLayout) -> jax.Array:
+    def group_keys(self, x: Grid, layout: TokenLayout) -> GroupedKeys:
         b, h, w, heads, k = x.shape
         back = self._rows_back(layout)
         padded = jnp.pad(x, ((0, 0), (back, 0), (0, 0), (0, 0), (0, 0)))
         rows = [jax.lax.slice_in_dim(padded, i, i + h, axis=1) for i in range(back + 1)]
         return jnp.concatenate(rows, axis=2)
 
-    def ungroup(self, x: jax.Array, layout: TokenLayout) -> jax.Array:
+    def ungroup(self, x: GroupedQueries, layout: TokenLayout) -> RasterQueries:
         return x.reshape(x.shape[0], layout.image_length, *x.shape[3:])
 
     def cache(self, layout: TokenLayout) -> RingCache:
@@ -107,7 +120,7 @@ class _RasterGroups:
 
 
 def _ring(pattern: Pattern, layout: TokenLayout, reach: int) -> RingCache:
-    """The cache of a pattern that never reads further back than `reach` image positions."""
+    """Builds the cache of a pattern that attends at most `reach` image positions back."""
     slots = min(reach + 1, layout.image_length)
     image = pattern.mask(layout)[layout.text_length :, layout.text_length :]
     last_row = range(layout.image_length - layout.width, layout.image_length)
@@ -116,19 +129,19 @@ def _ring(pattern: Pattern, layout: TokenLayout, reach: int) -> RingCache:
 
 
 class _OneGroup:
-    """One group holds the whole image: for dense patterns, where a group per row would repeat the keys h times."""
+    """One group with the whole image, for dense patterns. A group per row would repeat the keys h times."""
 
-    def groups(self, layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
+    def groups(self, layout: TokenLayout) -> Groups:
         everything = np.arange(layout.image_length)[None]
         return everything, everything
 
-    def group_queries(self, x: jax.Array) -> jax.Array:
+    def group_queries(self, x: Grid) -> GroupedQueries:
         return x.reshape(x.shape[0], 1, -1, *x.shape[3:])
 
-    def group_keys(self, x: jax.Array, layout: TokenLayout) -> jax.Array:
+    def group_keys(self, x: Grid, layout: TokenLayout) -> GroupedKeys:
         return self.group_queries(x)
 
-    def ungroup(self, x: jax.Array, layout: TokenLayout) -> jax.Array:
+    def ungroup(self, x: GroupedQueries, layout: TokenLayout) -> RasterQueries:
         return x.reshape(x.shape[0], layout.image_length, *x.shape[3:])
 
 
@@ -136,7 +149,7 @@ class _OneGroup:
 class Full(_OneGroup):
     """Dense causal attention."""
 
-    def mask(self, layout: TokenLayout) -> np.ndarray:
+    def mask(self, layout: TokenLayout) -> Mask:
         return _causal_stream(layout, _offsets(layout) >= 0)
 
     def cache(self, layout: TokenLayout) -> RingCache:
@@ -145,9 +158,12 @@ class Full(_OneGroup):
 
 @dataclasses.dataclass(frozen=True)
 class Bidirectional(_OneGroup):
-    """The image reads everything, the text reads the text: its states stay while the image changes (MaskGIT)."""
+    """Dense attention of the image to everything and of the text to the text, for MaskGIT.
 
-    def mask(self, layout: TokenLayout) -> np.ndarray:
+    The states of the text do not depend on the image, so decoding computes them once.
+    """
+
+    def mask(self, layout: TokenLayout) -> Mask:
         mask = np.ones((layout.length, layout.length), bool)
         mask[: layout.text_length, layout.text_length :] = False
         return mask
@@ -155,9 +171,12 @@ class Bidirectional(_OneGroup):
 
 @dataclasses.dataclass(frozen=True)
 class Row(_RasterGroups):
-    """Itself and the W positions before it in raster order, back to the same column of the previous row (fig. 11a)."""
+    """Attention to the position itself and the w positions before it in raster order (figure 11a).
 
-    def mask(self, layout: TokenLayout) -> np.ndarray:
+    The farthest of them is in the same column of the previous row.
+    """
+
+    def mask(self, layout: TokenLayout) -> Mask:
         offsets = _offsets(layout)
         return _causal_stream(layout, (offsets >= 0) & (offsets <= layout.width))
 
@@ -167,11 +186,11 @@ class Row(_RasterGroups):
 
 @dataclasses.dataclass(frozen=True)
 class Convolutional(_RasterGroups):
-    """A causal kernel×kernel window around the token (fig. 11d).
+    """Attention to the causal half of a window around the position (figure 11d).
 
     Attributes:
-      kernel: odd; 11 in the paper.
-      wrap: the window's sides run on across row ends, as row attention does.
+      kernel: side of the window, odd; 11 in the paper.
+      wrap: whether the window continues across row ends, as row attention does.
     """
 
     kernel: int = 11
@@ -181,7 +200,7 @@ class Convolutional(_RasterGroups):
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"A convolutional pattern's kernel is {self.kernel}; it must be odd and positive.")
 
-    def mask(self, layout: TokenLayout) -> np.ndarray:
+    def mask(self, layout: TokenLayout) -> Mask:
         half = self.kernel // 2
         row, column = np.divmod(np.arange(layout.image_length), layout.width)
         offsets = _offsets(layout)
@@ -200,43 +219,50 @@ class Convolutional(_RasterGroups):
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """Itself and the tokens above it in its own column."""
+    """Attention to the position itself and the positions above it in the same column (figure 11b)."""
 
-    def mask(self, layout: TokenLayout) -> np.ndarray:
+    def mask(self, layout: TokenLayout) -> Mask:
         offsets = _offsets(layout)
         return _causal_stream(layout, (offsets >= 0) & (offsets % layout.width == 0))
 
-    def groups(self, layout: TokenLayout) -> tuple[np.ndarray, np.ndarray]:
+    def groups(self, layout: TokenLayout) -> Groups:
         columns = np.arange(layout.image_length).reshape(layout.height, layout.width).T
         return columns, columns
 
-    def group_queries(self, x: jax.Array) -> jax.Array:
+    def group_queries(self, x: Grid) -> GroupedQueries:
         return x.swapaxes(1, 2)
 
-    def group_keys(self, x: jax.Array, layout: TokenLayout) -> jax.Array:
+    def group_keys(self, x: Grid, layout: TokenLayout) -> GroupedKeys:
         return x.swapaxes(1, 2)
 
-    def ungroup(self, x: jax.Array, layout: TokenLayout) -> jax.Array:
+    def ungroup(self, x: GroupedQueries, layout: TokenLayout) -> RasterQueries:
         return x.swapaxes(1, 2).reshape(x.shape[0], layout.image_length, *x.shape[3:])
 
     def cache(self, layout: TokenLayout) -> ColumnCache:
         return ColumnCache(layout.height, layout.width)
 
 
-def group_mask(pattern: Pattern, layout: TokenLayout) -> np.ndarray:
-    """The image part of the pattern's mask, laid out by its groups: bool [G, Q, L]."""
+def group_mask(pattern: Pattern, layout: TokenLayout) -> Bool[np.ndarray, "G Q L"]:
+    """Returns the image part of a pattern's mask, sorted by groups: bool [G, Q, L]."""
     image = pattern.mask(layout)[layout.text_length :, layout.text_length :]
     queries, keys = pattern.groups(layout)
     return image[queries[:, :, None], keys[:, None, :]] & (keys[:, None, :] >= 0)
 
 
 def sparse_layers(depth: int, kernel: int = 11, wrap: bool = True) -> tuple[Pattern, ...]:
-    """The paper's order: row, column, row, row, and so on; layer i (from 1) is a column where (i-2) mod 4 = 0;
-    the last is convolutional."""
+    """Returns the paper's order of patterns: row, column, row, row, and so on, and at last convolutional.
+
+    Layer i, counted from 1, is a column layer if (i-2) mod 4 = 0.
+
+    Args:
+      depth: number of layers.
+      kernel: see `Convolutional`.
+      wrap: see `Convolutional`.
+    """
     body = [Column() if i % 4 == 1 else Row() for i in range(depth - 1)]
     return (*body, Convolutional(kernel, wrap))
 
 
 def full_layers(depth: int) -> tuple[Pattern, ...]:
-    """Dense causal attention in every layer (minDALL-E)."""
+    """Returns dense causal attention for every layer, as in minDALL-E."""
     return (Full(),) * depth

@@ -1,26 +1,27 @@
-"""Attention patterns as splash attention: JAX's block-sparse flash attention kernel for TPUs.
+"""Attention patterns on splash attention, JAX's block-sparse flash attention kernel for TPUs.
 
-The kernel computes a mask block by block and passes over the blocks in which nobody reads anything; scores never leave
-the chip's own memory. A pattern's mask is the truth here too:
+The kernel computes a mask block by block and skips empty blocks. Scores never leave the chip's on-chip memory. The
+pattern's mask is prepared in three ways:
 
-  * where it saves blocks, the image positions stand in the order of the pattern's groups: a column is contiguous then,
-    and a column layer as sparse as a row layer (in raster order each of its blocks holds something). The layer's
-    states are put in that order before they become queries, keys and values: one array, with long rows (where a layer
-    of a scan has several patterns, queries, keys and values are, by the pattern of the moment);
-  * the stream is filled up to whole blocks. Nobody reads what was added; what was added reads what the last query
-    reads, so that it has something to read and no block is computed for it alone;
-  * on a mesh each device computes its rows and its heads, as the rules of `parallel.py` lay them out.
+* If it saves blocks, image positions are sorted by the groups of the pattern. A column is then contiguous, so that a
+  column layer is as sparse as a row layer. In raster order none of its blocks would be empty. A layer sorts its states
+  before it computes queries, keys and values, because the states are one array with long rows. A layer of a scan that
+  has several patterns sorts its queries, keys and values.
+* The stream is padded to whole blocks. Padding keys are masked out. Padding queries copy the last query's mask row, so
+  they never see an empty row and need no additional block.
+* On a mesh, each device computes its rows and heads, as the sharding rules assign them.
 
-Anywhere but on a TPU the kernel is interpreted: slow, the same numbers, for tests.
+On other devices the kernel is interpreted, for tests: slow, with the same numbers.
 
     B batch    S = T + N sequence    T text    N = h·w image tokens    D width    H heads    K head size
+    P positions, S or N
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas.ops.tpu.splash_attention import MultiHeadMask, NumpyMask
@@ -30,6 +31,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel im
     SplashAttentionKernel,
 )
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import process_mask, process_mask_dkv
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from dalle_jax.distributed.per_device import on_each_device
 from dalle_jax.distributed.sharding import on_tpu
@@ -40,24 +42,26 @@ KERNELS = ("auto", "xla", "splash")
 
 
 def use_splash(kernel: str) -> bool:
-    """Whether attention runs as this kernel here and now, by `TransformerOptions.attention_kernel`."""
+    """Returns whether attention runs on this kernel, given `TransformerOptions.attention_kernel` and the platform."""
     return kernel == "splash" or (kernel == "auto" and on_tpu())
 
 
-def ordered(x: jax.Array, pattern: Pattern, layout: TokenLayout) -> jax.Array:
-    """Puts a stream in the kernel's order: [B, S, D], or [B, N, D] for its image part."""
+def ordered(x: Float[ArrayLike, "B P D"], pattern: Pattern, layout: TokenLayout) -> Float[ArrayLike, "B P D"]:
+    """Sorts a stream, [B, S, D], or its image part, [B, N, D], into the order of the kernel."""
     return _image(x, pattern, layout, pattern.group_queries)
 
 
-def restored(x: jax.Array, pattern: Pattern, layout: TokenLayout) -> jax.Array:
-    """Undoes `ordered`."""
+def restored(x: Float[ArrayLike, "B P D"], pattern: Pattern, layout: TokenLayout) -> Float[ArrayLike, "B P D"]:
+    """Sorts a stream back into raster order; the inverse of `ordered`."""
     groups = pattern.groups(layout)[0].shape
     ungroup = lambda grid: pattern.ungroup(grid.reshape(-1, *groups, *grid.shape[3:]), layout)
     return _image(x, pattern, layout, ungroup)
 
 
-def _image(x: jax.Array, pattern: Pattern, layout: TokenLayout, change) -> jax.Array:
-    """Changes the order of the image part, which `change` gets as [B, h, w, D, 1]; raster order stays as it is."""
+def _image(
+    x: Float[ArrayLike, "B P D"], pattern: Pattern, layout: TokenLayout, change: Callable[[Array], Array]
+) -> Float[ArrayLike, "B P D"]:
+    """Applies `change` to the image part as [B, h, w, D, 1], unless the kernel uses raster order."""
     if (np.diff(order(pattern, layout)) == 1).all():
         return x
     text, image = jnp.split(x, [x.shape[1] - layout.image_length], axis=1)
@@ -65,43 +69,59 @@ def _image(x: jax.Array, pattern: Pattern, layout: TokenLayout, change) -> jax.A
     return jnp.concatenate([text, change(grid).reshape(image.shape)], axis=1)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, layout: TokenLayout) -> jax.Array:
-    """Attention under a pattern: of the whole stream, or of its image's queries alone.
+def attend(
+    q: Float[ArrayLike, "B P H K"],
+    k: Float[ArrayLike, "B S H K"],
+    v: Float[ArrayLike, "B S H K"],
+    pattern: Pattern,
+    layout: TokenLayout,
+) -> Float[Array, "B P H K"]:
+    """Computes attention under a pattern, of the whole stream or of the image's queries. See `ordered` for the order.
 
     Args:
-      q: [B, S, H, K], or [B, N, H, K]; in the kernel's order, as all here (see `ordered`).
-      k, v: [B, S, H, K].
+      q: queries in the order of the kernel, [B, S, H, K] or [B, N, H, K].
+      k: keys in the order of the kernel, [B, S, H, K].
+      v: values in the order of the kernel, [B, S, H, K].
+      pattern: the attention pattern.
+      layout: layout of the token stream.
 
     Returns:
-      q's shape and dtype.
+      Array of the shape and dtype of q.
     """
     kernel = _kernel(pattern, layout, q.shape[1], not on_tpu())
     block = kernel.kwargs["block_sizes"].block_q
 
-    def local(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def local(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> Array:
         b, queries, h, size = q.shape
         rows = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0))).swapaxes(1, 2)
-        # One mask for all: the kernel needs not know which heads are of one example.
+        # All heads have one mask, so examples and heads can share an axis.
         q, k, v = (rows(x).reshape(b * h, -1, size) for x in (q * jnp.asarray(size**-0.5, q.dtype), k, v))
         return kernel(q, k, v)[:, :queries].reshape(b, h, queries, size).swapaxes(1, 2)
 
     return on_each_device(local, ("batch", "length", "heads", "kv"), q, k, v)
 
 
-def attend_raster(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, layout: TokenLayout) -> jax.Array:
-    """`attend` of the whole stream, [B, S, H, K] in raster order: what `attention.attend` gives."""
+def attend_raster(
+    q: Float[ArrayLike, "B S H K"],
+    k: Float[ArrayLike, "B S H K"],
+    v: Float[ArrayLike, "B S H K"],
+    pattern: Pattern,
+    layout: TokenLayout,
+) -> Float[Array, "B S H K"]:
+    """Computes attention of the whole stream in raster order, with the arguments and results of `xla.attend`."""
     flat = lambda change, x: change(x.reshape(*x.shape[:2], -1), pattern, layout).reshape(x.shape)
     return flat(restored, attend(*(flat(ordered, x) for x in (q, k, v)), pattern, layout))
 
 
 # -- order and blocks ---------------------------------------------------------------------------------------------
 
-KERNEL_KINDS = ("fwd", "dq", "dkv")  # forward; backward, the gradients of queries, and of keys and values
+KERNEL_KINDS = ("fwd", "dq", "dkv")  # forward; gradients of the queries; gradients of keys and values
 
-# Instructions that the compiler schedules (bfloat16, K = 64; K = 128 within a few percent;
-# experiments/benchmarks/attention_tpu.py): for any block of the grid, for a row of blocks beside that, and for a block
-# that is not empty beside that. Small blocks skip more, but cost up to two and a half times as much for the same area:
-# at the paper's size, four blocks of 640 of which one is empty cost less than 25 of 256 of which half are.
+# Cycles that the compiler schedules for bfloat16 and K = 64, from experiments/benchmarks/attention_tpu.py. K = 128
+# differs by a few percent. The first number is the cycles for any block of the grid. The others are the additional
+# cycles for a row of blocks, and for a block that is not empty. Small blocks skip more of the mask, but the same area
+# costs up to two and a half times as much. At the paper's size, four blocks of 640, one of them empty, cost less than
+# 25 blocks of 256, half of them empty.
 SCHEDULES = {
     "v5p": {
         128: {"fwd": (162, 188, 243), "dq": (172, 60, 248), "dkv": (289, 109, 237)},
@@ -125,7 +145,7 @@ SCHEDULES = {
 
 
 def _kernel_cycles(filled: np.ndarray, kind: str, block: int, chip: str) -> int:
-    """What one head costs in one kernel, `filled` as from `filled_blocks`. The grid is as wide as its longest row."""
+    """Returns the cycles of one head in one kernel, given `filled_blocks`. The grid is as wide as its longest row."""
     step, row, body = SCHEDULES[chip][block][kind]
     rows = filled.sum(0 if kind == "dkv" else 1)
     return len(rows) * (int(rows.max()) * step + row) + int(rows.sum()) * body
@@ -133,11 +153,13 @@ def _kernel_cycles(filled: np.ndarray, kind: str, block: int, chip: str) -> int:
 
 @functools.lru_cache(maxsize=64)
 def kernel_cycles(kind: str, pattern: Pattern, layout: TokenLayout, queries: int, chip: str) -> int:
-    """Cycles of one head in one kernel.
+    """Returns the cycles of one head in one kernel.
 
     Args:
       kind: one of `KERNEL_KINDS`.
-      pattern, layout, queries: see `kernel_mask`.
+      pattern: the attention pattern.
+      layout: layout of the token stream.
+      queries: number of queries; see `kernel_mask`.
       chip: a key of `SCHEDULES`.
     """
     mask = kernel_mask(pattern, layout, queries)
@@ -146,10 +168,10 @@ def kernel_cycles(kind: str, pattern: Pattern, layout: TokenLayout, queries: int
 
 
 @functools.lru_cache(maxsize=64)
-def order(pattern: Pattern, layout: TokenLayout) -> np.ndarray:
-    """In which order the kernel takes the stream: the position that stands at each place, int [S].
+def order(pattern: Pattern, layout: TokenLayout) -> Int[np.ndarray, " S"]:
+    """Returns the order in which the kernel reads the stream: the position at each place, int [S].
 
-    Raster order, or that of the pattern's groups where fewer blocks then cost less.
+    This is raster order, or the order of the pattern's groups if its blocks cost less.
     """
     text, mask = layout.text_length, pattern.mask(layout)
     grouped = np.concatenate([np.arange(text), text + pattern.groups(layout)[0].reshape(-1)])
@@ -159,39 +181,48 @@ def order(pattern: Pattern, layout: TokenLayout) -> np.ndarray:
     )
 
 
-def kernel_mask(pattern: Pattern, layout: TokenLayout, queries: int) -> np.ndarray:
-    """The pattern's mask in the kernel's order: bool [queries, S]; S queries, or N for those of the image alone."""
+def kernel_mask(pattern: Pattern, layout: TokenLayout, queries: int) -> Bool[np.ndarray, "P S"]:
+    """Returns the pattern's mask in the order of the kernel: bool [queries, S].
+
+    Args:
+      pattern: the attention pattern.
+      layout: layout of the token stream.
+      queries: S for the whole stream, or N for the queries of the image.
+    """
     places = order(pattern, layout)
     return pattern.mask(layout)[np.ix_(places, places)][layout.length - queries :]
 
 
-def whole_blocks(mask: np.ndarray, block: int) -> np.ndarray:
-    """A mask filled up to whole blocks: nobody reads what was added, which itself reads what the last query reads."""
+def whole_blocks(mask: Bool[np.ndarray, "P S"], block: int) -> Bool[np.ndarray, "_ _"]:
+    """Pads a mask to whole blocks. Padding keys are masked out; padding queries copy the last query's row."""
     mask = np.pad(mask, ((0, -mask.shape[0] % block), (0, 0)), mode="edge")
     return np.pad(mask, ((0, 0), (0, -mask.shape[1] % block)))
 
 
-def filled_blocks(mask: np.ndarray, block: int) -> np.ndarray:
-    """In which blocks of a mask anybody reads anything: bool [rows of blocks, columns of blocks]."""
+def filled_blocks(mask: Bool[np.ndarray, "P S"], block: int) -> Bool[np.ndarray, "_ _"]:
+    """Returns which blocks of a mask are not empty: bool [rows of blocks, columns of blocks]."""
     mask = whole_blocks(mask, block)
     rows, columns = (size // block for size in mask.shape)
     return mask.reshape(rows, block, columns, block).any(axis=(1, 3))
 
 
-def cycles(mask: np.ndarray, block: int) -> int:
-    """What a mask costs one head, forward and backward, on a v5p: by which blocks and orders are chosen everywhere."""
+def cycles(mask: Bool[np.ndarray, "P S"], block: int) -> int:
+    """Returns the cycles of one head, forward and backward, on a v5p, which select block size and order."""
     filled = filled_blocks(mask, block)
     return sum(_kernel_cycles(filled, kind, block, "v5p") for kind in KERNEL_KINDS)
 
 
-def block_size(mask: np.ndarray) -> int:
-    """The side of blocks with which a mask costs least."""
+def block_size(mask: Bool[np.ndarray, "P S"]) -> int:
+    """Returns the side of the blocks with which a mask costs the fewest cycles."""
     return min(SCHEDULES["v5p"], key=functools.partial(cycles, mask))
 
 
 @functools.lru_cache(maxsize=64)
 def _kernel(pattern: Pattern, layout: TokenLayout, queries: int, interpret: bool) -> SplashAttentionKernel:
-    """The kernel of a pattern, for any number of heads; its tables are numpy arrays, so that any trace may use them."""
+    """Builds the kernel of a pattern, for any number of heads.
+
+    Its tables are numpy arrays, so that every trace can use the cached kernel.
+    """
     mask = kernel_mask(pattern, layout, queries)
     block = block_size(mask)
     masks = MultiHeadMask([NumpyMask(whole_blocks(mask, block))])

@@ -1,19 +1,12 @@
-"""Attention patterns over the stream "text, then image grid" (DALL-E, section 2.2 and appendix B.1, figure 11).
+"""Attention under a pattern in plain XLA operations, for any device.
 
-A pattern is one small frozen object. `mask(layout)` is the truth: which key each query may read. All that makes
-it fast is derived from that mask and tested against it, forward and backward:
-
-  * `attend` (training) splits the image into groups of queries that share their image keys: a row and the rows
-    before it, or a column. One float32 softmax spans the group's image keys and the text.
-  * the decode cache keeps only the image positions that a later query can still read: a ring of the last W+1
-    positions for row layers, the window for convolutional ones, the grid for column ones, of which a step reads
-    one column.
-
-Deviation: none in the masks. Figure 11's convolutional corner is not settled by public code, so wrap-around at
-row ends is a field (`Convolutional.wrap`).
+`attend` serves training. Each group of queries attends to its image keys and the text, with one float32 softmax over
+both. The cost therefore follows the pattern and not S². `attend_step` serves decoding: one image position attends to
+its decode cache and its caption. `attend_reference` is the definition that both are tested against.
 
     B batch    S = T + N sequence    T text    N = h·w image tokens    H heads    K head size
-    G groups of queries    Q queries in a group    L image keys of a group or of a decode cache (`decode_cache.py`)
+    G groups of queries    Q queries in a group    L image keys of a group or of a decode cache
+    C captions    n candidates of a caption
 """
 
 from __future__ import annotations
@@ -24,36 +17,48 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from dalle_jax.models.attention.patterns import ATTENDED, Pattern, group_mask
 from dalle_jax.token_layout import TokenLayout
 
-NEG = -1e30  # a finite "minus infinity": a row with nothing to read gives zeros' average, never NaN
+NEG = -1e30  # finite, so that a row without any key gives no NaN
 
 
-def attend_reference(q: jax.Array, k: jax.Array, v: jax.Array, mask: np.ndarray) -> jax.Array:
-    """Masked softmax attention over everything: what each fast path must equal.
+Stream = Float[ArrayLike, "B S H K"]
+Image = Float[Array, "B N H K"]
+Text = Float[Array, "B T H K"]
+
+
+def attend_reference(q: Stream, k: Stream, v: Stream, mask: Bool[ArrayLike, "S S"]) -> Float[Array, "B S H K"]:
+    """Computes dense masked softmax attention, the reference for the faster paths.
 
     Args:
-      q, k, v: [B, S, H, K].
-      mask: bool [S, S].
+      q: queries, [B, S, H, K].
+      k: keys, [B, S, H, K].
+      v: values, [B, S, H, K].
+      mask: whether a query attends to a key, bool [S, S].
 
     Returns:
-      [B, S, H, K] in v's dtype.
+      [B, S, H, K] in the dtype of v.
     """
     scores = jnp.einsum("bqhk,blhk->bhql", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(jnp.asarray(mask)[None, None], scores, NEG), axis=-1)
     return jnp.einsum("bhql,blhk->bqhk", weights.astype(v.dtype), v)
 
 
-def attend(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, layout: TokenLayout) -> jax.Array:
-    """Attention of the whole stream under a pattern; its cost follows the pattern, not S².
+def attend(q: Stream, k: Stream, v: Stream, pattern: Pattern, layout: TokenLayout) -> Float[Array, "B S H K"]:
+    """Computes attention of the whole stream under a pattern.
 
     Args:
-      q, k, v: [B, S, H, K].
+      q: queries, [B, S, H, K].
+      k: keys, [B, S, H, K].
+      v: values, [B, S, H, K].
+      pattern: the attention pattern.
+      layout: layout of the token stream.
 
     Returns:
-      [B, S, H, K] in v's dtype.
+      [B, S, H, K] in the dtype of v.
     """
     t = layout.text_length
     text_mask = pattern.mask(layout)[:t, :t]
@@ -63,15 +68,22 @@ def attend(q: jax.Array, k: jax.Array, v: jax.Array, pattern: Pattern, layout: T
     return checkpoint_name(jnp.concatenate([text, image], axis=1), ATTENDED)
 
 
-def attend_image(q, k, v, text_k, text_v, pattern: Pattern, layout: TokenLayout) -> jax.Array:
-    """The image part of `attend`.
+def attend_image(
+    q: Image, k: Image, v: Image, text_k: Text, text_v: Text, pattern: Pattern, layout: TokenLayout
+) -> Image:
+    """Computes attention of the image positions under a pattern.
 
     Args:
-      q, k, v: [B, N, H, K].
-      text_k, text_v: [B, T, H, K].
+      q: queries of the image, [B, N, H, K].
+      k: keys of the image, [B, N, H, K].
+      v: values of the image, [B, N, H, K].
+      text_k: keys of the text, [B, T, H, K].
+      text_v: values of the text, [B, T, H, K].
+      pattern: the attention pattern.
+      layout: layout of the token stream.
 
     Returns:
-      [B, N, H, K] in v's dtype.
+      [B, N, H, K] in the dtype of v.
     """
     grid = lambda x: x.reshape(x.shape[0], layout.height, layout.width, *x.shape[2:])
     groups = functools.partial(pattern.group_keys, layout=layout)
@@ -80,13 +92,20 @@ def attend_image(q, k, v, text_k, text_v, pattern: Pattern, layout: TokenLayout)
     return pattern.ungroup(image, layout)
 
 
-def _attend_groups(q, k, v, text_k, text_v, mask) -> jax.Array:
-    """q [B,G,Q,H,K], k and v [B,G,L,H,K], text_k and text_v [B,T,H,K], mask [G,Q,L]; gives [B,G,Q,H,K]."""
+def _attend_groups(
+    q: Float[ArrayLike, "B G Q H K"],
+    k: Float[ArrayLike, "B G L H K"],
+    v: Float[ArrayLike, "B G L H K"],
+    text_k: Text,
+    text_v: Text,
+    mask: Bool[np.ndarray, "G Q L"],
+) -> Float[Array, "B G Q H K"]:
+    """Computes attention of each group of queries to its image keys and the text."""
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     image = jnp.where(mask[None, :, None], dot("bgqhk,bglhk->bghql", q, k), NEG)
     text = dot("bgqhk,bthk->bghqt", q, text_k)
-    # One softmax over both parts, without joining them in memory.
+    # One softmax over both parts, without a concatenation in memory.
     peak = jax.lax.stop_gradient(jnp.maximum(image.max(-1, keepdims=True), text.max(-1, keepdims=True)))
     image, text = jnp.exp(image - peak), jnp.exp(text - peak)
     total = (image.sum(-1) + text.sum(-1)).transpose(0, 1, 3, 2)[..., None]
@@ -94,17 +113,26 @@ def _attend_groups(q, k, v, text_k, text_v, mask) -> jax.Array:
     return (out / total).astype(v.dtype)
 
 
-def attend_step(q, k, v, visible, text_k, text_v) -> jax.Array:
-    """One image position against its decode cache and its caption.
+def attend_step(
+    q: Float[ArrayLike, "B H K"],
+    k: Float[ArrayLike, "B H L K"],
+    v: Float[ArrayLike, "B H L K"],
+    visible: Bool[ArrayLike, " L"],
+    text_k: Float[ArrayLike, "C H T K"],
+    text_v: Float[ArrayLike, "C H T K"],
+) -> Float[Array, "B H K"]:
+    """Computes attention of one image position to its decode cache and its caption.
 
     Args:
-      q: [C·n, H, K], the n candidates of a caption side by side.
-      k, v: [C·n, H, L, K], what the cache gave.
-      visible: bool [L].
-      text_k, text_v: [C, H, T, K], shared by the candidates.
+      q: queries, [C·n, H, K]; the n candidates of a caption are adjacent rows.
+      k: keys from the decode cache, [C·n, H, L, K].
+      v: values from the decode cache, [C·n, H, L, K].
+      visible: whether the queries attend to a cached key, bool [L].
+      text_k: keys of the captions, [C, H, T, K], shared by the candidates.
+      text_v: values of the captions, [C, H, T, K].
 
     Returns:
-      [C·n, H, K] in v's dtype.
+      [C·n, H, K] in the dtype of v.
     """
     rows, heads, size = q.shape
     captions, _, length, _ = text_k.shape

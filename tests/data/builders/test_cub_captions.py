@@ -40,7 +40,7 @@ def test_official_division(tmp_path, copy):
     assert example["extra"]["file"] == "002.Laysan_Albatross/Laysan_Albatross_0002_796001.jpg" in example["name"]
     assert example["extra"]["species"] == "002.Laysan_Albatross"
     np.testing.assert_array_equal(example["extra"]["bounding_box"], [6.0, 2.0, 40.0, 30.0])
-    assert test.record(2).image == tiny_copies.picture(5)
+    assert test.record(2).image == tiny_copies.image(5)
     assert train.left_out == ()
 
 

@@ -221,7 +221,7 @@ def test_damage_is_skipped_counted_and_named(tmp_path, monkeypatch):
     (folder / "00001.tar").write_bytes(b"garbage" * 1000)
     whole = tiny_copies.write_tar(folder / "00002.tar", members(10)).read_bytes()
     (folder / "00002.tar").write_bytes(whole[: offsets(whole)["000000006.jpg"][0] + 900])
-    image = tiny_copies.picture(1)
+    image = tiny_copies.image(1)
     broken = [("first.jpg", image), ("first.txt", b"fine"), ("cut.jpg", image[:300]), ("cut.txt", b"fine")]
     broken += [("empty.jpg", image), ("empty.txt", b""), ("none.jpg", image), ("alone.txt", b"no image")]
     broken += [("latin.jpg", image), ("latin.txt", b"caf\xe9"), ("nothing.jpg", b""), ("nothing.txt", b"fine")]
@@ -263,7 +263,7 @@ def test_images_are_released_when_written(tmp_path, monkeypatch):
 
 
 def test_images_without_captions_still_train_a_tokenizer(tmp_path):
-    entries = [(f"{i}.png", tiny_copies.picture(i, kind="PNG")) for i in range(5)]
+    entries = [(f"{i}.png", tiny_copies.image(i, kind="PNG")) for i in range(5)]
     tiny_copies.write_tar(tmp_path / "shards" / "0.tar", entries)
     pipeline = Pipeline(options(tmp_path), split="train", train=True, batch_size=4)
     with iter(pipeline) as batches:

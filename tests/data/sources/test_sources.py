@@ -8,9 +8,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from dalle_jax.configuration.options import from_config
+from dalle_jax.data.sources import tfds
 from dalle_jax.data.sources.folder import FolderSource
 from dalle_jax.data.sources.open import open_source
-from dalle_jax.data.sources.source import DataOptions, UnreadableExample
+from dalle_jax.data.sources.source import DataOptions, LeftOut, UnreadableExample
 from dalle_jax.errors import ConfigError, DataError
 
 
@@ -147,6 +148,13 @@ def test_options_from_config():
 def test_unknown_tfds_name(tmp_path):
     with pytest.raises(DataError, match="no_such_set"):
         open_source(DataOptions(source="no_such_set", data_dir=str(tmp_path)), "train")
+
+
+def test_examples_left_out_by_an_earlier_version_are_counted():
+    """These keys are stored with every prepared data set."""
+    stored = {"left_out": {"train": {"missing picture": {"count": 7, "names": ["a", "b"]}}, "test": {}}}
+    assert tfds._left_out(stored, ["train", "test"]) == (LeftOut("missing picture", 7, ("a", "b")),)
+    assert tfds._left_out(stored, ["test"]) == tfds._left_out(None, ["train"]) == ()
 
 
 def test_unreadable_example_travels_between_processes():

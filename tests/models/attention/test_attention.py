@@ -1,4 +1,4 @@
-"""Attention patterns: masks against brute force from the paper's words, and every fast path against the mask."""
+"""Attention patterns: masks against brute force from the paper's definitions, and fast paths against the masks."""
 
 import jax
 import jax.numpy as jnp
@@ -30,21 +30,21 @@ def layout_of(height, width, text=3):
 
 
 def readable(pattern, query, height, width):
-    """Image positions that `query` may read: FACTS of the paper, one by one."""
+    """Image positions that `query` attends to, by the paper's definition of each pattern."""
     row, column = query // width, query % width
     if isinstance(pattern, Full):
         return set(range(query + 1))
     if isinstance(pattern, Bidirectional):
         return set(range(height * width))
-    if isinstance(pattern, Row):  # itself and the W before it
+    if isinstance(pattern, Row):  # itself and the w positions before it
         return {query - back for back in range(width + 1) if query - back >= 0}
-    if isinstance(pattern, Column):  # itself and what stands above it
+    if isinstance(pattern, Column):  # itself and the positions above it
         return {r * width + column for r in range(row + 1)}
     half, found = pattern.kernel // 2, set()
     for r in range(row - half, row + 1):
         for c in range(column - half, column + half + 1):
             inside = 0 <= c < width
-            key = r * width + c  # with c outside the row this runs on into the next or the previous one
+            key = r * width + c  # a column outside the row continues in the previous or next row
             if r <= row and 0 <= key <= query and (inside or pattern.wrap) and (r >= 0 or pattern.wrap):
                 found.add(key)
     return found
@@ -80,7 +80,7 @@ def test_mask_is_the_definition(pattern, grid):
         (Column(), [1, 5, 9]),
         (Convolutional(3), [4, 5, 6, 8, 9]),
         (Full(), list(range(10))),
-        # Token 9 stands in column 1; the window of 5 reaches column -1, which is the row before's last one.
+        # Token 9 is in column 1. The window of 5 reaches column -1, the last column of the previous row.
         (Convolutional(5), [*range(0, 4), *range(3, 8), 8, 9]),
         (Convolutional(5, wrap=False), [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]),
     ],
@@ -94,7 +94,7 @@ def test_token_9_of_the_papers_grid(pattern, expected):
 
 
 def test_wrap_around_at_a_row_end():
-    """Token 8 opens a row: the window's left side is the end of the row before."""
+    """Token 8 is the first of a row, so the window's left side is the end of the previous row."""
     layout = layout_of(4, 4)
     seen = lambda wrap: Convolutional(3, wrap).mask(layout)[3 + 8][3:].nonzero()[0].tolist()  # noqa: E731
     assert seen(True) == [3, 4, 5, 7, 8]
@@ -112,7 +112,7 @@ def test_the_papers_layers():
 
 @pytest.mark.parametrize("kernel", [0, -1, 4])
 def test_kernels_are_odd(kernel):
-    with pytest.raises(ValueError, match="odd and positive"):
+    with pytest.raises(ValueError, match="kernel"):
         Convolutional(kernel)
 
 
@@ -135,7 +135,7 @@ def test_groups_cover_the_mask_exactly_once(pattern, grid):
 
 @pytest.mark.parametrize("pattern", [Full(), Row(), Column(), Convolutional(3), Convolutional(5)], ids=str)
 @pytest.mark.parametrize("grid", [(4, 4), (3, 5)], ids=str)
-def test_groups_are_cut_out_where_they_say(pattern, grid):
+def test_group_keys_follow_the_groups(pattern, grid):
     layout = layout_of(*grid)
     positions = jnp.arange(layout.image_length, dtype=jnp.float32).reshape(1, *grid, 1, 1)
     queries, keys = pattern.groups(layout)
@@ -151,7 +151,7 @@ def test_fast_attention_equals_the_reference_forward_and_backward(grid):
     layout = layout_of(*grid)
     keys = jax.random.split(jax.random.key(0), 4)
     q, k, v, cotangent = (jax.random.normal(key, (2, layout.length, 2, 8)) for key in keys)
-    q = 3 * q  # sharp enough for each key to matter
+    q = 3 * q  # sharp softmax, so that each key matters
 
     @jax.jit
     def reference(mask):
@@ -174,7 +174,7 @@ def test_fast_attention_equals_the_reference_forward_and_backward(grid):
             np.testing.assert_allclose(a, b, atol=2e-5, err_msg=f"{pattern} {name}")
 
 
-def test_reference_is_softmax_over_what_the_mask_allows():
+def test_reference_is_a_softmax_over_unmasked_keys():
     rng = np.random.default_rng(0)
     q, k, v = rng.normal(size=(3, 1, 4, 1, 6)).astype(np.float32)
     mask = np.tril(np.ones((4, 4), bool))
@@ -207,7 +207,7 @@ def test_column_layers_read_one_column():
 
 
 def played_back(pattern, layout):
-    """For each position, the positions that its query finds visible in the cache, after writing 0…position."""
+    """Returns for each position the cached positions that are visible to it, after writing 0…position."""
     store = pattern.cache(layout)
 
     @jax.jit
@@ -216,7 +216,7 @@ def played_back(pattern, layout):
             cache = store.write(cache, jnp.full((1, 1, 1), position, jnp.float32), position)
             return cache, (store.read(cache, position)[0, 0, :, 0], store.visible(position))
 
-        # -1: never written, so that a slot read too early shows.
+        # -1 marks unwritten slots, so that the test sees a slot that is read too early.
         empty = jnp.full_like(store.init(1, 1, 1, jnp.float32), -1)
         return jax.lax.scan(step, empty, jnp.arange(layout.image_length))[1]
 
@@ -229,7 +229,7 @@ CACHED += [(p, (32, 32)) for p in (Row(), Column(), Convolutional(11))]
 
 
 @pytest.mark.parametrize("pattern, grid", CACHED, ids=str)
-def test_what_the_cache_shows_is_the_masks_row(pattern, grid):
+def test_visible_cached_positions_are_the_masks_row(pattern, grid):
     layout = layout_of(*grid)
     t = layout.text_length
     image = pattern.mask(layout)[t:, t:]

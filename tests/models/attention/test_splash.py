@@ -1,4 +1,4 @@
-"""Splash attention: equal to the reference, interpreted; chosen where a computation is for a TPU; compiled for one."""
+"""Splash attention: equality with the reference (interpreted), selection by platform, and compilation for TPUs."""
 
 import dataclasses
 import functools
@@ -19,7 +19,8 @@ from dalle_jax.distributed.sharding import RULES, abstract, batch_sharding, on_m
 from dalle_jax.models.attention import splash
 from dalle_jax.models.attention.patterns import Bidirectional, Column, Convolutional, Full, Row
 from dalle_jax.models.attention.xla import attend_reference
-from dalle_jax.models.transformer import Attention, TransformerOptions, Trunk
+from dalle_jax.models.transformer import Attention, TransformerOptions
+from dalle_jax.models.trunk import Trunk
 from dalle_jax.token_layout import TokenLayout
 
 PATTERNS = [Full(), Bidirectional(), Row(), Column(), Convolutional(5), Convolutional(3, wrap=False)]
@@ -32,14 +33,14 @@ def layout_of(text, height, width):
     return TokenLayout(text_vocab=9, image_vocab=9, text_length=text, height=height, width=width)
 
 
-# S = 23, less than one block; 256, which is whole blocks; 391, seven positions in the fourth.
+# S = 23 is less than one block, 256 is two whole blocks, and 391 has seven positions in the fourth block.
 LAYOUTS = [layout_of(3, 4, 5), layout_of(64, 16, 12), layout_of(7, 16, 24)]
 CASES = [(p, layout) for layout in (LAYOUTS[0], LAYOUTS[2]) for p in PATTERNS] + [(Row(), LAYOUTS[1])]
 
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of 128, so that there are some that nobody reads."""
+    """Uses blocks of 128, so that some of them are empty."""
     monkeypatch.setitem(splash.SCHEDULES, "v5p", {128: splash.SCHEDULES["v5p"][128]})
     for cached in (splash.order, splash._kernel):
         cached.cache_clear()
@@ -49,14 +50,14 @@ def small_blocks(monkeypatch):
 
 
 def drawn(layout, rows=2, heads=2, size=8, dtype="float32"):
-    """q, k, v and a cotangent."""
+    """Draws queries, keys, values and a cotangent."""
     keys = jax.random.split(jax.random.key(0), 4)
     q, *others = (jax.random.normal(key, (rows, layout.length, heads, size), dtype) for key in keys)
-    return 3 * q, *others  # sharp enough for each key to matter
+    return 3 * q, *others  # sharp softmax, so that each key matters
 
 
 def in_stream_order(q, k, v, pattern, layout):
-    """`splash.attend` of a stream in raster order."""
+    """Runs `splash.attend` on a stream in raster order."""
     flat = lambda x: x.reshape(*x.shape[:2], -1)
     there = lambda x: splash.ordered(flat(x), pattern, layout).reshape(x.shape)
     out = splash.attend(there(q), there(k), there(v), pattern, layout)
@@ -75,7 +76,7 @@ def assert_close(ours, expected, **tolerance):
         np.testing.assert_allclose(np.asarray(a, np.float32), np.asarray(b, np.float32), err_msg=name, **tolerance)
 
 
-# -- the numbers --------------------------------------------------------------------------------------------------
+# -- equality -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("pattern, layout", CASES, ids=lambda x: str(getattr(x, "length", x)))
@@ -89,7 +90,7 @@ def test_equals_the_reference_forward_and_backward(small_blocks, pattern, layout
 
 @pytest.mark.parametrize("pattern", [Bidirectional(), Column()], ids=str)
 def test_bfloat16(small_blocks, pattern):
-    """As near to the exact numbers as 8 bits are: scores are summed, and weights kept, in float32."""
+    """The error is that of 8 bits, because scores and weights are float32."""
     layout = LAYOUTS[2]
     given = drawn(layout, size=64, dtype="bfloat16")
     ours = jax.jit(lambda *x: with_gradients(lambda *y: in_stream_order(*y, pattern, layout), *x))(*given)
@@ -145,15 +146,15 @@ def test_each_device_of_a_mesh_computes_its_rows_and_heads(small_blocks, rows, h
     ids=str,
 )
 def test_blocks_at_the_papers_size(pattern, filled):
-    """Of 25 blocks of 256. Blocks of 640 are so much cheaper for their area that four of them cost less."""
+    """Counts the filled blocks among 25 of 256. Four blocks of 640 cost less, because large blocks are cheaper."""
     mask = splash.kernel_mask(pattern, PAPER, PAPER.length)
     assert splash.filled_blocks(mask, 256).sum() == filled
     assert splash.block_size(mask) == 640
     assert splash.filled_blocks(mask, 640).sum() == (4 if pattern == Bidirectional() else 3)
 
 
-def test_columns_stand_together_where_that_saves_blocks():
-    """In raster order a column layer is as dense as a causal one: over 48x48 tokens that costs more."""
+def test_columns_are_sorted_if_that_saves_blocks():
+    """In raster order a column layer is as dense as a causal one, which costs more at 48x48 tokens."""
     large = layout_of(256, 48, 48)
     places = splash.order(Column(), large)
     np.testing.assert_array_equal(places[256 : 256 + 48], 256 + 48 * np.arange(48))
@@ -170,7 +171,7 @@ def test_columns_stand_together_where_that_saves_blocks():
 
 @every_pattern
 @pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: str(layout.length))
-def test_the_filling_is_never_read_and_needs_no_blocks(small_blocks, pattern, layout):
+def test_padding_is_masked_and_needs_no_blocks(small_blocks, pattern, layout):
     s, order = layout.length, splash.order(pattern, layout)
     given = splash.kernel_mask(pattern, layout, s)
     np.testing.assert_array_equal(given, pattern.mask(layout)[order][:, order])
@@ -195,7 +196,7 @@ def parameters(module, *inputs):
     return jax.tree.map(lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape), made)
 
 
-def test_a_trunk_of_it_equals_one_of_the_xla_path():
+def test_a_splash_trunk_equals_an_xla_trunk():
     patterns = (Row(), Column(), Row(), Column())  # a scan of two steps
 
     def run(kernel, **changes):
@@ -212,9 +213,11 @@ def test_a_trunk_of_it_equals_one_of_the_xla_path():
 
 
 @pytest.mark.parametrize("pattern", [Bidirectional(), Column()], ids=str)
-def test_a_layer_of_it_equals_one_of_the_xla_path(small_blocks, pattern):
-    """The whole stream; and all image positions beside cached text, two candidates a caption. Columns stand together:
-    rotary angles must follow."""
+def test_a_splash_layer_equals_an_xla_layer(small_blocks, pattern):
+    """Both agree on the whole stream, and on all image positions given cached text with two candidates per caption.
+
+    Columns are sorted, so the rotary angles must be sorted too.
+    """
     layout, t = LAYOUTS[2], LAYOUTS[2].text_length
     attention = lambda kernel: Attention(dataclasses.replace(OPTIONS, attention_kernel=kernel), layout, (pattern,))
     x = jax.random.normal(jax.random.key(7), (2, layout.length, 16))
@@ -232,7 +235,7 @@ def test_a_layer_of_it_equals_one_of_the_xla_path(small_blocks, pattern):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-# -- which is taken -----------------------------------------------------------------------------------------------
+# -- selection ----------------------------------------------------------------------------------------------------
 
 
 def mesh_of(kind, platform):
@@ -249,7 +252,7 @@ def mesh_of(kind, platform):
     ids=str,
 )
 def test_the_meshs_platform_decides(kernel, device):
-    """This process has CPUs only: what counts is the mesh that the computation is traced for."""
+    """This process has only CPUs. The kernel is selected by the mesh that the computation is traced for."""
     attention = Attention(dataclasses.replace(OPTIONS, attention_kernel=kernel), LAYOUT, (Row(),))
     params = jax.eval_shape(functools.partial(attention.init, jax.random.key(0)), STATES)
     run = jax.make_jaxpr(lambda x: attention.apply(nn.meta.unbox(params_of(params)), x))
@@ -273,7 +276,7 @@ def params_of(shapes):
 
 @pytest.fixture(scope="module")
 def tpu_mesh():
-    """A mesh of four chips that are not there."""
+    """A mesh of four simulated chips."""
     if importlib.util.find_spec("libtpu") is None:
         pytest.skip("libtpu is not installed (pip install -e '.[tpu]'): nothing can be compiled for a TPU")
     with compilation_cache.turned_off():
@@ -283,7 +286,7 @@ def tpu_mesh():
 @pytest.mark.pod
 @pytest.mark.parametrize("pattern", [Row(), Column(), Convolutional(11), Full(), Bidirectional()], ids=str)
 def test_compiles_for_a_tpu_at_the_papers_size(tpu_mesh, pattern):
-    """Forward and backward, 4 examples and 4 heads of 64 a chip."""
+    """Compiles forward and backward with 4 examples and 4 heads of 64 per chip."""
     shape = (8, PAPER.length, 8, 64)
     with on_mesh(tpu_mesh), jax.default_matmul_precision("default"):
         sharding = NamedSharding(tpu_mesh, partition_spec(HEADS, shape, tpu_mesh))
@@ -293,8 +296,8 @@ def test_compiles_for_a_tpu_at_the_papers_size(tpu_mesh, pattern):
     text = program.as_text()
     for kernel in ("fwd", "dq", "dkv"):
         assert f"splash_mha_{kernel}" in text
-    assert "all-" not in text and "collective" not in text, "each device computes by itself"
-    scores = 4 * 4 * PAPER.length**2 * 4  # what a dense softmax would keep, in bytes
+    assert "all-" not in text and "collective" not in text, "devices exchange nothing"
+    scores = 4 * 4 * PAPER.length**2 * 4  # bytes that a dense softmax would keep
     assert program.memory_analysis().temp_size_in_bytes < scores
 
 
@@ -302,10 +305,11 @@ def test_compiles_for_a_tpu_at_the_papers_size(tpu_mesh, pattern):
     "remat, forward, products", [("full", 8, 10), ("attended", 4, 10), ("attention", 4, 7), ("dots", 4, 0)]
 )
 def test_a_sharded_trunk_compiles_for_a_tpu(tpu_mesh, remat, forward, products):
-    """With "auto", on a machine without one: scanned, rematerialised, parameters, batch and heads split.
+    """A scanned, rematerialised trunk with the kernel "auto" compiles with parameters, batch and heads sharded.
 
-    All but "full" keep what the kernel gives: it does not run again for the gradients. Of a layer's products, in units
-    of the attention's output (12 forward, 24 backward), fewer do."""
+    All policies but "full" keep the kernel's output, so that the backward pass does not run the kernel again. They also
+    run fewer products of a layer again, counted in units of the attention's output (12 forward, 24 backward).
+    """
     options = TransformerOptions(width=256, depth=4, heads=4, remat=remat)
     layout = layout_of(64, 8, 8)
     trunk = Trunk(options, layout, (Row(), Column(), Row(), Column()))

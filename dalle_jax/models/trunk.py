@@ -1,0 +1,196 @@
+"""The transformer trunk of both priors: all blocks, as a scan or one by one, and the last norm.
+
+Layers with a repeating order of patterns (row, column, row, row) run as one `nn.scan` over that unit. A scan compiles
+its body once, so that 64 layers compile as fast as four. It includes the last, convolutional layer: the last layer of
+the unit selects between two patterns, because both have the same parameters. Layers after the last whole unit follow
+one by one.
+
+Decoding reads each layer's weights at every token. It therefore needs them in one piece, not as slices of a stack:
+`unstack` converts the parameters to the layout of `scan=False`.
+
+    B batch    C captions    n candidates of a caption    S = T + N sequence    T text    N image tokens
+    D width    H heads    K head size
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import TypeVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from dalle_jax.models.attention.patterns import Pattern
+from dalle_jax.models.transformer import REMAT, Block, ImageCache, Norm, TextCache, TransformerOptions
+from dalle_jax.pytree import PyTree
+from dalle_jax.token_layout import TokenLayout
+
+_LONGEST_UNIT = 4
+PriorOptions = TypeVar("PriorOptions")  # a dataclass with `trunk`, a `TransformerOptions`
+
+
+def stacking(patterns: tuple[Pattern, ...]) -> tuple[int, int]:
+    """Finds the repeating unit of layers that covers as many layers as possible.
+
+    The last of all layers may have another pattern than its place in the unit.
+
+    Args:
+      patterns: the attention pattern of each layer.
+
+    Returns:
+      Number of layers in the unit, at most 4, and number of repeats. (0, 0) if nothing repeats.
+    """
+    depth, best = len(patterns), (0, 0)
+    for unit in range(1, _LONGEST_UNIT + 1):
+        whole = depth // unit
+        repeats = next((r for r in range(whole) if patterns[r * unit : (r + 1) * unit] != patterns[:unit]), whole)
+        if repeats == whole - 1 and patterns[:-1] == (patterns[:unit] * whole)[:-1]:
+            repeats = whole
+        if repeats > 1 and unit * repeats > best[0] * best[1]:
+            best = (unit, repeats)
+    return best
+
+
+class Unit(nn.Module):
+    """The repeated layers, which one step of the scan runs.
+
+    Attributes:
+      options: options of the trunk.
+      layout: layout of the token stream.
+      patterns: for each layer, the patterns that it has during the scan.
+    """
+
+    options: TransformerOptions
+    layout: TokenLayout
+    patterns: tuple[tuple[Pattern, ...], ...]
+
+    @nn.compact
+    def __call__(
+        self, x: Float[ArrayLike, "B S D"], train: bool, which: Int[ArrayLike, " unit"]
+    ) -> tuple[Float[Array, "B S D"], None]:
+        """Runs over the whole stream; `which` has the index of each layer's pattern. Returns the scan's carry."""
+        for i, patterns in enumerate(self.patterns):
+            x = Block(self.options, self.layout, patterns, name=f"layer_{i}")(x, train, which[i])
+        return x, None
+
+
+class Trunk(nn.Module):
+    """All layers and the last norm.
+
+    Without `scan`, the parameters of layer i are `layer_i/...`. With `scan`, those of the repeated layers are
+    `units/layer_j/...` with a leading axis of repeats. `layer_stack.unstack` converts them.
+
+    `init_cache`, `prefill`, `refine` and `step` need `scan=False`.
+
+    Attributes:
+      options: options of the trunk.
+      layout: layout of the token stream.
+      patterns: the attention pattern of each layer.
+    """
+
+    options: TransformerOptions
+    layout: TokenLayout
+    patterns: tuple[Pattern, ...]
+
+    def setup(self):
+        o = self.options
+        if len(self.patterns) != o.depth:
+            raise ValueError(
+                f"There are {len(self.patterns)} attention patterns for {o.depth} layers; expected one per layer."
+            )
+        unit, repeats = stacking(self.patterns) if o.scan else (0, 0)
+        remat = REMAT[o.remat]
+        self.scanned = unit * repeats
+        if repeats:
+            cell = Unit if remat is None else nn.remat(Unit, policy=remat, prevent_cse=False, static_argnums=(2,))
+            orders = [self.patterns[i : self.scanned : unit] for i in range(unit)]  # of each layer of the unit
+            known = [tuple(dict.fromkeys(order)) for order in orders]
+            which = [[patterns.index(each) for each in order] for patterns, order in zip(known, orders)]
+            self.which = np.asarray(which, np.int32).T  # [repeats, unit]
+            self.units = nn.scan(
+                cell, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=repeats,
+                in_axes=(nn.broadcast, 0), metadata_params={nn.PARTITION_NAME: "layers"},
+            )(o, self.layout, tuple(known))  # fmt: skip
+        block = Block if remat is None else nn.remat(Block, policy=remat, static_argnums=(2,))
+        left = range(self.scanned, o.depth)
+        self.layers = [block(o, self.layout, (self.patterns[i],), name=f"layer_{i}") for i in left]
+        self.final_norm = Norm(o.norm, o.dtype)
+
+    def __call__(self, x: Float[ArrayLike, "B S D"], train: bool) -> Float[Array, "B S D"]:
+        """Runs over the whole stream: [B, S, D] to [B, S, D]."""
+        if self.scanned:
+            x, _ = self.units(x, train, jnp.asarray(self.which))
+        for layer in self.layers:
+            x = layer(x, train)
+        return self.final_norm(x)
+
+    def init_cache(self, rows: int) -> list[ImageCache]:
+        """Creates empty keys and values for each layer, as large as its pattern needs."""
+        o = self.options
+        stores = [p.cache(self.layout) for p in self.patterns]
+        new = lambda store: store.init(rows, o.heads, o.size_per_head, o.dtype)
+        return [(new(store), new(store)) for store in stores]
+
+    def prefill(self, x: Float[ArrayLike, "C T D"]) -> tuple[Float[Array, "C T D"], list[TextCache]]:
+        """Runs over the text alone, [C, T, D]; also returns the keys and values of each layer."""
+        text = []
+        for layer in self.layers:
+            x, kv = layer.prefill(x)
+            text.append(kv)
+        return self.final_norm(x), text
+
+    def refine(self, x: Float[ArrayLike, "B N D"], text: list[TextCache]) -> Float[Array, "B N D"]:
+        """Runs over all image positions, [C·n, N, D], given the keys and values of `prefill`."""
+        for layer, kv in zip(self.layers, text):
+            x = layer.refine(x, kv)
+        return self.final_norm(x)
+
+    def step(
+        self, x: Float[ArrayLike, "B D"], text: list[TextCache], caches: list[ImageCache], position: Int[ArrayLike, ""]
+    ) -> tuple[Float[Array, "B D"], list[ImageCache]]:
+        """Runs over one image position.
+
+        Args:
+          x: states of the position, [C·n, D].
+          text: keys and values of each layer, from `prefill`.
+          caches: keys and values of the image positions before this one, for each layer.
+          position: the image position, int32 scalar.
+
+        Returns:
+          States, [C·n, D], and the caches with this position.
+        """
+        new = []
+        for layer, kv, cache in zip(self.layers, text, caches):
+            x, cache = layer.step(x, kv, cache, position)
+            new.append(cache)
+        return self.final_norm(x), new
+
+
+def unstack(params: PyTree) -> PyTree:
+    """Converts trunk parameters of `scan=True` to the layout of `scan=False`; others are returned unchanged."""
+    if "units" not in params:
+        return params
+    unit, repeats = len(params["units"]), len(jax.tree.leaves(params["units"])[0])
+    flat = {name: sub for name, sub in params.items() if name != "units"}
+    for r in range(repeats):
+        for j in range(unit):
+            flat[f"layer_{r * unit + j}"] = jax.tree.map(operator.itemgetter(r), params["units"][f"layer_{j}"])
+    return flat
+
+
+def for_decoding(params: PyTree, options: PriorOptions) -> tuple[PyTree, PriorOptions]:
+    """Converts a prior's parameters and options to unstacked layers, once and not at every decoding step.
+
+    Args:
+      params: parameters of the prior, those of its trunk under "trunk".
+      options: options of the prior.
+
+    Returns:
+      Parameters and options for `scan=False` and `remat="none"`.
+    """
+    flat = dataclasses.replace(options, trunk=dataclasses.replace(options.trunk, scan=False, remat="none"))
+    return params | {"trunk": unstack(params["trunk"])}, flat
