@@ -7,6 +7,7 @@ JAX_COMPILATION_CACHE_DIR to keep the compiled programs between sessions.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -41,6 +42,13 @@ def pytest_collection_modifyitems(items):
     """Sorts the test files by time, longest first, so that no worker ends with a long file while the others wait."""
     rank = {name: i for i, name in enumerate(longest_first.FILES)}
     items.sort(key=lambda item: rank.get(str(item.path.relative_to(longest_first.FOLDER)), len(rank)))
+
+
+def pytest_collection_finish():
+    """Makes garbage collection cheaper. The imported libraries are a million objects, and tracing creates many more."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 50)
 
 
 @pytest.fixture(scope="session", autouse=True)
