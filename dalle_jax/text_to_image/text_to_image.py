@@ -428,9 +428,6 @@ class TextToImage:
         for first in range(0, n, rows):
             numbers = np.minimum(first + np.arange(rows), n - 1)  # surplus rows repeat the last
             given = tuple(x[numbers] for x in known)
-            parts.append(
-                np.asarray(
-                    drawing.sample(self, text, drawing.row_keys(seed, text, numbers, window), options, negative, given)
-                )
-            )
+            keys = drawing.row_keys(seed, text, numbers, window)
+            parts.append(np.asarray(drawing.sample(self, text, keys, options, negative, given)))
         return np.concatenate(parts)[:n]

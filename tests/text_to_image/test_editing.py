@@ -12,7 +12,7 @@ from random_model import SIDE, SIZE, TRUNK
 from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
 from dalle_jax.priors.maskgit import MaskGITPrior
-from dalle_jax.text_to_image import editing
+from dalle_jax.text_to_image import drawing, editing
 
 CAPTION = "a red circle"
 CELL = SIZE // SIDE
