@@ -18,8 +18,9 @@ from PIL import Image
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.reporting.images import image_grid, save_png
+from dalle_jax.text_to_image.drawing import row_keys
 from dalle_jax.text_to_image.editing import pixels_of
-from dalle_jax.text_to_image.text_to_image import TextToImage, row_keys
+from dalle_jax.text_to_image.text_to_image import TextToImage
 
 GREY = 190
 

@@ -14,36 +14,25 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-import math
 import operator
-import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import flax.linen as nn
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from dalle_jax import compilation_cache, keys
-from dalle_jax.checkpoints import workdir as workdirs
-from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.data.text import TextModel, encode_captions
 from dalle_jax.distributed.chunks import up_to_multiple
-from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.distributed.rows import over_rows
-from dalle_jax.distributed.sharding import batch_shards, replicated, shardings_of
-from dalle_jax.errors import CheckpointError, ConfigError, DataError
+from dalle_jax.distributed.sharding import batch_shards
+from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
-from dalle_jax.priors.registry import make
-from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.priors.token_prior import TokenPrior
-from dalle_jax.pytree import PyTree, first_mismatch
+from dalle_jax.pytree import PyTree
 from dalle_jax.reporting.images import to_uint8
-from dalle_jax.text_to_image import best_of_n, editing
-from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip, parameter_count
+from dalle_jax.text_to_image import best_of_n, drawing, editing, loading
+from dalle_jax.text_to_image.clip_scorer import ClipScorer, parameter_count
 from dalle_jax.text_to_image.sampling_parameters import by_name, parse
-from dalle_jax.token_layout import TokenLayout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,30 +90,7 @@ class TextToImage:
           ConfigError: the workdir is not that of a prior.
           MeshError: the prior cannot be split over the mesh.
         """
-        compilation_cache.enable()
-        config = workdirs.read_config(workdir)
-        if config.get("task") != "prior":
-            raise ConfigError(
-                f"{workdir} holds a training of task {config.get('task')!r}. Images are drawn from the workdir of a "
-                "prior (python -m dalle_jax.main --config=configs/prior.py)."
-            )
-        tokenizer, tokenizer_params = workdirs.load_tokenizer(workdir)
-        text_model = workdirs.load_text_model(workdir)
-        size = config["data"]["image_size"]
-        layout = TokenLayout(
-            text_model.vocab_size, tokenizer.vocab_size, config["text"]["length"], *tokenizer.grid(size)
-        )
-        prior = make(config["prior"], config["model"], layout)
-        mesh = mesh or local_mesh()
-        with Checkpoints(workdir, best_metric="image_nats", read_only=True) as checkpoints:
-            params = checkpoints.restore_params(step, layout=lambda stored: _layout(prior, stored, workdir, mesh))
-            step = checkpoints.resolve(step)
-        tokenizer_params = jax.device_put(tokenizer_params, replicated(mesh))
-        folder = clip or (workdir if has_clip(workdir) else None)
-        scorer = ClipScorer.load(folder, rows_at_once=rows_at_once, mesh=mesh) if folder else None
-        return cls(
-            prior, params, tokenizer, tokenizer_params, text_model, size, str(workdir), step, rows_at_once, scorer, mesh
-        )
+        return cls(**loading.load(workdir, step, rows_at_once, clip, mesh))
 
     def __repr__(self) -> str:
         layout = self.prior.layout
@@ -229,14 +195,14 @@ class TextToImage:
           ConfigError: no such caption or image, or a sampling parameter out of range.
           DataError: an empty caption, or no caption.
         """
-        _check_count(n, seed)
+        drawing.check_count(n, seed)
         options, negative = parse(sampling)
         text = self.encode_text(captions)
         if not (0 <= i < len(text) and 0 <= j < n):
             raise ConfigError(f"Image {j} of caption {i}: expected 0 ≤ j < {n} and 0 ≤ i < {len(text)}.")
-        many, candidates = self._chunk_shape(len(text), n)
+        many, candidates = drawing.chunk_shape(self, len(text), n)
         (c, row), (d, column) = divmod(i, many), divmod(j, candidates)
-        return self._chunk(text, n, seed, options, negative, c * many, d * candidates)[row, column]
+        return drawing.chunk(self, text, n, seed, options, negative, c * many, d * candidates)[row, column]
 
     @by_name
     def chunks(
@@ -258,13 +224,13 @@ class TextToImage:
           DataError: an empty caption, or no caption.
           ConfigError: a sampling parameter out of range.
         """
-        _check_count(n, seed)
+        drawing.check_count(n, seed)
         options, negative = parse(sampling)
         text = self.encode_text(captions)
-        many, candidates = self._chunk_shape(len(text), n)
+        many, candidates = drawing.chunk_shape(self, len(text), n)
         for c in range(0, len(text), many):
             for j in range(0, n, candidates):
-                yield c, j, self._chunk(text, n, seed, options, negative, c, j)[: len(text) - c, : n - j]
+                yield c, j, drawing.chunk(self, text, n, seed, options, negative, c, j)[: len(text) - c, : n - j]
 
     # -- edits ----------------------------------------------------------------------------------------------------
 
@@ -414,7 +380,7 @@ class TextToImage:
             raise DataError(
                 f"The image is {images.dtype} {images.shape[1:]}; this model works on uint8 {expected}: resize it."
             )
-        tokens = over_rows(self.mesh, functools.partial(_encode, self.tokenizer, self.tokenizer_params), images)
+        tokens = over_rows(self.mesh, functools.partial(drawing.encode, self.tokenizer, self.tokenizer_params), images)
         return np.asarray(tokens).reshape(len(images), -1)
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
@@ -424,7 +390,7 @@ class TextToImage:
 
     def decode_grid(self, tokens: np.ndarray) -> np.ndarray:
         """Decodes token grids of any size, int32 [B, h', w'], to images, uint8 [B, H', W', 3]."""
-        decode = functools.partial(_decode, self.tokenizer, self.tokenizer_params)
+        decode = functools.partial(drawing.decode, self.tokenizer, self.tokenizer_params)
         return to_uint8(over_rows(self.mesh, decode, tokens))
 
     @by_name
@@ -454,7 +420,7 @@ class TextToImage:
           DataError: an empty caption.
           ConfigError: a sampling parameter out of range.
         """
-        _check_count(n, seed)
+        drawing.check_count(n, seed)
         options, negative = parse(sampling)
         text = self.encode_text([caption])
         rows = up_to_multiple(min(n, self.rows_at_once), batch_shards(self.mesh))
@@ -462,90 +428,6 @@ class TextToImage:
         for first in range(0, n, rows):
             numbers = np.minimum(first + np.arange(rows), n - 1)  # surplus rows repeat the last
             given = tuple(x[numbers] for x in known)
-            parts.append(
-                np.asarray(self._sample(text, row_keys(seed, text, numbers, window), options, negative, given))
-            )
+            keys = drawing.row_keys(seed, text, numbers, window)
+            parts.append(np.asarray(drawing.sample(self, text, keys, options, negative, given)))
         return np.concatenate(parts)[:n]
-
-    # -- chunks of one size: they bound the memory, compile once, and can be drawn again alone ----------------------
-
-    def _chunk_shape(self, captions: int, n: int) -> tuple[int, int]:
-        """Returns (captions, candidates per caption) of a chunk: a number of rows that the devices divide."""
-        shards, candidates = batch_shards(self.mesh), min(n, self.rows_at_once)
-        if candidates > shards:
-            candidates = up_to_multiple(candidates, shards)
-        many = max(1, min(self.rows_at_once // candidates, captions))
-        return up_to_multiple(many, shards // math.gcd(shards, candidates)), candidates
-
-    def _chunk(self, text, n, seed, options, negative, first_caption, first_candidate) -> np.ndarray:
-        """Draws the chunk that starts there: uint8 [captions, candidates, H, W, 3]. Surplus rows repeat others."""
-        captions, candidates = self._chunk_shape(len(text), n)
-        some = np.resize(text[first_caption : first_caption + captions], (captions, text.shape[1]))
-        numbers = np.tile(first_candidate + np.arange(candidates), captions)
-        images = self.decode(self._sample(some, row_keys(seed, some, numbers), options, negative))
-        return images.reshape(captions, candidates, *images.shape[1:])
-
-    def _sample(self, text, keys, options: SamplingOptions, negative: str | None, known=None) -> jax.Array:
-        """Samples image tokens, int32 [B, N]; see `TokenPrior.sample`."""
-        away = None if negative is None else self.encode_text([negative])
-        draw = lambda text, keys, known: self.prior.sample(
-            self.params, text, keys, known=known, negative=away, **dataclasses.asdict(options)
-        )
-        return over_rows(self.mesh, draw, text, keys, known)
-
-
-def _check_count(n: int, seed: int) -> None:
-    if seed < 0 or n < 1:
-        raise ConfigError(f"seed is {seed} and n is {n}; expected seed ≥ 0 and n ≥ 1.")
-
-
-def _layout(prior: TokenPrior, stored: PyTree, workdir: str, mesh: Mesh) -> PyTree:
-    """Returns the sharding of each parameter, after a check of their shapes.
-
-    Raises:
-      CheckpointError: parameters of other shapes than the text model, the image tokenizer and the configuration need.
-    """
-    expected = jax.eval_shape(prior.init, jax.random.key(0))
-    wrong = first_mismatch(stored, nn.meta.unbox(expected))
-    if wrong is not None:
-        name, given, needed = wrong
-        raise CheckpointError(
-            f"{workdir}: the prior's parameter {name} is {given}, but its text model ({prior.layout.text_vocab} ids) "
-            f"and image tokenizer ({prior.layout.image_vocab} codes) need {needed}: put back the text/ and "
-            "image_tokenizer/ that it was trained with. An earlier version of dalle_jax may also have written it."
-        )
-    return shardings_of(expected, mesh)
-
-
-def row_keys(seed: int, text: np.ndarray, numbers: np.ndarray, window: int = 0) -> jax.Array:
-    """Returns the key of each candidate: a function of (seed, its caption, its number, the window) alone.
-
-    The caption is part of the key, so that an unlucky draw is not shared by all captions. Otherwise metrics over many
-    captions at one seed would vary as if there were only a few captions.
-
-    Args:
-      seed: the seed of the call.
-      text: int32 [C, T], padded captions.
-      numbers: ints [B], B a multiple of C: candidate numbers, grouped by caption.
-      window: number of the window on a canvas.
-
-    Returns:
-      Keys [B].
-    """
-    key = keys.stream(jax.random.key(seed), "sample", window)
-    captions = [zlib.crc32(np.asarray(row, np.int32).tobytes()) for row in text]
-    pairs = np.repeat(np.uint32(captions), len(numbers) // len(text)), np.asarray(numbers, np.uint32)
-    return jax.vmap(lambda caption, number: jax.random.fold_in(jax.random.fold_in(key, caption), number))(*pairs)
-
-
-# Tokenizers with equal options are equal, so that they share one compiled program. They hold no parameters.
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode(tokenizer, params, images):
-    return tokenizer.encode(params, images)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _decode(tokenizer, params, tokens):
-    return tokenizer.decode(params, tokens)

@@ -12,7 +12,7 @@ from random_model import SIDE, SIZE, TRUNK
 from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
 from dalle_jax.priors.maskgit import MaskGITPrior
-from dalle_jax.text_to_image import editing, text_to_image
+from dalle_jax.text_to_image import drawing, editing
 
 CAPTION = "a red circle"
 CELL = SIZE // SIDE
@@ -68,7 +68,7 @@ def test_a_second_model_of_equal_sizes_compiles_nothing(model, original, tmp_pat
     """Tokenizers with equal options share their compiled programs."""
     tokens = model.encode(original[None])
     model.decode(tokens)
-    programs = lambda: (text_to_image._encode._cache_size(), text_to_image._decode._cache_size())
+    programs = lambda: (drawing.encode._cache_size(), drawing.decode._cache_size())
     before = programs()
     other = random_model.text_to_image(tmp_path)
     assert other.tokenizer is not model.tokenizer

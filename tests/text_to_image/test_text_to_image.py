@@ -32,7 +32,7 @@ from dalle_jax.tasks.encoded_split import encode_split, tokens_of_split
 from dalle_jax.tasks.prior import PriorTask
 from dalle_jax.tasks.registry import build
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
-from dalle_jax.text_to_image.text_to_image import row_keys
+from dalle_jax.text_to_image.drawing import row_keys
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 CAPTION = "a red circle above a blue square"

@@ -1,0 +1,77 @@
+"""Loads a trained prior with all that drawing needs from its workdir."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh
+
+from dalle_jax import compilation_cache
+from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.checkpoints.checkpoints import Checkpoints
+from dalle_jax.distributed.mesh import local_mesh
+from dalle_jax.distributed.sharding import replicated, shardings_of
+from dalle_jax.errors import CheckpointError, ConfigError
+from dalle_jax.priors.registry import make
+from dalle_jax.priors.token_prior import TokenPrior
+from dalle_jax.pytree import PyTree, first_mismatch
+from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
+from dalle_jax.token_layout import TokenLayout
+
+
+def load(
+    workdir: str, step: int | str | None, rows_at_once: int, clip: str | None, mesh: Mesh | None
+) -> dict[str, Any]:
+    """Returns the fields of a `TextToImage`. `TextToImage.load` explains arguments and errors."""
+    compilation_cache.enable()
+    config = workdirs.read_config(workdir)
+    if config.get("task") != "prior":
+        raise ConfigError(
+            f"{workdir} holds a training of task {config.get('task')!r}. Images are drawn from the workdir of a "
+            "prior (python -m dalle_jax.main --config=configs/prior.py)."
+        )
+    tokenizer, tokenizer_params = workdirs.load_tokenizer(workdir)
+    text_model = workdirs.load_text_model(workdir)
+    size = config["data"]["image_size"]
+    layout = TokenLayout(text_model.vocab_size, tokenizer.vocab_size, config["text"]["length"], *tokenizer.grid(size))
+    prior = make(config["prior"], config["model"], layout)
+    mesh = mesh or local_mesh()
+    with Checkpoints(workdir, best_metric="image_nats", read_only=True) as checkpoints:
+        params = checkpoints.restore_params(step, layout=lambda stored: _layout(prior, stored, workdir, mesh))
+        step = checkpoints.resolve(step)
+    tokenizer_params = jax.device_put(tokenizer_params, replicated(mesh))
+    folder = clip or (workdir if has_clip(workdir) else None)
+    scorer = ClipScorer.load(folder, rows_at_once=rows_at_once, mesh=mesh) if folder else None
+    return {
+        "prior": prior,
+        "params": params,
+        "tokenizer": tokenizer,
+        "tokenizer_params": tokenizer_params,
+        "text_model": text_model,
+        "image_size": size,
+        "workdir": str(workdir),
+        "step": step,
+        "rows_at_once": rows_at_once,
+        "scorer": scorer,
+        "mesh": mesh,
+    }
+
+
+def _layout(prior: TokenPrior, stored: PyTree, workdir: str, mesh: Mesh) -> PyTree:
+    """Returns the sharding of each parameter, after a check of their shapes.
+
+    Raises:
+      CheckpointError: parameters of other shapes than the text model, the image tokenizer and the configuration need.
+    """
+    expected = jax.eval_shape(prior.init, jax.random.key(0))
+    wrong = first_mismatch(stored, nn.meta.unbox(expected))
+    if wrong is not None:
+        name, given, needed = wrong
+        raise CheckpointError(
+            f"{workdir}: the prior's parameter {name} is {given}, but its text model ({prior.layout.text_vocab} ids) "
+            f"and image tokenizer ({prior.layout.image_vocab} codes) need {needed}: put back the text/ and "
+            "image_tokenizer/ that it was trained with. An earlier version of dalle_jax may also have written it."
+        )
+    return shardings_of(expected, mesh)
