@@ -123,7 +123,7 @@ def make_job(
         task=task,
         train_batches=lambda: iter(training),
         eval_batches=lambda: iter(evaluation),
-        data_counts=training.skipped,
+        data_counts=training.counts,
     )
 
 

@@ -60,12 +60,16 @@ class Table:
         return best_of_n.best_of(self, captions, candidates, keep, seed)
 
 
-class Quick(TextToImage):
-    """Draws images that depend only on caption and key, without a prior or a decoder."""
+class QuickPrior(types.SimpleNamespace):
+    """Draws "tokens" that are the caption and the key of their row."""
 
-    def _sample(self, text, keys, options, negative, known=None):
+    def sample(self, params, text, keys, **options):
         text = np.repeat(text, len(keys) // len(text), axis=0)
         return np.concatenate([text, jax.random.key_data(keys)], axis=1)
+
+
+class Quick(TextToImage):
+    """Draws images that depend only on caption and key, without a decoder."""
 
     def decode(self, tokens):
         return np.stack([np.random.default_rng(row).integers(0, 256, (4, 4, 3), np.uint8) for row in tokens])
@@ -74,7 +78,7 @@ class Quick(TextToImage):
 @pytest.fixture(scope="module")
 def model():
     text = TextModel.train(CAPTIONS * 9, 40)
-    prior = types.SimpleNamespace(layout=TokenLayout(text.vocab_size, 24, 8, 2, 2))
+    prior = QuickPrior(layout=TokenLayout(text.vocab_size, 24, 8, 2, 2))
     return Quick(prior, {}, None, {}, text, 4, rows_at_once=2, scorer=ColorScorer())
 
 

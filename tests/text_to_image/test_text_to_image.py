@@ -31,6 +31,7 @@ from dalle_jax.tasks import encoded_split
 from dalle_jax.tasks.encoded_split import encode_split, tokens_of_split
 from dalle_jax.tasks.prior import PriorTask
 from dalle_jax.tasks.registry import build
+from dalle_jax.text_to_image import drawing
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.text_to_image.drawing import row_keys
 
@@ -258,7 +259,7 @@ def test_devices_share_the_drawing(trained, model, original, sizes):
     kernel = spread.params["trunk"]["layer_0"]["mlp"]["up"]["kernel"]
     assert kernel.addressable_shards[0].data.size * sizes.get("fsdp", 1) * sizes.get("tensor", 1) == kernel.size
     rows = model.encode_text([CAPTION] * 8)
-    tokens = spread._sample(rows, row_keys(0, rows, np.arange(8)), SamplingOptions(), None)
+    tokens = drawing.sample(spread, rows, row_keys(0, rows, np.arange(8)), SamplingOptions(), None)
     assert tokens.addressable_shards[0].data.shape[0] == 8 // batch_shards(mesh)
     for draw in (
         lambda model: model.generate([CAPTION, "a green star"], n=4, seed=3),
@@ -469,9 +470,9 @@ def test_a_used_folder_loses_the_images_of_its_manifest(trained, tmp_path):
 
 
 def test_devices_get_equal_numbers_of_rows(model):
-    shape = lambda captions, n, devices, rows: dataclasses.replace(
-        model, mesh=make_mesh(data=devices), rows_at_once=rows
-    )._chunk_shape(captions, n)
+    shape = lambda captions, n, devices, rows: drawing.chunk_shape(
+        dataclasses.replace(model, mesh=make_mesh(data=devices), rows_at_once=rows), captions, n
+    )
     assert shape(3, 4, 8, 64) == (4, 4) and shape(1, 1, 8, 64) == (8, 1) and shape(5, 3, 1, 64) == (5, 3)
     assert shape(1, 100, 8, 64) == (1, 64) and shape(1, 10, 8, 64) == (1, 16) and shape(9, 64, 6, 64) == (1, 66)
 
