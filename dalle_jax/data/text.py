@@ -12,6 +12,7 @@ the merges here, in Python. At dropout 0 both give the same ids (tested).
 
 from __future__ import annotations
 
+import functools
 import io
 import random
 import re
@@ -60,7 +61,7 @@ def encode_captions(model: CaptionEncoder, captions: Sequence[str], max_length: 
     Args:
       model: a text model.
       captions: at least one caption; none is empty.
-      max_length: the most ids per caption; longer captions are truncated, with a warning.
+      max_length: the most ids per caption; longer captions are truncated, with one warning per caption.
 
     Returns:
       The ids of each caption, without padding.
@@ -76,9 +77,14 @@ def encode_captions(model: CaptionEncoder, captions: Sequence[str], max_length: 
         if not ids:
             raise DataError(f"The caption {caption!r} is empty; describe the image in a few words.")
         if truncated:
-            logging.warning("Caption truncated to %d tokens: %r", max_length, caption)
+            _warn_truncated(str(caption), max_length)
         rows.append(ids)
     return rows
+
+
+@functools.lru_cache(maxsize=1000)  # a caption of a test set is encoded once per metric
+def _warn_truncated(caption: str, max_length: int) -> None:
+    logging.warning("Caption truncated to %d tokens: %r", max_length, caption)
 
 
 class TextModel:

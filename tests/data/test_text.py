@@ -3,8 +3,9 @@ import itertools
 
 import numpy as np
 import pytest
+from absl import logging
 
-from dalle_jax.data.text import TextModel, normalize
+from dalle_jax.data.text import TextModel, encode_captions, normalize
 from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.token_layout import TokenLayout
 
@@ -122,3 +123,12 @@ def test_training_errors():
         TextModel.train(["", "  "], vocab_size=100)
     with pytest.raises(ConfigError, match="text.vocab_size"):
         TextModel.train(CAPTIONS, vocab_size=5)
+
+
+def test_a_truncated_caption_is_named_once(model, monkeypatch):
+    warnings = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: warnings.append(text % values))
+    for _ in range(2):
+        (ids,) = encode_captions(model, ["a red circle above a blue square, twice"], 3)
+        assert len(ids) == 3
+    assert len(warnings) == 1 and "twice" in warnings[0]
