@@ -60,11 +60,11 @@ def train_on_hosts(workdir, count, **changes):
 
 
 def assert_same_series(one, other, tolerance=TOLERANCE):
-    """Compares all metrics of all steps except times."""
+    """Compares all metrics of all steps except times and counts of truncated captions, which cover one host's rows."""
     one, other = read_metrics(str(one)), read_metrics(str(other))
     assert [list(line) for line in one] == [list(line) for line in other]
     for a, b in zip(one, other):
-        for name in (name for name in a if "second" not in name):
+        for name in (name for name in a if "second" not in name and not name.endswith("captions_truncated")):
             np.testing.assert_allclose(b[name], a[name], rtol=tolerance, atol=tolerance, err_msg=f"{a['step']} {name}")
 
 
