@@ -30,11 +30,11 @@ def spawn(
 ) -> preloaded.Program | subprocess.Popen:
     """Starts `python ARGUMENTS` with this many simulated CPU devices; its outputs are pipes of text.
 
-    The process is forked from one that has imported the library. It is a fresh one where JAX or Python must read
-    other variables at their import, and outside Linux.
+    On Linux the process is forked from one that has imported the library. A fresh process starts if JAX or Python
+    must read other variables at import, and on other systems.
 
     Args:
-      arguments: of the command line.
+      arguments: the command-line arguments.
       devices: number of simulated devices.
       session: whether the process leads its own group, for `os.killpg`. Terminals and batch systems signal groups.
       **environment: variables to set in addition.

@@ -62,7 +62,7 @@ def fail():
 
 
 def hang_from(step, host, loss):
-    """Returns a `loss` in which the device of that host waits forever.  Its other threads continue."""
+    """Returns a `loss` in which the device of that host waits forever. Its other threads continue."""
 
     def wait(now):
         if now >= step and jax.process_index() == host:

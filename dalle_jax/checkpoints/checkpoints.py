@@ -3,12 +3,12 @@
     <workdir>/checkpoints/<step>/{params,ema,rest,data,config,checksums}
 
 The parameters and their moving average are separate items, so that generation reads one of them and nothing else.
-Writing is asynchronous and atomic.  Orbax writes to a temporary folder and renames it.  On object storage, it writes a
-mark when everything else is there.  A crash or a full disk therefore never damages existing checkpoints.  Another
+Writing is asynchronous and atomic. Orbax writes to a temporary folder and renames it. On object storage, it writes a
+mark when everything else is there. A crash or a full disk therefore never damages existing checkpoints. Another
 number of hosts, with another mesh, can read a checkpoint.
 
-Damage that happens later (truncated, lost or changed files) is found on reading.  A warning then names the checkpoint,
-and the one before it is used.  A training renames the damaged one to `<step>.damaged` and continues.
+Damage that happens later (truncated, lost or changed files) is found on reading. A warning then names the checkpoint,
+and the one before it is used. A training renames the damaged one to `<step>.damaged` and continues.
 
 Only this module and its parts `manager` and `stored` use orbax.
 """
@@ -80,7 +80,7 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """Step with the lowest best metric among `steps`, or None.  The latest step if there is no best metric."""
+        """Step with the lowest best metric among `steps`, or None. The latest step if there is no best metric."""
         return next(iter(self._from_best()), None)
 
     @property
@@ -191,13 +191,13 @@ class Checkpoints:
         return self._first_intact(step, read)
 
     def config(self, step: int | str | None = None) -> dict[str, Any]:
-        """Reads the stored configuration of a checkpoint as JSON values.  For `step` see `restore_params`."""
+        """Reads the stored configuration of a checkpoint as JSON values. For `step` see `restore_params`."""
         return self._first_intact(step, lambda number: StoredCheckpoint(self.directory / str(number)).config())
 
     def reached_preemption(self, step: int) -> bool:
         """Returns whether the cluster asked any host to stop; true at the same step on all hosts.
 
-        Call it at every step on every host.  Without `jax.distributed` it is always false.
+        Call it at every step on every host. Without `jax.distributed` it is always false.
         """
         return self._manager.asked_to_stop(step)
 

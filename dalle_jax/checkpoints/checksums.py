@@ -1,8 +1,8 @@
 """Checksums that show whether the arrays read from a checkpoint are, bit for bit, those that were written.
 
 Array files carry their own checksums for small values only, so a flipped bit in a large array would go unnoticed.
-Therefore the bits of each array are summed on the devices that hold it, at writing and at reading.  The mesh may
-differ between the two.  A sum costs one pass over the memory and no copy to the host.
+Therefore the bits of each array are summed on the devices that hold it, at writing and at reading. The mesh may
+differ between the two. A sum costs one pass over the memory and no copy to the host.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from dalle_jax.pytree import PyTree, by_path
 def of_arrays(tree: PyTree) -> dict[str, dict[str, Any]]:
     """Returns {name: {"shape", "dtype", "sum"}} of every array of a tree, as JSON values.
 
-    All hosts must call this together, with arrays of the same layout.  All get the same sums.
+    All hosts must call this together, with arrays of the same layout. All get the same sums.
     """
     arrays = by_path(tree)
     sums = jax.device_get(_sums(list(arrays.values())))
@@ -43,7 +43,7 @@ def changed_array(stored: Mapping[str, Any], tree: PyTree) -> str | None:
 
 
 def of_json(value: Any) -> int:
-    """Returns the checksum (CRC-32) of a JSON value.  It does not depend on the order of keys."""
+    """Returns the checksum (CRC-32) of a JSON value. It does not depend on the order of keys."""
     return zlib.crc32(json.dumps(value, sort_keys=True).encode())
 
 
@@ -53,7 +53,7 @@ def _sums(arrays: list[jax.Array]) -> list[jax.Array]:
 
 
 def _sum(x: jax.Array) -> jax.Array:
-    """Returns Σ (2i + 1)·bits(xᵢ) modulo 2³², with i the place in the array.  A flip of any single bit changes it."""
+    """Returns Σ (2i + 1)·bits(xᵢ) modulo 2³², with i the place in the array. A flip of any single bit changes it."""
     if x.dtype == bool:
         x = x.astype(jnp.uint8)
     bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * min(x.dtype.itemsize, 4)}")).astype(jnp.uint32)

@@ -21,7 +21,7 @@ COMPUTE_KEYS = (
 
 
 def to_json(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a configuration as plain JSON values.  Tuples become lists."""
+    """Returns a configuration as plain JSON values. Tuples become lists."""
     plain = config.to_dict() if isinstance(config, ConfigDict) else dict(config)
     return json.loads(json.dumps(plain, default=str))
 

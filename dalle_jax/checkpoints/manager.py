@@ -23,10 +23,10 @@ _boundaries = itertools.count()  # between steps, over all trainings of this pro
 
 
 class Manager(ocp.CheckpointManager):
-    """Orbax's manager for the items of a run.  Unreadable metrics count as missing."""
+    """Orbax's manager for the items of a run. Unreadable metrics count as missing."""
 
     def __init__(self, directory: epath.Path, *, keep_last: int, keep_best: int, best_metric: str, read_only: bool):
-        """Opens the folder.  The arguments are those of `Checkpoints`."""
+        """Opens the folder. The arguments are those of `Checkpoints`."""
         logging.get_absl_logger().addFilter(_is_not_from_orbax)  # notebooks have no other filter
         self._stop_at: int | None = None
         self._loss = functools.partial(_loss, best_metric) if best_metric else None
@@ -94,7 +94,7 @@ class Manager(ocp.CheckpointManager):
         return sorted(losses, key=lambda step: (losses[step], -step))
 
     def asked_to_stop(self, step: int) -> bool:
-        """Returns whether all hosts stop at `step` because one of them got a signal.  Call it once per step.
+        """Returns whether all hosts stop at `step` because one of them got a signal. Call it once per step.
 
         Orbax would pass `step` to JAX.  JAX needs numbers that rise over all trainings of a process, because hosts that
         are asked to stop in the last step of one training would otherwise agree on the first step of the next.

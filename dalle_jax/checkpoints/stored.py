@@ -1,6 +1,6 @@
-"""One checkpoint on disk, read part by part.  `Damaged` names the part that changed since it was written, and how.
+"""One checkpoint on disk, read part by part. `Damaged` names the part that changed since it was written, and how.
 
-This module uses orbax's handlers without its manager, because the manager makes hosts wait for each other.  One host
+This module uses orbax's handlers without its manager, because the manager makes hosts wait for each other. One host
 may have found damage and left.
 """
 
@@ -22,17 +22,17 @@ from dalle_jax.storage.errors import storage_cause
 
 
 class Damaged(Exception):
-    """A part of a checkpoint changed since it was written.  The message names the part and the problem."""
+    """A part of a checkpoint changed since it was written. The message names the part and the problem."""
 
 
 class StoredCheckpoint:
     """A folder with the items of a checkpoint.
 
-    Every method raises `Damaged` if its part is damaged.  Errors of storage and memory pass unchanged.
+    Every method raises `Damaged` if its part is damaged. Errors of storage and memory pass unchanged.
     """
 
     def __init__(self, path: epath.Path):
-        """Reads the checksums only, if there are any.  Early versions wrote none."""
+        """Reads the checksums only, if there are any. Early versions wrote none."""
         self.path = path
         self._sums = None
         if (path / "checksums").exists():
@@ -90,7 +90,7 @@ class StoredCheckpoint:
             return ocp.StandardCheckpointHandler().restore(self.path / item, args=ocp.args.StandardRestore(abstract))
 
     def check_sums(self, items: Mapping[str, PyTree]) -> None:
-        """Compares arrays with their checksums, if there are any.  All hosts must call it together."""
+        """Compares arrays with their checksums, if there are any. All hosts must call it together."""
         for item, tree in items.items() if self._sums else ():
             changed = checksums.changed_array(self._sums["arrays"][item], tree)
             if changed:

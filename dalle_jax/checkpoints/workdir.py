@@ -113,6 +113,13 @@ def text_model_path(workdir: epath.PathLike) -> epath.Path:
     return _path(workdir, "text", "sentencepiece.model")
 
 
+def check_text_section(section: ConfigDict) -> None:
+    """Checks the sizes of `config.text`; raises a `ConfigError`."""
+    for name in ("vocab_size", "length"):
+        if section[name] < 1:
+            raise ConfigError(f"config.text.{name} is {section[name]}; expected at least 1.")
+
+
 def ensure_text_model(section: ConfigDict, captions: Iterable[str], workdir: epath.PathLike) -> TextModel:
     """Loads the workdir's text model, after copying it from `section.path` or training it if it does not exist yet.
 
@@ -124,9 +131,7 @@ def ensure_text_model(section: ConfigDict, captions: Iterable[str], workdir: epa
     Raises:
       ConfigError: the model has a larger vocabulary than the section, or a size is below one.
     """
-    for name in ("vocab_size", "length"):
-        if section[name] < 1:
-            raise ConfigError(f"config.text.{name} is {section[name]}; expected at least 1.")
+    check_text_section(section)
     path = text_model_path(workdir)
     with first_host_first(f"the text model {path}"):
         if not path.exists():

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.distributed.turns import first_host_first, first_host_says
+from dalle_jax.tasks.registry import check_config
 from dalle_jax.training.loop import train
 from dalle_jax.training.step import TrainState
 from dalle_jax.training.validation import validate
@@ -18,12 +19,12 @@ from dalle_jax.training.validation import validate
 def run(config: ConfigDict, workdir: str) -> TrainState:
     """Trains the task of `config`, after its image tokenizer if it needs one that does not exist.
 
-    A section `tokenizer` of `config` is a complete training configuration.  The frozen tokenizer then comes from the
+    A section `tokenizer` of `config` is a complete training configuration. The frozen tokenizer then comes from the
     first of these that exists:
       1. `workdir` itself.
       2. `config.tokenizer_from`: a workdir, or a folder that an importer of `dalle_jax.pretrained` wrote.
       3. `config.tokenizer.workdir`, after training it there. It uses the same images if its `data.path` is not set.
-    With `start_from`, the workdir of another prior, tokenizer and text model come from there unless others are named.
+    `start_from` names the workdir of another prior. Tokenizer and text model then come from there by default.
 
     Args:
       config: a training configuration.
@@ -35,7 +36,9 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     Raises:
       UserError: an invalid configuration, before any training begins, or an error of `train`.
     """
-    validate(config)  # now, and not after days of training its tokenizer
+    # Now, and not after days of training its tokenizer.
+    validate(config)
+    check_config(config)
     if "tokenizer" in config and config.tokenizer.data.source == config.data.source:
         config = config.copy_and_resolve_references()
         config.tokenizer.data.path = config.tokenizer.data.path or config.data.path

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class Mean:
-    """Running mean of scalars over steps or batches.  Values that are not finite are left out."""
+    """Running mean of scalars over steps or batches. Values that are not finite are left out."""
 
     def __init__(self):
         self._sums: dict[str, list[float]] = {}

@@ -82,7 +82,7 @@ class Trunk(nn.Module):
     """All layers and the last norm.
 
     Without `scan`, the parameters of layer i are `layer_i/...`. With `scan`, those of the repeated layers are
-    `units/layer_j/...` with a leading axis of repeats. `layer_stack.unstack` converts them.
+    `units/layer_j/...` with a leading axis of repeats. `unstack` converts them.
 
     `init_cache`, `prefill`, `refine` and `step` need `scan=False`.
 

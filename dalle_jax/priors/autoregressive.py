@@ -90,7 +90,7 @@ class AutoregressivePrior:
     ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
         """See `TokenPrior.loss`. Dropped captions do not count in the text loss.
 
-        Evaluation uses random orders. It uses raster order if the share of random orders falls to zero in training.
+        Evaluation uses raster order if the share of random orders ends at zero, and random orders otherwise.
         """
         rows = text.shape[0]
         drop_key, dropout_key = jax.random.split(key)

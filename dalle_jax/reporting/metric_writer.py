@@ -1,6 +1,6 @@
 """Reports of a training run on disk: metrics.jsonl, TensorBoard's event files and sample images.
 
-Only the first host writes; on the others every method does nothing.  On object storage all files are copied there from
+Only the first host writes; on the others every method does nothing. On object storage all files are copied there from
 a local folder: once a minute, at every `flush`, and at the end.
 """
 
@@ -99,8 +99,8 @@ class MetricWriter:
 class _EventFiles:
     """TensorBoard's event files, written in the calling thread.
 
-    tensorboardX's `SummaryWriter` writes in a background thread.  A full disk ends that thread, and after ten more
-    events the training waits for it forever.  Its `EventsWriter` raises in the caller instead.
+    tensorboardX's `SummaryWriter` writes in a background thread. A full disk ends that thread, and after ten more
+    events the training waits for it forever. Its `EventsWriter` raises in the caller instead.
 
     TensorBoard reads the files of a folder in the order of their names.
     """

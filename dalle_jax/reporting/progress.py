@@ -12,10 +12,10 @@ import jax
 
 
 class Progress:
-    """Prints the position of a run, its speed and the remaining time.  Only the first host prints.
+    """Prints the position of a run, its speed and the remaining time. Only the first host prints.
 
-    On a terminal the line is rewritten in place.  Elsewhere (a log file, a notebook) a new line is printed at most
-    every `interval` seconds.  Time inside `pause()` (evaluation, checkpoints) does not count as training time.
+    On a terminal the line is rewritten in place. Elsewhere (a log file, a notebook) a new line is printed at most
+    every `interval` seconds. Time inside `pause()` (evaluation, checkpoints) does not count as training time.
     """
 
     def __init__(self, start: int, total: int, batch_size: int, *, interval: float = 10.0, out: TextIO | None = None):

@@ -211,6 +211,13 @@ def _task(config: ConfigDict, text_vocab: int, text_model: TextModel | None) -> 
     return CLIPTask(CLIP(models.options_of_training(config, text_vocab)), text_model, negatives), layout
 
 
+def check_config(config: ConfigDict) -> None:
+    """See `registry.check_config`."""
+    from_config(DataOptions, config.data, "data")
+    workdirs.check_text_section(config.text)
+    _task(config, config.text.vocab_size, None)
+
+
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
     """Builds the job of `configs/clip.py`.
 

@@ -228,6 +228,13 @@ def _task(config: ConfigDict, start_from: tuple[np.ndarray, float] | None) -> DV
     return DVAETask(tokenizers.of_training(config), temperature, kl_weight, start_from)
 
 
+def check_config(config: ConfigDict) -> None:
+    """See `registry.check_config`."""
+    from_config(DataOptions, config.data, "data")
+    from_config(ObjectiveOptions, config.objective, "objective")
+    _task(config, None)
+
+
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
     """Builds the job of `configs/dvae.py`.
 

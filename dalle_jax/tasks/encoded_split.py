@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import numpy as np
+from absl import logging
 from etils import epath
 
 from dalle_jax.data.pipeline import Pipeline
@@ -80,6 +81,7 @@ def tokens_of_split(
         found = next((path for path in paths if path.exists()), None)
         if found:
             return np.load(io.BytesIO(found.read_bytes()))
+        logging.info("Encoding the images of the split %s once (data_tokens=once)", split)
         tokens = encode_split(options, split, tokenizer, params)
         written = io.BytesIO()
         np.save(written, tokens)

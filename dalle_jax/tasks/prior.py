@@ -168,6 +168,14 @@ def _encodes_once(config: ConfigDict) -> bool:
     return config.data_tokens == "once"
 
 
+def check_config(config: ConfigDict) -> None:
+    """See `registry.check_config`."""
+    from_config(DataOptions, config.data, "data")
+    from_config(options_of(config.prior), config.model, "model")
+    workdirs.check_text_section(config.text)
+    _encodes_once(config)
+
+
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
     """Builds the job of `configs/prior.py`. The workdir must hold a frozen image tokenizer (see `jobs/train.py`).
 

@@ -51,6 +51,15 @@ def abstract(config: ConfigDict) -> tuple[Task, Batch]:
     return _module(config).abstract(config)
 
 
+def check_config(config: ConfigDict) -> None:
+    """Checks the sections of a training configuration that its task reads, without data and without a workdir.
+
+    Raises:
+      ConfigError: an unknown task or key, or an invalid value.
+    """
+    _module(config).check_config(config)
+
+
 def options(config: Mapping[str, Any]) -> dict[str, type]:
     """Returns the options dataclass behind each section of a training configuration, by dotted name.
 

@@ -23,7 +23,7 @@ class Ranked:
     Attributes:
       images: uint8 [C, k, H, W, 3].
       scores: float32 [C, k], cosines of image and caption, or None if the images were not ranked.
-      numbers: int [C, k], the candidate's number. `generate` with the same seed draws it as its image of that number.
+      numbers: int [C, k], the candidate's number. Candidate i is image i of `generate` with the same seed.
     """
 
     images: np.ndarray

@@ -378,7 +378,8 @@ class TextToImage:
         expected = (self.image_size, self.image_size, 3)
         if images.shape[1:] != expected or images.dtype != np.uint8:
             raise DataError(
-                f"The image is {images.dtype} {images.shape[1:]}; this model works on uint8 {expected}: resize it."
+                f"The image is {images.dtype} {images.shape[1:]}; this model works on uint8 {expected}. Convert or "
+                "resize it."
             )
         tokens = over_rows(self.mesh, functools.partial(drawing.encode, self.tokenizer, self.tokenizer_params), images)
         return np.asarray(tokens).reshape(len(images), -1)

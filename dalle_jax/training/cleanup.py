@@ -13,7 +13,7 @@ from dalle_jax.errors import LostHostError, UserError
 def close_at_exit(cleanup: contextlib.ExitStack, close: Callable[[], None]) -> None:
     """Calls `close` at the end of the context.
 
-    After an error, a `UserError` of `close` is dropped, because it would hide the first one.  After the loss of a host
+    After an error, a `UserError` of `close` is dropped, because it would hide the first one. After the loss of a host
     or an error with `unwinds = False`, nothing is closed, because closing would wait forever.
     """
 

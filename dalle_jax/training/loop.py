@@ -3,10 +3,10 @@
     from dalle_jax.training.loop import train
     state = train(config, "runs/prior-shapes")
 
-The loop repeats evaluate → save → next batch → step.  A checkpoint therefore holds the state and the data iterator at
+The loop repeats evaluate → save → next batch → step. A checkpoint therefore holds the state and the data iterator at
 the same step, with the metrics of exactly that state.
 
-The host waits for the device in two places only.  `Run.report` waits for step n while step n + 1 is already queued.
+The host waits for the device in two places only. `Run.report` waits for step n while step n + 1 is already queued.
 Work at a cadence (evaluation, preview, checkpoint) first reports everything that is queued.
 """
 
@@ -36,7 +36,7 @@ from dalle_jax.training.validation import make_shared_workdir, validate
 def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainState:
     """Trains until `config.steps`, starting from the latest checkpoint in `workdir` or from scratch.
 
-    You may call it several times in one process.  On SIGTERM or Ctrl-C it saves and raises `Preempted`.  The same call
+    You may call it several times in one process. On SIGTERM or Ctrl-C it saves and raises `Preempted`. The same call
     then resumes the run, and its numbers are those of an uninterrupted run.
 
     Args:

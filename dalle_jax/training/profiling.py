@@ -19,12 +19,12 @@ _WARM_UP = 3  # steps before a trace begins, because the first ones fill queues 
 class StepClock:
     """Splits the host's time into parts.
 
-    The host works ahead of the device.  While the device computes step n, the host gets the batch of step n + 1,
-    dispatches it, and only then waits for step n.  The parts therefore describe the host, not the device:
+    The host works ahead of the device. While the device computes step n, the host gets the batch of step n + 1,
+    dispatches it, and only then waits for step n. The parts therefore describe the host, not the device:
 
-    - data: waiting for the next batch (reading, decoding, sending).  If it is large, the data is the bottleneck.
-    - dispatch: handing the step to the device.  If it is large, the step is too small, or the runtime's queue is full.
-    - device: waiting for the previous step.  It should be large: the device is busy, and data and dispatch are hidden.
+    - data: waiting for the next batch (reading, decoding, sending). If it is large, the data is the bottleneck.
+    - dispatch: handing the step to the device. If it is large, the step is too small, or the runtime's queue is full.
+    - device: waiting for the previous step. It should be large: the device is busy, and data and dispatch are hidden.
       If it is near zero, the device waits for the host.
     - other: the rest of the loop (writing metrics, printing).
 
@@ -82,8 +82,8 @@ class StepTrace:
     """Records a profile of a few steps to `<workdir>/profile`, for TensorBoard and Perfetto.
 
     TensorBoard finds it there with its plugin (`pip install tensorboard-plugin-profile`).  ui.perfetto.dev opens the
-    file `perfetto_trace.json.gz`.  The profile shows numbered steps, their parts ("data", "dispatch", "device",
-    "evaluate", "preview", "checkpoint"), and the programs on the devices.  Only the first host is profiled.  Profiled
+    file `perfetto_trace.json.gz`. The profile shows numbered steps, their parts ("data", "dispatch", "device",
+    "evaluate", "preview", "checkpoint"), and the programs on the devices. Only the first host is profiled. Profiled
     steps are a little slower, and the host waits for the last one.
     """
 
@@ -103,12 +103,12 @@ class StepTrace:
         self._mirror: Mirror | None = None
 
     def due(self, step: int) -> bool:
-        """Returns whether the recording begins or ends after `step` steps.  `advance` then starts or ends it."""
+        """Returns whether the recording begins or ends after `step` steps. `advance` then starts or ends it."""
         enabled = jax.process_index() == 0 and self._first < self._last
         return enabled and step == (self._first if self._mirror is None else self._last)
 
     def advance(self) -> str:
-        """Begins the recording, or ends it.  The device must have computed all queued steps.
+        """Begins the recording, or ends it. The device must have computed all queued steps.
 
         Returns:
           A line for the user.

@@ -123,7 +123,7 @@ class Run:
                 raise DataError("The training data ended; the training iterator must repeat forever.") from None
 
     def queue(self, step: int, batch: Batch) -> None:
-        """Queues step number `step` on the device.  The first call compiles the update."""
+        """Queues step number `step` on the device. The first call compiles the update."""
         if self._update is None:
             with self.progress.pause():
                 self._update = self._compile(batch)

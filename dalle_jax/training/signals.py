@@ -16,9 +16,9 @@ import jax
 def stop_signals() -> Iterator[threading.Event]:
     """Inside the block, SIGTERM and Ctrl-C set the yielded event instead of ending the process.
 
-    A second Ctrl-C interrupts as usual.  With several hosts, JAX's preemption service catches SIGTERM and agrees on a
-    common step (`Checkpoints.reached_preemption`), so a Ctrl-C is forwarded to it.  Python allows handlers in the main
-    thread only.  In another thread this does nothing.
+    A second Ctrl-C interrupts as usual. With several hosts, JAX's preemption service catches SIGTERM and agrees on a
+    common step (`Checkpoints.reached_preemption`), so a Ctrl-C is forwarded to it. Python allows handlers in the main
+    thread only. In another thread this does nothing.
     """
     requested = threading.Event()
     alone = jax.process_count() == 1

@@ -1,6 +1,6 @@
 """The state of a training run and the one compiled function that advances it.
 
-The training loop runs this step.  `dalle_jax.aot` lowers the same step from abstract arguments to find its cost.
+The training loop runs this step. `dalle_jax.aot` lowers the same step from abstract arguments to find its cost.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def make_train_step(
 ) -> jax.stages.Wrapped:
     """Returns the jitted update: (state, frozen, batch, key) -> (state, scalars).
 
-    The state's buffers are donated, except on CPUs: the old state must not be used again.  If loss or gradients are not
+    The state's buffers are donated, except on CPUs: the old state must not be used again. If loss or gradients are not
     finite, the update changes the counters only.
 
     Args:

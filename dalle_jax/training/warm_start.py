@@ -1,7 +1,7 @@
 """Initialisation of a training from the parameters of another run.
 
-The two priors share the names and shapes of their trunk and embeddings (`priors/`).  A MaskGIT prior that starts from
-an autoregressive one therefore already reads captions and knows which tokens are similar.  Scans stack the layers by
+The two priors share the names and shapes of their trunk and embeddings (`priors/`). A MaskGIT prior that starts from
+an autoregressive one therefore already reads captions and knows which tokens are similar. Scans stack the layers by
 their attention patterns, which differ between the priors, so layers are compared one by one.
 """
 
@@ -57,7 +57,7 @@ def warm_start(state: TrainState, workdir: str) -> TrainState:
 
 
 def _unstacked(params: PyTree) -> PyTree:
-    """Separates the stacked layers of a prior's trunk.  Other parameters stay as they are."""
+    """Separates the stacked layers of a prior's trunk. Other parameters stay as they are."""
     return {**params, "trunk": unstack(params["trunk"])} if "trunk" in params else params
 
 

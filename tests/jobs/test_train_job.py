@@ -57,6 +57,14 @@ def test_rejects_meshes_before_training(config, trained, wrong):
         {"max_nonfinite": 0},
         {"schedules.learning_rate.kind": "no"},
         {"optimizer.decay": "no"},
+        {"model.order": "spiral"},
+        {"model.order": "random"},  # with attention="sparse"
+        {"model.trunk.heads": 3},
+        {"model.trunk.remat": "some"},
+        {"text.length": 0},
+        {"data_tokens": "sometimes"},
+        {"data.augment": "flip"},
+        {"data.path": ""},
     ],
 )
 def test_rejects_values_before_training(config, trained, wrong):

@@ -1,7 +1,7 @@
 """In the steady state host and device synchronise in two places: `report` fetches scalars, `to_mesh` sends batches.
 
-JAX's transfer guard allows explicit transfers (`device_get`, `device_put`) and raises at any other that it sees.  On a
-CPU it sees transfers to the device only, because reading an array there copies nothing.  These tests therefore also
+JAX's transfer guard allows explicit transfers (`device_get`, `device_put`) and raises at any other that it sees. On a
+CPU it sees transfers to the device only, because reading an array there copies nothing. These tests therefore also
 record every read of an array and every wait for one.
 """
 

@@ -38,7 +38,7 @@ def started(monkeypatch, own, given):
 
 @pytest.mark.parametrize("scans", [(True, True), (True, False), (False, True)])
 def test_copies_every_layer(monkeypatch, scans):
-    """One scan stacks two units of two layers (row, column, row, convolutional), the other four units of one."""
+    """The autoregressive scan stacks two units of two layers. The scan of MaskGIT stacks four units of one layer."""
     first, second = (dataclasses.replace(TRUNK, scan=scan) for scan in scans)
     given = params_of(AutoregressivePrior(LAYOUT, AutoregressiveOptions(first, kernel=3)), 1)
     own = params_of(MaskGITPrior(LAYOUT, MaskGITOptions(second)), 2)
