@@ -259,9 +259,9 @@ class TextTower(nn.Module):
         for i in range(o.text_depth):
             x = Block(d, o.text_heads, o.text_depth, o.activation, True, o.dtype, name=f"block_{i}")(x)
         end = jnp.argmax(text == o.end_id, axis=1)  # the first end token
-        x = jnp.take_along_axis(x, end[:, None, None], axis=1)[:, 0]
+        x = jnp.take_along_axis(x, end[:, None, None], axis=1)  # [B, 1, D]
         x = Norm("layernorm", "float32", name="norm_after")(x)
-        return Dense((d,), (o.embed_dim,), ("embed", None), "float32", name="projection")(x)
+        return Dense((d,), (o.embed_dim,), ("embed", None), "float32", name="projection")(x)[:, 0]
 
 
 class TwoTowers(nn.Module):
