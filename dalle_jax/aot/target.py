@@ -12,9 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from dalle_jax.configuration import config_files
-from dalle_jax.configuration.options import check, from_config
-from dalle_jax.distributed.mesh import make_mesh
-from dalle_jax.distributed.rows import check_batch
+from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import abstract, batch_sharding, batch_shards, on_mesh, replicated
 from dalle_jax.errors import ConfigError
 from dalle_jax.optim import optimizers, schedules
@@ -23,6 +21,7 @@ from dalle_jax.pytree import PyTree
 from dalle_jax.tasks import registry
 from dalle_jax.tasks.task import Task
 from dalle_jax.training.step import TrainState, make_init, make_train_step
+from dalle_jax.training.validation import mesh_and_options
 
 WHAT = ("train", "sample")
 EFFORTS = {"full": {}, "low": {"exec_time_optimization_effort": -1.0}}  # options of the compiler
@@ -119,10 +118,7 @@ def make_subject(config: ConfigDict, devices: Sequence[jax.Device]) -> Subject:
     Raises:
       UserError: the configuration or the mesh is invalid.
     """
-    mesh = make_mesh(**config.mesh, devices=devices)
-    options = from_config(OptimizerOptions, config.optimizer, "optimizer")
-    average = from_config(AverageOptions, config.ema, "ema")
-    check_batch(mesh, config.batch_size, options.accumulate_steps)
+    mesh, options, average = mesh_and_options(config, devices)
     task, batch = registry.abstract(config)
     _, state = make_init(task, optimizers.make_optimizer(options), average, mesh, config.seed)
     frozen = _with_sharding(task.frozen, replicated(mesh))

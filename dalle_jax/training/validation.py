@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
@@ -48,7 +50,26 @@ def validate(config: ConfigDict) -> tuple[Mesh, OptimizerOptions, AverageOptions
     check_profile_steps(config.profile_steps)
     for name, section in config.schedules.items():
         schedules.make(section, name)
-    mesh = make_mesh(**config.mesh)
+    return mesh_and_options(config)
+
+
+def mesh_and_options(
+    config: ConfigDict, devices: Sequence[jax.Device] | None = None
+) -> tuple[Mesh, OptimizerOptions, AverageOptions]:
+    """Reads the sections that a compiled update depends on besides its task.
+
+    Args:
+      config: a training configuration.
+      devices: devices of the mesh. None uses all devices of all hosts.
+
+    Returns:
+      The mesh, the optimizer's options and the moving average's options.
+
+    Raises:
+      ConfigError: an invalid value or an unknown key.
+      MeshError: the mesh does not fit the devices, or the batch does not fit the mesh.
+    """
+    mesh = make_mesh(**config.mesh, devices=devices)
     options = from_config(OptimizerOptions, config.optimizer, "optimizer")
     average = from_config(AverageOptions, config.ema, "ema")
     check_batch(mesh, config.batch_size, options.accumulate_steps)
