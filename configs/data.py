@@ -2,8 +2,8 @@
 
     python -m dalle_jax.main --config=configs/data.py --config.data.path=DIR
 
-It logs about ten lines. `runs/data/data.json` has all numbers, `runs/data/samples/data.png` shows some images with their
-captions. Every training begins with the same look.
+It logs about ten lines. `runs/data/data.json` has all numbers, and `runs/data/samples/data.png` shows some images with
+their captions. Every training begins with the same look.
 """
 
 from ml_collections import ConfigDict

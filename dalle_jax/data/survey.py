@@ -37,6 +37,7 @@ CAPTIONS = ("required", "counted", "ignored")
 _ALWAYS_READ = 100  # records of a split that are read and decoded whatever their size
 _AT_ONCE = 32  # records in memory
 _THREADS = 4  # remote storage answers slowly
+_LONG = 1.5  # ratio of the sides from which a third is lost to the centre square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +90,7 @@ class ImageSurvey:
     Attributes:
       smallest, median, largest: (width, height) in pixels, by area.
       below_image_size: number of images whose short side is below `data.image_size`; they are enlarged.
+      cropped: number of images that lose more than a third to the centre square.
       formats: number of images by file format ("PNG", …; "array" if they are stored decoded).
       modes: number of images by Pillow's mode ("RGB", "RGBA", "L", …).
       duplicates: number of images whose bytes equal those of an earlier one.
@@ -99,6 +101,7 @@ class ImageSurvey:
     median: tuple[int, int]
     largest: tuple[int, int]
     below_image_size: int
+    cropped: int
     formats: Mapping[str, int]
     modes: Mapping[str, int]
     duplicates: int
@@ -336,6 +339,7 @@ def _images(looks: Mapping[str, Sequence[_Look]], options: DataOptions) -> Image
         median=sizes[(len(sizes) - 1) // 2],
         largest=sizes[-1],
         below_image_size=sum(min(size) < options.image_size for size in sizes),
+        cropped=sum(max(size) > _LONG * min(size) for size in sizes),
         formats=dict(collections.Counter(look.kind[0] for look in every).most_common()),
         modes=dict(collections.Counter(look.kind[1] for look in every).most_common()),
         duplicates=len(every) - len({look.digest for look in every}),

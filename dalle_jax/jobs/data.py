@@ -31,6 +31,7 @@ _SHOWN = {"train": 24, "validation": 8}  # images on the contact sheet
 _TRIED = 4  # examples read for each image shown, because some cannot be read
 _DRAWN = ("shapes_captions", "emoji_captions")  # drawn by this package: nothing in them surprises
 _NAMED_ENDINGS = 6
+_IN_WORDS = {"empty caption": "without caption"}  # reasons that the log says in other words
 _TASKS_WITHOUT_CAPTIONS = ("dvae",)
 
 
@@ -166,7 +167,7 @@ def describe(found: Survey, options: DataOptions) -> list[str]:
         if captions.tokens:
             lines.append(_describe_tokens(captions.tokens))
     lines.append(_describe_images(found, options))
-    left_out = [f"{split.split}: {_counts(split.left_out)}" for split in found.splits.values() if split.left_out]
+    left_out = [f"{split.split}: {_reasons(split.left_out)}" for split in found.splits.values() if split.left_out]
     if left_out:
         lines.append(f"  left out of {'; of '.join(left_out)}")
     if found.other_files:
@@ -192,12 +193,16 @@ def _describe_images(found: Survey, options: DataOptions) -> str:
     line += f"; {images.below_image_size:,} below data.image_size={options.image_size}"
     line += f"; {_counts(images.formats)} ({_counts(images.modes)})"
     if images.duplicates:
-        line += f"; {images.duplicates:,} are copies of others"
+        line += f"; copies of others: {images.duplicates:,}"
     return line
 
 
 def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in counts.items())
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    return _counts({_IN_WORDS.get(reason, reason): count for reason, count in counts.items()})
 
 
 def _endings(counts: Mapping[str, int]) -> str:
