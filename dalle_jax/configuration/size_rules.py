@@ -81,10 +81,10 @@ def rules_of(config: ConfigDict) -> SizeRules:
 
 def open_sizes(config: ConfigDict) -> list[str]:
     """Returns the keys of a training configuration that follow the data set and are not fixed yet."""
-    keys = ["steps"] if config.steps is None else []
-    return keys + [
-        f"text.{name}" for name in ("vocab_size", "length") if "text" in config and config.text[name] is None
-    ]
+    sizes = {"steps": config.steps}
+    if "text" in config:
+        sizes |= {"text.vocab_size": config.text.vocab_size, "text.length": config.text.length}
+    return [key for key, size in sizes.items() if size is None]
 
 
 def with_largest(config: ConfigDict) -> ConfigDict:

@@ -120,10 +120,7 @@ def check_data(config: ConfigDict) -> None:
             _check_text(config, captions)
     if "tokenizer" in config and not config.tokenizer_from:
         inner = from_config(DataOptions, config.tokenizer.data, "data")
-        if inner.path != options.path or (inner.train_split, inner.eval_split) != (
-            options.train_split,
-            options.eval_split,
-        ):
+        if any(getattr(inner, key) != getattr(options, key) for key in ("path", "train_split", "eval_split")):
             check_data(config.tokenizer)
 
 
@@ -147,7 +144,7 @@ def _look(source: Source, with_text: bool) -> list[str]:
         raise DataError(f"{source.description}: none of {tried} images can be read. The last one: {error}.")
     if with_text and not captions:
         raise DataError(
-            f"{source.description}: none of {tried} examples has a caption that can be read, which this training needs. "
+            f"{source.description}: none of {tried} examples has a readable caption, which this training needs. "
             f"The last one: {error}. docs/data.md shows where captions stand."
         )
     return captions

@@ -36,10 +36,11 @@ def prepare(config: ConfigDict) -> ConfigDict:
         for key in ("source", "image_size"):
             inner, outer = config.tokenizer.data[key], config.data[key]
             if inner != outer:
+                name = f"config.tokenizer.data.{key}"
                 raise ConfigError(
-                    f"config.tokenizer.data.{key} is {inner!r}, but config.data.{key} is {outer!r}: a tokenizer that is "
-                    f"trained for a prior follows it, so leave config.tokenizer.data.{key} out. For another one, train "
-                    "it with configs/dvae.py and give --config.tokenizer_from=DIR."
+                    f"{name} is {inner!r}, but config.data.{key} is {outer!r}. A tokenizer that is trained for a prior "
+                    f"follows it: leave out {name}. Or train another tokenizer with configs/dvae.py and give "
+                    "--config.tokenizer_from=DIR."
                 )
     return config
 

@@ -70,9 +70,8 @@ def _check_schedule(schedule: optax.Schedule, name: str, steps: int) -> None:
         value = float(schedule(step))
         above_0 = name == "temperature"  # the relaxation divides by it
         if not math.isfinite(value) or value < 0 or (above_0 and value == 0):
-            raise ConfigError(
-                f"config.schedules.{name} is {value:g} at update {step}; expected {'more than 0' if above_0 else '0 or more'}."
-            )
+            expected = "more than 0" if above_0 else "0 or more"
+            raise ConfigError(f"config.schedules.{name} is {value:g} at update {step}; expected {expected}.")
 
 
 def mesh_and_options(
