@@ -24,6 +24,7 @@ _STYLES = ("bold", "oblique", "italic", "light", "condensed", "narrow", "thin", 
 _IN_NO_FONT = "\U0010ffff"
 _NOWHERE = "no font"
 _TRIAL_SIZE = 24
+_JOINED = ("Mn", "Mc", "Me", "Cf")  # marks and joiners: drawn with the letter before
 
 
 class Typeface:
@@ -48,10 +49,10 @@ class Typeface:
 
 
 def _runs(text: str) -> Iterator[tuple[str | None, str]]:
-    """Yields parts of a line with the file of their font; None is Pillow's own font. Blanks stay with what is before."""
+    """Yields parts of a line with the file of their font; None is Pillow's own font. Blanks and marks stay with what is before."""
     file, run = None, ""
     for letter in text:
-        if letter.isspace() or unicodedata.combining(letter):
+        if letter.isspace() or unicodedata.category(letter) in _JOINED:
             own = file
         elif (own := _font_of(letter)) is _NOWHERE:
             own, letter = None, MISSING
