@@ -92,8 +92,11 @@ def as_parameters(
       Parameters of the model.
 
     Raises:
-      PretrainedError: an array is missing, unexpected, or has another shape.
+      PretrainedError: an array is missing, unexpected, has another shape, or holds numbers that are not finite.
     """
+    for path, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise PretrainedError(f"The array {'/'.join(path)} holds NaN or infinity: the weights are damaged.")
     params = traverse_util.unflatten_dict(arrays)
     if mismatch := first_mismatch(params, nn.meta.unbox(jax.eval_shape(init, jax.random.key(0)))):
         path, given, needed = mismatch
