@@ -23,7 +23,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import struct
-import warnings
 
 import numpy as np
 import PIL.Image
@@ -31,9 +30,8 @@ import PIL.ImageCms
 
 from dalle_jax.data.sources.record import Record, UnreadableExample
 
-# Pillow decodes no larger image. It warns of half as many pixels, but `decode_image` checks the size itself.
+# Pillow decodes no larger image.
 MOST_PIXELS = 2 * PIL.Image.MAX_IMAGE_PIXELS
-warnings.filterwarnings("ignore", category=PIL.Image.DecompressionBombWarning)
 
 _RASTER = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 PIL.Image.init()
@@ -58,7 +56,7 @@ _PNG_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND", b"eXIf")  # those th
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What may be decoded, and for which use.
+    """The largest image to decode, and the size that it is decoded for.
 
     Attributes:
       max_pixels: the most pixels of an image, read from its header.
@@ -93,6 +91,8 @@ def decode_image(record: Record, limits: Limits = Limits()) -> np.ndarray:
         found = f"{len(content):,} bytes, data.max_file_bytes is {limits.max_file_bytes:,}"
         raise UnreadableExample("file too large", name, found)
     try:
+        if content.startswith(_PNG_START) and len(content) >= 24:  # Pillow unpacks the texts when it opens a PNG
+            _check_pixels(*struct.unpack(">II", content[16:24]), name, limits)
         return _decode(content, name, limits)
     except UnreadableExample:
         raise
@@ -110,11 +110,8 @@ def decode_image(record: Record, limits: Limits = Limits()) -> np.ndarray:
 
 def _decode(content: bytes, name: str, limits: Limits) -> np.ndarray:
     with PIL.Image.open(io.BytesIO(content), formats=_FORMATS) as image:
-        width, height = image.size
-        if width * height > limits.max_pixels:
-            found = f"{width} x {height}, data.max_pixels is {limits.max_pixels:,}"
-            raise UnreadableExample("too many pixels", name, found)
-        kept = _reduced_side(width, height, limits.image_size)
+        _check_pixels(*image.size, name, limits)
+        kept = _reduced_side(*image.size, limits.image_size)
         if kept is not None:
             image.draft(None, (kept, kept))  # only a JPEG is reduced here
         image.load()
@@ -132,6 +129,12 @@ def _decode(content: bytes, name: str, limits: Limits) -> np.ndarray:
         if image.mode == "RGBA":
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return np.array(image)
+
+
+def _check_pixels(width: int, height: int, name: str, limits: Limits) -> None:
+    if width * height > limits.max_pixels:
+        found = f"{width} x {height}, data.max_pixels is {limits.max_pixels:,}"
+        raise UnreadableExample("too many pixels", name, found)
 
 
 def _reduced_side(width: int, height: int, size: int | None) -> int | None:

@@ -1,6 +1,6 @@
 """One example as a source stores it, and the error for one that must be skipped.
 
-    H, W image size
+H, W image size
 """
 
 from __future__ import annotations

@@ -77,7 +77,7 @@ class DataOptions:
 
     @property
     def limits(self) -> Limits:
-        """What the images of a batch may be decoded from."""
+        """The largest images to decode, and the size of a batch's images."""
         return Limits(self.max_pixels, self.max_file_bytes, self.image_size)
 
 

@@ -210,7 +210,7 @@ def test_images_are_upright(orientation):
     np.testing.assert_array_equal(found, expected)
 
 
-# -- refused --------------------------------------------------------------------------------------------------------
+# -- rejected -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF"])
@@ -267,13 +267,13 @@ def header_of(kind, width, height):
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "BMP", "GIF"])
 @pytest.mark.parametrize("width, height", [(9000, 6000), (20000, 20000)])
-def test_too_many_pixels_are_refused_by_their_header(kind, width, height, monkeypatch):
+def test_too_many_pixels_are_rejected_by_their_header(kind, width, height, monkeypatch):
     content = header_of(kind, width, height)
     monkeypatch.setattr(PIL.ImageFile.ImageFile, "load", lambda self: pytest.fail("it was unpacked"))
     assert reason(content) == "too many pixels"
 
 
-def test_a_deflate_bomb_is_refused():
+def test_a_deflate_bomb_is_rejected():
     """A PNG of less than 2 MB that unpacks to 200 MB."""
     content = encode(PIL.Image.new("L", (14000, 14000)), compress_level=1)
     assert len(content) < 2_000_000
