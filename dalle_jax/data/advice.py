@@ -39,7 +39,8 @@ def _on_captions(found: Survey, options: DataOptions) -> Iterator[str]:
         yield f"No image has a caption, so only an image tokenizer can be trained. {_caption_remedy(options)}".rstrip()
         return
     if captions.without > _WITHOUT_CAPTION:
-        yield f"{captions.without:.0%} of the images have no caption; a prior skips them. {_caption_remedy(options)}".rstrip()
+        without = f"{captions.without:.0%} of the images have no caption; a prior skips them."
+        yield f"{without} {_caption_remedy(options)}".rstrip()
     if options.caption_lines == "all" and (reason := _many_languages(captions)):
         remedy = "To use the first line alone, set --config.data.caption_lines=first."
         if options.source != "folder":

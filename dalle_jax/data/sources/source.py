@@ -30,8 +30,8 @@ class DataOptions:
     """The data to read, and how to turn it into examples.
 
     Attributes:
-      source: "shapes_captions", "emoji_captions", "folder", "tar_shards", "coco_captions", "cub_captions", or any
-        other TFDS name ("name:1.0.0", …).
+      source: "shapes_captions", "emoji_captions", "folder", "tar_shards", "auto" (one of these two, see own.py),
+        "coco_captions", "cub_captions", or any other TFDS name ("name:1.0.0", …).
       image_size: height and width of the images in a batch, in pixels.
       augment: "none" (centre square, resized), "dvae" or "prior" (see augment.py); in training only.
       path: depends on source. "folder": the folder of images. "tar_shards": the folder of shards, or a glob.
@@ -78,10 +78,10 @@ class DataOptions:
         )  # fmt: skip
         if not 1 <= self.max_pixels <= MOST_PIXELS:
             raise ConfigError(f"config.data.max_pixels is {self.max_pixels}; expected 1 to {MOST_PIXELS}.")
-        if self.source in ("folder", "tar_shards") and not self.path:
-            held = "images" if self.source == "folder" else "shards"
+        if self.source in ("auto", "folder", "tar_shards") and not self.path:
+            held = {"folder": "images", "tar_shards": "shards"}.get(self.source, "images or tar shards")
             raise ConfigError(
-                f"config.data.source is {self.source!r}, which needs config.data.path: the {held}' folder."
+                f"config.data.source is {self.source!r}, which needs config.data.path: the folder of your {held}."
             )
 
     @property
