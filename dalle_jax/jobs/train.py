@@ -24,7 +24,7 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
       1. `workdir` itself.
       2. `config.tokenizer_from`: a workdir, or a folder that an importer of `dalle_jax.pretrained` wrote.
       3. `config.tokenizer.workdir`, after training it there. It uses the same images if its `data.path` is not set.
-    `start_from` names the workdir of another prior. Tokenizer and text model then come from there by default.
+    `start_from` names the workdir of another run. Tokenizer and text model then come from there by default.
 
     Args:
       config: a training configuration.
@@ -44,8 +44,10 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
         config.tokenizer.data.path = config.tokenizer.data.path or config.data.path
     if config.get("start_from"):
         config = config.copy_and_resolve_references()
-        config.tokenizer_from = config.tokenizer_from or config.start_from
-        config.text.path = config.text.path or str(workdirs.text_model_path(config.start_from))
+        if "tokenizer" in config:
+            config.tokenizer_from = config.tokenizer_from or config.start_from
+        if "text" in config:
+            config.text.path = config.text.path or str(workdirs.text_model_path(config.start_from))
     if "tokenizer" in config and not first_host_says("has a tokenizer", workdirs.has_tokenizer(workdir)):
         source = config.tokenizer_from or config.tokenizer.workdir
         trained = config.tokenizer_from or workdirs.is_complete(source, config.tokenizer)
