@@ -14,6 +14,7 @@ from dalle_jax.tasks.registry import check_config
 from dalle_jax.training.loop import train
 from dalle_jax.training.step import TrainState
 from dalle_jax.training.validation import validate
+from dalle_jax.training.warm_start import check_start_from
 
 
 def run(config: ConfigDict, workdir: str) -> TrainState:
@@ -44,6 +45,7 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
         config.tokenizer.data.path = config.tokenizer.data.path or config.data.path
     if config.get("start_from"):
         config = config.copy_and_resolve_references()
+        check_start_from(config.start_from, workdir)
         if "tokenizer" in config:
             config.tokenizer_from = config.tokenizer_from or config.start_from
         if "text" in config:

@@ -173,18 +173,13 @@ class DVAETask:
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
         """Draws up to 16 images, each with its reconstruction from tokens and, if it has one, its caption."""
         del frozen, key
-        images, index, valid = to_host((batch["image"], batch["index"], batch["valid"]))
+        images, valid = to_host((batch["image"], batch["valid"]))
         rows = shown_rows(valid, _PREVIEW_ROWS)
         shown = to_uint8(to_host(_reconstruct(self.tokenizer, params, images[rows])))
-        captions = [self._caption(int(i)) for i in index[rows]]
+        captions = [""] * len(rows)
+        if self._held_out is not None:
+            captions = [_caption(self._held_out, index) for index in to_host({"index": batch["index"]})["index"][rows]]
         return preview_grid(captions, [("real", images[rows]), ("reconstructed", shown)])
-
-    def _caption(self, index: int) -> str:
-        """Returns the first caption of a held-out example, or ""."""
-        try:
-            return "" if self._held_out is None else decode_captions(self._held_out.record(index))[0]
-        except UnreadableExample:
-            return ""
 
     def in_words(self, metrics: Mapping[str, float], examples: int) -> list[str]:
         """See `Task.in_words`."""
@@ -200,6 +195,14 @@ class DVAETask:
         del batch, flags
         tokenizer = words.flag("config.tokenizer_from", workdir)
         return [f"train a prior with it: {words.train_command('prior', config, tokenizer)}"]
+
+
+def _caption(source: Source, index: int) -> str:
+    """Returns the first caption of an example, or ""."""
+    try:
+        return decode_captions(source.record(int(index)))[0]
+    except UnreadableExample:
+        return ""
 
 
 # These are functions of the tokenizer, not methods of the task, because `jax.jit` keeps its static arguments alive.

@@ -22,6 +22,7 @@ from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.errors import CheckpointError, ConfigError
 from dalle_jax.models.trunk import unstack
 from dalle_jax.pytree import PyTree, by_path
+from dalle_jax.storage.files import full_path
 from dalle_jax.training.step import TrainState
 
 
@@ -59,6 +60,28 @@ def warm_start(state: TrainState, workdir: str) -> TrainState:
         "%d of %d parameters from %s; fresh: %s", total - len(fresh), total, workdir, ", ".join(fresh) or "none"
     )
     return state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
+
+
+def check_start_from(start_from: str, workdir: str) -> None:
+    """Checks early that `config.start_from` holds a checkpoint, unless the run in `workdir` has begun already.
+
+    Raises:
+      CheckpointError: it holds none.
+    """
+    if _has_checkpoint(workdir):
+        return
+    if not _has_checkpoint(start_from):
+        raise CheckpointError(
+            f"config.start_from={start_from!r} holds no checkpoint: expected the workdir of a training. Check the "
+            "path, or leave start_from out to start from scratch."
+        )
+
+
+def _has_checkpoint(workdir: str) -> bool:
+    if not (full_path(workdir) / "checkpoints").exists():
+        return False
+    with Checkpoints(str(workdir), read_only=True) as checkpoints:
+        return checkpoints.latest_step is not None
 
 
 @contextlib.contextmanager
