@@ -72,12 +72,12 @@ class DVAETask:
 
     Attributes:
       schedules: "temperature" and "kl_weight".
-      best_metric: "mse" of images decoded from tokens.
+      best_metric: "psnr" of images decoded from tokens; higher is better.
       title, studies: see `Task`.
       frozen: nothing.
     """
 
-    best_metric = "mse"
+    best_metric = "+psnr"
     title, studies = "image tokenizer (dVAE)", "images"
     frozen: PyTree = {}
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from dalle_jax.reporting.units import with_unit
 from dalle_jax.tasks.task import Task
-from dalle_jax.training.evaluations import Evaluation, Evaluations
+from dalle_jax.training.evaluations import PATIENCE, Evaluation, Evaluations
 
 
 def news_in_words(evaluations: Evaluations, task: Task) -> str | None:
@@ -49,9 +49,9 @@ def verdict(evaluations: Evaluations, task: Task, step: int, total: int) -> list
         values += f"; at step {last.step:,} it was {_value(last, evaluations)}"
     if evaluations.overfits:
         return [f"{values}: it is learning its {task.studies} by heart"]
-    if evaluations.without_improvement:
+    if evaluations.without_improvement >= PATIENCE:
         return [f"{values}: it has stood still since, and a longer training would hardly help"]
-    if step >= total:
+    if step >= total and not evaluations.without_improvement:
         return [f"{values}: it was still improving, and a longer training may help (--config.steps={2 * total})"]
     return [values]
 

@@ -11,6 +11,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+from dalle_jax.checkpoints.best import BestMetric
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import logit_laplace
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
@@ -138,7 +139,7 @@ def test_evaluation_excludes_padding(task, params):
     assert whole.keys() == split.keys()
     for name in whole:
         np.testing.assert_allclose(whole[name], split[name], rtol=1e-4, err_msg=name)
-    assert task.best_metric in whole
+    assert BestMetric.parse(task.best_metric).loss(whole) == -whole["psnr"]
 
 
 def test_evaluation_decodes_tokens(task, params):
