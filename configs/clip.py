@@ -23,6 +23,7 @@ Measured: shapes and emoji, see README.md and experiments/results/. Not yet meas
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from dalle_jax.configuration import sections
 from dalle_jax.configuration.config_files import choose
@@ -114,6 +115,7 @@ VARIANTS = {
 _TOWER = ("width", "depth", "heads")
 
 KEYS = sections.TRAINING_KEYS | {
+    "start_from": "workdir of another CLIP: start from its parameters and text model",
     "text.path": "file of a text model to use; a prior's scores need the prior's text model",
     "model.image_width": "width of the image tower; depth and heads are next to it",
     "model.text_width": "width of the text tower",
@@ -133,6 +135,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     steps = sections.set_steps(config, row["steps"])
     if "from_data" in row:
         config.from_data = section(SizeRules, **row["from_data"])
+    config.start_from = placeholder(str)
 
     config.data = section(DataOptions, **row["data"])
     config.text = sections.text(**row["text"])

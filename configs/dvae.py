@@ -17,6 +17,7 @@ Measured: shapes and emoji, see README.md and experiments/results/. Not yet meas
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from dalle_jax.configuration import sections
 from dalle_jax.configuration.config_files import choose
@@ -98,6 +99,7 @@ VARIANTS = {
 }  # fmt: skip
 
 KEYS = sections.TRAINING_KEYS | {
+    "start_from": "workdir of another image tokenizer: start from its parameters",
     "model.vocab_size": "number of codes",
     "model.hidden": "width of the first group of blocks",
     "schedules.learning_rate.end": "step size at the end",
@@ -116,6 +118,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     steps = sections.set_steps(config, row["steps"])
     if "from_data" in row:
         config.from_data = section(SizeRules, without=["max_vocab_size", "max_text_length"], **row["from_data"])
+    config.start_from = placeholder(str)
 
     config.data = section(DataOptions, **row["data"])
     config.model = section(DVAEOptions, without=["image_size"], **row["model"])

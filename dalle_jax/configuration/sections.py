@@ -179,6 +179,7 @@ def training_loop(config: ConfigDict, batch_size: int, every: int | FieldReferen
     override(config, cadence(every))
     config.eval_batches = 8
     config.keep = ConfigDict({"last": 2, "best": 0})  # keep two in case the newest is corrupt
+    config.stop_after = 0  # evaluations without improvement after which the training stops; 0: never
     config.max_nonfinite = 20
     # The longest wait for a batch; and, with several hosts, for a step, an evaluation batch, a checkpoint or compiling.
     config.timeout_seconds = ConfigDict({"data": 600.0, "step": 1800.0})
@@ -195,6 +196,7 @@ TRAINING_KEYS = {
     "batch_size": "examples per update, over all devices",
     "optimizer.accumulate_steps": "slices of a batch; more need less memory",
     "cadence.checkpoint": "steps between checkpoints",
+    "stop_after": "evaluations without improvement after which the training stops; 0: never",
     "seed": "seed of parameters, data order and noise",
 }
 SAMPLING_KEYS = {

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,10 @@ from dalle_jax.configuration.options import from_config
 from dalle_jax.data import survey as surveys
 from dalle_jax.data.advice import advise
 from dalle_jax.data.augment import augment
-from dalle_jax.data.sources.source import DataOptions, Source, UnreadableExample, decode_captions, decode_image
+from dalle_jax.data.sources.decoding import decode_image
+from dalle_jax.data.sources.own import choose_source
+from dalle_jax.data.sources.record import UnreadableExample
+from dalle_jax.data.sources.source import DataOptions, Source, decode_captions
 from dalle_jax.data.survey import Survey
 from dalle_jax.data.text import TextModel
 from dalle_jax.distributed.turns import first_host_first, is_first
@@ -68,6 +72,7 @@ def look_at(config: ConfigDict, workdir: str) -> Survey | None:
       DataError: the data set cannot be opened, or nothing in it is usable. A prior and CLIP need captions.
     """
     options = from_config(DataOptions, config.data, "data")
+    options = dataclasses.replace(options, source=choose_source(options.source, options.path))
     with first_host_first("the look at the data set"):
         return _look_at(config, options, make_workdir(workdir)) if is_first() else None
 
@@ -258,7 +263,7 @@ def _shown(source: Source, options: DataOptions, count: int) -> Sequence[Shown]:
             break
         try:
             record = source.record(index)
-            image = augment(decode_image(record), options.image_size, "none", None)
+            image = augment(decode_image(record, options.limits), options.image_size, "none", None)
         except UnreadableExample:
             continue
         try:

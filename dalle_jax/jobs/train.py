@@ -15,6 +15,8 @@ from dalle_jax.checkpoints.compatibility import to_json
 from dalle_jax.distributed.turns import first_host_first, first_host_says, is_first
 from dalle_jax.jobs import earlier, tokenizers
 from dalle_jax.jobs.checks import check_config, check_data, check_files
+from dalle_jax.jobs.data import look_at
+from dalle_jax.jobs.data import look_at
 from dalle_jax.jobs.preparation import prepare
 from dalle_jax.jobs.sizes import settle
 from dalle_jax.storage.files import expanded, write_json
@@ -43,7 +45,9 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     Raises:
       UserError: an invalid configuration or data, before any training begins, or an error of `train`.
     """
-    config = settle(check(config, workdir), workdir)
+    config = check(config, workdir)
+    look_at(config, workdir)
+    config = settle(config, workdir)
     _write_config(config, workdir)
     if "tokenizer" in config and not first_host_says("has a tokenizer", workdirs.has_tokenizer(workdir)):
         _freeze_tokenizer(config, workdir)

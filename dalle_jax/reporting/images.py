@@ -65,7 +65,8 @@ def image_grid(
     """Draws a grid of captions and images, one caption per row.
 
     Args:
-      rows: caption and images, uint8 [H, W, 3], of each row. All rows have the same number of images.
+      rows: caption and images, uint8 [H, W, 3], of each row. All rows have the same number of images. If no row has a
+        caption, no space is left for them.
       columns: a heading for each column of images. A heading that repeats is written once, over the first column.
       title: title over the grid.
       cell_size: side of a shown image, pixels. Small images are enlarged without smoothing.
@@ -79,7 +80,8 @@ def image_grid(
     """
     if not rows or len({len(images) for _, images in rows}) != 1:
         raise ValueError("A grid needs at least one row, and the same number of images in each row.")
-    text_width, gap, margin = 190, 8, 16
+    text_width = 190 if any(caption for caption, _ in rows) else 0
+    gap, margin = 8, 16
     per_row = len(rows[0][1])
     body, small, big = Typeface(15), Typeface(13), Typeface(20)
     line_height = 19

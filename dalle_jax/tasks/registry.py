@@ -73,11 +73,11 @@ def options(config: Mapping[str, Any]) -> dict[str, type]:
 
 
 def defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the default of every key in the sections of `options`, by dotted name.
+    """Returns the default of every key in the sections of `options`, and of newer top keys, by dotted name.
 
     A configuration that an older version stored lacks the newer keys. Its run used their defaults.
     """
-    return {
+    return {"stop_after": 0} | {
         f"{section}.{name}": value
         for section, cls in options(config).items()
         for name, value in defaults_of(cls).items()

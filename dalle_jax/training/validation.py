@@ -18,6 +18,7 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.optim import schedules
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.storage.files import full_path, make_workdir
+from dalle_jax.training.evaluations import check_stop_after
 from dalle_jax.training.profiling import check_profile_steps
 
 # Smallest value: keys.
@@ -59,6 +60,7 @@ def validate(config: ConfigDict) -> tuple[Mesh, OptimizerOptions, AverageOptions
             "--coordinator_address=auto on each host."
         )
     check_profile_steps(config.profile_steps)
+    check_stop_after(config)
     for name, section in config.schedules.items():
         _check_schedule(schedules.make(section, name), name, config.steps)
     return mesh_and_options(config)

@@ -24,6 +24,6 @@ def open_source(options: DataOptions, split: str) -> Source:
       DataError: if it does not exist, or lacks the split or the features.
     """
     options = dataclasses.replace(options, source=choose_source(options.source, options.path))
-    if options.source == "folder":
-        return FolderSource(options.path, split)
-    return TfdsSource(options, split)
+    source = FolderSource(options.path, split) if options.source == "folder" else TfdsSource(options, split)
+    source.limits = dataclasses.replace(options.limits, image_size=None)
+    return source
