@@ -29,7 +29,7 @@ VARIANTS = {
 KEYS = {
     "workdir": "directory of the results",
     "data.path": "your images and captions, or your copy of the data set",
-    "data.source": "auto (the files decide), folder, tar_shards, shapes_captions, emoji_captions, coco_captions, cub_captions, or a TFDS name",
+    "data.source": "auto (the files decide), folder, tar_shards, shapes_captions, …, or a TFDS name",
     "data.image_size": "height and width of the images as the model sees them, in pixels",
     "data.caption_lines": "which lines of a caption's text file are captions: all or first",
     "data.caption_from": "files; or make captions from file_names or folder_names",

@@ -156,8 +156,8 @@ def survey(
     """
     options = dataclasses.replace(options, source=choose_source(options.source, options.path))
     return survey_sources(
-        open_splits(options), options, text_length=text_length, text_model=text_model, vocab_size=vocab_size, captions=captions,
-        effort=effort,
+        open_splits(options), options, text_length=text_length, text_model=text_model, vocab_size=vocab_size,
+        captions=captions, effort=effort,
     )  # fmt: skip
 
 
@@ -233,10 +233,9 @@ def _look(source: Source, options: DataOptions, effort: Effort) -> list[_Look]:
                 break
             chunk = order[start : start + _AT_ONCE]
             records = list(pool.map(lambda index: _record(source, index), chunk))
-            found, decode = list(pool.map(_without_pixels, records)), []
+            found, decode = list(pool.map(_without_pixels, records, itertools.repeat(options.limits))), []
             for place, look in enumerate(found):
-                needed = math.prod(look.header.size) if look.header else 0
-                pixels += needed if needed <= options.max_pixels else 0  # a larger image is rejected at once
+                pixels += math.prod(look.header.size) if look.header else 0
                 decode.append(pixels <= effort.pixels or start + place < _ALWAYS_READ)
             decoded = pool.map(_decoded, records, found, decode, itertools.repeat(options.limits))
             looks.update(zip(chunk, decoded))
@@ -251,7 +250,7 @@ def _record(source: Source, index: int) -> Record | UnreadableExample:
         return error
 
 
-def _without_pixels(record: Record | UnreadableExample) -> _Look:
+def _without_pixels(record: Record | UnreadableExample, limits: Limits) -> _Look:
     """Reads everything of a record but the pixels of its image."""
     if isinstance(record, UnreadableExample):
         return _Look(no_image=record.reason, error=str(record))
@@ -262,7 +261,7 @@ def _without_pixels(record: Record | UnreadableExample) -> _Look:
         no_captions, error = unreadable.reason, str(unreadable)
     image = record.image.tobytes() if isinstance(record.image, np.ndarray) else record.image
     digest = hashlib.blake2b(image, digest_size=16).digest()
-    return _Look(captions, read_header(record), digest, no_captions=no_captions, error=error)
+    return _Look(captions, read_header(record, limits), digest, no_captions=no_captions, error=error)
 
 
 def _decoded(record: Record | UnreadableExample, look: _Look, decode: bool, limits: Limits) -> _Look:

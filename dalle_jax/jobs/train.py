@@ -16,7 +16,6 @@ from dalle_jax.distributed.turns import first_host_first, first_host_says, is_fi
 from dalle_jax.jobs import earlier, tokenizers
 from dalle_jax.jobs.checks import check_config, check_data, check_files
 from dalle_jax.jobs.data import look_at
-from dalle_jax.jobs.data import look_at
 from dalle_jax.jobs.preparation import prepare
 from dalle_jax.jobs.sizes import settle
 from dalle_jax.storage.files import expanded, write_json

@@ -49,7 +49,10 @@ class Typeface:
 
 
 def _runs(text: str) -> Iterator[tuple[str | None, str]]:
-    """Yields parts of a line with the file of their font; None is Pillow's own font. Blanks and marks stay with what is before."""
+    """Yields parts of a line with the file of their font; None is Pillow's own font.
+
+    Blanks and marks stay in the part before them.
+    """
     file, run = None, ""
     for letter in text:
         if letter.isspace() or unicodedata.category(letter) in _JOINED:

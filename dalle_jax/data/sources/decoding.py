@@ -91,8 +91,7 @@ def decode_image(record: Record, limits: Limits = Limits()) -> np.ndarray:
         found = f"{len(content):,} bytes, data.max_file_bytes is {limits.max_file_bytes:,}"
         raise UnreadableExample("file too large", name, found)
     try:
-        if content.startswith(_PNG_START) and len(content) >= 24:  # Pillow unpacks the texts when it opens a PNG
-            _check_pixels(*struct.unpack(">II", content[16:24]), name, limits)
+        _check_png(content, name, limits)
         return _decode(content, name, limits)
     except UnreadableExample:
         raise
@@ -123,14 +122,15 @@ class Header:
     size: tuple[int, int]
 
 
-def read_header(record: Record) -> Header | None:
+def read_header(record: Record, limits: Limits = Limits()) -> Header | None:
     """Reads the header of an image without decoding it.
 
     Args:
       record: the example.
+      limits: the largest image.
 
     Returns:
-      The header, or None if it cannot be read; `decode_image` then gives the reason.
+      The header, or None if it cannot be read or exceeds the limits; `decode_image` then gives the reason.
     """
     content = record.image
     if isinstance(content, np.ndarray):
@@ -138,7 +138,9 @@ def read_header(record: Record) -> Header | None:
         return Header("array", mode, (content.shape[1], content.shape[0])) if mode else None
     for each in (content, _without_texts(content)):
         try:
+            _check_png(content, record.name, limits)
             with PIL.Image.open(io.BytesIO(each or b""), formats=_FORMATS) as image:
+                _check_pixels(*image.size, record.name, limits)
                 return Header(image.format, image.mode, image.size)
         except Exception:  # Pillow raises anything from OSError to SyntaxError on damaged bytes
             continue
@@ -166,6 +168,12 @@ def _decode(content: bytes, name: str, limits: Limits) -> np.ndarray:
         if image.mode == "RGBA":
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return np.array(image)
+
+
+def _check_png(content: bytes, name: str, limits: Limits) -> None:
+    """Checks the size of a PNG before it is opened, because Pillow then unpacks its texts."""
+    if content.startswith(_PNG_START) and len(content) >= 24:
+        _check_pixels(*struct.unpack(">II", content[16:24]), name, limits)
 
 
 def _check_pixels(width: int, height: int, name: str, limits: Limits) -> None:
