@@ -11,7 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -23,6 +23,7 @@ from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.own import choose_source
 from dalle_jax.data.sources.record import Record, UnreadableExample
 from dalle_jax.data.sources.source import DataOptions, Source, decode_captions
+from dalle_jax.data.spread import in_spread_order
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import DataError
 
@@ -215,17 +216,9 @@ class _Look:
     error: str = ""
 
 
-def spread(count: int) -> Iterator[int]:
-    """Yields the numbers below `count` in an order whose every beginning is evenly spread."""
-    stride = max(1, round(count * (math.sqrt(5) - 1) / 2))
-    while math.gcd(stride, count) > 1:
-        stride += 1
-    return (place * stride % count for place in range(count))
-
-
 def _look(source: Source, options: DataOptions, effort: Effort) -> list[_Look]:
     """Reads records of a split, in the order of the source."""
-    order = list(itertools.islice(spread(len(source)), effort.records))
+    order = list(itertools.islice(in_spread_order(len(source)), effort.records))
     looks, file_bytes, pixels = {}, 0, 0
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(order), _AT_ONCE):

@@ -24,6 +24,7 @@ from dalle_jax.data.sources.decoding import decode_image
 from dalle_jax.data.sources.own import choose_source
 from dalle_jax.data.sources.record import UnreadableExample
 from dalle_jax.data.sources.source import DataOptions, Source, decode_captions
+from dalle_jax.data.spread import in_spread_order
 from dalle_jax.data.survey import Survey
 from dalle_jax.data.text import TextModel
 from dalle_jax.distributed.turns import first_host_first, is_first
@@ -258,7 +259,7 @@ def _subtitle(found: Survey) -> str:
 
 def _shown(source: Source, options: DataOptions, count: int) -> Sequence[Shown]:
     shown = {}
-    for tried, index in enumerate(surveys.spread(len(source))):
+    for tried, index in enumerate(in_spread_order(len(source))):
         if len(shown) == count or tried == _TRIED * count:
             break
         try:
