@@ -21,5 +21,5 @@ def open_source(options: DataOptions, split: str) -> Source:
       DataError: if it does not exist, or lacks the split or the features.
     """
     if options.source == "folder":
-        return FolderSource(options.path, split)
+        return FolderSource(options.path, split, options)
     return TfdsSource(options, split)
