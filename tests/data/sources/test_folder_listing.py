@@ -11,6 +11,7 @@ from image_folder import fill, labels, left_out, names, opened
 from object_storage import emulated_bucket
 
 from dalle_jax.data.sources.folder import FolderSource, endings
+from dalle_jax.data.sources.record import UnreadableExample
 from dalle_jax.errors import DataError
 
 
@@ -165,3 +166,13 @@ def test_many_files_are_listed_quickly(tmp_path):
     begun = time.process_time()
     assert len(opened(tmp_path, "train", caption_from="folder_names")) > 4500
     assert time.process_time() - begun < 2, "5,000 files take a tenth of a second on an idle machine"
+
+
+def test_large_files_are_not_read(tmp_path):
+    fill(tmp_path, "a.png b.png", {"a.txt": "x" * 2000, "b.txt": "x", "big.png": b"x" * 2000})
+    source = opened(tmp_path, max_file_bytes=1000)
+    for index, name in enumerate(("a.txt", None, "big.png")):
+        if name:
+            with pytest.raises(UnreadableExample, match=f"{name}: file too large"):
+                source.record(index)
+    assert source.record(1).captions == (b"x",)

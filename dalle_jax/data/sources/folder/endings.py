@@ -7,9 +7,11 @@ import functools
 import PIL.features
 import PIL.Image
 
+from dalle_jax.data.sources.decoding import is_decoded
+
 _FEATURES = {".webp": "webp", ".avif": "avif", ".jp2": "jpg_2000"}
 
-# Endings of raster images. Some need an optional part of Pillow, or a plug-in such as pillow-heif.
+# Endings of raster images. Some need an optional part of Pillow, and some cannot be read.
 IMAGE_ENDINGS = (
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".jp2", ".avif", ".heic",
     ".heif",
@@ -26,10 +28,9 @@ def ending(name: str) -> str:
 @functools.cache
 def readable_endings() -> tuple[str, ...]:
     """Returns the endings of the images that Pillow can read here."""
-    PIL.Image.init()
     registered = PIL.Image.registered_extensions()
     return tuple(
         each
         for each in IMAGE_ENDINGS
-        if registered.get(each) in PIL.Image.OPEN and (each not in _FEATURES or PIL.features.check(_FEATURES[each]))
+        if is_decoded(registered.get(each)) and (each not in _FEATURES or PIL.features.check(_FEATURES[each]))
     )

@@ -5,25 +5,18 @@ from __future__ import annotations
 import collections
 import hashlib
 import os
-import urllib.parse
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 
 from etils import epath
 
+from dalle_jax.data.sources.decoding import decode_image
 from dalle_jax.data.sources.folder.captions import Captioned, Entry, captions_from_names, find_captions
 from dalle_jax.data.sources.folder.endings import ending, readable_endings
 from dalle_jax.data.sources.folder.listing import File, Listing, Skip, list_folder
 from dalle_jax.data.sources.folder.selection import select
 from dalle_jax.data.sources.folder.splits import Splits
-from dalle_jax.data.sources.source import (
-    DataOptions,
-    LeftOut,
-    Record,
-    Source,
-    UnreadableExample,
-    decode_captions,
-    decode_image,
-)
+from dalle_jax.data.sources.record import Record, UnreadableExample
+from dalle_jax.data.sources.source import DataOptions, LeftOut, Source, decode_captions
 from dalle_jax.errors import DataError
 from dalle_jax.storage.files import expanded, is_remote
 
@@ -49,8 +42,9 @@ class FolderSource(Source):
           DataError: if the folder does not exist, holds no images or lacks the split, or if its table is not usable.
         """
         options = DataOptions() if options is None else options
-        self._root = root = _root(path)
+        self._root = root = expanded(path)
         self._first_line_only = options.caption_lines == "first"
+        self._limits = options.limits
         if not root.is_dir():
             raise DataError(f"data.path is {path}, which is not a folder: give the folder with the images.")
         try:
@@ -58,6 +52,9 @@ class FolderSource(Source):
         except OSError as error:
             raise DataError(f"data.path is {path}, which cannot be listed: {error}.") from error
         files, found = listing.files, self._captioned(listing, options)
+        self._too_large = {
+            name: size for name, (size, *_) in files.items() if (size or 0) > self._limits.max_file_bytes
+        }
         skipped = listing.skipped + found.skipped
         images = {entry.name: files[entry.name] for entry in found.entries}
         self.other_files = _other_files(files, {*images, *found.used, *(skip.place for skip in skipped)})
@@ -102,7 +99,7 @@ class FolderSource(Source):
             for entry in by_name[name]:
                 try:
                     record = self._read(entry)
-                    decode_image(record)
+                    decode_image(record, self._limits)
                     if with_captions:
                         decode_captions(record)
                     return True
@@ -136,6 +133,10 @@ class FolderSource(Source):
                 continue
 
     def _read(self, entry: Entry) -> Record:
+        for name in (entry.name, entry.text):
+            if name in self._too_large:
+                found = f"{self._too_large[name]:,} bytes, data.max_file_bytes is {self._limits.max_file_bytes:,}"
+                raise UnreadableExample("file too large", name, found)
         try:
             image = (self._root / entry.name).read_bytes()
         except OSError as error:
@@ -153,13 +154,6 @@ class FolderSource(Source):
         if self._first_line_only:
             lines = [line for line in lines if line.removeprefix(b"\xef\xbb\xbf").strip()][:1]
         return tuple(lines)
-
-
-def _root(path: epath.PathLike) -> epath.Path:
-    text = os.fspath(path)
-    if text.startswith("file://"):
-        text = urllib.parse.unquote(text.removeprefix("file://").removeprefix("localhost"))
-    return expanded(text)
 
 
 def _other_split(split: str, options: DataOptions) -> str | None:
