@@ -69,6 +69,11 @@ class Limits:
     image_size: int | None = None
 
 
+def is_decoded(image_format: str | None) -> bool:
+    """Returns whether `decode_image` opens files of a format, by Pillow's name."""
+    return image_format in _FORMATS
+
+
 def decode_image(record: Record, limits: Limits = Limits()) -> np.ndarray:
     """Decodes the image: upright, RGB, transparent parts on white.
 
