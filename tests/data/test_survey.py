@@ -78,9 +78,17 @@ def test_the_survey_is_json(everything):
 
 def test_the_remarks_name_the_key_that_helps(everything):
     remarks = "\n".join(advise(survey(everything, text_length=1), everything))
-    for key in ("data.caption_lines=first", "text.length", "caption_from=", ".svg", "same bytes", "centre square"):
+    for key in ("data.caption_lines=first", "text.length", "caption_from=", ".svg", "same bytes"):
         assert key in remarks
     assert "image_size" in remarks
+
+
+def test_images_that_lose_much_to_the_square(tmp_path):
+    for i in range(30):
+        write(tmp_path, f"{i}.png", encoded(i, (80, 40)), f"number {i}")
+    options = DataOptions(source="folder", path=str(tmp_path))
+    found = survey(options)
+    assert found.images.cropped == 30 and "centre square" in advise(found, options)[0]
 
 
 def test_a_plain_set_needs_no_remark(tmp_path):
