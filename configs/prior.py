@@ -129,6 +129,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.seed = 0
     sections.set_steps(config, row["steps"])
     config.tokenizer = dvae.get_config(row["tokenizer"])
+    sections.share_minutes(config, "tokenizer")
     config.tokenizer_from = placeholder(str)
     config.start_from = placeholder(str)
 

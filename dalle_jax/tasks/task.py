@@ -86,6 +86,7 @@ class Job:
         iterator has `get_state()` and `set_state()`, which describe the position after the last delivered batch. The
         state is a JSON value or bytes. An iterator that holds worker processes also has `close()`.
       eval_batches: creates one pass over this host's rows of the evaluation batches, which are always the same.
+      examples: number of examples of the training split, or None if unknown.
       data_counts: returns counts for the training log by name, such as "left_out/missing file" (see `Pipeline.counts`).
     """
 
@@ -93,6 +94,7 @@ class Job:
     train_batches: Callable[[], Iterator[Batch]]
     eval_batches: Callable[[], Iterable[Batch]]
     data_counts: Callable[[], Mapping[str, int]] = dict
+    examples: int | None = None
 
 
 def make_job(
@@ -124,6 +126,7 @@ def make_job(
         train_batches=lambda: iter(training),
         eval_batches=lambda: iter(evaluation),
         data_counts=training.counts,
+        examples=len(training.source),
     )
 
 
