@@ -104,7 +104,7 @@ class Progress:
             return None
         self._predicted = True
         steps = self._total - step
-        left = steps * seconds + (self.pauses or 0.0)
+        left = steps * (seconds + (self.pauses or 0.0) / (self._total - self._start))
         unknown = " (without evaluations and previews)" if self.pauses is None else ""
         self.note(f"{steps:,} more steps at {_short(seconds)}: about {duration(left)}{unknown}{until(left)}")
         return left

@@ -20,6 +20,7 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dalle_jax import compilation_cache
 from dalle_jax.checkpoints.workdir import has_checkpoint, has_config, read_config
 from dalle_jax.distributed.sharding import on_mesh
 from dalle_jax.distributed.turns import first_host_says, is_first
@@ -215,7 +216,8 @@ def measure(
         with contextlib.ExitStack() as cleanup:
             began = time.perf_counter()
             run = Run(config, str(folder), job, mesh, options, average, cleanup, out=io.StringIO())
-            _advance(run, 0, 1)
+            with compilation_cache.turned_off():  # the real update has other constants, so it is never cached
+                _advance(run, 0, 1)
             start = time.perf_counter() - began
             _advance(run, 1, _WARM_UP)
             done, seconds = 1 + _WARM_UP, _advance(run, 1 + _WARM_UP, _TIMED_STEPS)
