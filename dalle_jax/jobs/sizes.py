@@ -1,9 +1,9 @@
 """Fixes the sizes of a chain of trainings that follow its data set, once, at the beginning of a run.
 
-`steps`, `text.vocab_size` and `text.length` are None in the variants for your own images. With `minutes`, `steps` is
-planned later (training/budget.py). They are read from the
+`steps`, `text.vocab_size` and `text.length` are None in the variants for your own images. They are read from the
 `config.json` of a run that exists already, so that a resumed run repeats an uninterrupted one whatever its data set
-looks like by then. Otherwise the data set is measured and `configuration/size_rules.py` decides.
+looks like by then. Otherwise the data set is measured and `configuration/size_rules.py` decides. With `minutes`, `steps`
+is planned later (training/budget.py).
 """
 
 from __future__ import annotations
