@@ -91,9 +91,24 @@ def test_images_that_lose_much_to_the_square(tmp_path):
     assert found.images.cropped == 30 and "centre square" in advise(found, options)[0]
 
 
+def test_images_of_a_single_colour_as_the_model_sees_them(tmp_path):
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:, 50:] = 255  # outside of the centre square
+    for i in range(30):
+        PIL.Image.fromarray(pixels).save(tmp_path / f"{i}.png")
+    pixels[9, 30] = 1
+    PIL.Image.fromarray(pixels).save(tmp_path / "spot.png")
+    options = DataOptions(source="folder", path=str(tmp_path))
+    found = survey(options)
+    assert found.images.blank == 30 and any("single colour" in remark for remark in advise(found, options))
+
+
 def test_a_plain_set_needs_no_remark(tmp_path):
     for i in range(30):
-        write(tmp_path, f"{i}.png", encoded(i), f"number {i}")
+        PIL.Image.fromarray(np.arange(3072, dtype=np.uint8).reshape(32, 32, 3) + np.uint8(i)).save(
+            tmp_path / f"{i}.png"
+        )
+        (tmp_path / f"{i}.txt").write_text(f"number {i}")
     options = DataOptions(source="folder", path=str(tmp_path))
     found = survey(options, text_length=20)
     assert advise(found, options) == () and found.captions.tokens.share_cut == 0.0

@@ -9,6 +9,7 @@ import pytest
 
 from dalle_jax.aot.target import load_target
 from dalle_jax.configuration import config_files
+from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.errors import DataError
 from dalle_jax.jobs import data as data_job
 from dalle_jax.jobs import train as train_job
@@ -122,6 +123,14 @@ def test_a_training_begins_with_the_look(tmp_path, monkeypatch, logged):
     monkeypatch.setattr(train_job, "train", lambda config, workdir: trained.append(examples(tmp_path / "out")))
     train_job.run(training(write_images(tmp_path / "images", 30)), str(tmp_path / "out"))
     assert trained == [30] and logged[0].startswith("Data: ")
+
+
+@pytest.mark.parametrize("path, records", [("images", 2000), ("gs://bucket/images", 200)])
+def test_a_training_reads_little(path, records):
+    options = DataOptions(source="folder", path=path)
+    quick, thorough = data_job._effort(options, True), data_job._effort(options, False)
+    assert quick.records == records and thorough.records == 2000
+    assert min(quick.pixels / quick.records, thorough.pixels / thorough.records) >= 15_000
 
 
 def test_a_training_looks_once(tmp_path, logged):
