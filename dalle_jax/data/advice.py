@@ -89,7 +89,7 @@ def _on_images(images: ImageSurvey, options: DataOptions) -> Iterator[str]:
             "Crop or pad them if their captions mention the edges."
         )
     if images.blank > _BLANK * seen:
-        yield f"{images.blank:,} images have a single colour as the model sees them. Remove them, or crop them yourself."
+        yield f"{images.blank:,} images have a single colour as the model sees them. Remove or crop them."
     if images.in_both_splits and options.source in _OWN:
         yield (
             f"{images.in_both_splits:,} validation images are also training images (the same bytes), so validation "

@@ -120,7 +120,7 @@ def training(path):
 
 def test_a_training_begins_with_the_look(tmp_path, monkeypatch, logged):
     trained = []
-    monkeypatch.setattr(train_job, "train", lambda config, workdir: trained.append(examples(tmp_path / "out")))
+    monkeypatch.setattr(train_job, "train", lambda config, workdir, **_: trained.append(examples(tmp_path / "out")))
     train_job.run(training(write_images(tmp_path / "images", 30)), str(tmp_path / "out"))
     assert trained == [30] and logged[0].startswith("Data: ")
 
