@@ -24,8 +24,9 @@ from absl import flags, logging
 
 from dalle_jax.data import workers as worker_processes
 from dalle_jax.data.examples import ExampleMaker
+from dalle_jax.data.sources.decoding import decode_image
 from dalle_jax.data.sources.open import open_source
-from dalle_jax.data.sources.source import DataOptions, Source, UnreadableExample, decode_captions, decode_image
+from dalle_jax.data.sources.source import DataOptions, Source, UnreadableExample, decode_captions
 from dalle_jax.data.spread import Selected, evenly
 from dalle_jax.data.tally import Note, Tally
 from dalle_jax.data.text import TextModel
@@ -177,7 +178,7 @@ class Pipeline:
         for index in tried:
             try:
                 record = self.source.record(int(index))
-                decode_image(record)
+                decode_image(record, self._options.limits)
                 if with_captions:
                     decode_captions(record)
                 return

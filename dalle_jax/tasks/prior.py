@@ -212,9 +212,9 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     return make_job(task, config, options, rows, text_model, task.prior.layout)
 
 
-def abstract(config: ConfigDict) -> tuple[PriorTask, Batch]:
+def abstract(config: ConfigDict, tokenizer: ImageTokenizer | None = None) -> tuple[PriorTask, Batch]:
     """See `registry.abstract`. A split that is encoded in advance has 65,536 examples here."""
-    tokenizer = tokenizers.of_training(config.tokenizer)
+    tokenizer = tokenizer or tokenizers.of_training(config.tokenizer)
     params = zeros_like(tokenizer.init, jax.random.key(0))
     tokens = None
     if _encodes_once(config):
