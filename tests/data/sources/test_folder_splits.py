@@ -117,6 +117,21 @@ def test_neither_split_reads_the_folder_of_the_other(tmp_path):
     assert validation == 20 and train <= 20
 
 
+def test_a_third_split_does_not_read_the_training_folder(tmp_path):
+    fill(tmp_path, f"{many('car/', 40)} {many('bus/', 40)}")
+    others = opened(tmp_path, "validation", train_split="car", eval_split="bus")
+    assert names(others) and all(name.startswith("bus/") for name in names(others))
+
+
+def test_nothing_is_held_out_from_everything(tmp_path):
+    fill(tmp_path, f"{many('car/', 40)} {many('bus/', 40)}")
+    for split in ("validation", "car"):
+        with pytest.raises(DataError, match="data.train_split"):
+            opened(tmp_path, split, train_split="all")
+    assert len(opened(tmp_path, "all", train_split="all")) == 80
+    assert 60 < len(opened(tmp_path, "train", eval_split="all")) < 80
+
+
 def test_a_link_to_a_training_image_is_not_held_out(tmp_path):
     fill(tmp_path, "train/a.png train/b.png val/c.png")
     (tmp_path / "val" / "d.png").symlink_to(tmp_path / "train" / "a.png")
