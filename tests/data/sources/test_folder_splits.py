@@ -63,6 +63,11 @@ def test_classes_that_are_called_like_a_split(tmp_path, classes):
     assert all(any(name.startswith(each) for name in train) for each in classes.split())
 
 
+def test_held_out_folders_alone_are_no_splits(tmp_path):
+    fill(tmp_path, f"{many('validation/', 30)} {many('val/', 30)}")
+    assert sum(map(len, sides(tmp_path))) == 60
+
+
 @pytest.mark.parametrize("only", ["train", "validation", "train/x"])
 def test_a_folder_in_which_everything_is_has_no_splits(tmp_path, only):
     fill(tmp_path, many(f"{only}/", 30))
