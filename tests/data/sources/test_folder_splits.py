@@ -208,6 +208,10 @@ def test_identity_changes_with_the_examples(tmp_path):
         (tmp_path / name).write_bytes(content)
         assert (now := identity("all")) not in seen | {before}
         seen.add(now)
+    for name in ("0.txt", "2.png"):  # the same size at another time
+        os.utime(tmp_path / name, ns=(0, 1))
+        assert (now := identity("all")) not in seen
+        seen.add(now)
     fill(tmp_path, "", {"captions.csv": "file,caption\n2.png,two\n"})
     table = identity("all")
     fill(tmp_path, "", {"captions.csv": "file,caption\n2.png,owt\n"})
