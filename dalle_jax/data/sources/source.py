@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import types
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -20,6 +21,8 @@ from dalle_jax.data.sources.record import Record, UnreadableExample
 from dalle_jax.errors import ConfigError
 
 _AUGMENTS = ("none", "dvae", "prior")
+_CAPTION_LINES = ("all", "first")
+_CAPTION_FROM = ("files", "file_names", "folder_names")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,15 +30,19 @@ class DataOptions:
     """The data to read, and how to turn it into examples.
 
     Attributes:
-      source: "shapes_captions", "emoji_captions", "folder", "tar_shards", "coco_captions", "cub_captions", or any
-        other TFDS name ("name:1.0.0", …).
+      source: "shapes_captions", "emoji_captions", "folder", "tar_shards", "auto" (one of these two, see own.py),
+        "coco_captions", "cub_captions", or any other TFDS name ("name:1.0.0", …).
       image_size: height and width of the images in a batch, in pixels.
       augment: "none" (centre square, resized), "dvae" or "prior" (see augment.py); in training only.
       path: depends on source. "folder": the folder of images. "tar_shards": the folder of shards, or a glob.
         "coco_captions" and "cub_captions": your local copy of the data set (TFDS's `manual_dir`), until it is prepared.
       data_dir: directory of TFDS's prepared data sets; None means $DALLE_JAX_DATA or ~/.cache/dalle_jax/data.
       image_key: the TFDS feature that holds the image; "a/b" reads a nested feature.
-      caption_key: the TFDS feature that holds the caption or captions, in the same notation.
+      caption_key: the TFDS feature that holds the caption or captions, in the same notation. "folder": the key or
+        column of the captions table; "caption" stands for the usual names.
+      caption_lines: "folder": which lines of a caption's text file are captions, "all" or the "first" one.
+      caption_from: "folder": captions come from "files" (text files or a table), or are made from "file_names"
+        (`big_red-dog_01.png` becomes "big red dog") or from "folder_names" (the name of the image's folder).
       builder_kwargs: keyword arguments of the TFDS builder (the font, the image size, …).
       train_split: the split to train on.
       eval_split: the split to evaluate on.
@@ -53,6 +60,8 @@ class DataOptions:
     data_dir: str | None = None
     image_key: str = "image"
     caption_key: str = "caption"
+    caption_lines: str = "all"
+    caption_from: str = "files"
     builder_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     train_split: str = "train"
     eval_split: str = "validation"
@@ -65,14 +74,14 @@ class DataOptions:
     def __post_init__(self):
         check(
             self, "data", positive=["image_size", "max_file_bytes"], at_least_0=["workers"], below_1=["bpe_dropout"],
-            choices={"augment": _AUGMENTS},
+            choices={"augment": _AUGMENTS, "caption_lines": _CAPTION_LINES, "caption_from": _CAPTION_FROM},
         )  # fmt: skip
         if not 1 <= self.max_pixels <= MOST_PIXELS:
             raise ConfigError(f"config.data.max_pixels is {self.max_pixels}; expected 1 to {MOST_PIXELS}.")
-        if self.source in ("folder", "tar_shards") and not self.path:
-            held = "images" if self.source == "folder" else "shards"
+        if self.source in ("auto", "folder", "tar_shards") and not self.path:
+            held = {"folder": "images", "tar_shards": "shards"}.get(self.source, "images or tar shards")
             raise ConfigError(
-                f"config.data.source is {self.source!r}, which needs config.data.path: the {held}' folder."
+                f"config.data.source is {self.source!r}, which needs config.data.path: the folder of your {held}."
             )
 
     @property
@@ -127,14 +136,18 @@ class Source(abc.ABC):
 
     Attributes:
       description: the source and its split, for messages.
-      identity: a text unique to these examples if they can never change, else None.
+      identity: a text that changes with the examples; None if changes cannot be seen.
       left_out: examples that are known to be missing.
+      other_files: number of files passed over, by ending in lower case ({".svg": 248}).
+      captions_missing: why no example has a caption, and the remedy; None if some may have one.
       limits: the largest image that `source[index]` decodes.
     """
 
     description: str
     identity: str | None = None
     left_out: tuple[LeftOut, ...] = ()
+    other_files: Mapping[str, int] = types.MappingProxyType({})
+    captions_missing: str | None = None
     limits: Limits = Limits()
 
     @abc.abstractmethod
