@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import os
 from collections.abc import Iterable
 
 from etils import epath
@@ -29,9 +30,13 @@ def fingerprint(root: epath.Path, files: Iterable[epath.Path], more: Iterable[ob
     """
     found = hashlib.sha256(str(root).encode("utf-8", "surrogateescape"))
     for file in files:
-        facts = file.stat()
-        parts = "" if is_remote(file) else _parts(str(file), facts.length, facts.mtime)
-        row = f"\n{file.relative_to(root)} {facts.length} {facts.mtime} {parts}"
+        if is_remote(file):
+            facts = file.stat()
+            row = f"\n{file.relative_to(root)} {facts.length} {facts.mtime}"
+        else:
+            facts = os.stat(file)
+            parts = _parts(str(file), facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns)
+            row = f"\n{file.relative_to(root)} {facts.st_size} {facts.st_mtime_ns} {parts}"
         found.update(row.encode("utf-8", "surrogateescape"))
     found.update(repr(tuple(more)).encode())
     return found.hexdigest()[:12]
@@ -41,7 +46,8 @@ _FILES = (".jpg", ".txt")  # of these data sets; spares a look at each file
 
 
 @functools.lru_cache(maxsize=100_000)  # a source is opened several times in a run
-def _parts(path: str, length: int, mtime: float) -> str:
+def _parts(path: str, length: int, *times: int) -> str:
+    """Returns a hash of three blocks. The times, of the last change too, only distinguish entries of the cache."""
     with open(path, "rb") as file:
         found = hashlib.sha256()
         for start in (0, max(0, length // 2 - _BLOCK // 2), max(0, length - _BLOCK)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 import re
 from collections.abc import Iterable, Mapping
 
@@ -10,7 +11,7 @@ from absl import logging
 from etils import epath
 
 from dalle_jax.errors import DataError
-from dalle_jax.storage.files import expanded
+from dalle_jax.storage.files import expanded, is_remote
 
 _ENDINGS = (".tar", ".tar.gz", ".tgz")
 _SPLIT = re.compile(r"\w[\w-]*")  # TFDS's names of splits, of which "all" means all of them
@@ -88,7 +89,12 @@ def _by_glob(place: epath.Path, path: str) -> Shards:
     root, rest = epath.Path(*plain), place.parts[len(plain) :]
     if not root.is_dir() or not (place.exists() or any(map(_is_pattern, rest))):
         raise DataError(f"data.path is {path}, which is not a folder: give the folder with the shards, or a glob.")
-    found = [place] if place.exists() else root.glob("/".join(rest))
+    if place.exists():
+        found = [place]
+    elif is_remote(root):
+        found = root.glob("/".join(rest))
+    else:  # epath would read the characters of the root as a pattern, too
+        found = map(epath.Path, pathlib.Path(root).glob("/".join(rest)))
     return Shards(root, {"": _shards(found)})
 
 

@@ -101,8 +101,8 @@ def read_samples(
     Args:
       file: a seekable file; only its first bytes are read twice.
       wanted: selects samples by their key; the others are skipped.
-      caption_key: the key of the `.json` that holds the caption ("a/b" for a nested one). "caption" means the text file,
-        else the first of the usual keys. Any other key is preferred to the text file.
+      caption_key: the key of the `.json` that holds the caption ("a/b" for a nested one). "caption" means the text
+        file, else the first of the usual keys. Any other key is preferred to the text file.
       max_bytes: the most bytes of a member; larger ones are not read.
 
     Yields:

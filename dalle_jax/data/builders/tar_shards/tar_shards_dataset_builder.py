@@ -5,8 +5,8 @@
 Images are members with one of the usual endings. The caption is the content of the .txt (.caption, .cap), or "caption"
 in the .json; see reading.py. Shards may be compressed (.tar.gz, .tgz).
 
-Splits: if DIR holds the shards, a twentieth of the samples is "validation" and the rest is "train". A hash of a sample's
-key decides, so that no sample changes sides when others are added. If sub-folders hold the shards
+Splits: if DIR holds the shards, a twentieth of the samples is "validation" and the rest is "train". A hash of a
+sample's key decides, so that no sample changes sides when others are added. If sub-folders hold the shards
 (DIR/train/00000.tar), each sub-folder is the split of its name.
 
 The samples are copied once into TFDS's files, shard by shard and in order, which costs disk space. Reading the shards
@@ -156,7 +156,7 @@ def _is_held_out(key: str) -> bool:
 
 
 def _divide(shards: Sequence[epath.Path]) -> Mapping[str, Wanted]:
-    """Returns which keys each split holds. A few samples of which the hash holds out none give the one nearest to it."""
+    """Returns which keys each split holds. If the hash holds out none of a few samples, the nearest one is held out."""
     keys = set()
     for shard in shards:
         try:
