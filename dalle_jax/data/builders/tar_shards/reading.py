@@ -205,7 +205,7 @@ class _Undecided:
         return 1 if self._plain else len([key for key in self._dotted if key])
 
     def is_large(self) -> bool:
-        """Returns whether so many samples are held that their names are taken to hold dots."""
+        """Returns whether this many samples are held that their names are taken to hold dots."""
         return self._plain is None and len(self._dotted) > _MAX_UNDECIDED
 
     def take_ready(self) -> _Undecided:
