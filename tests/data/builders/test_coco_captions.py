@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 
@@ -10,8 +11,10 @@ import pytest
 import tensorflow_datasets as tfds
 import tiny_copies
 from absl import logging
+from etils import epath
 
 from dalle_jax.data.builders.coco_captions_local import Builder
+from dalle_jax.data.builders.made_from import fingerprint
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions
@@ -138,6 +141,18 @@ def test_another_local_copy_is_prepared_too(tmp_path, copy):
     tiny_copies.coco(tmp_path / "larger", train=9)
     assert len(open_source(options(tmp_path, path="larger"), "train")) == 9
     assert len(open_source(options(tmp_path), "train")) == 8
+
+
+def test_the_path_is_part_of_the_fingerprint(tmp_path):
+    """Two copies with equal files of equal times are kept apart, because the images in them may differ."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "table").write_text("same")
+        os.utime(tmp_path / name / "table", (1, 1))
+    one, two = (
+        fingerprint(epath.Path(tmp_path / name), [epath.Path(tmp_path / name / "table")]) for name in ("one", "two")
+    )
+    assert one != two
 
 
 def test_a_copy_that_was_incomplete_is_prepared_again(tmp_path, copy):
