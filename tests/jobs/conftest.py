@@ -1,11 +1,11 @@
 """A chain of trainings in which nothing is trained."""
 
 import pytest
+from own_images import TINY_CLIP, TINY_DVAE, TINY_PRIOR, Trained, make_folder
 
 from dalle_jax.aot.target import load_target
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.jobs import train as train_job
-from own_images import TINY_CLIP, TINY_DVAE, TINY_PRIOR, Trained, make_folder
 
 
 @pytest.fixture
@@ -13,7 +13,7 @@ def trained(monkeypatch):
     """The (configuration, workdir) of each training that would run; the first one raises `Trained`."""
     seen = []
 
-    def train(config, workdir):
+    def train(config, workdir, **_):
         seen.append((config, workdir))
         raise Trained
 
