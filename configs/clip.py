@@ -78,7 +78,7 @@ VARIANTS = {
         patch=8, embed_dim=128, batch_size=256, steps=200, overrides=[cpu],
     ),
     "small": dict(
-        doc="your own images (data.path), 32 or 64 pixels; a laptop or a small GPU",
+        doc="your own images (data.path), 32 or 64 pixels; a laptop or small GPU, time by their number",
         data=dict(sections.OWN, bpe_dropout=0.1), text=dict(vocab_size=None, length=None),
         image_tower=dict(width=128, depth=3, heads=4), text_tower=dict(width=96, depth=2, heads=2),
         patch=8, embed_dim=128, batch_size=128,

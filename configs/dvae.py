@@ -73,7 +73,7 @@ VARIANTS = {
         batch_size=32, steps=1000, overrides=[cpu],
     ),
     "small": dict(
-        doc="your own images (data.path), 32 or 64 pixels; a laptop or a small GPU",
+        doc="your own images (data.path), 32 or 64 pixels; a laptop or small GPU, time by their number",
         data=sections.OWN,
         model=dict(vocab_size=2048, hidden=160, codebook_dim=160, min_log_scale=-0.5, **SMALL_MODEL),
         batch_size=32, steps=None, from_data=dict(passes=10, min_steps=1000, max_steps=4000), overrides=[cpu],

@@ -95,7 +95,7 @@ VARIANTS = {
         trunk=dict(width=192, depth=6, heads=6), kernel=3, batch_size=4, steps=5000, overrides=[cpu],
     ),
     "small": dict(
-        doc="your own images (data.path), 32 or 64 pixels; a laptop or a small GPU",
+        doc="your own images (data.path), 32 or 64 pixels; a laptop or small GPU, time by their number",
         tokenizer="small", data=dict(sections.OWN, bpe_dropout=0.1), text=dict(vocab_size=None, length=None),
         trunk=dict(width=192, depth=6, heads=6), kernel=3, batch_size=4,
         steps=None, from_data=dict(passes=40, min_steps=1500, max_steps=20_000), overrides=[cpu],

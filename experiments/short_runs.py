@@ -84,6 +84,15 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
         ],
     }  # fmt: skip
     own_images = {
+        "dvae:small": ["dvae.py:small", *STEPS, *PATCHES, f"data.path={folder}"],
+        "prior:small": [
+            "prior.py:small", *STEPS, *SMALL_TRUNK, *under("tokenizer.", STEPS + PATCHES), f"data.path={folder}",
+            f"tokenizer.workdir={work}/dvae:small",
+        ],
+        "maskgit:small": [
+            "maskgit.py:small", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:small", f"data.path={folder}",
+        ],
+        "clip:small": ["clip.py:small", *STEPS, *SMALL_CLIP, f"data.path={folder}"],
         "dvae:folder": [
             "dvae.py:folder", *STEPS, *SMALL_DVAE, f"data.path={folder}", "data.image_size=64", "data.workers=0",
         ],

@@ -29,7 +29,8 @@ def config_file(tmp_path):
             def get_config(variant="small"):
                 if variant not in ("small", "large"):
                     raise ConfigError(f"a.py has no variant {variant!r}; it has: small, large.")
-                return ConfigDict({"job": "train", "steps": 3, "workdir": "runs/a", "model": {"width": 3}})
+                return ConfigDict({"job": "train", "steps": 3, "workdir": "runs/a", "model": {"width": 3},
+                                   "rate": 0.5, "fast": False})
         """)
     )
     return path
@@ -71,7 +72,12 @@ def test_dispatches_with_overrides(command, config_file):
     [
         (["--config=FILE", "--config.modle.width=3"], '"model"'),
         (["--config=FILE", "--config.model.widht=3"], "--config.model.widht=3"),
+        (["--config=FILE", "--config.model.widht=3"], "'model.widht' (did you mean \"model.width\"?)"),
         (["--config=FILE", "--config.zzz=3"], "'zzz'"),
+        (["--config=FILE", "--config.steps=abc"], "--config.steps=abc: expected a whole number"),
+        (["--config=FILE", "--config.rate=abc"], "--config.rate=abc: expected a number"),
+        (["--config=FILE", "--config.fast=abc"], "--config.fast=abc: expected true or false"),
+        (["--config=FILE", "--config.model=3"], "--config.model=3: expected one of the keys"),
         (["--config=FILE", "--config.steps=many"], "--config.steps=many"),
         (["--config=FILE", "--config.job=dance"], "config.job='dance'"),
         (["--config=FILE:huge"], "'huge'"),

@@ -14,6 +14,13 @@ from dalle_jax.errors import ConfigError, UserError
 
 # Packages and modules that read flags and config files.
 _ABSL, _ML_COLLECTIONS = (pathlib.Path(package.__file__).parent for package in (absl, ml_collections))
+# Part of a message about a flag's value: the kind of value that was expected.
+_EXPECTED = {
+    "literal for int": "a whole number",
+    "string to float": "a number",
+    "Non-boolean": "true or false",
+    "as a ConfigDict": "one of the keys inside this section, such as --config.mesh.data=1",
+}
 _CONFIG_FILES = pathlib.Path(__file__).with_name("config_files.py")
 
 
@@ -69,7 +76,13 @@ def explain_flag_error(error: Exception, argv: Sequence[str]) -> Exception:
         return ConfigError(f"{config}: no such file; run from the repository's root, or give its whole path.")
     if isinstance(error, (KeyError, AttributeError)) and (key := re.search(r"'(\w+)'", text)):
         given = next((arg for arg in argv if f".{key[1]}" in arg), "The command")
-        near = re.search(r'Did you mean ("\w+")', text)
-        hint = f" (did you mean {near[1]}?)" if near else ""
-        return ConfigError(f"{given}: the configuration has no key {key[1]!r}{hint}.")
+        near = re.search(r'Did you mean "(\w+)"', text)
+        outer = re.match(rf"--config\.((?:\w+\.)*?){key[1]}\b", given)
+        section = outer[1] if outer else ""
+        hint = f' (did you mean "{section}{near[1]}"?)' if near else ""
+        return ConfigError(f"{given}: the configuration has no key {section + key[1]!r}{hint}.")
+    if flag := re.match(r"flag (--config\.[\w.]+)=(.*?): ", text):
+        expected = next((kind for found, kind in _EXPECTED.items() if found in text), None)
+        if expected:
+            return ConfigError(f"{flag[1]}={flag[2]}: expected {expected}.")
     return ConfigError(" ".join(text.split()))

@@ -166,7 +166,7 @@ def text(vocab_size: int | None, length: int | None) -> ConfigDict:
     return ConfigDict({**sizes, "path": placeholder(str)})
 
 
-# Keys of `data` that each training has for itself: its augmentations.
+# Keys of `data` that belong to one training alone: its augmentations.
 OWN_DATA_KEYS = ("augment", "bpe_dropout")
 
 
@@ -183,7 +183,7 @@ def follow_data(tokenizer: ConfigDict, data: ConfigDict) -> None:
         if key in OWN_DATA_KEYS:
             continue
         section = data[key]
-        del tokenizer.data[key]  # else a reference of its own type would stay
+        del tokenizer.data[key]  # else the old type would stay
         if isinstance(section, ConfigDict):
             tokenizer.data[key] = ConfigDict({name: section.get_oneway_ref(name) for name in section})
         else:

@@ -24,6 +24,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from dalle_jax.configuration.options import check
 from dalle_jax.errors import ConfigError
 from dalle_jax.evaluation import feature_extractors
 from dalle_jax.evaluation.feature_extractors import FeatureExtractor
@@ -70,6 +71,9 @@ class Options:
     candidate_captions: int = 128
     inception: str | None = None
     inception_resize: str = "bilinear_tf1"
+
+    def __post_init__(self):
+        check(self, "metrics", at_least_0=["candidates"], positive=["candidate_captions"])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ found at the beginning is found here: the whole program is traced with the shape
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Collection, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -36,7 +37,7 @@ from dalle_jax.optim import optimizers
 from dalle_jax.storage.files import access, expanded, make_workdir
 from dalle_jax.tasks import registry
 from dalle_jax.training.step import make_init
-from dalle_jax.training.validation import validate
+from dalle_jax.training.validation import mesh_and_options, validate
 from dalle_jax.training.warm_start import check_start_from
 
 _LOOKED_AT = 100  # examples
@@ -66,9 +67,15 @@ def check_config(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) 
     earlier.check_resumes(config, workdir)
     config = with_largest(config)
     tokenizer = _existing_tokenizer(config, workdir, ahead)
-    if "tokenizer" in config and tokenizer is None:
-        _try(config.tokenizer, None)
-    _try(config, tokenizer)
+    own = "tokenizer" in config and tokenizer is None
+    parts = {"tokenizer.": config.tokenizer, "": config} if own else {"": config}
+    for prefix, part in parts.items():
+        with _prefixed(prefix):
+            validate(part)
+            registry.check_config(part)
+    for prefix, part in parts.items():
+        with _prefixed(prefix):
+            _trace(part, None if prefix else tokenizer)
 
 
 def _existing_tokenizer(config: ConfigDict, workdir: str, ahead: Collection[str]) -> ImageTokenizer | None:
@@ -83,24 +90,32 @@ def _existing_tokenizer(config: ConfigDict, workdir: str, ahead: Collection[str]
     return None
 
 
-def _try(config: ConfigDict, tokenizer: ImageTokenizer | None) -> None:
-    """Validates one training, and traces its initialisation, its loss and its optimizer with shapes alone."""
-    where = "config." if config.task != "dvae" else "config of the image tokenizer: "
-    mesh, options, average = validate(config)
-    registry.check_config(config)
-    task, batch = registry.abstract(config, tokenizer)
+@contextlib.contextmanager
+def _prefixed(prefix: str) -> Iterator[None]:
+    """Writes whole keys into the messages about the training of a tokenizer: "config.tokenizer.model.hidden"."""
+    try:
+        yield
+    except UserError as error:
+        if not prefix:
+            raise
+        raise type(error)(str(error).replace("config.", f"config.{prefix}")) from error
+
+
+def _trace(config: ConfigDict, tokenizer: ImageTokenizer | None) -> None:
+    """Traces initialisation, loss and optimizer of one training with the shapes of their arrays."""
+    mesh, options, average = mesh_and_options(config)
     optimizer = optimizers.make_optimizer(options)
     try:
+        task, batch = registry.abstract(config, tokenizer)
         _, state = make_init(task, optimizer, average, mesh, config.seed)
-        step = jax.ShapeDtypeStruct((), jnp.int32)
-        key = jax.eval_shape(jax.random.key, 0)
+        step, key = jax.ShapeDtypeStruct((), jnp.int32), jax.eval_shape(jax.random.key, 0)
         with on_mesh(mesh):
             jax.eval_shape(task.loss, state.params, task.frozen, batch, key, step)
             jax.eval_shape(optimizer.update, state.params, state.opt_state, state.params)
     except UserError:
         raise
     except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"{where}model, data and text do not fit each other: {error}") from error
+        raise ConfigError(f"config.model, config.data and config.text do not fit each other: {error}") from error
 
 
 def check_data(config: ConfigDict) -> None:

@@ -2,8 +2,8 @@
 
 `steps`, `text.vocab_size` and `text.length` are None in the variants for your own images. They are read from the
 `config.json` of a run that exists already, so that a resumed run repeats an uninterrupted one whatever its data set
-looks like by then. Otherwise the data set is measured and `configuration/size_rules.py` decides. With `minutes`, `steps`
-is planned later (training/budget.py).
+looks like by then. Otherwise the data set is measured and `configuration/size_rules.py` decides. With `minutes`,
+`steps` is planned later (training/budget.py).
 """
 
 from __future__ import annotations

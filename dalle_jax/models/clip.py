@@ -98,7 +98,7 @@ class CLIPOptions:
     dtype: str = "float32"
 
     def __post_init__(self):
-        sizes = [f"{tower}_{size}" for tower in ("image", "text") for size in ("width", "heads")]
+        sizes = [f"{tower}_{size}" for tower in ("image", "text") for size in ("width", "depth", "heads")]
         choices = {"activation": ACTIVATIONS, "image_readout": READOUTS}
         check(self, "model", positive=[*sizes, "patch", "embed_dim", "image_positions"], choices=choices)
         if self.image_size % self.patch:

@@ -99,7 +99,7 @@ class TransformerOptions:
         choices = {"norm": NORMS, "activation": ACTIVATIONS, "positions": POSITIONS, "remat": REMAT}
         choices["attention_kernel"] = splash.KERNELS
         sizes = ["width", "depth", "heads"]
-        check(self, "model.trunk", positive=sizes, at_least_0=["head_dim"], share=["dropout"], choices=choices)
+        check(self, "model.trunk", positive=sizes, at_least_0=["head_dim"], below_1=["dropout"], choices=choices)
         if self.hidden < 1:
             raise ConfigError(
                 f"config.model.trunk.mlp_ratio is {self.mlp_ratio}, which leaves no hidden unit at width {self.width}; "

@@ -14,6 +14,7 @@ run resumes.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -58,6 +59,9 @@ class OptimizerOptions:
             self, "optimizer", positive=["accumulate_steps", "eps"], at_least_0=["clip_norm", "weight_decay"],
             below_1=["b1", "b2"], choices=choices,
         )  # fmt: skip
+        for name, scale in self.scales.items():
+            if not 0 <= scale < math.inf:
+                raise ConfigError(f"config.optimizer.scales.{name} is {scale!r}; expected a number of 0 or more.")
 
 
 def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:

@@ -80,6 +80,7 @@ class MaskGITOptions:
 
     def __post_init__(self):
         masking.check_schedule(self.mask_schedule)
+        check(self, "model", at_least_0=["choice_temperature"])
         choices = {"order": masking.ORDERS, "head": HEADS}
         shares = ["label_smoothing", "unmasked_weight", "caption_drop"]
         kernel = ["neighbour_kernel"]

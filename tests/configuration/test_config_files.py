@@ -1,5 +1,6 @@
 """Every config file and variant loads, and the code accepts its sections."""
 
+import dataclasses
 import pathlib
 import sys
 
@@ -11,6 +12,7 @@ from flax import traverse_util
 from dalle_jax.configuration import config_files
 from dalle_jax.configuration.options import from_config
 from dalle_jax.configuration.sections import COCO, CUB, TAR_SHARDS, section
+from dalle_jax.configuration.size_rules import open_sizes, with_largest
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.distributed.rows import check_batch
@@ -36,8 +38,9 @@ ROWS = [(name, variant) for name in TRAININGS for variant in load(name).VARIANTS
 
 
 def check_training(config, name):
+    config = with_largest(config)
     data = config.data.copy_and_resolve_references()
-    if data.source in ("folder", "tar_shards"):
+    if data.source in ("auto", "folder", "tar_shards"):
         data.path = "somewhere"
     options = from_config(DataOptions, data, "data")
     for key, numbers in config.schedules.items():
@@ -59,6 +62,7 @@ def test_trainings(name, variant):
     config = load(name).get_config(variant)
     assert (config.job, config.task, config.variant) == ("train", TRAININGS[name], variant)
     options = check_training(config, name)
+    config = with_largest(config)
     if name == "clip":
         sizes = clip.options_of_training(config, config.text.vocab_size)
         assert config.optimizer.accumulate_steps == 1
@@ -90,15 +94,18 @@ def numbers_of(config):
 @pytest.mark.parametrize("name, variant", ROWS, ids=[":".join(row) for row in ROWS])
 def test_schedules_follow_the_length_of_the_training(name, variant):
     config = load(name).get_config(variant)
+    config.steps = config.steps or 2000  # None: by the size of the data set
     before = numbers_of(config)
     config.steps *= 3
     after = numbers_of(config)
     follow = {key for key in after if after[key] != before[key]} - {"steps", "cadence/log"}
     rate = "schedules/learning_rate"
-    if variant in ("shapes", "emoji"):
+    if variant in ("shapes", "emoji", "small", "folder"):
         expected = {f"{rate}/steps", "cadence/eval", "cadence/preview", "cadence/checkpoint"}
         expected |= {"schedules/temperature/steps"} if name == "dvae" else set()
         expected |= {f"{rate}/warmup_steps"} if name in ("prior", "maskgit") else set()
+        if variant == "folder":
+            expected |= {"dvae": {"schedules/kl_weight/steps"}, "clip": {f"{rate}/warmup_steps"}}.get(name, set())
     else:
         expected = {f"{rate}/steps"} if name == "clip" else set()
         if name == "dvae" and variant != "paper":
@@ -110,6 +117,53 @@ def test_schedules_follow_the_length_of_the_training(name, variant):
         part.update_from_flattened_dict({value: 5})  # alone
         assert numbers_of(config) == after | {key: 5}
         after[key] = 5
+
+
+@pytest.mark.parametrize("name", TRAININGS)
+@pytest.mark.parametrize("variant", ["small", "folder"])
+def test_sizes_that_follow_the_data(name, variant):
+    """They are open, and so is every number that depends on them, until they are set."""
+    config = load(name).get_config(variant)
+    config.lock()
+    sizes = ["steps"] + ([] if name == "dvae" else ["text.vocab_size", "text.length"])
+    assert open_sizes(config) == sizes
+    numbers = numbers_of(config)
+    assert numbers["schedules/learning_rate/steps"] is None and numbers["cadence/eval"] is None
+    if name in ("prior", "maskgit"):
+        assert open_sizes(config.tokenizer) == ["steps"]
+    fixed = with_largest(config)
+    assert not open_sizes(fixed) and None not in numbers_of(fixed).values()
+    assert open_sizes(config) == sizes, "the given one is unchanged"
+    config.steps = 7
+    assert open_sizes(config) == sizes[1:] and with_largest(config).steps == 7
+
+
+@pytest.mark.parametrize("name", ["prior", "maskgit"])
+@pytest.mark.parametrize("variant", ["small", "shapes"])
+def test_the_tokenizers_data_follow_the_priors(name, variant):
+    """Every key of `data` holds for both trainings, unless it is set for the tokenizer."""
+    other = {int: 7, str: "other", bool: True, float: 0.25, type(None): "other"}
+    for field in dataclasses.fields(DataOptions):
+        config = load(name).get_config(variant)
+        config.lock()
+        if field.name == "builder_kwargs":
+            if variant == "shapes":
+                config.data.builder_kwargs.num_train = 3
+                assert config.tokenizer.data.builder_kwargs.num_train == 3
+                config.tokenizer.data.builder_kwargs.num_train = 4
+                assert config.data.builder_kwargs.num_train == 3
+            continue
+        before = config.tokenizer.data[field.name]
+        value = not config.data[field.name] if type(config.data[field.name]) is bool else None
+        value = other[type(config.data[field.name])] if value is None else value
+        config.data[field.name] = value
+        own = field.name in ("augment", "bpe_dropout")
+        assert config.tokenizer.data[field.name] == (before if own else value), field.name
+        resolved = config.copy_and_resolve_references()
+        assert resolved.tokenizer.data[field.name] == (before if own else value)
+        if before is not None:
+            config.tokenizer.data[field.name] = before
+            assert config.data[field.name] == value, f"{field.name} can be set for the tokenizer alone"
 
 
 def test_the_papers_numbers():

@@ -29,6 +29,7 @@ DERIVED = {
     "evaluate": {"metrics.seed"}
     | {f"data.{key}" for key in ("image_size", "augment", "train_split", "eval_split")}
     | {f"data.{key}" for key in ("cache", "workers", "bpe_dropout")},
+    "data": {f"data.{key}" for key in ("augment", "cache", "workers", "bpe_dropout")},
 }
 # Values that differ from every default, as they stand on a command line, and as they arrive.
 GIVEN = {int: ("7", 7), float: ("0.5", 0.5), str: ("word", "word"), bool: ("true", True), tuple: ("(3, 4)", (3, 4))}
@@ -51,6 +52,8 @@ def options_of(config):
         found = {"": Protocol, "sampling": SamplingOptions, "metrics": Options}
         found |= {"data": DataOptions} if "data" in config else {}
         derived = DERIVED["evaluate"]
+    elif config.job == "data":
+        found, derived = {"data": DataOptions}, DERIVED["data"]
     elif config.job == "quickstart":
         found, derived, inner = {"maskgit_sampling": SamplingOptions}, set(), ["prior", "maskgit", "clip", "evaluate"]
     else:

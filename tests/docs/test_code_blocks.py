@@ -267,7 +267,7 @@ def _tiny(command):
     """The overrides that shrink a command of `dalle_jax.main`; `DIR` becomes a folder of a few images."""
     file, variant = re.search(r"configs/(\w+)\.py:?([\w.]*)", " ".join(command)).groups()
     under, few = short_runs.under, short_runs.FEW_SHAPES
-    small = variant in ("", "shapes", "emoji")
+    small = variant in ("", "shapes", "emoji", "small")
     dvae, prior = (_DVAE, _PRIOR) if small else (_LARGE_DVAE, _LARGE_PRIOR)
     data = [] if variant else few
     options = {

@@ -78,9 +78,10 @@ class TfdsSource(Source):
             TypeError,
             ValueError,
         ) as error:
+            found = str(error).partition("\nAvailable datasets")[0].rstrip(".")  # there are hundreds of them
             raise DataError(
                 f"The TFDS data set {options.source!r} (split {split!r}, in {data_dir}) cannot be opened: "
-                f"{error}. "
+                f"{found}. "
                 "Give a TFDS name with an image and a caption feature, or 'folder' with data.path."
             ) from error
         self._image_key, self._caption_key = options.image_key.split("/"), caption_key.split("/")

@@ -1,0 +1,60 @@
+"""A chain of trainings in which nothing is trained."""
+
+import pytest
+from own_images import TINY_CLIP, TINY_DVAE, TINY_PRIOR, Trained, make_folder
+
+from dalle_jax.aot.target import load_target
+from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.jobs import train as train_job
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The (configuration, workdir) of each training that would run; the first one raises `Trained`."""
+    seen = []
+
+    def train(config, workdir, **_):
+        seen.append((config, workdir))
+        raise Trained
+
+    monkeypatch.setattr(train_job, "train", train)
+    return seen
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A folder of 24 captioned images."""
+    return make_folder(tmp_path_factory.mktemp("own") / "images")
+
+
+@pytest.fixture
+def load(folder, tmp_path, monkeypatch):
+    """Returns a function that loads "prior.py:small" with tiny sizes and this folder; workdirs are in `tmp_path`."""
+    monkeypatch.chdir(tmp_path)
+    root = train_job.__file__.rpartition("/dalle_jax/")[0]
+
+    def load(target, **changes):
+        config = load_target(f"{root}/configs/{target}")
+        tiny = {"dvae": TINY_DVAE, "clip": TINY_CLIP, "prior": TINY_PRIOR}[config.task]
+        if "tokenizer" in config:
+            config.tokenizer.update_from_flattened_dict(TINY_DVAE)
+        config.update_from_flattened_dict(tiny)
+        if not config.data.path and config.data.source in ("auto", "folder"):
+            config.data.path = folder
+        config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
+        return config
+
+    return load
+
+
+@pytest.fixture
+def pretend(monkeypatch):
+    """Returns a function that makes a workdir look like a training that has reached a step."""
+    steps = {}
+
+    def latest_step(workdir):
+        return steps.get(str(workdir))
+
+    monkeypatch.setattr("dalle_jax.jobs.earlier.latest_step", latest_step)
+    monkeypatch.setattr(workdirs, "is_complete", lambda workdir, config: steps.get(str(workdir), -1) >= config["steps"])
+    return steps
