@@ -1,7 +1,8 @@
 """CLIP, which scores how well an image fits a caption (arXiv 2103.00020): the reranker, and a feature extractor.
 
     python -m dalle_jax.main --config=configs/clip.py                  # shapes: embedded data, a laptop's CPU
-    python -m dalle_jax.main --config=configs/clip.py:folder --config.data.path=DIR
+    python -m dalle_jax.main --config=configs/clip.py:small --config.data.path=DIR   # your own images, 32 pixels
+    python -m dalle_jax.main --config=configs/clip.py:folder --config.data.path=DIR  # the same, 128 pixels, a GPU
     python -m dalle_jax.main --config=configs/clip.py --help           # all variants, and the keys that people set
 
 `shapes` differs from OpenAI's recipe in three options, which the other variants have off. The image tower's positions
@@ -15,14 +16,19 @@ paper's evaluation sets. They learn from the training splits alone, so they have
 The loss compares the whole batch, over all devices, so `optimizer.accumulate_steps` must stay 1. The table in
 experiments/results/compile/compile.md has memory and step time of `vit_b32` for each topology.
 
-Measured: shapes and emoji, see README.md and experiments/results/. Not yet measured: folder, coco, cub, vit_b32.
+`small` and `folder` fix number of updates, text vocabulary and text length by the size of the data set (`from_data`).
+To rank a prior's images, give them its text model: `--config.text.path=PRIOR/text/sentencepiece.model`.
+
+Measured: shapes and emoji, see README.md and experiments/results/. Not yet measured: the others.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from dalle_jax.configuration import sections
 from dalle_jax.configuration.config_files import choose
 from dalle_jax.configuration.sections import schedule, section
+from dalle_jax.configuration.size_rules import SizeRules
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.models.clip import CLIPOptions
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
@@ -36,6 +42,14 @@ def cpu(steps):
         "optimizer.clip_norm": 1.0,
         "schedules.learning_rate": schedule("warmup_cosine", peak=3e-3, end=3e-5, warmup_steps=20, steps=steps),
         **sections.cadence((steps + 3) // 4),
+    }
+
+
+def one_gpu(steps):
+    """Overrides for a training whose length follows the size of a data set."""
+    return {
+        "schedules.learning_rate": schedule("warmup_cosine", peak=5e-4, end=0.0, warmup_steps=steps // 20, steps=steps),
+        **sections.cadence((steps + 19) // 20),
     }
 
 
@@ -63,11 +77,20 @@ VARIANTS = {
         image_tower=dict(width=128, depth=3, heads=4), text_tower=dict(width=96, depth=2, heads=2),
         patch=8, embed_dim=128, batch_size=256, steps=200, overrides=[cpu],
     ),
+    "small": dict(
+        doc="your own images (data.path), 32 or 64 pixels; a laptop or a small GPU",
+        data=dict(sections.OWN, bpe_dropout=0.1), text=dict(vocab_size=None, length=None),
+        image_tower=dict(width=128, depth=3, heads=4), text_tower=dict(width=96, depth=2, heads=2),
+        patch=8, embed_dim=128, batch_size=128,
+        steps=None, from_data=dict(passes=15, min_steps=150, max_steps=2000), overrides=[cpu],
+    ),
     "folder": dict(
         doc="your own images (data.path), 128 pixels; one GPU, not yet measured",
-        data=dict(sections.FOLDER, image_size=128, **AUGMENTED), text=dict(vocab_size=8192, length=64),
+        data=dict(sections.FOLDER, image_size=128, **AUGMENTED), text=dict(vocab_size=None, length=None),
         image_tower=dict(width=384, depth=8, heads=6), text_tower=dict(width=384, depth=6, heads=6),
-        patch=16, embed_dim=256, batch_size=512, steps=50_000,
+        patch=16, embed_dim=256, batch_size=512,
+        steps=None, from_data=dict(sections.LARGER_TEXT, passes=60, min_steps=1000, max_steps=50_000),
+        overrides=[one_gpu],
     ),
     "coco": dict(
         doc="MS-COCO, 62 epochs of 82,783 images; one GPU or TPU host, not yet measured",
@@ -92,6 +115,7 @@ VARIANTS = {
 _TOWER = ("width", "depth", "heads")
 
 KEYS = sections.TRAINING_KEYS | {
+    "start_from": "workdir of another CLIP: start from its parameters and text model",
     "text.path": "file of a text model to use; a prior's scores need the prior's text model",
     "model.image_width": "width of the image tower; depth and heads are next to it",
     "model.text_width": "width of the text tower",
@@ -109,6 +133,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.workdir = f"runs/clip-{variant}"
     config.seed = 0
     steps = sections.set_steps(config, row["steps"])
+    if "from_data" in row:
+        config.from_data = section(SizeRules, **row["from_data"])
+    config.start_from = placeholder(str)
 
     config.data = section(DataOptions, **row["data"])
     config.text = sections.text(**row["text"])

@@ -1,7 +1,8 @@
 """The image tokenizer: a discrete VAE trained by Gumbel-softmax relaxation (DALL-E, stage one).
 
     python -m dalle_jax.main --config=configs/dvae.py                  # shapes: embedded data, a laptop's CPU
-    python -m dalle_jax.main --config=configs/dvae.py:folder --config.data.path=DIR
+    python -m dalle_jax.main --config=configs/dvae.py:small --config.data.path=DIR   # your own images, 32 pixels
+    python -m dalle_jax.main --config=configs/dvae.py:folder --config.data.path=DIR  # the same, 128 pixels, a GPU
     python -m dalle_jax.main --config=configs/dvae.py --help           # all variants, and the keys that people set
 
 `paper` has the published size and the numbers of appendix A. `coco` and `cub` have the paper's 256 pixels, codes and
@@ -9,14 +10,19 @@
 Their codes start from clusters of patches (dalle_jax/image_tokenizers/kmeans_init.py), because a few thousand updates
 are too few for the paper's start. Their encoder then moves slowly while the decoder learns the codes.
 
-Measured: shapes and emoji, see README.md and experiments/results/. Not yet measured: folder, coco, cub, paper.
+`small` and `folder` fix their number of updates by the size of the data set (`from_data`), once, at the beginning.
+`--config.steps=N` sets it instead.
+
+Measured: shapes and emoji, see README.md and experiments/results/. Not yet measured: the others.
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from dalle_jax.configuration import sections
 from dalle_jax.configuration.config_files import choose
 from dalle_jax.configuration.sections import schedule, section
+from dalle_jax.configuration.size_rules import SizeRules
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.image_tokenizers.dvae import DVAEOptions
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
@@ -41,6 +47,14 @@ def cpu(steps):
     }
 
 
+def one_gpu(steps):
+    """Overrides for a training whose length follows the size of a data set."""
+    return {
+        "schedules.kl_weight": schedule("cosine", start=0.0, end=6.6, steps=steps // 10),
+        **sections.cadence((steps + 19) // 20),
+    }
+
+
 # The paper's schedules end before its training does.
 PAPER = {"schedules.learning_rate.steps": 1_200_000, "schedules.temperature.steps": 150_000}
 
@@ -58,9 +72,16 @@ VARIANTS = {
         model=dict(vocab_size=2048, hidden=160, codebook_dim=160, min_log_scale=-0.5, **SMALL_MODEL),
         batch_size=32, steps=1000, overrides=[cpu],
     ),
+    "small": dict(
+        doc="your own images (data.path), 32 or 64 pixels; a laptop or a small GPU",
+        data=sections.OWN,
+        model=dict(vocab_size=2048, hidden=160, codebook_dim=160, min_log_scale=-0.5, **SMALL_MODEL),
+        batch_size=32, steps=None, from_data=dict(passes=10, min_steps=1000, max_steps=4000), overrides=[cpu],
+    ),
     "folder": dict(
         doc="your own images (data.path), 128 pixels; one GPU, not yet measured",
-        data=dict(sections.FOLDER, image_size=128, augment="dvae"), model=HALF_WIDTH, batch_size=64, steps=300_000,
+        data=dict(sections.FOLDER, image_size=128, augment="dvae"), model=HALF_WIDTH,
+        batch_size=64, steps=None, from_data=dict(passes=60, min_steps=5000, max_steps=60_000), overrides=[one_gpu],
     ),
     "coco": dict(
         doc="MS-COCO, 77 epochs of 82,783 images; one GPU or TPU host, not yet measured",
@@ -78,6 +99,7 @@ VARIANTS = {
 }  # fmt: skip
 
 KEYS = sections.TRAINING_KEYS | {
+    "start_from": "workdir of another image tokenizer: start from its parameters",
     "model.vocab_size": "number of codes",
     "model.hidden": "width of the first group of blocks",
     "schedules.learning_rate.end": "step size at the end",
@@ -94,6 +116,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.workdir = f"runs/dvae-{variant}"
     config.seed = 0
     steps = sections.set_steps(config, row["steps"])
+    if "from_data" in row:
+        config.from_data = section(SizeRules, without=["max_vocab_size", "max_text_length"], **row["from_data"])
+    config.start_from = placeholder(str)
 
     config.data = section(DataOptions, **row["data"])
     config.model = section(DVAEOptions, without=["image_size"], **row["model"])

@@ -44,7 +44,7 @@ _OF_TRAINING = ("image_size", "augment", "train_split", "eval_split", "cache", "
 KEYS = {
     "workdir": "directory of the report",
     "model_workdir": "workdir of the prior; or several, separated by commas, to compare",
-    "step": "checkpoint; None: the latest",
+    "step": "checkpoint: a step, best, or None for the latest",
     "clip": "workdir or folder of a CLIP; None: the one in the prior's workdir, if any",
     "split": "split of the data set",
     "captions": '"first" of each image, one "drawn" of each, or each "unique" one',
@@ -63,7 +63,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.job = "evaluate"
     config.workdir = f"runs/evaluated-{variant}" if "data" in row else "runs/evaluated"
     config.model_workdir = "runs/prior-shapes"
-    config.step = placeholder(int)
+    config.step = placeholder(object)  # a number or "best"
     config.clip = placeholder(str)
     config.seed = 0
 

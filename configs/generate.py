@@ -20,7 +20,7 @@ from dalle_jax.priors.sampling import SamplingOptions
 KEYS = {
     "workdir": "directory of the images",
     "model_workdir": "workdir of the prior",
-    "step": "checkpoint; None: the latest",
+    "step": "checkpoint: a step, best, or None for the latest",
     "seed": "seed of the samples",
     "prompts": 'captions, separated by "|"',
     "prompts_file": "or a file with one caption per line",
@@ -38,7 +38,7 @@ def get_config() -> ConfigDict:
     config.job = "generate"
     config.workdir = "runs/generated"
     config.model_workdir = "runs/prior-shapes"
-    config.step = placeholder(int)
+    config.step = placeholder(object)  # a number or "best"
     config.seed = 0
 
     config.prompts = ""

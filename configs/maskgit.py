@@ -1,7 +1,8 @@
 """The MaskGIT prior: a bidirectional transformer that draws all image tokens in a few steps (arXiv 2202.04200).
 
     python -m dalle_jax.main --config=configs/maskgit.py               # shapes: embedded data, a laptop's CPU
-    python -m dalle_jax.main --config=configs/maskgit.py:folder --config.data.path=DIR
+    python -m dalle_jax.main --config=configs/maskgit.py:small --config.data.path=DIR   # your own images, 32 pixels
+    python -m dalle_jax.main --config=configs/maskgit.py:folder --config.data.path=DIR  # the same, 128 pixels, a GPU
     python -m dalle_jax.main --config=configs/maskgit.py --help        # all variants, and the keys that people set
 
 Data, text, image tokenizer and loop are those of configs/prior.py. The image tokenizer is trained first if it has not
@@ -26,6 +27,7 @@ from configs import prior
 from dalle_jax.configuration import sections
 from dalle_jax.configuration.config_files import choose
 from dalle_jax.configuration.sections import schedule, section
+from dalle_jax.configuration.size_rules import SizeRules
 from dalle_jax.priors.maskgit import MaskGITOptions
 
 
@@ -48,6 +50,16 @@ def cpu(steps):
     }
 
 
+def one_gpu(steps):
+    """Overrides for a training whose length follows the size of a data set."""
+    return {
+        "schedules.learning_rate": schedule(
+            "warmup_cosine", peak=1e-4, end=1e-6, warmup_steps=steps // 20, steps=steps
+        ),
+        **sections.cadence((steps + 19) // 20),
+    }
+
+
 VARIANTS = {
     "shapes": dict(
         doc="drawn shapes, embedded; two CPU cores, 6 minutes",
@@ -57,9 +69,16 @@ VARIANTS = {
         doc="the emoji of an installed font; two CPU cores, 7 minutes if started from the prior",
         prior="emoji", trunk=dict(width=192, depth=6, heads=6), batch_size=4, steps=5000, overrides=[cpu],
     ),
+    "small": dict(
+        doc="your own images (data.path), 32 or 64 pixels; a laptop or a small GPU",
+        prior="small", trunk=dict(width=192, depth=6, heads=6), batch_size=4,
+        steps=None, from_data=dict(passes=60, min_steps=2000, max_steps=20_000), overrides=[cpu],
+    ),
     "folder": dict(
         doc="your own images (data.path), 128 pixels; one GPU, not yet measured",
-        prior="folder", trunk=dict(width=512, depth=12, heads=8, dropout=0.1), batch_size=64, steps=100_000,
+        prior="folder", trunk=dict(width=512, depth=12, heads=8, dropout=0.1), batch_size=64,
+        steps=None, from_data=dict(sections.LARGER_TEXT, passes=120, min_steps=5000, max_steps=100_000),
+        overrides=[one_gpu],
     ),
     "coco": dict(
         doc="MS-COCO; one GPU or TPU host, not yet measured",
@@ -94,6 +113,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.variant = variant
     config.workdir = f"runs/maskgit-{variant}"
     sections.set_steps(config, row["steps"])
+    if "from_data" in row:
+        config.from_data = section(SizeRules, **row["from_data"])
 
     config.prior = "maskgit"
     trunk, caption_drop = config.model.trunk, config.model.caption_drop

@@ -1,11 +1,16 @@
 """The autoregressive prior over text and image tokens (DALL-E, stage two).
 
     python -m dalle_jax.main --config=configs/prior.py                 # shapes: embedded data, a laptop's CPU
-    python -m dalle_jax.main --config=configs/prior.py:folder --config.data.path=DIR
+    python -m dalle_jax.main --config=configs/prior.py:small --config.data.path=DIR   # your own images, 32 pixels
+    python -m dalle_jax.main --config=configs/prior.py:folder --config.data.path=DIR  # the same, 128 pixels, a GPU
     python -m dalle_jax.main --config=configs/prior.py --help          # all variants, and the keys that people set
 
-The image tokenizer is trained first if it has not been trained; `config.tokenizer` is its whole configuration.
-`--config.tokenizer_from=DIR` uses another one instead. Run the same command again to resume after an interruption.
+The image tokenizer is trained first if it has not been trained; `config.tokenizer` is its whole configuration. It reads
+the prior's data: set `config.data` once. `--config.tokenizer_from=DIR` uses another tokenizer instead. Run the same
+command again to resume after an interruption.
+
+`small` and `folder` fix numbers of updates, text vocabulary and text length by the size of the data set (`from_data`),
+once, at the beginning. `--config.steps=N`, `--config.text.vocab_size=N` and `--config.text.length=N` set them instead.
 
 `coco` and `cub` learn the paper's evaluation sets with 64 text positions, because their captions are one sentence each.
 They keep the paper's 32x32 tokens and attention. `coco` sees its 82,783 images 77 times, `cub` its 5,994 images 213
@@ -28,6 +33,7 @@ from configs import dvae
 from dalle_jax.configuration import sections
 from dalle_jax.configuration.config_files import choose
 from dalle_jax.configuration.sections import schedule, section
+from dalle_jax.configuration.size_rules import SizeRules
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.models.transformer import TransformerOptions
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
@@ -62,6 +68,16 @@ def cpu(steps):
     }
 
 
+def one_gpu(steps):
+    """Overrides for a training whose length follows the size of a data set."""
+    return {
+        "schedules.learning_rate": schedule(
+            "warmup_cosine", peak=4.5e-4, end=1e-5, warmup_steps=steps // 20, steps=steps
+        ),
+        **sections.cadence((steps + 19) // 20),
+    }
+
+
 # Keep the products of dense layers and the results of attention; split everything else over the chips.
 POD = {"model.trunk.remat": "dots", "optimizer.first_moment": "bfloat16", **sections.split_over_chips(copies=2)}
 
@@ -78,11 +94,19 @@ VARIANTS = {
         text=dict(vocab_size=1024, length=20),
         trunk=dict(width=192, depth=6, heads=6), kernel=3, batch_size=4, steps=5000, overrides=[cpu],
     ),
+    "small": dict(
+        doc="your own images (data.path), 32 or 64 pixels; a laptop or a small GPU",
+        tokenizer="small", data=dict(sections.OWN, bpe_dropout=0.1), text=dict(vocab_size=None, length=None),
+        trunk=dict(width=192, depth=6, heads=6), kernel=3, batch_size=4,
+        steps=None, from_data=dict(passes=40, min_steps=1500, max_steps=20_000), overrides=[cpu],
+    ),
     "folder": dict(
         doc="your own images (data.path), 128 pixels; one GPU, not yet measured",
         tokenizer="folder", data=dict(sections.FOLDER, image_size=128, **AUGMENTED),
-        text=dict(vocab_size=8192, length=64),
-        trunk=dict(width=512, depth=12, heads=8), kernel=3, batch_size=64, steps=100_000,
+        text=dict(vocab_size=None, length=None),
+        trunk=dict(width=512, depth=12, heads=8), kernel=3, batch_size=64,
+        steps=None, from_data=dict(sections.LARGER_TEXT, passes=60, min_steps=5000, max_steps=100_000),
+        overrides=[one_gpu],
     ),
     "coco": dict(
         doc="MS-COCO, 77 epochs; one GPU or TPU host, not yet measured",
@@ -128,12 +152,15 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.workdir = f"runs/prior-{variant}"
     config.seed = 0
     sections.set_steps(config, row["steps"])
+    if "from_data" in row:
+        config.from_data = section(SizeRules, **row["from_data"])
     config.tokenizer = dvae.get_config(row["tokenizer"])
     sections.share_minutes(config, "tokenizer")
     config.tokenizer_from = placeholder(str)
     config.start_from = placeholder(str)
 
     config.data = section(DataOptions, **row["data"])
+    sections.follow_data(config.tokenizer, config.data)
     config.data_tokens = "each_batch"  # "once": encode the training split before training
     config.text = sections.text(**row["text"])
     config.prior = "autoregressive"

@@ -49,6 +49,10 @@ class ConfigMismatch(CheckpointError):
     exit_code = 2
 
 
+class DataChanged(CheckpointError):
+    """The data set is no longer the one that a checkpoint's place in the data counts."""
+
+
 class MeshError(UserError, ValueError):
     """A device mesh does not fit the devices or the arrays on it."""
 

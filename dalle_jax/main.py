@@ -46,6 +46,7 @@ JOBS = {
     "evaluate": "dalle_jax.jobs.evaluate",
     "quickstart": "dalle_jax.jobs.quickstart",
     "compile": "dalle_jax.jobs.compile",
+    "data": "dalle_jax.jobs.data",
 }
 _PACKAGE = pathlib.Path(__file__).parent
 

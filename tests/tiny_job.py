@@ -68,9 +68,10 @@ class TinyNet(nn.Module):
 class TinyTask:
     """Mean squared error, with dropout-like noise so that keys matter."""
 
-    best_metric = "error"
+    title, studies = "tiny net", "numbers"
 
-    def __init__(self, noise: float = 0.1, poison: tuple[int, ...] = ()):
+    def __init__(self, noise: float = 0.1, poison: tuple[int, ...] = (), best_metric: str = "error"):
+        self.best_metric = best_metric
         self.schedules = {"noise": lambda step: noise / (1.0 + step)}
         self.frozen = {"offset": np.ones(TARGETS, np.float32)}
         self.net = TinyNet()
@@ -101,6 +102,12 @@ class TinyTask:
 
     def preview(self, params, frozen, batch, key):
         return np.zeros((4, 6, 3), np.uint8)
+
+    def in_words(self, metrics, examples):
+        return [f"error of {metrics['error']:.3g}"]
+
+    def next_steps(self, config, workdir, batch, flags):
+        return [" ".join(["use", workdir, *flags])]
 
 
 def _example(index: int, rng: np.random.Generator) -> dict[str, np.ndarray]:

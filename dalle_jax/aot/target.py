@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.configuration import config_files
 from dalle_jax.configuration.options import check
+from dalle_jax.configuration.size_rules import with_largest
 from dalle_jax.distributed.sharding import abstract, batch_sharding, batch_shards, on_mesh, replicated
 from dalle_jax.errors import ConfigError
 from dalle_jax.optim import optimizers, schedules
@@ -112,12 +113,13 @@ def make_subject(config: ConfigDict, devices: Sequence[jax.Device]) -> Subject:
     """Collects everything that the program of a training depends on.
 
     Args:
-      config: configuration of the training.
+      config: configuration of the training. Sizes that follow a data set have their largest values.
       devices: devices to compile for, as from `topologies.devices`.
 
     Raises:
       UserError: the configuration or the mesh is invalid.
     """
+    config = with_largest(config)
     mesh, options, average = mesh_and_options(config, devices)
     task, batch = registry.abstract(config)
     _, state = make_init(task, optimizers.make_optimizer(options), average, mesh, config.seed)

@@ -59,7 +59,8 @@ class Checkpoints:
           workdir: local or remote ("gs://...").
           keep_last: number of latest checkpoints to keep.
           keep_best: number of best checkpoints to keep in addition.
-          best_metric: the metric given to `save` that defines the best checkpoint. Lower is better.
+          best_metric: the metric given to `save` that defines the best checkpoint: "mse" if lower values are better,
+            "+psnr" if higher values are.
           read_only: never write or delete anything.
         """
         self.directory = full_path(workdir) / "checkpoints"
@@ -80,7 +81,7 @@ class Checkpoints:
 
     @property
     def best_step(self) -> int | None:
-        """Step with the lowest best metric among `steps`, or None. The latest step if there is no best metric."""
+        """Step with the best metric among `steps`, or None. Without a best metric, the latest step."""
         return next(iter(self._from_best()), None)
 
     @property

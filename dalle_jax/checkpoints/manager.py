@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
-import math
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -15,6 +13,7 @@ from absl import logging
 from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
+from dalle_jax.checkpoints.best import BestMetric
 from dalle_jax.checkpoints.stored import DataIterator, DataState
 from dalle_jax.pytree import PyTree
 
@@ -29,13 +28,14 @@ class Manager(ocp.CheckpointManager):
         """Opens the folder. The arguments are those of `Checkpoints`."""
         logging.get_absl_logger().addFilter(_is_not_from_orbax)  # notebooks have no other filter
         self._stop_at: int | None = None
-        self._loss = functools.partial(_loss, best_metric) if best_metric else None
+        loss = BestMetric.parse(best_metric).loss
+        self._loss = loss if best_metric else None
         keep = policies.AnyPreservationPolicy(
             [
                 policies.LatestN(max(keep_last, 1)),
                 policies.BestN(
                     n=keep_best,
-                    get_metric_fn=functools.partial(_loss, best_metric),
+                    get_metric_fn=loss,
                     reverse=True,
                     keep_checkpoints_without_metrics=False,
                 ),
@@ -114,12 +114,6 @@ class Manager(ocp.CheckpointManager):
         except ValueError:
             logging.warning("The metrics of the checkpoint %s are damaged: ignored.", self.directory / str(step))
             return None
-
-
-def _loss(best_metric: str, metrics: Mapping[str, float]) -> float:
-    """Returns the best metric, or infinity if it is missing or not a number."""
-    value = metrics.get(best_metric, math.nan)
-    return math.inf if math.isnan(value) else value
 
 
 def _is_not_from_orbax(record: Any) -> bool:

@@ -1,6 +1,7 @@
 """Files of a workdir other than its checkpoints, which make it self-contained for generation.
 
     <workdir>/config.json                        the configuration
+    <workdir>/finished.json                      the end of a training: its last step, its best and last evaluation
     <workdir>/text/sentencepiece.model           the text model
     <workdir>/image_tokenizer/options.json       options of the frozen image tokenizer
     <workdir>/image_tokenizer/params.msgpack     its parameters
@@ -76,11 +77,29 @@ def has_checkpoint(workdir: epath.PathLike) -> bool:
 
 
 def is_complete(workdir: epath.PathLike, config: Mapping[str, Any]) -> bool:
-    """Returns whether a training in `workdir` has reached `config.steps`."""
+    """Returns whether a training in `workdir` has reached `config.steps`, or has stopped early (`config.stop_after`).
+
+    An early stop counts only if the given `stop_after` would stop there as well. A larger one, or 0, trains further.
+    """
     if not _path(workdir, "checkpoints").exists():
         return False
     with Checkpoints(str(workdir), read_only=True) as checkpoints:
-        return (checkpoints.latest_step or 0) >= config["steps"]
+        latest = checkpoints.latest_step or 0
+    if latest >= config["steps"]:
+        return True
+    finished = read_finished(workdir)
+    stopped = finished.get("step") == latest > 0
+    return stopped and 0 < config.get("stop_after", 0) <= finished.get("without_improvement", 0)
+
+
+def read_finished(workdir: epath.PathLike) -> dict[str, Any]:
+    """Reads `finished.json`, see `training.summary.finished`; {} if it is missing or damaged."""
+    path = _path(workdir, "finished.json")
+    try:
+        found = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 # -- the image tokenizer ------------------------------------------------------------------------------------------
@@ -99,6 +118,8 @@ def save_tokenizer(workdir: epath.PathLike, tokenizer: ImageTokenizer, params: P
 def load_tokenizer(workdir: epath.PathLike) -> tuple[ImageTokenizer, PyTree]:
     """Loads the image tokenizer of a workdir: a prior's frozen one, or the one that a dVAE training trained.
 
+    A training that keeps its best checkpoint (`config.keep.best`) gives the best one, any other one the latest.
+
     Raises:
       CheckpointError: there is neither, or it is damaged.
     """
@@ -109,8 +130,10 @@ def load_tokenizer(workdir: epath.PathLike) -> tuple[ImageTokenizer, PyTree]:
     config = read_config(workdir)
     if config.get("task") != "dvae":
         raise CheckpointError(f"{workdir} holds no image tokenizer: its task is {config.get('task')!r}, not 'dvae'.")
+    best = read_finished(workdir).get("best") or {}
     with Checkpoints(str(workdir), read_only=True) as checkpoints:
-        return tokenizers.of_training(config), checkpoints.restore_params()
+        keeps = config.get("keep", {}).get("best", 0) > 0 and best.get("step") in checkpoints.steps
+        return tokenizers.of_training(config), checkpoints.restore_params(best["step"] if keeps else None)
 
 
 # -- the text model -----------------------------------------------------------------------------------------------

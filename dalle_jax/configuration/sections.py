@@ -25,7 +25,9 @@ SHAPES = dict(source="shapes_captions", image_size=32, cache=True, builder_kwarg
 EMOJI = dict(source="emoji_captions", image_size=32, cache=True, builder_kwargs={"image_size": 32})  # a font's
 FOLDER = dict(source="folder", workers=2)  # your own: name.png + name.txt, captions.jsonl or captions.csv
 TAR_SHARDS = dict(source="tar_shards", workers=2)  # your own, from img2dataset or WebDataset
+OWN = dict(source="auto", image_size=32, cache=True)  # your own, small: folder or tar shards
 COCO = dict(source="coco_captions", image_size=256, caption_key="captions/text", workers=2)
+LARGER_TEXT = dict(max_vocab_size=4096, max_text_length=128)  # of `from_data`, for more than a small model
 CUB = dict(source="cub_captions", image_size=256, eval_split="test", workers=2)
 
 
@@ -99,14 +101,16 @@ def schedule(kind: str, **numbers: Any) -> dict[str, Any]:
     return {"kind": kind, **{name: own(number) for name, number in numbers.items()}}
 
 
-def set_steps(config: ConfigDict, steps: int) -> FieldReference:
+def set_steps(config: ConfigDict, steps: int | None) -> FieldReference:
     """Sets `config.steps` and returns a reference to it, so that schedules can follow `--config.steps=N`.
 
-    Adds `config.minutes`, too. If it is set, `steps` is planned at the start of the run (training/budget.py).
+    None stands for a number that the data set's size determines (`size_rules.py`). Schedules follow it as well.
+    Adds `config.minutes`, too. If it is set, `steps` is planned at the start of the run (`training/budget.py`).
     """
-    config.steps = steps
     if "minutes" not in config:
         config.minutes = placeholder(float)
+    if steps is not None or "steps" not in config:
+        config.steps = placeholder(int) if steps is None else steps
     return config.get_oneway_ref("steps")
 
 
@@ -152,9 +156,38 @@ def check_minutes(config: ConfigDict, given: Collection[str]) -> None:
             place.minutes = None
 
 
-def text(vocab_size: int, length: int) -> ConfigDict:
-    """Returns the `text` section: size of the vocabulary, positions, and the file of a text model to use (or None)."""
-    return ConfigDict({"vocab_size": vocab_size, "length": length, "path": placeholder(str)})
+def text(vocab_size: int | None, length: int | None) -> ConfigDict:
+    """Returns the `text` section: size of the vocabulary, positions, and the file of a text model to use (or None).
+
+    A size of None is determined by the captions (`size_rules.py`).
+    """
+    sizes = {"vocab_size": vocab_size, "length": length}
+    sizes = {name: placeholder(int) if size is None else size for name, size in sizes.items()}
+    return ConfigDict({**sizes, "path": placeholder(str)})
+
+
+# Keys of `data` that each training has for itself: its augmentations.
+OWN_DATA_KEYS = ("augment", "bpe_dropout")
+
+
+def follow_data(tokenizer: ConfigDict, data: ConfigDict) -> None:
+    """Makes the `data` section of a prior's tokenizer follow that of the prior, key by key.
+
+    `--config.data.path=DIR` then holds for both trainings, and `--config.tokenizer.data.path=DIR` for one of them.
+
+    Args:
+      tokenizer: the tokenizer's training configuration.
+      data: the prior's `data` section.
+    """
+    for key in data:
+        if key in OWN_DATA_KEYS:
+            continue
+        section = data[key]
+        del tokenizer.data[key]  # else a reference of its own type would stay
+        if isinstance(section, ConfigDict):
+            tokenizer.data[key] = ConfigDict({name: section.get_oneway_ref(name) for name in section})
+        else:
+            tokenizer.data[key] = data.get_oneway_ref(key)
 
 
 def mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> ConfigDict:
@@ -175,7 +208,7 @@ def cadence(every: int | FieldReference) -> Overrides:
     return {f"cadence.{event}": every for event in ("eval", "preview", "checkpoint")}
 
 
-def training_loop(config: ConfigDict, batch_size: int, every: int) -> None:
+def training_loop(config: ConfigDict, batch_size: int, every: int | FieldReference) -> None:
     """Adds the mesh, the batch size and the cadence: the end of each training config.
 
     Args:
@@ -186,10 +219,12 @@ def training_loop(config: ConfigDict, batch_size: int, every: int) -> None:
     config.mesh = mesh()
     config.overlap_exchanges = False  # a libtpu that does not know these options needs False
     config.batch_size = batch_size
-    config.cadence = ConfigDict({"log": max(1, min(50, config.steps // 20)), "eval": 0, "preview": 0, "checkpoint": 0})
+    log = 50 if config.steps is None else max(1, min(50, config.steps // 20))
+    config.cadence = ConfigDict({"log": log, "eval": 0, "preview": 0, "checkpoint": 0})
     override(config, cadence(every))
     config.eval_batches = 8
     config.keep = ConfigDict({"last": 2, "best": 0})  # keep two in case the newest is corrupt
+    config.stop_after = 0  # evaluations without improvement after which the training stops; 0: never
     config.max_nonfinite = 20
     # The longest wait for a batch; and, with several hosts, for a step, an evaluation batch, a checkpoint or compiling.
     config.timeout_seconds = ConfigDict({"data": 600.0, "step": 1800.0})
@@ -200,13 +235,14 @@ def training_loop(config: ConfigDict, batch_size: int, every: int) -> None:
 TRAINING_KEYS = {
     "workdir": "directory of the run: configuration, checkpoints, logs",
     "data.path": "your images and captions, or your copy of the data set",
-    "data.source": "shapes_captions, emoji_captions, folder, tar_shards, coco_captions, cub_captions, or a TFDS name",
+    "data.source": "folder, tar_shards, auto (one of these two), shapes_captions, emoji_captions, coco_captions, …",
     "data.image_size": "height and width of the images, in pixels",
-    "steps": "number of updates; schedules that end with the training follow it",
+    "steps": "number of updates, None: by the size of the data set; schedules that end with the training follow it",
     "minutes": "instead of steps: minutes until the command ends, image tokenizer included; timed at the start",
     "batch_size": "examples per update, over all devices",
     "optimizer.accumulate_steps": "slices of a batch; more need less memory",
     "cadence.checkpoint": "steps between checkpoints",
+    "stop_after": "evaluations without improvement after which the training stops; 0: never",
     "seed": "seed of parameters, data order and noise",
 }
 SAMPLING_KEYS = {

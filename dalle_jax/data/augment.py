@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import numpy as np
 
+_COLUMNS_AT_ONCE = 512
+
 
 def augment(image: np.ndarray, size: int, kind: str, generator: np.random.Generator | None) -> np.ndarray:
     """Crops and resizes an image to a square of the requested size.
@@ -91,8 +93,10 @@ def area_resize(image: np.ndarray, side: int) -> np.ndarray:
     """
     if image.shape[:2] == (side, side):
         return image
-    averaged = _average_rows(image.astype(np.float64), side).swapaxes(0, 1)
-    return np.rint(_average_rows(averaged, side).swapaxes(0, 1)).astype(np.uint8)
+    # Running sums need eight bytes a value, so that columns are averaged in groups to keep large images small.
+    groups = [image[:, start : start + _COLUMNS_AT_ONCE] for start in range(0, image.shape[1], _COLUMNS_AT_ONCE)]
+    averaged = np.concatenate([_average_rows(group.astype(np.float64), side) for group in groups], axis=1)
+    return np.rint(_average_rows(averaged.swapaxes(0, 1), side).swapaxes(0, 1)).astype(np.uint8)
 
 
 def _average_rows(image: np.ndarray, count: int) -> np.ndarray:

@@ -23,7 +23,8 @@ import jax
 import numpy as np
 
 from dalle_jax.data.augment import augment
-from dalle_jax.data.sources.source import DataOptions, Record, Source, UnreadableExample, decode_captions, decode_image
+from dalle_jax.data.sources.decoding import decode_image
+from dalle_jax.data.sources.source import DataOptions, Record, Source, UnreadableExample, decode_captions
 from dalle_jax.data.tally import TRUNCATED, Note
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import DataError
@@ -88,8 +89,8 @@ class ExampleMaker:
         options = self._options
         if self._source.identity is None:
             return {}
-        resized = options.image_size if self._resizes_at_once else None
-        return _CACHES.setdefault((self._source.identity, options.image_key, options.caption_key, resized), {})
+        kept = (options.image_key, options.caption_key, options.limits, self._resizes_at_once)
+        return _CACHES.setdefault((self._source.identity, *kept), {})
 
     @property
     def _resizes_at_once(self) -> bool:
@@ -200,7 +201,7 @@ class ExampleMaker:
         return found
 
     def _decode(self, record: Record) -> _Decoded:
-        image = decode_image(record)
+        image = decode_image(record, self._options.limits)
         if self._resizes_at_once:
             image = augment(image, self._options.image_size, "none", None)
         return image, dataclasses.replace(record, image=b"")

@@ -10,6 +10,9 @@ equal on every host, and a run may resume with another number of hosts or worker
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
+import hashlib
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,19 +20,22 @@ from typing import Any
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from dalle_jax.data import workers as worker_processes
 from dalle_jax.data.examples import ExampleMaker
+from dalle_jax.data.sources.decoding import decode_image
 from dalle_jax.data.sources.open import open_source
-from dalle_jax.data.sources.source import DataOptions, Source, UnreadableExample, decode_captions, decode_image
+from dalle_jax.data.sources.source import DataOptions, Source, UnreadableExample, decode_captions
+from dalle_jax.data.spread import Selected, evenly
 from dalle_jax.data.tally import Note, Tally
 from dalle_jax.data.text import TextModel
-from dalle_jax.errors import CheckpointError, ConfigError, DataError
+from dalle_jax.errors import CheckpointError, ConfigError, DataChanged, DataError
 from dalle_jax.token_layout import TokenLayout
 
 _LAST_BATCH = sys.maxsize // 2**20  # "endless": the positions of every batch fit in 64 bits
 _TRIED_AT_START = 100
+_SPREAD = 64  # examples of `spread_batch`
 
 
 class Pipeline:
@@ -55,6 +61,7 @@ class Pipeline:
         seed: int = 0,
         rows: Sequence[int] | None = None,
         source: Source | None = None,
+        held_out: Source | None = None,
     ):
         """Opens the source and checks that it holds a readable example.
 
@@ -69,6 +76,8 @@ class Pipeline:
           rows: ascending numbers of the rows of each batch to create here, those that this host's devices hold
             (`distributed.rows.host_rows`); None for all rows.
           source: an open source to use instead of opening one.
+          held_out: the evaluation split of a training. The state of an iterator describes it, so that a resumed
+            training reports changes.
 
         Raises:
           ConfigError: if the arguments do not fit each other.
@@ -90,6 +99,8 @@ class Pipeline:
             "seed": seed,
             "examples": len(self.source),
             "train": train,
+            **_identity("data", self.source),
+            **({} if held_out is None else {"held_out": len(held_out), **_identity("held_out_data", held_out)}),
         }
         rows = range(batch_size) if rows is None else rows
         self._tally = Tally(
@@ -99,16 +110,17 @@ class Pipeline:
             epoch=len(self.source) * len(rows) // batch_size,
         )
         self._check_readable(text_model is not None)
-        self._make = ExampleMaker(
-            self.source,
-            options,
-            text_model,
-            layout,
+        self._maker = functools.partial(
+            ExampleMaker,
+            options=options,
+            text_model=text_model,
+            layout=layout,
             train=train,
             batch_size=batch_size,
             seed=seed,
             rows=rows,
         )
+        self._make = self._maker(self.source)
 
     def __len__(self) -> int:
         """Returns the number of batches in one pass over the source, including the padded last one."""
@@ -123,7 +135,23 @@ class Pipeline:
           bool [b], False for padding and unreadable examples.
         """
         last = _LAST_BATCH if self._train else len(self)
-        return PipelineIterator(self._make, self._options.workers, last, self._run, self._tally)
+        return PipelineIterator(
+            self._make, self._options.workers, last, self._run, self._tally, self.source.description
+        )
+
+    def spread_batch(self) -> dict[str, np.ndarray]:
+        """Creates one evaluation batch of up to 64 examples that are spread evenly over the source.
+
+        It is created in this process, without workers, and is always the same.
+
+        Returns:
+          This host's rows, as from iterating in evaluation. Rows without an example are not valid.
+        """
+        places = evenly(len(self.source), min(self._batch_size, _SPREAD))
+        batch, notes = self._maker(Selected(self.source, places), train=False)(0)
+        self._tally.add([dataclasses.replace(note, index=int(places[note.index])) for note in notes], rows=0)
+        batch["index"] = places[batch["index"]].astype(np.int32)
+        return batch
 
     def skipped(self) -> dict[str, int]:
         """Returns the number of different examples skipped so far on this host, by reason.
@@ -150,7 +178,7 @@ class Pipeline:
         for index in tried:
             try:
                 record = self.source.record(int(index))
-                decode_image(record)
+                decode_image(record, self._options.limits)
                 if with_captions:
                     decode_captions(record)
                 return
@@ -164,13 +192,20 @@ class Pipeline:
         )
 
 
+def _identity(name: str, source: Source) -> dict[str, str]:
+    """Returns {name: a short hash of the source's identity}; {} if it has none."""
+    return {} if source.identity is None else {name: hashlib.sha256(source.identity.encode()).hexdigest()[:16]}
+
+
 class PipelineIterator(Iterator[dict[str, np.ndarray]]):
     """An iterator over batches whose state is the number of delivered batches.
 
     `get_state` and `set_state` use bytes (JSON), so that grain's checkpoint handler accepts it too.
     """
 
-    def __init__(self, make: ExampleMaker, workers: int, last: int, run: Mapping[str, Any], tally: Tally):
+    def __init__(
+        self, make: ExampleMaker, workers: int, last: int, run: Mapping[str, Any], tally: Tally, name: str = "the data"
+    ):
         """Called by `Pipeline` only.
 
         Args:
@@ -179,7 +214,9 @@ class PipelineIterator(Iterator[dict[str, np.ndarray]]):
           last: number of batches before the iterator ends.
           run: the description of the run that `set_state` compares.
           tally: counts what the batches' notes report.
+          name: the source, for messages.
         """
+        self._name = name
         self._make, self._workers, self._last, self._run, self._tally = make, workers, last, dict(run), tally
         self._delivered = 0
         self._batches: grain.DatasetIterator | None = None
@@ -225,22 +262,57 @@ class PipelineIterator(Iterator[dict[str, np.ndarray]]):
           state: the JSON of `get_state`.
 
         Raises:
-          CheckpointError: if the state counts other batches (another batch size, seed or data set).
+          DataChanged: if the number of training examples changed.
+          CheckpointError: if the state counts other batches (another batch size or seed), or cannot be read.
         """
         try:
             values = json.loads(state)
             delivered = values.pop("batches")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"The checkpoint's place in the data cannot be read: {repr(state)[:200]}.") from error
-        differing = [key for key in self._run if values.get(key) != self._run[key]]
-        if differing:
-            raise CheckpointError(
-                "The checkpoint's place in the data does not fit this run: "
-                + ", ".join(f"{key} was {values.get(key)}, is {self._run[key]}" for key in differing)
-                + ". Use the settings it was saved with, or start in a new workdir."
-            )
+        self._compare(values)
         self.close()
         self._delivered = delivered
+
+    def _compare(self, stored: Mapping[str, Any]) -> None:
+        """Compares the description of the run in a state with this run's. See `set_state` for the errors.
+
+        A change that leaves the order of the examples as it is gives a warning, and the training resumes. A state of an
+        earlier version may lack keys.
+        """
+        now = self._run
+        for key in ("batch_size", "seed"):
+            if stored.get(key) != now[key]:
+                raise CheckpointError(
+                    f"The checkpoint's place in the data counts batches of {key}={stored.get(key)}, but {key} is "
+                    f"{now[key]}. Give --config.{key}={stored.get(key)}, or start in another --workdir."
+                )
+        if stored.get("train") != now["train"]:
+            raise CheckpointError("The checkpoint's place in the data is not that of a training.")
+        if stored.get("examples") != now["examples"]:
+            raise DataChanged(
+                f"{self._name}: the training had {stored.get('examples')} examples when the checkpoint was written, "
+                f"and has {now['examples']} now."
+            )
+        changed = {key for key in now if key in stored and stored[key] != now[key]}
+        if "data" in changed:
+            logging.warning(
+                "%s: the files are not those of the checkpoint (edited, copied or moved). Their number is still %d, so "
+                "the training resumes with them.",
+                self._name, now["examples"],
+            )  # fmt: skip
+        if "held_out" in changed:
+            logging.warning(
+                "%s: %d examples were held out when the checkpoint was written, and %d are now. Validation metrics "
+                "before and after are not comparable.",
+                self._name, stored["held_out"], now["held_out"],
+            )  # fmt: skip
+        elif "held_out_data" in changed:
+            logging.warning(
+                "%s: the held-out files are not those of the checkpoint (edited, copied or moved). If they were "
+                "edited, validation metrics before and after are not comparable.",
+                self._name,
+            )  # fmt: skip
 
     def start_prefetch(self) -> None:
         """Does nothing: part of grain's checkpoint protocol. The workers start with the next batch."""

@@ -26,8 +26,9 @@ from absl import logging
 from dalle_jax.configuration.options import check, from_config
 from dalle_jax.data.augment import augment
 from dalle_jax.data.builders.shapes_captions.scenes import Scene
+from dalle_jax.data.sources.decoding import Limits, decode_image
 from dalle_jax.data.sources.open import open_source
-from dalle_jax.data.sources.source import DataOptions, Source, UnreadableExample, decode_captions, decode_image
+from dalle_jax.data.sources.source import DataOptions, Source, UnreadableExample, decode_captions
 from dalle_jax.errors import DataError
 
 CAPTIONS = ("first", "drawn", "unique")
@@ -65,6 +66,7 @@ class TestSet:
       source: where images are read.
       image_size: H = W, pixels.
       protocol: how the captions were chosen.
+      limits: the largest image that is decoded.
     """
 
     __test__ = False  # tells pytest that this is not a class of tests
@@ -76,6 +78,7 @@ class TestSet:
     source: Source
     image_size: int
     protocol: Protocol
+    limits: Limits
 
     def images(self, places: Sequence[int]) -> np.ndarray:
         """Reads real images, prepared as in a prior's training without augmentation (centre square, area average).
@@ -86,7 +89,7 @@ class TestSet:
         Returns:
           uint8 [B, H, W, 3].
         """
-        shown = [decode_image(self.source.record(int(self.indices[place]))) for place in places]
+        shown = [decode_image(self.source.record(int(self.indices[place])), self.limits) for place in places]
         return np.stack([augment(image, self.image_size, "none", None) for image in shown])
 
     def describe(self) -> dict[str, Any]:
@@ -127,7 +130,7 @@ def open_test_set(data: Mapping[str, Any], protocol: Protocol, image_size: int |
             break
         try:
             record = source.record(int(index))
-            decode_image(record)
+            decode_image(record, options.limits)
             found = decode_captions(record)
         except UnreadableExample as error:
             logging.warning("Left out of the evaluation: %s", error)
@@ -151,5 +154,5 @@ def open_test_set(data: Mapping[str, Any], protocol: Protocol, image_size: int |
         )
     return TestSet(
         tuple(captions.values()), np.array(owners), np.array(indices), tuple(scenes) or None, source,
-        options.image_size, protocol,
+        options.image_size, protocol, options.limits,
     )  # fmt: skip

@@ -6,6 +6,7 @@ import copy
 import os
 import platform
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from etils import epath
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
 from dalle_jax.distributed.mesh import local_mesh
+from dalle_jax.errors import ConfigError
 from dalle_jax.evaluation.measure import Model, Options, measure
 from dalle_jax.evaluation.report import write
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
@@ -47,8 +49,9 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     config.clip.text.path = str(workdirs.text_model_path(config.prior.workdir))
     resumed = (out / "dvae" / "config.json").exists()
 
-    seconds = {}
     trainings = {"dvae": tokenizer, "prior": config.prior, "maskgit": config.maskgit, "clip": config.clip}
+    _check(trainings, evaluation, config.maskgit_sampling)
+    seconds = {}
     for name, section in trainings.items():
         began = time.perf_counter()
         train_job.run(section, section.workdir)
@@ -76,6 +79,25 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     title = "Captions held out of training" if evaluation.split == "heldout" else evaluation.split
     write(measured, tests, out, title, config)
     return measured.metrics
+
+
+def _check(trainings: Mapping[str, ConfigDict], evaluation: ConfigDict, sampling: ConfigDict) -> None:
+    """Rejects everything that can be rejected, in all stages, before the first training begins."""
+    from_config(SamplingOptions, evaluation.sampling, "evaluate.sampling")
+    from_config(SamplingOptions, sampling, "maskgit_sampling")
+    from_config(Options, {"seed": evaluation.seed, **evaluation.metrics}, "evaluate.metrics")
+    Protocol(evaluation.split, evaluation.captions, evaluation.count, evaluation.seed)
+    if evaluation.rows_at_once < 1:
+        raise ConfigError(f"config.evaluate.rows_at_once is {evaluation.rows_at_once}; expected at least 1.")
+    local_mesh(**evaluation.mesh)
+    ahead: list[str] = []
+    for name, section in trainings.items():
+        try:
+            train_job.check(section, section.workdir, ahead)
+        except ConfigError as error:
+            stage = "prior.tokenizer" if name == "dvae" else name
+            raise ConfigError(f"{error} (keys of this training begin with config.{stage}.)") from error
+        ahead.append(section.workdir)
 
 
 def freeze_clip(scorer: ClipScorer, workdir: str) -> None:

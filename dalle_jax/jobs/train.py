@@ -5,63 +5,113 @@
 
 from __future__ import annotations
 
-import copy
 import time
+from collections.abc import Collection
 
 from absl import logging
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
-from dalle_jax.distributed.turns import first_host_first, first_host_says
-from dalle_jax.tasks.registry import check_config
+from dalle_jax.checkpoints.compatibility import to_json
+from dalle_jax.distributed.turns import first_host_first, first_host_says, is_first
+from dalle_jax.jobs import earlier, tokenizers
+from dalle_jax.jobs.checks import check_config, check_data, check_files
+from dalle_jax.jobs.data import look_at
+from dalle_jax.jobs.preparation import prepare
+from dalle_jax.jobs.sizes import settle
+from dalle_jax.storage.files import expanded, write_json
 from dalle_jax.training import budget
 from dalle_jax.training.loop import train
 from dalle_jax.training.step import TrainState
-from dalle_jax.training.validation import validate
 
 
 def run(config: ConfigDict, workdir: str) -> TrainState:
     """Trains the task of `config`, after its image tokenizer if it needs one that does not exist.
 
-    A section `tokenizer` of `config` is a complete training configuration. The frozen tokenizer then comes from the
-    first of these that exists:
+    A section `tokenizer` of `config` is a complete training configuration whose data follows `config.data`. The frozen
+    tokenizer then comes from the first of these that exists:
       1. `workdir` itself.
       2. `config.tokenizer_from`: a workdir, or a folder that an importer of `dalle_jax.pretrained` wrote.
-      3. `config.tokenizer.workdir`, after training it there. It uses the same images if its `data.path` is not set.
-    `start_from` names the workdir of another prior. Tokenizer and text model then come from there by default.
+      3. `config.tokenizer.workdir`, if it was trained there with the same data and configuration, see
+         `tokenizers.choose_workdir`. Otherwise it is trained there first.
+    `start_from` names the workdir of another run. Tokenizer and text model then come from there by default.
 
     Args:
-      config: a training configuration.
+      config: a training configuration. Sizes that are None follow the data set (`sizes.settle`).
       workdir: directory of the run.
 
     Returns:
       The final state.
 
     Raises:
-      UserError: an invalid configuration, before any training begins, or an error of `train`.
+      UserError: an invalid configuration or data, before any training begins, or an error of `train`.
     """
     began = time.perf_counter()
-    # Now, and not after days of training its tokenizer.
-    validate(config)
-    check_config(config)
-    if "tokenizer" in config and config.tokenizer.data.source == config.data.source:
-        config = copy.deepcopy(config)  # keeps the references to `steps`, which `minutes` sets
-        config.tokenizer.data.path = config.tokenizer.data.path or config.data.path
-    if config.get("start_from"):
-        config = copy.deepcopy(config)  # keeps the references to `steps`, which `minutes` sets
-        config.tokenizer_from = config.tokenizer_from or config.start_from
-        config.text.path = config.text.path or str(workdirs.text_model_path(config.start_from))
+    config = check(config, workdir)
+    look_at(config, workdir)
+    config = with_plan(settle(config, workdir), workdir)
+    _write_config(config, workdir)
     if "tokenizer" in config and not first_host_says("has a tokenizer", workdirs.has_tokenizer(workdir)):
-        source = config.tokenizer_from or config.tokenizer.workdir
-        fixed = None if config.tokenizer_from else budget.fixed_steps(config.tokenizer, source)
-        training = config.tokenizer if fixed is None else budget.with_steps(config.tokenizer, fixed)
-        planning = fixed is None and config.tokenizer.get("minutes") is not None
-        trained = config.tokenizer_from or not planning and workdirs.is_complete(source, training)
-        if not first_host_says("tokenizer is trained", bool(trained)):
-            logging.info("%s needs an image tokenizer, and %s holds none yet: training it first.", workdir, source)
-            run(config.tokenizer, source)
-        tokenizer, params = workdirs.load_tokenizer(source)
-        with first_host_first("the frozen image tokenizer"):
-            if not workdirs.has_tokenizer(workdir):
-                workdirs.save_tokenizer(workdir, tokenizer, params)
+        _freeze_tokenizer(config, workdir)
     return train(config, workdir, began=began)
+
+
+def with_plan(config: ConfigDict, workdir: str) -> ConfigDict:
+    """Returns a copy of a chain's configuration in which `minutes` decide about `steps`.
+
+    The steps of each training with `minutes` become those of its existing run, or None until its own plan.
+
+    Args:
+      config: the configuration of the last training.
+      workdir: of the last training.
+    """
+    config = budget.opened(config, workdir)
+    if "tokenizer" in config and not config.tokenizer_from:
+        inner = config.tokenizer
+        inner.steps = budget.opened(inner, inner.workdir).steps
+    return config
+
+
+def check(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> ConfigDict:
+    """Rejects whatever can be rejected before the first training of a chain begins.
+
+    Args:
+      config: a training configuration.
+      workdir: directory of the run; created here.
+      ahead: workdirs of trainings that run before this one; they need not exist yet.
+
+    Returns:
+      The prepared configuration; see `preparation.prepare`. The workdir of its tokenizer is chosen.
+
+    Raises:
+      UserError: the first fault that is found. Its message names the key.
+    """
+    config = prepare(config)
+    check_config(config, workdir, ahead)
+    if "tokenizer" in config and not config.tokenizer_from and not workdirs.has_tokenizer(workdir):
+        config.tokenizer.workdir = first_host_says("tokenizer", tokenizers.choose_workdir(config))
+    check_files(config, workdir, ahead)
+    check_data(config)
+    return config
+
+
+def _write_config(config: ConfigDict, workdir: str) -> None:
+    """Writes config.json at once, so that a chain which is interrupted early keeps its sizes."""
+    if is_first() and not earlier.begun(workdir):
+        write_json(expanded(workdir) / "config.json", to_json(config))
+
+
+def _freeze_tokenizer(config: ConfigDict, workdir: str) -> None:
+    """Copies the tokenizer of a prior into its workdir, after training it if needed."""
+    source = config.tokenizer_from or config.tokenizer.workdir
+    planning = not config.tokenizer_from and config.tokenizer.steps is None
+    trained = bool(config.tokenizer_from) or not planning and workdirs.is_complete(source, config.tokenizer)
+    if not first_host_says("tokenizer is trained", trained):
+        logging.info("%s needs an image tokenizer, and %s holds none yet: training it first.", workdir, source)
+        _write_config(config.tokenizer, source)
+        train(config.tokenizer, source)
+    logging.info("Image tokenizer: %s", tokenizers.describe(source))
+    tokenizer, params = workdirs.load_tokenizer(source)
+    with first_host_first("the frozen image tokenizer"):
+        if not workdirs.has_tokenizer(workdir):
+            workdirs.save_tokenizer(workdir, tokenizer, params)

@@ -26,3 +26,13 @@ class Mean:
         means = {name: total / count if count else math.nan for name, (total, count) in self._sums.items()}
         self._sums = {}
         return means
+
+
+def without_empty(means: Mapping[str, float]) -> dict[str, float]:
+    """Drops the means without a finite value, such as that of a range of mask ratios without an example.
+
+    If "loss" has no finite value either, the numbers are not finite, and all of them are kept.
+    """
+    if not math.isfinite(means.get("loss", math.nan)):
+        return dict(means)
+    return {name: value for name, value in means.items() if math.isfinite(value)}

@@ -54,7 +54,10 @@ class OptimizerOptions:
 
     def __post_init__(self):
         choices = {"decay": ("kernels", "all"), "first_moment": ("float32", "bfloat16")}
-        check(self, "optimizer", positive=["accumulate_steps"], at_least_0=["clip_norm"], choices=choices)
+        check(
+            self, "optimizer", positive=["accumulate_steps", "eps"], at_least_0=["clip_norm", "weight_decay"],
+            below_1=["b1", "b2"], choices=choices,
+        )  # fmt: skip
 
 
 def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:

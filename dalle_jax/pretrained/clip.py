@@ -30,13 +30,22 @@ from absl import app, flags
 from dalle_jax.data.byte_pairs import BytePairs
 from dalle_jax.errors import ConfigError, PretrainedError, UserError
 from dalle_jax.models.clip import ACTIVATIONS, CLIP, CLIPOptions
-from dalle_jax.pretrained import state_dict
+from dalle_jax.pretrained import clip_settings, state_dict
 from dalle_jax.pytree import PyTree
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 
 StateDict = Mapping[str, np.ndarray]
 
-_HEAD_DIM = 64  # in all published models
+_PREFIXES = r"^((module|model|_orig_mod|clip_model)\.)+"  # of wrappers: data parallel, torch.compile, Lightning
+# Models that are no CLIP with a vision transformer, by the names of their arrays.
+_OTHER_MODELS = {
+    "visual.layer1.": "a CLIP whose image tower is a ResNet (RN50 and the like)",
+    "visual.attnpool.": "a CLIP whose image tower is a ResNet (RN50 and the like)",
+    "visual.trunk.": "a CLIP whose image tower is a model of timm",
+    "logit_bias": "a SigLIP",
+    "text.transformer.": "a CLIP with a separate text tower of open_clip (CustomTextCLIP)",
+    "text.": "a CLIP with a separate text tower of open_clip (CustomTextCLIP)",
+}
 # Entries that are not parameters: settings in OpenAI's files, buffers in the others.
 _NOT_PARAMETERS = re.compile(r"input_resolution|context_length|vocab_size|(.*\.)?(attn_mask|position_ids)")
 
@@ -92,7 +101,7 @@ def openai_names(arrays: StateDict) -> dict[str, np.ndarray]:
     Raises:
       PretrainedError: an attention layer in Hugging Face's layout is incomplete.
     """
-    plain = {name.removeprefix("module."): array for name, array in arrays.items()}
+    plain = {re.sub(_PREFIXES, "", name): array for name, array in arrays.items()}
     plain = {name: array for name, array in plain.items() if not _NOT_PARAMETERS.fullmatch(name)}
     if not any(name.startswith("vision_model.") for name in plain):
         return plain
@@ -113,21 +122,27 @@ def openai_names(arrays: StateDict) -> dict[str, np.ndarray]:
     return renamed
 
 
-def options_of(arrays: StateDict, activation: str = "quick_gelu", head_dim: int = _HEAD_DIM) -> CLIPOptions:
+def options_of(arrays: StateDict, activation: str, head_dims: tuple[int, int]) -> CLIPOptions:
     """Derives the sizes of the model from the shapes of its arrays.
 
     Args:
       arrays: arrays by OpenAI's names, as from `openai_names`.
       activation: "quick_gelu" or "gelu", which the arrays do not determine.
-      head_dim: size of an attention head, which the arrays do not determine.
+      head_dims: size of an attention head of the image and of the text tower, which the arrays do not determine.
 
     Raises:
-      PretrainedError: the arrays are not those of such a model.
+      PretrainedError: the arrays are not those of such a model, or a width is not a multiple of its head's size.
     """
+    for prefix, found in _OTHER_MODELS.items():
+        if any(name.startswith(prefix) for name in arrays):
+            raise PretrainedError(f"These are the weights of {found}. Give a CLIP whose image tower is a transformer.")
     try:
         image_width, _, patch, _ = arrays["visual.conv1.weight"].shape
         places = len(arrays["visual.positional_embedding"]) - 1
         text_vocab, text_width = arrays["token_embedding.weight"].shape
+        for tower, width, size in zip(("image", "text"), (image_width, text_width), head_dims, strict=True):
+            if width % size:
+                raise PretrainedError(f"--{tower}_head_dim={size} does not divide the width {width} of that tower.")
         depths = [
             1 + max(int(found[1]) for name in arrays if (found := re.match(rf"{prefix}\.resblocks\.(\d+)\.", name)))
             for prefix in (r"visual\.transformer", "transformer")
@@ -137,10 +152,10 @@ def options_of(arrays: StateDict, activation: str = "quick_gelu", head_dim: int 
             patch=patch,
             image_width=image_width,
             image_depth=depths[0],
-            image_heads=image_width // head_dim,
+            image_heads=image_width // head_dims[0],
             text_width=text_width,
             text_depth=depths[1],
-            text_heads=text_width // head_dim,
+            text_heads=text_width // head_dims[1],
             embed_dim=arrays["text_projection"].shape[1],
             text_length=len(arrays["positional_embedding"]),
             text_vocab=text_vocab,
@@ -210,21 +225,37 @@ def _our_shape(path: tuple[str, ...], array: np.ndarray, heads: int) -> np.ndarr
     return array
 
 
-def load(weights: str | os.PathLike, activation: str = "quick_gelu", head_dim: int = _HEAD_DIM) -> tuple[CLIP, PyTree]:
+def load(
+    weights: str | os.PathLike,
+    activation: str | None = None,
+    image_head_dim: int | None = None,
+    text_head_dim: int | None = None,
+) -> tuple[CLIP, PyTree]:
     """Loads a CLIP model from a file of weights.
 
     Args:
       weights: the file, see `state_dict.read`.
-      activation, head_dim: see `options_of`.
+      activation, image_head_dim, text_head_dim: see `options_of`. None reads them from `config.json` or
+        `open_clip_config.json` next to the weights, else from a table of published sizes; see `clip_settings`.
 
     Returns:
       The model and its float32 parameters.
 
     Raises:
-      PretrainedError: the file cannot be read or is not such a model.
+      PretrainedError: the file cannot be read, is not such a model, or nothing says what the arrays leave open.
     """
-    arrays = openai_names(state_dict.read(weights))
-    options = options_of(arrays, activation, head_dim)
+    stored = state_dict.read(weights)
+    arrays = openai_names(stored)
+    found = clip_settings.find(weights, stored, arrays)
+    given = {"activation": activation, "image_head_dim": image_head_dim, "text_head_dim": text_head_dim}
+    settings = {name: found.get(name) if value is None else value for name, value in given.items()}
+    if missing := [name for name, value in settings.items() if value is None]:
+        flags_missing = ", ".join(f"--{name}=…" for name in missing)
+        raise PretrainedError(
+            f"{weights} does not say its {' and '.join(missing)}. Put its config.json or open_clip_config.json next to "
+            f"it, or give {flags_missing} (open_clip's models without '-quickgelu' have the activation gelu)."
+        )
+    options = options_of(arrays, settings["activation"], (settings["image_head_dim"], settings["text_head_dim"]))
     return CLIP(options), jax.tree.map(jnp.asarray, convert(arrays, options))
 
 
@@ -255,7 +286,8 @@ def main(argv: list[str]) -> None:
         raise app.UsageError(f"Unexpected arguments {argv[1:]}.")
     values = flags.FLAGS
     try:
-        scorer = load_scorer(values.weights, values.vocabulary, values.activation, values.head_dim)
+        settings = values.activation, values.image_head_dim, values.text_head_dim
+        scorer = load_scorer(values.weights, values.vocabulary, *settings)
         scorer.save(values.output)
     except UserError as error:
         raise SystemExit(f"{error}") from error
@@ -266,6 +298,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("weights", None, "File of the weights.", required=True)
     flags.DEFINE_string("vocabulary", None, "File or folder of the vocabulary.", required=True)
     flags.DEFINE_string("output", None, "Folder to write the CLIP into.", required=True)
-    flags.DEFINE_enum("activation", "quick_gelu", list(ACTIVATIONS), "gelu: open_clip's models without '-quickgelu'.")
-    flags.DEFINE_integer("head_dim", _HEAD_DIM, "Size of an attention head.")
+    flags.DEFINE_enum("activation", None, list(ACTIVATIONS), "Default: what the files next to the weights say.")
+    flags.DEFINE_integer("image_head_dim", None, "Size of an attention head of the image tower. Default: as published.")
+    flags.DEFINE_integer("text_head_dim", None, "Size of an attention head of the text tower. Default: as published.")
     app.run(main)

@@ -9,7 +9,9 @@ import numpy as np
 from etils import epath
 from PIL import Image, ImageDraw, ImageFont
 
-_INK, _FAINT, _PAPER = (32, 33, 36), (95, 99, 104), (255, 255, 255)
+from dalle_jax.reporting.fonts import font_for
+
+INK, FAINT, PAPER = (32, 33, 36), (95, 99, 104), (255, 255, 255)
 
 
 def to_uint8(images: Any) -> np.ndarray:
@@ -17,18 +19,39 @@ def to_uint8(images: Any) -> np.ndarray:
     return np.round(np.clip(np.asarray(images, np.float32), 0, 1) * 255).astype(np.uint8)
 
 
-def _wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:
+    """Breaks a text into lines, also inside a word that is wider than a line.
+
+    Args:
+      text: any text; its blanks may become ends of lines.
+      font: the font that it is drawn with.
+      width: width of a line in pixels.
+      max_lines: the most lines. The last one ends in "…" if the text is longer.
+    """
     lines: list[str] = []
-    for word in text.split():
+    for word in text[: width * max_lines + 1].split():
         joined = f"{lines[-1]} {word}" if lines else word
         if lines and font.getlength(joined) <= width:
             lines[-1] = joined
-        else:
-            lines.append(word)
+            continue
+        while font.getlength(word) > width and len(word) > 1 and len(lines) <= max_lines:
+            fits = next(end for end in range(len(word) - 1, 0, -1) if end == 1 or font.getlength(word[:end]) <= width)
+            lines.append(word[:fits])
+            word = word[fits:]
+        lines.append(word)
     if len(lines) > max_lines:
-        lines = lines[:max_lines]
-        lines[-1] = lines[-1].rstrip(".,") + " …"
+        lines, last = lines[: max_lines - 1], lines[max_lines - 1].rstrip(".,")
+        while last and font.getlength(f"{last} …") > width:
+            last = last[:-1].rstrip()
+        lines.append(f"{last} …")
     return lines
+
+
+def resized(pixels: np.ndarray, side: int) -> Image.Image:
+    """Returns an image, uint8 [H, W, 3], with `side` rows and columns. A smaller one is enlarged without smoothing."""
+    image = Image.fromarray(np.asarray(pixels, np.uint8))
+    smaller = image.width < side
+    return image.resize((side, side), Image.Resampling.NEAREST if smaller else Image.Resampling.BOX)
 
 
 def image_grid(
@@ -42,7 +65,8 @@ def image_grid(
     """Draws a grid of captions and images, one caption per row.
 
     Args:
-      rows: caption and images, uint8 [H, W, 3], of each row. All rows have the same number of images.
+      rows: caption and images, uint8 [H, W, 3], of each row. All rows have the same number of images. If no row has a
+        caption, no space is left for them.
       columns: a heading for each column of images. A heading that repeats is written once, over the first column.
       title: title over the grid.
       cell_size: side of a shown image, pixels. Small images are enlarged without smoothing.
@@ -56,32 +80,31 @@ def image_grid(
     """
     if not rows or len({len(images) for _, images in rows}) != 1:
         raise ValueError("A grid needs at least one row, and the same number of images in each row.")
-    text_width, gap, margin = 190, 8, 16
+    text_width = 190 if any(caption for caption, _ in rows) else 0
+    gap, margin = 8, 16
     per_row = len(rows[0][1])
-    body, small, big = (ImageFont.load_default(size) for size in (15, 13, 20))
+    small, big = (ImageFont.load_default(size) for size in (13, 20))
     block_width = text_width + per_row * (cell_size + gap) + gap
     lines = -(-len(rows) // blocks)
     top = margin + (34 if title else 0) + (24 if columns else 0)
-    sheet = Image.new("RGB", (2 * margin + blocks * block_width, top + lines * (cell_size + gap) + margin), _PAPER)
+    sheet = Image.new("RGB", (2 * margin + blocks * block_width, top + lines * (cell_size + gap) + margin), PAPER)
     pen = ImageDraw.Draw(sheet)
     if title:
-        pen.text((margin, margin - 4), title, fill=_INK, font=big)
+        pen.text((margin, margin - 4), title, fill=INK, font=big)
     for block in range(blocks):
         left = margin + block * block_width
         shown = None
         for i, heading in enumerate(columns):
             if heading != shown:
-                pen.text((left + text_width + i * (cell_size + gap), top - 22), heading, fill=_FAINT, font=small)
+                pen.text((left + text_width + i * (cell_size + gap), top - 22), heading, fill=FAINT, font=small)
             shown = heading
     for i, (caption, images) in enumerate(rows):
         left, y = margin + (i // lines) * block_width, top + (i % lines) * (cell_size + gap)
-        wrapped = _wrap(caption, body, text_width - 2 * gap, max(1, cell_size // 19))
-        pen.multiline_text((left, y + 4), "\n".join(wrapped), fill=_INK, font=body, spacing=4)
+        font, drawable = font_for(caption, 15)
+        wrapped = wrap(drawable, font, text_width - 2 * gap, max(1, cell_size // 19))
+        pen.multiline_text((left, y + 4), "\n".join(wrapped), fill=INK, font=font, spacing=4)
         for j, pixels in enumerate(images):
-            image = Image.fromarray(np.asarray(pixels, np.uint8))
-            enlarge = image.width < cell_size
-            image = image.resize((cell_size,) * 2, Image.Resampling.NEAREST if enlarge else Image.Resampling.BOX)
-            sheet.paste(image, (left + text_width + j * (cell_size + gap), y))
+            sheet.paste(resized(pixels, cell_size), (left + text_width + j * (cell_size + gap), y))
     return np.asarray(sheet)
 
 

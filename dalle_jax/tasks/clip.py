@@ -39,8 +39,9 @@ from dalle_jax.metrics.retrieval import AMONG, retrieval
 from dalle_jax.models import clip as models
 from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.pytree import PyTree
-from dalle_jax.reporting.images import image_grid
+from dalle_jax.tasks import words
 from dalle_jax.tasks.corrupted_negatives import NegativeOptions, spoil
+from dalle_jax.tasks.preview import preview_grid, shown_rows
 from dalle_jax.tasks.task import Batch, Job, make_job
 from dalle_jax.token_layout import TokenLayout
 
@@ -98,12 +99,14 @@ class CLIPTask:
     Attributes:
       schedules: none.
       best_metric: "loss" on the evaluation split.
+      title, studies: see `Task`.
       frozen: nothing.
       negatives: the corrupted images that training adds to those of the batch.
     """
 
     schedules: dict[str, optax.Schedule] = {}
     best_metric = "loss"
+    title, studies = "CLIP", "captions"
     frozen: PyTree = {}
 
     def __init__(self, clip: CLIP, text_model: TextModel | None, negatives: NegativeOptions | None = None):
@@ -164,16 +167,30 @@ class CLIPTask:
         return {"loss": float(np.mean(losses)), **metrics}
 
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
-        """Draws the first captions, each with its image and the images of the batch that match it best."""
+        """Draws captions, each with its image and the images of the batch that match it best."""
         del frozen, key
-        images, captions, text, _ = to_host(_features(self.clip, params, batch))
         real = to_host(batch["image"])
-        best = np.argsort(-captions @ images.T, axis=1)[:, :_PREVIEW_MATCHES]
-        shown = []
-        for i in range(min(_PREVIEW_ROWS, len(text))):
-            caption = self._text_model.decode([token for token in text[i].tolist() if token < self.clip.options.end_id])
-            shown.append((caption, [real[i], *real[best[i]]]))
-        return image_grid(shown, ("its image", *["best matches"] * best.shape[1]))
+        images, captions, text, valid = to_host(_features(self.clip, params, batch))
+        images, captions, text, real = images[valid], captions[valid], text[valid], real[valid]
+        rows = shown_rows(np.ones(len(text), bool), _PREVIEW_ROWS)
+        best = np.argsort(-captions[rows] @ images.T, axis=1)[:, :_PREVIEW_MATCHES]
+        matches = [("best matches", real[column]) for column in best.T]
+        end = self.clip.options.end_id
+        shown = [self._text_model.decode([i for i in text[row].tolist() if i < end]) for row in rows]
+        return preview_grid(shown, [("its image", real[rows]), *matches])
+
+    def in_words(self, metrics: Mapping[str, float], examples: int) -> list[str]:
+        """See `Task.in_words`."""
+        del examples
+        return words.retrieval_in_words(metrics)
+
+    def next_steps(self, config: ConfigDict, workdir: str, batch: Batch, flags: Sequence[str]) -> list[str]:
+        """See `Task.next_steps`."""
+        del flags
+        captions = words.example_captions(self._text_model, self.clip.options.end_id, batch, 1)
+        ranked = words.flag("config.clip", workdir), "--config.candidates=16", "--config.n=4"
+        command = words.draw_command(f"runs/prior-{config.variant}", captions, *ranked)
+        return [f"rank the candidates of a prior with it: {command}"]
 
 
 def with_end(text: jax.Array, end_id: int) -> jax.Array:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,7 +29,8 @@ from dalle_jax import keys
 from dalle_jax.configuration.options import check, from_config
 from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.pipeline import Pipeline
-from dalle_jax.data.sources.source import DataOptions
+from dalle_jax.data.sources.open import open_source
+from dalle_jax.data.sources.source import DataOptions, Source, UnreadableExample, decode_captions
 from dalle_jax.distributed.rows import to_host
 from dalle_jax.image_tokenizers import logit_laplace
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
@@ -39,11 +41,13 @@ from dalle_jax.metrics import codebook
 from dalle_jax.optim import schedules
 from dalle_jax.pytree import PyTree
 from dalle_jax.reporting.images import to_uint8
+from dalle_jax.tasks import words
+from dalle_jax.tasks.preview import preview_grid, shown_rows
 from dalle_jax.tasks.task import Batch, Job, make_job
 
 # Tokens are decoded for every eighth row of a training batch, which costs little and is enough for the log.
 _PROBE_EVERY = 8
-_PREVIEW_COLUMNS = 8
+_PREVIEW_ROWS = 16
 _START_IMAGES = 1024  # for the clusters of "kmeans"
 
 
@@ -68,11 +72,13 @@ class DVAETask:
 
     Attributes:
       schedules: "temperature" and "kl_weight".
-      best_metric: "mse" of images decoded from tokens.
+      best_metric: "psnr" of images decoded from tokens; higher is better.
+      title, studies: see `Task`.
       frozen: nothing.
     """
 
-    best_metric = "mse"
+    best_metric = "+psnr"
+    title, studies = "image tokenizer (dVAE)", "images"
     frozen: PyTree = {}
 
     def __init__(
@@ -81,6 +87,7 @@ class DVAETask:
         temperature: optax.Schedule,
         kl_weight: optax.Schedule,
         start_from: tuple[np.ndarray, float] | None = None,
+        held_out: Source | None = None,
     ):
         """Creates the task.
 
@@ -90,8 +97,9 @@ class DVAETask:
           kl_weight: β, by update.
           start_from: images of the training split, uint8 [n, H, W, 3], and a sharpness. The codes start as clusters of
             the images' patches (`kmeans_init`). None initialises as the paper does.
+          held_out: the evaluation split, whose captions the preview shows; None for a preview without captions.
         """
-        self.tokenizer, self._start_from = tokenizer, start_from
+        self.tokenizer, self._start_from, self._held_out = tokenizer, start_from, held_out
         self.schedules = {"temperature": temperature, "kl_weight": kl_weight}
 
     def init(self, key: jax.Array) -> PyTree:
@@ -163,16 +171,38 @@ class DVAETask:
         }
 
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
-        """Draws rows of real images, each above a row of their reconstructions from tokens."""
+        """Draws up to 16 images, each with its reconstruction from tokens and, if it has one, its caption."""
         del frozen, key
-        real = to_host(batch["image"][: 2 * _PREVIEW_COLUMNS])
-        shown = to_uint8(to_host(_reconstruct(self.tokenizer, params, real)))
-        starts = range(0, len(real), _PREVIEW_COLUMNS)
-        strips = [np.concatenate(rows[i : i + _PREVIEW_COLUMNS], axis=1) for i in starts for rows in (real, shown)]
-        strips = [
-            np.pad(s, ((0, 0), (0, strips[0].shape[1] - s.shape[1]), (0, 0)), constant_values=255) for s in strips
+        images, valid = to_host((batch["image"], batch["valid"]))
+        rows = shown_rows(valid, _PREVIEW_ROWS)
+        shown = to_uint8(to_host(_reconstruct(self.tokenizer, params, images[rows])))
+        captions = [""] * len(rows)
+        if self._held_out is not None:
+            captions = [_caption(self._held_out, index) for index in to_host({"index": batch["index"]})["index"][rows]]
+        return preview_grid(captions, [("real", images[rows]), ("reconstructed", shown)])
+
+    def in_words(self, metrics: Mapping[str, float], examples: int) -> list[str]:
+        """See `Task.in_words`."""
+        tokens = examples * math.prod(self.tokenizer.grid(self.tokenizer.options.image_size))
+        usage, perplexity = metrics["codebook_usage"], metrics["codebook_perplexity"]
+        return [
+            words.reconstruction_in_words(metrics["psnr"]),
+            words.codebook_in_words(usage, perplexity, self.tokenizer.vocab_size, tokens),
         ]
-        return np.concatenate(strips, axis=0)
+
+    def next_steps(self, config: ConfigDict, workdir: str, batch: Batch, flags: Sequence[str]) -> list[str]:
+        """See `Task.next_steps`."""
+        del batch, flags
+        tokenizer = words.flag("config.tokenizer_from", workdir)
+        return [f"train a prior with it: {words.train_command('prior', config, tokenizer)}"]
+
+
+def _caption(source: Source, index: int) -> str:
+    """Returns the first caption of an example, or ""."""
+    try:
+        return decode_captions(source.record(int(index)))[0]
+    except UnreadableExample:
+        return ""
 
 
 # These are functions of the tokenizer, not methods of the task, because `jax.jit` keeps its static arguments alive.
@@ -222,17 +252,19 @@ def _decibels(mean_squared_error: jax.Array) -> jax.Array:
     return -10.0 * jnp.log10(jnp.maximum(mean_squared_error, 1e-10))
 
 
-def _task(config: ConfigDict, start_from: tuple[np.ndarray, float] | None) -> DVAETask:
+def _task(
+    config: ConfigDict, start_from: tuple[np.ndarray, float] | None = None, held_out: Source | None = None
+) -> DVAETask:
     """Builds the task of a configuration."""
     temperature, kl_weight = (schedules.make(config.schedules[name], name) for name in ("temperature", "kl_weight"))
-    return DVAETask(tokenizers.of_training(config), temperature, kl_weight, start_from)
+    return DVAETask(tokenizers.of_training(config), temperature, kl_weight, start_from, held_out)
 
 
 def check_config(config: ConfigDict) -> None:
     """See `registry.check_config`."""
     from_config(DataOptions, config.data, "data")
     from_config(ObjectiveOptions, config.objective, "objective")
-    _task(config, None)
+    _task(config)
 
 
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
@@ -251,12 +283,13 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
         training = Pipeline(options, split=options.train_split, train=True, batch_size=batch_size, seed=config.seed)
         batches = itertools.islice(iter(training), 1 + _START_IMAGES // batch_size)
         start_from = np.concatenate([batch["image"] for batch in batches])[:_START_IMAGES], objective.kmeans_sharpness
-    return make_job(_task(config, start_from), config, options, rows)
+    held_out = open_source(options, options.eval_split)
+    return make_job(_task(config, start_from, held_out), config, options, rows, held_out=held_out)
 
 
 def abstract(config: ConfigDict) -> tuple[DVAETask, Batch]:
     """See `registry.abstract`. The initial codes are no part of the train step."""
-    return _task(config, None), batch_shapes(config.data.image_size, None, config.batch_size)
+    return _task(config), batch_shapes(config.data.image_size, None, config.batch_size)
 
 
 def options(config: Mapping[str, Any]) -> dict[str, type]:

@@ -25,13 +25,15 @@ from dalle_jax.distributed.rows import to_host
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
-from dalle_jax.metrics.mean import Mean
+from dalle_jax.metrics.mean import Mean, without_empty
 from dalle_jax.models.transformer import TransformerOptions
 from dalle_jax.priors.registry import make, options_of
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
-from dalle_jax.reporting.images import image_grid, to_uint8
+from dalle_jax.reporting.images import to_uint8
+from dalle_jax.tasks import words
 from dalle_jax.tasks.encoded_split import tokens_of_split
+from dalle_jax.tasks.preview import preview_grid, shown_rows
 from dalle_jax.tasks.task import Batch, Job, make_job, zeros_like
 from dalle_jax.token_layout import TokenLayout
 
@@ -45,11 +47,13 @@ class PriorTask:
     Attributes:
       schedules: the prior's schedules.
       best_metric: "image_nats", nats per image token on the evaluation split.
+      title, studies: see `Task`.
       frozen: "tokenizer", the parameters of the image tokenizer. If the training split was encoded in advance, also
         "tokens", int32 [examples, N].
     """
 
     best_metric = "image_nats"
+    studies = "captions"
 
     def __init__(
         self,
@@ -72,6 +76,7 @@ class PriorTask:
           preview_rows: number of captions in the preview.
         """
         self.prior, self.tokenizer, self._text_model, self._preview_rows = prior, tokenizer, text_model, preview_rows
+        self.title = f"{prior.name} prior"
         self.schedules = dict(prior.schedules)
         self.frozen = {"tokenizer": tokenizer_params}
         if tokens is not None:
@@ -92,27 +97,41 @@ class PriorTask:
         return self.prior.loss(params, batch["text"], tokens, key, train=True, step=step)
 
     def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
-        """See `Task.evaluate`. Returns means of the prior's metrics over the valid rows."""
+        """See `Task.evaluate`. Returns means of the prior's metrics over the valid rows.
+
+        A metric without a value is left out, such as that of a range of mask ratios without an example.
+        """
         mean = Mean()
         for i, batch in enumerate(batches):
             batch_key = keys.stream(key, "batch", i)
             scalars = to_host(_measure(self.prior, self.tokenizer, params, frozen["tokenizer"], batch, batch_key))
             rows = float(scalars.pop("rows"))
             mean.add(scalars, weight=rows)
-        return mean.take()
+        return without_empty(mean.take())
 
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
-        """Draws the first captions, each with the real image, its reconstruction and two samples."""
-        rows = min(self._preview_rows, batch["text"].shape[0])
-        text, real = to_host((batch["text"][:rows], batch["image"][:rows]))
-        drawn = self.prior.sample(params, jnp.asarray(text), jax.random.split(key, 2 * rows))
+        """Draws captions, each with the real image, its reconstruction and two samples."""
+        text, real, valid = to_host((batch["text"], batch["image"], batch["valid"]))
+        rows = shown_rows(valid, self._preview_rows)
+        count, text, real = len(rows), text[rows], real[rows]
+        drawn = self.prior.sample(params, jnp.asarray(text), jax.random.split(key, 2 * count))
         images = to_uint8(to_host(_decode(self.tokenizer, frozen["tokenizer"], jnp.asarray(real), drawn)))
         vocab = self.prior.layout.text_vocab
         captions = [self._text_model.decode([i for i in row if i < vocab]) for row in text.tolist()]
-        shown = [
-            (captions[i], [real[i], images[i], images[rows + 2 * i], images[rows + 2 * i + 1]]) for i in range(rows)
-        ]
-        return image_grid(shown, ("real", "reconstructed", "generated", "generated"))
+        reconstructed, first, second = images[:count], images[count::2], images[count + 1 :: 2]
+        columns = [("real", real), ("reconstructed", reconstructed), ("generated", first), ("generated", second)]
+        return preview_grid(captions, columns)
+
+    def in_words(self, metrics: Mapping[str, float], examples: int) -> list[str]:
+        """See `Task.in_words`."""
+        del examples
+        return words.tokens_in_words(metrics, self.tokenizer.vocab_size, masked=self.prior.name == "maskgit")
+
+    def next_steps(self, config: ConfigDict, workdir: str, batch: Batch, flags: Sequence[str]) -> list[str]:
+        """See `Task.next_steps`."""
+        del config
+        captions = words.example_captions(self._text_model, self.prior.layout.text_vocab, batch, 2)
+        return [f"draw captions: {words.draw_command(workdir, captions, *flags)}"]
 
 
 # These are functions of prior and tokenizer, not methods of the task. `jax.jit` keeps its static arguments alive, and
@@ -193,9 +212,9 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     return make_job(task, config, options, rows, text_model, task.prior.layout)
 
 
-def abstract(config: ConfigDict) -> tuple[PriorTask, Batch]:
+def abstract(config: ConfigDict, tokenizer: ImageTokenizer | None = None) -> tuple[PriorTask, Batch]:
     """See `registry.abstract`. A split that is encoded in advance has 65,536 examples here."""
-    tokenizer = tokenizers.of_training(config.tokenizer)
+    tokenizer = tokenizer or tokenizers.of_training(config.tokenizer)
     params = zeros_like(tokenizer.init, jax.random.key(0))
     tokens = None
     if _encodes_once(config):

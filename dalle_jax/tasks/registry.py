@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from dalle_jax.configuration.options import defaults_of
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.errors import ConfigError
+from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.tasks import clip, dvae, prior
 from dalle_jax.tasks.task import Batch, Job, Task
@@ -33,7 +34,7 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     return _module(config).build(config, workdir, rows)
 
 
-def abstract(config: ConfigDict) -> tuple[Task, Batch]:
+def abstract(config: ConfigDict, tokenizer: ImageTokenizer | None = None) -> tuple[Task, Batch]:
     """Builds the task of a configuration without its data: all that the program of its train step depends on.
 
     Sizes that training reads from its data are read from the configuration here. The text model has
@@ -41,6 +42,7 @@ def abstract(config: ConfigDict) -> tuple[Task, Batch]:
 
     Args:
       config: a training configuration.
+      tokenizer: the image tokenizer of a prior, if it is not that of `config.tokenizer`.
 
     Returns:
       The task, and a batch of `jax.ShapeDtypeStruct`s with B rows each, as its pipeline would deliver.
@@ -48,7 +50,7 @@ def abstract(config: ConfigDict) -> tuple[Task, Batch]:
     Raises:
       ConfigError: an unknown task, or sizes that do not fit each other.
     """
-    return _module(config).abstract(config)
+    return _module(config).abstract(config, *([] if tokenizer is None else [tokenizer]))
 
 
 def check_config(config: ConfigDict) -> None:
@@ -71,11 +73,11 @@ def options(config: Mapping[str, Any]) -> dict[str, type]:
 
 
 def defaults(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the default of every key in the sections of `options`, by dotted name.
+    """Returns the default of every key in the sections of `options`, and of newer top keys, by dotted name.
 
     A configuration that an older version stored lacks the newer keys. Its run used their defaults.
     """
-    return {
+    return {"stop_after": 0} | {
         f"{section}.{name}": value
         for section, cls in options(config).items()
         for name, value in defaults_of(cls).items()

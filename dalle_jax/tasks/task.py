@@ -20,7 +20,7 @@ import optax
 from ml_collections import ConfigDict
 
 from dalle_jax.data.pipeline import Pipeline
-from dalle_jax.data.sources.source import DataOptions
+from dalle_jax.data.sources.source import DataOptions, Source
 from dalle_jax.data.text import TextModel
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
@@ -34,13 +34,18 @@ class Task(Protocol):
     Attributes:
       schedules: schedules that the loss depends on, by name. They are evaluated at each step and logged next to the
         loss.
-      best_metric: key of the result of `evaluate` that selects the best checkpoint. Lower is better.
+      best_metric: key of the result of `evaluate` that selects the best checkpoint. Lower values are better; a key with
+        "+" in front ("+psnr") means that higher values are.
+      title: the model's name for people, such as "autoregressive prior".
+      studies: the part of its examples that it would learn by heart: "images" or "captions".
       frozen: parameters that are used and not trained, such as those of an image tokenizer, or {}. They reach `loss`,
         `evaluate` and `preview` as an argument on the mesh, never as a constant of the program.
     """
 
     schedules: Mapping[str, optax.Schedule]
     best_metric: str
+    title: str
+    studies: str
     frozen: PyTree
 
     def init(self, key: jax.Array) -> PyTree:
@@ -73,7 +78,25 @@ class Task(Protocol):
         """
 
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
-        """Draws one image, uint8 [H, W, 3], that shows the model's outputs on an evaluation batch."""
+        """Draws one image, uint8 [H, W, 3], that shows the model's outputs on valid rows of an evaluation batch."""
+
+    def in_words(self, metrics: Mapping[str, float], examples: int) -> list[str]:
+        """Says what metrics mean, one sentence each.
+
+        Args:
+          metrics: a result of `evaluate`.
+          examples: number of examples that were evaluated.
+        """
+
+    def next_steps(self, config: ConfigDict, workdir: str, batch: Batch, flags: Sequence[str]) -> list[str]:
+        """Returns lines that say how the trained model is used, with the commands.
+
+        Args:
+          config: configuration of the training.
+          workdir: workdir of the training.
+          batch: an evaluation batch on this host, for examples of captions.
+          flags: to add to a command that reads the checkpoint, such as "--config.step=best".
+        """
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,15 +109,19 @@ class Job:
         iterator has `get_state()` and `set_state()`, which describe the position after the last delivered batch. The
         state is a JSON value or bytes. An iterator that holds worker processes also has `close()`.
       eval_batches: creates one pass over this host's rows of the evaluation batches, which are always the same.
-      examples: number of examples of the training split, or None if unknown.
       data_counts: returns counts for the training log by name, such as "left_out/missing file" (see `Pipeline.counts`).
+      preview_batch: creates this host's rows of a batch for the preview, spread over the held-out examples. None uses
+        the first evaluation batch.
+      examples, held_out: numbers of examples for training and for evaluation; 0 if unknown.
     """
 
     task: Task
     train_batches: Callable[[], Iterator[Batch]]
     eval_batches: Callable[[], Iterable[Batch]]
     data_counts: Callable[[], Mapping[str, int]] = dict
-    examples: int | None = None
+    preview_batch: Callable[[], Batch] | None = None
+    examples: int = 0
+    held_out: int = 0
 
 
 def make_job(
@@ -104,6 +131,7 @@ def make_job(
     rows: Sequence[int] | None,
     text_model: TextModel | None = None,
     layout: TokenLayout | None = None,
+    held_out: Source | None = None,
 ) -> Job:
     """Builds the job of a task, with the training and evaluation batches of a configuration.
 
@@ -114,19 +142,22 @@ def make_job(
       rows: rows of each batch that this host reads; None for all.
       text_model: encodes the captions; None if the batches need no text.
       layout: pads the captions; None without a text model.
+      held_out: the open source of the evaluation split; None opens it.
 
     Raises:
       DataError: the data cannot be opened.
     """
     pipeline = functools.partial(Pipeline, options, text_model, layout, batch_size=config.batch_size, rows=rows)
-    training = pipeline(split=options.train_split, train=True, seed=config.seed)
-    evaluation = pipeline(split=options.eval_split, train=False)
+    evaluation = pipeline(split=options.eval_split, train=False, source=held_out)
+    training = pipeline(split=options.train_split, train=True, seed=config.seed, held_out=evaluation.source)
     return Job(
         task=task,
         train_batches=lambda: iter(training),
         eval_batches=lambda: iter(evaluation),
         data_counts=training.counts,
+        preview_batch=evaluation.spread_batch,
         examples=len(training.source),
+        held_out=len(evaluation.source),
     )
 
 

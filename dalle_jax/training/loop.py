@@ -36,7 +36,7 @@ from dalle_jax.training.validation import make_shared_workdir, validate
 
 
 def train(config: ConfigDict, workdir: str, job: Job | None = None, *, began: float | None = None) -> TrainState:
-    """Trains until `config.steps`, starting from the latest checkpoint in `workdir` or from scratch.
+    """Trains until `config.steps` or an early stop, starting from the latest checkpoint in `workdir` or from scratch.
 
     With `config.minutes` the number of steps is planned at the start of the run instead (`budget.py`).
 
@@ -59,7 +59,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None, *, began: fl
     with explain_lost_hosts(), contextlib.ExitStack() as cleanup:
         began = time.perf_counter() if began is None else began
         compilation_cache.enable()
-        mesh, options, average = validate(config)
+        mesh, options, average = validate(budget.provisional(config))
         workdir = make_shared_workdir(workdir)
         stop = cleanup.enter_context(stop_signals())
         if mesh.size > 1:
@@ -80,17 +80,22 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None, *, began: fl
 
 
 def _advance(run: Run, stop: threading.Event) -> None:
-    """Trains until the last step, or raises `Preempted` once `stop` is set and the state is saved."""
+    """Trains until the last step, or until validation stands still (`config.stop_after`).
+
+    Raises `Preempted` once `stop` is set and the state is saved.
+    """
     cadence, start, total = run.config.cadence, run.start, run.total
     if start:
-        run.progress.note(f"{run.workdir}: {'resuming from' if start < total else 'complete:'} step {start} of {total}")
+        complete = start >= total or run.ended_early
+        run.progress.note(f"{run.workdir}: {'complete:' if complete else 'resuming from'} step {start} of {total}")
     for step in range(start, total + 1):
         last, fresh = step == total, step > start
         stopping = stop.is_set() or run.checkpoints.reached_preemption(step)
         evaluating, previewing, saving = (
-            fresh and (last or (every > 0 and step % every == 0))
-            for every in (cadence.eval, cadence.preview, cadence.checkpoint)
+            last or (every > 0 and step % every == 0) for every in (cadence.eval, cadence.preview, cadence.checkpoint)
         )
+        evaluating = evaluating and step > 0 and not run.evaluations.measured(step)  # a signal may have come before it
+        previewing, saving = previewing and fresh, saving and fresh
         profiling = run.trace.due(step)
         if stopping or evaluating or previewing or saving or profiling:
             run.report(keep=0)
@@ -98,20 +103,22 @@ def _advance(run: Run, stop: threading.Event) -> None:
                 if profiling:
                     run.progress.note(run.trace.advance())
                 metrics = run.evaluate(step) if evaluating and not stopping else None
-                if previewing and not stopping:
+                ending = fresh and run.ended_early
+                if (previewing or ending) and not stopping:
                     run.preview(step)
-                if saving or stopping:
+                if saving or stopping or ending or (metrics and run.keeps_best(step)):
                     run.save(step, metrics)
+        last = last or run.ended_early
         if stopping or last and stop.is_set():  # do not start the next training after a stop signal
             run.checkpoints.wait()
             message = f"{run.workdir}: stopped at step {step} of {total} and saved; the same command resumes the run"
             run.progress.note(message)
             raise Preempted(message)
         if last:
+            run.checkpoints.wait()
+            run.finish(step)
             break
 
         with jax.profiler.StepTraceAnnotation("train", step_num=step + 1):
             run.queue(step + 1, run.next_batch())
             run.report(keep=1)  # the step before this one, while this one runs
-    run.checkpoints.wait()
-    run.progress.finish(total, run.clock.shares())

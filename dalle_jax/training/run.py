@@ -6,7 +6,7 @@ import contextlib
 import functools
 import itertools
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TextIO
 
 import jax
@@ -20,23 +20,27 @@ from dalle_jax.checkpoints.compatibility import to_json
 from dalle_jax.checkpoints.workdir import has_config
 from dalle_jax.data.prefetch import prefetch_to_mesh
 from dalle_jax.data.timeout_iterator import TimeoutIterator
-from dalle_jax.distributed.rows import to_mesh
+from dalle_jax.distributed.rows import to_host, to_mesh
 from dalle_jax.distributed.sharding import batch_sharding, replicated
-from dalle_jax.distributed.turns import is_first
+from dalle_jax.distributed.turns import first_host_says, is_first
 from dalle_jax.distributed.watchdog import Watchdog
 from dalle_jax.errors import DataError, NonFiniteError
-from dalle_jax.metrics.mean import Mean
+from dalle_jax.metrics.mean import Mean, without_empty
 from dalle_jax.optim import optimizers, schedules
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
-from dalle_jax.reporting.metric_writer import MetricWriter
+from dalle_jax.reporting.metric_writer import MetricWriter, read_metrics
 from dalle_jax.reporting.progress import Progress
+from dalle_jax.reporting.units import with_unit
 from dalle_jax.storage.files import write_json
 from dalle_jax.tasks.registry import defaults
 from dalle_jax.tasks.task import Batch, Job
 from dalle_jax.training import expectations
+from dalle_jax.training.changed_data import explain_changed_data
 from dalle_jax.training.cleanup import close_at_exit
+from dalle_jax.training.evaluations import Evaluations
 from dalle_jax.training.profiling import StepClock, StepTrace
 from dalle_jax.training.step import TrainState, make_init, make_train_step
+from dalle_jax.training.summary import finished, news_in_words, summary
 from dalle_jax.training.warm_start import warm_start
 
 
@@ -52,6 +56,7 @@ class Run:
       checkpoints, writer, trace: of the workdir.
       progress, clock, mean: of the steps since the last report.
       watchdog: is notified of progress.
+      evaluations: all of the run, also those before an interruption.
     """
 
     def __init__(
@@ -97,7 +102,8 @@ class Run:
         #   1. the latest checkpoint in workdir (state and data iterator), written on any mesh
         #   2. fresh parameters, replaced by those of config.start_from where name and shape agree
         if self.checkpoints.latest_step is not None:
-            items = self.checkpoints.restore(self._abstract_state.items(), self.batches, config, defaults(config))
+            with explain_changed_data(config, workdir, self.checkpoints):
+                items = self.checkpoints.restore(self._abstract_state.items(), self.batches, config, defaults(config))
             self.state = TrainState.from_items(items)
         else:
             self.state = init()
@@ -107,6 +113,10 @@ class Run:
         if is_first() and (start <= self.total or not has_config(workdir)):  # else keep the longer training's file
             write_json(epath.Path(workdir) / "config.json", to_json(config))
 
+        lines = read_metrics(workdir) if is_first() else []
+        evaluations = Evaluations.read(task.best_metric, lines, until=start).to_json()
+        evaluations = first_host_says("evaluations", evaluations)
+        self.evaluations = Evaluations.from_json(task.best_metric, evaluations)
         self.writer = MetricWriter(workdir, start=start)
         close_at_exit(cleanup, self.writer.close)
         self.trace = StepTrace(workdir, start=start, total=self.total, count=config.profile_steps)
@@ -182,9 +192,15 @@ class Run:
         counts = self.job.data_counts()
         rates = self.progress.rates(step)
         times = {**self.clock.take(step, rates["seconds_per_step"]), **self._compile_seconds}
-        values = {**self.mean.take(), **now, **rates, **times, **counts}
-        self.writer.scalars(step, {f"train/{name}": value for name, value in values.items()})
+        values = {**without_empty(self.mean.take()), **now, **rates, **times, **counts}
+        self._write(step, "train", values)
         self._compile_seconds.clear()
+
+    def _write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
+        """Writes the line of a training report or of an evaluation."""
+        line = {f"{kind}/{name}": value for name, value in values.items()}
+        self.writer.scalars(step, line)
+        self.evaluations.add(step, line)
 
     def _evaluation_batches(self) -> Iterator[Batch]:
         batches = TimeoutIterator(iter(self.job.eval_batches()), self.config.timeout_seconds.data)
@@ -198,16 +214,32 @@ class Run:
         """Evaluates the current state and reports its metrics."""
         key = keys.stream(self._key, "evaluate")
         metrics = self.job.task.evaluate(self.state.eval_params, self._frozen, self._evaluation_batches(), key)
-        self.writer.scalars(step, {f"eval/{name}": value for name, value in metrics.items()})
-        self.progress.note(
-            f"eval · step {step}/{self.total} · " + " · ".join(f"{name} {value:.4g}" for name, value in metrics.items())
-        )
+        self._write(step, "eval", metrics)
+        said = " · ".join(f"{name} {with_unit(name, value)}" for name, value in metrics.items())
+        self.progress.note(f"eval · step {step}/{self.total} · {said}")
+        if news := news_in_words(self.evaluations, self.job.task):
+            self.progress.note(news)
         return metrics
+
+    @property
+    def ended_early(self) -> bool:
+        """Whether validation stands still for as long as `config.stop_after` allows."""
+        return self.evaluations.stops(self.config.get("stop_after", 0))
+
+    def keeps_best(self, step: int) -> bool:
+        """Returns whether the evaluation of step `step` is the best so far and `config.keep.best` asks to keep it."""
+        best = self.evaluations.best
+        return self.config.keep.best > 0 and best is not None and best.step == step
 
     @functools.partial(jax.profiler.annotate_function, name="preview")
     def preview(self, step: int) -> None:
-        """Writes the task's preview image of the current state."""
-        batch = next(self._evaluation_batches())
+        """Writes the task's preview image of the current state, unless no held-out example is readable."""
+        if self.job.preview_batch is None:
+            batch = next(self._evaluation_batches())
+        else:
+            batch = to_mesh(self.job.preview_batch(), self._rows)
+        if not to_host({"valid": batch["valid"]})["valid"].any():
+            return
         key = keys.stream(self._key, "preview")
         image = self.job.task.preview(self.state.eval_params, self._frozen, batch, key)
         self.writer.image(step, "preview", image)
@@ -218,3 +250,29 @@ class Run:
         with jax.profiler.TraceAnnotation("checkpoint"):
             self.checkpoints.save(step, self.state.items(), self.batches, self.config, metrics)
         self.watchdog.progress()
+
+    def finish(self, step: int) -> None:
+        """Reports the end of the run at step `step`: the summary, and `finished.json`."""
+        self.progress.finish(step, self.clock.shares())
+        if not is_first():
+            return
+        task, config = self.job.task, self.config
+        write_json(epath.Path(self.workdir) / "finished.json", finished(self.evaluations, step, self.total))
+        best = self.evaluations.best
+        stored = best is not None and best.step < step and best.step in self.checkpoints.steps
+        batch = self.job.preview_batch() if self.job.preview_batch else {}
+        flags = ["--config.step=best"] if stored else []
+        lines = summary(
+            task,
+            self.evaluations,
+            workdir=self.workdir,
+            step=step,
+            total=self.total,
+            parameters=sum(x.size for x in jax.tree.leaves(self.state.params)),
+            batch_size=config.batch_size,
+            examples=self.job.examples,
+            evaluated=min(self.job.held_out, config.eval_batches * config.batch_size),
+            stop_after=config.get("stop_after", 0),
+            next_steps=task.next_steps(config, self.workdir, batch, flags),
+        )
+        self.progress.note(lines)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import jax
+import optax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -16,8 +18,15 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.optim import schedules
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.storage.files import full_path, make_workdir
+from dalle_jax.training.evaluations import check_stop_after
 from dalle_jax.training.profiling import check_profile_steps
 
+# Smallest value: keys.
+_LEAST = {
+    1: ("batch_size", "steps", "max_nonfinite", "eval_batches", "cadence.log", "keep.last"),
+    0: ("seed", "cadence.eval", "cadence.preview", "cadence.checkpoint", "keep.best"),
+}
+_LARGEST_SEED = 2**32 - 1
 _LONGEST = 1e9  # seconds: Python's wait functions overflow beyond this
 
 
@@ -31,14 +40,15 @@ def validate(config: ConfigDict) -> tuple[Mesh, OptimizerOptions, AverageOptions
       ConfigError: an invalid value or an unknown key.
       MeshError: the mesh does not fit the devices, or the batch does not fit the mesh.
     """
-    for name in ("batch_size", "steps", "max_nonfinite", "eval_batches", "cadence.log", "keep.last"):
-        value = config
-        for part in name.split("."):
-            value = value[part]
-        if name == "steps" and value is None and config.get("minutes") is not None:
-            continue  # planned later
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"config.{name}={value!r}: expected a whole number of at least 1.")
+    for least, names in _LEAST.items():
+        for name in names:
+            value = config
+            for part in name.split("."):
+                value = value[part]
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise ConfigError(f"config.{name}={value!r}: expected a whole number of at least {least}.")
+    if config.seed > _LARGEST_SEED:
+        raise ConfigError(f"config.seed={config.seed}: expected at most {_LARGEST_SEED}.")
     minutes = config.get("minutes")
     if minutes is not None and not 0 < minutes <= _LONGEST / 60:
         raise ConfigError(f"config.minutes={minutes!r}: expected minutes, more than 0 and at most {_LONGEST / 60:.3g}.")
@@ -53,9 +63,20 @@ def validate(config: ConfigDict) -> tuple[Mesh, OptimizerOptions, AverageOptions
             "--coordinator_address=auto on each host."
         )
     check_profile_steps(config.profile_steps)
+    check_stop_after(config)
     for name, section in config.schedules.items():
-        schedules.make(section, name)
+        _check_schedule(schedules.make(section, name), name, config.steps)
     return mesh_and_options(config)
+
+
+def _check_schedule(schedule: optax.Schedule, name: str, steps: int) -> None:
+    """Checks a schedule's values at the beginning, in the middle and at the end of a training."""
+    for step in (0, steps // 2, steps):
+        value = float(schedule(step))
+        above_0 = name == "temperature"  # the relaxation divides by it
+        if not math.isfinite(value) or value < 0 or (above_0 and value == 0):
+            expected = "more than 0" if above_0 else "0 or more"
+            raise ConfigError(f"config.schedules.{name} is {value:g} at update {step}; expected {expected}.")
 
 
 def mesh_and_options(

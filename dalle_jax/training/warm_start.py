@@ -1,5 +1,7 @@
 """Initialisation of a training from the parameters of another run.
 
+Every task can start from a run of the same task, for instance after its data set changed.
+
 The two priors share the names and shapes of their trunk and embeddings (`priors/`). A MaskGIT prior that starts from
 an autoregressive one therefore already reads captions and knows which tokens are similar. Scans stack the layers by
 their attention patterns, which differ between the priors, so layers are compared one by one.
@@ -7,7 +9,9 @@ their attention patterns, which differ between the priors, so layers are compare
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +19,10 @@ import numpy as np
 from absl import logging
 
 from dalle_jax.checkpoints.checkpoints import Checkpoints
-from dalle_jax.errors import ConfigError
+from dalle_jax.errors import CheckpointError, ConfigError
 from dalle_jax.models.trunk import unstack
 from dalle_jax.pytree import PyTree, by_path
+from dalle_jax.storage.files import full_path
 from dalle_jax.training.step import TrainState
 
 
@@ -35,7 +40,7 @@ def warm_start(state: TrainState, workdir: str) -> TrainState:
       ConfigError: no parameter agrees.
       CheckpointError: there is no checkpoint.
     """
-    with Checkpoints(str(workdir), read_only=True) as checkpoints:
+    with Checkpoints(str(workdir), read_only=True) as checkpoints, _named(workdir):
         given = by_path(_unstacked(jax.device_get(checkpoints.restore_params())))
     own = by_path(state.params)
     unit = len(state.params.get("trunk", {}).get("units", ()))
@@ -48,12 +53,44 @@ def warm_start(state: TrainState, workdir: str) -> TrainState:
     if len(fresh) == total:
         raise ConfigError(
             f"config.start_from={workdir!r}: none of its parameters has the name and shape of one of this model's. "
-            "Give the workdir of a prior with the same model.trunk width and heads, or leave start_from out."
+            "Give the workdir of a training of the same task with the same model sizes (for priors model.trunk.width "
+            "and heads), or leave start_from out."
         )
     logging.info(
         "%d of %d parameters from %s; fresh: %s", total - len(fresh), total, workdir, ", ".join(fresh) or "none"
     )
     return state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
+
+
+def check_start_from(start_from: str, workdir: str) -> None:
+    """Checks early that `config.start_from` holds a checkpoint, unless the run in `workdir` has begun already.
+
+    Raises:
+      CheckpointError: it holds none.
+    """
+    if _has_checkpoint(workdir):
+        return
+    if not _has_checkpoint(start_from):
+        raise CheckpointError(
+            f"config.start_from={start_from!r} holds no checkpoint: expected the workdir of a training. Check the "
+            "path, or leave start_from out to start from scratch."
+        )
+
+
+def _has_checkpoint(workdir: str) -> bool:
+    if not (full_path(workdir) / "checkpoints").exists():
+        return False
+    with Checkpoints(str(workdir), read_only=True) as checkpoints:
+        return checkpoints.latest_step is not None
+
+
+@contextlib.contextmanager
+def _named(workdir: str) -> Iterator[None]:
+    """Names the key in a `CheckpointError` of the block."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"config.start_from={workdir!r}: {error}") from error
 
 
 def _unstacked(params: PyTree) -> PyTree:

@@ -14,12 +14,16 @@ from torchvision_on_cpu import import_torchvision
 from dalle_jax.errors import PretrainedError
 from dalle_jax.models.clip import CLIP, CLIPOptions, preprocess
 from dalle_jax.pretrained import clip as importer
+from dalle_jax.pretrained import clip_settings
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 
 SMALL = CLIPOptions(
     image_size=32, patch=8, image_width=64, image_depth=3, image_heads=4, text_width=48, text_depth=2, text_heads=3,
     embed_dim=24, text_length=9, text_vocab=50, end_id=49,
 )  # fmt: skip
+
+OPTIONS = "quick_gelu", (16, 16)
+SETTINGS = "quick_gelu", 16, 16  # the activation, and the sizes of attention heads
 
 
 def inputs(options, rows=3):
@@ -68,7 +72,7 @@ def differences(theirs, arrays, options, head_dim):
         np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-5)
         assert all(np.abs(vectors[i] - vectors[j]).max() > 1e-2 for i, j in ((0, 1), (0, 2), (1, 2)))
     arrays = importer.openai_names(arrays)
-    assert importer.options_of(arrays, options.activation, head_dim) == options
+    assert importer.options_of(arrays, options.activation, (head_dim, head_dim)) == options
     ours = encode(CLIP(options), importer.convert(arrays, options), images, text)
     return [float(np.abs(one - other).max()) for one, other in zip(ours, expected)]
 
@@ -240,7 +244,7 @@ def test_plain_files(tmp_path, expected, kind, layout):
     else:
         contiguous = {name: array.copy(order="C") for name, array in arrays.items()}
         pytest.importorskip("safetensors.numpy").save_file(contiguous, path)
-    clip, params = importer.load(path, head_dim=16)
+    clip, params = importer.load(path, *SETTINGS)
     assert clip.options == SMALL
     same(params, expected)
 
@@ -265,7 +269,7 @@ def test_files_by_torch(tmp_path, expected, kind):
     else:
         wrapped = {"epoch": 3, "state_dict": {f"module.{name}": tensor for name, tensor in tensors.items()}}
         torch.save(wrapped if kind == "checkpoint" else tensors, path)
-    same(importer.load(path, head_dim=16)[1], expected)
+    same(importer.load(path, *SETTINGS)[1], expected)
 
 
 def test_weights_that_do_not_fit():
@@ -274,6 +278,7 @@ def test_weights_that_do_not_fit():
         ("ln_final.bias", None, "text/norm_after/norm/bias"),
         ("visual.ln_post.weight", np.zeros(5), "image/norm_after/norm/scale"),
         ("transformer.resblocks.0.attn.in_proj_weight", np.zeros((5, 48)), "block_0/qkv/kernel"),
+        ("ln_final.weight", np.full(48, np.nan), "text/norm_after/norm/scale"),
         ("visual.layer1.weight", np.zeros(3), r"visual\.layer1\.weight"),
     ]:
         wrong = {**arrays, name: changed}
@@ -282,7 +287,7 @@ def test_weights_that_do_not_fit():
         with pytest.raises(PretrainedError, match=token):
             importer.convert(wrong, SMALL)
     with pytest.raises(PretrainedError, match=r"visual\.conv1"):
-        importer.options_of({"weight": np.zeros(3)})
+        importer.options_of({"weight": np.zeros(3)}, *OPTIONS)
     halved = hugging_face_names(arrays)
     del halved["text_model.encoder.layers.1.self_attn.k_proj.bias"]
     with pytest.raises(PretrainedError, match=r"k_proj\.bias"):
@@ -304,7 +309,8 @@ def test_the_command_writes_a_folder_that_the_scorer_reads(tmp_path, expected):
     pytest.importorskip("tokenizers", reason="the vocabulary of published weights needs tokenizers")
     weights, vocabulary = tmp_path / "weights.npz", small_vocabulary(tmp_path / "tokenizer.json")
     np.savez(weights, **random_arrays())
-    command = ["-m", "dalle_jax.pretrained.clip", f"--weights={weights}", "--head_dim=16"]
+    command = ["-m", "dalle_jax.pretrained.clip", f"--weights={weights}", "--activation=quick_gelu"]
+    command += ["--image_head_dim=16", "--text_head_dim=16"]
     command += [f"--vocabulary={vocabulary}", f"--output={tmp_path}/imported"]
     ((status, _, error),) = finish([spawn(command)])
     assert status == 0, error
@@ -322,4 +328,79 @@ def test_weights_and_vocabulary_that_do_not_belong_together(tmp_path):
     other["model"]["vocab"]["<|endoftext|>"] = 77
     vocabulary.write_text(json.dumps(other))
     with pytest.raises(PretrainedError, match="77"):
-        importer.load_scorer(weights, vocabulary, "quick_gelu", 16)
+        importer.load_scorer(weights, vocabulary, *SETTINGS)
+
+
+# -- what the arrays leave open -----------------------------------------------------------------------------------
+
+
+def shapes_of(image_width, text_width):
+    return {
+        "visual.conv1.weight": np.zeros((image_width, 3, 14, 14), np.float16),
+        "token_embedding.weight": np.zeros((10, text_width), np.float16),
+    }
+
+
+@pytest.mark.parametrize(
+    ("image_width", "text_width", "heads"),
+    [
+        (768, 512, (12, 8)),
+        (1024, 768, (16, 12)),
+        (1280, 1024, (16, 16)),
+        (1408, 1024, (16, 16)),
+        (1664, 1280, (16, 20)),
+    ],
+)
+def test_published_sizes_have_their_number_of_heads(tmp_path, image_width, text_width, heads):
+    arrays = shapes_of(image_width, text_width)
+    found = clip_settings.find(tmp_path / "weights", arrays, arrays)
+    assert (image_width // found["image_head_dim"], text_width // found["text_head_dim"]) == heads
+    assert "activation" not in found, "nothing says it"
+
+
+def test_files_of_openai_have_quick_gelu(tmp_path):
+    arrays = shapes_of(768, 512)
+    found = clip_settings.find(tmp_path / "weights", {**arrays, "input_resolution": np.array(224)}, arrays)
+    assert found["activation"] == "quick_gelu"
+
+
+def test_a_configuration_next_to_the_weights_is_used(tmp_path):
+    arrays = shapes_of(64, 48)
+    hugging_face = {
+        "vision_config": {"hidden_size": 64, "num_attention_heads": 4, "hidden_act": "gelu"},
+        "text_config": {"hidden_size": 48, "num_attention_heads": 3, "hidden_act": "gelu"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(hugging_face))
+    expected = {"activation": "gelu", "image_head_dim": 16, "text_head_dim": 16}
+    assert clip_settings.find(tmp_path / "weights", arrays, arrays) == expected
+    model = {"vision_cfg": {"head_width": 8}, "text_cfg": {"width": 48, "heads": 6}, "quick_gelu": True}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
+    expected = {"activation": "quick_gelu", "image_head_dim": 8, "text_head_dim": 8}
+    assert clip_settings.find(tmp_path / "weights", arrays, arrays) == expected
+    for content in ("[]", "{", json.dumps({**hugging_face, "text_config": {"hidden_act": "relu"}})):
+        (tmp_path / "config.json").write_text(content)
+        with pytest.raises(PretrainedError, match=r"config\.json"):
+            clip_settings.find(tmp_path / "weights", arrays, arrays)
+
+
+def test_settings_that_nothing_says_are_asked_for(tmp_path):
+    path = tmp_path / "weights.npz"
+    np.savez(path, **random_arrays())
+    with pytest.raises(PretrainedError, match="--activation.*--image_head_dim.*--text_head_dim"):
+        importer.load(path)
+    with pytest.raises(PretrainedError, match="--image_head_dim=24"):
+        importer.load(path, "gelu", 24, 16)
+
+
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [("visual.layer1.0.conv1.weight", "ResNet"), ("logit_bias", "SigLIP"), ("visual.trunk.norm.weight", "timm")],
+)
+def test_other_models_are_named(name, token):
+    with pytest.raises(PretrainedError, match=token):
+        importer.options_of({**random_arrays(), name: np.zeros(1)}, *OPTIONS)
+
+
+def test_prefixes_of_wrappers_are_removed():
+    arrays = {f"model._orig_mod.{name}": array for name, array in random_arrays().items()}
+    assert importer.openai_names(arrays).keys() == random_arrays().keys()

@@ -11,12 +11,14 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
+from dalle_jax.checkpoints.best import BestMetric
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import logit_laplace
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.image_tokenizers.relaxation import gumbel_softmax
 from dalle_jax.optim import schedules
 from dalle_jax.optim.optimizers import OptimizerOptions, make_optimizer
+from dalle_jax.reporting.images import to_uint8
 from dalle_jax.tasks.dvae import DVAETask
 from dalle_jax.tasks.registry import build
 
@@ -137,7 +139,7 @@ def test_evaluation_excludes_padding(task, params):
     assert whole.keys() == split.keys()
     for name in whole:
         np.testing.assert_allclose(whole[name], split[name], rtol=1e-4, err_msg=name)
-    assert task.best_metric in whole
+    assert BestMetric.parse(task.best_metric).loss(whole) == -whole["psnr"]
 
 
 def test_evaluation_decodes_tokens(task, params):
@@ -149,14 +151,20 @@ def test_evaluation_decodes_tokens(task, params):
     np.testing.assert_allclose(measured["reconstruction_nats"], nats.mean(), rtol=1e-4)
 
 
-def test_preview_has_each_image_above_its_reconstruction(task, params):
-    preview = task.preview(params, {}, batch(11), jax.random.key(0))
-    assert preview.shape == (4 * 16, 8 * 16, 3) and preview.dtype == np.uint8
-    images = draw_images(11)
-    np.testing.assert_array_equal(preview[:16, 32:48], images[2])
-    np.testing.assert_array_equal(preview[32:48, :16], images[8])
-    shown = task.tokenizer.decode(params, task.tokenizer.encode(params, images[8:9]))[0]
-    np.testing.assert_allclose(preview[48:, :16] / 255.0, shown, atol=0.5 / 255 + 1e-6)
+def test_preview_has_each_image_next_to_its_reconstruction(task, params):
+    """Only valid rows are shown. Without captions, no space is left for them."""
+    made = batch(5)
+    made["valid"][[0, 3]] = False
+    preview = task.preview(params, {}, made, jax.random.key(0))
+    images = draw_images(5)
+    shown = to_uint8(task.tokenizer.decode(params, task.tokenizer.encode(params, images)))
+    top, left, cell, gap = preview.shape[0] - 3 * (96 + 8) - 16, 16, 96, 8
+    for row, index in enumerate([1, 2, 4]):
+        for column, expected in enumerate((images[index], shown[index])):
+            y, x = top + row * (cell + gap), left + column * (cell + gap)
+            cells = preview[y : y + cell, x : x + cell]
+            np.testing.assert_array_equal(cells[3::6, 3::6], expected)
+    assert preview.shape[1] == 2 * left + 2 * (cell + gap) + gap and preview.dtype == np.uint8
 
 
 # -- learning -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from dalle_jax.data.sources.folder import FolderSource
+from dalle_jax.data.sources.own import choose_source
 from dalle_jax.data.sources.source import DataOptions, Source
 from dalle_jax.data.sources.tfds import TfdsSource
 
@@ -20,6 +23,7 @@ def open_source(options: DataOptions, split: str) -> Source:
     Raises:
       DataError: if it does not exist, or lacks the split or the features.
     """
-    if options.source == "folder":
-        return FolderSource(options.path, split)
-    return TfdsSource(options, split)
+    options = dataclasses.replace(options, source=choose_source(options.source, options.path))
+    source = FolderSource(options.path, split) if options.source == "folder" else TfdsSource(options, split)
+    source.limits = dataclasses.replace(options.limits, image_size=None)
+    return source

@@ -1,0 +1,88 @@
+"""Remarks on a data set for its owner: each says what was found and which key helps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from dalle_jax.data.caption_statistics import CaptionStatistics
+from dalle_jax.data.sources.source import DataOptions
+from dalle_jax.data.survey import ImageSurvey, Survey
+
+# Shares and numbers from which a remark is made.
+_TRANSLATIONS = 0.2
+_OTHER_SCRIPTS = 0.2
+_MANY_CAPTIONS = 20
+_CUT = 0.01
+_ENLARGED = 0.05
+_WITHOUT_CAPTION = 0.05
+_IMAGES_NOT_READ = (".svg", ".heic", ".heif", ".avif", ".jp2", ".pdf", ".eps", ".psd", ".dng", ".cr2", ".nef", ".arw")
+
+
+def advise(found: Survey, options: DataOptions) -> tuple[str, ...]:
+    """Returns remarks, the most important first; () if nothing stands out.
+
+    Args:
+      found: the survey.
+      options: those that it was made with.
+    """
+    remarks = [*_on_captions(found, options), *_on_images(found.images, options)]
+    unread = {ending: count for ending, count in found.other_files.items() if ending in _IMAGES_NOT_READ}
+    if unread:
+        listed = ", ".join(f"{count:,} {ending}" for ending, count in unread.items())
+        remarks.append(f"{listed} are not read. Convert them to PNG or JPEG if they belong to the set.")
+    return tuple(remarks)
+
+
+def _on_captions(found: Survey, options: DataOptions) -> Iterator[str]:
+    captions = found.captions
+    if captions is None:
+        yield f"No image has a caption, so only an image tokenizer can be trained. {_caption_remedy(options)}".rstrip()
+        return
+    if captions.without > _WITHOUT_CAPTION:
+        without = f"{captions.without:.0%} of the images have no caption; a prior skips them."
+        yield f"{without} {_caption_remedy(options)}".rstrip()
+    if options.caption_lines == "all" and (reason := _many_languages(captions)):
+        remedy = "To use the first line alone, set --config.data.caption_lines=first."
+        if options.source != "folder":
+            remedy = "Write the first line alone if you want one language."
+        yield f"{reason} {remedy}"
+    tokens = captions.tokens
+    if tokens and tokens.text_length is not None and tokens.share_cut > _CUT:
+        yield (
+            f"{tokens.share_cut:.0%} of the captions are longer than text.length={tokens.text_length}. "
+            f"--config.text.length={tokens.length_for_99_percent} cuts one in a hundred, "
+            f"{tokens.length_for_all} none."
+        )
+
+
+def _many_languages(captions: CaptionStatistics) -> str:
+    if captions.translations >= _TRANSLATIONS:
+        return f"{captions.translations:.0%} of the captions begin with a language code: they are translations."
+    if captions.other_scripts >= _OTHER_SCRIPTS:
+        return f"{captions.other_scripts:.0%} of the captions are in another script than their image's first one."
+    if captions.per_image.median >= _MANY_CAPTIONS:
+        return f"An image has {captions.per_image.median} captions (median). Training draws one of them each time."
+    return ""
+
+
+def _caption_remedy(options: DataOptions) -> str:
+    if options.source == "folder" and options.caption_from == "files":
+        return (
+            "Captions can be made from names: --config.data.caption_from=file_names or "
+            "--config.data.caption_from=folder_names."
+        )
+    return ""
+
+
+def _on_images(images: ImageSurvey, options: DataOptions) -> Iterator[str]:
+    seen = sum(images.formats.values())
+    if images.below_image_size > _ENLARGED * seen:
+        yield (
+            f"{images.below_image_size:,} of {seen:,} images are smaller than data.image_size={options.image_size} and "
+            "are enlarged, which makes them blurred. A smaller --config.data.image_size fits them."
+        )
+    if images.in_both_splits:
+        yield (
+            f"{images.in_both_splits:,} validation images are also training images (the same bytes), so validation "
+            "looks better than it is. Delete the copies."
+        )

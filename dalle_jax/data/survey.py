@@ -1,0 +1,343 @@
+"""Looks at a data set without training: how many images and captions, of which kind, and what is left out.
+
+A survey reads all records of a small split and an evenly spread part of a large one. It says how many it looked at.
+The number of examples is always exact.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import io
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import PIL.Image
+
+from dalle_jax.data.caption_statistics import CaptionStatistics, measure_captions
+from dalle_jax.data.sources.open import open_source
+from dalle_jax.data.sources.source import (
+    DataOptions,
+    Record,
+    Source,
+    UnreadableExample,
+    decode_captions,
+    decode_image,
+)
+from dalle_jax.data.text import TextModel
+from dalle_jax.errors import DataError
+
+SPLITS = ("train", "validation")
+CAPTIONS = ("required", "counted", "ignored")
+_ALWAYS_READ = 100  # records of a split that are read and decoded whatever their size
+_AT_ONCE = 32  # records in memory
+_THREADS = 4  # remote storage answers slowly
+
+
+@dataclasses.dataclass(frozen=True)
+class Effort:
+    """The most that a survey reads of each split; at least 100 records are read and decoded.
+
+    Attributes:
+      records: number of records.
+      file_bytes: bytes of encoded images.
+      pixels: pixels to decode. Of further images only the header is read, so damage in them is not seen.
+    """
+
+    records: int = 2000
+    file_bytes: int = 4 * 2**30
+    pixels: int = 400_000_000
+
+
+THOROUGH = Effort()
+QUICK = Effort(file_bytes=200 * 2**20, pixels=30_000_000)  # about two seconds
+GLANCE = Effort(records=200)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitSurvey:
+    """One split.
+
+    Attributes:
+      split: its name in the data set.
+      examples: number of examples, readable or not.
+      looked_at: number of examples that were read.
+      decoded: number of them whose image was decoded.
+      with_captions: number of examples with a caption; estimated if not all examples were read.
+      captions: number of captions; estimated in the same way.
+      left_out: examples that cannot be used, by reason: those that the source lacks, and those found by reading.
+    """
+
+    split: str
+    examples: int
+    looked_at: int
+    decoded: int
+    with_captions: int
+    captions: int
+    left_out: Mapping[str, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageSurvey:
+    """The images of both splits that were read.
+
+    Attributes:
+      smallest, median, largest: (width, height) in pixels, by area.
+      below_image_size: number of images whose short side is below `data.image_size`; they are enlarged.
+      formats: number of images by file format ("PNG", …; "array" if they are stored decoded).
+      modes: number of images by Pillow's mode ("RGB", "RGBA", "L", …).
+      duplicates: number of images whose bytes equal those of an earlier one.
+      in_both_splits: number of validation images whose bytes are those of a training image.
+    """
+
+    smallest: tuple[int, int]
+    median: tuple[int, int]
+    largest: tuple[int, int]
+    below_image_size: int
+    formats: Mapping[str, int]
+    modes: Mapping[str, int]
+    duplicates: int
+    in_both_splits: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Survey:
+    """A data set.
+
+    Attributes:
+      source: `data.source`.
+      path: `data.path`, or None.
+      splits: "train" and "validation", which are `data.train_split` and `data.eval_split`.
+      other_files: number of files that are no images or captions, by ending in lower case.
+      images: see `ImageSurvey`.
+      captions: see `CaptionStatistics`; None without captions.
+    """
+
+    source: str
+    path: str | None
+    splits: Mapping[str, SplitSurvey]
+    other_files: Mapping[str, int]
+    images: ImageSurvey
+    captions: CaptionStatistics | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the survey as plain JSON."""
+        return dataclasses.asdict(self)
+
+
+def survey(
+    options: DataOptions,
+    *,
+    text_length: int | None = None,
+    text_model: TextModel | None = None,
+    vocab_size: int | None = None,
+    captions: str = "counted",
+    effort: Effort = THOROUGH,
+) -> Survey:
+    """Looks at the training and the validation split of a data set.
+
+    Args:
+      options: what to read.
+      text_length: T, the length at which captions are cut; None if it is not known.
+      text_model: counts tokens. None trains a temporary model on the captions that were read.
+      vocab_size: V of that model; None chooses one that holds all letters.
+      captions: "required" (an example without a caption is left out, and a split without any is an error), "counted"
+        (no error), or "ignored" (such examples are not left out either).
+      effort: the most to read.
+
+    Returns:
+      The survey.
+
+    Raises:
+      DataError: the data set cannot be opened, no image of a split can be read, or a required caption is missing.
+      ConfigError: `vocab_size` is too small for the captions.
+    """
+    sources = open_splits(options)
+    return survey_sources(
+        sources, options, text_length=text_length, text_model=text_model, vocab_size=vocab_size, captions=captions,
+        effort=effort,
+    )  # fmt: skip
+
+
+def open_splits(options: DataOptions) -> dict[str, Source]:
+    """Opens the training and the validation split, by the names in `SPLITS`.
+
+    Raises:
+      DataError: see `open_source`.
+    """
+    return dict(zip(SPLITS, (open_source(options, split) for split in (options.train_split, options.eval_split))))
+
+
+def survey_sources(
+    sources: Mapping[str, Source],
+    options: DataOptions,
+    *,
+    text_length: int | None = None,
+    text_model: TextModel | None = None,
+    vocab_size: int | None = None,
+    captions: str = "counted",
+    effort: Effort = THOROUGH,
+) -> Survey:
+    """Looks at open sources, see `survey`.
+
+    Args:
+      sources: the splits by the names in `SPLITS`, see `open_splits`.
+    """
+    looks = {name: _look(source, options, effort) for name, source in sources.items()}
+    splits = {
+        name: _split(sources[name], split, looks[name], captions)
+        for name, split in zip(SPLITS, (options.train_split, options.eval_split))
+    }
+    for name, source in sources.items():
+        _check_usable(source, splits[name], looks[name], captions)
+    every = [look for each in looks.values() for look in each]
+    images = _images(looks, options)
+    found = measure_captions([look.captions for look in every], text_length, text_model, vocab_size)
+    other_files = dict(sources["train"].other_files)
+    return Survey(options.source, options.path, splits, other_files, images, found)
+
+
+# -- reading ------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _Look:
+    """One record: its captions, its image's header and hash, and why image or captions cannot be used."""
+
+    captions: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
+    kind: tuple[str, str] = ("", "")  # format, mode
+    digest: bytes = b""
+    decoded: bool = False
+    no_image: str = ""
+    no_captions: str = ""
+    error: str = ""
+
+
+def spread(count: int) -> Iterator[int]:
+    """Yields the numbers below `count` in an order whose every beginning is evenly spread."""
+    stride = max(1, round(count * (math.sqrt(5) - 1) / 2))
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return (place * stride % count for place in range(count))
+
+
+def _look(source: Source, options: DataOptions, effort: Effort) -> list[_Look]:
+    """Reads records of a split, in the order of the source."""
+    order = list(itertools.islice(spread(len(source)), effort.records))
+    looks, file_bytes, pixels = {}, 0, 0
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(order), _AT_ONCE):
+            if start >= _ALWAYS_READ and file_bytes > effort.file_bytes:
+                break
+            chunk = order[start : start + _AT_ONCE]
+            records = list(pool.map(lambda index: _record(source, index), chunk))
+            headers = list(pool.map(_header, records))
+            decode = []
+            for place, header in enumerate(headers):
+                pixels += math.prod(header.size or (0, 0))
+                decode.append(pixels <= effort.pixels or start + place < _ALWAYS_READ)
+            decoded = pool.map(_decoded, records, headers, decode)
+            looks.update(zip(chunk, decoded))
+            file_bytes += sum(len(each.image) for each in records if isinstance(each, Record))
+    return [looks[index] for index in sorted(looks)]
+
+
+def _record(source: Source, index: int) -> Record | UnreadableExample:
+    try:
+        return source.record(index)
+    except UnreadableExample as error:
+        return error
+
+
+def _header(record: Record | UnreadableExample) -> _Look:
+    """Reads everything of a record but the pixels of its image."""
+    if isinstance(record, UnreadableExample):
+        return _Look(no_image=record.reason, error=str(record))
+    captions, no_captions, error = (), "", ""
+    try:
+        captions = tuple(decode_captions(record))
+    except UnreadableExample as unreadable:
+        no_captions, error = unreadable.reason, str(unreadable)
+    image, size, kind = record.image, None, ("", "")
+    if isinstance(image, np.ndarray):
+        digest = hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=16).digest()
+        if image.ndim == 3:
+            size, kind = (image.shape[1], image.shape[0]), ("array", "RGB" if image.shape[2] == 3 else "L")
+    else:
+        digest = hashlib.blake2b(image, digest_size=16).digest()
+        try:
+            with PIL.Image.open(io.BytesIO(image)) as opened:
+                size, kind = opened.size, (opened.format, opened.mode)
+        except Exception:  # decode_image gives the reason
+            pass
+    return _Look(captions, size, kind, digest, no_captions=no_captions, error=error)
+
+
+def _decoded(record: Record | UnreadableExample, header: _Look, decode: bool) -> _Look:
+    """Returns the look with the result of decoding the image. An image without a readable header is always tried."""
+    if isinstance(record, UnreadableExample) or not (decode or header.size is None):
+        return header
+    try:
+        height, width, _ = decode_image(record).shape
+    except UnreadableExample as unreadable:
+        return dataclasses.replace(header, no_image=unreadable.reason, error=str(unreadable))
+    return dataclasses.replace(header, size=header.size or (width, height), decoded=True)
+
+
+# -- summing up ---------------------------------------------------------------------------------------------------
+
+
+def _split(source: Source, split: str, looks: Sequence[_Look], captions: str) -> SplitSurvey:
+    left_out = collections.Counter({found.reason: found.count for found in source.left_out})
+    for look in looks:
+        if reason := look.no_image or (look.no_captions if captions != "ignored" else ""):
+            left_out[reason] += 1
+    scale = len(source) / max(len(looks), 1)
+    return SplitSurvey(
+        split=split,
+        examples=len(source),
+        looked_at=len(looks),
+        decoded=sum(look.decoded for look in looks),
+        with_captions=round(scale * sum(bool(look.captions) for look in looks)),
+        captions=round(scale * sum(len(look.captions) for look in looks)),
+        left_out=dict(sorted(left_out.items())),
+    )
+
+
+def _check_usable(source: Source, found: SplitSurvey, looks: Sequence[_Look], captions: str) -> None:
+    reasons = ", ".join(f"{count} {reason}" for reason, count in found.left_out.items())
+    tried = f"{source.description}: of {found.examples} examples, {found.looked_at} were read"
+    last = next((look.error for look in reversed(looks) if look.error), "")
+    if not any(not look.no_image for look in looks):
+        raise DataError(
+            f"{tried}, and no image is usable ({reasons or 'there are none'}). {last}. "
+            "Set config.data.path to the folder of your images, or repair them."
+        )
+    if captions == "required" and not any(look.captions and not look.no_image for look in looks):
+        raise DataError(
+            source.captions_missing
+            or f"{tried}, and none has a readable caption ({reasons}). {last}. "
+            "Captions are read from config.data.caption_key, or from text files and tables in a folder."
+        )
+
+
+def _images(looks: Mapping[str, Sequence[_Look]], options: DataOptions) -> ImageSurvey:
+    every = [look for each in looks.values() for look in each if look.size and not look.no_image]
+    sizes = sorted((look.size for look in every), key=lambda size: (math.prod(size), size))
+    training = {look.digest for look in looks["train"] if look.size}
+    return ImageSurvey(
+        smallest=sizes[0],
+        median=sizes[(len(sizes) - 1) // 2],
+        largest=sizes[-1],
+        below_image_size=sum(min(size) < options.image_size for size in sizes),
+        formats=dict(collections.Counter(look.kind[0] for look in every).most_common()),
+        modes=dict(collections.Counter(look.kind[1] for look in every).most_common()),
+        duplicates=len(every) - len({look.digest for look in every}),
+        in_both_splits=sum(look.digest in training for look in looks["validation"] if look.size),
+    )

@@ -1,0 +1,199 @@
+"""Rejects a training that cannot work before anything is trained: its configuration, its sizes and its data.
+
+A prior needs hours of training after that of its tokenizer, and a quickstart several trainings. Each fault that can be
+found at the beginning is found here: the whole program is traced with the shapes of its arrays, without data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.configuration.options import from_config
+from dalle_jax.configuration.size_rules import rules_of, with_largest
+from dalle_jax.data.sources.open import open_source
+from dalle_jax.data.sources.source import (
+    DataOptions,
+    Source,
+    UnreadableExample,
+    decode_captions,
+    decode_image,
+)
+from dalle_jax.data.text import TextModel
+from dalle_jax.distributed.sharding import on_mesh
+from dalle_jax.distributed.turns import first_host_first, is_first
+from dalle_jax.errors import ConfigError, DataError, UserError
+from dalle_jax.image_tokenizers import tokenizer as tokenizers
+from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
+from dalle_jax.jobs import earlier
+from dalle_jax.jobs.tokenizers import has_tokenizer
+from dalle_jax.optim import optimizers
+from dalle_jax.storage.files import access, expanded, make_workdir
+from dalle_jax.tasks import registry
+from dalle_jax.training.step import make_init
+from dalle_jax.training.validation import validate
+
+_LOOKED_AT = 100  # examples
+
+
+def check_config(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> None:
+    """Checks the configuration of a training and of the tokenizer that would be trained for it.
+
+    Args:
+      config: as from `preparation.prepare`. Sizes may be open.
+      workdir: directory of the run.
+      ahead: workdirs of trainings that run before this one; they need not exist yet.
+
+    Raises:
+      UserError: the first fault that is found. Its message names the key.
+    """
+    for part in (config, *([config.tokenizer] if "tokenizer" in config else [])):
+        rules_of(part)
+    start, given = config.get("start_from"), config.get("tokenizer_from")
+    if start and start not in ahead and earlier.latest_step(start) is None:
+        raise ConfigError(f"config.start_from={start!r} holds no checkpoint; expected the workdir of a training.")
+    if given and given not in ahead and not has_tokenizer(given):
+        raise ConfigError(
+            f"config.tokenizer_from={given!r} holds no image tokenizer; expected the workdir of a training, or a "
+            "folder that an importer of dalle_jax.pretrained wrote."
+        )
+    earlier.check_resumes(config, workdir)
+    config = with_largest(config)
+    tokenizer = _existing_tokenizer(config, workdir, ahead)
+    if "tokenizer" in config and tokenizer is None:
+        _try(config.tokenizer, None)
+    _try(config, tokenizer)
+
+
+def _existing_tokenizer(config: ConfigDict, workdir: str, ahead: Collection[str]) -> ImageTokenizer | None:
+    """Returns the tokenizer that exists already, or None if it is that of `config.tokenizer`."""
+    if "tokenizer" not in config:
+        return None
+    for place in (workdir, config.tokenizer_from):
+        if place and workdirs.has_tokenizer(place):
+            return workdirs.load_tokenizer(place)[0]
+    if config.tokenizer_from and config.tokenizer_from not in ahead:
+        return tokenizers.of_training(workdirs.read_config(config.tokenizer_from))
+    return None
+
+
+def _try(config: ConfigDict, tokenizer: ImageTokenizer | None) -> None:
+    """Validates one training, and traces its initialisation, its loss and its optimizer with shapes alone."""
+    where = "config." if config.task != "dvae" else "config of the image tokenizer: "
+    mesh, options, average = validate(config)
+    registry.check_config(config)
+    task, batch = registry.abstract(config, tokenizer)
+    optimizer = optimizers.make_optimizer(options)
+    try:
+        _, state = make_init(task, optimizer, average, mesh, config.seed)
+        step = jax.ShapeDtypeStruct((), jnp.int32)
+        key = jax.eval_shape(jax.random.key, 0)
+        with on_mesh(mesh):
+            jax.eval_shape(task.loss, state.params, task.frozen, batch, key, step)
+            jax.eval_shape(optimizer.update, state.params, state.opt_state, state.params)
+    except UserError:
+        raise
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise ConfigError(f"{where}model, data and text do not fit each other: {error}") from error
+
+
+def check_data(config: ConfigDict) -> None:
+    """Looks at up to 100 examples of each split: they must hold an image, and a caption if the training reads text.
+
+    Args:
+      config: as from `preparation.prepare`.
+
+    Raises:
+      ConfigError: the captions do not fit `config.text`.
+      DataError: a split is missing or empty, or nothing in it can be read.
+    """
+    options = from_config(DataOptions, config.data, "data")
+    with_text = "text" in config
+    for split in dict.fromkeys((options.train_split, options.eval_split)):
+        captions = _look(open_source(options, split), with_text)
+        if with_text and split == options.train_split:
+            _check_text(config, captions)
+    if "tokenizer" in config and not config.tokenizer_from:
+        inner = from_config(DataOptions, config.tokenizer.data, "data")
+        if any(getattr(inner, key) != getattr(options, key) for key in ("path", "train_split", "eval_split")):
+            check_data(config.tokenizer)
+
+
+def _look(source: Source, with_text: bool) -> list[str]:
+    """Returns the captions of up to 100 examples; the first readable image is decoded."""
+    count = len(source)
+    if not count:
+        raise DataError(f"{source.description}: it holds no examples.")
+    captions, seen, error = [], False, None
+    for index in np.unique(np.linspace(0, count - 1, min(count, _LOOKED_AT), dtype=np.int64)):
+        try:
+            record = source.record(int(index))
+            seen = seen or decode_image(record) is not None
+            captions += decode_captions(record) if with_text else []
+        except UnreadableExample as unreadable:
+            error = unreadable
+        if seen and not with_text:
+            break
+    tried = min(count, _LOOKED_AT)
+    if not seen:
+        raise DataError(f"{source.description}: none of {tried} images can be read. The last one: {error}.")
+    if with_text and not captions:
+        raise DataError(
+            f"{source.description}: none of {tried} examples has a readable caption, which this training needs. "
+            f"The last one: {error}. docs/data.md shows where captions stand."
+        )
+    return captions
+
+
+def _check_text(config: ConfigDict, captions: list[str]) -> None:
+    """Checks that the text model can be loaded, or trained on captions like these, within `config.text.vocab_size`."""
+    size, path = config.text.vocab_size, config.text.path
+    if path and not expanded(path).exists():
+        return  # of a run that is trained before this one; `check_files` has seen all others
+    if path:
+        model = TextModel.load(path)
+        if size is not None and model.vocab_size > size:
+            raise ConfigError(
+                f"config.text.vocab_size is {size}, but the text model {path} has {model.vocab_size} ids: give at "
+                f"least --config.text.vocab_size={model.vocab_size}."
+            )
+    elif size is not None:
+        TextModel.train(captions, size)
+
+
+def check_files(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> None:
+    """Checks that the text model exists and that the workdirs of a training can be written; creates the workdirs.
+
+    Args:
+      config: a training configuration whose tokenizer's workdir is chosen.
+      workdir: directory of the run.
+      ahead: see `check_config`.
+
+    Raises:
+      ConfigError: a file is missing, or a directory cannot be written.
+    """
+    path = config.text.path if "text" in config else None
+    if path and not any(str(path).startswith(str(run)) for run in ahead) and not expanded(path).exists():
+        raise ConfigError(f"config.text.path={path!r} does not exist; expected the sentencepiece.model of a training.")
+    folders = [("--workdir", workdir)]
+    if "tokenizer" in config and not config.tokenizer_from:
+        folders.append(("config.tokenizer.workdir", config.tokenizer.workdir))
+    for key, folder in folders:
+        if not folder:
+            raise ConfigError(f"{key} is empty: give a directory for the run's files.")
+        with first_host_first(f"{key} {folder}"):
+            if is_first():
+                _check_writable(folder)
+
+
+def _check_writable(folder: str) -> None:
+    made = expanded(make_workdir(folder))
+    trial = made / "writable.trial"
+    with access(folder):
+        trial.write_text("")
+        trial.unlink()

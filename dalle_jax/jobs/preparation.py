@@ -1,0 +1,80 @@
+"""Completes the configuration of a chain of trainings, and rejects contradictions in it, before anything is opened."""
+
+from __future__ import annotations
+
+import copy
+
+from ml_collections import ConfigDict
+
+from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.configuration.sections import EMOJI, SHAPES
+from dalle_jax.data.sources.own import FOLDER, TAR_SHARDS, choose_source
+from dalle_jax.errors import ConfigError
+
+# Sources that draw their own images, with the arguments of their builder that variants set.
+_DRAWN = {row["source"]: row["builder_kwargs"] for row in (SHAPES, EMOJI)}
+_FILES = {"dvae": "dvae", "clip": "clip", "autoregressive": "prior", "maskgit": "maskgit"}  # → config file
+
+
+def prepare(config: ConfigDict) -> ConfigDict:
+    """Returns a copy of a training configuration with the sources of its data chosen.
+
+    `data.source` "auto" becomes the kind of files in `data.path`. Arguments of another source's builder are dropped.
+    Values of the run that `start_from` names are filled in.
+
+    Args:
+      config: a training configuration, perhaps with that of its tokenizer.
+
+    Raises:
+      ConfigError: the data sections contradict each other, their path or their source.
+    """
+    config = copy.deepcopy(config)  # keeps references, which `copy_and_resolve_references` would not
+    _follow_start(config)
+    _choose_source(config, config)
+    if "tokenizer" in config and not config.tokenizer_from:
+        _choose_source(config.tokenizer, config, "tokenizer.")
+        for key in ("source", "image_size"):
+            inner, outer = config.tokenizer.data[key], config.data[key]
+            if inner != outer:
+                name = f"config.tokenizer.data.{key}"
+                raise ConfigError(
+                    f"{name} is {inner!r}, but config.data.{key} is {outer!r}. A tokenizer that is trained for a prior "
+                    f"follows it: leave out {name}. Or train another tokenizer with configs/dvae.py and give "
+                    "--config.tokenizer_from=DIR."
+                )
+    return config
+
+
+def config_file(config: ConfigDict) -> str:
+    """Returns the name of the config file of a training: "configs/prior.py"."""
+    kind = config.get("prior", config.task)
+    return f"configs/{_FILES.get(kind, 'prior')}.py"
+
+
+def _choose_source(config: ConfigDict, outer: ConfigDict, prefix: str = "") -> None:
+    data = config.data
+    if data.source in _DRAWN and data.path:
+        raise ConfigError(
+            f"config.{prefix}data.path is {data.path!r}, but {data.source} draws its own images. For yours type "
+            f"--config={config_file(outer)}:small --config.data.path={data.path}"
+        )
+    data.source = choose_source(data.source, data.path, f"{prefix}data")
+    arguments = data.builder_kwargs.to_dict()
+    foreign = any(name != data.source and arguments == kwargs for name, kwargs in _DRAWN.items())
+    if arguments and (foreign or data.source in (FOLDER, TAR_SHARDS)):
+        with config.unlocked():
+            del data["builder_kwargs"]
+            data.builder_kwargs = ConfigDict()
+
+
+def _follow_start(config: ConfigDict) -> None:
+    """Takes tokenizer, text model and text length from the run that `start_from` names, unless they are set."""
+    start = config.get("start_from")
+    if not start:
+        return
+    if "tokenizer" in config:
+        config.tokenizer_from = config.tokenizer_from or start
+    if "text" in config:
+        config.text.path = config.text.path or str(workdirs.text_model_path(start))
+        if config.text.length is None and workdirs.has_config(start):
+            config.text.length = workdirs.read_config(start)["text"]["length"]
