@@ -104,13 +104,13 @@ def schedule(kind: str, **numbers: Any) -> dict[str, Any]:
 def set_steps(config: ConfigDict, steps: int | None) -> FieldReference:
     """Sets `config.steps` and returns a reference to it, so that schedules can follow `--config.steps=N`.
 
-    None stands for a number that the data set's size determines (`size_rules.py`). Schedules follow it as well.
-    Adds `config.minutes`, too. If it is set, `steps` is planned at the start of the run (`training/budget.py`).
+    None stands for a number that the data set's size determines (`size_rules.py`). Schedules follow it as well. Adds
+    `config.minutes`, too. If it is set, `steps` is planned at the start of the run (training/budget.py).
     """
-    if "minutes" not in config:
-        config.minutes = placeholder(float)
     if steps is not None or "steps" not in config:
         config.steps = placeholder(int) if steps is None else steps
+    if "minutes" not in config:
+        config.minutes = placeholder(float)
     return config.get_oneway_ref("steps")
 
 

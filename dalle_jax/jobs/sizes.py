@@ -2,7 +2,8 @@
 
 `steps`, `text.vocab_size` and `text.length` are None in the variants for your own images. They are read from the
 `config.json` of a run that exists already, so that a resumed run repeats an uninterrupted one whatever its data set
-looks like by then. Otherwise the data set is measured and `configuration/size_rules.py` decides.
+looks like by then. Otherwise the data set is measured and `configuration/size_rules.py` decides. With `minutes`,
+`steps` is planned later (training/budget.py).
 """
 
 from __future__ import annotations
@@ -91,10 +92,10 @@ def _found(parts: Mapping[str, ConfigDict], workdir: str) -> dict[str, dict[str,
     found, last = {}, _stored(workdir, parts[""])
     for prefix, part in parts.items():
         own = _stored(part.workdir, part) if prefix else {}
-        keys = [key for key in open_sizes(part) if key != "steps" or part.get("minutes") is None]  # else planned later
-        stored = {key: own.get(key) or last.get(prefix + key) for key in keys}
+        stored = {key: own.get(key) or last.get(prefix + key) for key in open_sizes(part)}
         found[prefix] = {key: value for key, value in stored.items() if value is not None}
-        if missing := [key for key in stored if key not in found[prefix]]:
+        planned = {"steps"} if part.get("minutes") is not None else set()  # by training/budget.py
+        if missing := [key for key in stored if key not in found[prefix] and key not in planned]:
             found[prefix] |= _measured(part, missing)
     return found
 

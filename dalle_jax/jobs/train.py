@@ -53,6 +53,7 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     _write_config(config, workdir)
     if "tokenizer" in config and not first_host_says("has a tokenizer", workdirs.has_tokenizer(workdir)):
         _freeze_tokenizer(config, workdir)
+        config = with_plan(config, workdir)  # the tokenizer's steps are fixed now
     return train(config, workdir, began=began)
 
 
