@@ -37,6 +37,7 @@ _WARM_UP = 3  # the first updates also fill queues and caches
 _TIMED_STEPS = 5
 _SHARE = 0.02  # of the budget, for timing more updates
 _LONGEST_WINDOW = 20.0  # seconds
+_REPEATED = 0.1  # of the budget: work that takes less is timed twice, because its first time compiles
 _FOLDER = "timing"  # of the throw-away run, inside the workdir
 
 
@@ -267,7 +268,7 @@ def _advance(run: Run, done: int, count: int) -> float:
 def _settled(work: Callable[[], object], budget: float) -> float:
     """Returns the seconds of some work without compiling: of its second time, unless the first took too long."""
     first = _seconds(work)
-    again = first_host_says("time it again", first < _SHARE * 2 * budget)
+    again = first_host_says("time it again", first < _REPEATED * budget)
     return _seconds(work) if again else first
 
 
