@@ -84,6 +84,10 @@ class BytePairs:
         ids = [self._start_id, *ids] if ids else []
         return ids[:max_length], len(ids) > max_length
 
+    def unknown_letters(self, text: str) -> str:
+        """Returns "": the vocabulary holds every byte."""
+        return ""
+
 
 def _package() -> Any:
     try:

@@ -25,7 +25,7 @@ import numpy as np
 from dalle_jax.data.augment import augment
 from dalle_jax.data.sources.decoding import decode_image
 from dalle_jax.data.sources.source import DataOptions, Record, Source, UnreadableExample, decode_captions
-from dalle_jax.data.tally import TRUNCATED, Note
+from dalle_jax.data.tally import TRUNCATED, UNKNOWN_LETTERS, USED, Note
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import DataError
 from dalle_jax.token_layout import TokenLayout
@@ -154,7 +154,7 @@ class ExampleMaker:
                 notes.append(Note(error.reason, index, error.name, error.detail))
         if not self._train:
             return None
-        failed = [note for note in notes if note.reason != TRUNCATED]
+        failed = [note for note in notes if note.reason not in USED]
         reasons = sorted({note.reason for note in failed})
         last, tried = failed[-1], len(set(failed))
         raise DataError(
@@ -178,9 +178,10 @@ class ExampleMaker:
             words = self._entropy(epoch, index, "text").generate_state(2, np.uint64)
             chosen, seed = int(words[0]), int(words[1])
         length = self._layout.text_length
-        ids, truncated = self._text_model.encode(
-            captions[chosen % len(captions)], max_length=length, dropout=dropout, seed=seed
-        )
+        caption = captions[chosen % len(captions)]
+        ids, truncated = self._text_model.encode(caption, max_length=length, dropout=dropout, seed=seed)
+        if unknown := self._text_model.unknown_letters(caption):
+            notes.append(Note(UNKNOWN_LETTERS, index, record.name, f"({unknown})"))
         if truncated:
             notes.append(Note(TRUNCATED, index, record.name, f"(text.length is {length})"))
         return image, self._layout.pad_text(ids)

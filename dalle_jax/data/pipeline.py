@@ -164,7 +164,8 @@ class Pipeline:
         """Returns this host's counts of skipped examples and truncated captions for the training log.
 
         Returns:
-          {"left_out/<reason>": …}; with a text model also "captions_truncated". Each counts different examples.
+          {"left_out/<reason>": …}; with a text model also "captions_truncated" and, if there are any,
+          "captions_with_unknown_letters". Each counts different examples.
         """
         return self._tally.counts()
 

@@ -1,4 +1,4 @@
-"""Counts the examples that a pipeline skips and the captions that it truncates, and reports them in the log."""
+"""Counts the examples that a pipeline skips and the captions that lose something, and reports them in the log."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from absl import logging
 
 from dalle_jax.data.sources.source import LeftOut
 
-TRUNCATED = "truncated caption"  # the only reason for which an example is still used
+TRUNCATED, UNKNOWN_LETTERS = "truncated caption", "caption with unknown letters"
+USED = (TRUNCATED, UNKNOWN_LETTERS)  # reasons for which an example is still used
 _NAMED_PER_REASON = 5  # examples named in the log for each reason
 _FIRST_SUMMARY = 1000  # captions read before the share of truncated ones is reported
 
 
 @dataclasses.dataclass(frozen=True)
 class Note:
-    """Something to count about one example: why it was skipped, or that its caption was truncated.
+    """Something to count about one example: why it was skipped, or what its caption lost.
 
     Attributes:
       reason: the heading under which it is counted, a few words.
@@ -90,17 +91,19 @@ class Tally:
     def skipped(self) -> dict[str, int]:
         """Returns the number of different examples skipped so far, by reason; {} if none."""
         counts = collections.Counter({found.reason: found.count for found in self._left_out})
-        counts.update({reason: len(seen) for reason, seen in self._seen.items() if reason != TRUNCATED})
+        counts.update({reason: len(seen) for reason, seen in self._seen.items() if reason not in USED})
         return dict(sorted(counts.items()))
 
     def counts(self) -> dict[str, int]:
         """Returns the counts by their names in the training log.
 
         Returns:
-          {"left_out/<reason>": skipped examples}; with captions also "captions_truncated", the number of different
-          examples with a truncated caption.
+          {"left_out/<reason>": skipped examples}; with captions also "captions_truncated" and, if there are any,
+          "captions_with_unknown_letters", the number of different examples with such a caption.
         """
         counts = {f"left_out/{reason}": count for reason, count in self.skipped().items()}
         if self._text_length is not None:
             counts["captions_truncated"] = len(self._seen.get(TRUNCATED, ()))
+            if unknown := self._seen.get(UNKNOWN_LETTERS):
+                counts["captions_with_unknown_letters"] = len(unknown)
         return counts

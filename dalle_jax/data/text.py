@@ -30,9 +30,17 @@ from dalle_jax.storage.files import write_atomically
 _SPACE = "\u2581"  # written by sentencepiece for the blank before a word
 _UNKNOWN = 0
 _NOT_TEXT = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff" + _SPACE + "]")  # controls, lone surrogates
+# Spellings of one sign, of which a vocabulary may hold only some. The first one that it holds is used.
+_SAME_SIGN = (
+    "'\u2019\u2018\u201b\u02bc\u2032",
+    '"\u201c\u201d\u201e\u201f\u2033\xab\xbb',
+    "-\u2010\u2013\u2014\u2212\u2012\u2015",
+)
+_SPELLINGS = {letter: letters for letters in _SAME_SIGN for letter in letters}
 # More captions cost memory and do not change the merge statistics, so a fixed sample is used.
 _MAX_TRAINING_CAPTIONS = 1_000_000
 _MAX_TRAINING_LENGTH = 1000  # characters
+_MAX_NAMED = 50  # unknown letters in a warning
 
 
 class CaptionEncoder(Protocol):
@@ -41,9 +49,15 @@ class CaptionEncoder(Protocol):
     def encode(self, text: str, *, max_length: int) -> tuple[list[int], bool]:
         """Encodes a caption as at most `max_length` ids, and returns whether more were cut off."""
 
+    def unknown_letters(self, text: str) -> str:
+        """Returns the different letters of a caption that have no id."""
+
 
 def normalize(text: str) -> str:
-    """Returns a caption's normal form: NFKC, lower case, single blanks, no control characters.
+    """Returns a caption's normal form: NFKC, lower case, single blanks, no control and no invisible characters.
+
+    Invisible characters are those of Unicode's category Cf (zero-width blanks and joiners, direction marks, the byte
+    order mark) and variation selectors. Without joiners an emoji of several parts becomes the sequence of its parts.
 
     Args:
       text: any string.
@@ -52,11 +66,23 @@ def normalize(text: str) -> str:
       The normal form; empty if `text` holds only blanks and control characters.
     """
     text = unicodedata.normalize("NFKC", text).lower()
+    if not text.isascii():
+        text = "".join(letter for letter in text if not _is_invisible(letter))
     return " ".join(_NOT_TEXT.sub(" ", text).split())
 
 
+def _is_invisible(letter: str) -> bool:
+    return unicodedata.category(letter) == "Cf" or "\ufe00" <= letter <= "\ufe0f"
+
+
+def only_unknown(model: CaptionEncoder, caption: str) -> bool:
+    """Returns whether a caption has letters, and the text model knows none of its letters and digits."""
+    unknown = model.unknown_letters(caption)
+    return bool(unknown) and not any(letter.isalnum() and letter not in unknown for letter in normalize(caption))
+
+
 def encode_captions(model: CaptionEncoder, captions: Sequence[str], max_length: int) -> list[list[int]]:
-    """Encodes a user's captions as ids.
+    """Encodes a user's captions as ids. One warning lists the letters that the vocabulary lacks.
 
     Args:
       model: a text model.
@@ -67,19 +93,35 @@ def encode_captions(model: CaptionEncoder, captions: Sequence[str], max_length: 
       The ids of each caption, without padding.
 
     Raises:
-      DataError: if there is no caption, or an empty one.
+      DataError: if there is no caption, an empty one, or one without any letter that the vocabulary knows.
     """
     if not captions:
         raise DataError("No caption was given; expected at least one.")
-    rows = []
+    rows, unknown = [], {}
     for caption in captions:
         ids, truncated = model.encode(caption, max_length=max_length)
         if not ids:
             raise DataError(f"The caption {caption!r} is empty; describe the image in a few words.")
+        if only_unknown(model, caption):
+            raise DataError(
+                f"The caption {caption!r} has no letter that the text model knows: its vocabulary holds the letters of "
+                "the captions that it was trained on. Describe the image with words of these captions."
+            )
+        unknown.update(dict.fromkeys(model.unknown_letters(caption)))
         if truncated:
             _warn_truncated(str(caption), max_length)
         rows.append(ids)
+    if unknown:
+        _warn_unknown("".join(unknown))
     return rows
+
+
+@functools.lru_cache(maxsize=1000)
+def _warn_unknown(letters: str) -> None:
+    logging.warning(
+        "The text vocabulary lacks %s. The model reads each of these letters as unknown.",
+        ", ".join(repr(letter) for letter in letters[:_MAX_NAMED]) + (", …" if len(letters) > _MAX_NAMED else ""),
+    )
 
 
 @functools.lru_cache(maxsize=1000)  # a caption of a test set is encoded once per metric
@@ -121,6 +163,8 @@ class TextModel:
             for i in range(self.vocab_size)
             if not self._processor.is_unknown(i) and not self._processor.is_control(i)
         }
+
+        self._letters = frozenset(piece for piece in self._pieces if len(piece) == 1) | {" "}
 
     def __reduce__(self):  # worker processes receive the model as its bytes
         return TextModel, (self._serialized,)
@@ -217,7 +261,7 @@ class TextModel:
         Raises:
           ValueError: if dropout has no seed, or does not lie in [0, 1).
         """
-        text = normalize(text)
+        text = self._as_known(normalize(text))
         if dropout == 0.0:
             ids = self._processor.encode(text)
         elif seed is None or not 0.0 < dropout < 1.0:
@@ -227,6 +271,23 @@ class TextModel:
             words = [self._encode_word(_SPACE + word, dropout, draw) for word in text.split()]
             ids = _join_unknown([i for word in words for i in word])
         return ids[:max_length], len(ids) > max_length
+
+    def unknown_letters(self, text: str) -> str:
+        """Returns the different letters of a caption that the vocabulary lacks, in their order.
+
+        Quotation marks, apostrophes and dashes are known if the vocabulary holds another spelling of the same sign.
+
+        Args:
+          text: the caption, in any case.
+        """
+        return "".join(dict.fromkeys(x for x in self._as_known(normalize(text)) if x not in self._letters))
+
+    def _as_known(self, text: str) -> str:
+        """Replaces signs that the vocabulary lacks by another spelling that it holds ("’" by "'", or back)."""
+        for letter in set(text) - self._letters:
+            spelling = next((other for other in _SPELLINGS.get(letter, "") if other in self._letters), letter)
+            text = text.replace(letter, spelling)
+        return text
 
     def _encode_word(self, word: str, dropout: float, draw) -> list[int]:
         """Merges letters, best rank first; each possible merge may be dropped at every step."""

@@ -29,6 +29,7 @@ from dalle_jax.data.builders.shapes_captions.scenes import Scene
 from dalle_jax.data.sources.decoding import Limits, decode_image
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions, Source, UnreadableExample, decode_captions
+from dalle_jax.data.text import CaptionEncoder, only_unknown
 from dalle_jax.errors import DataError
 
 CAPTIONS = ("first", "drawn", "unique")
@@ -104,13 +105,19 @@ class TestSet:
         }
 
 
-def open_test_set(data: Mapping[str, Any], protocol: Protocol, image_size: int | None = None) -> TestSet:
+def open_test_set(
+    data: Mapping[str, Any],
+    protocol: Protocol,
+    image_size: int | None = None,
+    text_models: Sequence[CaptionEncoder] = (),
+) -> TestSet:
     """Chooses captions and images. Every image is decoded once here, so that damaged ones are left out.
 
     Args:
       data: a `data` section, for instance of a training's configuration.
       protocol: which captions to use.
       image_size: H = W, pixels, or None for the section's.
+      text_models: captions of which one of them knows no letter are left out.
 
     Returns:
       The test set.
@@ -131,7 +138,13 @@ def open_test_set(data: Mapping[str, Any], protocol: Protocol, image_size: int |
         try:
             record = source.record(int(index))
             decode_image(record, options.limits)
-            found = decode_captions(record)
+            found = [
+                caption
+                for caption in decode_captions(record)
+                if not any(only_unknown(model, caption) for model in text_models)
+            ]
+            if not found:
+                raise UnreadableExample("caption of unknown letters", record.name)
         except UnreadableExample as error:
             logging.warning("Left out of the evaluation: %s", error)
             continue

@@ -36,7 +36,7 @@ def run(config: ConfigDict, workdir: str) -> Metrics:
     names = kinds if len(set(kinds)) == len(kinds) else folders
     data = config.get("data") or workdirs.read_config(folders[0])["data"]
     protocol = Protocol(config.split, config.captions, config.count, config.seed)
-    tests = open_test_set(data, protocol, loaded[0].image_size)
+    tests = open_test_set(data, protocol, loaded[0].image_size, [model.text_model for model in loaded])
     options = from_config(Options, {"seed": config.seed, **config.metrics}, "metrics")
     models = {name: Model(model, sampling) for name, model in zip(names, loaded)}
     measured = measure(models, tests, options)

@@ -127,6 +127,9 @@ def test_abstract_batches_equal_those_of_the_pipeline(target, tmp_path, monkeypa
         def encode(self, *_, **__):
             return [1, 2], False
 
+        def unknown_letters(self, text):
+            return ""
+
     layout = TokenLayout(Ids.vocab_size, 1, config.text.length, 1, 1) if "text" in config else None
     options = from_config(DataOptions, config.data, "data")
     real = next(iter(Pipeline(options, Ids() if layout else None, layout, split="train", train=True, batch_size=4)))

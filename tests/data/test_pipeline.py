@@ -445,3 +445,20 @@ def test_arguments_that_do_not_fit_are_errors(make, model):
             batch_size=8,
             source=MemorySource(),
         )
+
+
+def test_captions_with_unknown_letters_are_counted(caplog):
+    """They are used, counted, and the first ones are named with their letters."""
+    foreign = TextModel.train(["a red circle"] * 3, vocab_size=40)
+    layout = TokenLayout(foreign.vocab_size, 16, 24, 2, 2)
+    source = MemorySource(count=10)
+    pipeline = Pipeline(
+        DataOptions(image_size=SIZE), foreign, layout, split="train", train=True, batch_size=5, source=source
+    )
+    missing = set().union(*(foreign.unknown_letters(caption) for caption in source.captions()))
+    assert missing
+    with caplog.at_level("WARNING"), iter(pipeline) as iterator:
+        take(iterator, 4)
+    assert pipeline.counts()["captions_with_unknown_letters"] == 10 and pipeline.skipped() == {}
+    named = [line for line in caplog.messages if "unknown letters" in line]
+    assert len(named) == 5 and any(letter in named[0] for letter in missing)

@@ -132,3 +132,69 @@ def test_a_truncated_caption_is_named_once(model, monkeypatch):
         (ids,) = encode_captions(model, ["a red circle above a blue square, twice"], 3)
         assert len(ids) == 3
     assert len(warnings) == 1 and "twice" in warnings[0]
+
+
+# -- letters --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lines(monkeypatch):
+    found = []
+    monkeypatch.setattr(logging, "warning", lambda text, *values: found.append(text % values))
+    return found
+
+
+def test_invisible_characters_are_dropped(model):
+    invisible = "\ufeff\u200b\u200c\u200d\u2060\u00ad\u200e\u202a\u2066\ufe0f"
+    assert normalize(invisible.join(" A Red circle")) == "a red circle"
+    assert normalize(invisible) == ""
+    assert pieces(model, invisible.join("a red circle")) == pieces(model, "a red circle")
+    assert normalize("\U0001f468\u200d\U0001f373") == "\U0001f468\U0001f373"
+
+
+def test_ascii_text_has_the_same_normal_form_as_ever():
+    text = "".join(chr(code) for code in range(32, 127)) + "'\"-"
+    assert normalize(text) == " ".join(text.lower().split())
+
+
+@pytest.mark.parametrize("known, given", [("'", "’"), ("’", "'"), ('"', "“”"), ("-", "–—‐‑−"), ("«", '"')])
+def test_a_sign_in_another_spelling_is_known(known, given):
+    captions = [f"the dog{known}s bone a{known}b"] * 3
+    trained = TextModel.train(captions, vocab_size=60)
+    for letter in given:
+        caption = captions[0].replace(known, letter)
+        assert trained.unknown_letters(caption) == ""
+        assert pieces(trained, caption) == pieces(trained, captions[0])
+        assert pieces(trained, caption, dropout=0.5, seed=1) == pieces(trained, captions[0], dropout=0.5, seed=1)
+
+
+def test_a_vocabulary_with_both_spellings_keeps_them_apart():
+    trained = TextModel.train(["it's it’s"] * 3, vocab_size=60)
+    assert pieces(trained, "it's") != pieces(trained, "it’s")
+
+
+def test_unknown_letters_are_listed_once(model, lines):
+    captions = ["a red circle 猫", "a Кот, 猫", "a \U0001f600 square"]
+    assert model.unknown_letters(captions[1]) == "кот猫"
+    for _ in range(2):
+        assert len(encode_captions(model, captions, 40)) == 3
+    assert len(lines) == 1 and all(letter in lines[0] for letter in ("猫", "к", "о", "т", "\U0001f600"))
+    assert encode_captions(model, ["a red circle"], 40) and len(lines) == 1
+
+
+@pytest.mark.parametrize("caption", ["猫", "Кот", "\U0001f600", "猫 , Кот", "ж" * 500])
+def test_a_caption_of_unknown_letters_is_rejected(model, caption):
+    with pytest.raises(DataError, match=caption[:3]):
+        encode_captions(model, ["a red circle", caption], 8)
+
+
+def test_every_letter_of_the_vocabulary_is_known(model):
+    for caption in CAPTIONS:
+        assert model.unknown_letters(caption) == ""
+    assert TextModel.train(["猫 кот"], vocab_size=60).unknown_letters("Кот 猫") == ""
+
+
+def test_encoding_of_ordinary_captions_is_golden(model):
+    """Older text models encode ordinary captions as before: the ids are sentencepiece's of the lower-case text."""
+    for caption in [*CAPTIONS, "Zebra, quux? 17% «ä»", "it's"]:
+        assert pieces(model, caption) == model._processor.encode(caption.lower())

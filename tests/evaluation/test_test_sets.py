@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from dalle_jax.data.text import TextModel
 from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 
@@ -75,3 +76,9 @@ def test_invalid_protocols_are_rejected(data):
         Protocol("all", "all")
     with pytest.raises(ConfigError, match="config.count"):
         Protocol("all", count=0)
+
+
+@pytest.mark.parametrize("captions", ["first", "unique"])
+def test_captions_that_a_text_model_cannot_read_are_left_out(data, captions):
+    model = TextModel.train(["w n"] * 3, vocab_size=40)
+    assert open_test_set(data, Protocol("all", captions), text_models=[model]).captions == ("one", "two")

@@ -108,6 +108,18 @@ class LocalCopyBuilder(ConfiguredBuilder, ShardBasedBuilder, skip_registration=T
             more = " (further ones are counted only)" if len(found["names"]) == _NAMED_PER_REASON else ""
             logging.warning("%s (%s): left out, %s: %s%s", self.name, split, reason, name, more)
 
+    def pass_over(self, split: str, endings: Sequence[str]) -> None:
+        """Counts files that are no part of an example, in `info.metadata["other_files"]`.
+
+        Args:
+          split: the split that they stand in.
+          endings: their endings, in lower case (".cls").
+        """
+        if endings:
+            tally = self.info.metadata.setdefault("other_files", {}).setdefault(split, {})
+            for ending in endings:
+                tally[ending] = tally.get(ending, 0) + 1
+
 
 def read_text(file: epath.Path) -> str:
     """Reads a text file that the data set requires.

@@ -12,25 +12,17 @@ from __future__ import annotations
 
 import collections
 import os
+from collections.abc import Collection
 
 import tensorflow_datasets as tfds
-from absl import logging
-from etils import epath
 
-from dalle_jax.data.builders import (  # noqa: F401 - importing them registers them with TFDS
-    coco_captions_local,
-    cub_captions,
-    emoji_captions,
-    shapes_captions,
-    tar_shards,
-)
+from dalle_jax.data.sources.preparing import COCO, TAR_SHARDS, prepare
 from dalle_jax.data.sources.source import DataOptions, LeftOut, Record, Source, UnreadableExample
 from dalle_jax.distributed.turns import first_host_first
 from dalle_jax.errors import DataError, UserError
 
-_COCO, _COCO_LOCAL = "coco_captions", "coco_captions_local"
-_COCO_CONFIG = "2014"  # the only one that TFDS's coco_captions has
 _COCO_VALIDATION = "val+test+restval"
+_VALIDATION = ("val", "valid", "dev", "test")  # other names of the folder with the validation split
 _NAME_KEYS = ("file", "image/filename", "name")  # features that name an example for people
 
 
@@ -52,8 +44,11 @@ class TfdsSource(Source):
         self.description = f"{options.source} ({split})"
         try:
             with first_host_first(f"the data set {options.source}"):
-                builder = _prepare(options, data_dir)
-            if builder.name == _COCO and split == "validation":
+                builder = prepare(options, data_dir)
+            caption_key = options.caption_key
+            if builder.name == TAR_SHARDS:
+                split, caption_key = _split_of_shards(split, builder.info.splits), "caption"
+            if builder.name == COCO and split == "validation":
                 split = _COCO_VALIDATION
             splits = [part.split("[")[0].strip() for part in split.split("+")]
             if missing := [part for part in splits if part not in builder.info.splits]:
@@ -61,7 +56,7 @@ class TfdsSource(Source):
                     f"{options.source} has no split {missing[0]!r}; it has {', '.join(sorted(builder.info.splits))}."
                 )
             features = builder.info.features
-            for key in (options.image_key, options.caption_key):
+            for key in (options.image_key, caption_key):
                 _feature(features, key, options.source)
             # Images stay encoded here, so that the pipeline can count damaged ones instead of ending the run.
             decoders = None
@@ -88,8 +83,11 @@ class TfdsSource(Source):
                 f"{error}. "
                 "Give a TFDS name with an image and a caption feature, or 'folder' with data.path."
             ) from error
-        self._image_key, self._caption_key = options.image_key.split("/"), options.caption_key.split("/")
+        self._image_key, self._caption_key = options.image_key.split("/"), caption_key.split("/")
         self.left_out = _left_out(builder.info.metadata, splits)
+        self.other_files = _other_files(builder.info.metadata, splits)
+        if builder.name == TAR_SHARDS:
+            self.captions_missing = _captions_missing(builder.info.metadata)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -111,39 +109,6 @@ class TfdsSource(Source):
         return Record(image, tuple(captions), name, extra)
 
 
-def _prepare(options: DataOptions, data_dir: str) -> tfds.core.DatasetBuilder:
-    """Returns the builder of the data set that the options name, after preparing its files."""
-    source, arguments = options.source, dict(options.builder_kwargs)
-    if source == _COCO:
-        if (prepared := _prepared_coco(data_dir)) is not None:
-            if options.path:
-                logging.info("data.path is ignored: TFDS's coco_captions is prepared in %s", prepared.data_path)
-            return prepared
-        source = _COCO_LOCAL
-    if source == "tar_shards":
-        arguments["path"] = options.path
-    builder = tfds.builder(source, data_dir=data_dir, file_format="array_record", **arguments)
-    # TFDS would first look in its public bucket, over the network, which holds no data in this format.
-    download = tfds.download.DownloadConfig(manual_dir=options.path, try_download_gcs=False)
-    builder.download_and_prepare(download_config=download)
-    return builder
-
-
-def _prepared_coco(data_dir: str) -> tfds.core.DatasetBuilder | None:
-    """Returns TFDS's own coco_captions from its files, if they exist in a format with random access."""
-    folder = epath.Path(data_dir) / _COCO / _COCO_CONFIG
-    versions = folder.glob("*/dataset_info.json") if folder.exists() else []
-    found = [tfds.builder_from_directory(version.parent) for version in sorted(versions)]
-    readable = [builder for builder in found if builder.info.file_format.value == "array_record"]
-    for builder in found:
-        if builder not in readable:
-            logging.warning(
-                "coco_captions in %s is ignored: its format is %s; expected array_record (run tfds build with "
-                "--file_format=array_record).", builder.data_path, builder.info.file_format.value,
-            )  # fmt: skip
-    return readable[-1] if readable else None
-
-
 def _left_out(metadata, splits: list[str]) -> tuple[LeftOut, ...]:
     """Sums up the examples that a builder left out (builders/local_copy.py) over these splits."""
     counts, names = collections.Counter(), collections.defaultdict(list)
@@ -152,6 +117,36 @@ def _left_out(metadata, splits: list[str]) -> tuple[LeftOut, ...]:
             counts[reason] += found["count"]
             names[reason] += found["names"]
     return tuple(LeftOut(reason, counts[reason], tuple(names[reason])) for reason in sorted(counts))
+
+
+def _other_files(metadata, splits: list[str]) -> dict[str, int]:
+    """Sums up the files that a builder passed over, by ending, over these splits."""
+    counts = collections.Counter()
+    for split in splits:
+        counts.update((metadata or {}).get("other_files", {}).get(split, {}))
+    return dict(sorted(counts.items()))
+
+
+def _captions_missing(metadata) -> str | None:
+    """Returns why no sample of tar shards has a caption, or None if one has."""
+    if (metadata or {}).get("captions", 0):
+        return None
+    keys = ", ".join(metadata.get("metadata_keys", []))
+    found = (
+        f"the .json files have the keys {keys}: give one as --config.data.caption_key=KEY"
+        if keys
+        else ("there is neither a .txt nor a .json with a caption for any image")
+    )
+    return f"no sample of the shards has a caption; {found}."
+
+
+def _split_of_shards(split: str, splits: Collection[str]) -> str:
+    """Returns a split of tar shards: "validation" may be a folder of another name, and "all" means all of them."""
+    if split == "all":
+        return "+".join(splits)
+    if split == "validation" and split not in splits:
+        return next((name for name in _VALIDATION if name in splits), split)
+    return split
 
 
 def _feature(features, key: str, source: str):

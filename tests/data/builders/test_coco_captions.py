@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import shutil
 import sys
 
@@ -10,8 +11,10 @@ import pytest
 import tensorflow_datasets as tfds
 import tiny_copies
 from absl import logging
+from etils import epath
 
 from dalle_jax.data.builders.coco_captions_local import Builder
+from dalle_jax.data.builders.made_from import fingerprint
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions
@@ -66,7 +69,7 @@ def test_many_shards_keep_the_order(tmp_path, copy, monkeypatch):
     )
     source = open_source(options(tmp_path), "train")
     assert [source[i]["extra"]["image/id"] for i in range(8)] == [9 + 16 * i for i in range(8)]
-    assert len(list((tmp_path / "data").glob("coco_captions_local/2014/1.0.0/*train.array_record*"))) == 3
+    assert len(list((tmp_path / "data").glob("coco_captions_local/2014_*/1.0.0/*train.array_record*"))) == 3
 
 
 def test_2017(tmp_path):
@@ -128,6 +131,53 @@ def test_damaged_examples_are_skipped_counted_and_named(tmp_path, copy, monkeypa
     assert pipeline.counts()["left_out/missing file"] == 1
     for key in ("0009", "0025", "0041", "0057"):
         assert any(f"{key}.jpg" in line for line in lines), key
+
+
+# -- the prepared copy ----------------------------------------------------------------------------------------------
+
+
+def test_another_local_copy_is_prepared_too(tmp_path, copy):
+    assert len(open_source(options(tmp_path), "train")) == 8
+    tiny_copies.coco(tmp_path / "larger", train=9)
+    assert len(open_source(options(tmp_path, path="larger"), "train")) == 9
+    assert len(open_source(options(tmp_path), "train")) == 8
+
+
+def test_the_path_is_part_of_the_fingerprint(tmp_path):
+    """Two copies with equal files of equal times are kept apart, because the images in them may differ."""
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "table").write_text("same")
+        os.utime(tmp_path / name / "table", (1, 1))
+    one, two = (
+        fingerprint(epath.Path(tmp_path / name), [epath.Path(tmp_path / name / "table")]) for name in ("one", "two")
+    )
+    assert one != two
+
+
+def test_a_copy_that_was_incomplete_is_prepared_again(tmp_path, copy):
+    images = copy / "train2014"
+    (images / "COCO_train2014_000000000009.jpg").rename(tmp_path / "later.jpg")
+    assert len(open_source(options(tmp_path), "train")) == 7
+    (tmp_path / "later.jpg").rename(images / "COCO_train2014_000000000009.jpg")
+    source = open_source(options(tmp_path), "train")
+    assert len(source) == 8 and source.left_out == ()
+
+
+def test_corrected_captions_are_prepared_again(tmp_path, copy):
+    open_source(options(tmp_path), "train")
+    table = copy / "annotations" / "captions_train2014.json"
+    table.write_text(table.read_text().replace("A red", "A RED"))
+    assert "A RED" in open_source(options(tmp_path), "train")[0]["captions"][0]
+
+
+def test_the_newest_copy_is_used_when_the_local_one_is_gone(tmp_path, copy, monkeypatch):
+    open_source(options(tmp_path), "train")
+    shutil.rmtree(copy)
+    lines = []
+    monkeypatch.setattr(logging, "info", lambda text, *values: lines.append(text % values))
+    assert len(open_source(options(tmp_path), "train")) == 8
+    assert any("delete" in line and str(copy) in line for line in lines)
 
 
 # -- TFDS's own -----------------------------------------------------------------------------------------------------

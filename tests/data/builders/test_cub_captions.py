@@ -114,3 +114,16 @@ def test_damaged_examples_are_skipped_counted_and_named(tmp_path, copy, monkeypa
     for name in (one, two, three, four):
         assert any(name in line for line in lines), name
     assert Pipeline(options(tmp_path), split="train", train=True, batch_size=2).skipped()["missing file"] == 1
+
+
+def test_a_copy_is_prepared_again_when_files_were_added(tmp_path, copy):
+    image = next((copy / "CUB_200_2011" / "images").rglob("*.jpg"))
+    content = image.read_bytes()
+    image.unlink()
+    before = sum(len(open_source(options(tmp_path), split)) for split in ("train", "test"))
+    image.write_bytes(content)
+    assert sum(len(open_source(options(tmp_path), split)) for split in ("train", "test")) == before + 1
+    texts = copy / "cvpr2016_cub" / "text_c10"
+    place = texts / (copy / "CUB_200_2011" / "images.txt").read_text().split()[1]
+    place.with_suffix(".txt").unlink()
+    assert open_source(options(tmp_path), "train").record(0).captions == ()

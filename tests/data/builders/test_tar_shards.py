@@ -3,9 +3,11 @@
 import gzip
 import io
 import json
+import os
 import sys
 import tarfile
 import tracemalloc
+import zlib
 
 import pytest
 import tiny_copies
@@ -23,7 +25,8 @@ from dalle_jax.token_layout import TokenLayout
 
 
 def options(tmp_path, path="shards", **others):
-    settings = {"source": "tar_shards", "path": str(tmp_path / path), "data_dir": str(tmp_path / "data")}
+    path = path if path.startswith(("~", "file:")) else str(tmp_path / path)
+    settings = {"source": "tar_shards", "path": path, "data_dir": str(tmp_path / "data")}
     return DataOptions(**{**settings, "image_size": 16, **others})
 
 
@@ -65,7 +68,7 @@ def test_a_complete_shard(tmp_path, ending, mode):
 
 
 def test_names(tmp_path):
-    """Keys end at the first dot of the last part. Other endings are ignored; folders and capitals are accepted."""
+    """Keys end at the first dot of the last part. Other endings are counted; folders and capitals are accepted."""
     entries = [
         ("a.b/x.y.jpg", b"no"),
         ("a.b/x.JPG", b"1"),
@@ -76,11 +79,12 @@ def test_names(tmp_path):
     entries += [("c/x.png", b"2"), ("c/x.json", b'{"caption": "two"}'), ("c/" + "y" * 200 + "ü.webp", b"3")]
     found, damage = read(tar(tmp_path, entries))
     assert damage is None
-    assert [(sample.key, sample.image) for sample in found] == [
+    assert [(sample.key, sample.image) for sample in found if sample.image] == [
         ("a.b/x", b"1"),
         ("c/x", b"2"),
         ("c/" + "y" * 200 + "ü", b"3"),
     ]
+    assert sorted(ending for sample in found for ending in sample.other_endings) == ["", ".cls", ".y.jpg"]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +107,7 @@ def test_captions(tmp_path, parts, captions):
 
 
 def test_only_selected_samples_are_read(tmp_path):
-    found, _ = read(tar(tmp_path, members(9)), wanted=lambda number: number % 4 == 1)
+    found, _ = read(tar(tmp_path, members(9)), wanted=lambda key: int(key) % 4 == 1)
     assert [int(sample.key) for sample in found] == [1, 5]
 
 
@@ -166,26 +170,32 @@ def test_memory_holds_one_sample(tmp_path):
 def test_splits_of_a_folder_of_shards(tmp_path):
     tiny_copies.tar_shards(tmp_path / "shards", shards=2, samples=25)
     train, validation = (open_source(options(tmp_path), split) for split in ("train", "validation"))
-    assert files(validation) == [f"{s:05}.tar/{10000 * s + i:09}" for s in range(2) for i in (0, 20)]
-    assert files(train) == [f"{s:05}.tar/{10000 * s + i:09}" for s in range(2) for i in range(25) if i % 20]
+    keys = [10000 * s + i for s in range(2) for i in range(25)]
+    held_out = [key for key in keys if zlib.crc32(f"{key:09}".encode()) < 2**32 / 20]
+    assert 1 <= len(held_out) <= 5
+    assert files(validation) == [f"{key // 10000:05}.tar/{key:09}" for key in held_out]
+    assert files(train) == [f"{key // 10000:05}.tar/{key:09}" for key in keys if key not in held_out]
+    assert len(open_source(options(tmp_path), "all")) == 50
     assert "tensorflow" not in sys.modules
-    example = train[0]
-    assert example["captions"] == [tiny_copies.caption(1, 0)] and example["image"].shape == (60, 72, 3)
-    assert train.record(0).image == tiny_copies.sample(1)["jpg"] and "00000.tar/000000001" in example["name"]
+    example, first = train[0], next(key for key in keys if key not in held_out)
+    assert example["captions"] == [tiny_copies.caption(first, 0)] and example["image"].shape == (60, 72, 3)
+    assert train.record(0).image == tiny_copies.sample(first)["jpg"] and f"00000.tar/{first:09}" in example["name"]
 
 
 def test_folders_are_splits(tmp_path):
     for split, count in (("train", 3), ("test", 2)):
         tiny_copies.tar_shards(tmp_path / "shards" / split, shards=1, samples=count)
     assert [len(open_source(options(tmp_path), split)) for split in ("train", "test")] == [3, 2]
-    with pytest.raises(DataError, match="validation"):
-        open_source(options(tmp_path), "validation")
+    assert len(open_source(options(tmp_path), "validation")) == 2, "the folder test takes its place"
+    with pytest.raises(DataError, match="heldout"):
+        open_source(options(tmp_path), "heldout")
 
 
 def test_globs(tmp_path):
     tiny_copies.tar_shards(tmp_path / "shards", shards=3, samples=2)
-    assert len(open_source(options(tmp_path, path="shards/0000[12].tar"), "train")) == 2
-    assert len(open_source(options(tmp_path, path="sh*/*.tar"), "train")) == 3
+    assert len(open_source(options(tmp_path, path="shards/0000[12].tar"), "all")) == 4
+    assert len(open_source(options(tmp_path, path="sh*/*.tar"), "all")) == 6
+    assert len(open_source(options(tmp_path, path="shards/00001.tar"), "all")) == 2
 
 
 def test_other_shards_are_another_data_set(tmp_path):
@@ -196,8 +206,7 @@ def test_other_shards_are_another_data_set(tmp_path):
     tiny_copies.tar_shards(folder, shards=2, samples=40)
     places.add(Builder(data_dir=tmp_path, path=str(folder)).data_path)
     assert len(places) == 3
-    moved = folder.rename(tmp_path / "moved")
-    assert Builder(data_dir=tmp_path, path=str(moved)).data_path in places
+    assert Builder(data_dir=tmp_path, path=str(folder)).data_path in places
 
 
 def test_errors(tmp_path):
@@ -211,7 +220,7 @@ def test_errors(tmp_path):
     (tmp_path / "shards" / "0.tar").write_bytes(b"garbage" * 1000)
     with pytest.raises(DataError, match="0.tar"):
         open_source(options(tmp_path), "train")
-    assert not list((tmp_path / "data").glob("tar_shards/*/1.0.0")), "a failed preparation leaves no files"
+    assert not list((tmp_path / "data").glob("tar_shards/*/2.0.0")), "a failed preparation leaves no files"
 
 
 def test_damage_is_skipped_counted_and_named(tmp_path, monkeypatch):
@@ -228,7 +237,7 @@ def test_damage_is_skipped_counted_and_named(tmp_path, monkeypatch):
     tiny_copies.write_tar(folder / "00003.tar", broken)
 
     source = open_source(options(tmp_path), "train")
-    assert len(source) == 9 + 5 + 5
+    assert len(source) == 21  # of 10 + 6 + 6 one is held out
     assert {found.reason: (found.count, found.names) for found in source.left_out} == {
         "damaged shard": (2, source.left_out[0].names),
         "missing image": (1, ("00003.tar/alone",)),
@@ -236,7 +245,7 @@ def test_damage_is_skipped_counted_and_named(tmp_path, monkeypatch):
     assert "00001.tar" in source.left_out[0].names[0] and "6 samples before" in source.left_out[0].names[1]
     model = TextModel.train(source.captions(), 100)
     layout = TokenLayout(model.vocab_size, 16, 24, 2, 2)
-    pipeline = Pipeline(options(tmp_path), model, layout, split="train", train=True, batch_size=19, source=source)
+    pipeline = Pipeline(options(tmp_path), model, layout, split="train", train=True, batch_size=21, source=source)
     with iter(pipeline) as batches:
         next(batches)
     assert pipeline.skipped() == {
@@ -258,7 +267,7 @@ def test_images_are_released_when_written(tmp_path, monkeypatch):
     kept = []
     original = ReadOnce.__init__
     monkeypatch.setattr(ReadOnce, "__init__", lambda self, content: (original(self, content), kept.append(self))[0])
-    assert len(open_source(options(tmp_path), "train")) == 76
+    assert len(open_source(options(tmp_path), "train")) == 77
     assert len(kept) == 80 and not any(each._content for each in kept)
 
 
@@ -269,3 +278,244 @@ def test_images_without_captions_still_train_a_tokenizer(tmp_path):
     with iter(pipeline) as batches:
         assert next(batches)["image"].shape == (4, 16, 16, 3)
     assert pipeline.skipped() == {}
+
+
+# -- names, endings, keys -------------------------------------------------------------------------------------------
+
+
+def test_names_that_hold_dots(tmp_path):
+    entries = [(f"photo 1.{i}.{end}", f"{i}{end}".encode()) for i in range(40) for end in ("jpg", "txt")]
+    entries += [
+        ("v1.2/St. Louis.png", b"a"),
+        ("v1.2/St. Louis.txt", b"b"),
+        ("v1.2/x.jpg", b"c"),
+        ("v1.2/x.jpg.txt", b"d"),
+    ]
+    found, damage = read(tar(tmp_path, entries))
+    assert damage is None
+    assert [(s.key, s.image, s.captions) for s in found] == [
+        *((f"photo 1.{i}", f"{i}jpg".encode(), (f"{i}txt".encode(),)) for i in range(40)),
+        ("v1.2/St. Louis", b"a", (b"b",)),
+        ("v1.2/x", b"c", (b"d",)),
+    ]
+
+
+@pytest.mark.parametrize("order", [("seg.png", "jpg", "txt"), ("jpg", "seg.png", "txt"), ("jpg", "txt", "seg.png")])
+def test_a_mask_next_to_an_image_is_no_image(tmp_path, order):
+    entries = [(f"{key}.{end}", end.encode()) for key in ("a", "b") for end in order]
+    found, _ = read(tar(tmp_path, entries))
+    assert [(s.key, s.image, s.captions) for s in found] == [("a", b"jpg", (b"txt",)), ("b", b"jpg", (b"txt",))]
+    assert [s.other_endings for s in found] == [(".seg.png",)] * 2
+
+
+@pytest.mark.parametrize(
+    "image, text", [("img", "cap"), ("JPG", "TXT"), ("tiff", "caption"), ("jfif", "txt"), ("avif", "txt")]
+)
+def test_endings(tmp_path, image, text):
+    (sample,) = read(tar(tmp_path, [(f"x.{image}", b"image"), (f"x.{text}", b"text")]))[0]
+    assert (sample.image, sample.captions) == (b"image", (b"text",))
+
+
+def test_other_endings_are_counted(tmp_path):
+    names = [(f"{i}.{end}", b"x") for i in range(60) for end in ("jpg", "txt", "cls", "heic")]
+    tiny_copies.write_tar(tmp_path / "shards" / "0.tar", [*names, ("README", b"")])
+    found = {split: open_source(options(tmp_path), split).other_files for split in ("train", "validation", "all")}
+    assert found["all"] == {"": 1, ".cls": 60, ".heic": 60}
+    assert found["train"][".cls"] + found["validation"][".cls"] == 60
+
+
+@pytest.mark.parametrize("name", ["text", "title", "captions"])
+def test_usual_caption_keys(tmp_path, name):
+    assert read(tar(tmp_path, [("x.jpg", b"i"), ("x.json", json.dumps({name: "it"}).encode())]))[0][0].captions == (
+        b"it",
+    )
+
+
+def test_the_caption_key_is_an_option(tmp_path):
+    facts = {"alt": "long", "inner": {"name": "nested"}, "caption": "usual"}
+    entries = [
+        (f"{i}.{end}", c)
+        for i in range(3)
+        for end, c in (("jpg", b"i"), ("txt", b"t"), ("json", json.dumps(facts).encode()))
+    ]
+    tiny_copies.write_tar(tmp_path / "shards" / "0.tar", entries)
+    found = {
+        key: list(open_source(options(tmp_path, caption_key=key), "all").captions())
+        for key in ("caption", "alt", "inner/name")
+    }
+    assert found == {"caption": ["t"] * 3, "alt": ["long"] * 3, "inner/name": ["nested"] * 3}
+    with pytest.raises(DataError, match="alt, caption, inner"):
+        open_source(options(tmp_path, caption_key="absent"), "all")
+
+
+def test_shards_without_a_caption_name_the_keys_there_are(tmp_path):
+    entries = [(f"{i}.{end}", c) for i in range(3) for end, c in (("jpg", b"i"), ("json", b'{"label": "cat"}'))]
+    tiny_copies.write_tar(tmp_path / "shards" / "0.tar", entries)
+    assert "label" in open_source(options(tmp_path), "all").captions_missing
+    tiny_copies.tar_shards(tmp_path / "more", shards=1)
+    assert open_source(options(tmp_path, path="more"), "all").captions_missing is None
+
+
+# -- splits ---------------------------------------------------------------------------------------------------------
+
+
+def test_samples_never_change_sides(tmp_path):
+    """Neither when shards are added, nor when the samples are packed again."""
+    entries = lambda count: [(f"{i}.jpg", b"x") for i in range(count)]
+    tiny_copies.write_tar(tmp_path / "few" / "0.tar", entries(100))
+    for shard in range(3):
+        tiny_copies.write_tar(tmp_path / "many" / f"{shard}.tar", entries(150)[50 * shard : 50 * (shard + 1)][::-1])
+    keys = {
+        (name, split): {file.split("/")[1] for file in files(open_source(options(tmp_path, path=name), split))}
+        for name in ("few", "many")
+        for split in ("train", "validation")
+    }
+    for split in ("train", "validation"):
+        assert keys["few", split] < keys["many", split]
+    assert not keys["many", "train"] & keys["many", "validation"]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 10])
+def test_few_samples_give_both_splits(tmp_path, count):
+    tiny_copies.tar_shards(tmp_path / "shards", shards=1, samples=count)
+    sizes = {split: len(open_source(options(tmp_path), split)) for split in ("train", "validation")}
+    assert sizes["validation"] >= 1 and sizes["train"] >= 1
+    assert sum(sizes.values()) == max(count, 2), "a single sample is in both"
+
+
+@pytest.mark.parametrize("folder", ["all", "part 1", "train"])
+def test_a_single_folder_is_no_split(tmp_path, folder):
+    tiny_copies.tar_shards(tmp_path / "shards" / folder, shards=1)
+    sizes = [len(open_source(options(tmp_path), split)) for split in ("train", "validation", "all")]
+    assert sizes[0] + sizes[1] == sizes[2] == 10
+
+
+def test_folders_that_cannot_be_splits_are_left_out_and_counted(tmp_path):
+    for folder, count in (("train", 3), ("val", 2), ("all", 5), ("my shards", 1), (".hidden", 1), ("__MACOSX", 1)):
+        tiny_copies.tar_shards(tmp_path / "shards" / folder, shards=1, samples=count)
+    train, validation, everything = (open_source(options(tmp_path), s) for s in ("train", "validation", "all"))
+    assert [len(train), len(validation), len(everything)] == [3, 2, 5]
+    assert [(each.count, each.names) for each in train.left_out] == [(2, ("all", "my shards"))]
+
+
+# -- paths ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelling", ["{}", "file://{}", "~/{}", "{}/*.tar", "{}/0000[0].tar"])
+def test_spellings_of_a_path(tmp_path, monkeypatch, spelling):
+    folder = tiny_copies.tar_shards(tmp_path / "cats [v1] *", shards=1)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    path = spelling.format(folder.name if "~" in spelling else folder)
+    assert len(open_source(options(tmp_path, path=path), "all")) == 10
+    assert len(open_source(options(tmp_path, path=path, data_dir=str(tmp_path / "data [v1]")), "all")) == 10
+
+
+def test_files_of_img2dataset_next_to_the_shards(tmp_path):
+    folder = tiny_copies.tar_shards(tmp_path / "shards", shards=2)
+    for shard in range(2):
+        (folder / f"{shard:05}.parquet").write_bytes(b"PAR1")
+        (folder / f"{shard:05}_stats.json").write_text("{}")
+    source = open_source(options(tmp_path, source="auto"), "all")
+    assert len(source) == 20 and not source.left_out
+
+
+# -- limits ---------------------------------------------------------------------------------------------------------
+
+
+def test_large_members_are_not_read(tmp_path):
+    entries = [
+        ("a.jpg", b"x" * 5000),
+        ("a.txt", b"a"),
+        ("b.jpg", b"x" * 100),
+        ("b.txt", b"t" * 3000),
+        ("b.json", b'{"caption": "b"}'),
+    ]
+    entries += [(f"{i}.jpg", b"x") for i in range(3)]
+    tiny_copies.write_tar(tmp_path / "shards" / "0.tar", entries)
+    source = open_source(options(tmp_path, max_file_bytes=2000), "all")
+    assert sorted(source.record(i).captions for i in range(len(source))) == [(), (), (), (b"b",)]
+    assert {(each.reason, name) for each in source.left_out for name in each.names} == {
+        ("file too large", "0.tar/a.jpg"),
+        ("file too large", "0.tar/b.txt"),
+    }
+
+
+@pytest.mark.parametrize("kind", ["member", "pax header", "long name"])
+def test_archives_that_unpack_to_gigabytes(tmp_path, kind):
+    size = 60_000_000
+    header = tarfile.TarInfo("a.jpg")
+    header.size = size
+    header.type = {"member": tarfile.REGTYPE, "pax header": tarfile.XHDTYPE, "long name": tarfile.GNUTYPE_LONGNAME}[
+        kind
+    ]
+    packed = gzip.compress(header.tobuf(tarfile.USTAR_FORMAT) + bytes(size) + bytes(10240), 1)
+    tracemalloc.start()
+    found, damage = read(packed, max_bytes=1_000_000)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 20_000_000
+    assert damage or [sample.too_large for sample in found] == [("a.jpg",)]
+
+
+# -- the prepared copy ----------------------------------------------------------------------------------------------
+
+
+def captions_of(tmp_path, path="shards"):
+    return sorted(open_source(options(tmp_path, path=path), "all").captions())
+
+
+def shard_of(path, word):
+    return tiny_copies.write_tar(
+        path, [(f"{i}.{end}", c) for i in range(4) for end, c in (("jpg", b"i"), ("txt", word))]
+    )
+
+
+def test_shards_of_equal_names_and_sizes_are_told_apart(tmp_path):
+    """A tar is padded to 10,240 bytes, so that names and sizes say little."""
+    for name in ("one", "two"):
+        shard_of(tmp_path / name / "0.tar", name.encode())
+        os.utime(tmp_path / name / "0.tar", (1, 1))
+    assert captions_of(tmp_path, "one") == ["one"] * 4 and captions_of(tmp_path, "two") == ["two"] * 4
+
+
+@pytest.mark.parametrize("same_time", [True, False])
+def test_captions_corrected_in_place_are_seen(tmp_path, same_time):
+    shard = shard_of(tmp_path / "shards" / "0.tar", b"wrong")
+    before = shard.stat()
+    assert captions_of(tmp_path) == ["wrong"] * 4
+    shard_of(shard, b"right")
+    assert shard.stat().st_size == before.st_size
+    if same_time:
+        os.utime(shard, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert captions_of(tmp_path) == ["right"] * 4
+
+
+def test_a_copy_that_is_used_again_is_named(tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(logging, "info", lambda text, *values: lines.append(text % values))
+    shard_of(tmp_path / "shards" / "0.tar", b"text")
+    captions_of(tmp_path)
+    assert not any("delete" in line for line in lines)
+    captions_of(tmp_path)
+    (line,) = (line for line in lines if "delete" in line)
+    assert str(tmp_path / "shards") in line and str(tmp_path / "data" / "tar_shards") in line
+
+
+def test_preparing_prints_nothing(tmp_path, capfd):
+    shard_of(tmp_path / "shards" / "0.tar", b"text")
+    captions_of(tmp_path)
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("source", ["tar_shards", "shapes_captions", "emoji_captions", "coco_captions", "cub_captions"])
+def test_keyword_arguments_of_another_source(tmp_path, source):
+    shard_of(tmp_path / "shards" / "0.tar", b"text")
+    with pytest.raises(ConfigError, match="builder_kwargs") as caught:
+        open_source(options(tmp_path, source=source, builder_kwargs={"wings": 2}), "train")
+    assert "wings" in str(caught.value) and "__init__" not in str(caught.value)
+
+
+def test_messages_begin_with_the_fault(tmp_path):
+    with pytest.raises(DataError) as caught:
+        open_source(options(tmp_path, path="absent"), "train")
+    assert str(caught.value).startswith("data.path is")

@@ -314,6 +314,13 @@ def test_a_large_image_is_decoded_at_a_reduced_size(kind):
     assert np.abs(reduced.astype(int) - shown).mean() < 2
 
 
+def test_a_jpeg_is_reduced_while_it_is_decoded(monkeypatch):
+    """Its full size is never in memory."""
+    content = encode(photo(2400, 3200), "JPEG")
+    monkeypatch.setattr(PIL.Image.Image, "reduce", lambda *_: pytest.fail("it was decoded at a larger size"))
+    assert decode(content, image_size=100).shape == (600, 800, 3)
+
+
 @pytest.mark.parametrize("mode", ["RGBA", "L", "P", "LA", "I;16"])
 def test_every_mode_is_reduced(mode):
     grey = np.full((2048, 2048), 200, np.uint8)

@@ -63,6 +63,11 @@ def test_classes_that_are_called_like_a_split(tmp_path, classes):
     assert all(any(name.startswith(each) for name in train) for each in classes.split())
 
 
+def test_held_out_folders_alone_are_no_splits(tmp_path):
+    fill(tmp_path, f"{many('validation/', 30)} {many('val/', 30)}")
+    assert sum(map(len, sides(tmp_path))) == 60
+
+
 @pytest.mark.parametrize("only", ["train", "validation", "train/x"])
 def test_a_folder_in_which_everything_is_has_no_splits(tmp_path, only):
     fill(tmp_path, many(f"{only}/", 30))
@@ -115,6 +120,21 @@ def test_neither_split_reads_the_folder_of_the_other(tmp_path):
     assert both("car", "validation")[0] == 20
     train, validation = both("train", "bus")
     assert validation == 20 and train <= 20
+
+
+def test_a_third_split_does_not_read_the_training_folder(tmp_path):
+    fill(tmp_path, f"{many('car/', 40)} {many('bus/', 40)}")
+    others = opened(tmp_path, "validation", train_split="car", eval_split="bus")
+    assert names(others) and all(name.startswith("bus/") for name in names(others))
+
+
+def test_nothing_is_held_out_from_everything(tmp_path):
+    fill(tmp_path, f"{many('car/', 40)} {many('bus/', 40)}")
+    for split in ("validation", "car"):
+        with pytest.raises(DataError, match="data.train_split"):
+            opened(tmp_path, split, train_split="all")
+    assert len(opened(tmp_path, "all", train_split="all")) == 80
+    assert 60 < len(opened(tmp_path, "train", eval_split="all")) < 80
 
 
 def test_a_link_to_a_training_image_is_not_held_out(tmp_path):
@@ -187,6 +207,10 @@ def test_identity_changes_with_the_examples(tmp_path):
     for name, content in (("0.txt", b"nil"), ("1.txt", b"one"), ("2.png", b"x"), ("new.png", b"x")):
         (tmp_path / name).write_bytes(content)
         assert (now := identity("all")) not in seen | {before}
+        seen.add(now)
+    for name in ("0.txt", "2.png"):  # the same size at another time
+        os.utime(tmp_path / name, ns=(0, 1))
+        assert (now := identity("all")) not in seen
         seen.add(now)
     fill(tmp_path, "", {"captions.csv": "file,caption\n2.png,two\n"})
     table = identity("all")

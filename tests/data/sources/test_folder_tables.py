@@ -3,6 +3,7 @@
 import os
 
 import pytest
+from etils import epath
 from image_folder import captions, fill, labels, left_out, names, opened
 
 from dalle_jax.data.sources.source import decode_captions
@@ -256,3 +257,17 @@ def test_one_undecodable_row_costs_one_example(tmp_path):
 def test_rows_with_the_same_image_are_examples_each(tmp_path):
     source = table(tmp_path, "file,caption\na.png,one\nb.png,two\na.png,three\n", "a.png b.png")
     assert [source[index]["captions"] for index in range(3)] == [["one"], ["two"], ["three"]]
+
+
+def test_a_table_that_cannot_be_read_is_an_error(tmp_path, monkeypatch):
+    fill(tmp_path, "a.png", {"captions.csv": "file,caption\na.png,one\n"})
+    read = epath.Path.read_bytes
+
+    def read_bytes(path):
+        if path.name == "captions.csv":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(type(epath.Path(tmp_path)), "read_bytes", read_bytes)  # root may read everything
+    with pytest.raises(DataError, match="captions.csv"):
+        opened(tmp_path)

@@ -28,6 +28,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from dalle_jax.data.builders.local_copy import Examples, LocalCopyBuilder, ReadOnce, in_parts, read_text
+from dalle_jax.data.builders.made_from import count_files, fingerprint
 from dalle_jax.errors import ConfigError, DataError
 
 _YEARS = (2014, 2017)
@@ -41,15 +42,17 @@ class CocoConfig(tfds.core.BuilderConfig):
 
     Attributes:
       year: 2014 (the paper's) or 2017 (the same images, only 5,000 of them for validation).
+      made_from: fingerprint of the local copy, see `made_from`; "" if it is not known.
     """
 
     name: str = dataclasses.field(init=False)
     year: int = 2014
+    made_from: str = ""
 
     def __post_init__(self):
         if self.year not in _YEARS:
             raise ConfigError(f"coco_captions: year is {self.year!r}; expected 2014 or 2017.")
-        self.name = str(self.year)
+        self.name = str(self.year) + (f"_{self.made_from}" if self.made_from else "")
 
 
 class Builder(LocalCopyBuilder):
@@ -96,6 +99,18 @@ class Builder(LocalCopyBuilder):
                 self.leave_out(split, "missing file", f"{folder.name}/{name} ({error})")
                 continue
             yield name, {"image": ReadOnce(content), **image}
+
+
+def made_from(root: epath.Path, year: int = 2014) -> str:
+    """Returns the fingerprint of a local copy: its tables, and how many images it holds.
+
+    Args:
+      root: the local copy.
+      year: as in `CocoConfig`.
+    """
+    tables = [root / f"annotations/captions_{folder}{year}.json" for folder in _FOLDERS.values()]
+    images = [count_files(root / f"{folder}{year}") for folder in _FOLDERS.values()]
+    return fingerprint(root, [table for table in tables if table.exists()], images)
 
 
 def read_annotations(file: epath.Path) -> list[dict[str, Any]]:

@@ -27,10 +27,13 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from dalle_jax.data.builders.local_copy import Examples, LocalCopyBuilder, ReadOnce, in_parts, read_text
+from dalle_jax.data.builders.made_from import count_files, fingerprint
 from dalle_jax.errors import ConfigError, DataError
 
 _TABLES = ("images.txt", "classes.txt", "image_class_labels.txt", "bounding_boxes.txt", "train_test_split.txt")
 _CLASS_LISTS = {"train": "trainvalclasses.txt", "test": "testclasses.txt"}
+_TABLE_FOLDERS = ("CUB_200_2011", "")
+_CAPTIONS = ("text_c10", "cvpr2016_cub/text_c10", "CUB_200_2011/text_c10")
 _DIVISIONS = ("official", "classes")
 _IMAGES_PER_SHARD = 2048  # about 200 MB
 
@@ -41,15 +44,17 @@ class CubConfig(tfds.core.BuilderConfig):
 
     Attributes:
       division: "official" (`train_test_split.txt`) or "classes" (species that training never sees).
+      made_from: fingerprint of the local copy, see `made_from`; "" if it is not known.
     """
 
     name: str = dataclasses.field(init=False)
     division: str = "official"
+    made_from: str = ""
 
     def __post_init__(self):
         if self.division not in _DIVISIONS:
             raise ConfigError(f"cub_captions: division is {self.division!r}; expected one of {', '.join(_DIVISIONS)}.")
-        self.name = self.division
+        self.name = self.division + (f"_{self.made_from}" if self.made_from else "")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +102,7 @@ class Builder(LocalCopyBuilder):
 
     def shards(self, dl_manager):
         root = self.local_copy(dl_manager)
-        tables, texts = _find(root, ("CUB_200_2011", ""), _TABLES), _find_captions(root)
+        tables, texts = _find(root, _TABLE_FOLDERS, _TABLES), _find_captions(root)
         birds = read_birds(tables)
         if self.builder_config.division == "classes":
             birds = _divide_by_class(birds, texts.parent)
@@ -130,6 +135,21 @@ class Builder(LocalCopyBuilder):
                     "bounding_box": np.array(bird.box, np.float32),
                 },
             )
+
+
+def made_from(root: epath.Path, division: str = "official") -> str:
+    """Returns the fingerprint of a local copy: its tables, and how many images and texts it holds.
+
+    Args:
+      root: the local copy.
+      division: as in `CubConfig`; every division has the same fingerprint.
+    """
+    del division
+    texts = [root / place for place in _CAPTIONS]
+    tables = [root / folder / name for folder in _TABLE_FOLDERS for name in _TABLES]
+    tables += [folder.parent / name for folder in texts for name in _CLASS_LISTS.values()]
+    folders = [*(root / folder / "images" for folder in _TABLE_FOLDERS), *texts]
+    return fingerprint(root, dict.fromkeys(each for each in tables if each.exists()), map(count_files, folders))
 
 
 def read_birds(folder: epath.Path) -> list[Bird]:
@@ -200,7 +220,7 @@ def _find(root: epath.Path, folders: Sequence[str], names: Sequence[str]) -> epa
 
 
 def _find_captions(root: epath.Path) -> epath.Path:
-    places = [root / "text_c10", root / "cvpr2016_cub" / "text_c10", root / "CUB_200_2011" / "text_c10"]
+    places = [root / place for place in _CAPTIONS]
     for place in places:
         if place.is_dir():
             return place

@@ -1,7 +1,8 @@
 """Reads the samples of an image–caption tar shard in order, one at a time, up to its first damage.
 
 Members of one sample follow each other. They share their name up to the first dot of its last part (WebDataset's rule):
-`000000000.jpg`, `000000000.txt`, `000000000.json`. Other endings are ignored.
+`000000000.jpg`, `000000000.txt`, `000000000.json`. If no member of a name has a plain ending, the names themselves hold
+dots, and each ends at its last dot: `photo 1.5.jpg`, `photo 1.5.txt`, `photo 1.6.jpg`. Other endings are counted.
 
 tarfile treats a damaged header as the end of the archive, which would silently lose everything after it. Here it is an
 error. An archive without its end mark, or with data after it, is an error too.
@@ -14,13 +15,21 @@ import json
 import lzma
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, BinaryIO
 
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
-_TEXT, _METADATA = "txt", "json"
-_ENDINGS = (*IMAGE_ENDINGS, _TEXT, _METADATA)
+from dalle_jax.data.sources.decoding import Limits
+
+IMAGE_ENDINGS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "img")
+_TEXTS, _METADATA = ("txt", "caption", "cap"), "json"
+_ENDINGS = (*IMAGE_ENDINGS, *_TEXTS, _METADATA)
+_CAPTION_KEYS = ("caption", "captions", "text", "title")
 _CHUNK = 1 << 20
+_MAX_HEADER_BYTES = 1 << 20  # of a long name or an extended header
+_EXTENDED = (
+    tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK,
+)  # fmt: skip
+_MAX_UNDECIDED = 16  # samples of one name whose rule is not known yet
 
 _DAMAGE = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError)
 
@@ -36,13 +45,28 @@ class Sample:
     Attributes:
       key: the name that its members share.
       image: the encoded image, or None.
-      captions: the content of the `.txt`, else "caption" of the `.json` (a text or a list of texts); () without either.
-        Bytes that should be UTF-8.
+      captions: the content of the `.txt`, `.caption` or `.cap`, else of the `.json` (a text or a list of texts); () if
+        there is neither. Bytes that should be UTF-8.
+      too_large: names of the members that exceed the limit and were not read.
+      other_endings: endings of the members that are neither image nor caption, in lower case (".cls").
+      metadata_keys: the keys of the `.json`.
     """
 
     key: str
     image: bytes | None
     captions: tuple[bytes, ...]
+    too_large: tuple[str, ...] = ()
+    other_endings: tuple[str, ...] = ()
+    metadata_keys: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rules:
+    """Arguments of `read_samples`."""
+
+    wanted: Callable[[str], bool]
+    caption_key: str
+    max_bytes: int
 
 
 class _Header(tarfile.TarInfo):
@@ -59,13 +83,27 @@ class _Header(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(str(error)) from error
 
+    def _proc_member(self, archive):
+        """Called by tarfile for each header; its documentation names this method for subclasses."""
+        if self.type in _EXTENDED and self.size > _MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"an extended header of {self.size:,} bytes")
+        return super()._proc_member(archive)
 
-def read_samples(file: BinaryIO, wanted: Callable[[int], bool] = lambda number: True) -> Iterator[Sample]:
+
+def read_samples(
+    file: BinaryIO,
+    wanted: Callable[[str], bool] = lambda key: True,
+    caption_key: str = "caption",
+    max_bytes: int = Limits.max_file_bytes,
+) -> Iterator[Sample]:
     """Reads a shard, compressed or not.
 
     Args:
       file: a seekable file; only its first bytes are read twice.
-      wanted: selects samples by their number, counted from 0; the others are skipped.
+      wanted: selects samples by their key; the others are skipped.
+      caption_key: the key of the `.json` that holds the caption ("a/b" for a nested one). "caption" means the text
+        file, else the first of the usual keys. Any other key is preferred to the text file.
+      max_bytes: the most bytes of a member; larger ones are not read.
 
     Yields:
       The selected samples, in order.
@@ -73,53 +111,154 @@ def read_samples(file: BinaryIO, wanted: Callable[[int], bool] = lambda number: 
     Raises:
       DamagedShard: after the last complete sample, if the shard is damaged.
     """
-    number, key, parts = -1, None, {}
+    rules, count, found = _Rules(wanted, caption_key, max_bytes), 0, _Undecided("")
     try:
         with tarfile.open(fileobj=file, mode="r:*", tarinfo=_Header) as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # tarfile would keep every header
-                member_key, ending = _split_name(member.name)
-                if not member.isfile() or ending not in _ENDINGS:
+                if not member.isfile():
                     continue
-                if member_key != key:
-                    if key is not None and wanted(number):
-                        yield _sample(key, parts)
-                    number, key, parts = number + 1, member_key, {}
-                if wanted(number):
-                    parts[ending] = archive.extractfile(member).read()
+                if _split(member.name)[0] != found.name:
+                    count += found.count
+                    yield from found.samples(rules)
+                    found = _Undecided(_split(member.name)[0])
+                found.add(archive, member, rules)
+                if found.is_large():
+                    ready = found.take_ready()
+                    count += ready.count
+                    yield from ready.samples(rules)
             _check_end(archive.fileobj)
     except _DAMAGE as error:
         # The members of a sample are read one by one. With an image and a caption it is complete enough.
-        last = _sample(key, parts) if parts else None
-        whole = last is not None and last.image is not None and bool(last.captions)
-        if whole:
-            yield last
-        found = (str(error).splitlines() or [type(error).__name__])[-1].strip()
-        raise DamagedShard(f"{found}; {max(number, 0) + whole} samples before that") from error
-    if key is not None and wanted(number):
-        yield _sample(key, parts)
+        whole = [sample for sample in found.samples(rules) if sample.image is not None and sample.captions]
+        yield from whole
+        reason = (str(error).splitlines() or [type(error).__name__])[-1].strip()
+        raise DamagedShard(f"{reason}; {count + len(whole)} samples before that") from error
+    yield from found.samples(rules)
 
 
-def _split_name(name: str) -> tuple[str, str]:
-    """Splits a member's name into the sample's key and the ending in lower case."""
+def read_keys(file: BinaryIO) -> Iterator[str]:
+    """Yields the keys of a shard's samples in order, up to its first damage. Reads headers only.
+
+    Args:
+      file: a seekable file.
+    """
+    try:
+        yield from (sample.key for sample in read_samples(file, max_bytes=-1) if sample.too_large)
+    except DamagedShard:
+        return
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Splits a member's name at the first dot of its last part: the key, and the ending in lower case."""
     folder, slash, base = name.rpartition("/")
     stem, _, ending = base.partition(".")
     return folder + slash + stem, ending.lower()
 
 
-def _sample(key: str, parts: dict[str, bytes]) -> Sample:
-    image = next((parts[ending] for ending in IMAGE_ENDINGS if ending in parts), None)
-    captions = (parts[_TEXT],) if parts.get(_TEXT, b"").strip() else _captions_of(parts.get(_METADATA, b"null"))
-    return Sample(key, image, captions)
+class _Members:
+    """The members of one sample that were read so far."""
+
+    def __init__(self):
+        self.parts: dict[str, bytes] = {}
+        self.too_large: list[str] = []
+        self.others: list[str] = []
 
 
-def _captions_of(metadata: bytes) -> tuple[bytes, ...]:
+class _Undecided:
+    """The members whose names agree up to their first dot: one sample, or several whose names hold dots."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self._plain: _Members | None = None
+        self._dotted: dict[str, _Members] = {}
+
+    def add(self, archive: tarfile.TarFile, member: tarfile.TarInfo, rules: _Rules) -> None:
+        """Reads a member, unless nothing asks for it."""
+        ending = _split(member.name)[1]
+        key, last = self.name, ending
+        if ending.partition(".")[0] in IMAGE_ENDINGS and ending.rpartition(".")[2] in (*_TEXTS, _METADATA):
+            last = ending.rpartition(".")[2]  # x.jpg.txt is the text of x.jpg
+        elif "." in ending:
+            key, last = member.name[: member.name.rindex(".")], ending.rpartition(".")[2]
+        if last not in _ENDINGS:
+            key, last = self.name, ""
+        if key == self.name:
+            self._plain = self._plain or (_Members() if last else None)
+            members = self._plain or self._dotted.setdefault("", _Members())
+        else:
+            members = self._dotted.setdefault(key, _Members())
+        if not last or (key != self.name and self._plain is not None):
+            members.others.append(f".{ending}" if ending else "")
+        elif rules.wanted(key):
+            if member.size > rules.max_bytes:
+                members.parts.setdefault(last, b"")
+                members.too_large.append(member.name)
+            else:
+                members.parts[last] = archive.extractfile(member).read()
+        else:
+            members.parts[last] = b""
+
+    @property
+    def count(self) -> int:
+        """Number of samples, wanted or not."""
+        return 1 if self._plain else len([key for key in self._dotted if key])
+
+    def is_large(self) -> bool:
+        """Returns whether this many samples are held that their names are taken to hold dots."""
+        return self._plain is None and len(self._dotted) > _MAX_UNDECIDED
+
+    def take_ready(self) -> _Undecided:
+        """Splits off all samples but the last one, whose members may not all be there yet."""
+        ready = _Undecided(self.name)
+        last = next(reversed(self._dotted))
+        ready._dotted, self._dotted = self._dotted, {last: self._dotted.pop(last)}
+        return ready
+
+    def samples(self, rules: _Rules) -> Iterator[Sample]:
+        """Yields the wanted samples."""
+        if self._plain is not None:
+            # Other images next to a plain one are its masks and the like: WebDataset's `x.seg.png` next to `x.jpg`.
+            for key, members in self._dotted.items():
+                self._plain.others += members.others + [key[len(self.name) :] + f".{last}" for last in members.parts]
+            if rules.wanted(self.name):
+                yield _sample(self.name, self._plain, rules)
+            return
+        others = self._dotted.pop("", _Members()).others
+        for key, members in self._dotted.items():
+            members.others, others = members.others + others, []
+            if rules.wanted(key):
+                yield _sample(key, members, rules)
+        if others and rules.wanted(self.name):
+            yield Sample(self.name, None, (), other_endings=tuple(others))
+
+
+def _sample(key: str, members: _Members, rules: _Rules) -> Sample:
+    parts, large = members.parts, {name.rpartition(".")[2].lower() for name in members.too_large}
+    image = next((parts[each] for each in IMAGE_ENDINGS if each in parts and each not in large), None)
+    text = next((parts[each] for each in _TEXTS if parts.get(each, b"").strip()), None)
+    facts = _read_json(parts.get(_METADATA, b"null"))
+    captions = () if text is None else (text,)
+    if rules.caption_key != "caption":
+        captions = _captions_of(facts, rules.caption_key) or captions
+    else:
+        captions = captions or next((c for each in _CAPTION_KEYS if (c := _captions_of(facts, each))), ())
+    return Sample(key, image, captions, tuple(members.too_large), tuple(members.others), tuple(facts))
+
+
+def _read_json(content: bytes) -> Mapping[str, Any]:
     try:
-        content = json.loads(metadata)
-    except ValueError:  # The pipeline counts samples without a caption.
-        return ()
-    captions = content.get("caption") if isinstance(content, dict) else None
-    captions = captions if isinstance(captions, list) else [captions]
+        facts = json.loads(content)
+    except (ValueError, RecursionError):  # The pipeline counts samples without a caption.
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _captions_of(facts: Mapping[str, Any], key: str) -> tuple[bytes, ...]:
+    found: Any = facts
+    for part in key.split("/"):
+        found = found.get(part) if isinstance(found, dict) else None
+    captions = found if isinstance(found, list) else [found]
     # JSON can hold half of a surrogate pair, which is no text. Undecodable bytes let the pipeline count it.
     return tuple(caption.encode("utf-8", "surrogatepass") for caption in captions if isinstance(caption, str))
 
@@ -129,3 +268,8 @@ def _check_end(file: BinaryIO) -> None:
     while chunk := file.read(_CHUNK):
         if chunk.strip(b"\0"):
             raise tarfile.ReadError("data follow the end mark: zeros in the middle, or a second archive")
+
+
+def has_key(sample: Sample, key: str) -> bool:
+    """Returns whether the `.json` of a sample has a key; of a nested one ("a/b"), whether it has the first part."""
+    return key.split("/")[0] in sample.metadata_keys

@@ -46,11 +46,16 @@ class FolderSource(Source):
         self._first_line_only = options.caption_lines == "first"
         self._limits = options.limits
         if not root.is_dir():
-            raise DataError(f"data.path is {path}, which is not a folder: give the folder with the images.")
+            raise DataError(f"config.data.path is {path}, which is not a folder: give the folder with the images.")
+        if options.train_split == "all" and split != "all":
+            raise DataError(
+                f"config.data.train_split is 'all', so nothing is held out for the split {split!r}. Set "
+                "config.data.train_split=train, or evaluate on training images: config.data.eval_split=all."
+            )
         try:
             listing = list_folder(root)
         except OSError as error:
-            raise DataError(f"data.path is {path}, which cannot be listed: {error}.") from error
+            raise DataError(f"config.data.path is {path}, which cannot be listed: {error}.") from error
         files, found = listing.files, self._captioned(listing, options)
         self._too_large = {
             name: size for name, (size, *_) in files.items() if (size or 0) > self._limits.max_file_bytes
@@ -83,7 +88,7 @@ class FolderSource(Source):
         if options.caption_from == "files":
             try:
                 return find_captions(images, listing.files, lambda name: (self._root / name).read_bytes(), options)
-            except DataError as error:
+            except (DataError, OSError) as error:
                 raise DataError(f"{self._root}: {error}") from error
         folders = Splits(images).folders if images else ()
         return captions_from_names(images, options.caption_from, folders)
@@ -156,11 +161,9 @@ class FolderSource(Source):
         return tuple(lines)
 
 
-def _other_split(split: str, options: DataOptions) -> str | None:
-    """Returns the evaluation split for the training split and the reverse; None for a third one."""
-    if split == options.train_split:
-        return options.eval_split
-    return options.train_split if split == options.eval_split else None
+def _other_split(split: str, options: DataOptions) -> str:
+    """Returns the evaluation split for the training split, and the training split for every other one."""
+    return options.eval_split if split == options.train_split else options.train_split
 
 
 def _other_files(files: Collection[str], used: Collection[str]) -> dict[str, int]:

@@ -29,7 +29,7 @@ class Selection(NamedTuple):
 
 def select(
     split: str,
-    other: str | None,
+    other: str,
     files: Mapping[str, File],
     skipped: list[Skip],
     is_readable: Callable[[str], bool],
@@ -38,7 +38,7 @@ def select(
 
     Args:
       split: "all", "train", "validation", another split's name, or the name of a sub-folder.
-      other: the split on the other side of the training, whose folder is left out; None if there is no other side.
+      other: the split on the other side of the training, whose folder is left out.
       files: every image by its name, at least one.
       skipped: what the folder lacks.
       is_readable: whether an image can be read, by name (`held_out_by_hash`).
@@ -80,9 +80,9 @@ def select(
     )
 
 
-def _folder(split: str | None, splits: Splits, names: Collection[str]) -> str | None:
+def _folder(split: str, splits: Splits, names: Collection[str]) -> str | None:
     """Returns the folder that a split's name stands for, with its last "/"; None if it stands for no folder."""
-    if split is None or split == "all":
+    if split == "all":
         return None
     key = splits.called(split) if splits.held_out else None
     if key == "train":

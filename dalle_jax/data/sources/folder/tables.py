@@ -220,5 +220,5 @@ def _raw(caption: str) -> str | bytes:
 
 
 def _short(found: Any) -> str:
-    text = found if isinstance(found, str) else repr(found)
+    text = " ".join(found.split()) if isinstance(found, str) else repr(found)
     return (text if len(text) <= 80 else f"{text[:80]}…").encode("utf-8", "backslashreplace").decode()
