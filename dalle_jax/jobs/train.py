@@ -49,11 +49,28 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     began = time.perf_counter()
     config = check(config, workdir)
     look_at(config, workdir)
-    config = settle(config, workdir)
+    config = with_plan(settle(config, workdir), workdir)
     _write_config(config, workdir)
     if "tokenizer" in config and not first_host_says("has a tokenizer", workdirs.has_tokenizer(workdir)):
         _freeze_tokenizer(config, workdir)
+        config = with_plan(config, workdir)  # the tokenizer's steps are fixed now
     return train(config, workdir, began=began)
+
+
+def with_plan(config: ConfigDict, workdir: str) -> ConfigDict:
+    """Returns a copy of a chain's configuration in which `minutes` decide about `steps`.
+
+    The steps of each training with `minutes` become those of its existing run, or None until its own plan.
+
+    Args:
+      config: the configuration of the last training.
+      workdir: of the last training.
+    """
+    config = budget.opened(config, workdir)
+    if "tokenizer" in config and not config.tokenizer_from:
+        inner = config.tokenizer
+        inner.steps = budget.opened(inner, inner.workdir).steps
+    return config
 
 
 def check(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> ConfigDict:
@@ -80,23 +97,16 @@ def check(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> Conf
 
 
 def _write_config(config: ConfigDict, workdir: str) -> None:
-    """Writes config.json at once, so that a chain which is interrupted early keeps its sizes.
-
-    With `minutes` the number of updates is still open. `train` plans it and writes the file again.
-    """
-    planned = budget.fixed_steps(config, workdir) is not None
-    if is_first() and not planned and not earlier.begun(workdir):
-        is_open = config.get("minutes") is not None
-        write_json(expanded(workdir) / "config.json", to_json(config) | ({"steps": None} if is_open else {}))
+    """Writes config.json at once, so that a chain which is interrupted early keeps its sizes."""
+    if is_first() and not earlier.begun(workdir):
+        write_json(expanded(workdir) / "config.json", to_json(config))
 
 
 def _freeze_tokenizer(config: ConfigDict, workdir: str) -> None:
     """Copies the tokenizer of a prior into its workdir, after training it if needed."""
     source = config.tokenizer_from or config.tokenizer.workdir
-    fixed = None if config.tokenizer_from else budget.fixed_steps(config.tokenizer, source)
-    training = config.tokenizer if fixed is None else budget.with_steps(config.tokenizer, fixed)
-    planning = fixed is None and config.tokenizer.get("minutes") is not None
-    trained = bool(config.tokenizer_from) or (not planning and workdirs.is_complete(source, training))
+    planning = not config.tokenizer_from and config.tokenizer.steps is None
+    trained = bool(config.tokenizer_from) or not planning and workdirs.is_complete(source, config.tokenizer)
     if not first_host_says("tokenizer is trained", trained):
         logging.info("%s needs an image tokenizer, and %s holds none yet: training it first.", workdir, source)
         _write_config(config.tokenizer, source)

@@ -37,6 +37,7 @@ _WARM_UP = 3  # the first updates also fill queues and caches
 _TIMED_STEPS = 5
 _SHARE = 0.02  # of the budget, for timing more updates
 _LONGEST_WINDOW = 20.0  # seconds
+_REPEATED = 0.1  # of the budget: work that takes less is timed twice, because its first time compiles
 _FOLDER = "timing"  # of the throw-away run, inside the workdir
 
 
@@ -71,8 +72,8 @@ def _events(steps: int, every: int) -> int:
     return -(-steps // every) if every > 0 else 1
 
 
-def with_steps(config: ConfigDict, steps: int) -> ConfigDict:
-    """Returns a copy of a configuration with another `steps`. Its schedules and its cadence follow."""
+def with_steps(config: ConfigDict, steps: int | None) -> ConfigDict:
+    """Returns a copy of a configuration with other `steps`, None to leave them open. Schedules and cadence follow."""
     changed = copy.deepcopy(config)  # a copy that keeps the references between keys
     changed.steps = steps
     return changed
@@ -98,6 +99,21 @@ def _stored_steps(config: ConfigDict, workdir: str) -> int | None:
         return None
     stored = read_config(workdir)
     return stored["steps"] if stored.get("minutes") == config.minutes or has_checkpoint(workdir) else None
+
+
+def opened(config: ConfigDict, workdir: str) -> ConfigDict:
+    """Returns a copy of a configuration whose `steps` are those of the run in `workdir`, or None if to be planned.
+
+    Without `minutes` the copy is unchanged. Every host must call this equally often.
+    """
+    if config.get("minutes") is None:
+        return copy.deepcopy(config)
+    return with_steps(config, fixed_steps(config, workdir))
+
+
+def provisional(config: ConfigDict) -> ConfigDict:
+    """Returns a configuration with some number of updates, to be checked and timed before `steps` are planned."""
+    return config if config.get("minutes") is None else with_steps(config, _PROVISIONAL_STEPS)
 
 
 def settle(
@@ -131,12 +147,12 @@ def settle(
         remedy = "" if planned == config.minutes else " To plan again, give a new --workdir=DIR."
         logging.info("%s %s: it ends at step %d, on any machine.%s", workdir, how, fixed, remedy)
         return with_steps(config, fixed), None
-    provisional = with_steps(config, _PROVISIONAL_STEPS)
+    trial = provisional(config)
     began_build = time.perf_counter()
-    job = make_job(provisional)
+    job = make_job(trial)
     building = time.perf_counter() - began_build
     with on_mesh(mesh):
-        costs = measure(provisional, workdir, job, mesh, options, average)
+        costs = measure(trial, workdir, job, mesh, options, average)
     costs = dataclasses.replace(costs, start=building + costs.start)  # the job is built once more for the run
     costs = Costs(**first_host_says("costs of the training", dataclasses.asdict(costs)))
     return plan(config, workdir, costs, first_host_says("seconds passed", time.perf_counter() - began)), costs
@@ -252,7 +268,7 @@ def _advance(run: Run, done: int, count: int) -> float:
 def _settled(work: Callable[[], object], budget: float) -> float:
     """Returns the seconds of some work without compiling: of its second time, unless the first took too long."""
     first = _seconds(work)
-    again = first_host_says("time it again", first < _SHARE * 2 * budget)
+    again = first_host_says("time it again", first < _REPEATED * budget)
     return _seconds(work) if again else first
 
 

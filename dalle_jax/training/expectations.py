@@ -26,7 +26,7 @@ def too_long(config: ConfigDict, seconds: float) -> str | None:
     )
 
 
-def seen_too_often(config: ConfigDict, examples: int | None) -> str | None:
+def seen_too_often(config: ConfigDict, examples: int) -> str | None:
     """Returns advice if a training will see each of its examples more than a few hundred times, else None."""
     times = config.steps * config.batch_size / examples if examples else 0
     if times <= _TOO_OFTEN:

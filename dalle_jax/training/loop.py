@@ -59,7 +59,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None, *, began: fl
     with explain_lost_hosts(), contextlib.ExitStack() as cleanup:
         began = time.perf_counter() if began is None else began
         compilation_cache.enable()
-        mesh, options, average = validate(config)
+        mesh, options, average = validate(budget.provisional(config))
         workdir = make_shared_workdir(workdir)
         stop = cleanup.enter_context(stop_signals())
         if mesh.size > 1:
