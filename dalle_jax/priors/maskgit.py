@@ -37,6 +37,7 @@ from dalle_jax.models.dense import Dense
 from dalle_jax.models.transformer import Norm, TextCache, TransformerOptions
 from dalle_jax.models.trunk import Trunk, for_decoding
 from dalle_jax.priors import masking, sampling
+from dalle_jax.priors.alternatives import one_of
 from dalle_jax.priors.embedding import MaskGITEmbedding, start_from_codebook
 from dalle_jax.priors.losses import cross_entropy, drop_captions, mean_over, uniform_cross_entropy
 from dalle_jax.priors.sampling import SamplingOptions
@@ -217,13 +218,13 @@ class MaskGITPrior:
 
         In the first `raster_steps` updates it is the mean over all tokens in raster order, which is one.
         """
-        masked = functools.partial(self._masked_loss, text=text, tokens=tokens, train=train, valid=valid)
+        masked, batch = functools.partial(self._masked_loss, train=train), (text, tokens, valid)
         if not (train and self.options.raster_steps) or step is None:
-            return masked(params, key)
-        raster = functools.partial(self._raster_loss, text=text, tokens=tokens, valid=valid)
-        return jax.lax.cond(step < self.options.raster_steps, raster, masked, params, key)
+            return masked(params, key, *batch)
+        first = jnp.asarray(step) < self.options.raster_steps
+        return one_of(first, self._raster_loss, masked, params, key, *batch)
 
-    def _raster_loss(self, params, key, *, text, tokens, valid):
+    def _raster_loss(self, params, key, text, tokens, valid):
         """Implements `loss` in training with raster order: every token given the caption and the tokens before it."""
         drop_key, dropout_key = jax.random.split(key)
         given, _ = drop_captions(drop_key, text, self.options.caption_drop, self.layout)
@@ -234,7 +235,7 @@ class MaskGITPrior:
         loss, nats = self._smoothed(logits, tokens, weights)
         return loss, _scalars(logits, tokens, nats, weights, jnp.zeros(len(tokens)))
 
-    def _masked_loss(self, params, key, *, text, tokens, train, valid):
+    def _masked_loss(self, params, key, text, tokens, valid, *, train):
         """Implements `loss` with random masks (arXiv 2202.04200, section 3.1)."""
         o, lay, rows = self.options, self.layout, text.shape[0]
         drop_key, dropout_key, ratio_key, mask_key = jax.random.split(key, 4)

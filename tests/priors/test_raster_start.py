@@ -111,3 +111,14 @@ def test_the_schedule_says_which_updates_use_raster_order():
 def test_impossible_options_are_rejected(options):
     with pytest.raises(ConfigError, match="raster_steps"):
         maskgit(**options)
+
+
+@pytest.mark.parametrize("step", [0, STEPS])
+def test_gradients_are_those_of_the_chosen_loss(step):
+    (text, tokens), params, key = rows(4), params_of(PRIOR), jax.random.key(3)
+    loss = lambda params, step: 3 * PRIOR.loss(params, text, tokens, key, train=True, step=step)[0]
+    plain = PRIOR._masked_loss if step else PRIOR._raster_loss
+    how = dict(train=True) if step else {}
+    expected = jax.jit(jax.grad(lambda params: 3 * plain(params, key, text, tokens, None, **how)[0]))(params)
+    found = jax.jit(jax.grad(loss))(params, step)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
