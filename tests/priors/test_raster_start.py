@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 from prior_cases import LAYOUT, N, changed, maskgit, params_of, rows
 
+from configs import maskgit as config_file
 from dalle_jax.errors import ConfigError
 from dalle_jax.priors.maskgit import MaskGITModel
+from dalle_jax.tasks.registry import check_config
 
 STEPS = 3
 PRIOR = maskgit(neighbour_kernel=3, head="linear", tied_embeddings=False, raster_steps=STEPS, label_smoothing=0.1)
@@ -122,3 +124,20 @@ def test_gradients_are_those_of_the_chosen_loss(step):
     expected = jax.jit(jax.grad(lambda params: 3 * plain(params, key, text, tokens, None, **how)[0]))(params)
     found = jax.jit(jax.grad(loss))(params, step)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
+
+
+def test_the_small_variant_begins_in_raster_order_whatever_its_length():
+    config = config_file.get_config("small")
+    for steps in (30, 3000):
+        config.steps = steps
+        assert config.model.raster_steps == steps // 3
+    assert all(config_file.get_config(name).model.raster_steps == 0 for name in config_file.VARIANTS if name != "small")
+
+
+def test_a_training_without_random_masks_is_rejected():
+    config = config_file.get_config("shapes")
+    config.steps, config.model.raster_steps = 30, 29
+    check_config(config)
+    config.model.raster_steps = 30
+    with pytest.raises(ConfigError, match="raster_steps"):
+        check_config(config)
