@@ -208,20 +208,28 @@ def cadence(every: int | FieldReference) -> Overrides:
     return {f"cadence.{event}": every for event in ("eval", "preview", "checkpoint")}
 
 
+def between(least: int, reference: FieldReference, largest: int) -> FieldReference:
+    """Returns a reference to the number in [least, largest] that is nearest to a reference's value."""
+    # References have no minimum and no maximum.
+    smaller = (reference + largest - abs(reference - largest)) // 2
+    return (smaller + least + abs(smaller - least)) // 2
+
+
 def training_loop(config: ConfigDict, batch_size: int, every: int | FieldReference) -> None:
     """Adds the mesh, the batch size and the cadence: the end of each training config.
 
     Args:
       config: the configuration. It has `steps`.
       batch_size: examples per update, over all devices.
-      every: steps between evaluations, previews and checkpoints.
+      every: steps between evaluations, previews and checkpoints. A number holds for long trainings; shorter ones have
+        four of each.
     """
+    steps = config.get_oneway_ref("steps")
     config.mesh = mesh()
     config.overlap_exchanges = False  # a libtpu that does not know these options needs False
     config.batch_size = batch_size
-    log = 50 if config.steps is None else max(1, min(50, config.steps // 20))
-    config.cadence = ConfigDict({"log": log, "eval": 0, "preview": 0, "checkpoint": 0})
-    override(config, cadence(every))
+    config.cadence = ConfigDict({"log": between(1, steps // 20, 50), "eval": 0, "preview": 0, "checkpoint": 0})
+    override(config, cadence(every if isinstance(every, FieldReference) else between(1, (steps + 3) // 4, every)))
     config.eval_batches = 8
     config.keep = ConfigDict({"last": 2, "best": 0})  # keep two in case the newest is corrupt
     config.stop_after = 0  # evaluations without improvement after which the training stops; 0: never

@@ -15,6 +15,7 @@ _MANY_CAPTIONS = 20
 _CUT = 0.01
 _ENLARGED = 0.05
 _CROPPED = 0.2
+_BLANK = 0.01
 _WITHOUT_CAPTION = 0.05
 _OWN = ("folder", "tar_shards")  # sources in which copies can be deleted
 _IMAGES_NOT_READ = (".svg", ".heic", ".heif", ".avif", ".jp2", ".pdf", ".eps", ".psd", ".dng", ".cr2", ".nef", ".arw")
@@ -87,6 +88,8 @@ def _on_images(images: ImageSurvey, options: DataOptions) -> Iterator[str]:
             f"{images.cropped:,} of {seen:,} images lose more than a third, because the centre square is used. "
             "Crop or pad them if their captions mention the edges."
         )
+    if images.blank > _BLANK * seen:
+        yield f"{images.blank:,} images have a single colour as the model sees them. Remove or crop them."
     if images.in_both_splits and options.source in _OWN:
         yield (
             f"{images.in_both_splits:,} validation images are also training images (the same bytes), so validation "

@@ -36,7 +36,7 @@ def augment(image: np.ndarray, size: int, kind: str, generator: np.random.Genera
       ValueError: if the kind is unknown.
     """
     if kind == "none":
-        return area_resize(_square(image, *_centre(image)), size)
+        return area_resize(centre_square(image), size)
     if kind == "dvae":
         return _dvae(image, size, generator)
     if kind == "prior":
@@ -74,6 +74,11 @@ def _random_crop(image: np.ndarray, size: int, generator: np.random.Generator) -
 def _centre(image: np.ndarray) -> tuple[int, int]:
     short = min(image.shape[:2])
     return (image.shape[0] - short) // 2, (image.shape[1] - short) // 2
+
+
+def centre_square(image: np.ndarray) -> np.ndarray:
+    """Returns the largest centred square: uint8 [H, W, 3] to uint8 [s, s, 3]."""
+    return _square(image, *_centre(image))
 
 
 def _square(image: np.ndarray, top: int, left: int) -> np.ndarray:

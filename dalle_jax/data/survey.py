@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from dalle_jax.data.augment import centre_square
 from dalle_jax.data.caption_statistics import CaptionStatistics, measure_captions
 from dalle_jax.data.sources.decoding import Header, Limits, decode_image, read_header
 from dalle_jax.data.sources.open import open_source
@@ -86,6 +87,7 @@ class ImageSurvey:
       smallest, median, largest: (width, height) in pixels, by area.
       below_image_size: number of images whose short side is below `data.image_size`; they are enlarged.
       cropped: number of images that lose more than a third to the centre square.
+      blank: number of decoded images whose centre square has a single colour.
       formats: number of images by file format ("PNG", …; "array" if they are stored decoded).
       modes: number of images by Pillow's mode ("RGB", "RGBA", "L", …).
       duplicates: number of images whose bytes equal those of an earlier one.
@@ -97,6 +99,7 @@ class ImageSurvey:
     largest: tuple[int, int]
     below_image_size: int
     cropped: int
+    blank: int
     formats: Mapping[str, int]
     modes: Mapping[str, int]
     duplicates: int
@@ -211,6 +214,7 @@ class _Look:
     header: Header | None = None
     digest: bytes = b""
     decoded: bool = False
+    blank: bool = False
     no_image: str = ""
     no_captions: str = ""
     error: str = ""
@@ -262,10 +266,12 @@ def _decoded(record: Record | UnreadableExample, look: _Look, decode: bool, limi
     if isinstance(record, UnreadableExample) or not (decode or look.header is None):
         return look
     try:
-        decode_image(record, limits)
+        image = decode_image(record, limits)
     except UnreadableExample as unreadable:
         return dataclasses.replace(look, no_image=unreadable.reason, error=str(unreadable))
-    return dataclasses.replace(look, decoded=True)
+    square = centre_square(image)
+    parts = (square[::16, ::16], square)  # a few pixels are enough for most images
+    return dataclasses.replace(look, decoded=True, blank=all(bool((part == square[0, 0]).all()) for part in parts))
 
 
 # -- summing up ---------------------------------------------------------------------------------------------------
@@ -316,6 +322,7 @@ def _images(looks: Mapping[str, Sequence[_Look]], options: DataOptions) -> Image
         largest=sizes[-1],
         below_image_size=sum(min(size) < options.image_size for size in sizes),
         cropped=sum(max(size) > _LONG * min(size) for size in sizes),
+        blank=sum(look.blank for look in every),
         formats=dict(collections.Counter(look.header.format for look in every).most_common()),
         modes=dict(collections.Counter(look.header.mode for look in every).most_common()),
         duplicates=len(every) - len({look.digest for look in every}),

@@ -37,6 +37,7 @@ from dalle_jax.storage.files import access, expanded, make_workdir
 from dalle_jax.tasks import registry
 from dalle_jax.training.step import make_init
 from dalle_jax.training.validation import validate
+from dalle_jax.training.warm_start import check_start_from
 
 _LOOKED_AT = 100  # examples
 
@@ -55,8 +56,8 @@ def check_config(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) 
     for part in (config, *([config.tokenizer] if "tokenizer" in config else [])):
         rules_of(part)
     start, given = config.get("start_from"), config.get("tokenizer_from")
-    if start and start not in ahead and earlier.latest_step(start) is None:
-        raise ConfigError(f"config.start_from={start!r} holds no checkpoint; expected the workdir of a training.")
+    if start and start not in ahead:
+        check_start_from(config, workdir)
     if given and given not in ahead and not has_tokenizer(given):
         raise ConfigError(
             f"config.tokenizer_from={given!r} holds no image tokenizer; expected the workdir of a training, or a "

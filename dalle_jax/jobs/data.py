@@ -30,7 +30,7 @@ from dalle_jax.data.text import TextModel
 from dalle_jax.distributed.turns import first_host_first, is_first
 from dalle_jax.reporting.contact_sheet import Shown, contact_sheet
 from dalle_jax.reporting.images import save_png
-from dalle_jax.storage.files import expanded, make_workdir, write_errors, write_json
+from dalle_jax.storage.files import expanded, is_remote, make_workdir, write_errors, write_json
 
 _SHOWN = {"train": 24, "validation": 8}  # images on the contact sheet
 _TRIED = 4  # examples read for each image shown, because some cannot be read
@@ -94,7 +94,7 @@ def _look_at(config: ConfigDict, options: DataOptions, workdir: str) -> Survey |
         text_model=_text_model(text, workdir),
         vocab_size=text.get("vocab_size"),
         captions=captions,
-        effort=surveys.GLANCE if drawn and training else surveys.QUICK if training else surveys.THOROUGH,
+        effort=_effort(options, training),
     )
     lines, advice = describe(found, options), advise(found, options)
     sheet = expanded(workdir) / "samples" / "data.png"
@@ -110,6 +110,13 @@ def _look_at(config: ConfigDict, options: DataOptions, workdir: str) -> Survey |
     for remark in advice:
         logging.warning("  Note: %s", remark)
     return found
+
+
+def _effort(options: DataOptions, training: bool) -> surveys.Effort:
+    """Returns how much to read: a training must not wait, and object storage answers slowly."""
+    if not training:
+        return surveys.THOROUGH
+    return surveys.GLANCE if options.source in _DRAWN or is_remote(options.path) else surveys.QUICK
 
 
 def _text_model(text: Mapping[str, Any], workdir: str) -> TextModel | None:
@@ -198,6 +205,8 @@ def _describe_images(found: Survey, options: DataOptions) -> str:
     line = f"  sizes: {smallest} to {largest}, median {median}" if smallest != largest else f"  sizes: all {smallest}"
     line += f"; {images.below_image_size:,} below data.image_size={options.image_size}"
     line += f"; {_counts(images.formats)} ({_counts(images.modes)})"
+    if images.blank:
+        line += f"; of a single colour: {images.blank:,}"
     if images.duplicates:
         line += f"; copies of others: {images.duplicates:,}"
     return line
@@ -249,7 +258,7 @@ def _subtitle(found: Survey) -> str:
     if found.captions is None:
         return "No image has a caption."
     spread, parts = found.captions.per_image, []
-    parts.append(f"{spread.median} captions an image (median), at most {spread.most}")
+    parts.append(f"{spread.median} caption{'s' * (spread.median != 1)} an image (median), at most {spread.most}")
     if found.captions.translations:
         parts.append(f"{found.captions.translations:.0%} of the captions are translations")
     if found.captions.without:

@@ -103,7 +103,8 @@ def check_resumes(config: ConfigDict, workdir: str) -> None:
     if found:
         raise ConfigError(
             f"{workdir} holds a training with other values: {listed(found)}. Give another directory, such as "
-            f"--workdir={str(workdir).rstrip('/')}-2, or the stored values to resume that training."
+            f"--workdir={str(workdir).rstrip('/')}-2, or the stored values to resume that training. "
+            f"--config.start_from={workdir} starts the new one from its parameters."
         )
 
 

@@ -198,10 +198,20 @@ class MaskGITPrior:
         start = codebook is not None and self.options.codebook_init
         return start_from_codebook(params, codebook, key) if start else params
 
-    def mask_ratios(self, key: Key[Array, ""], rows: int, *, train: bool) -> Float[Array, " B"]:
-        """Draws r of each row, float32 [B]: U(0, 1) in training; one from each of B equal intervals in evaluation."""
+    def mask_ratios(
+        self, key: Key[Array, ""], rows: int, *, train: bool, valid: Bool[ArrayLike, " B"] | None = None
+    ) -> Float[Array, " B"]:
+        """Draws r of each row, float32 [B]: U(0, 1) in training; one from each of equal intervals in evaluation.
+
+        There are as many intervals as valid rows, so that a few images in a large batch cover all ratios.
+        """
         drawn = jax.random.uniform(key, (rows,))
-        return drawn if train else (jnp.arange(rows) + drawn) / rows
+        if train:
+            return drawn
+        if valid is None:
+            return (jnp.arange(rows) + drawn) / rows
+        place = jnp.maximum(jnp.cumsum(valid) - 1, 0)
+        return (place + drawn) / jnp.maximum(jnp.sum(valid), 1)
 
     def loss(
         self,
@@ -241,7 +251,7 @@ class MaskGITPrior:
         drop_key, dropout_key, ratio_key, mask_key = jax.random.split(key, 4)
         given, _ = drop_captions(drop_key, text, o.caption_drop if train else 0.0, lay)
         counts = masking.training_counts(
-            o.mask_schedule, self.mask_ratios(ratio_key, rows, train=train), lay.image_length
+            o.mask_schedule, self.mask_ratios(ratio_key, rows, train=train, valid=valid), lay.image_length
         )
         masked = masking.random_mask(mask_key, counts, lay.image_length)
         ids = jnp.where(masked, lay.mask_id, tokens)

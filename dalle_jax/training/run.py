@@ -217,7 +217,8 @@ class Run:
         self._write(step, "eval", metrics)
         said = " · ".join(f"{name} {with_unit(name, value)}" for name, value in metrics.items())
         self.progress.note(f"eval · step {step}/{self.total} · {said}")
-        if news := news_in_words(self.evaluations, self.job.task):
+        news = news_in_words(self.evaluations, self.job.task)
+        if news and not self.ended_early:  # the summary says it too
             self.progress.note(news)
         return metrics
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dalle_jax.reporting.progress import duration
 from dalle_jax.reporting.units import with_unit
 from dalle_jax.tasks.task import Task
 from dalle_jax.training.evaluations import PATIENCE, Evaluation, Evaluations
@@ -89,7 +90,7 @@ def summary(
     if examples:
         seen += f", {step * batch_size / examples:,.3g} epochs over {examples:,}"
     if evaluations.seconds:
-        seen += f", in {_duration(evaluations.seconds)} of training"
+        seen += f", in {duration(evaluations.seconds)} of training"
     head = f"{workdir}: {task.title}, {parameters:,} parameters, trained by {seen}"
     said = verdict(evaluations, task, step, total)
     if evaluations.stops(stop_after) and step < total:
@@ -129,9 +130,3 @@ def finished(evaluations: Evaluations, step: int, total: int) -> dict[str, objec
 def _value(evaluation: Evaluation, evaluations: Evaluations) -> str:
     name = evaluations.metric.name
     return f"{name} {with_unit(name, evaluation.metrics[name])}"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

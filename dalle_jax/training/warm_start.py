@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints.checkpoints import Checkpoints
+from dalle_jax.checkpoints.workdir import read_config
 from dalle_jax.errors import CheckpointError, ConfigError
 from dalle_jax.models.trunk import unstack
 from dalle_jax.pytree import PyTree, by_path
@@ -62,18 +64,24 @@ def warm_start(state: TrainState, workdir: str) -> TrainState:
     return state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
 
 
-def check_start_from(start_from: str, workdir: str) -> None:
-    """Checks early that `config.start_from` holds a checkpoint, unless the run in `workdir` has begun already.
+def check_start_from(config: ConfigDict, workdir: str) -> None:
+    """Checks early that `config.start_from` holds a run of the same task, unless the run in `workdir` has begun.
 
     Raises:
-      CheckpointError: it holds none.
+      ConfigError: it holds none.
     """
+    start_from = config.start_from
     if _has_checkpoint(workdir):
         return
     if not _has_checkpoint(start_from):
-        raise CheckpointError(
+        raise ConfigError(
             f"config.start_from={start_from!r} holds no checkpoint: expected the workdir of a training. Check the "
             "path, or leave start_from out to start from scratch."
+        )
+    if (task := read_config(start_from).get("task")) != config.task:
+        raise ConfigError(
+            f"config.start_from={start_from!r} holds a training of task {task!r}, and config.task is {config.task!r}. "
+            "A training starts from one of the same task."
         )
 
 

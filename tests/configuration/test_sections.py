@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, config_flags
 
 from dalle_jax.aot.target import CompileOptions
 from dalle_jax.configuration import config_files
-from dalle_jax.configuration.sections import cadence, override, section, set_steps
+from dalle_jax.configuration.sections import cadence, override, section, set_steps, training_loop
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.errors import ConfigError
 from dalle_jax.evaluation.measure import Options
@@ -136,3 +136,14 @@ def test_overrides():
     assert config.cadence.preview == 10 and config.steps == 40, "each is set alone"
     with pytest.raises(ConfigError, match="a.d"):
         override(config, {"a.d": 3})
+
+
+@pytest.mark.parametrize(
+    "steps, every, log", [(1, 1, 1), (3, 1, 1), (100, 25, 5), (2000, 500, 50), (300_000, 5000, 50)]
+)
+def test_short_trainings_are_evaluated_four_times(steps, every, log):
+    config = ConfigDict()
+    set_steps(config, 1_000_000)
+    training_loop(config, batch_size=8, every=5000)
+    config.steps = steps  # by a flag
+    assert config.cadence.to_dict() == {"log": log, **dict.fromkeys(("eval", "preview", "checkpoint"), every)}

@@ -11,6 +11,7 @@ import threading
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from processes import finish, free_address, host_flags, spawn
 from tiny_job import tiny_config, tiny_job
 
@@ -115,7 +116,10 @@ def test_the_command_line_trains_tokenizer_and_prior_on_two_hosts(tmp_path):
     for name in (text, tokenizer):
         assert (tmp_path / "1" / "prior" / name).read_bytes() == (tmp_path / "2" / "prior" / name).read_bytes()
     assert len(list((tmp_path / "2" / "prior").glob("tokens-*.npy"))) == 1
+    previews = [np.asarray(Image.open(tmp_path / hosts / "dvae" / "samples" / "preview_0000003.png")) for hosts in "12"]
+    assert previews[0].shape == previews[1].shape and np.mean(previews[0] != previews[1]) < 0.01
     assert "training it first" in said[0][2] and "step 3/3" in said[0][1]
+    assert "configs/generate.py" in said[0][1] and "configs/generate.py" not in said[1][1]
     assert "training it first" not in said[1][2] and "step" not in said[1][1]
 
 

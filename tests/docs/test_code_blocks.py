@@ -280,6 +280,7 @@ def _tiny(command):
         "prior": [*prior, *data, *under("tokenizer.", dvae + data)],
         "maskgit": [*prior, *data, *under("tokenizer.", dvae + data)],
         "clip": [*_CLIP, *data, *([] if small else ["data.image_size=64", "data.workers=0"])],
+        "data": [],
         "generate": ["rows_at_once=4"],
         "evaluate": ["count=8", "rows_at_once=8", "metrics.candidates=2", "metrics.candidate_captions=2"],
     }[file]  # fmt: skip

@@ -1,5 +1,7 @@
 """A training whose data set changed: what is named, and how to continue from its parameters."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -62,3 +64,16 @@ def test_a_wrong_start_names_its_key(tmp_path, kind):
     draw(tmp_path / "images", 5)
     with pytest.raises(UserError, match="config.start_from"):
         run(kind, tmp_path / "images", tmp_path / "new", start_from=str(tmp_path / "nowhere"))
+    other = next(name for name in MODELS if name != kind)
+    run(other, tmp_path / "images", tmp_path / "other", steps=1)
+    with pytest.raises(UserError, match=f"config.start_from.*{other}"):
+        run(kind, tmp_path / "images", tmp_path / "new", start_from=str(tmp_path / "other"))
+
+
+def test_the_start_is_not_needed_to_resume(tmp_path):
+    """The run that a training started from may be deleted."""
+    draw(tmp_path / "images", 5)
+    run("dvae", tmp_path / "images", tmp_path / "old", steps=1)
+    run("dvae", tmp_path / "images", tmp_path / "new", steps=1, start_from=str(tmp_path / "old"))
+    shutil.rmtree(tmp_path / "old")
+    assert int(run("dvae", tmp_path / "images", tmp_path / "new", start_from=str(tmp_path / "old")).step) == 2

@@ -9,6 +9,7 @@ import pytest
 
 from dalle_jax.aot.target import load_target
 from dalle_jax.configuration import config_files
+from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.errors import DataError
 from dalle_jax.jobs import data as data_job
 from dalle_jax.jobs import train as train_job
@@ -29,6 +30,11 @@ def config_of(path, **changes):
     config.data.path = str(path)
     config.update_from_flattened_dict(changes)
     return config
+
+
+def sheet_of(workdir):
+    with PIL.Image.open(workdir / "samples" / "data.png") as image:
+        return np.asarray(image)
 
 
 @pytest.fixture
@@ -55,7 +61,7 @@ def test_the_job_writes_its_results(tmp_path, logged):
     assert splits["train"]["captions"] == 3 * splits["train"]["examples"] and splits["train"]["left_out"] == {}
     assert written["other_files"] == {".svg": 1} and written["captions"]["first"][0] == "a cat"
     assert found.source == "folder" and any("caption_lines=first" in line for line in written["advice"])
-    assert PIL.Image.open(tmp_path / "out" / "samples" / "data.png").width > 900
+    assert sheet_of(tmp_path / "out").shape[1] > 900
     text = "\n".join(logged)
     assert "67% of the captions begin with a language code" in text and "1 .svg" in text
     assert 6 <= len(logged) <= 14
@@ -71,7 +77,7 @@ def test_the_sheet_shows_the_images_that_the_model_sees(tmp_path):
         for i in range(3):
             PIL.Image.fromarray(pixels).save(images / split / f"{i}.png")
     data_job.run(config_of(images, **{"data.image_size": 16}), str(tmp_path / "out"))
-    sheet = np.asarray(PIL.Image.open(tmp_path / "out" / "samples" / "data.png"))
+    sheet = sheet_of(tmp_path / "out")
     for color in ((250, 0, 0), (0, 0, 250)):
         assert (sheet == color).all(-1).sum() == 3 * 128 * 128
     assert not (sheet == 9).all(-1).any()
@@ -82,7 +88,7 @@ def test_unreadable_images_do_not_end_the_look(tmp_path):
     for i in range(0, 40, 2):
         (images / f"{i}.png").write_bytes(b"nothing")
     found = data_job.run(config_of(images), str(tmp_path / "out"))
-    assert sum(split.left_out["unreadable image"] for split in found.splits.values()) == 20
+    assert sum(split.left_out.get("unreadable image", 0) for split in found.splits.values()) == 20
     assert found.captions is None
 
 
@@ -101,55 +107,56 @@ def test_drawn_shapes(tmp_path, logged):
     assert not any("Delete" in line for line in logged)
 
 
-class Trained(Exception):
-    pass
+def examples(workdir):
+    written = json.loads((workdir / "data.json").read_text(encoding="utf-8"))
+    return sum(split["examples"] for split in written["splits"].values())
 
 
-@pytest.fixture
-def training(tmp_path, monkeypatch):
-    """A prior's configuration on 30 images, whose first training raises `Trained`."""
-
-    def train(config, workdir):
-        raise Trained
-
-    monkeypatch.setattr(train_job, "train", train)
-    config = load_target("configs/prior.py:small")
-    config.data.path = str(write_images(tmp_path / "images", 30))
-    config.workdir, config.tokenizer.workdir = str(tmp_path / "prior"), str(tmp_path / "dvae")
+def training(path):
+    config = load_target("configs/dvae.py:small")
+    config.data.path = str(path)
     return config
 
 
-def run(config):
-    with pytest.raises(Trained):
-        train_job.run(config, config.workdir)
+def test_a_training_begins_with_the_look(tmp_path, monkeypatch, logged):
+    trained = []
+    monkeypatch.setattr(train_job, "train", lambda config, workdir, **_: trained.append(examples(tmp_path / "out")))
+    train_job.run(training(write_images(tmp_path / "images", 30)), str(tmp_path / "out"))
+    assert trained == [30] and logged[0].startswith("Data: ")
 
 
-def examples(report):
-    return sum(split["examples"] for split in json.loads(report.read_text())["splits"].values())
+@pytest.mark.parametrize("path, records", [("images", 2000), ("gs://bucket/images", 200)])
+def test_a_training_reads_little(path, records):
+    options = DataOptions(source="folder", path=path)
+    quick, thorough = data_job._effort(options, True), data_job._effort(options, False)
+    assert quick.records == records and thorough.records == 2000
+    assert min(quick.pixels / quick.records, thorough.pixels / thorough.records) >= 15_000
 
 
-def test_a_training_looks_first_and_once(training, tmp_path, logged):
-    run(training)
-    report = tmp_path / "prior" / "data.json"
-    assert examples(report) == 30
-    assert logged and logged[0].startswith("Data: ")
+def test_a_training_looks_once(tmp_path, logged):
+    config, out = training(write_images(tmp_path / "images", 30)), tmp_path / "out"
+    assert data_job.look_at(config, str(out)) is not None and logged
     logged.clear()
-    written = report.stat().st_mtime_ns
-    run(training)
-    assert not logged and report.stat().st_mtime_ns == written
+    written = (out / "data.json").stat().st_mtime_ns
+    assert data_job.look_at(config, str(out)) is None
+    assert not logged and (out / "data.json").stat().st_mtime_ns == written
     for damage in ("{", "[]", "{}"):
-        report.write_text(damage)
-        run(training)
-        assert logged.pop() and json.loads(report.read_text())["splits"]
-    logged.clear()
+        (out / "data.json").write_text(damage)
+        assert data_job.look_at(config, str(out)) is not None and examples(out) == 30
 
 
-def test_a_training_looks_again_at_changed_data(training, tmp_path, logged):
-    run(training)
-    logged.clear()
-    write_images(tmp_path / "images", 33)
-    run(training)
-    assert logged and examples(tmp_path / "prior" / "data.json") == 33
+@pytest.mark.parametrize("changed", ["more images", "another caption", "another size"])
+def test_a_training_looks_again_at_changed_data(tmp_path, changed):
+    config, out = training(write_images(tmp_path / "images", 30)), tmp_path / "out"
+    data_job.look_at(config, str(out))
+    if changed == "more images":
+        write_images(tmp_path / "images", 33)
+    elif changed == "another caption":
+        (tmp_path / "images" / "7.txt").write_text("longer than before")
+    else:
+        config.data.image_size = 64
+    assert data_job.look_at(config, str(out)) is not None
+    assert examples(out) == (33 if changed == "more images" else 30)
 
 
 def test_drawn_data_take_one_line_in_a_training(tmp_path, logged):

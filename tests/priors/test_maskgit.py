@@ -106,6 +106,17 @@ def test_rows_have_different_masks():
     assert shares[0] <= 1 / N and shares[-1] >= 1 - 1 / N, "evaluation covers all ratios evenly"
 
 
+def test_few_valid_rows_cover_all_mask_ratios():
+    """In evaluation: each of as many equal intervals as there are valid rows holds one ratio, wherever the rows are."""
+    prior, valid = maskgit(), np.zeros(64, bool)
+    valid[[3, 17, 18, 40, 63]] = True
+    ratios = prior.mask_ratios(jax.random.key(0), 64, train=False, valid=valid)
+    assert np.floor(5 * ratios[valid]).tolist() == [0, 1, 2, 3, 4] and (0 <= ratios).all()
+    everyone = np.ones(64, bool)
+    whole = prior.mask_ratios(jax.random.key(0), 64, train=False)
+    np.testing.assert_array_equal(prior.mask_ratios(jax.random.key(0), 64, train=False, valid=everyone), whole)
+
+
 @pytest.mark.parametrize("weight", [0.0, 0.25])
 def test_loss_against_numpy(weight):
     prior = changed(PRIOR, unmasked_weight=weight, label_smoothing=0.1)

@@ -124,7 +124,13 @@ def test_stops_and_is_complete(stopped, capsys):
     before = (workdir / "metrics.jsonl").read_bytes()
     again = run(workdir, errors=[], stop_after=3)
     jax.tree.map(np.testing.assert_array_equal, again.params, state.params)
-    assert "complete" in capsys.readouterr().out and (workdir / "metrics.jsonl").read_bytes() == before
+    said = capsys.readouterr().out
+    assert (
+        "complete" in said
+        and "stop_after=3" in said
+        and "stop_after=N" not in said
+        and (workdir / "metrics.jsonl").read_bytes() == before
+    )
     given = {"steps": 16, "stop_after": 3}
     assert is_complete(workdir, given) and is_complete(workdir, {"steps": 12})
     assert is_complete(workdir, {**given, "stop_after": 2})

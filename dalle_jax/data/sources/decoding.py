@@ -114,7 +114,7 @@ def decode_image(record: Record, limits: Limits = Limits()) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Header:
-    """What an image file says about itself.
+    """Format, mode and size of an image file.
 
     Attributes:
       format: "PNG", "JPEG", …; "array" if the image is stored decoded.
