@@ -138,9 +138,12 @@ class MaskGITEmbedding(StreamEmbedding):
 
     Attributes:
       kernel: side of the convolution's window; 0 for no convolution.
+      raster: whether each position sees only the tokens before it in raster order. It then looks as if it and all later
+        tokens were masked. This needs a convolution, which is the only way in for the tokens.
     """
 
     kernel: int
+    raster: bool = False
 
     def setup(self):
         super().setup()
@@ -159,11 +162,16 @@ class MaskGITEmbedding(StreamEmbedding):
             return x
         height, width, half = self.layout.height, self.layout.width, self.kernel // 2
         grid = x.reshape(-1, height, width, x.shape[-1])
-        padded = jnp.pad(grid, ((0, 0), (half, half), (half, half), (0, 0)))
+        around = ((0, 0), (half, half), (half, half), (0, 0))
+        before = after = jnp.pad(grid, around)
+        if self.raster:
+            grid = jnp.broadcast_to(self.mask[0][None, None, None], grid.shape)
+            after = jnp.pad(grid, around)
         # Shifted sums replace a convolution, because XLA's gradient of a depthwise one is slow, most of all on CPUs.
         for row in range(self.kernel):
             for column in range(self.kernel):
                 tap = self.neighbours[row, column][None, None, None]
+                padded = before if (row, column) < (half, half) else after
                 grid = grid + padded[:, row : row + height, column : column + width] * tap
         return grid.reshape(x.shape)
 

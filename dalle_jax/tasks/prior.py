@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from dalle_jax import keys
@@ -193,6 +194,12 @@ def check_config(config: ConfigDict) -> None:
     from_config(options_of(config.prior), config.model, "model")
     workdirs.check_text_section(config.text)
     _encodes_once(config)
+    first = config.model.get("raster_steps")
+    if first and config.steps and first >= config.steps:
+        raise ConfigError(
+            f"config.model.raster_steps is {first} and config.steps {config.steps}: no update would mask random "
+            f"tokens, as drawing needs. Set --config.model.raster_steps={config.steps // 3}, for example."
+        )
 
 
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
@@ -209,6 +216,12 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
         folders = [workdir, *([config.start_from] if config.get("start_from") else [])]
         tokens = tokens_of_split(options, options.train_split, tokenizer, params, folders)
     task = _task(config, tokenizer, params, text_model.vocab_size, text_model, tokens)
+    if first := config.model.get("raster_steps"):
+        logging.info(
+            "The first %d of %d updates predict image tokens in raster order, and the others random masked tokens "
+            "(model.raster_steps). Until then validation and previews are poor.",
+            first, config.steps,
+        )  # fmt: skip
     return make_job(task, config, options, rows, text_model, task.prior.layout)
 
 
