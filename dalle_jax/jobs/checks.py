@@ -84,7 +84,7 @@ def _existing_tokenizer(config: ConfigDict, workdir: str, ahead: Collection[str]
 
 def _try(config: ConfigDict, tokenizer: ImageTokenizer | None) -> None:
     """Validates one training, and traces its initialisation, its loss and its optimizer with shapes alone."""
-    where = "config." if config.task != "dvae" else "config of the image tokenizer: "
+    where = "config." if config.task not in tokenizers.TASKS else "config of the image tokenizer: "
     mesh, options, average = validate(config)
     registry.check_config(config)
     task, batch = registry.abstract(config, tokenizer)
