@@ -54,7 +54,6 @@ def quantized(steps):
     return {
         "optimizer.b2": 0.99,
         "optimizer.clip_norm": 1.0,
-        "optimizer.scales": {"codes": 10.0},
         "schedules": {"learning_rate": schedule("warmup_cosine", peak=2e-3, end=4e-5, warmup_steps=50, steps=steps)},
         "ema.decay": 0.99,
         **sections.cadence((steps + 3) // 4),

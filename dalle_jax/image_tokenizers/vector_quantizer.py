@@ -1,13 +1,12 @@
-"""Vector quantisation with a straight-through gradient (VQ-VAE, arXiv 1711.00937, section 3).
+"""Vector quantisation: a straight-through gradient, and codes that are running averages (VQ-VAE, arXiv 1711.00937).
 
 A feature is replaced by the nearest code. The gradient of the decoder's input passes to the feature as if nothing had
-been replaced. Two more terms train features and codes towards each other:
+been replaced. The commitment term ‖z − sg(e)‖² moves features to their codes. The codes have no gradient. Each is a
+running average of the features that chose it (appendix A.1 of the paper).
 
-    commitment   ‖z − sg(e)‖²   moves the feature z to its code e
-    codebook     ‖sg(z) − e‖²   moves the code to the features that it stands for
-
-A code that no feature of a batch chose has no codebook term. `revival` moves it to the feature next to it, so that no
-code stays unused for good. Everything is a function of the batch, so that training needs no state but its parameters.
+A code that hardly any feature chooses is useless. It is moved next to a code with a large total error and so splits
+that one in two. Codes are drawn in proportion to their errors, as in k-means++. All of it depends on sums over the
+batch and on the key of the step only. Every device therefore computes the same codes.
 
 N features    V codes    D width
 """
@@ -18,7 +17,13 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Key
+
+from dalle_jax.pytree import PyTree
+
+# Distance of a moved code from its parent, in units of the distance of the parent's features. Small, because in many
+# dimensions every feature is nearer to the parent than to a random neighbour as far away as the features themselves.
+_SPLIT = 0.1
 
 
 class Quantized(NamedTuple):
@@ -27,26 +32,20 @@ class Quantized(NamedTuple):
     Attributes:
       tokens: indices of the nearest codes, int32 [N].
       vectors: the codes with the straight-through gradient, float32 [N, D].
-      commitment: mean squared distance, which trains the features only, float32 scalar.
-      codebook: mean squared distance, which trains the chosen codes only, float32 scalar.
-      revival: the same between codes that were not chosen and the features next to them, float32 scalar.
+      commitment: mean squared distance, which trains the features, float32 scalar.
+      statistics: what `renew` needs. Statistics of equally large parts of a batch can be averaged.
     """
 
     tokens: Int[Array, " N"]
     vectors: Float[Array, "N D"]
     commitment: Float[Array, ""]
-    codebook: Float[Array, ""]
-    revival: Float[Array, ""]
-
-
-def distances(features: Float[ArrayLike, "N D"], codes: Float[ArrayLike, "V D"]) -> Float[Array, "N V"]:
-    """Computes ‖e‖² − 2 z·e: the squared distances up to a constant per feature."""
-    return jnp.sum(codes**2, axis=1)[None] - 2 * features @ codes.T
+    statistics: dict[str, Float[Array, ...]]
 
 
 def nearest(features: Float[ArrayLike, "N D"], codes: Float[ArrayLike, "V D"]) -> Int[Array, " N"]:
     """Returns the index of the code nearest to each feature, int32 [N]; the first of several."""
-    return jnp.argmin(distances(features, codes), axis=1).astype(jnp.int32)
+    distances = jnp.sum(codes**2, axis=1)[None] - 2 * features @ codes.T  # up to ‖z‖², which decides nothing
+    return jnp.argmin(distances, axis=1).astype(jnp.int32)
 
 
 def quantize(features: Float[ArrayLike, "N D"], codes: Float[ArrayLike, "V D"]) -> Quantized:
@@ -54,23 +53,61 @@ def quantize(features: Float[ArrayLike, "N D"], codes: Float[ArrayLike, "V D"]) 
 
     Args:
       features: z, float32 [N, D].
-      codes: e, float32 [V, D].
+      codes: e, float32 [V, D]; they receive no gradient.
 
     Returns:
-      Tokens, vectors and the terms of the loss.
+      Tokens, vectors, the commitment term, and the statistics.
     """
-    fixed_features, fixed_codes = jax.lax.stop_gradient((features, codes))
-    apart = distances(fixed_features, fixed_codes)
-    tokens = jnp.argmin(apart, axis=1).astype(jnp.int32)
+    codes = jax.lax.stop_gradient(codes)
+    fixed = jax.lax.stop_gradient(features)
+    tokens = nearest(fixed, codes)
     chosen = codes[tokens]
-    vectors = features + jax.lax.stop_gradient(chosen - features)
-
-    unused = jnp.ones(len(codes), bool).at[tokens].set(False)
-    neighbour = fixed_features[jnp.argmin(apart + jnp.sum(fixed_features**2, axis=1)[:, None], axis=0)]
+    errors = jnp.sum((fixed - chosen) ** 2, axis=1)
+    scale = len(codes) / len(fixed)  # so that a code has 1 use on average, whatever the batch
     return Quantized(
         tokens=tokens,
-        vectors=vectors,
-        commitment=jnp.mean((features - jax.lax.stop_gradient(chosen)) ** 2),
-        codebook=jnp.mean((fixed_features - chosen) ** 2),
-        revival=jnp.sum(jnp.where(unused[:, None], (codes - neighbour) ** 2, 0.0)) / features.size,
+        vectors=features + jax.lax.stop_gradient(chosen - features),
+        commitment=jnp.mean((features - chosen) ** 2),
+        statistics={
+            "uses": scale * jnp.zeros(len(codes)).at[tokens].add(1.0),
+            "sums": scale * jnp.zeros(codes.shape).at[tokens].add(fixed),
+            "errors": scale * jnp.zeros(len(codes)).at[tokens].add(errors),
+        },
     )
+
+
+def renew(
+    codes: PyTree, statistics: PyTree, key: Key[Array, ""], *, decay: float, dead_below: float
+) -> dict[str, Float[Array, ...]]:
+    """Updates the codes after a batch.
+
+    Args:
+      codes: "vectors", float32 [V, D]; "uses" and "errors", float32 [V], running averages.
+      statistics: of `quantize`.
+      key: scalar key of this step.
+      decay: weight of the old averages.
+      dead_below: a code with fewer uses is moved; 1 use is the average of all codes.
+
+    Returns:
+      The new codes, a dict like `codes`. A moved code counts as having 2 * dead_below uses, so that it has time to
+      find features.
+    """
+    parent_key, noise_key = jax.random.split(key)
+    uses = decay * codes["uses"] + (1 - decay) * statistics["uses"]
+    errors = decay * codes["errors"] + (1 - decay) * statistics["errors"]
+    sums = decay * codes["uses"][:, None] * codes["vectors"] + (1 - decay) * statistics["sums"]
+    vectors = jnp.where(uses[:, None] > 0, sums / jnp.maximum(uses, 1e-9)[:, None], codes["vectors"])
+
+    dead = uses < dead_below
+    count, width = vectors.shape
+    steps = jnp.cumsum(jnp.where(dead, 0.0, errors))
+    parents = jnp.searchsorted(steps, jax.random.uniform(parent_key, (count,)) * steps[-1], side="right")
+    parents = jnp.minimum(parents, count - 1)
+    spread = jnp.sqrt(errors / jnp.maximum(uses, 1e-9) / width)[parents]
+    beside = vectors[parents] + _SPLIT * spread[:, None] * jax.random.normal(noise_key, vectors.shape)
+    children = jnp.zeros(count).at[parents].add(dead.astype(jnp.float32))
+    return {
+        "vectors": jnp.where(dead[:, None], beside, vectors),
+        "uses": jnp.where(dead, 2 * dead_below, uses),
+        "errors": jnp.where(dead, 0.0, errors / (1 + children)),
+    }

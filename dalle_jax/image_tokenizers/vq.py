@@ -99,7 +99,8 @@ class VQTokenizer:
           Tokens, int32 [B, h, w].
         """
         features = self.features(params, images)
-        return nearest(features.reshape(-1, features.shape[-1]), params["codes"]).reshape(features.shape[:-1])
+        tokens = nearest(features.reshape(-1, features.shape[-1]), params["codes"]["vectors"])
+        return tokens.reshape(features.shape[:-1])
 
     def decode(self, params: PyTree, tokens: Int[ArrayLike, "B h w"]) -> Float[Array, "B H W 3"]:
         """Decodes tokens to images.
@@ -111,8 +112,8 @@ class VQTokenizer:
         Returns:
           Images, float32 [B, H, W, 3] in [0, 1].
         """
-        return from_signed(self.decode_vectors(params, jnp.take(params["codes"], tokens, axis=0)))
+        return from_signed(self.decode_vectors(params, jnp.take(params["codes"]["vectors"], tokens, axis=0)))
 
     def codebook(self, params: PyTree) -> Float[ArrayLike, "V D"]:
         """Returns the codes, float32 [V, D]."""
-        return params["codes"]
+        return params["codes"]["vectors"]

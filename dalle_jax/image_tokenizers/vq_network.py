@@ -137,6 +137,25 @@ class Path(nn.Module):
         return linear + y
 
 
+class Codes(nn.Module):
+    """The codes with the running averages that renew them (`vector_quantizer.renew`).
+
+    Attributes:
+      options: options of the tokenizer.
+    """
+
+    options: VQOptions
+
+    @nn.compact
+    def __call__(self) -> Float[Array, "V D"]:
+        o = self.options
+        ones, zeros = nn.initializers.ones, nn.initializers.zeros
+        normal = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("codebook", "conv_in"))
+        self.param("uses", nn.with_logical_partitioning(ones, ("codebook",)), (o.vocab_size,))
+        self.param("errors", nn.with_logical_partitioning(zeros, ("codebook",)), (o.vocab_size,))
+        return self.param("vectors", normal, (o.vocab_size, o.code_dim))
+
+
 class VQ(nn.Module):
     """Encoder, codes and decoder.
 
@@ -150,8 +169,7 @@ class VQ(nn.Module):
         o = self.options
         self.encoder = Path(o.code_dim, o.encoder_blocks, o)
         self.decoder = Path(o.subpixels, o.decoder_blocks, o)
-        normal = nn.with_logical_partitioning(nn.initializers.normal(1.0), ("codebook", "conv_in"))
-        self.codes = self.param("codes", normal, (o.vocab_size, o.code_dim))
+        self.codes = Codes(o)
 
     def encode(self, pixels: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B h w D"]:
         """Computes the features of pixels in [-1, 1]: float32 [B, H, W, 3] to float32 [B, h, w, D]."""
@@ -163,4 +181,5 @@ class VQ(nn.Module):
 
     def __call__(self, pixels: Float[ArrayLike, "B H W 3"]) -> Float[Array, "B H W 3"]:
         """Reconstructs pixels without quantisation, and so creates every parameter."""
+        self.codes()
         return self.decode(self.encode(pixels))

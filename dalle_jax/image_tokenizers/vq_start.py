@@ -37,9 +37,10 @@ def start_from_blocks(
     """
     block_key, kmeans_key = jax.random.split(key)
     o = tokenizer.options
-    blocks = space_to_depth(to_signed(jnp.asarray(images)), o.downsample).reshape(-1, o.subpixels)
+    images = jax.lax.optimization_barrier(jnp.asarray(images))  # else XLA spends a minute on folding constants
+    blocks = space_to_depth(to_signed(images), o.downsample).reshape(-1, o.subpixels)
     mean = jnp.mean(blocks, axis=0)
-    centred = blocks - mean
+    centred = blocks - mean[None]
     variances, directions = jnp.linalg.eigh(centred.T @ centred / len(blocks))  # ascending
     basis = directions[:, ::-1][:, : o.code_dim]
     # Features of mean variance 1, so that the terms of the loss have comparable sizes on any images.
@@ -53,5 +54,5 @@ def start_from_blocks(
     return {
         "encoder": {**params["encoder"], "linear": encode},
         "decoder": {**params["decoder"], "linear": decode},
-        "codes": codes,
+        "codes": {**params["codes"], "vectors": codes},
     }

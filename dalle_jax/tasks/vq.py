@@ -1,8 +1,9 @@
-"""Training of the small vector-quantised image tokenizer: mean squared error of pixels and the terms of VQ-VAE.
+"""Training of the small vector-quantised image tokenizer: mean squared error of pixels, and commitment.
 
-    loss = mean (x' − x)² + commitment ‖z − sg(e)‖² + ‖sg(z) − e‖² + revival ‖sg(z) − e‖² of unused codes
+    loss = mean (x' − x)² + commitment · mean (z − sg(e))²
 
-Pixels x lie in [-1, 1]. `image_tokenizers/vector_quantizer.py` has the terms. Unlike the paper's relaxation, training
+Pixels x lie in [-1, 1]. The codes e are running averages (`image_tokenizers/vector_quantizer.py`), renewed after each
+update. Unlike the paper's relaxation, training
 decodes the very codes that tokens stand for, so there is no gap between training and use.
 
     B rows    H, W image    V codes
@@ -28,7 +29,7 @@ from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions, Source
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
-from dalle_jax.image_tokenizers.vector_quantizer import quantize
+from dalle_jax.image_tokenizers.vector_quantizer import quantize, renew
 from dalle_jax.image_tokenizers.vq import VQTokenizer, from_signed, to_signed
 from dalle_jax.image_tokenizers.vq_network import VQOptions
 from dalle_jax.image_tokenizers.vq_start import start_from_blocks
@@ -45,15 +46,20 @@ class VQObjectiveOptions:
     Attributes:
       init: "blocks": principal components and clusters of blocks of training images (`vq_start.py`); "random".
       commitment: weight of the term that moves features to their codes.
-      revival: weight of the term that moves codes that no feature of a batch chose; 0 leaves them where they are.
+      code_decay: weight of the old averages when codes are renewed.
+      dead_below: a code with a smaller share of all uses than dead_below / V is moved to where the error is large.
     """
 
     init: str = "blocks"
     commitment: float = 0.1
-    revival: float = 0.25
+    code_decay: float = 0.99
+    dead_below: float = 0.05
 
     def __post_init__(self):
-        check(self, "objective", at_least_0=["commitment", "revival"], choices={"init": ("blocks", "random")})
+        check(
+            self, "objective", at_least_0=["commitment"], below_1=["code_decay", "dead_below"],
+            choices={"init": ("blocks", "random")},
+        )  # fmt: skip
 
 
 class VQTask(ReconstructionTask):
@@ -104,24 +110,30 @@ class VQTask(ReconstructionTask):
           commitment: mean squared distance of features to their codes.
           codebook_perplexity, codebook_usage: of the tokens of the batch.
           psnr: of images decoded from tokens, dB.
+        "statistics" are those of `vector_quantizer.quantize`, for `after_update`.
         """
         del frozen, key, step
         images = batch["image"]
         features = self.tokenizer.features(params, images)
-        found = quantize(features.reshape(-1, features.shape[-1]), params["codes"])
+        found = quantize(features.reshape(-1, features.shape[-1]), params["codes"]["vectors"])
         decoded = self.tokenizer.decode_vectors(params, found.vectors.reshape(features.shape))
         reconstruction = jnp.mean((decoded - to_signed(images)) ** 2)
-        weights = self.objective
-        moved = weights.commitment * found.commitment + found.codebook + weights.revival * found.revival
         squared_error = jnp.mean((from_signed(decoded) - images.astype(jnp.float32) / 255) ** 2)
         counts = codebook.count(found.tokens.reshape(features.shape[:-1]), self.tokenizer.vocab_size)
-        return reconstruction + moved, {
+        return reconstruction + self.objective.commitment * found.commitment, {
+            "statistics": found.statistics,
             "reconstruction": reconstruction,
             "commitment": found.commitment,
             "codebook_perplexity": codebook.perplexity(counts),
             "codebook_usage": codebook.usage(counts),
             "psnr": decibels(squared_error),
         }
+
+    def after_update(self, params: PyTree, statistics: PyTree, key: jax.Array) -> PyTree:
+        """See `Task.after_update`: renews the codes."""
+        o = self.objective
+        codes = renew(params["codes"], statistics, key, decay=o.code_decay, dead_below=o.dead_below)
+        return {**params, "codes": codes}
 
     def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
         """See `Task.evaluate`. All metrics are of images decoded from tokens.
