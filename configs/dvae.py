@@ -10,6 +10,10 @@
 Their codes start from clusters of patches (dalle_jax/image_tokenizers/kmeans_init.py), because a few thousand updates
 are too few for the paper's start. Their encoder then moves slowly while the decoder learns the codes.
 
+`small` is not the paper's. It is a vector-quantised tokenizer (dalle_jax/image_tokenizers/vq_network.py, task "vq"),
+whose codes are running averages and whose training decodes tokens, because the relaxation makes little progress in a
+few thousand updates. Its grid has model.tokens_per_side=8 rows at any data.image_size that 8 divides.
+
 `small` and `folder` fix their number of updates by the size of the data set (`from_data`), once, at the beginning.
 `--config.steps=N` sets it instead.
 

@@ -51,9 +51,9 @@ class VQObjectiveOptions:
     """
 
     init: str = "blocks"
-    commitment: float = 0.1
+    commitment: float = 0.25
     code_decay: float = 0.99
-    dead_below: float = 0.05
+    dead_below: float = 0.03
 
     def __post_init__(self):
         check(
