@@ -2,8 +2,8 @@
 
     python -m dalle_jax.main --config=configs/data.py --config.data.path=DIR
 
-It logs about ten lines. `runs/data/data.json` has all numbers, `runs/data/samples/data.png` shows some images with their
-captions. Every training begins with the same look.
+It logs about ten lines. `runs/data/data.json` has all numbers, and `runs/data/samples/data.png` shows some images with
+their captions. Every training begins with the same look.
 """
 
 from ml_collections import ConfigDict
@@ -15,10 +15,10 @@ from dalle_jax.configuration.sections import section
 from dalle_jax.data.sources.source import DataOptions
 
 VARIANTS = {
-    "folder": dict(doc="your own images (data.path); a CPU, seconds", data=dict(sections.FOLDER, image_size=64)),
+    "folder": dict(doc="your own images or tar shards (data.path); a CPU, seconds", data=sections.OWN),
     "tar_shards": dict(
         doc="your own tar shards (data.path), which are copied first; a CPU, minutes",
-        data=dict(sections.TAR_SHARDS, image_size=64),
+        data=dict(sections.TAR_SHARDS, image_size=32),
     ),
     "shapes": dict(doc="drawn shapes; a CPU, seconds", data=sections.SHAPES),
     "emoji": dict(doc="the emoji of an installed font; a CPU, seconds", data=sections.EMOJI),
@@ -29,7 +29,7 @@ VARIANTS = {
 KEYS = {
     "workdir": "directory of the results",
     "data.path": "your images and captions, or your copy of the data set",
-    "data.source": "folder, tar_shards, shapes_captions, emoji_captions, coco_captions, cub_captions, or a TFDS name",
+    "data.source": "auto (the files decide), folder, tar_shards, shapes_captions, …, or a TFDS name",
     "data.image_size": "height and width of the images as the model sees them, in pixels",
     "data.caption_lines": "which lines of a caption's text file are captions: all or first",
     "data.caption_from": "files; or make captions from file_names or folder_names",

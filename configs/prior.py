@@ -155,6 +155,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     if "from_data" in row:
         config.from_data = section(SizeRules, **row["from_data"])
     config.tokenizer = dvae.get_config(row["tokenizer"])
+    sections.share_minutes(config, "tokenizer")
     config.tokenizer_from = placeholder(str)
     config.start_from = placeholder(str)
 

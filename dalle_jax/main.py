@@ -28,6 +28,7 @@ from ml_collections import config_flags
 from dalle_jax import compilation_cache
 from dalle_jax.configuration import command_help, config_files
 from dalle_jax.configuration.flag_errors import explain_flag_error
+from dalle_jax.configuration.sections import check_minutes
 from dalle_jax.distributed.joining import define_flags
 from dalle_jax.distributed.turns import is_first, joined
 from dalle_jax.distributed.watchdog import end_process
@@ -72,6 +73,7 @@ def _parse(argv: list[str]) -> list[str]:
             raise ConfigError("No --config given; start with --config=configs/quickstart.py (--help lists all).")
         if _CONFIG.value.job not in JOBS:  # (reading the value raises if the file is unreadable)
             raise ConfigError(f"config.job={_CONFIG.value.job!r}: expected one of {', '.join(JOBS)}.")
+        check_minutes(_CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"]))
         if wanted:
             print(command_help.describe(config_files.given(argv), _CONFIG.value, everything=wanted == "all"))
             sys.exit(0)

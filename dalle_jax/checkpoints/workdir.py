@@ -68,6 +68,14 @@ def has_config(workdir: epath.PathLike) -> bool:
         return False
 
 
+def has_checkpoint(workdir: epath.PathLike) -> bool:
+    """Returns whether the training in `workdir` has saved a checkpoint."""
+    if not _path(workdir, "checkpoints").exists():
+        return False
+    with Checkpoints(str(workdir), read_only=True) as checkpoints:
+        return checkpoints.latest_step is not None
+
+
 def is_complete(workdir: epath.PathLike, config: Mapping[str, Any]) -> bool:
     """Returns whether a training in `workdir` has reached `config.steps`, or has stopped early (`config.stop_after`).
 

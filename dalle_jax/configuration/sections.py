@@ -104,11 +104,56 @@ def schedule(kind: str, **numbers: Any) -> dict[str, Any]:
 def set_steps(config: ConfigDict, steps: int | None) -> FieldReference:
     """Sets `config.steps` and returns a reference to it, so that schedules can follow `--config.steps=N`.
 
-    None stands for a number that the data set's size determines (`size_rules.py`). Schedules follow it as well.
+    None stands for a number that the data set's size determines (`size_rules.py`). Schedules follow it as well. Adds
+    `config.minutes`, too. If it is set, `steps` is planned at the start of the run (training/budget.py).
     """
     if steps is not None or "steps" not in config:
         config.steps = placeholder(int) if steps is None else steps
+    if "minutes" not in config:
+        config.minutes = placeholder(float)
     return config.get_oneway_ref("steps")
+
+
+# The share of `minutes` in which a prior's image tokenizer is trained. The prior gets what is left of them.
+TOKENIZER_SHARE = 0.3
+
+
+def share_minutes(config: ConfigDict, name: str, share: float = TOKENIZER_SHARE) -> None:
+    """Plans the training of section `name`, which comes first, for a share of `config.minutes`.
+
+    `config.minutes` are those of the whole command. `--config.<name>.minutes=M` replaces the share, and
+    `--config.<name>.steps=N` is a fixed number of updates.
+    """
+    config[name].minutes = config.get_oneway_ref("minutes") * share
+
+
+def check_minutes(config: ConfigDict, given: Collection[str]) -> None:
+    """Settles which of `minutes` and `steps` decides, for the keys given on the command line.
+
+    A training that is given its own `steps` is not planned, although a share of the minutes would be its own.
+
+    Args:
+      config: a configuration. Its `minutes` are changed.
+      given: dotted keys that were given.
+
+    Raises:
+      ConfigError: `steps` and `minutes` of one training were given.
+    """
+    for key in given:
+        *parents, last = key.split(".")
+        if last != "steps":
+            continue
+        place = config
+        for name in parents:
+            place = place[name]
+        minutes = ".".join([*parents, "minutes"])
+        if minutes in given:
+            raise ConfigError(
+                f"config.{key}={place.steps} and config.{minutes}={place.minutes:g} exclude each other: minutes plan "
+                "the number of steps. Give one of them."
+            )
+        if place.get("minutes") is not None:
+            place.minutes = None
 
 
 def text(vocab_size: int | None, length: int | None) -> ConfigDict:
@@ -193,6 +238,7 @@ TRAINING_KEYS = {
     "data.source": "folder, tar_shards, auto (one of these two), shapes_captions, emoji_captions, coco_captions, …",
     "data.image_size": "height and width of the images, in pixels",
     "steps": "number of updates, None: by the size of the data set; schedules that end with the training follow it",
+    "minutes": "instead of steps: minutes until the command ends, image tokenizer included; timed at the start",
     "batch_size": "examples per update, over all devices",
     "optimizer.accumulate_steps": "slices of a batch; more need less memory",
     "cadence.checkpoint": "steps between checkpoints",

@@ -14,7 +14,9 @@ _OTHER_SCRIPTS = 0.2
 _MANY_CAPTIONS = 20
 _CUT = 0.01
 _ENLARGED = 0.05
+_CROPPED = 0.2
 _WITHOUT_CAPTION = 0.05
+_OWN = ("folder", "tar_shards")  # sources in which copies can be deleted
 _IMAGES_NOT_READ = (".svg", ".heic", ".heif", ".avif", ".jp2", ".pdf", ".eps", ".psd", ".dng", ".cr2", ".nef", ".arw")
 
 
@@ -36,11 +38,10 @@ def advise(found: Survey, options: DataOptions) -> tuple[str, ...]:
 def _on_captions(found: Survey, options: DataOptions) -> Iterator[str]:
     captions = found.captions
     if captions is None:
-        yield f"No image has a caption, so only an image tokenizer can be trained. {_caption_remedy(options)}".rstrip()
+        yield "No image has a caption, so only an image tokenizer can be trained." + _caption_remedy(options)
         return
     if captions.without > _WITHOUT_CAPTION:
-        without = f"{captions.without:.0%} of the images have no caption; a prior skips them."
-        yield f"{without} {_caption_remedy(options)}".rstrip()
+        yield f"{captions.without:.0%} of the images have no caption; a prior skips them." + _caption_remedy(options)
     if options.caption_lines == "all" and (reason := _many_languages(captions)):
         remedy = "To use the first line alone, set --config.data.caption_lines=first."
         if options.source != "folder":
@@ -68,7 +69,7 @@ def _many_languages(captions: CaptionStatistics) -> str:
 def _caption_remedy(options: DataOptions) -> str:
     if options.source == "folder" and options.caption_from == "files":
         return (
-            "Captions can be made from names: --config.data.caption_from=file_names or "
+            " Captions can be made from names: --config.data.caption_from=file_names or "
             "--config.data.caption_from=folder_names."
         )
     return ""
@@ -81,7 +82,12 @@ def _on_images(images: ImageSurvey, options: DataOptions) -> Iterator[str]:
             f"{images.below_image_size:,} of {seen:,} images are smaller than data.image_size={options.image_size} and "
             "are enlarged, which makes them blurred. A smaller --config.data.image_size fits them."
         )
-    if images.in_both_splits:
+    if images.cropped > _CROPPED * seen:
+        yield (
+            f"{images.cropped:,} of {seen:,} images lose more than a third, because the centre square is used. "
+            "Crop or pad them if their captions mention the edges."
+        )
+    if images.in_both_splits and options.source in _OWN:
         yield (
             f"{images.in_both_splits:,} validation images are also training images (the same bytes), so validation "
             "looks better than it is. Delete the copies."

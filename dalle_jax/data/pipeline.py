@@ -173,6 +173,8 @@ class Pipeline:
         count = len(self.source)
         if not count:
             raise DataError(f"{self.source.description}: it holds no examples.")
+        if with_captions and self.source.captions_missing:
+            raise DataError(self.source.captions_missing)
         tried = np.unique(np.linspace(0, count - 1, min(count, _TRIED_AT_START), dtype=np.int64))
         error = None
         for index in tried:

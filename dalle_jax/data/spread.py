@@ -1,8 +1,9 @@
-"""Examples spread evenly over a source, for previews."""
+"""Examples spread evenly over a source, for previews and for a look at the data."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -12,6 +13,14 @@ from dalle_jax.data.sources.source import Record, Source
 def evenly(length: int, count: int) -> np.ndarray:
     """Returns up to `count` different places in [0, length), spread evenly, in rising order: int64 [n]."""
     return np.linspace(0, length - 1, min(length, count)).round().astype(np.int64)
+
+
+def in_spread_order(length: int) -> Iterator[int]:
+    """Yields the places in [0, length) in an order whose every beginning is spread evenly (a golden-section stride)."""
+    stride = max(1, round(length * (math.sqrt(5) - 1) / 2))
+    while math.gcd(stride, length) > 1:
+        stride += 1
+    return (place * stride % length for place in range(length))
 
 
 class Selected(Source):

@@ -9,26 +9,21 @@ from __future__ import annotations
 import collections
 import dataclasses
 import hashlib
-import io
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import PIL.Image
 
 from dalle_jax.data.caption_statistics import CaptionStatistics, measure_captions
+from dalle_jax.data.sources.decoding import Header, Limits, decode_image, read_header
 from dalle_jax.data.sources.open import open_source
-from dalle_jax.data.sources.source import (
-    DataOptions,
-    Record,
-    Source,
-    UnreadableExample,
-    decode_captions,
-    decode_image,
-)
+from dalle_jax.data.sources.own import choose_source
+from dalle_jax.data.sources.record import Record, UnreadableExample
+from dalle_jax.data.sources.source import DataOptions, Source, decode_captions
+from dalle_jax.data.spread import in_spread_order
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import DataError
 
@@ -37,6 +32,7 @@ CAPTIONS = ("required", "counted", "ignored")
 _ALWAYS_READ = 100  # records of a split that are read and decoded whatever their size
 _AT_ONCE = 32  # records in memory
 _THREADS = 4  # remote storage answers slowly
+_LONG = 1.5  # ratio of the sides from which a third is lost to the centre square
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +85,7 @@ class ImageSurvey:
     Attributes:
       smallest, median, largest: (width, height) in pixels, by area.
       below_image_size: number of images whose short side is below `data.image_size`; they are enlarged.
+      cropped: number of images that lose more than a third to the centre square.
       formats: number of images by file format ("PNG", …; "array" if they are stored decoded).
       modes: number of images by Pillow's mode ("RGB", "RGBA", "L", …).
       duplicates: number of images whose bytes equal those of an earlier one.
@@ -99,6 +96,7 @@ class ImageSurvey:
     median: tuple[int, int]
     largest: tuple[int, int]
     below_image_size: int
+    cropped: int
     formats: Mapping[str, int]
     modes: Mapping[str, int]
     duplicates: int
@@ -157,10 +155,10 @@ def survey(
       DataError: the data set cannot be opened, no image of a split can be read, or a required caption is missing.
       ConfigError: `vocab_size` is too small for the captions.
     """
-    sources = open_splits(options)
+    options = dataclasses.replace(options, source=choose_source(options.source, options.path))
     return survey_sources(
-        sources, options, text_length=text_length, text_model=text_model, vocab_size=vocab_size, captions=captions,
-        effort=effort,
+        open_splits(options), options, text_length=text_length, text_model=text_model, vocab_size=vocab_size,
+        captions=captions, effort=effort,
     )  # fmt: skip
 
 
@@ -210,8 +208,7 @@ class _Look:
     """One record: its captions, its image's header and hash, and why image or captions cannot be used."""
 
     captions: tuple[str, ...] = ()
-    size: tuple[int, int] | None = None
-    kind: tuple[str, str] = ("", "")  # format, mode
+    header: Header | None = None
     digest: bytes = b""
     decoded: bool = False
     no_image: str = ""
@@ -219,17 +216,9 @@ class _Look:
     error: str = ""
 
 
-def spread(count: int) -> Iterator[int]:
-    """Yields the numbers below `count` in an order whose every beginning is evenly spread."""
-    stride = max(1, round(count * (math.sqrt(5) - 1) / 2))
-    while math.gcd(stride, count) > 1:
-        stride += 1
-    return (place * stride % count for place in range(count))
-
-
 def _look(source: Source, options: DataOptions, effort: Effort) -> list[_Look]:
     """Reads records of a split, in the order of the source."""
-    order = list(itertools.islice(spread(len(source)), effort.records))
+    order = list(itertools.islice(in_spread_order(len(source)), effort.records))
     looks, file_bytes, pixels = {}, 0, 0
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(order), _AT_ONCE):
@@ -237,12 +226,11 @@ def _look(source: Source, options: DataOptions, effort: Effort) -> list[_Look]:
                 break
             chunk = order[start : start + _AT_ONCE]
             records = list(pool.map(lambda index: _record(source, index), chunk))
-            headers = list(pool.map(_header, records))
-            decode = []
-            for place, header in enumerate(headers):
-                pixels += math.prod(header.size or (0, 0))
+            found, decode = list(pool.map(_without_pixels, records, itertools.repeat(options.limits))), []
+            for place, look in enumerate(found):
+                pixels += math.prod(look.header.size) if look.header else 0
                 decode.append(pixels <= effort.pixels or start + place < _ALWAYS_READ)
-            decoded = pool.map(_decoded, records, headers, decode)
+            decoded = pool.map(_decoded, records, found, decode, itertools.repeat(options.limits))
             looks.update(zip(chunk, decoded))
             file_bytes += sum(len(each.image) for each in records if isinstance(each, Record))
     return [looks[index] for index in sorted(looks)]
@@ -255,7 +243,7 @@ def _record(source: Source, index: int) -> Record | UnreadableExample:
         return error
 
 
-def _header(record: Record | UnreadableExample) -> _Look:
+def _without_pixels(record: Record | UnreadableExample, limits: Limits) -> _Look:
     """Reads everything of a record but the pixels of its image."""
     if isinstance(record, UnreadableExample):
         return _Look(no_image=record.reason, error=str(record))
@@ -264,30 +252,20 @@ def _header(record: Record | UnreadableExample) -> _Look:
         captions = tuple(decode_captions(record))
     except UnreadableExample as unreadable:
         no_captions, error = unreadable.reason, str(unreadable)
-    image, size, kind = record.image, None, ("", "")
-    if isinstance(image, np.ndarray):
-        digest = hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=16).digest()
-        if image.ndim == 3:
-            size, kind = (image.shape[1], image.shape[0]), ("array", "RGB" if image.shape[2] == 3 else "L")
-    else:
-        digest = hashlib.blake2b(image, digest_size=16).digest()
-        try:
-            with PIL.Image.open(io.BytesIO(image)) as opened:
-                size, kind = opened.size, (opened.format, opened.mode)
-        except Exception:  # decode_image gives the reason
-            pass
-    return _Look(captions, size, kind, digest, no_captions=no_captions, error=error)
+    image = record.image.tobytes() if isinstance(record.image, np.ndarray) else record.image
+    digest = hashlib.blake2b(image, digest_size=16).digest()
+    return _Look(captions, read_header(record, limits), digest, no_captions=no_captions, error=error)
 
 
-def _decoded(record: Record | UnreadableExample, header: _Look, decode: bool) -> _Look:
+def _decoded(record: Record | UnreadableExample, look: _Look, decode: bool, limits: Limits) -> _Look:
     """Returns the look with the result of decoding the image. An image without a readable header is always tried."""
-    if isinstance(record, UnreadableExample) or not (decode or header.size is None):
-        return header
+    if isinstance(record, UnreadableExample) or not (decode or look.header is None):
+        return look
     try:
-        height, width, _ = decode_image(record).shape
+        decode_image(record, limits)
     except UnreadableExample as unreadable:
-        return dataclasses.replace(header, no_image=unreadable.reason, error=str(unreadable))
-    return dataclasses.replace(header, size=header.size or (width, height), decoded=True)
+        return dataclasses.replace(look, no_image=unreadable.reason, error=str(unreadable))
+    return dataclasses.replace(look, decoded=True)
 
 
 # -- summing up ---------------------------------------------------------------------------------------------------
@@ -328,16 +306,18 @@ def _check_usable(source: Source, found: SplitSurvey, looks: Sequence[_Look], ca
 
 
 def _images(looks: Mapping[str, Sequence[_Look]], options: DataOptions) -> ImageSurvey:
-    every = [look for each in looks.values() for look in each if look.size and not look.no_image]
-    sizes = sorted((look.size for look in every), key=lambda size: (math.prod(size), size))
-    training = {look.digest for look in looks["train"] if look.size}
+    seen = {name: [look for look in each if look.header and not look.no_image] for name, each in looks.items()}
+    every = [look for each in seen.values() for look in each]
+    sizes = sorted((look.header.size for look in every), key=lambda size: (math.prod(size), size))
+    training = {look.digest for look in seen["train"]}
     return ImageSurvey(
         smallest=sizes[0],
         median=sizes[(len(sizes) - 1) // 2],
         largest=sizes[-1],
         below_image_size=sum(min(size) < options.image_size for size in sizes),
-        formats=dict(collections.Counter(look.kind[0] for look in every).most_common()),
-        modes=dict(collections.Counter(look.kind[1] for look in every).most_common()),
+        cropped=sum(max(size) > _LONG * min(size) for size in sizes),
+        formats=dict(collections.Counter(look.header.format for look in every).most_common()),
+        modes=dict(collections.Counter(look.header.mode for look in every).most_common()),
         duplicates=len(every) - len({look.digest for look in every}),
-        in_both_splits=sum(look.digest in training for look in looks["validation"] if look.size),
+        in_both_splits=sum(look.digest in training for look in seen["validation"]),
     )

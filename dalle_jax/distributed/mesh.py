@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -97,6 +97,9 @@ def _over_slices(devices: Sequence[Any], data: int, fsdp: int, tensor: int) -> n
     )
 
 
-def describe(mesh: Mesh) -> Mapping[str, Any]:
-    """Returns axis sizes, device kind and number of hosts, for the log."""
-    return {**mesh.shape, "device": mesh.devices.flat[0].device_kind, "hosts": jax.process_count()}
+def describe(mesh: Mesh) -> str:
+    """Returns the devices of a mesh in words: "8 devices (TPU v5e) on 2 hosts: data=4, fsdp=2, tensor=1"."""
+    hosts = jax.process_count()
+    axes = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    where = f" on {hosts} hosts" if hosts > 1 else ""
+    return f"{mesh.size} devices ({mesh.devices.flat[0].device_kind}){where}: {axes}"

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,11 @@ from dalle_jax.configuration.options import from_config
 from dalle_jax.data import survey as surveys
 from dalle_jax.data.advice import advise
 from dalle_jax.data.augment import augment
-from dalle_jax.data.sources.source import DataOptions, Source, UnreadableExample, decode_captions, decode_image
+from dalle_jax.data.sources.decoding import decode_image
+from dalle_jax.data.sources.own import choose_source
+from dalle_jax.data.sources.record import UnreadableExample
+from dalle_jax.data.sources.source import DataOptions, Source, decode_captions
+from dalle_jax.data.spread import in_spread_order
 from dalle_jax.data.survey import Survey
 from dalle_jax.data.text import TextModel
 from dalle_jax.distributed.turns import first_host_first, is_first
@@ -32,6 +37,7 @@ _SHOWN = {"train": 24, "validation": 8}  # images on the contact sheet
 _TRIED = 4  # examples read for each image shown, because some cannot be read
 _DRAWN = ("shapes_captions", "emoji_captions")  # drawn by this package: nothing in them surprises
 _NAMED_ENDINGS = 6
+_IN_WORDS = {"empty caption": "without caption"}  # reasons that the log says in other words
 _TASKS_WITHOUT_CAPTIONS = tokenizers.TASKS
 
 
@@ -68,6 +74,7 @@ def look_at(config: ConfigDict, workdir: str) -> Survey | None:
       DataError: the data set cannot be opened, or nothing in it is usable. A prior and CLIP need captions.
     """
     options = from_config(DataOptions, config.data, "data")
+    options = dataclasses.replace(options, source=choose_source(options.source, options.path))
     with first_host_first("the look at the data set"):
         return _look_at(config, options, make_workdir(workdir)) if is_first() else None
 
@@ -167,7 +174,7 @@ def describe(found: Survey, options: DataOptions) -> list[str]:
         if captions.tokens:
             lines.append(_describe_tokens(captions.tokens))
     lines.append(_describe_images(found, options))
-    left_out = [f"{split.split}: {_counts(split.left_out)}" for split in found.splits.values() if split.left_out]
+    left_out = [f"{split.split}: {_reasons(split.left_out)}" for split in found.splits.values() if split.left_out]
     if left_out:
         lines.append(f"  left out of {'; of '.join(left_out)}")
     if found.other_files:
@@ -193,12 +200,16 @@ def _describe_images(found: Survey, options: DataOptions) -> str:
     line += f"; {images.below_image_size:,} below data.image_size={options.image_size}"
     line += f"; {_counts(images.formats)} ({_counts(images.modes)})"
     if images.duplicates:
-        line += f"; {images.duplicates:,} are copies of others"
+        line += f"; copies of others: {images.duplicates:,}"
     return line
 
 
 def _counts(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in counts.items())
+
+
+def _reasons(counts: Mapping[str, int]) -> str:
+    return _counts({_IN_WORDS.get(reason, reason): count for reason, count in counts.items()})
 
 
 def _endings(counts: Mapping[str, int]) -> str:
@@ -249,12 +260,12 @@ def _subtitle(found: Survey) -> str:
 
 def _shown(source: Source, options: DataOptions, count: int) -> Sequence[Shown]:
     shown = {}
-    for tried, index in enumerate(surveys.spread(len(source))):
+    for tried, index in enumerate(in_spread_order(len(source))):
         if len(shown) == count or tried == _TRIED * count:
             break
         try:
             record = source.record(index)
-            image = augment(decode_image(record), options.image_size, "none", None)
+            image = augment(decode_image(record, options.limits), options.image_size, "none", None)
         except UnreadableExample:
             continue
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import platform
 import time
@@ -40,7 +41,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     """
     start = time.perf_counter()
     out = epath.Path(workdir).expanduser()
-    config = config.copy_and_resolve_references()
+    config = copy.deepcopy(config)  # keeps the references to `steps`, which `minutes` sets
     tokenizer, evaluation = config.prior.tokenizer, config.evaluate
     tokenizer.workdir, config.prior.workdir = str(out / "dvae"), str(out / "prior")
     config.maskgit.workdir, config.maskgit.start_from = str(out / "maskgit"), config.prior.workdir

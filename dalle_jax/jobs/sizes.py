@@ -2,7 +2,8 @@
 
 `steps`, `text.vocab_size` and `text.length` are None in the variants for your own images. They are read from the
 `config.json` of a run that exists already, so that a resumed run repeats an uninterrupted one whatever its data set
-looks like by then. Otherwise the data set is measured and `configuration/size_rules.py` decides.
+looks like by then. Otherwise the data set is measured and `configuration/size_rules.py` decides. With `minutes`, `steps`
+is planned later (training/budget.py).
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def _found(parts: Mapping[str, ConfigDict], workdir: str) -> dict[str, dict[str,
         own = _stored(part.workdir, part) if prefix else {}
         stored = {key: own.get(key) or last.get(prefix + key) for key in open_sizes(part)}
         found[prefix] = {key: value for key, value in stored.items() if value is not None}
-        if missing := [key for key in stored if key not in found[prefix]]:
+        planned = {"steps"} if part.get("minutes") is not None else set()  # by training/budget.py
+        if missing := [key for key in stored if key not in found[prefix] and key not in planned]:
             found[prefix] |= _measured(part, missing)
     return found
 

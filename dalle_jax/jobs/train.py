@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection
 
 from absl import logging
@@ -19,6 +20,7 @@ from dalle_jax.jobs.data import look_at
 from dalle_jax.jobs.preparation import prepare
 from dalle_jax.jobs.sizes import settle
 from dalle_jax.storage.files import expanded, write_json
+from dalle_jax.training import budget
 from dalle_jax.training.loop import train
 from dalle_jax.training.step import TrainState
 
@@ -44,13 +46,14 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
     Raises:
       UserError: an invalid configuration or data, before any training begins, or an error of `train`.
     """
+    began = time.perf_counter()
     config = check(config, workdir)
     look_at(config, workdir)
     config = settle(config, workdir)
     _write_config(config, workdir)
     if "tokenizer" in config and not first_host_says("has a tokenizer", workdirs.has_tokenizer(workdir)):
         _freeze_tokenizer(config, workdir)
-    return train(config, workdir)
+    return train(config, workdir, began=began)
 
 
 def check(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> ConfigDict:
@@ -77,15 +80,23 @@ def check(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> Conf
 
 
 def _write_config(config: ConfigDict, workdir: str) -> None:
-    """Writes config.json at once, so that a chain which is interrupted early keeps its sizes."""
-    if is_first() and not earlier.begun(workdir):
-        write_json(expanded(workdir) / "config.json", to_json(config))
+    """Writes config.json at once, so that a chain which is interrupted early keeps its sizes.
+
+    With `minutes` the number of updates is still open. `train` plans it and writes the file again.
+    """
+    planned = budget.fixed_steps(config, workdir) is not None
+    if is_first() and not planned and not earlier.begun(workdir):
+        is_open = config.get("minutes") is not None
+        write_json(expanded(workdir) / "config.json", to_json(config) | ({"steps": None} if is_open else {}))
 
 
 def _freeze_tokenizer(config: ConfigDict, workdir: str) -> None:
     """Copies the tokenizer of a prior into its workdir, after training it if needed."""
     source = config.tokenizer_from or config.tokenizer.workdir
-    trained = bool(config.tokenizer_from) or workdirs.is_complete(source, config.tokenizer)
+    fixed = None if config.tokenizer_from else budget.fixed_steps(config.tokenizer, source)
+    training = config.tokenizer if fixed is None else budget.with_steps(config.tokenizer, fixed)
+    planning = fixed is None and config.tokenizer.get("minutes") is not None
+    trained = bool(config.tokenizer_from) or (not planning and workdirs.is_complete(source, training))
     if not first_host_says("tokenizer is trained", trained):
         logging.info("%s needs an image tokenizer, and %s holds none yet: training it first.", workdir, source)
         _write_config(config.tokenizer, source)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw
 
-from dalle_jax.reporting.fonts import font_for
+from dalle_jax.reporting.fonts import Typeface
 from dalle_jax.reporting.images import FAINT, INK, PAPER, resized, wrap
 
 _CELL, _GAP, _MARGIN = 128, 16, 20  # pixels
@@ -67,10 +67,10 @@ def contact_sheet(
 def _cell(sheet: Image.Image, pen: ImageDraw.ImageDraw, left: int, top: int, shown: Shown) -> None:
     sheet.paste(resized(shown.image, _CELL), (left, top))
     pen.rectangle((left - 1, top - 1, left + _CELL, top + _CELL), outline=(218, 220, 224))  # white images have an edge
-    font, caption = font_for(shown.caption, _CAPTION_SIZE)
-    lines = wrap(caption, font, _CELL, _CAPTION_LINES)
+    typeface = Typeface(_CAPTION_SIZE)
+    lines = wrap(shown.caption, typeface, _CELL, _CAPTION_LINES)
     for number, line in enumerate(lines):
-        pen.text((left, top + _CELL + 5 + number * _CAPTION_LINE), line, fill=INK, font=font)
+        typeface.draw(pen, (left, top + _CELL + 5 + number * _CAPTION_LINE), line, INK)
     _line(pen, (left, top + _CELL + 5 + len(lines) * _CAPTION_LINE), shown.note, 12, FAINT, _CELL)
 
 
@@ -78,6 +78,6 @@ def _line(
     pen: ImageDraw.ImageDraw, place: tuple[int, int], text: str, size: int, ink: tuple[int, int, int], width: int
 ) -> None:
     """Draws one line, cut to a width."""
-    font, text = font_for(text, size)
-    for line in wrap(text, font, width, 1):
-        pen.text(place, line, fill=ink, font=font)
+    typeface = Typeface(size)
+    for line in wrap(text, typeface, width, 1):
+        typeface.draw(pen, place, line, ink)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import pathlib
+import unicodedata
 from collections.abc import Iterator
 
-from PIL import ImageFont
+from PIL import ImageDraw, ImageFont
 
 MISSING = "?"  # drawn for a letter that no installed font has
 
@@ -20,53 +21,75 @@ _FAMILIES = (
     "wqy", "droidsansfallback", "msyh", "yugoth", "malgun", "pingfang", "hiragino", "nirmala", "unifont", "freeserif",
 )  # fmt: skip
 _STYLES = ("bold", "oblique", "italic", "light", "condensed", "narrow", "thin", "black", "medium", "mono", "medi")
-_NONE = "\U0010ffff"  # no font has a glyph for it
+_IN_NO_FONT = "\U0010ffff"
+_NOWHERE = "no font"
+_TRIAL_SIZE = 24
+_JOINED = ("Mn", "Mc", "Me", "Cf")  # marks and joiners: drawn with the letter before
 
 
-def font_for(text: str, size: int) -> tuple[ImageFont.FreeTypeFont, str]:
-    """Returns a font with the letters of a text, and the text to draw with it.
+class Typeface:
+    """Measures and draws lines of text in one size. Each letter comes from the first font that has it."""
 
-    Args:
-      text: what to draw.
-      size: height in pixels.
+    def __init__(self, size: int):
+        """Accepts the height of the letters in pixels."""
+        self._size = size
+        self._ascent = _load(None, size).getmetrics()[0]
 
-    Returns:
-      The font that has the most of its letters, and the text with "?" for those that it lacks.
+    def length(self, text: str) -> float:
+        """Returns the width of one line in pixels."""
+        return sum(_load(file, self._size).getlength(run) for file, run in _runs(text))
+
+    def draw(self, pen: ImageDraw.ImageDraw, place: tuple[float, float], text: str, ink: tuple[int, int, int]) -> None:
+        """Draws one line whose upper left corner is `place`."""
+        left, top = place
+        for file, run in _runs(text):
+            font = _load(file, self._size)
+            pen.text((left, top + self._ascent), run, fill=ink, font=font, anchor="ls")
+            left += font.getlength(run)
+
+
+def _runs(text: str) -> Iterator[tuple[str | None, str]]:
+    """Yields parts of a line with the file of their font; None is Pillow's own font.
+
+    Blanks and marks stay in the part before them.
     """
-    own = ImageFont.load_default(size)
-    letters = {letter for letter in text if not letter.isspace()}
-    best, lacking = own, _lacking(letters, None, size)
-    for file in _files() if lacking else ():
-        if len(missing := _lacking(letters, file, size)) < len(lacking):
-            best, lacking = _load(file, size), missing
-        if not lacking:
-            break
-    return best, "".join(MISSING if letter in lacking else letter for letter in text)
-
-
-def _lacking(letters: set[str], file: str | None, size: int) -> set[str]:
-    return {letter for letter in letters if not _has(letter, file)}
+    file, run = None, ""
+    for letter in text:
+        if letter.isspace() or unicodedata.category(letter) in _JOINED:
+            own = file
+        elif (own := _font_of(letter)) is _NOWHERE:
+            own, letter = None, MISSING
+        if own != file and run:
+            yield file, run
+            run = ""
+        file, run = own, run + letter
+    if run:
+        yield file, run
 
 
 @functools.lru_cache(maxsize=100_000)
+def _font_of(letter: str) -> str | None:
+    """Returns the font file that has a letter: None for Pillow's own font, `_NOWHERE` if no font has it."""
+    if letter.isascii() or _has(letter, None):
+        return None
+    return next((file for file in _files() if _has(letter, file)), _NOWHERE)
+
+
 def _has(letter: str, file: str | None) -> bool:
     """Whether a font draws a letter in another way than one that no font has."""
-    if letter.isascii():
-        return True
-    font = ImageFont.load_default(24) if file is None else _load(file, 24)
-    drawn = font.getmask(letter)
+    drawn = _load(file, _TRIAL_SIZE).getmask(letter)
     return (drawn.size, bytes(drawn)) != _missing_glyph(file)
 
 
 @functools.cache
 def _missing_glyph(file: str | None) -> tuple[tuple[int, int], bytes]:
-    drawn = (ImageFont.load_default(24) if file is None else _load(file, 24)).getmask(_NONE)
+    drawn = _load(file, _TRIAL_SIZE).getmask(_IN_NO_FONT)
     return drawn.size, bytes(drawn)
 
 
-@functools.cache
-def _load(file: str, size: int) -> ImageFont.FreeTypeFont:
-    return ImageFont.truetype(file, size)
+@functools.lru_cache(maxsize=200)
+def _load(file: str | None, size: int) -> ImageFont.FreeTypeFont:
+    return ImageFont.load_default(size) if file is None else ImageFont.truetype(file, size)
 
 
 @functools.cache
@@ -85,7 +108,7 @@ def _files() -> tuple[str, ...]:
 def _readable(files: Iterator[str]) -> Iterator[str]:
     for file in files:
         try:
-            _load(file, 24)
+            _load(file, _TRIAL_SIZE)
             yield file
         except OSError:
             continue

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
-from dalle_jax.reporting.fonts import font_for
+from dalle_jax.reporting.fonts import Typeface
 
 INK, FAINT, PAPER = (32, 33, 36), (95, 99, 104), (255, 255, 255)
 
@@ -19,29 +19,29 @@ def to_uint8(images: Any) -> np.ndarray:
     return np.round(np.clip(np.asarray(images, np.float32), 0, 1) * 255).astype(np.uint8)
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:
+def wrap(text: str, typeface: Typeface, width: int, max_lines: int) -> list[str]:
     """Breaks a text into lines, also inside a word that is wider than a line.
 
     Args:
       text: any text; its blanks may become ends of lines.
-      font: the font that it is drawn with.
+      typeface: draws it.
       width: width of a line in pixels.
       max_lines: the most lines. The last one ends in "…" if the text is longer.
     """
     lines: list[str] = []
     for word in text[: width * max_lines + 1].split():
         joined = f"{lines[-1]} {word}" if lines else word
-        if lines and font.getlength(joined) <= width:
+        if lines and typeface.length(joined) <= width:
             lines[-1] = joined
             continue
-        while font.getlength(word) > width and len(word) > 1 and len(lines) <= max_lines:
-            fits = next(end for end in range(len(word) - 1, 0, -1) if end == 1 or font.getlength(word[:end]) <= width)
+        while typeface.length(word) > width and len(word) > 1 and len(lines) <= max_lines:
+            fits = next(end for end in range(len(word) - 1, 0, -1) if end == 1 or typeface.length(word[:end]) <= width)
             lines.append(word[:fits])
             word = word[fits:]
         lines.append(word)
     if len(lines) > max_lines:
         lines, last = lines[: max_lines - 1], lines[max_lines - 1].rstrip(".,")
-        while last and font.getlength(f"{last} …") > width:
+        while last and typeface.length(f"{last} …") > width:
             last = last[:-1].rstrip()
         lines.append(f"{last} …")
     return lines
@@ -83,26 +83,26 @@ def image_grid(
     text_width = 190 if any(caption for caption, _ in rows) else 0
     gap, margin = 8, 16
     per_row = len(rows[0][1])
-    small, big = (ImageFont.load_default(size) for size in (13, 20))
+    body, small, big = Typeface(15), Typeface(13), Typeface(20)
+    line_height = 19
     block_width = text_width + per_row * (cell_size + gap) + gap
     lines = -(-len(rows) // blocks)
     top = margin + (34 if title else 0) + (24 if columns else 0)
     sheet = Image.new("RGB", (2 * margin + blocks * block_width, top + lines * (cell_size + gap) + margin), PAPER)
     pen = ImageDraw.Draw(sheet)
     if title:
-        pen.text((margin, margin - 4), title, fill=INK, font=big)
+        big.draw(pen, (margin, margin - 4), title, INK)
     for block in range(blocks):
         left = margin + block * block_width
         shown = None
         for i, heading in enumerate(columns):
             if heading != shown:
-                pen.text((left + text_width + i * (cell_size + gap), top - 22), heading, fill=FAINT, font=small)
+                small.draw(pen, (left + text_width + i * (cell_size + gap), top - 22), heading, FAINT)
             shown = heading
     for i, (caption, images) in enumerate(rows):
         left, y = margin + (i // lines) * block_width, top + (i % lines) * (cell_size + gap)
-        font, drawable = font_for(caption, 15)
-        wrapped = wrap(drawable, font, text_width - 2 * gap, max(1, cell_size // 19))
-        pen.multiline_text((left, y + 4), "\n".join(wrapped), fill=INK, font=font, spacing=4)
+        for number, line in enumerate(wrap(caption, body, text_width - 2 * gap, max(1, cell_size // 19))):
+            body.draw(pen, (left, y + 4 + number * line_height), line, INK)
         for j, pixels in enumerate(images):
             sheet.paste(resized(pixels, cell_size), (left + text_width + j * (cell_size + gap), y))
     return np.asarray(sheet)

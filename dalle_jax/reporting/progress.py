@@ -1,7 +1,8 @@
-"""The progress line of a run: position, speed and remaining time."""
+"""The progress line of a run: position, speed and remaining time; and once, early on, when the run will end."""
 
 from __future__ import annotations
 
+import datetime
 import sys
 import time
 from collections.abc import Iterator
@@ -10,12 +11,21 @@ from typing import TextIO
 
 import jax
 
+# The end of a run is predicted after this many steps, or after fewer if they are slow. The first step is not counted,
+# unless it is very slow, because it also fills queues and caches.
+_STEPS, _SECONDS, _SLOW_STEP = 10, 5.0, 20.0
+_DAY = 24 * 3600
+_FAR = 365 * _DAY  # beyond it no date is given
+
 
 class Progress:
     """Prints the position of a run, its speed and the remaining time. Only the first host prints.
 
     On a terminal the line is rewritten in place. Elsewhere (a log file, a notebook) a new line is printed at most
     every `interval` seconds. Time inside `pause()` (evaluation, checkpoints) does not count as training time.
+
+    Attributes:
+      pauses: seconds that all pauses of the run will take, if known; for `predict`.
     """
 
     def __init__(self, start: int, total: int, batch_size: int, *, interval: float = 10.0, out: TextIO | None = None):
@@ -37,6 +47,10 @@ class Progress:
         self._began = time.perf_counter()
         self._mark = (start, 0.0)
         self._shown = 0.0
+        self._open = False  # whether a line on the terminal has no end yet
+        self._first: float | None = None  # time of the first step, until the end of the run was predicted
+        self._predicted = False
+        self.pauses: float | None = None
 
     def _elapsed(self) -> float:
         return time.perf_counter() - self._began - self._paused
@@ -64,13 +78,48 @@ class Progress:
             return
         self._shown = elapsed
         left = (self._total - step) * elapsed / (step - self._start)
-        text = f"{self._summary(step, elapsed)} · loss {loss:.4g} · {_duration(left)} left"
+        text = f"{self._summary(step, elapsed)} · loss {loss:.4g} · {duration(left)} left"
         self._print(f"\r\x1b[2K{text}" if self._tty else f"{text}\n")
+        self._open = self._tty
+
+    def predict(self, step: int) -> float | None:
+        """Says once, after the first few steps, when the run will end. Call it after every step.
+
+        Args:
+          step: number of steps done.
+
+        Returns:
+          The predicted seconds until the end at the call that says it, otherwise None. Every host gets its own.
+        """
+        if self._predicted or step <= self._start or step >= self._total:
+            return None
+        elapsed, count = self._elapsed(), step - self._start - 1
+        if self._first is None:
+            self._first = elapsed
+        if self._first >= _SLOW_STEP:
+            seconds = elapsed / (count + 1)
+        elif count and (count >= _STEPS or elapsed - self._first >= _SECONDS):
+            seconds = (elapsed - self._first) / count
+        else:
+            return None
+        self._predicted = True
+        steps = self._total - step
+        left = steps * (seconds + (self.pauses or 0.0) / (self._total - self._start))
+        unknown = " (without evaluations and previews)" if self.pauses is None else ""
+        self.note(f"{steps:,} more steps at {_short(seconds)}: about {duration(left)}{unknown}{until(left)}")
+        return left
 
     def note(self, text: str) -> None:
         """Prints a separate line that stays."""
         if self._active:
             self._print(f"\r\x1b[2K{text}\n" if self._tty else f"{text}\n")
+            self._open = False
+
+    def close(self) -> None:
+        """Ends a line that is still open on the terminal, so that the next message does not continue it."""
+        if self._open and self._active:
+            self._print("\n")
+            self._open = False
 
     def _print(self, text: str) -> None:
         try:
@@ -83,17 +132,33 @@ class Progress:
         """Prints the average speed of the whole run and the parts of its time (`profiling.StepClock.shares`)."""
         if step > self._start:
             elapsed = self._elapsed()
-            self.note(f"{self._summary(step, elapsed)} · {_duration(elapsed)} of training ({shares})")
+            self.note(f"{self._summary(step, elapsed)} · {duration(elapsed)} of training ({shares})")
 
     def _summary(self, step: int, elapsed: float) -> str:
         seconds = elapsed / (step - self._start)
         return (
-            f"step {step}/{self._total} · {1e3 * seconds:.0f} ms/step · "
+            f"train · step {step}/{self._total} · {1e3 * seconds:.0f} ms/step · "
             f"{self._batch_size / max(seconds, 1e-9):.4g} examples/s"
         )
 
 
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
+def duration(seconds: float) -> str:
+    """Returns a time span as text: "42 s", "5 min 20 s", "3 h 5 min", "12 days 7 h"."""
+    minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02d}m" if hours else f"{minutes}m{seconds:02d}s" if minutes else f"{seconds}s"
+    days, hours_left = divmod(hours, 24)
+    if days >= 2:
+        return f"{days:,} days {hours_left} h"
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def until(seconds: float) -> str:
+    """Returns the time of day in that many seconds as text: ", until 14:32"; "" if it is very far."""
+    if seconds > _FAR:
+        return ""
+    end = datetime.datetime.now() + datetime.timedelta(seconds=seconds)
+    return f", until {end:%H:%M}" if seconds < _DAY else f", until {end:%Y-%m-%d %H:%M}"
+
+
+def _short(seconds: float) -> str:
+    return f"{seconds:.2g} s" if seconds >= 0.1 else f"{1e3 * seconds:.2g} ms"

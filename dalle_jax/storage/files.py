@@ -10,6 +10,8 @@ therefore written to a local `Mirror`, which uploads whole files.
 from __future__ import annotations
 
 import json
+import os
+import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -27,10 +29,13 @@ def is_remote(path: epath.PathLike) -> bool:
 
 
 def expanded(path: epath.PathLike) -> epath.Path:
-    """Returns `path` as an `epath.Path` with `~` expanded.
+    """Returns `path` as an `epath.Path` with `~` expanded and without "file://".
 
     Every path that a user gives passes through here before its file system is opened, see `disable_listings_cache`.
     """
+    text = os.fspath(path)
+    if text.startswith("file://"):
+        path = urllib.parse.unquote(text.removeprefix("file://").removeprefix("localhost"))
     path = epath.Path(path).expanduser()
     if is_remote(path):
         disable_listings_cache()

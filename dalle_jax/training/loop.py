@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 
 import jax
 from absl import logging
@@ -26,6 +27,7 @@ from dalle_jax.distributed.sharding import on_mesh
 from dalle_jax.errors import Preempted
 from dalle_jax.tasks.registry import build
 from dalle_jax.tasks.task import Job
+from dalle_jax.training import budget
 from dalle_jax.training.cleanup import explain_lost_hosts
 from dalle_jax.training.run import Run
 from dalle_jax.training.signals import stop_signals
@@ -33,8 +35,10 @@ from dalle_jax.training.step import TrainState
 from dalle_jax.training.validation import make_shared_workdir, validate
 
 
-def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainState:
+def train(config: ConfigDict, workdir: str, job: Job | None = None, *, began: float | None = None) -> TrainState:
     """Trains until `config.steps` or an early stop, starting from the latest checkpoint in `workdir` or from scratch.
+
+    With `config.minutes` the number of steps is planned at the start of the run instead (`budget.py`).
 
     You may call it several times in one process. On SIGTERM or Ctrl-C it saves and raises `Preempted`. The same call
     then resumes the run, and its numbers are those of an uninterrupted run.
@@ -43,6 +47,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
       config: a training configuration (see `configs/`).
       workdir: local or remote directory of the run. It is created if it does not exist.
       job: task and data. The default is `build` of `config` and `workdir`.
+      began: the `time.perf_counter()` at which `config.minutes` began; None for now.
 
     Returns:
       The final state, on the mesh.
@@ -52,15 +57,25 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None) -> TrainStat
       Preempted: a signal stopped the training, and the state is saved.
     """
     with explain_lost_hosts(), contextlib.ExitStack() as cleanup:
+        began = time.perf_counter() if began is None else began
         compilation_cache.enable()
         mesh, options, average = validate(config)
         workdir = make_shared_workdir(workdir)
         stop = cleanup.enter_context(stop_signals())
-        job = job or build(config, workdir, host_rows(mesh, config.batch_size))
-        logging.info("mesh: %s", describe(mesh))
+        if mesh.size > 1:
+            logging.info("mesh: %s", describe(mesh))
+        rows, costs = host_rows(mesh, config.batch_size), None
+        if config.get("minutes") is not None:
+            how = mesh, options, average
+            config, costs = budget.settle(config, workdir, lambda now: job or build(now, workdir, rows), *how, began)
+        job = job or build(config, workdir, rows)
         cleanup.enter_context(on_mesh(mesh))
         run = Run(config, workdir, job, mesh, options, average, cleanup)
+        if costs:
+            run.progress.pauses = costs.pauses(config)
         _advance(run, stop)
+        if costs:
+            run.progress.note(budget.compared(config, workdir, began))
         return run.state
 
 

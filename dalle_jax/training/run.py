@@ -7,6 +7,7 @@ import functools
 import itertools
 import time
 from collections.abc import Iterator, Mapping
+from typing import TextIO
 
 import jax
 from etils import epath
@@ -33,6 +34,7 @@ from dalle_jax.reporting.units import with_unit
 from dalle_jax.storage.files import write_json
 from dalle_jax.tasks.registry import defaults
 from dalle_jax.tasks.task import Batch, Job
+from dalle_jax.training import expectations
 from dalle_jax.training.changed_data import explain_changed_data
 from dalle_jax.training.cleanup import close_at_exit
 from dalle_jax.training.evaluations import Evaluations
@@ -66,6 +68,8 @@ class Run:
         options: OptimizerOptions,
         average: AverageOptions,
         cleanup: contextlib.ExitStack,
+        *,
+        out: TextIO | None = None,
     ):
         """Restores or initialises the state and opens data and files, inside `on_mesh(mesh)`.
 
@@ -77,6 +81,7 @@ class Run:
           options: of the optimizer.
           average: of the moving average.
           cleanup: closes what the run opens.
+          out: output of the progress, by default stdout.
         """
         task = job.task
         self.config, self.workdir, self.job, self.total = config, workdir, job, config.steps
@@ -116,7 +121,8 @@ class Run:
         close_at_exit(cleanup, self.writer.close)
         self.trace = StepTrace(workdir, start=start, total=self.total, count=config.profile_steps)
         close_at_exit(cleanup, self.trace.close)
-        self.progress = Progress(start, self.total, config.batch_size)
+        self.progress = Progress(start, self.total, config.batch_size, out=out)
+        cleanup.callback(self.progress.close)
         self.clock, self.mean = StepClock(start), Mean()
         self._queued: list[tuple[int, dict[str, jax.Array]]] = []  # steps whose scalars were not fetched yet
         self._compile_seconds: dict[str, float] = {}  # until they are logged
@@ -149,7 +155,13 @@ class Run:
         seconds = self._compile_seconds["seconds_compile"] = time.perf_counter() - began
         size = sum(x.size for x in jax.tree.leaves(self.state.params))
         self.progress.note(f"{self.workdir}: {size:,} parameters, compiled in {seconds:.1f} s")
+        self._advise(expectations.too_large(self.config, update))
+        self._advise(expectations.seen_too_often(self.config, self.job.examples))
         return update
+
+    def _advise(self, advice: str | None) -> None:
+        if advice:
+            self.progress.note(f"{self.workdir}: {advice}")
 
     def report(self, keep: int) -> None:
         """Fetches and logs the scalars of all queued steps except the latest `keep`."""
@@ -168,6 +180,8 @@ class Run:
             del values["skipped_in_row"]
             self.mean.add(values)
             self.progress.show(step, values["loss"])
+            if (seconds := self.progress.predict(step)) is not None:
+                self._advise(expectations.too_long(self.config, seconds))
             self.watchdog.progress()
             if step % self.config.cadence.log == 0 or step == self.total:
                 self._log(step, values)
@@ -202,7 +216,7 @@ class Run:
         metrics = self.job.task.evaluate(self.state.eval_params, self._frozen, self._evaluation_batches(), key)
         self._write(step, "eval", metrics)
         said = " · ".join(f"{name} {with_unit(name, value)}" for name, value in metrics.items())
-        self.progress.note(f"step {step} · {said}")
+        self.progress.note(f"eval · step {step}/{self.total} · {said}")
         if news := news_in_words(self.evaluations, self.job.task):
             self.progress.note(news)
         return metrics

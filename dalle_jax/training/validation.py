@@ -45,10 +45,15 @@ def validate(config: ConfigDict) -> tuple[Mesh, OptimizerOptions, AverageOptions
             value = config
             for part in name.split("."):
                 value = value[part]
+            if name == "steps" and value is None and config.get("minutes") is not None:
+                continue  # planned later
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"config.{name}={value!r}: expected a whole number of at least {least}.")
     if config.seed > _LARGEST_SEED:
         raise ConfigError(f"config.seed={config.seed}: expected at most {_LARGEST_SEED}.")
+    minutes = config.get("minutes")
+    if minutes is not None and not 0 < minutes <= _LONGEST / 60:
+        raise ConfigError(f"config.minutes={minutes!r}: expected minutes, more than 0 and at most {_LONGEST / 60:.3g}.")
     for name, seconds in config.timeout_seconds.items():
         if not 0 < seconds <= _LONGEST:
             raise ConfigError(

@@ -24,7 +24,7 @@ def trained(monkeypatch):
     """The configurations of the trainings that would run; the first one raises `Trained`."""
     seen = []
 
-    def train(config, workdir):
+    def train(config, workdir, **_):
         seen.append(config)
         raise Trained
 

@@ -164,11 +164,12 @@ def test_the_tokens_of_the_training_split_are_computed_once(trained, tmp_path, m
 
     folder = tmp_path / "folder"
     folder.mkdir()
-    Image.fromarray(np.zeros((16, 16, 3), np.uint8)).save(folder / "a.png")
     changing = DataOptions(source="folder", path=str(folder), image_size=16)
-    for _ in range(2):
-        get(params, changing, tmp_path)
-    assert len(encoded) == 3, "the images of a folder may have changed"
+    for level in (0, 255):
+        Image.fromarray(np.full((16, 16, 3), level, np.uint8)).save(folder / "a.png")
+        for _ in range(2):
+            get(params, changing, tmp_path)
+    assert len(encoded) == 3, "an image of the folder has changed once"
 
 
 def test_a_prior_starts_with_its_tokenizers_codebook(trained):

@@ -90,7 +90,13 @@ def run(workdir, watch, monkeypatch, extra=lambda state, scalars: None):
                 self._step = make(*args).lower(*arguments).compile()
 
             def compile(self):
-                return lambda *arguments: compiled(*arguments, step=self._step)
+                return self
+
+            def __call__(self, *arguments):
+                return compiled(*arguments, step=self._step)
+
+            def memory_analysis(self):
+                return self._step.memory_analysis()
 
         return type("Step", (), {"lower": Lowered})()
 

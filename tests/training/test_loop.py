@@ -180,6 +180,7 @@ def test_scalars_are_fetched_one_step_late(tmp_path, monkeypatch):
                     events.append("queue")
                     return state, scalars
 
+                call.memory_analysis = compiled.memory_analysis
                 return type("Compiled", (), {"compile": lambda self: call})()
 
         return Lowered()

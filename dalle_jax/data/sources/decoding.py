@@ -69,6 +69,11 @@ class Limits:
     image_size: int | None = None
 
 
+def is_decoded(image_format: str | None) -> bool:
+    """Returns whether `decode_image` opens files of a format, by Pillow's name."""
+    return image_format in _FORMATS
+
+
 def decode_image(record: Record, limits: Limits = Limits()) -> np.ndarray:
     """Decodes the image: upright, RGB, transparent parts on white.
 
@@ -91,8 +96,7 @@ def decode_image(record: Record, limits: Limits = Limits()) -> np.ndarray:
         found = f"{len(content):,} bytes, data.max_file_bytes is {limits.max_file_bytes:,}"
         raise UnreadableExample("file too large", name, found)
     try:
-        if content.startswith(_PNG_START) and len(content) >= 24:  # Pillow unpacks the texts when it opens a PNG
-            _check_pixels(*struct.unpack(">II", content[16:24]), name, limits)
+        _check_png(content, name, limits)
         return _decode(content, name, limits)
     except UnreadableExample:
         raise
@@ -106,6 +110,46 @@ def decode_image(record: Record, limits: Limits = Limits()) -> np.ndarray:
         if isinstance(error, PIL.UnidentifiedImageError):
             found = f"it begins with {content[:8]!r}; expected one of {', '.join(_FORMATS)}" if content else "0 bytes"
         raise UnreadableExample("unreadable image", name, found) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What an image file says about itself.
+
+    Attributes:
+      format: "PNG", "JPEG", …; "array" if the image is stored decoded.
+      mode: Pillow's mode ("RGB", "RGBA", "L", …).
+      size: (width, height) in pixels, as stored: not yet upright.
+    """
+
+    format: str
+    mode: str
+    size: tuple[int, int]
+
+
+def read_header(record: Record, limits: Limits = Limits()) -> Header | None:
+    """Reads the header of an image without decoding it.
+
+    Args:
+      record: the example.
+      limits: the largest image.
+
+    Returns:
+      The header, or None if it cannot be read or exceeds the limits; `decode_image` then gives the reason.
+    """
+    content = record.image
+    if isinstance(content, np.ndarray):
+        mode = {3: "RGB", 1: "L"}.get(content.shape[-1] if content.ndim == 3 else 0)
+        return Header("array", mode, (content.shape[1], content.shape[0])) if mode else None
+    for each in (content, _without_texts(content)):
+        try:
+            _check_png(content, record.name, limits)
+            with PIL.Image.open(io.BytesIO(each or b""), formats=_FORMATS) as image:
+                _check_pixels(*image.size, record.name, limits)
+                return Header(image.format, image.mode, image.size)
+        except Exception:  # Pillow raises anything from OSError to SyntaxError on damaged bytes
+            continue
+    return None
 
 
 def _decode(content: bytes, name: str, limits: Limits) -> np.ndarray:
@@ -129,6 +173,12 @@ def _decode(content: bytes, name: str, limits: Limits) -> np.ndarray:
         if image.mode == "RGBA":
             image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
         return np.array(image)
+
+
+def _check_png(content: bytes, name: str, limits: Limits) -> None:
+    """Checks the size of a PNG before it is opened, because Pillow then unpacks its texts."""
+    if content.startswith(_PNG_START) and len(content) >= 24:
+        _check_pixels(*struct.unpack(">II", content[16:24]), name, limits)
 
 
 def _check_pixels(width: int, height: int, name: str, limits: Limits) -> None:

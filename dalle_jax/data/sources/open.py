@@ -24,6 +24,9 @@ def open_source(options: DataOptions, split: str) -> Source:
       DataError: if it does not exist, or lacks the split or the features.
     """
     options = dataclasses.replace(options, source=choose_source(options.source, options.path))
-    source = FolderSource(options.path, split) if options.source == "folder" else TfdsSource(options, split)
+    if options.source == "folder":
+        source = FolderSource(options.path, split, options)
+    else:
+        source = TfdsSource(options, split)
     source.limits = dataclasses.replace(options.limits, image_size=None)
     return source

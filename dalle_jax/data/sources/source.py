@@ -38,8 +38,8 @@ class DataOptions:
         "coco_captions" and "cub_captions": your local copy of the data set (TFDS's `manual_dir`), until it is prepared.
       data_dir: directory of TFDS's prepared data sets; None means $DALLE_JAX_DATA or ~/.cache/dalle_jax/data.
       image_key: the TFDS feature that holds the image; "a/b" reads a nested feature.
-      caption_key: the TFDS feature that holds the caption or captions, in the same notation. "folder": the key or
-        column of the captions table; "caption" stands for the usual names.
+      caption_key: the TFDS feature that holds the caption or captions, in the same notation.
+        "folder": both keys are columns of the captions table. Their defaults stand for the usual names.
       caption_lines: "folder": which lines of a caption's text file are captions, "all" or the "first" one.
       caption_from: "folder": captions come from "files" (text files or a table), or are made from "file_names"
         (`big_red-dog_01.png` becomes "big red dog") or from "folder_names" (the name of the image's folder).
@@ -76,6 +76,12 @@ class DataOptions:
             self, "data", positive=["image_size", "max_file_bytes"], at_least_0=["workers"], below_1=["bpe_dropout"],
             choices={"augment": _AUGMENTS, "caption_lines": _CAPTION_LINES, "caption_from": _CAPTION_FROM},
         )  # fmt: skip
+        for key, usual in (("caption_lines", "all"), ("caption_from", "files")):
+            if self.source not in ("auto", "folder") and getattr(self, key) != usual:
+                raise ConfigError(
+                    f"config.data.{key} is {getattr(self, key)!r}, which only config.data.source='folder' can use; "
+                    f"the source is {self.source!r}. Set config.data.{key} to {usual!r}."
+                )
         if not 1 <= self.max_pixels <= MOST_PIXELS:
             raise ConfigError(f"config.data.max_pixels is {self.max_pixels}; expected 1 to {MOST_PIXELS}.")
         if self.source in ("auto", "folder", "tar_shards") and not self.path:
@@ -92,7 +98,7 @@ class DataOptions:
 
 @dataclasses.dataclass(frozen=True)
 class LeftOut:
-    """Examples that a prepared data set lacks because their original files were damaged.
+    """Examples that a data set lacks: damaged originals of a prepared one, or files and rows of a folder.
 
     Attributes:
       reason: the heading under which they are counted, a few words.

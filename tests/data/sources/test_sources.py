@@ -1,5 +1,3 @@
-import csv
-import json
 import pickle
 
 import numpy as np
@@ -24,45 +22,6 @@ def reason(source, index):
     with pytest.raises(UnreadableExample) as caught:
         source[index]
     return caught.value.reason
-
-
-def test_text_files_next_to_the_images(tmp_path):
-    save(tmp_path / "b.png")
-    save(tmp_path / "a" / "c.jpg", (0, 255, 0))
-    (tmp_path / "b.txt").write_text("A red thing\n\nSomething red: ü\n", encoding="utf-8")
-    (tmp_path / "a" / "c.txt").write_bytes(b"\xef\xbb\xbfa green thing\r\n")
-    source = open_source(DataOptions(source="folder", path=str(tmp_path)), "all")
-    assert len(source) == 2
-    assert source[0]["name"] == "a/c.jpg" and source[1]["name"] == "b.png"
-    assert source[0]["captions"] == ["a green thing"]
-    assert source[1]["captions"] == ["A red thing", "Something red: ü"]
-    assert source[1]["image"].shape == (4, 6, 3) and source[1]["image"].dtype == np.uint8
-    np.testing.assert_array_equal(source[1]["image"][0, 0], [255, 0, 0])
-    assert source[1]["extra"] == {}
-    assert list(source.captions()) == ["a green thing", "A red thing", "Something red: ü"]
-    with pytest.raises(IndexError):
-        source[2]
-
-
-@pytest.mark.parametrize("file_key", ["file", "file_name", "image"])
-def test_jsonl(tmp_path, file_key):
-    for name in ("x.png", "y.png"):
-        save(tmp_path / name)
-    rows = [{file_key: "y.png", "caption": "why"}, {file_key: "x.png", "captions": ["ex", "cross"]}]
-    (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
-    source = FolderSource(tmp_path)
-    assert [source[i]["name"] for i in range(2)] == ["y.png", "x.png"]  # the order of the rows
-    assert [source[i]["captions"] for i in range(2)] == [["why"], ["ex", "cross"]]
-
-
-def test_csv(tmp_path):
-    save(tmp_path / "x.png")
-    with open(tmp_path / "captions.csv", "w", newline="") as file:
-        rows = [["file", "captions"], ["x.png", "one, a comma|two"], ["gone.png", "three"]]
-        csv.writer(file).writerows(rows)
-    source = FolderSource(tmp_path)
-    assert source[0]["captions"] == ["one, a comma", "two"]
-    assert reason(source, 1) == "missing file"
 
 
 def test_each_fault_of_an_example_has_a_reason(tmp_path):
@@ -103,35 +62,6 @@ def test_transparency_becomes_white_and_grey_becomes_rgb(tmp_path):
     source = FolderSource(tmp_path)
     np.testing.assert_array_equal(source[0]["image"], 255)
     np.testing.assert_array_equal(source[1]["image"], 7)
-
-
-def test_splits_of_a_folder(tmp_path):
-    rows = [{"file": f"{i}.png", "caption": "x"} for i in range(60)]
-    (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    splits = ("train", "validation", "all")
-    names = {split: [e[0] for e in FolderSource(tmp_path, split)._entries] for split in splits}
-    assert len(names["validation"]) == 3 and len(names["train"]) == 57
-    assert sorted(names["train"] + names["validation"]) == sorted(names["all"])
-    (tmp_path / "captions.jsonl").write_text("\n".join(json.dumps(row) for row in rows[::-1]))
-    assert sorted(e[0] for e in FolderSource(tmp_path, "validation")._entries) == sorted(names["validation"])
-    with pytest.raises(DataError, match="test"):
-        FolderSource(tmp_path, "test")
-    save(tmp_path / "test" / "only.png")
-    assert [e[0] for e in FolderSource(tmp_path, "test")._entries] == ["only.png"]
-
-
-def test_folder_errors(tmp_path):
-    with pytest.raises(DataError, match="data.path"):
-        FolderSource(tmp_path / "absent")
-    with pytest.raises(DataError, match="captions.jsonl"):
-        FolderSource(tmp_path)
-    (tmp_path / "captions.jsonl").write_text('{"file": "x.png", "caption": "a"}\nnonsense\n')
-    with pytest.raises(DataError, match="line 2"):
-        FolderSource(tmp_path)
-    for row in ('{"caption": "a"}', '["x.png"]', '{"file": "x.png", "caption": 3}'):
-        (tmp_path / "captions.jsonl").write_text(row)
-        with pytest.raises(DataError, match="row 1"):
-            FolderSource(tmp_path)
 
 
 def test_options_from_config():

@@ -1,0 +1,268 @@
+"""`config.minutes`: fixes the number of updates so that a training ends in time on this machine.
+
+The costs of a training are measured once at its start, with the real data and the real programs, in a throw-away run.
+The number of updates that fits into the remaining time becomes `config.steps`, which the schedules follow. It is
+written into the run's config.json. A resumed run reads it there and measures nothing, so its numbers do not depend on
+the machine. They equal those of a run with `--config.steps=N`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import io
+import time
+from collections.abc import Callable
+
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from dalle_jax import compilation_cache
+from dalle_jax.checkpoints.workdir import has_checkpoint, has_config, read_config
+from dalle_jax.distributed.sharding import on_mesh
+from dalle_jax.distributed.turns import first_host_says, is_first
+from dalle_jax.errors import ConfigError
+from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
+from dalle_jax.reporting.progress import duration, until
+from dalle_jax.tasks.task import Job
+from dalle_jax.training.run import Run
+
+LEAST_STEPS = 10  # a training of fewer updates is not worth its compilation
+_MOST_STEPS = 10**9
+_PROVISIONAL_STEPS = 10_000  # of the schedules while the costs are measured
+_WARM_UP = 3  # the first updates also fill queues and caches
+_TIMED_STEPS = 5
+_SHARE = 0.02  # of the budget, for timing more updates
+_LONGEST_WINDOW = 20.0  # seconds
+_FOLDER = "timing"  # of the throw-away run, inside the workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """Measured costs of a training, in seconds.
+
+    Attributes:
+      start: building the job, initialising the state, compiling, and the first update.
+      step: one update.
+      evaluation, preview, checkpoint: one of them.
+    """
+
+    start: float
+    step: float
+    evaluation: float
+    preview: float
+    checkpoint: float
+
+    def pauses(self, config: ConfigDict) -> float:
+        """Returns the seconds of all evaluations, previews and checkpoints of a run of `config.steps` updates."""
+        counts = (_events(config.steps, config.cadence[name]) for name in ("eval", "preview", "checkpoint"))
+        return sum(n * cost for n, cost in zip(counts, (self.evaluation, self.preview, self.checkpoint)))
+
+    def whole(self, config: ConfigDict) -> float:
+        """Returns the seconds of a run of `config.steps` updates."""
+        return self.start + config.steps * self.step + self.pauses(config)
+
+
+def _events(steps: int, every: int) -> int:
+    """Returns how often work at a cadence happens. The last step always does it."""
+    return -(-steps // every) if every > 0 else 1
+
+
+def with_steps(config: ConfigDict, steps: int) -> ConfigDict:
+    """Returns a copy of a configuration with another `steps`. Its schedules and its cadence follow."""
+    changed = copy.deepcopy(config)  # a copy that keeps the references between keys
+    changed.steps = steps
+    return changed
+
+
+def fixed_steps(config: ConfigDict, workdir: str) -> int | None:
+    """Returns the number of updates that the run in `workdir` is fixed to, or None if it is to be planned.
+
+    A run with a checkpoint is fixed. So is a run without one whose config.json was planned for the same minutes. Every
+    host must call this equally often.
+
+    Args:
+      config: a training configuration. Without `minutes` the result is None.
+      workdir: directory of the run. It may not exist.
+    """
+    if config.get("minutes") is None:
+        return None
+    return first_host_says("planned steps", _stored_steps(config, workdir) if is_first() else None)
+
+
+def _stored_steps(config: ConfigDict, workdir: str) -> int | None:
+    if not has_config(workdir):
+        return None
+    stored = read_config(workdir)
+    return stored["steps"] if stored.get("minutes") == config.minutes or has_checkpoint(workdir) else None
+
+
+def settle(
+    config: ConfigDict,
+    workdir: str,
+    make_job: Callable[[ConfigDict], Job],
+    mesh: Mesh,
+    options: OptimizerOptions,
+    average: AverageOptions,
+    began: float,
+) -> tuple[ConfigDict, Costs | None]:
+    """Fixes the number of updates: that of the existing run, or else by measuring.
+
+    Args:
+      config: a training configuration with `minutes`.
+      workdir: an existing directory.
+      make_job: builds task and data of a configuration.
+      mesh, options, average: see `validate`.
+      began: the `time.perf_counter()` at which the minutes began.
+
+    Returns:
+      The configuration with its `steps`, and the measured costs, None for an existing run.
+
+    Raises:
+      ConfigError: fewer than `LEAST_STEPS` updates fit.
+    """
+    fixed = fixed_steps(config, workdir)
+    if fixed is not None:
+        planned = read_config(workdir).get("minutes")
+        how = "was not planned by minutes" if planned is None else f"was planned for {planned:g} minutes"
+        remedy = "" if planned == config.minutes else " To plan again, give a new --workdir=DIR."
+        logging.info("%s %s: it ends at step %d, on any machine.%s", workdir, how, fixed, remedy)
+        return with_steps(config, fixed), None
+    provisional = with_steps(config, _PROVISIONAL_STEPS)
+    began_build = time.perf_counter()
+    job = make_job(provisional)
+    building = time.perf_counter() - began_build
+    with on_mesh(mesh):
+        costs = measure(provisional, workdir, job, mesh, options, average)
+    costs = dataclasses.replace(costs, start=building + costs.start)  # the job is built once more for the run
+    costs = Costs(**first_host_says("costs of the training", dataclasses.asdict(costs)))
+    return plan(config, workdir, costs, first_host_says("seconds passed", time.perf_counter() - began)), costs
+
+
+def plan(config: ConfigDict, workdir: str, costs: Costs, passed: float) -> ConfigDict:
+    """Returns the configuration with the number of updates that fit into its minutes.
+
+    Args:
+      config: a training configuration with `minutes`.
+      workdir: for messages.
+      costs: of the training.
+      passed: seconds of the minutes that have passed.
+
+    Raises:
+      ConfigError: fewer than `LEAST_STEPS` updates fit.
+    """
+    left = 60 * config.minutes - passed
+    steps = most_steps(config, costs, left)
+    parts = f"start {costs.start:.1f} s, step {costs.step:.3g} s, evaluation {costs.evaluation:.1f} s, preview "
+    parts += f"{costs.preview:.1f} s, checkpoint {costs.checkpoint:.1f} s"
+    if steps < LEAST_STEPS:
+        needed = (passed + costs.whole(with_steps(config, LEAST_STEPS))) / 60
+        raise ConfigError(
+            f"config.minutes={config.minutes:g} is too short for {workdir}: {duration(passed)} have passed, and fewer "
+            f"than {LEAST_STEPS} updates fit into the rest ({parts}). This training needs at least {1.05 * needed:.2g} "
+            "minutes: give a larger --config.minutes=M. The tokenizer of a prior gets its own share: "
+            "--config.tokenizer.minutes=M."
+        )
+    logging.info("%s: measured %s", workdir, parts)
+    logging.info("%s: %d steps fit into %g minutes%s", workdir, steps, config.minutes, until(left))
+    return with_steps(config, steps)
+
+
+def compared(config: ConfigDict, workdir: str, began: float) -> str:
+    """Returns a line with the planned and the real time, for the end of a run."""
+    return f"{workdir}: planned {duration(60 * config.minutes)}, took {duration(time.perf_counter() - began)}"
+
+
+def most_steps(config: ConfigDict, costs: Costs, seconds: float) -> int:
+    """Returns the largest number of updates whose run ends within `seconds`; 0 if there is none."""
+    trial = copy.deepcopy(config)
+
+    def fits(steps: int) -> bool:
+        trial.steps = steps
+        return costs.whole(trial) <= seconds
+
+    most = 0
+    for bit in reversed(range(_MOST_STEPS.bit_length())):
+        if fits(most + (1 << bit)):
+            most += 1 << bit
+    return most
+
+
+def measure(
+    config: ConfigDict, workdir: str, job: Job, mesh: Mesh, options: OptimizerOptions, average: AverageOptions
+) -> Costs:
+    """Measures the costs of a training in a throw-away run in a folder of `workdir`, which is removed again.
+
+    Args:
+      config: a training configuration whose `steps` are not reached.
+      workdir: an existing directory.
+      job: task and data.
+      mesh, options, average: see `validate`. Call it inside `on_mesh(mesh)`.
+    """
+    folder = epath.Path(workdir) / _FOLDER
+    _remove(folder)
+    config = copy.deepcopy(config)
+    config.profile_steps = 0
+    if config.get("start_from"):
+        config.start_from = None  # the costs do not depend on the values of the parameters
+    budget = 60 * config.minutes
+    try:
+        if is_first():
+            folder.mkdir(parents=True)
+        first_host_says("the folder for timing exists", True)
+        with contextlib.ExitStack() as cleanup:
+            began = time.perf_counter()
+            run = Run(config, str(folder), job, mesh, options, average, cleanup, out=io.StringIO())
+            with compilation_cache.turned_off():  # the real update has other constants, so it is never cached
+                _advance(run, 0, 1)
+            start = time.perf_counter() - began
+            _advance(run, 1, _WARM_UP)
+            done, seconds = 1 + _WARM_UP, _advance(run, 1 + _WARM_UP, _TIMED_STEPS)
+            window = min(_SHARE * budget, _LONGEST_WINDOW)
+            more = first_host_says("timed steps", int(window * _TIMED_STEPS / max(seconds, 1e-6)))
+            done += _TIMED_STEPS
+            more = min(more, _PROVISIONAL_STEPS // 2)
+            seconds += _advance(run, done, more)
+            done += more
+            evaluation = _settled(lambda: run.evaluate(done), budget)
+            preview = _settled(lambda: run.preview(done), budget)
+
+            def save() -> None:
+                run.save(done, None)
+                run.checkpoints.wait()
+
+            return Costs(start, seconds / (_TIMED_STEPS + more), evaluation, preview, _seconds(save))
+    finally:
+        _remove(folder)
+
+
+def _advance(run: Run, done: int, count: int) -> float:
+    """Trains `count` steps after `done` steps as the training loop does, and returns the seconds they took."""
+    began = time.perf_counter()
+    for step in range(done + 1, done + count + 1):
+        run.queue(step, run.next_batch())
+        run.report(keep=1)
+    run.report(keep=0)
+    return time.perf_counter() - began
+
+
+def _settled(work: Callable[[], object], budget: float) -> float:
+    """Returns the seconds of some work without compiling: of its second time, unless the first took too long."""
+    first = _seconds(work)
+    again = first_host_says("time it again", first < _SHARE * 2 * budget)
+    return _seconds(work) if again else first
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
+def _remove(folder: epath.Path) -> None:
+    """Removes the folder of an earlier or of this measurement."""
+    if is_first() and folder.exists():
+        folder.rmtree()
