@@ -104,10 +104,10 @@ def renew(
     parents = jnp.searchsorted(steps, jax.random.uniform(parent_key, (count,)) * steps[-1], side="right")
     parents = jnp.minimum(parents, count - 1)
     spread = jnp.sqrt(errors / jnp.maximum(uses, 1e-9) / width)[parents]
-    beside = vectors[parents] + _SPLIT * spread[:, None] * jax.random.normal(noise_key, vectors.shape)
+    moved = vectors[parents] + _SPLIT * spread[:, None] * jax.random.normal(noise_key, vectors.shape)
     children = jnp.zeros(count).at[parents].add(dead.astype(jnp.float32))
     return {
-        "vectors": jnp.where(dead[:, None], beside, vectors),
+        "vectors": jnp.where(dead[:, None], moved, vectors),
         "uses": jnp.where(dead, 2 * dead_below, uses),
         "errors": jnp.where(dead, 0.0, errors / (1 + children)),
     }

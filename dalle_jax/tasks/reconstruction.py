@@ -1,4 +1,4 @@
-"""What the trainings of all image tokenizers share: previews, metrics over batches, and words about them.
+"""The parts that trainings of all image tokenizers share: previews, metrics over batches, and words about them.
 
 B rows    H, W image    V vocabulary
 """
