@@ -10,6 +10,10 @@
 Their codes start from clusters of patches (dalle_jax/image_tokenizers/kmeans_init.py), because a few thousand updates
 are too few for the paper's start. Their encoder then moves slowly while the decoder learns the codes.
 
+`small` is not the paper's. It is a vector-quantised tokenizer (dalle_jax/image_tokenizers/vq_network.py, task "vq"),
+whose codes are running averages and whose training decodes tokens, because the relaxation makes little progress in a
+few thousand updates. Its grid has model.tokens_per_side=8 rows at any data.image_size that 8 divides.
+
 `small` and `folder` fix their number of updates by the size of the data set (`from_data`), once, at the beginning.
 `--config.steps=N` sets it instead.
 
@@ -25,8 +29,10 @@ from dalle_jax.configuration.sections import schedule, section
 from dalle_jax.configuration.size_rules import SizeRules
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.image_tokenizers.dvae import DVAEOptions
+from dalle_jax.image_tokenizers.vq_network import VQOptions
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.tasks.dvae import ObjectiveOptions
+from dalle_jax.tasks.vq import VQObjectiveOptions
 
 SMALL_MODEL = dict(groups=1, in_kernel=1, stem_factor=4)  # no convolution at full resolution
 HALF_WIDTH = dict(hidden=128, dtype="bfloat16")
@@ -42,6 +48,17 @@ def cpu(steps):
         "schedules.learning_rate": schedule("warmup_cosine", peak=1e-2, end=1e-4, warmup_steps=50, steps=steps),
         "schedules.temperature": schedule("cosine", start=0.25, end=1 / 16, steps=steps // 2),
         "schedules.kl_weight": schedule("constant", value=0.05),
+        "ema.decay": 0.99,
+        **sections.cadence((steps + 3) // 4),
+    }
+
+
+def quantized(steps):
+    """Overrides for the vector-quantised tokenizer and a short training on a CPU."""
+    return {
+        "optimizer.b2": 0.99,
+        "optimizer.clip_norm": 1.0,
+        "schedules": {"learning_rate": schedule("warmup_cosine", peak=2e-3, end=4e-5, warmup_steps=50, steps=steps)},
         "ema.decay": 0.99,
         **sections.cadence((steps + 3) // 4),
     }
@@ -75,8 +92,8 @@ VARIANTS = {
     "small": dict(
         doc="your own images (data.path), 32 or 64 pixels; a laptop or small GPU, time by their number",
         data=sections.OWN,
-        model=dict(vocab_size=2048, hidden=160, codebook_dim=160, min_log_scale=-0.5, **SMALL_MODEL),
-        batch_size=32, steps=None, from_data=dict(passes=10, min_steps=1000, max_steps=4000), overrides=[cpu],
+        task="vq", model=dict(vocab_size=2048), batch_size=32,
+        steps=None, from_data=dict(passes=10, min_steps=1000, max_steps=4000), overrides=[quantized],
     ),
     "folder": dict(
         doc="your own images (data.path), 128 pixels; one GPU, not yet measured",
@@ -98,6 +115,9 @@ VARIANTS = {
     ),
 }  # fmt: skip
 
+# config.task → the options of `model` and `objective`
+OPTIONS = {"dvae": (DVAEOptions, ObjectiveOptions), "vq": (VQOptions, VQObjectiveOptions)}
+
 KEYS = sections.TRAINING_KEYS | {
     "start_from": "workdir of another image tokenizer: start from its parameters",
     "model.vocab_size": "number of codes",
@@ -111,7 +131,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
 
     config = ConfigDict()
     config.job = "train"
-    config.task = "dvae"
+    config.task = row.get("task", "dvae")
     config.variant = variant
     config.workdir = f"runs/dvae-{variant}"
     config.seed = 0
@@ -121,8 +141,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.start_from = placeholder(str)
 
     config.data = section(DataOptions, **row["data"])
-    config.model = section(DVAEOptions, without=["image_size"], **row["model"])
-    config.objective = section(ObjectiveOptions)
+    model, objective = OPTIONS[config.task]
+    config.model = section(model, without=["image_size"], **row["model"])
+    config.objective = section(objective)
     config.optimizer = section(OptimizerOptions, weight_decay=1e-4)
     config.schedules = ConfigDict({
         "learning_rate": schedule("cosine", start=1e-4, end=1.25e-6, steps=steps),

@@ -14,6 +14,7 @@ import dataclasses
 import math
 
 from dalle_jax.image_tokenizers.dvae import DVAEOptions
+from dalle_jax.image_tokenizers.vq import VQOptions
 from dalle_jax.models.clip import CLIPOptions
 from dalle_jax.models.transformer import ACTIVATIONS, TransformerOptions
 from dalle_jax.priors.maskgit import MaskGITPrior
@@ -22,6 +23,7 @@ from dalle_jax.tasks.clip import CLIPTask
 from dalle_jax.tasks.dvae import DVAETask
 from dalle_jax.tasks.prior import PriorTask
 from dalle_jax.tasks.task import Batch, Task
+from dalle_jax.tasks.vq import VQTask
 
 
 def training(task: Task, batch: Batch) -> float:
@@ -36,17 +38,29 @@ def training(task: Task, batch: Batch) -> float:
     """
     rows, side = batch["image"].shape[:2]
     if isinstance(task, PriorTask):
-        o = dataclasses.replace(task.tokenizer.options, image_size=side)
-        return rows * (3 * prior(task.prior) + (0.0 if "tokens" in task.frozen else encoder(o)))
+        return rows * (3 * prior(task.prior) + (0.0 if "tokens" in task.frozen else _frozen_encoder(task, side)))
     if isinstance(task, DVAETask):
         o = task.tokenizer.options
         return rows * (3 * (encoder(o) + decoder(o)) - first_layer(o))
+    if isinstance(task, VQTask):
+        o = task.tokenizer.options
+        first = 2 * o.tokens_per_side**2 * o.subpixels * (9 * o.hidden + o.code_dim)
+        return rows * (3 * (vq_encoder(o) + vq_decoder(o)) + vq_search(o) - first)
     if isinstance(task, CLIPTask):
         o = task.clip.options
         seen = 1 + task.negatives.spoiled
         similarities = 2 * rows * (rows + task.negatives.spoiled) * o.embed_dim
         return rows * (3 * (seen * image_tower(o) + text_tower(o)) - seen * patches(o)) + 3 * similarities
     raise ValueError(f"The sizes of {type(task).__name__} are unknown.")
+
+
+def _frozen_encoder(task: PriorTask, side: int) -> float:
+    """Counts the encoding of one image of `side` pixels to tokens."""
+    o = task.tokenizer.options
+    if isinstance(o, VQOptions):
+        positions = (side // o.downsample / o.tokens_per_side) ** 2
+        return positions * (vq_encoder(o) + vq_search(o))
+    return encoder(dataclasses.replace(o, image_size=side))
 
 
 def sampling(prior_: TokenPrior, rows: int) -> float:
@@ -128,6 +142,29 @@ def decoder(o: DVAEOptions) -> float:
     codebook = 2 * sides[0] ** 2 * o.vocab_size * o.codebook_dim
     output = 2 * side**2 * o.hidden * 6 * o.stem_factor**2
     return codebook + _blocks(o, widths, sides, o.codebook_dim, (1, 3, 3, 3)) + output
+
+
+# -- the vector-quantised tokenizer -------------------------------------------------------------------------------
+
+
+def _vq_path(o: VQOptions, inputs: int, outputs: int, blocks: int) -> float:
+    per_position = inputs * (outputs + 9 * o.hidden) + blocks * 18 * o.hidden**2 + o.hidden * outputs
+    return 2 * o.tokens_per_side**2 * per_position
+
+
+def vq_encoder(o: VQOptions) -> float:
+    """Counts the encoder for one image, without the search for the nearest codes."""
+    return _vq_path(o, o.subpixels, o.code_dim, o.encoder_blocks)
+
+
+def vq_search(o: VQOptions) -> float:
+    """Counts the distances of one image's features to all codes."""
+    return 2 * o.tokens_per_side**2 * o.code_dim * o.vocab_size
+
+
+def vq_decoder(o: VQOptions) -> float:
+    """Counts the decoder for one image."""
+    return _vq_path(o, o.code_dim, o.subpixels, o.decoder_blocks)
 
 
 # -- CLIP ---------------------------------------------------------------------------------------------------------

@@ -128,8 +128,11 @@ def load_tokenizer(workdir: epath.PathLike) -> tuple[ImageTokenizer, PyTree]:
         options, params = frozen.load(folder, "Delete it: the training then freezes its tokenizer there again.")
         return tokenizers.from_dict(options), params
     config = read_config(workdir)
-    if config.get("task") != "dvae":
-        raise CheckpointError(f"{workdir} holds no image tokenizer: its task is {config.get('task')!r}, not 'dvae'.")
+    if config.get("task") not in tokenizers.TASKS:
+        expected = " or ".join(repr(task) for task in tokenizers.TASKS)
+        raise CheckpointError(
+            f"{workdir} holds no image tokenizer: its task is {config.get('task')!r}, not {expected}."
+        )
     best = read_finished(workdir).get("best") or {}
     with Checkpoints(str(workdir), read_only=True) as checkpoints:
         keeps = config.get("keep", {}).get("best", 0) > 0 and best.get("step") in checkpoints.steps

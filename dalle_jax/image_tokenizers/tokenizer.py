@@ -15,9 +15,11 @@ from ml_collections import ConfigDict
 from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
+from dalle_jax.image_tokenizers.vq import VQOptions, VQTokenizer
 from dalle_jax.pytree import PyTree
 
-_KINDS = {DVAETokenizer.kind: (DVAETokenizer, DVAEOptions)}
+_KINDS = {DVAETokenizer.kind: (DVAETokenizer, DVAEOptions), VQTokenizer.kind: (VQTokenizer, VQOptions)}
+TASKS = tuple(_KINDS)  # the trainings of image tokenizers: `config.task` is the kind
 
 
 @runtime_checkable
@@ -80,13 +82,16 @@ def from_dict(description: Mapping[str, Any]) -> ImageTokenizer:
 
 
 def of_training(config: Mapping[str, Any] | ConfigDict) -> ImageTokenizer:
-    """Returns the tokenizer that a dVAE training configuration describes: `model`, for images of `data.image_size`.
+    """Returns the tokenizer that a training configuration describes: `model`, for images of `data.image_size`.
 
     Args:
-      config: the configuration, or what was read back from a workdir's config.json.
+      config: the configuration, or what was read back from a workdir's config.json. `task` is the tokenizer's kind.
 
     Raises:
       ConfigError: an option that does not exist, or sizes that do not fit each other.
     """
     model = {**dict(config["model"]), "image_size": config["data"]["image_size"]}
-    return DVAETokenizer(from_config(DVAEOptions, model, "model"))
+    if config["task"] not in _KINDS:
+        raise ConfigError(f"config.task is {config['task']!r}: expected the training of an image tokenizer, {TASKS}.")
+    tokenizer, options = _KINDS[config["task"]]
+    return tokenizer(from_config(options, model, "model"))

@@ -28,6 +28,7 @@ from dalle_jax.data.spread import in_spread_order
 from dalle_jax.data.survey import Survey
 from dalle_jax.data.text import TextModel
 from dalle_jax.distributed.turns import first_host_first, is_first
+from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.reporting.contact_sheet import Shown, contact_sheet
 from dalle_jax.reporting.images import save_png
 from dalle_jax.storage.files import expanded, is_remote, make_workdir, write_errors, write_json
@@ -37,7 +38,7 @@ _TRIED = 4  # examples read for each image shown, because some cannot be read
 _DRAWN = ("shapes_captions", "emoji_captions")  # drawn by this package: nothing in them surprises
 _NAMED_ENDINGS = 6
 _IN_WORDS = {"empty caption": "without caption"}  # reasons that the log says in other words
-_TASKS_WITHOUT_CAPTIONS = ("dvae",)
+_TASKS_WITHOUT_CAPTIONS = tokenizers.TASKS
 
 
 def run(config: ConfigDict, workdir: str) -> Survey | None:

@@ -13,7 +13,13 @@ from dalle_jax.errors import ConfigError
 
 # Sources that draw their own images, with the arguments of their builder that variants set.
 _DRAWN = {row["source"]: row["builder_kwargs"] for row in (SHAPES, EMOJI)}
-_FILES = {"dvae": "dvae", "clip": "clip", "autoregressive": "prior", "maskgit": "maskgit"}  # → config file
+_FILES = {
+    "dvae": "dvae",
+    "vq": "dvae",
+    "clip": "clip",
+    "autoregressive": "prior",
+    "maskgit": "maskgit",
+}  # → config file
 
 
 def prepare(config: ConfigDict) -> ConfigDict:

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.errors import ConfigError
+from dalle_jax.image_tokenizers import tokenizer as kinds
 from dalle_jax.jobs import earlier
 from dalle_jax.storage.files import expanded
 
@@ -78,4 +79,4 @@ def has_tokenizer(workdir: str) -> bool:
     if workdirs.has_tokenizer(workdir):
         return True
     stored = earlier.read(workdir)
-    return stored is not None and stored.get("task") == "dvae" and earlier.latest_step(workdir) is not None
+    return stored is not None and stored.get("task") in kinds.TASKS and earlier.latest_step(workdir) is not None

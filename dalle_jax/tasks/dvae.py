@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -28,10 +26,8 @@ from ml_collections import ConfigDict
 from dalle_jax import keys
 from dalle_jax.configuration.options import check, from_config
 from dalle_jax.data.examples import batch_shapes
-from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources.open import open_source
-from dalle_jax.data.sources.source import DataOptions, Source, UnreadableExample, decode_captions
-from dalle_jax.distributed.rows import to_host
+from dalle_jax.data.sources.source import DataOptions, Source
 from dalle_jax.image_tokenizers import logit_laplace
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
@@ -40,15 +36,11 @@ from dalle_jax.image_tokenizers.relaxation import gumbel_softmax, kl_to_uniform
 from dalle_jax.metrics import codebook
 from dalle_jax.optim import schedules
 from dalle_jax.pytree import PyTree
-from dalle_jax.reporting.images import to_uint8
-from dalle_jax.tasks import words
-from dalle_jax.tasks.preview import preview_grid, shown_rows
+from dalle_jax.tasks.reconstruction import ReconstructionTask, decibels, first_images, mean_metrics
 from dalle_jax.tasks.task import Batch, Job, make_job
 
 # Tokens are decoded for every eighth row of a training batch, which costs little and is enough for the log.
 _PROBE_EVERY = 8
-_PREVIEW_ROWS = 16
-_START_IMAGES = 1024  # for the clusters of "kmeans"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,19 +59,15 @@ class ObjectiveOptions:
         check(self, "objective", choices={"init": ("paper", "kmeans")})
 
 
-class DVAETask:
+class DVAETask(ReconstructionTask):
     """The `Task` of the image tokenizer.
 
     Attributes:
       schedules: "temperature" and "kl_weight".
-      best_metric: "psnr" of images decoded from tokens; higher is better.
-      title, studies: see `Task`.
-      frozen: nothing.
+      title: see `Task`.
     """
 
-    best_metric = "+psnr"
-    title, studies = "image tokenizer (dVAE)", "images"
-    frozen: PyTree = {}
+    title = "image tokenizer (dVAE)"
 
     def __init__(
         self,
@@ -99,7 +87,8 @@ class DVAETask:
             the images' patches (`kmeans_init`). None initialises as the paper does.
           held_out: the evaluation split, whose captions the preview shows; None for a preview without captions.
         """
-        self.tokenizer, self._start_from, self._held_out = tokenizer, start_from, held_out
+        super().__init__(tokenizer, held_out)
+        self._start_from = start_from
         self.schedules = {"temperature": temperature, "kl_weight": kl_weight}
 
     def init(self, key: jax.Array) -> PyTree:
@@ -144,7 +133,7 @@ class DVAETask:
             "elbo": -jnp.mean(pixel_nats + kl / subpixels),
             "codebook_perplexity": codebook.perplexity(counts),
             "codebook_usage": codebook.usage(counts),
-            "psnr": _decibels(jnp.mean(squared_error)),
+            "psnr": decibels(jnp.mean(squared_error)),
             "relaxation_gap": jnp.mean(true_nats - pixel_nats[probe]),
         }
 
@@ -158,56 +147,10 @@ class DVAETask:
           codebook_perplexity, codebook_usage: of the tokens of all batches together.
         """
         del frozen, key
-        sums = [to_host(_measure(self.tokenizer, params, batch)) for batch in batches]
-        total = {name: np.sum([each[name] for each in sums], axis=0, dtype=np.float64) for name in sums[0]}
-        rows = max(float(total.pop("rows")), 1.0)
-        counts = jnp.asarray(total.pop("counts"), jnp.float32)
-        means = {name: float(value) / rows for name, value in total.items()}
-        return {
-            **means,
-            "psnr": float(_decibels(jnp.float32(means["mse"]))),
-            "codebook_perplexity": float(codebook.perplexity(counts)),
-            "codebook_usage": float(codebook.usage(counts)),
-        }
-
-    def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
-        """Draws up to 16 images, each with its reconstruction from tokens and, if it has one, its caption."""
-        del frozen, key
-        images, valid = to_host((batch["image"], batch["valid"]))
-        rows = shown_rows(valid, _PREVIEW_ROWS)
-        shown = to_uint8(to_host(_reconstruct(self.tokenizer, params, images[rows])))
-        captions = [""] * len(rows)
-        if self._held_out is not None:
-            captions = [_caption(self._held_out, index) for index in to_host({"index": batch["index"]})["index"][rows]]
-        return preview_grid(captions, [("real", images[rows]), ("reconstructed", shown)])
-
-    def in_words(self, metrics: Mapping[str, float], examples: int) -> list[str]:
-        """See `Task.in_words`."""
-        tokens = examples * math.prod(self.tokenizer.grid(self.tokenizer.options.image_size))
-        usage, perplexity = metrics["codebook_usage"], metrics["codebook_perplexity"]
-        return [
-            words.reconstruction_in_words(metrics["psnr"]),
-            words.codebook_in_words(usage, perplexity, self.tokenizer.vocab_size, tokens),
-        ]
-
-    def next_steps(self, config: ConfigDict, workdir: str, batch: Batch, flags: Sequence[str]) -> list[str]:
-        """See `Task.next_steps`."""
-        del batch, flags
-        tokenizer = words.flag("config.tokenizer_from", workdir)
-        return [f"train a prior with it: {words.train_command('prior', config, tokenizer)}"]
+        return mean_metrics(_measure(self.tokenizer, params, batch) for batch in batches)
 
 
-def _caption(source: Source, index: int) -> str:
-    """Returns the first caption of an example, or ""."""
-    try:
-        return decode_captions(source.record(int(index)))[0]
-    except UnreadableExample:
-        return ""
-
-
-# These are functions of the tokenizer, not methods of the task, because `jax.jit` keeps its static arguments alive.
-
-
+# This is a function of the tokenizer, not a method of the task, because `jax.jit` keeps its static arguments alive.
 @functools.partial(jax.jit, static_argnums=0)
 def _measure(tokenizer: DVAETokenizer, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
     """Returns sums over the valid rows of a batch: scalars, and the counts of the codes, float32 [V]."""
@@ -227,12 +170,6 @@ def _measure(tokenizer: DVAETokenizer, params: PyTree, batch: Batch) -> dict[str
     return {**sums, "counts": codebook.count(tokens, tokenizer.vocab_size, valid)}
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _reconstruct(tokenizer: DVAETokenizer, params: PyTree, images: jax.Array) -> jax.Array:
-    """Encodes uint8 images [B, H, W, 3] and decodes their tokens: float32 [B, H, W, 3]."""
-    return tokenizer.decode(params, tokenizer.encode(params, images))
-
-
 def _errors(
     tokenizer: DVAETokenizer, params: PyTree, images: jax.Array, tokens: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
@@ -245,11 +182,6 @@ def _errors(
 def _nats_per_row(images: jax.Array, mean: jax.Array, log_scale: jax.Array) -> jax.Array:
     """Returns −ln f of uint8 images [B, H, W, 3] under μ and ln b of that shape: nats per subpixel, [B]."""
     return -jnp.mean(logit_laplace.log_prob(logit_laplace.map_pixels(images), mean, log_scale), axis=(1, 2, 3))
-
-
-def _decibels(mean_squared_error: jax.Array) -> jax.Array:
-    """Converts the mean squared error of pixels in [0, 1] to a peak signal-to-noise ratio in dB."""
-    return -10.0 * jnp.log10(jnp.maximum(mean_squared_error, 1e-10))
 
 
 def _task(
@@ -279,10 +211,7 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     options = from_config(DataOptions, config.data, "data")
     start_from = None
     if objective.init == "kmeans":
-        batch_size = config.batch_size
-        training = Pipeline(options, split=options.train_split, train=True, batch_size=batch_size, seed=config.seed)
-        batches = itertools.islice(iter(training), 1 + _START_IMAGES // batch_size)
-        start_from = np.concatenate([batch["image"] for batch in batches])[:_START_IMAGES], objective.kmeans_sharpness
+        start_from = first_images(options, config), objective.kmeans_sharpness
     held_out = open_source(options, options.eval_split)
     return make_job(_task(config, start_from, held_out), config, options, rows, held_out=held_out)
 

@@ -64,8 +64,12 @@ class Task(Protocol):
           step: number of updates before this one, int32 scalar.
 
         Returns:
-          The loss, float32 scalar, and scalars to log, means over the batch.
+          The loss, float32 scalar, and scalars to log, means over the batch. "statistics" among them is no scalar, but
+          a tree of means over the batch for `after_update`; only tasks that have this method return it.
         """
+
+    # A task whose parameters do not all follow a gradient has one more method. It is traced by jit.
+    #   after_update(params, statistics, key) -> params: called after each update of the optimizer.
 
     def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
         """Computes metrics over batches.

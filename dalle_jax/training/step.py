@@ -148,14 +148,17 @@ def make_train_step(
         def loss(params: PyTree, rows: PyTree, key: jax.Array):
             return task.loss(params, frozen, rows, key, state.step)
 
-        key = keys.stream(key, "loss", state.step)
-        grads, scalars = optimizers.accumulated_gradients(loss, state.params, batch, key, options.accumulate_steps)
+        loss_key = keys.stream(key, "loss", state.step)
+        grads, scalars = optimizers.accumulated_gradients(loss, state.params, batch, loss_key, options.accumulate_steps)
+        statistics = scalars.pop("statistics", None)
         gradient_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(scalars["loss"]) & jnp.isfinite(gradient_norm)
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         updates = jax.tree.map(lambda u: -scheduled["learning_rate"] * u, updates)
         params = optax.apply_updates(state.params, updates)
+        if statistics is not None:
+            params = task.after_update(params, statistics, keys.stream(key, "after_update", state.step))
         ema = None if state.ema is None else optimizers.update_average(state.ema, params, state.step + 1, average)
 
         def keep(new: PyTree, old: PyTree) -> PyTree:

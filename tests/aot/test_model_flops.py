@@ -43,6 +43,7 @@ def counted(lowered):
         ("configs/clip.py", "batch_size=8,negatives.spoiled=0,model.image_readout=class_token", 0.05, 0.0),
         ("configs/dvae.py", "batch_size=8", 0.1, 0.1),  # every eighth row is decoded again for the log
         ("configs/dvae.py:folder", "batch_size=8,data.image_size=64,model.hidden=16", 0.1, 0.1),
+        ("configs/dvae.py:small", "batch_size=8,data.source=folder,data.path=.,steps=10", 0.0, 0.25),
     ],
 )
 def test_against_the_program(target, overrides, less, more):

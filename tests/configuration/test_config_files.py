@@ -60,7 +60,8 @@ def check_training(config, name):
 @pytest.mark.parametrize("name, variant", ROWS, ids=[":".join(row) for row in ROWS])
 def test_trainings(name, variant):
     config = load(name).get_config(variant)
-    assert (config.job, config.task, config.variant) == ("train", TRAININGS[name], variant)
+    task = "vq" if (name, variant) == ("dvae", "small") else TRAININGS[name]
+    assert (config.job, config.task, config.variant) == ("train", task, variant)
     options = check_training(config, name)
     config = with_largest(config)
     if name == "clip":

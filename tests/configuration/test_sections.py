@@ -23,6 +23,7 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 # Fields that other keys determine, and so have no key themselves: by section, for each task or job.
 DERIVED = {
     "dvae": {"model.image_size"},
+    "vq": {"model.image_size"},
     "prior": set(),
     "clip": {"model.image_size", "model.text_length", "model.text_vocab", "model.end_id"},
     # Real images are used as they are, at the model's size.

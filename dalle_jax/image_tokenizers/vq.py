@@ -1,0 +1,119 @@
+"""The vector-quantised image tokenizer (`vq_network.py`) as an `ImageTokenizer`.
+
+B batch    H, W image    h, w grid, H = downsample * h    V codes    D code width
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Int, Key, UInt8
+
+from dalle_jax.image_tokenizers.vector_quantizer import nearest
+from dalle_jax.image_tokenizers.vq_network import VQ, VQOptions
+from dalle_jax.pytree import PyTree
+
+
+def to_signed(images: UInt8[ArrayLike, "*axes"]) -> Float[ArrayLike, "*axes"]:
+    """Maps uint8 pixels [...] to float32 [...] in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def from_signed(pixels: Float[ArrayLike, "*axes"]) -> Float[Array, "*axes"]:
+    """Maps pixels of about [-1, 1] to [0, 1], and clips them."""
+    return jnp.clip(pixels / 2 + 0.5, 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class VQTokenizer:
+    """The vector-quantised tokenizer. All methods are pure functions of the parameters.
+
+    Tokenizers with equal options are equal, so that `jax.jit` with a static tokenizer compiles once for all of them.
+
+    Attributes:
+      options: sizes.
+    """
+
+    options: VQOptions
+    kind = "vq"
+
+    @property
+    def module(self) -> VQ:
+        """The network."""
+        return VQ(self.options)
+
+    @property
+    def vocab_size(self) -> int:
+        """V, the number of codes."""
+        return self.options.vocab_size
+
+    @property
+    def downsample(self) -> int:
+        """Side of the square of pixels that one token stands for."""
+        return self.options.downsample
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images that the tokenizer was trained on."""
+        return self.options.image_size
+
+    def grid(self, image_size: int) -> tuple[int, int]:
+        """Returns the number of rows and columns of tokens of a square image; see `VQOptions.grid`."""
+        return self.options.grid(image_size)
+
+    def init(self, key: Key[Array, ""]) -> PyTree:
+        """Returns new parameters, boxed with their logical axis names."""
+        side = self.downsample
+        return self.module.init(key, jnp.zeros((1, side, side, 3)))["params"]
+
+    def features(self, params: PyTree, images: UInt8[ArrayLike, "B H W 3"]) -> Float[Array, "B h w D"]:
+        """Computes the features that are quantised.
+
+        Args:
+          params: unboxed parameters.
+          images: uint8 [B, H, W, 3].
+
+        Returns:
+          float32 [B, h, w, D].
+
+        Raises:
+          ConfigError: H or W is not a multiple of `downsample`.
+        """
+        self.grid(images.shape[1])
+        self.grid(images.shape[2])
+        return self.module.apply({"params": params}, to_signed(images), method="encode")
+
+    def decode_vectors(self, params: PyTree, vectors: Float[ArrayLike, "B h w D"]) -> Float[Array, "B H W 3"]:
+        """Decodes codes, float32 [B, h, w, D], to pixels, float32 [B, H, W, 3], about [-1, 1] and not clipped."""
+        return self.module.apply({"params": params}, vectors, method="decode")
+
+    def encode(self, params: PyTree, images: UInt8[ArrayLike, "B H W 3"]) -> Int[Array, "B h w"]:
+        """Encodes images to tokens: the nearest code at each position.
+
+        Args:
+          params: unboxed parameters.
+          images: uint8 [B, H, W, 3].
+
+        Returns:
+          Tokens, int32 [B, h, w].
+        """
+        features = self.features(params, images)
+        tokens = nearest(features.reshape(-1, features.shape[-1]), params["codes"]["vectors"])
+        return tokens.reshape(features.shape[:-1])
+
+    def decode(self, params: PyTree, tokens: Int[ArrayLike, "B h w"]) -> Float[Array, "B H W 3"]:
+        """Decodes tokens to images.
+
+        Args:
+          params: unboxed parameters.
+          tokens: int32 [B, h, w].
+
+        Returns:
+          Images, float32 [B, H, W, 3] in [0, 1].
+        """
+        return from_signed(self.decode_vectors(params, jnp.take(params["codes"]["vectors"], tokens, axis=0)))
+
+    def codebook(self, params: PyTree) -> Float[ArrayLike, "V D"]:
+        """Returns the codes, float32 [V, D]."""
+        return params["codes"]["vectors"]
