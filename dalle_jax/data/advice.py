@@ -86,7 +86,7 @@ def _on_images(images: ImageSurvey, options: DataOptions) -> Iterator[str]:
     if images.cropped > _CROPPED * seen:
         yield (
             f"{images.cropped:,} of {seen:,} images lose more than a third, because the centre square is used. "
-            "Crop or pad them if their captions mention the edges."
+            "--config.data.fit=pad adds white instead, so that all of an image is seen."
         )
     if images.blank > _BLANK * seen:
         yield f"{images.blank:,} images have a single colour as the model sees them. Remove or crop them."

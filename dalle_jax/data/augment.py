@@ -6,6 +6,8 @@ Listings 1 and 2 in the appendix of Zero-Shot Text-to-Image Generation:
          crop; no flip, because captions mention left, right and text
   none   centred square crop, resized to S, for evaluation and for small data sets drawn to size
 
+With `data.fit=pad`, `fit_square` first pads each image to a square with white, so that no crop loses a part of it.
+
 As in the paper's listings t never exceeds the short side, so no image is enlarged only to be cropped. The listings
 reject an image smaller than S; here it is enlarged to S. The resize is a true area average: every source pixel counts
 by the area it covers. Pillow's BOX filter differs from that at fractional ratios.
@@ -18,6 +20,29 @@ from __future__ import annotations
 import numpy as np
 
 _COLUMNS_AT_ONCE = 512
+
+
+FITS = ("crop", "pad")
+
+
+def fit_square(image: np.ndarray, fit: str) -> np.ndarray:
+    """Pads an image to a square with white if `fit` is "pad"; "crop" leaves it to the crops of `augment`.
+
+    Args:
+      image: uint8 [H, W, 3].
+      fit: one of `FITS`.
+
+    Returns:
+      uint8 [H, W, 3], or [max(H, W), max(H, W), 3] with "pad". The image is in the centre.
+    """
+    height, width = image.shape[:2]
+    if fit == "crop" or height == width:
+        return image
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    square = np.full((side, side, 3), 255, np.uint8)
+    square[top : top + height, left : left + width] = image
+    return square
 
 
 def augment(image: np.ndarray, size: int, kind: str, generator: np.random.Generator | None) -> np.ndarray:

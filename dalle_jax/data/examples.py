@@ -22,7 +22,7 @@ import grain
 import jax
 import numpy as np
 
-from dalle_jax.data.augment import augment
+from dalle_jax.data.augment import augment, fit_square
 from dalle_jax.data.sources.decoding import decode_image
 from dalle_jax.data.sources.source import DataOptions, Record, Source, UnreadableExample, decode_captions
 from dalle_jax.data.tally import TRUNCATED, UNKNOWN_LETTERS, USED, Note
@@ -89,7 +89,7 @@ class ExampleMaker:
         options = self._options
         if self._source.identity is None:
             return {}
-        kept = (options.image_key, options.caption_key, options.limits, self._resizes_at_once)
+        kept = (options.image_key, options.caption_key, options.limits, options.fit, self._resizes_at_once)
         return _CACHES.setdefault((self._source.identity, *kept), {})
 
     @property
@@ -202,7 +202,7 @@ class ExampleMaker:
         return found
 
     def _decode(self, record: Record) -> _Decoded:
-        image = decode_image(record, self._options.limits)
+        image = fit_square(decode_image(record, self._options.limits), self._options.fit)
         if self._resizes_at_once:
             image = augment(image, self._options.image_size, "none", None)
         return image, dataclasses.replace(record, image=b"")

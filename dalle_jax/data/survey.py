@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from dalle_jax.data.augment import centre_square
+from dalle_jax.data.augment import centre_square, fit_square
 from dalle_jax.data.caption_statistics import CaptionStatistics, measure_captions
 from dalle_jax.data.sources.decoding import Header, Limits, decode_image, read_header
 from dalle_jax.data.sources.open import open_source
@@ -234,7 +234,7 @@ def _look(source: Source, options: DataOptions, effort: Effort) -> list[_Look]:
             for place, look in enumerate(found):
                 pixels += math.prod(look.header.size) if look.header else 0
                 decode.append(pixels <= effort.pixels or start + place < _ALWAYS_READ)
-            decoded = pool.map(_decoded, records, found, decode, itertools.repeat(options.limits))
+            decoded = pool.map(_decoded, records, found, decode, itertools.repeat(options))
             looks.update(zip(chunk, decoded))
             file_bytes += sum(len(each.image) for each in records if isinstance(each, Record))
     return [looks[index] for index in sorted(looks)]
@@ -261,15 +261,15 @@ def _without_pixels(record: Record | UnreadableExample, limits: Limits) -> _Look
     return _Look(captions, read_header(record, limits), digest, no_captions=no_captions, error=error)
 
 
-def _decoded(record: Record | UnreadableExample, look: _Look, decode: bool, limits: Limits) -> _Look:
+def _decoded(record: Record | UnreadableExample, look: _Look, decode: bool, options: DataOptions) -> _Look:
     """Returns the look with the result of decoding the image. An image without a readable header is always tried."""
     if isinstance(record, UnreadableExample) or not (decode or look.header is None):
         return look
     try:
-        image = decode_image(record, limits)
+        image = decode_image(record, options.limits)
     except UnreadableExample as unreadable:
         return dataclasses.replace(look, no_image=unreadable.reason, error=str(unreadable))
-    square = centre_square(image)
+    square = centre_square(fit_square(image, options.fit))
     parts = (square[::16, ::16], square)  # a few pixels are enough for most images
     return dataclasses.replace(look, decoded=True, blank=all(bool((part == square[0, 0]).all()) for part in parts))
 
@@ -321,7 +321,7 @@ def _images(looks: Mapping[str, Sequence[_Look]], options: DataOptions) -> Image
         median=sizes[(len(sizes) - 1) // 2],
         largest=sizes[-1],
         below_image_size=sum(min(size) < options.image_size for size in sizes),
-        cropped=sum(max(size) > _LONG * min(size) for size in sizes),
+        cropped=sum(max(size) > _LONG * min(size) for size in sizes) if options.fit == "crop" else 0,
         blank=sum(look.blank for look in every),
         formats=dict(collections.Counter(look.header.format for look in every).most_common()),
         modes=dict(collections.Counter(look.header.mode for look in every).most_common()),

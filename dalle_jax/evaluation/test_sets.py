@@ -24,7 +24,7 @@ import numpy as np
 from absl import logging
 
 from dalle_jax.configuration.options import check, from_config
-from dalle_jax.data.augment import augment
+from dalle_jax.data.augment import augment, fit_square
 from dalle_jax.data.builders.shapes_captions.scenes import Scene
 from dalle_jax.data.sources.decoding import Limits, decode_image
 from dalle_jax.data.sources.open import open_source
@@ -68,6 +68,7 @@ class TestSet:
       image_size: H = W, pixels.
       protocol: how the captions were chosen.
       limits: the largest image that is decoded.
+      fit: how an image becomes a square; see `DataOptions`.
     """
 
     __test__ = False  # tells pytest that this is not a class of tests
@@ -79,7 +80,8 @@ class TestSet:
     source: Source
     image_size: int
     protocol: Protocol
-    limits: Limits
+    limits: Limits = Limits()
+    fit: str = "crop"
 
     def images(self, places: Sequence[int]) -> np.ndarray:
         """Reads real images, prepared as in a prior's training without augmentation (centre square, area average).
@@ -91,7 +93,7 @@ class TestSet:
           uint8 [B, H, W, 3].
         """
         shown = [decode_image(self.source.record(int(self.indices[place])), self.limits) for place in places]
-        return np.stack([augment(image, self.image_size, "none", None) for image in shown])
+        return np.stack([augment(fit_square(image, self.fit), self.image_size, "none", None) for image in shown])
 
     def describe(self) -> dict[str, Any]:
         """Describes the test set for the report, so that another implementation can measure the same."""
@@ -101,7 +103,8 @@ class TestSet:
             "captions_sha256": hashlib.sha256("\n".join(self.captions).encode()).hexdigest(),
             "real_images": len(self.indices),
             "image_size": self.image_size,
-            "real_images_prepared": "centre square, area average",
+            "real_images_prepared": ("centre square" if self.fit == "crop" else "padded to a square")
+            + ", area average",
         }
 
 
@@ -167,5 +170,5 @@ def open_test_set(
         )
     return TestSet(
         tuple(captions.values()), np.array(owners), np.array(indices), tuple(scenes) or None, source,
-        options.image_size, protocol, options.limits,
+        options.image_size, protocol, options.limits, options.fit,
     )  # fmt: skip

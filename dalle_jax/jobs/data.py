@@ -19,7 +19,7 @@ from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
 from dalle_jax.data import survey as surveys
 from dalle_jax.data.advice import advise
-from dalle_jax.data.augment import augment
+from dalle_jax.data.augment import augment, fit_square
 from dalle_jax.data.sources.decoding import decode_image
 from dalle_jax.data.sources.own import choose_source
 from dalle_jax.data.sources.record import UnreadableExample
@@ -274,7 +274,8 @@ def _shown(source: Source, options: DataOptions, count: int) -> Sequence[Shown]:
             break
         try:
             record = source.record(index)
-            image = augment(decode_image(record, options.limits), options.image_size, "none", None)
+            image = fit_square(decode_image(record, options.limits), options.fit)
+            image = augment(image, options.image_size, "none", None)
         except UnreadableExample:
             continue
         try:

@@ -75,6 +75,8 @@ def tokens_of_split(
     if identity is None:
         return encode_split(options, split, tokenizer, params)
     what = [identity, options.image_size, options.image_key, tokenizers.to_dict(tokenizer)]
+    if options.fit != "crop":  # left out otherwise, so that earlier files stay valid
+        what.append(options.fit)
     digest = hashlib.sha256(json.dumps([*what, fingerprint(params)]).encode())
     paths = [epath.Path(folder).expanduser() / f"tokens-{digest.hexdigest()[:16]}.npy" for folder in folders]
     with first_host_first(f"the tokens {paths[0]}"):

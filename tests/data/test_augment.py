@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dalle_jax.data.augment import area_resize, augment
+from dalle_jax.data.augment import area_resize, augment, fit_square
 
 
 def coordinates(height, width):
@@ -107,6 +107,16 @@ def test_prior_crops_near_the_centre_and_never_flips():
 def test_none_is_the_centre():
     crop = augment(coordinates(16, 56), 16, "none", None)
     assert crop[0, 0, 1] == 20 and crop[0, -1, 1] == 35 and crop[-1, 0, 0] == 15
+
+
+@pytest.mark.parametrize(("shape", "place"), [((4, 10), (3, 0)), ((10, 5), (0, 2)), ((6, 6), (0, 0))])
+def test_padding_keeps_the_whole_image_in_the_centre(shape, place):
+    image = np.random.default_rng(0).integers(0, 200, (*shape, 3), np.uint8)
+    side = max(shape)
+    expected = np.full((side, side, 3), 255, np.uint8)
+    expected[place[0] : place[0] + shape[0], place[1] : place[1] + shape[1]] = image
+    np.testing.assert_array_equal(fit_square(image, "pad"), expected)
+    np.testing.assert_array_equal(fit_square(image, "crop"), image)
 
 
 def test_unknown_kind():

@@ -447,6 +447,23 @@ def test_arguments_that_do_not_fit_are_errors(make, model):
         )
 
 
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+def test_wide_images_are_padded_on_request(tmp_path, train, cache):
+    pixels = np.zeros((8, 32, 3), np.uint8)
+    pixels[:, :4] = 200, 0, 0  # lost to the centre square
+    for name in "abc":
+        PIL.Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+    read = {}
+    for fit in ("crop", "pad"):
+        options = DataOptions(source="folder", path=str(tmp_path), image_size=16, fit=fit, cache=cache)
+        with iter(Pipeline(options, split="train", train=train, batch_size=1)) as batches:
+            read[fit] = next(batches)["image"][0]
+    assert not read["crop"].any()
+    np.testing.assert_array_equal(read["pad"][[0, -1]], 255)
+    np.testing.assert_array_equal(read["pad"][8, [0, 1, 2, 15]], [[200, 0, 0]] * 2 + [[0, 0, 0]] * 2)
+
+
 def test_captions_with_unknown_letters_are_counted(caplog):
     """They are used, counted, and the first ones are named with their letters."""
     foreign = TextModel.train(["a red circle"] * 3, vocab_size=40)

@@ -1,5 +1,6 @@
 """The survey of a data set: its counts against a folder with everything in it, samples, and what it rejects."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -88,7 +89,9 @@ def test_images_that_lose_much_to_the_square(tmp_path):
         write(tmp_path, f"{i}.png", encoded(i, (80, 40)), f"number {i}")
     options = DataOptions(source="folder", path=str(tmp_path))
     found = survey(options)
-    assert found.images.cropped == 30 and "centre square" in advise(found, options)[0]
+    assert found.images.cropped == 30 and any("data.fit=pad" in remark for remark in advise(found, options))
+    padded = dataclasses.replace(options, fit="pad")
+    assert survey(padded).images.cropped == 0 and not any("fit" in remark for remark in advise(survey(padded), padded))
 
 
 def test_images_of_a_single_colour_as_the_model_sees_them(tmp_path):

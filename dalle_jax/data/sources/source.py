@@ -16,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dalle_jax.configuration.options import check
+from dalle_jax.data.augment import FITS
 from dalle_jax.data.sources.decoding import MOST_PIXELS, Limits, decode_image
 from dalle_jax.data.sources.record import Record, UnreadableExample
 from dalle_jax.errors import ConfigError
@@ -33,6 +34,7 @@ class DataOptions:
       source: "shapes_captions", "emoji_captions", "folder", "tar_shards", "auto" (one of these two, see own.py),
         "coco_captions", "cub_captions", or any other TFDS name ("name:1.0.0", …).
       image_size: height and width of the images in a batch, in pixels.
+      fit: how an image that is not square becomes one. "crop" cuts its longer side, "pad" adds white to its shorter one.
       augment: "none" (centre square, resized), "dvae" or "prior" (see augment.py); in training only.
       path: depends on source. "folder": the folder of images. "tar_shards": the folder of shards, or a glob.
         "coco_captions" and "cub_captions": your local copy of the data set (TFDS's `manual_dir`), until it is prepared.
@@ -55,6 +57,7 @@ class DataOptions:
 
     source: str = "shapes_captions"
     image_size: int = 32
+    fit: str = "crop"
     augment: str = "none"
     path: str | None = None
     data_dir: str | None = None
@@ -74,7 +77,7 @@ class DataOptions:
     def __post_init__(self):
         check(
             self, "data", positive=["image_size", "max_file_bytes"], at_least_0=["workers"], below_1=["bpe_dropout"],
-            choices={"augment": _AUGMENTS, "caption_lines": _CAPTION_LINES, "caption_from": _CAPTION_FROM},
+            choices={"fit": FITS, "augment": _AUGMENTS, "caption_lines": _CAPTION_LINES, "caption_from": _CAPTION_FROM},
         )  # fmt: skip
         for key, usual in (("caption_lines", "all"), ("caption_from", "files")):
             if self.source not in ("auto", "folder") and getattr(self, key) != usual:
