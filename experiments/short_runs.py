@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 STEPS = ["steps=2", "cadence.eval=2", "cadence.preview=2", "cadence.checkpoint=2", "eval_batches=1", "batch_size=4"]
 FEW_SHAPES = ["data.builder_kwargs.num_train=512"]
 SMALL_DVAE = ["model.vocab_size=32", "model.hidden=8", "model.codebook_dim=8", "model.blocks_per_group=1"]
+SMALL_VQ = ["model.vocab_size=32", "model.hidden=8", "model.code_dim=8"]
 PATCHES = [*SMALL_DVAE, "model.hidden=96", "model.codebook_dim=96"]  # k-means initialisation needs the width
 SMALL_CLIP = [
     *(f"model.{tower}_{size}" for tower in ("image", "text") for size in ("width=16", "depth=1", "heads=2")),
@@ -84,9 +85,9 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
         ],
     }  # fmt: skip
     own_images = {
-        "dvae:small": ["dvae.py:small", *STEPS, *PATCHES, f"data.path={folder}"],
+        "dvae:small": ["dvae.py:small", *STEPS, *SMALL_VQ, f"data.path={folder}"],
         "prior:small": [
-            "prior.py:small", *STEPS, *SMALL_TRUNK, *under("tokenizer.", STEPS + PATCHES), f"data.path={folder}",
+            "prior.py:small", *STEPS, *SMALL_TRUNK, *under("tokenizer.", STEPS + SMALL_VQ), f"data.path={folder}",
             f"tokenizer.workdir={work}/dvae:small",
         ],
         "maskgit:small": [

@@ -14,11 +14,12 @@ _COLOURS = ("red", "green", "blue", "grey", "pink", "black", "white", "brown")
 # Sizes of a tokenizer and of a prior that are traced quickly.
 TINY_DVAE = {
     "model.vocab_size": 16,
-    "model.hidden": 96,  # k-means needs a code for each pixel of a patch
-    "model.codebook_dim": 96,
+    "model.hidden": 8,
+    "model.codebook_dim": 8,
     "model.blocks_per_group": 1,
     "batch_size": 8,
 }
+TINY_VQ = {"model.vocab_size": 16, "model.hidden": 8, "model.code_dim": 4, "model.decoder_blocks": 1, "batch_size": 8}
 TINY_PRIOR = {"model.trunk.width": 16, "model.trunk.depth": 1, "model.trunk.heads": 2}
 TINY_CLIP = {f"model.{tower}_{size}": n for tower in ("image", "text") for size, n in
              (("width", 16), ("depth", 1), ("heads", 2))} | {"batch_size": 8}  # fmt: skip

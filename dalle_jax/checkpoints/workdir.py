@@ -68,12 +68,12 @@ def has_config(workdir: epath.PathLike) -> bool:
         return False
 
 
-def has_checkpoint(workdir: epath.PathLike) -> bool:
-    """Returns whether the training in `workdir` has saved a checkpoint."""
+def latest_step(workdir: epath.PathLike) -> int | None:
+    """Returns the step of the latest checkpoint of the training in `workdir`, or None."""
     if not _path(workdir, "checkpoints").exists():
-        return False
+        return None
     with Checkpoints(str(workdir), read_only=True) as checkpoints:
-        return checkpoints.latest_step is not None
+        return checkpoints.latest_step
 
 
 def is_complete(workdir: epath.PathLike, config: Mapping[str, Any]) -> bool:
@@ -81,11 +81,8 @@ def is_complete(workdir: epath.PathLike, config: Mapping[str, Any]) -> bool:
 
     An early stop counts only if the given `stop_after` would stop there as well. A larger one, or 0, trains further.
     """
-    if not _path(workdir, "checkpoints").exists():
-        return False
-    with Checkpoints(str(workdir), read_only=True) as checkpoints:
-        latest = checkpoints.latest_step or 0
-    if latest >= config["steps"]:
+    latest = latest_step(workdir) or 0
+    if latest and latest >= config["steps"]:
         return True
     finished = read_finished(workdir)
     stopped = finished.get("step") == latest > 0

@@ -97,14 +97,14 @@ class TestSet:
 
     def describe(self) -> dict[str, Any]:
         """Describes the test set for the report, so that another implementation can measure the same."""
+        squares = "centre square" if self.fit == "crop" else "padded to a square"
         return {
             "data": self.source.description,
             "captions": f"{len(self.captions)}, {self.protocol.captions}",
             "captions_sha256": hashlib.sha256("\n".join(self.captions).encode()).hexdigest(),
             "real_images": len(self.indices),
             "image_size": self.image_size,
-            "real_images_prepared": ("centre square" if self.fit == "crop" else "padded to a square")
-            + ", area average",
+            "real_images_prepared": f"{squares}, area average",
         }
 
 

@@ -16,10 +16,9 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
-from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.checkpoints.compatibility import COMPUTE_KEYS, differences, flatten, to_json
 from dalle_jax.errors import ConfigError
-from dalle_jax.storage.files import expanded, full_path, is_remote
+from dalle_jax.storage.files import full_path, is_remote
 from dalle_jax.tasks import registry
 
 Differences = Mapping[str, tuple[Any, Any]]  # key → (stored, given)
@@ -41,15 +40,7 @@ def begun(workdir: str) -> bool:
     """Returns whether a workdir holds results: a checkpoint, a frozen tokenizer or a text model."""
     if workdirs.has_tokenizer(workdir) or workdirs.text_model_path(workdir).exists():
         return True
-    return latest_step(workdir) is not None
-
-
-def latest_step(workdir: str) -> int | None:
-    """Returns the step of the latest checkpoint, or None."""
-    if not (expanded(workdir) / "checkpoints").exists():
-        return None
-    with Checkpoints(str(workdir), read_only=True) as checkpoints:
-        return checkpoints.latest_step
+    return workdirs.latest_step(workdir) is not None
 
 
 def data_differences(stored: Mapping[str, Any], config: ConfigDict) -> Differences:

@@ -60,7 +60,7 @@ def describe(workdir: str) -> str:
     data = inner["data"]
     parts = [f"{data.get('path') or data['source']}, {data['image_size']} pixels"]
     if inner is stored:
-        parts.append(f"step {earlier.latest_step(workdir)}")
+        parts.append(f"step {workdirs.latest_step(workdir)}")
         if (psnr := _last_value(workdir, "eval/psnr")) is not None:
             parts.append(f"held-out psnr {psnr:.2f} dB")
     return f"{workdir}, trained on {'; '.join(parts)}"
@@ -79,4 +79,4 @@ def has_tokenizer(workdir: str) -> bool:
     if workdirs.has_tokenizer(workdir):
         return True
     stored = earlier.read(workdir)
-    return stored is not None and stored.get("task") in kinds.TASKS and earlier.latest_step(workdir) is not None
+    return stored is not None and stored.get("task") in kinds.TASKS and workdirs.latest_step(workdir) is not None

@@ -98,9 +98,10 @@ class CLIPOptions:
     dtype: str = "float32"
 
     def __post_init__(self):
-        sizes = [f"{tower}_{size}" for tower in ("image", "text") for size in ("width", "depth", "heads")]
+        sizes = [f"{tower}_{size}" for tower in ("image", "text") for size in ("width", "heads")]
         choices = {"activation": ACTIVATIONS, "image_readout": READOUTS}
-        check(self, "model", positive=[*sizes, "patch", "embed_dim", "image_positions"], choices=choices)
+        positive = [*sizes, "patch", "embed_dim", "image_positions"]
+        check(self, "model", positive=positive, at_least_0=["image_depth", "text_depth"], choices=choices)
         if self.image_size % self.patch:
             raise ConfigError(
                 f"config.model.patch is {self.patch}; expected a divisor of the image size, {self.image_size}."

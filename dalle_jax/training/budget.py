@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dalle_jax import compilation_cache
-from dalle_jax.checkpoints.workdir import has_checkpoint, has_config, read_config
+from dalle_jax.checkpoints.workdir import has_config, latest_step, read_config
 from dalle_jax.distributed.sharding import on_mesh
 from dalle_jax.distributed.turns import first_host_says, is_first
 from dalle_jax.errors import ConfigError
@@ -98,7 +98,7 @@ def _stored_steps(config: ConfigDict, workdir: str) -> int | None:
     if not has_config(workdir):
         return None
     stored = read_config(workdir)
-    return stored["steps"] if stored.get("minutes") == config.minutes or has_checkpoint(workdir) else None
+    return stored["steps"] if stored.get("minutes") == config.minutes or latest_step(workdir) is not None else None
 
 
 def opened(config: ConfigDict, workdir: str) -> ConfigDict:

@@ -20,11 +20,10 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints.checkpoints import Checkpoints
-from dalle_jax.checkpoints.workdir import read_config
+from dalle_jax.checkpoints.workdir import latest_step, read_config
 from dalle_jax.errors import CheckpointError, ConfigError
 from dalle_jax.models.trunk import unstack
 from dalle_jax.pytree import PyTree, by_path
-from dalle_jax.storage.files import full_path
 from dalle_jax.training.step import TrainState
 
 
@@ -71,9 +70,9 @@ def check_start_from(config: ConfigDict, workdir: str) -> None:
       ConfigError: it holds none.
     """
     start_from = config.start_from
-    if _has_checkpoint(workdir):
+    if latest_step(workdir) is not None:
         return
-    if not _has_checkpoint(start_from):
+    if latest_step(start_from) is None:
         raise ConfigError(
             f"config.start_from={start_from!r} holds no checkpoint: expected the workdir of a training. Check the "
             "path, or leave start_from out to start from scratch."
@@ -83,13 +82,6 @@ def check_start_from(config: ConfigDict, workdir: str) -> None:
             f"config.start_from={start_from!r} holds a training of task {task!r}, and config.task is {config.task!r}. "
             "A training starts from one of the same task."
         )
-
-
-def _has_checkpoint(workdir: str) -> bool:
-    if not (full_path(workdir) / "checkpoints").exists():
-        return False
-    with Checkpoints(str(workdir), read_only=True) as checkpoints:
-        return checkpoints.latest_step is not None
 
 
 @contextlib.contextmanager

@@ -37,12 +37,12 @@ def counted(lowered):
     "target, overrides, less, more",
     [
         ("configs/maskgit.py", SMALL, 0.01, 0.0),  # its attention computes no masked pairs
-        ("configs/maskgit.py:folder", f"{SMALL},data.image_size=32", 0.0, 0.3),
+        ("configs/maskgit.py:folder", f"{SMALL},data.image_size=32,steps=10", 0.0, 0.3),
         ("configs/prior.py", SMALL, 0.15, 0.0),  # its groups of queries also compute masked pairs
         ("configs/clip.py", "batch_size=8", 0.05, 0.0),  # its text tower also computes masked pairs
         ("configs/clip.py", "batch_size=8,negatives.spoiled=0,model.image_readout=class_token", 0.05, 0.0),
         ("configs/dvae.py", "batch_size=8", 0.1, 0.1),  # every eighth row is decoded again for the log
-        ("configs/dvae.py:folder", "batch_size=8,data.image_size=64,model.hidden=16", 0.1, 0.1),
+        ("configs/dvae.py:folder", "batch_size=8,data.image_size=64,model.hidden=16,steps=10", 0.1, 0.1),
         ("configs/dvae.py:small", "batch_size=8,data.source=folder,data.path=.,steps=10", 0.0, 0.25),
     ],
 )

@@ -103,7 +103,7 @@ def test_schedules_follow_the_length_of_the_training(name, variant):
     rate = "schedules/learning_rate"
     if variant in ("shapes", "emoji", "small", "folder"):
         expected = {f"{rate}/steps", "cadence/eval", "cadence/preview", "cadence/checkpoint"}
-        expected |= {"schedules/temperature/steps"} if name == "dvae" else set()
+        expected |= {"schedules/temperature/steps"} if config.task == "dvae" else set()
         expected |= {f"{rate}/warmup_steps"} if name in ("prior", "maskgit") else set()
         if variant == "folder":
             expected |= {"dvae": {"schedules/kl_weight/steps"}, "clip": {f"{rate}/warmup_steps"}}.get(name, set())

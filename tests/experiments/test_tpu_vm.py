@@ -666,7 +666,7 @@ def test_both_scripts_match_the_output_of_the_training_loop():
     assert line.split("'")[1] in loop
     (line,) = [row for row in (FOLDER / "tpu_vm.sh").read_text().splitlines() if row.startswith("resuming=")]
     assert line.split("'")[1] == "resuming from step"
-    assert "{'resuming from' if start < total else 'complete:'} step {start} of {total}" in loop
+    assert "{'complete:' if complete else 'resuming from'} step {start} of {total}" in loop
 
 
 def test_worker_rejects_unknown_commands(worker):

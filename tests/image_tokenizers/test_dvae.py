@@ -225,10 +225,10 @@ def test_description_survives_json():
 
 def test_from_config_reads_the_image_size_of_the_data():
     model = {name: value for name, value in dataclasses.asdict(SMALL).items() if name != "image_size"}
-    config = {"data": {"image_size": 16}, "model": model}
+    config = {"task": "dvae", "data": {"image_size": 16}, "model": model}
     assert tokenizer.of_training(config).options == SMALL
     with pytest.raises(ConfigError, match="hiden"):
-        tokenizer.of_training({"data": {"image_size": 16}, "model": {"hiden": 3}})
+        tokenizer.of_training({**config, "model": {"hiden": 3}})
 
 
 def test_equal_tokenizers_compile_once():

@@ -1,7 +1,7 @@
 """A chain of trainings in which nothing is trained."""
 
 import pytest
-from own_images import TINY_CLIP, TINY_DVAE, TINY_PRIOR, Trained, make_folder
+from own_images import TINY_CLIP, TINY_DVAE, TINY_PRIOR, TINY_VQ, Trained, make_folder
 
 from dalle_jax.aot.target import load_target
 from dalle_jax.checkpoints import workdir as workdirs
@@ -35,10 +35,9 @@ def load(folder, tmp_path, monkeypatch):
 
     def load(target, **changes):
         config = load_target(f"{root}/configs/{target}")
-        tiny = {"dvae": TINY_DVAE, "clip": TINY_CLIP, "prior": TINY_PRIOR}[config.task]
-        if "tokenizer" in config:
-            config.tokenizer.update_from_flattened_dict(TINY_DVAE)
-        config.update_from_flattened_dict(tiny)
+        tiny = {"dvae": TINY_DVAE, "vq": TINY_VQ, "clip": TINY_CLIP, "prior": TINY_PRIOR}
+        for part in (config, *([config.tokenizer] if "tokenizer" in config else [])):
+            part.update_from_flattened_dict(tiny[part.task])
         if not config.data.path and config.data.source in ("auto", "folder"):
             config.data.path = folder
         config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
@@ -55,6 +54,6 @@ def pretend(monkeypatch):
     def latest_step(workdir):
         return steps.get(str(workdir))
 
-    monkeypatch.setattr("dalle_jax.jobs.earlier.latest_step", latest_step)
+    monkeypatch.setattr(workdirs, "latest_step", latest_step)
     monkeypatch.setattr(workdirs, "is_complete", lambda workdir, config: steps.get(str(workdir), -1) >= config["steps"])
     return steps

@@ -91,16 +91,16 @@ TRUNK = [
     ("tokenizer.batch_size", 0),
     ("tokenizer.model.vocab_size", 0),
     ("tokenizer.model.hidden", 0),
-    ("tokenizer.model.hidden", 7),
-    ("tokenizer.model.codebook_dim", 0),
-    ("tokenizer.model.groups", 0),
-    ("tokenizer.model.in_kernel", 2),
-    ("tokenizer.model.stem_factor", 5),
+    ("tokenizer.model.code_dim", 0),
+    ("tokenizer.model.code_dim", 49),
+    ("tokenizer.model.encoder_blocks", -1),
+    ("tokenizer.model.tokens_per_side", 5),
     ("tokenizer.model.dtype", "float12"),
     ("tokenizer.objective.init", "luck"),
-    ("tokenizer.optimizer.scales.encoder", -1.0),
-    ("tokenizer.schedules.temperature.end", 0.0),
-    ("tokenizer.schedules.kl_weight.value", -1.0),
+    ("tokenizer.objective.commitment", -1.0),
+    ("tokenizer.objective.code_decay", 1.0),
+    ("tokenizer.optimizer.b2", 1.5),
+    ("tokenizer.schedules.learning_rate.end", -1.0),
     ("tokenizer.data.train_split", "no_such_split"),
     ("tokenizer.data.path", "no/such/folder"),
     ("tokenizer.data.image_size", 64),
@@ -127,14 +127,25 @@ WRONG = {
         ("model.embed_dim", 0),
         ("model.image_width", 0),
         ("model.image_heads", 3),
-        ("model.text_depth", 0),
+        ("model.text_depth", -1),
         ("model.text_heads", 5),
         ("model.image_readout", "no"),
         ("model.dtype", "float12"),
     ],
     "dvae": COMMON + [
+        ("model.code_dim", 0),
+        ("schedules.learning_rate.end", -1.0),
+    ],
+    "dvae.py:folder": [
         ("model.hidden", 7),
+        ("model.codebook_dim", 0),
+        ("model.groups", 0),
+        ("model.in_kernel", 2),
+        ("model.stem_factor", 5),
+        ("objective.init", "luck"),
         ("schedules.temperature.start", -1.0),
+        ("schedules.temperature.end", 0.0),
+        ("schedules.kl_weight.start", -1.0),
     ],
 }  # fmt: skip
 # The token of the message, where it is not the last part of the key.
@@ -147,9 +158,11 @@ TOKENS = {
     "optimizer.accumulate_steps": "accumulat",
     "schedules.learning_rate.peak": "schedules.learning_rate",
     "schedules.temperature.start": "schedules.temperature",
-    "tokenizer.schedules.temperature.end": "tokenizer.schedules.temperature",
-    "tokenizer.schedules.kl_weight.value": "tokenizer.schedules.kl_weight",
-    "tokenizer.model.stem_factor": "image size",
+    "schedules.temperature.end": "schedules.temperature",
+    "schedules.kl_weight.start": "schedules.kl_weight",
+    "schedules.learning_rate.end": "schedules.learning_rate",
+    "tokenizer.schedules.learning_rate.end": "tokenizer.schedules.learning_rate",
+    "model.stem_factor": "image size",
     "model.dtype": "float12",
     "model.trunk.dtype": "float12",
 }
@@ -158,7 +171,7 @@ CASES = [(name, key, value) for name, rows in WRONG.items() for key, value in ro
 
 @pytest.mark.parametrize("name, key, value", CASES, ids=[f"{name}-{key}={value}" for name, key, value in CASES])
 def test_nothing_is_trained(load, trained, name, key, value):
-    config = load(f"{name}.py:small")
+    config = load(name if ":" in name else f"{name}.py:small")
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=TOKENS.get(key, key.rpartition(".")[2])):
         train_job.run(config, config.workdir)

@@ -139,7 +139,7 @@ def test_another_runs_tokenizer_and_tokens_of_each_batch(trained, tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-5, err_msg=jax.tree_util.keystr(path))
 
     config.tokenizer_from, config.workdir = str(tmp_path / "nowhere"), str(tmp_path / "third")
-    with pytest.raises(CheckpointError, match="nowhere"):
+    with pytest.raises(ConfigError, match="tokenizer_from.*nowhere"):
         train_job.run(config, config.workdir)
 
 

@@ -34,7 +34,7 @@ class DataOptions:
       source: "shapes_captions", "emoji_captions", "folder", "tar_shards", "auto" (one of these two, see own.py),
         "coco_captions", "cub_captions", or any other TFDS name ("name:1.0.0", …).
       image_size: height and width of the images in a batch, in pixels.
-      fit: how an image that is not square becomes one. "crop" cuts its longer side, "pad" adds white to its shorter one.
+      fit: how an image that is not square becomes one. "crop" cuts its longer side, "pad" adds white along it.
       augment: "none" (centre square, resized), "dvae" or "prior" (see augment.py); in training only.
       path: depends on source. "folder": the folder of images. "tar_shards": the folder of shards, or a glob.
         "coco_captions" and "cub_captions": your local copy of the data set (TFDS's `manual_dir`), until it is prepared.
