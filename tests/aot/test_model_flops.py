@@ -11,6 +11,7 @@ from dalle_jax.tasks.registry import abstract
 from dalle_jax.tasks.task import zeros_like
 
 SMALL = "model.trunk.depth=3,model.trunk.scan=False,model.trunk.remat=none,batch_size=4"
+SIZES = "steps=10,text.vocab_size=300,text.length=16"  # those that follow the data set
 
 
 def program_of(config):
@@ -37,7 +38,12 @@ def counted(lowered):
     "target, overrides, less, more",
     [
         ("configs/maskgit.py", SMALL, 0.01, 0.0),  # its attention computes no masked pairs
-        ("configs/maskgit.py:folder", f"{SMALL},data.image_size=32,steps=10", 0.0, 0.3),
+        (
+            "configs/maskgit.py:folder",
+            f"{SMALL},data.image_size=32,steps=10,text.vocab_size=300,text.length=16",
+            0.0,
+            0.3,
+        ),
         ("configs/prior.py", SMALL, 0.15, 0.0),  # its groups of queries also compute masked pairs
         ("configs/clip.py", "batch_size=8", 0.05, 0.0),  # its text tower also computes masked pairs
         ("configs/clip.py", "batch_size=8,negatives.spoiled=0,model.image_readout=class_token", 0.05, 0.0),

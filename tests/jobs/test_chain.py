@@ -32,7 +32,7 @@ def write(workdir, config):
 
 def test_one_path_is_enough(load, trained, folder):
     config, workdir = run(load("prior.py:small"), trained)
-    assert (config.task, config.data.path, config.data.source) == ("dvae", folder, "folder")
+    assert (config.task, config.data.path, config.data.source) == ("vq", folder, "folder")
     assert workdir == "runs/dvae-small"
     other = make_folder(pathlib.Path("other"))
     assert run(load("prior.py:small", tokenizer__data__path=other), trained)[0].data.path == other
