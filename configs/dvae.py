@@ -61,6 +61,8 @@ def quantized(steps):
         "schedules": {"learning_rate": schedule("warmup_cosine", peak=2e-3, end=4e-5, warmup_steps=50, steps=steps)},
         "ema.decay": 0.99,
         **sections.cadence((steps + 3) // 4),
+        "cadence.eval": (steps + 7) // 8,
+        "keep.best": 1,  # a small set is soon learned by heart
     }
 
 

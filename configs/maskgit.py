@@ -55,7 +55,12 @@ def cpu(steps):
 
 def small(steps):
     """Overrides that learn as fast as the autoregressive prior: raster order first, see `MaskGITOptions`."""
-    return {"model.raster_steps": steps // 3, "schedules.learning_rate.peak": 3e-3}
+    return {
+        "model.raster_steps": steps // 3,
+        "schedules.learning_rate.peak": 3e-3,
+        "cadence.eval": (steps + 7) // 8,
+        "keep.best": 1,
+    }
 
 
 def one_gpu(steps):

@@ -8,18 +8,17 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int, Key, UInt8
+from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from dalle_jax.image_tokenizers import logit_laplace
 from dalle_jax.image_tokenizers.dvae_network import DVAE, DVAEOptions
+from dalle_jax.image_tokenizers.network_tokenizer import NetworkTokenizer
 from dalle_jax.pytree import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class DVAETokenizer:
+class DVAETokenizer(NetworkTokenizer):
     """The dVAE as an `ImageTokenizer`. All methods are pure functions of the parameters.
-
-    Tokenizers with equal options are equal, so that `jax.jit` with a static tokenizer compiles once for all of them.
 
     Attributes:
       options: sizes.
@@ -27,35 +26,7 @@ class DVAETokenizer:
 
     options: DVAEOptions
     kind = "dvae"
-
-    @property
-    def module(self) -> DVAE:
-        """The network."""
-        return DVAE(self.options)
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the number of codes."""
-        return self.options.vocab_size
-
-    @property
-    def downsample(self) -> int:
-        """Side of the square of pixels that one token stands for."""
-        return self.options.downsample
-
-    @property
-    def image_size(self) -> int:
-        """Side of the images that the tokenizer was trained on."""
-        return self.options.image_size
-
-    def grid(self, image_size: int) -> tuple[int, int]:
-        """Returns the number of rows and columns of tokens of a square image; see `DVAEOptions.grid`."""
-        return self.options.grid(image_size)
-
-    def init(self, key: Key[Array, ""]) -> PyTree:
-        """Returns new parameters, boxed with their logical axis names."""
-        side = self.downsample
-        return self.module.init(key, jnp.zeros((1, side, side, 3)))["params"]
+    network = DVAE
 
     def encode_logits(self, params: PyTree, images: UInt8[ArrayLike, "B H W 3"]) -> Float[Array, "B h w V"]:
         """Computes the logits of the codes.

@@ -8,8 +8,9 @@ from __future__ import annotations
 import dataclasses
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int, Key, UInt8
+from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
+from dalle_jax.image_tokenizers.network_tokenizer import NetworkTokenizer
 from dalle_jax.image_tokenizers.vector_quantizer import nearest
 from dalle_jax.image_tokenizers.vq_network import VQ, VQOptions
 from dalle_jax.pytree import PyTree
@@ -26,10 +27,8 @@ def from_signed(pixels: Float[ArrayLike, "*axes"]) -> Float[Array, "*axes"]:
 
 
 @dataclasses.dataclass(frozen=True)
-class VQTokenizer:
+class VQTokenizer(NetworkTokenizer):
     """The vector-quantised tokenizer. All methods are pure functions of the parameters.
-
-    Tokenizers with equal options are equal, so that `jax.jit` with a static tokenizer compiles once for all of them.
 
     Attributes:
       options: sizes.
@@ -37,35 +36,7 @@ class VQTokenizer:
 
     options: VQOptions
     kind = "vq"
-
-    @property
-    def module(self) -> VQ:
-        """The network."""
-        return VQ(self.options)
-
-    @property
-    def vocab_size(self) -> int:
-        """V, the number of codes."""
-        return self.options.vocab_size
-
-    @property
-    def downsample(self) -> int:
-        """Side of the square of pixels that one token stands for."""
-        return self.options.downsample
-
-    @property
-    def image_size(self) -> int:
-        """Side of the images that the tokenizer was trained on."""
-        return self.options.image_size
-
-    def grid(self, image_size: int) -> tuple[int, int]:
-        """Returns the number of rows and columns of tokens of a square image; see `VQOptions.grid`."""
-        return self.options.grid(image_size)
-
-    def init(self, key: Key[Array, ""]) -> PyTree:
-        """Returns new parameters, boxed with their logical axis names."""
-        side = self.downsample
-        return self.module.init(key, jnp.zeros((1, side, side, 3)))["params"]
+    network = VQ
 
     def features(self, params: PyTree, images: UInt8[ArrayLike, "B H W 3"]) -> Float[Array, "B h w D"]:
         """Computes the features that are quantised.
