@@ -82,7 +82,7 @@ VARIANTS = {
         data=dict(sections.OWN, bpe_dropout=0.1), text=dict(vocab_size=None, length=None),
         image_tower=dict(width=128, depth=3, heads=4), text_tower=dict(width=96, depth=2, heads=2),
         patch=8, embed_dim=128, batch_size=128,
-        steps=None, from_data=dict(passes=15, min_steps=150, max_steps=2000), overrides=[cpu],
+        steps=None, from_data=dict(passes=15, min_steps=150, max_steps=2000), overrides=[cpu, sections.keep_best],
     ),
     "folder": dict(
         doc="your own images (data.path), 128 pixels; one GPU, not yet measured",

@@ -61,8 +61,6 @@ def quantized(steps):
         "schedules": {"learning_rate": schedule("warmup_cosine", peak=2e-3, end=4e-5, warmup_steps=50, steps=steps)},
         "ema.decay": 0.99,
         **sections.cadence((steps + 3) // 4),
-        "cadence.eval": (steps + 7) // 8,
-        "keep.best": 1,  # a small set is soon learned by heart
     }
 
 
@@ -95,7 +93,7 @@ VARIANTS = {
         doc="your own images (data.path), 32 or 64 pixels; a laptop or small GPU, time by their number",
         data=sections.OWN,
         task="vq", model=dict(vocab_size=2048), batch_size=32,
-        steps=None, from_data=dict(passes=10, min_steps=1000, max_steps=4000), overrides=[quantized],
+        steps=None, from_data=dict(passes=10, min_steps=1000, max_steps=4000), overrides=[quantized, sections.keep_best],
     ),
     "folder": dict(
         doc="your own images (data.path), 128 pixels; one GPU, not yet measured",

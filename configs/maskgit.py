@@ -55,12 +55,7 @@ def cpu(steps):
 
 def small(steps):
     """Overrides that learn as fast as the autoregressive prior: raster order first, see `MaskGITOptions`."""
-    return {
-        "model.raster_steps": steps // 3,
-        "schedules.learning_rate.peak": 3e-3,
-        "cadence.eval": (steps + 7) // 8,
-        "keep.best": 1,
-    }
+    return {"model.raster_steps": steps // 3, "schedules.learning_rate.peak": 3e-3}
 
 
 def one_gpu(steps):
@@ -85,7 +80,7 @@ VARIANTS = {
     "small": dict(
         doc="your own images (data.path), 32 or 64 pixels; a laptop or small GPU, time by their number",
         prior="small", trunk=dict(width=192, depth=6, heads=6), batch_size=4,
-        steps=None, from_data=dict(passes=60, min_steps=4200, max_steps=20_000), overrides=[cpu, small],
+        steps=None, from_data=dict(passes=60, min_steps=4200, max_steps=20_000), overrides=[cpu, small, sections.keep_best],
     ),
     "folder": dict(
         doc="your own images (data.path), 128 pixels; one GPU, not yet measured",

@@ -68,11 +68,6 @@ def cpu(steps):
     }
 
 
-def small(steps):
-    """Overrides for a small set of images, which is soon learned by heart: the best checkpoint is kept too."""
-    return {"cadence.eval": (steps + 7) // 8, "keep.best": 1}
-
-
 def one_gpu(steps):
     """Overrides for a training whose length follows the size of a data set."""
     return {
@@ -103,7 +98,7 @@ VARIANTS = {
         doc="your own images (data.path), 32 or 64 pixels; a laptop or small GPU, time by their number",
         tokenizer="small", data=dict(sections.OWN, bpe_dropout=0.1), text=dict(vocab_size=None, length=None),
         trunk=dict(width=192, depth=6, heads=6), kernel=3, batch_size=4,
-        steps=None, from_data=dict(passes=40, min_steps=1500, max_steps=20_000), overrides=[cpu, small],
+        steps=None, from_data=dict(passes=40, min_steps=1500, max_steps=20_000), overrides=[cpu, sections.keep_best],
     ),
     "folder": dict(
         doc="your own images (data.path), 128 pixels; one GPU, not yet measured",

@@ -13,7 +13,7 @@ Workdirs may be local or remote ("gs://…").
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -68,12 +68,17 @@ def has_config(workdir: epath.PathLike) -> bool:
         return False
 
 
+def steps_of(workdir: epath.PathLike) -> Sequence[int]:
+    """Returns the steps of the checkpoints of the training in `workdir`, ascending; () without one."""
+    if not _path(workdir, "checkpoints").exists():
+        return ()
+    with Checkpoints(str(workdir), read_only=True) as checkpoints:
+        return checkpoints.steps
+
+
 def latest_step(workdir: epath.PathLike) -> int | None:
     """Returns the step of the latest checkpoint of the training in `workdir`, or None."""
-    if not _path(workdir, "checkpoints").exists():
-        return None
-    with Checkpoints(str(workdir), read_only=True) as checkpoints:
-        return checkpoints.latest_step
+    return max(steps_of(workdir), default=None)
 
 
 def is_complete(workdir: epath.PathLike, config: Mapping[str, Any]) -> bool:
@@ -130,10 +135,16 @@ def load_tokenizer(workdir: epath.PathLike) -> tuple[ImageTokenizer, PyTree]:
         raise CheckpointError(
             f"{workdir} holds no image tokenizer: its task is {config.get('task')!r}, not {expected}."
         )
-    best = read_finished(workdir).get("best") or {}
     with Checkpoints(str(workdir), read_only=True) as checkpoints:
-        keeps = config.get("keep", {}).get("best", 0) > 0 and best.get("step") in checkpoints.steps
-        return tokenizers.of_training(config), checkpoints.restore_params(best["step"] if keeps else None)
+        return tokenizers.of_training(config), checkpoints.restore_params(tokenizer_step(workdir))
+
+
+def tokenizer_step(workdir: epath.PathLike) -> int | None:
+    """Returns the step of the checkpoint that `load_tokenizer` reads from a training, or None without a checkpoint."""
+    best = read_finished(workdir).get("best") or {}
+    if read_config(workdir).get("keep", {}).get("best", 0) > 0 and best.get("step") in steps_of(workdir):
+        return best["step"]
+    return latest_step(workdir)
 
 
 # -- the text model -----------------------------------------------------------------------------------------------

@@ -60,18 +60,19 @@ def describe(workdir: str) -> str:
     data = inner["data"]
     parts = [f"{data.get('path') or data['source']}, {data['image_size']} pixels"]
     if inner is stored:
-        parts.append(f"step {workdirs.latest_step(workdir)}")
-        if (psnr := _last_value(workdir, "eval/psnr")) is not None:
+        step = workdirs.tokenizer_step(workdir)
+        parts.append(f"step {step}")
+        if (psnr := _value(workdir, "eval/psnr", step)) is not None:
             parts.append(f"held-out psnr {psnr:.2f} dB")
     return f"{workdir}, trained on {'; '.join(parts)}"
 
 
-def _last_value(workdir: str, key: str) -> Any:
-    """Returns the last value of a metric in metrics.jsonl, or None."""
+def _value(workdir: str, key: str, step: int | None) -> Any:
+    """Returns the value of a metric at a step in metrics.jsonl, or None."""
     path = expanded(workdir) / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     rows = [json.loads(line) for line in lines if f'"{key}"' in line and line.endswith("}")]
-    return rows[-1][key] if rows else None
+    return next((row[key] for row in reversed(rows) if row.get("step") == step), None)
 
 
 def has_tokenizer(workdir: str) -> bool:

@@ -171,7 +171,7 @@ def test_sizes_follow_the_data_and_stay(load, trained, name, pretend):
     sizes = stored(workdir)
     assert sizes["steps"] == config.from_data.min_steps
     assert sizes["schedules"]["learning_rate"]["steps"] == sizes["steps"]
-    assert sizes["cadence"]["eval"] == (sizes["steps"] + 3) // 4
+    assert sizes["cadence"]["preview"] == (sizes["steps"] + 3) // 4
     if name != "dvae":
         assert sizes["text"]["vocab_size"] == 64 and 8 <= sizes["text"]["length"] <= 24
     if "tokenizer" in config:
