@@ -93,7 +93,8 @@ VARIANTS = {
         doc="your own images (data.path), 32 or 64 pixels; a laptop or small GPU, time by their number",
         data=sections.OWN,
         task="vq", model=dict(vocab_size=2048), batch_size=32,
-        steps=None, from_data=dict(passes=10, min_steps=1000, max_steps=4000), overrides=[quantized, sections.keep_best],
+        steps=None, from_data=dict(passes=10, min_steps=1000, max_steps=4000),
+        overrides=[quantized, sections.keep_best],
     ),
     "folder": dict(
         doc="your own images (data.path), 128 pixels; one GPU, not yet measured",

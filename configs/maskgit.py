@@ -80,7 +80,8 @@ VARIANTS = {
     "small": dict(
         doc="your own images (data.path), 32 or 64 pixels; a laptop or small GPU, time by their number",
         prior="small", trunk=dict(width=192, depth=6, heads=6), batch_size=4,
-        steps=None, from_data=dict(passes=60, min_steps=4200, max_steps=20_000), overrides=[cpu, small, sections.keep_best],
+        steps=None, from_data=dict(passes=60, min_steps=4200, max_steps=20_000),
+        overrides=[cpu, small, sections.keep_best],
     ),
     "folder": dict(
         doc="your own images (data.path), 128 pixels; one GPU, not yet measured",
