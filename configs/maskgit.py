@@ -31,7 +31,7 @@ from dalle_jax.configuration import sections
 from dalle_jax.configuration.config_files import choose
 from dalle_jax.configuration.sections import schedule, section
 from dalle_jax.configuration.size_rules import SizeRules
-from dalle_jax.priors.maskgit import MaskGITOptions
+from dalle_jax.priors.maskgit_model import MaskGITOptions
 
 
 def cpu(steps):

@@ -19,7 +19,8 @@ from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.models.transformer import TransformerOptions
 from dalle_jax.optim import schedules
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
-from dalle_jax.priors.maskgit import MaskGITOptions, MaskGITPrior
+from dalle_jax.priors.maskgit import MaskGITPrior
+from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.tasks.dvae import DVAETask
 from dalle_jax.token_layout import TokenLayout
 

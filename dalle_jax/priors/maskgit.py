@@ -23,147 +23,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
-from dalle_jax.configuration.options import check
-from dalle_jax.distributed.sharding import constrain
-from dalle_jax.errors import ConfigError
-from dalle_jax.models.attention.patterns import Bidirectional, Pattern, full_layers
-from dalle_jax.models.dense import Dense
-from dalle_jax.models.transformer import Norm, TextCache, TransformerOptions
-from dalle_jax.models.trunk import Trunk, for_decoding
+from dalle_jax.models.trunk import for_decoding
 from dalle_jax.priors import masking, sampling
 from dalle_jax.priors.alternatives import one_of
-from dalle_jax.priors.embedding import MaskGITEmbedding, start_from_codebook
+from dalle_jax.priors.embedding import start_from_codebook
 from dalle_jax.priors.losses import cross_entropy, drop_captions, mean_over, uniform_cross_entropy
+from dalle_jax.priors.maskgit_model import MaskGITModel, MaskGITOptions
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
 
-HEADS = ("mlm", "linear")
 BUCKETS = 4  # of the share of masked tokens, each with its own metric
-
-
-@dataclasses.dataclass(frozen=True)
-class MaskGITOptions:
-    """Hyper-parameters of the prior.
-
-    Attributes:
-      trunk: options of the transformer.
-      head: "mlm" (the paper's) or "linear" (only the last product and the bias).
-      tied_embeddings: whether the head's last product is with the transposed image embedding.
-      embedding_scale: standard deviation of the embeddings at initialisation.
-      head_scale: standard deviation of untied heads at initialisation.
-      codebook_init: whether image embedding and head start as the tokenizer's codebook; see `start_from_codebook`.
-      neighbour_kernel: side of the square of neighbours that are mixed into each token's embedding; 0 for no mixing.
-      raster_steps: number of first updates that predict each token from the tokens before it in raster order; 0 for
-        none. The updates after them mask random tokens. It needs a `neighbour_kernel` of 3 or more.
-      mask_schedule: γ, used in training and decoding; see `masking.masked_share`.
-      label_smoothing: share of the target that is spread over the vocabulary.
-      unmasked_weight: weight of unmasked positions in the loss; masked positions have weight 1.
-      caption_drop: share of captions that training replaces by the empty caption, for guidance.
-      steps: default number of decoding steps.
-      order: order of unmasking; see `masking.unmasking_order`.
-      choice_temperature: τ of the order "confidence".
-    """
-
-    trunk: TransformerOptions = TransformerOptions()
-    head: str = "mlm"
-    tied_embeddings: bool = True
-    embedding_scale: float = 0.02
-    head_scale: float = 0.02
-    codebook_init: bool = False
-    neighbour_kernel: int = 0
-    raster_steps: int = 0
-    mask_schedule: str = "cosine"
-    label_smoothing: float = 0.1
-    unmasked_weight: float = 0.0
-    caption_drop: float = 0.1
-    steps: int = 8
-    order: str = "confidence"
-    choice_temperature: float = 4.5
-
-    def __post_init__(self):
-        masking.check_schedule(self.mask_schedule)
-        check(self, "model", at_least_0=["choice_temperature"])
-        choices = {"order": masking.ORDERS, "head": HEADS}
-        shares = ["label_smoothing", "unmasked_weight", "caption_drop"]
-        kernel = ["neighbour_kernel"]
-        counts = [*kernel, "raster_steps"]
-        check(self, "model", positive=["steps"], at_least_0=counts, odd=kernel, share=shares, choices=choices)
-        if self.raster_steps and self.neighbour_kernel < 3:
-            raise ConfigError(
-                f"config.model.raster_steps is {self.raster_steps} with neighbour_kernel={self.neighbour_kernel}; in "
-                "raster order a position sees the tokens before it through its neighbours. Set "
-                "--config.model.neighbour_kernel=3 or --config.model.raster_steps=0."
-            )
-
-    @property
-    def patterns(self) -> tuple[Pattern, ...]:
-        """The attention pattern of each layer."""
-        return (Bidirectional(),) * self.trunk.depth
-
-
-class MaskGITModel(nn.Module):
-    """Embeddings, trunk and the masked-token head.
-
-    Attributes:
-      options: options of the prior.
-      layout: layout of the token stream.
-      raster: whether each position sees the caption and the tokens before it in raster order, and neither itself nor
-        later tokens. The parameters are the same.
-    """
-
-    options: MaskGITOptions
-    layout: TokenLayout
-    raster: bool = False
-
-    def setup(self):
-        o, trunk = self.options, self.options.trunk
-        self.embedding = MaskGITEmbedding(
-            trunk, self.layout, o.embedding_scale, o.head_scale, o.tied_embeddings, o.neighbour_kernel, self.raster
-        )
-        self.trunk = Trunk(trunk, self.layout, full_layers(trunk.depth) if self.raster else o.patterns)
-        if o.head == "mlm":
-            self.head = Dense((trunk.width,), (trunk.width,), ("embed", None), trunk.dtype, (None,))
-            self.head_norm = Norm(trunk.norm, trunk.dtype)
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
-        self.image_bias = self.param("image_bias", zeros, (self.layout.image_vocab,))
-
-    def _logits(self, x: Float[ArrayLike, "B N D"]) -> Float[Array, "B N V"]:
-        """Computes logits, float32 [B, N, V], from the states of the image, [B, N, D]."""
-        if self.options.head == "mlm":
-            x = self.head_norm(jax.nn.gelu(self.head(x), approximate=False))
-        return self.embedding.image_logits(x) + self.image_bias[None, None]
-
-    def __call__(
-        self, text: Int[ArrayLike, "B T"], ids: Int[ArrayLike, "B N"], train: bool = False
-    ) -> Float[Array, "B N V"]:
-        """Computes the image logits of a stream.
-
-        Args:
-          text: padded captions, int32 [B, T].
-          ids: image tokens in raster order, `layout.mask_id` where masked, int32 [B, N].
-          train: whether dropout applies.
-
-        Returns:
-          float32 [B, N, V].
-        """
-        x = jnp.concatenate([self.embedding.text(text, train), self.embedding.image(ids, train)], axis=1)
-        x = self.trunk(constrain(x, "batch", "length", "embed_act"), train)
-        return self._logits(x[:, self.layout.text_length :])
-
-    def prefill(self, text: Int[ArrayLike, "C T"]) -> list[TextCache]:
-        """Computes the keys and values of captions, int32 [C, T], in each layer."""
-        return self.trunk.prefill(self.embedding.text(text))[1]
-
-    def refine(self, ids: Int[ArrayLike, "B N"], text: list[TextCache]) -> Float[Array, "B N V"]:
-        """Computes image logits given the captions of `prefill`: ids, int32 [C·n, N], to float32 [C·n, N, V]."""
-        return self._logits(self.trunk.refine(self.embedding.image(ids), text))
 
 
 @dataclasses.dataclass(frozen=True)

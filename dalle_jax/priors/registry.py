@@ -10,7 +10,8 @@ from ml_collections import ConfigDict
 from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import ConfigError
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
-from dalle_jax.priors.maskgit import MaskGITOptions, MaskGITPrior
+from dalle_jax.priors.maskgit import MaskGITPrior
+from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.token_layout import TokenLayout
 

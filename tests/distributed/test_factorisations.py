@@ -24,7 +24,8 @@ from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.models.transformer import TransformerOptions
 from dalle_jax.optim import schedules
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
-from dalle_jax.priors.maskgit import MaskGITOptions, MaskGITPrior
+from dalle_jax.priors.maskgit import MaskGITPrior
+from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.tasks.clip import CLIPTask
 from dalle_jax.tasks.dvae import DVAETask
 from dalle_jax.tasks.prior import PriorTask

@@ -31,7 +31,8 @@ from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.models.transformer import TransformerOptions
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
-from dalle_jax.priors.maskgit import MaskGITOptions, MaskGITPrior
+from dalle_jax.priors.maskgit import MaskGITPrior
+from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.token_layout import TokenLayout
 

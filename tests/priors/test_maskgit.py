@@ -9,7 +9,7 @@ import pytest
 from prior_cases import LAYOUT, N, T, V, changed, loss_of, maskgit, params_of, rows
 
 from dalle_jax.errors import ConfigError
-from dalle_jax.priors.maskgit import MaskGITModel
+from dalle_jax.priors.maskgit_model import MaskGITModel
 from dalle_jax.priors.registry import make
 
 PRIOR = maskgit()

@@ -11,7 +11,7 @@ from prior_cases import LAYOUT, N, changed, maskgit, params_of, rows
 
 from configs import maskgit as config_file
 from dalle_jax.errors import ConfigError
-from dalle_jax.priors.maskgit import MaskGITModel
+from dalle_jax.priors.maskgit_model import MaskGITModel
 from dalle_jax.tasks.registry import check_config
 
 STEPS = 3

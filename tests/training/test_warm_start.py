@@ -13,7 +13,8 @@ import pytest
 from dalle_jax.models.transformer import TransformerOptions
 from dalle_jax.models.trunk import unstack
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
-from dalle_jax.priors.maskgit import MaskGITOptions, MaskGITPrior
+from dalle_jax.priors.maskgit import MaskGITPrior
+from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.token_layout import TokenLayout
 from dalle_jax.training import warm_start as module
 from dalle_jax.training.step import TrainState
