@@ -258,6 +258,7 @@ def test_python_blocks_run(path, random_models, tmp_path, monkeypatch):
 # -- everything, as a user runs it -------------------------------------------------------------------------------------
 
 _DVAE = [*short_runs.STEPS, *short_runs.PATCHES]
+_VQ = [*short_runs.STEPS, *short_runs.SMALL_VQ]
 _PRIOR = [*short_runs.STEPS, *short_runs.SHALLOW_TRUNK]
 _LARGE_DVAE = [*short_runs.STEPS, *short_runs.SMALL_DVAE, "data.image_size=64", "data.workers=0"]
 _LARGE_PRIOR = [*short_runs.STEPS, *short_runs.SMALL_TRUNK, "data.image_size=64", "data.workers=0", "ema.every=1"]
@@ -270,6 +271,7 @@ def _tiny(command):
     under, few = short_runs.under, short_runs.FEW_SHAPES
     small = variant in ("", "shapes", "emoji", "small")
     dvae, prior = (_DVAE, _PRIOR) if small else (_LARGE_DVAE, _LARGE_PRIOR)
+    dvae = _VQ if variant == "small" else dvae
     data = [] if variant else few
     options = {
         "quickstart": [
