@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
+from dalle_jax.configuration.options import defaults_of
+from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.text import TextModel
 from dalle_jax.reporting.units import with_unit
 
@@ -23,6 +25,10 @@ _PSNR = (
 )
 _TOKENS_PER_CODE = 4  # fewer tokens cannot show whether a code is unused
 _MAIN = "python -m dalle_jax.main"
+# Keys of `data` that decide which images and captions a training sees, next to source, path and image_size.
+_DATA_CHOICES = (
+    "fit", "data_dir", "image_key", "caption_key", "caption_lines", "caption_from", "train_split", "eval_split",
+)  # fmt: skip
 
 
 def reconstruction_in_words(psnr: float) -> str:
@@ -100,8 +106,12 @@ def example_captions(text_model: TextModel | None, text_vocab: int, batch: Mappi
 
 def data_flags(config: ConfigDict) -> list[str]:
     """Returns the flags that give another training the same data, if it is not the variant's embedded set."""
-    names = ("source", "path", "image_size") if config.data.get("path") else ()
-    return [flag(f"config.data.{name}", config.data[name]) for name in names]
+    data = config.data
+    if not data.get("path"):
+        return []
+    usual = defaults_of(DataOptions)
+    changed = [name for name in _DATA_CHOICES if data.get(name, usual[name]) not in (None, usual[name])]
+    return [flag(f"config.data.{name}", data[name]) for name in ("source", "path", "image_size", *changed)]
 
 
 def flag(name: str, value: Any) -> str:

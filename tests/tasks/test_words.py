@@ -57,6 +57,14 @@ def test_commands_survive_a_shell():
     assert len(shlex.split(words.train_command("prior", config))) == 4
 
 
+def test_the_next_command_sees_the_same_images_and_captions():
+    config = load("configs/dvae.py:small")
+    config.data.update({"source": "folder", "path": "own", "fit": "pad", "caption_lines": "first", "workers": 3})
+    parts = shlex.split(words.train_command("prior", config))
+    assert {"--config.data.fit=pad", "--config.data.caption_lines=first"} <= set(parts)
+    assert not any("workers" in part or "splits" in part or "caption_key" in part for part in parts)
+
+
 @pytest.mark.parametrize("name", ["generate", "evaluate"])
 @pytest.mark.parametrize("step", ["best", 750, None])
 def test_the_command_accepts_a_step(name, step):
