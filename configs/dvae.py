@@ -17,7 +17,8 @@ few thousand updates. Its grid has model.tokens_per_side=8 rows at any data.imag
 `small` and `folder` fix their number of updates by the size of the data set (`from_data`), once, at the beginning.
 `--config.steps=N` sets it instead.
 
-Measured: shapes and emoji, see README.md and experiments/results/. Not yet measured: the others.
+Measured: shapes and emoji, see README.md and experiments/results/. `small` on Debian's openclipart-png, two CPU cores:
+22.9 dB on held-out images after 1,000 updates and 142 s. Not yet measured: the others.
 """
 
 from ml_collections import ConfigDict
