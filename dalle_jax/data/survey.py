@@ -133,6 +133,7 @@ class Survey:
 
 def survey(
     options: DataOptions,
+    sources: Mapping[str, Source] | None = None,
     *,
     text_length: int | None = None,
     text_model: TextModel | None = None,
@@ -144,6 +145,7 @@ def survey(
 
     Args:
       options: what to read.
+      sources: the open splits by the names in `SPLITS`; None opens them, see `open_splits`.
       text_length: T, the length at which captions are cut; None if it is not known.
       text_model: counts tokens. None trains a temporary model on the captions that were read.
       vocab_size: V of that model; None chooses one that holds all letters.
@@ -158,37 +160,9 @@ def survey(
       DataError: the data set cannot be opened, no image of a split can be read, or a required caption is missing.
       ConfigError: `vocab_size` is too small for the captions.
     """
-    options = dataclasses.replace(options, source=choose_source(options.source, options.path))
-    return survey_sources(
-        open_splits(options), options, text_length=text_length, text_model=text_model, vocab_size=vocab_size,
-        captions=captions, effort=effort,
-    )  # fmt: skip
-
-
-def open_splits(options: DataOptions) -> dict[str, Source]:
-    """Opens the training and the validation split, by the names in `SPLITS`.
-
-    Raises:
-      DataError: see `open_source`.
-    """
-    return dict(zip(SPLITS, (open_source(options, split) for split in (options.train_split, options.eval_split))))
-
-
-def survey_sources(
-    sources: Mapping[str, Source],
-    options: DataOptions,
-    *,
-    text_length: int | None = None,
-    text_model: TextModel | None = None,
-    vocab_size: int | None = None,
-    captions: str = "counted",
-    effort: Effort = THOROUGH,
-) -> Survey:
-    """Looks at open sources, see `survey`.
-
-    Args:
-      sources: the splits by the names in `SPLITS`, see `open_splits`.
-    """
+    if sources is None:
+        options = dataclasses.replace(options, source=choose_source(options.source, options.path))
+        sources = open_splits(options)
     looks = {name: _look(source, options, effort) for name, source in sources.items()}
     splits = {
         name: _split(sources[name], split, looks[name], captions)
@@ -201,6 +175,15 @@ def survey_sources(
     found = measure_captions([look.captions for look in every], text_length, text_model, vocab_size)
     other_files = dict(sources["train"].other_files)
     return Survey(options.source, options.path, splits, other_files, images, found)
+
+
+def open_splits(options: DataOptions) -> dict[str, Source]:
+    """Opens the training and the validation split, by the names in `SPLITS`.
+
+    Raises:
+      DataError: see `open_source`.
+    """
+    return dict(zip(SPLITS, (open_source(options, split) for split in (options.train_split, options.eval_split))))
 
 
 # -- reading ------------------------------------------------------------------------------------------------------

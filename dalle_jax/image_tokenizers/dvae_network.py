@@ -27,7 +27,7 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
-from dalle_jax.image_tokenizers.resampling import depth_to_space, max_pool, space_to_depth, upsample
+from dalle_jax.image_tokenizers.resampling import depth_to_space, max_pool, space_to_depth, token_grid, upsample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,12 +92,7 @@ class DVAEOptions:
         Raises:
           ConfigError: the side is not a multiple of `downsample`.
         """
-        if image_size % self.downsample:
-            raise ConfigError(
-                f"The image size is {image_size} pixels; expected a multiple of {self.downsample}, because a token "
-                f"stands for {self.downsample} x {self.downsample} pixels."
-            )
-        return image_size // self.downsample, image_size // self.downsample
+        return token_grid(image_size, self.downsample)
 
 
 # -- modules ------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Changes of resolution: space to depth and back, max pooling, nearest-neighbour upsampling.
+"""Changes of resolution: grids of tokens, space to depth and back, max pooling, nearest-neighbour upsampling.
 
 B batch    H, W image or grid    C channels    s factor
 """
@@ -8,6 +8,26 @@ from __future__ import annotations
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float
+
+from dalle_jax.errors import ConfigError
+
+
+def token_grid(image_size: int, downsample: int) -> tuple[int, int]:
+    """Returns the number of rows and columns of tokens of a square image.
+
+    Args:
+      image_size: side of the image in pixels.
+      downsample: side of the square of pixels that one token stands for.
+
+    Raises:
+      ConfigError: the side is not a multiple of `downsample`.
+    """
+    if image_size % downsample:
+        raise ConfigError(
+            f"The image size is {image_size} pixels; expected a multiple of {downsample}, because a token "
+            f"stands for {downsample} x {downsample} pixels."
+        )
+    return image_size // downsample, image_size // downsample
 
 
 def space_to_depth(x: Float[ArrayLike, "B H W C"], factor: int) -> Float[ArrayLike, "B _ _ _"]:

@@ -22,7 +22,7 @@ from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.dvae_network import convolution
-from dalle_jax.image_tokenizers.resampling import depth_to_space, space_to_depth
+from dalle_jax.image_tokenizers.resampling import depth_to_space, space_to_depth, token_grid
 
 # Scale of layers that start as zero: at this size they add nothing that float32 would keep.
 _TINY = 1e-6
@@ -87,12 +87,7 @@ class VQOptions:
         Raises:
           ConfigError: the side is not a multiple of `downsample`.
         """
-        if image_size % self.downsample:
-            raise ConfigError(
-                f"The image size is {image_size} pixels; expected a multiple of {self.downsample}, because a token "
-                f"stands for {self.downsample} x {self.downsample} pixels."
-            )
-        return image_size // self.downsample, image_size // self.downsample
+        return token_grid(image_size, self.downsample)
 
 
 class ResidualBlock(nn.Module):

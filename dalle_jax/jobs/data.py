@@ -88,9 +88,9 @@ def _look_at(config: ConfigDict, options: DataOptions, workdir: str) -> Survey |
     drawn = options.source in _DRAWN
     text = config.get("text") or {}
     captions = "counted" if not training else "ignored" if config.task in _TASKS_WITHOUT_CAPTIONS else "required"
-    found = surveys.survey_sources(
-        sources,
+    found = surveys.survey(
         options,
+        sources,
         text_length=text.get("length"),
         text_model=_text_model(text, workdir),
         vocab_size=text.get("vocab_size"),

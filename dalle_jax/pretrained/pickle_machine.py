@@ -34,7 +34,7 @@ _SHORT_TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 class Machine:
-    """Executes pickles, and asks its caller for everything that is not a plain value.
+    """Executes pickles. It creates plain values only; the caller's functions create everything else.
 
     Args:
       name: maps "module.Class" of the file to an object.

@@ -36,7 +36,7 @@ from dalle_jax.image_tokenizers.relaxation import gumbel_softmax, kl_to_uniform
 from dalle_jax.metrics import codebook
 from dalle_jax.optim import schedules
 from dalle_jax.pytree import PyTree
-from dalle_jax.tasks.reconstruction import ReconstructionTask, decibels, first_images, mean_metrics
+from dalle_jax.tasks.reconstruction import ReconstructionTask, decibels, first_images, mean_metrics, row_sums
 from dalle_jax.tasks.task import Batch, Job, make_job
 
 # Tokens are decoded for every eighth row of a training batch, which costs little and is enough for the log.
@@ -164,10 +164,8 @@ def _measure(tokenizer: DVAETokenizer, params: PyTree, batch: Batch) -> dict[str
         "reconstruction_nats": pixel_nats,
         "kl_nats": kl / tokens[0].size,
         "elbo": -(pixel_nats + kl / images[0].size),
-        "rows": jnp.ones(valid.shape),
     }
-    sums = {name: jnp.sum(jnp.where(valid, value, 0.0)) for name, value in per_row.items()}
-    return {**sums, "counts": codebook.count(tokens, tokenizer.vocab_size, valid)}
+    return {**row_sums(per_row, valid), "counts": codebook.count(tokens, tokenizer.vocab_size, valid)}
 
 
 def _errors(

@@ -100,6 +100,12 @@ def decibels(mean_squared_error: jax.Array) -> jax.Array:
     return -10.0 * jnp.log10(jnp.maximum(mean_squared_error, 1e-10))
 
 
+def row_sums(per_row: Mapping[str, jax.Array], valid: jax.Array) -> dict[str, jax.Array]:
+    """Sums values of rows, [B] each, over the valid rows, bool [B]. "rows" is the number of these."""
+    values = {**per_row, "rows": jnp.ones(valid.shape)}
+    return {name: jnp.sum(jnp.where(valid, value, 0.0)) for name, value in values.items()}
+
+
 def mean_metrics(measured: Iterable[Mapping[str, jax.Array]]) -> dict[str, float]:
     """Adds up the sums of batches and computes the metrics of all rows together.
 

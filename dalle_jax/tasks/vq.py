@@ -3,8 +3,8 @@
     loss = mean (x' − x)² + commitment · mean (z − sg(e))²
 
 Pixels x lie in [-1, 1]. The codes e are running averages (`image_tokenizers/vector_quantizer.py`), renewed after each
-update. Unlike the paper's relaxation, training
-decodes the very codes that tokens stand for, so there is no gap between training and use.
+update. Training decodes the very codes that tokens stand for, so it has no gap to their use, unlike the paper's
+relaxation.
 
     B rows    H, W image    V codes
 """
@@ -35,7 +35,7 @@ from dalle_jax.image_tokenizers.vq_network import VQOptions
 from dalle_jax.image_tokenizers.vq_start import start_from_blocks
 from dalle_jax.metrics import codebook
 from dalle_jax.pytree import PyTree
-from dalle_jax.tasks.reconstruction import ReconstructionTask, decibels, first_images, mean_metrics
+from dalle_jax.tasks.reconstruction import ReconstructionTask, decibels, first_images, mean_metrics, row_sums
 from dalle_jax.tasks.task import Batch, Job, make_job
 
 
@@ -153,8 +153,7 @@ def _measure(tokenizer: VQTokenizer, params: PyTree, batch: Batch) -> dict[str, 
     images, valid = batch["image"], batch["valid"]
     tokens = tokenizer.encode(params, images)
     error = tokenizer.decode(params, tokens) - images.astype(jnp.float32) / 255
-    per_row = {"mse": jnp.mean(error**2, axis=(1, 2, 3)), "rows": jnp.ones(valid.shape)}
-    sums = {name: jnp.sum(jnp.where(valid, value, 0.0)) for name, value in per_row.items()}
+    sums = row_sums({"mse": jnp.mean(error**2, axis=(1, 2, 3))}, valid)
     return {**sums, "counts": codebook.count(tokens, tokenizer.vocab_size, valid)}
 
 

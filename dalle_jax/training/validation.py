@@ -45,8 +45,6 @@ def validate(config: ConfigDict) -> tuple[Mesh, OptimizerOptions, AverageOptions
             value = config
             for part in name.split("."):
                 value = value[part]
-            if name == "steps" and value is None and config.get("minutes") is not None:
-                continue  # planned later
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"config.{name}={value!r}: expected a whole number of at least {least}.")
     if config.seed > _LARGEST_SEED:

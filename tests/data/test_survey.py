@@ -16,7 +16,7 @@ from dalle_jax.data.caption_statistics import Spread, measure_captions
 from dalle_jax.data.sources.record import Record
 from dalle_jax.data.sources.source import DataOptions, LeftOut, Source
 from dalle_jax.data.spread import in_spread_order
-from dalle_jax.data.survey import Effort, survey, survey_sources
+from dalle_jax.data.survey import Effort, survey
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import DataError
 
@@ -162,20 +162,20 @@ def listed(count, caption="a cat", image=None):
 
 
 def test_examples_that_the_source_lacks_are_counted():
-    found = survey_sources({"train": listed(3), "validation": listed(1)}, DataOptions())
+    found = survey(DataOptions(), {"train": listed(3), "validation": listed(1)})
     assert found.splits["train"].left_out == {"missing image": 4} and found.splits["train"].examples == 3
 
 
 def test_unreadable_records_are_counted_by_reason():
     sources = {"train": MemorySource(20, broken=(3, 4)), "validation": MemorySource(5)}
-    found = survey_sources(sources, DataOptions(image_size=16))
+    found = survey(DataOptions(image_size=16), sources)
     assert found.splits["train"].left_out == {"missing file": 2} and found.splits["train"].captions == 36
     assert found.images.formats == {"array": 23} and found.images.below_image_size == 23
 
 
 def test_a_large_split_is_sampled_evenly():
     sources = {"train": listed(1000), "validation": listed(10)}
-    found = survey_sources(sources, DataOptions(), effort=Effort(records=200))
+    found = survey(DataOptions(), sources, effort=Effort(records=200))
     train = found.splits["train"]
     assert (train.examples, train.looked_at, train.captions) == (1000, 200, 1000)
     assert found.splits["validation"].looked_at == 10
@@ -184,9 +184,9 @@ def test_a_large_split_is_sampled_evenly():
 
 def test_few_bytes_and_pixels_are_read():
     sources = {"train": listed(300), "validation": listed(1)}
-    train = survey_sources(sources, DataOptions(), effort=Effort(file_bytes=1)).splits["train"]
+    train = survey(DataOptions(), sources, effort=Effort(file_bytes=1)).splits["train"]
     assert 100 <= train.looked_at == train.decoded < 150
-    train = survey_sources(sources, DataOptions(), effort=Effort(pixels=40 * 40 * 150)).splits["train"]
+    train = survey(DataOptions(), sources, effort=Effort(pixels=40 * 40 * 150)).splits["train"]
     assert (train.looked_at, train.decoded) == (300, 150)
 
 
@@ -203,7 +203,7 @@ def test_the_order_visits_everything_once_and_evenly(count):
 def test_too_many_pixels_are_a_reason():
     sources = {"train": listed(3), "validation": listed(1, image=encoded(0, (3, 3)))}
     with pytest.raises(DataError, match="too many pixels"):
-        survey_sources(sources, DataOptions(max_pixels=1000))
+        survey(DataOptions(max_pixels=1000), sources)
 
 
 def test_tokens_against_a_count():

@@ -162,7 +162,7 @@ class FolderSource(Source):
 
 
 def _other_split(split: str, options: DataOptions) -> str:
-    """Returns the evaluation split for the training split, and the training split for every other one."""
+    """Returns the split that must not share an image with `split`."""
     return options.eval_split if split == options.train_split else options.train_split
 
 
