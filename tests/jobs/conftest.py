@@ -1,16 +1,17 @@
-"""A chain of trainings in which nothing is trained."""
+"""A chain of trainings in which nothing is trained.
+
+The fixtures import the package, because pytest may load this file before `tests/conftest.py` installs the type checker.
+"""
 
 import pytest
 from own_images import TINY_CLIP, TINY_DVAE, TINY_PRIOR, TINY_VQ, Trained, make_folder
-
-from dalle_jax.aot.target import load_target
-from dalle_jax.checkpoints import workdir as workdirs
-from dalle_jax.jobs import train as train_job
 
 
 @pytest.fixture
 def trained(monkeypatch):
     """The (configuration, workdir) of each training that would run; the first one raises `Trained`."""
+    from dalle_jax.jobs import train as train_job
+
     seen = []
 
     def train(config, workdir, **_):
@@ -30,6 +31,9 @@ def folder(tmp_path_factory):
 @pytest.fixture
 def load(folder, tmp_path, monkeypatch):
     """Returns a function that loads "prior.py:small" with tiny sizes and this folder; workdirs are in `tmp_path`."""
+    from dalle_jax.aot.target import load_target
+    from dalle_jax.jobs import train as train_job
+
     monkeypatch.chdir(tmp_path)
     root = train_job.__file__.rpartition("/dalle_jax/")[0]
 
@@ -49,6 +53,8 @@ def load(folder, tmp_path, monkeypatch):
 @pytest.fixture
 def pretend(monkeypatch):
     """Returns a function that makes a workdir look like a training that has reached a step."""
+    from dalle_jax.checkpoints import workdir as workdirs
+
     steps = {}
 
     def latest_step(workdir):
