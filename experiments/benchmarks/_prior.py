@@ -14,6 +14,19 @@ from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.token_layout import TokenLayout
 
 
+class PrecomputedTokens:
+    """The task of a prior whose batches hold text ids and image tokens: "text", "tokens"."""
+
+    def __init__(self, prior: TokenPrior):
+        self.prior, self.frozen = prior, {}
+
+    def init(self, key):
+        return self.prior.init(key)
+
+    def loss(self, params, frozen, batch, key, step):
+        return self.prior.loss(params, batch["text"], batch["tokens"], key, train=True)
+
+
 def build(*, smoke: bool, attention: str = "sparse", kind: str = "autoregressive", side: int = 32):
     """Builds the prior in float32.
 

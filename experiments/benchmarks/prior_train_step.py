@@ -13,19 +13,6 @@ import _training
 import numpy as np
 
 
-class Task:
-    """The loss of a prior on precomputed tokens, as a task."""
-
-    def __init__(self, prior):
-        self.prior, self.frozen = prior, {}
-
-    def init(self, key):
-        return self.prior.init(key)
-
-    def loss(self, params, frozen, batch, key, step):
-        return self.prior.loss(params, batch["text"], batch["tokens"], key, train=True)
-
-
 def run(attention: str, default_runs: int, runs: int, smoke: bool, batch: int = 2) -> dict:
     prior = _prior.build(smoke=smoke, attention=attention)
     layout = prior.layout
@@ -33,7 +20,7 @@ def run(attention: str, default_runs: int, runs: int, smoke: bool, batch: int = 
         "text": _prior.random_text(prior, batch),
         "tokens": np.random.default_rng(1).integers(0, layout.image_vocab, (batch, layout.image_length), np.int32),
     }
-    line = _training.time_step(Task(prior), rows, {}, runs or default_runs, warmup=2)
+    line = _training.time_step(_prior.PrecomputedTokens(prior), rows, {}, runs or default_runs, warmup=2)
     tokens = batch * layout.length
     return line | {
         "tokens_per_step": tokens,

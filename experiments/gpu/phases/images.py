@@ -1,0 +1,59 @@
+"""Trains the whole chain on real images for a few minutes, as a user would, and draws held-out captions."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+from figures import Recorder
+
+ROOT = Path(__file__).resolve().parents[3]
+RESERVED = 35  # seconds for CLIP-free drawing and the start of processes
+
+
+def run(record: Recorder) -> None:
+    out = record.path.parent
+    minutes = max(record.left - RESERVED, 30) / 60
+    if record.images:
+        config = "prior.py:small"
+        data = [f"--config.data.path={record.images}", "--config.data.image_size=64"]
+    else:
+        config, data = "prior.py:shapes", []
+    length = [f"--config.minutes={minutes:.2f}"]
+    if record.tiny:
+        length = ["--config.steps=2", "--config.tokenizer.steps=2"]
+    run_folder = out / "run"
+    places = [f"--workdir={run_folder}", f"--config.tokenizer.workdir={out / 'tokenizer'}"]
+    record.run([
+        ("train", 40, lambda: _command(f"configs/{config}", *data, *length, *places)),
+        ("metrics", 0, lambda: _last_metrics(run_folder)),
+        ("draw", 5, lambda: _draw(run_folder, out)),
+    ])  # fmt: skip
+
+
+def _command(config: str, *options: str) -> dict:
+    command = [sys.executable, "-m", "dalle_jax.main", f"--config={config}", *options]
+    done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, errors="replace")
+    print(done.stdout[-4000:], done.stderr[-4000:], flush=True)
+    if done.returncode:
+        raise RuntimeError(f"status {done.returncode}: {(done.stderr or done.stdout).splitlines()[-1:]}")
+    return {"command": " ".join(["python", *command[1:]]).replace(str(ROOT), "."), "status": done.returncode}
+
+
+def _last_metrics(workdir: Path) -> dict:
+    """Returns the last figures of each kind of a run."""
+    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    figures = {}
+    for line in lines:
+        figures.update(line)
+    return {key: value for key, value in figures.items() if key.startswith("eval/") or key in ("step",)}
+
+
+def _draw(workdir: Path, out: Path) -> dict:
+    """Draws eight captions of the run's preview again as one image of a fixed name."""
+    previews = sorted((workdir / "samples").glob("*.png"), key=lambda path: path.stat().st_mtime)
+    target = out / "samples.png"
+    target.write_bytes(previews[-1].read_bytes())
+    return {"file": target.name, "from": previews[-1].name}

@@ -1,0 +1,88 @@
+"""Differences between the accelerator and the CPU: losses, gradients, decoding, images, in float32 and bfloat16."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import models
+import numpy as np
+from figures import Recorder
+
+from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.priors.maskgit import MaskGITPrior
+from dalle_jax.priors.maskgit_model import MaskGITOptions
+from dalle_jax.token_layout import TokenLayout
+
+LAYOUT = TokenLayout(text_vocab=128, image_vocab=256, text_length=16, height=8, width=8)
+TRUNK = TransformerOptions(width=64, depth=4, heads=2, dtype="float32")
+PRIORS = {
+    "row, column, convolution": AutoregressivePrior(LAYOUT, AutoregressiveOptions(trunk=TRUNK, kernel=3)),
+    "full causal": AutoregressivePrior(LAYOUT, AutoregressiveOptions(trunk=TRUNK, attention="full")),
+    "bidirectional": MaskGITPrior(LAYOUT, MaskGITOptions(trunk=TRUNK)),
+}
+ROWS = 4
+
+
+def run(record: Recorder) -> None:
+    cases = []
+    for name, prior in PRIORS.items():
+        for dtype, precision in (("float32", "highest"), ("float32", "default"), ("bfloat16", "default")):
+            one = models.with_dtype(prior, dtype)
+            cases.append((f"{name}, {dtype}, {precision} precision", 5, functools.partial(_prior, one, precision)))
+    for dtype in ("float32", "bfloat16"):
+        cases.append((f"dVAE, {dtype}", 5, functools.partial(_dvae, dtype)))
+    record.run(cases)
+
+
+def _prior(prior, precision: str) -> dict:
+    text, tokens = models.random_text(prior, ROWS), models.random_tokens(prior, ROWS)
+    params = models.random_params(prior)
+    key, keys = jax.random.key(1), jax.random.split(jax.random.key(2), ROWS)
+
+    def loss(params):
+        return prior.loss(params, text, tokens, key, train=False)[0]
+
+    def values(params):
+        value, gradients = jax.value_and_grad(loss)(params)
+        return value, gradients, prior.sample(params, text, keys)
+
+    with jax.default_matmul_precision(precision):
+        device, host = _both(values, params)
+    leaves = zip(jax.tree.leaves(device[1]), jax.tree.leaves(host[1]))
+    return {
+        "loss": abs(float(device[0] - host[0])) / abs(float(host[0])),
+        "gradients": max(_difference(a, b) for a, b in leaves),
+        "equal_tokens": float((device[2] == host[2]).mean()),
+    }
+
+
+def _dvae(dtype: str) -> dict:
+    tokenizer = models.dvae(True, 32, dtype)
+    images = np.random.default_rng(0).integers(0, 256, (ROWS, 32, 32, 3), np.uint8)
+    params = models.random_params(tokenizer)
+
+    def values(params):
+        tokens = tokenizer.encode(params, images)
+        return tokens, tokenizer.decode(params, np.arange(ROWS * 16).reshape(ROWS, 4, 4) % tokenizer.vocab_size)
+
+    with jax.default_matmul_precision("highest" if dtype == "float32" else "default"):
+        device, host = _both(values, params)
+    return {"equal_tokens": float((device[0] == host[0]).mean()), "pixels": float(np.abs(device[1] - host[1]).max())}
+
+
+def _both(function, params) -> tuple:
+    """Returns the function's values on the first device and on the CPU, as numpy arrays."""
+    results = []
+    for device in (jax.devices()[0], jax.devices("cpu")[0]):
+        with jax.default_device(device):
+            moved = jax.device_put(params, device)
+            results.append(jax.tree.map(np.asarray, jax.device_get(jax.jit(function)(moved))))
+    return tuple(results)
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Returns the largest difference, relative to the largest value."""
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
+    return float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-12))
