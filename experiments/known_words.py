@@ -34,7 +34,7 @@ def words(caption: str) -> tuple[str, ...]:
 
 
 def choose(held_out: TestSet, training: Iterable[str], count: int) -> list[int]:
-    """Chooses captions that training has not seen, but whose every word it has.
+    """Chooses captions that training has not seen, but whose every word it has. Images of a single colour show nothing.
 
     Args:
       held_out: the held-out split, with the first caption of each image.
@@ -58,8 +58,13 @@ def choose(held_out: TestSet, training: Iterable[str], count: int) -> list[int]:
             chosen.setdefault(found, place)
     if not chosen:
         raise DataError(f"{held_out.source.description}: no new caption consists of words of the training split.")
-    places = list(chosen.values())
+    places = [place for place in chosen.values() if _shows_something(held_out, place)]
     return [places[i] for i in np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).astype(int))]
+
+
+def _shows_something(held_out: TestSet, place: int) -> bool:
+    image = held_out.images([int(held_out.owners[place])])[0]
+    return bool((image != image[0, 0]).any())
 
 
 def main() -> None:

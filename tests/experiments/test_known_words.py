@@ -1,5 +1,6 @@
 """The choice of captions of experiments/known_words.py."""
 
+import dataclasses
 import importlib.util
 from pathlib import Path
 
@@ -36,6 +37,17 @@ def test_the_chosen_captions_are_spread_over_the_split(known_words):
     captions = [f"{a} {b}" for a in "abcd" for b in "efgh"]
     chosen = known_words.choose(held_out(captions), ["a b c d e f g h"], 4)
     assert chosen == [0, 5, 10, 15]
+
+
+def test_images_of_a_single_colour_are_passed_over(known_words):
+    class Blank(MemorySource):
+        def record(self, index):
+            record = super().record(index)
+            return dataclasses.replace(record, image=np.full((8, 8, 3), 255, np.uint8)) if index == 1 else record
+
+    captions = ["a c", "a d", "b c"]
+    test_set = dataclasses.replace(held_out(captions), source=Blank(3))
+    assert known_words.choose(test_set, ["a b c d"], 9) == [0, 2]
 
 
 def test_no_such_caption_is_an_error(known_words):
