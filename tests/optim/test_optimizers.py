@@ -43,6 +43,24 @@ def test_only_kernels_decay():
     assert all(jax.tree.leaves(optimizers.decay_mask(params, OptimizerOptions(decay="all"))))
 
 
+def test_all_but_gains_and_biases_decay():
+    params = {
+        "dense": {"kernel": 1, "bias": 1},
+        "norm": {"scale": 1},
+        "positions": 1,
+        "logit_scale": 1,
+        "image_bias": 1,
+    }
+    mask = optimizers.decay_mask(params, OptimizerOptions(weight_decay=0.1, decay="weights"))
+    assert mask == {
+        "dense": {"kernel": True, "bias": False},
+        "norm": {"scale": False},
+        "positions": True,
+        "logit_scale": False,
+        "image_bias": False,
+    }
+
+
 def test_state_has_one_structure():
     params = {"kernel": jnp.ones(2)}
     structures = {
@@ -50,6 +68,7 @@ def test_state_has_one_structure():
         for options in (
             OptimizerOptions(),
             OptimizerOptions(clip_norm=1.0, weight_decay=0.1, decay="all"),
+            OptimizerOptions(weight_decay=0.1, decay="weights"),
             OptimizerOptions(first_moment="bfloat16"),
         )
     }
