@@ -115,7 +115,7 @@ VARIANTS = {
         doc="OpenAI's ViT-B/32, your own images (data.path); TPU v5e:16x16 or v5p:4x4x4, not yet measured",
         data=dict(sections.FOLDER, image_size=224, augment="clip"), text=dict(vocab_size=49_407, length=76),
         image_tower=dict(width=768, depth=12, heads=12), text_tower=dict(width=512, depth=12, heads=8),
-        patch=32, embed_dim=512, batch_size=32_768, steps=390_000, overrides=[DECAY],
+        patch=32, embed_dim=512, batch_size=32_768, steps=390_625, overrides=[DECAY],
     ),
 }  # fmt: skip
 
