@@ -252,7 +252,7 @@ CLIP = (
         "grid, squares of corrupted images", "not said", "negatives.grid negatives.squares",
         "negatives.spoiled=0 has none",
     ),
-    Row("text vocabulary with the end token (table 18)", "49,408", "text.vocab_size", show=lambda size: f"{size + 1:,}"),
+    Row("text ids with the end token (table 18)", "49,408", "text.vocab_size", show=lambda size: f"{size + 1:,}"),
     Row("text positions without the end token (2.4)", "76", "text.length"),
     Row("BPE dropout", "0%", "data.bpe_dropout", show=percent),
     Row("augmentation (2.3)", "clip", "data.augment"),
