@@ -69,8 +69,8 @@ class TransformerOptions:
       positions: "learned" (text position; image row + column) or "rotary" (the same coordinates, as rotations of
         queries and keys).
       dropout: dropout rate on the embeddings and on the output of each branch.
-      attention_dropout: dropout rate of the attention probabilities. Training then runs `xla.attend` on all devices,
-        because the splash kernel never has the probabilities in memory.
+      attention_dropout: dropout rate of the attention probabilities (`xla.dropped`). Training then runs `xla.attend` on
+        all devices, because the splash kernel never has the probabilities in memory.
       dtype: dtype of the activations. Parameters, softmax, logits and losses are always float32.
       remat: activations of each scanned unit that are kept for the backward pass, in addition to its input.
         "full": none, all are recomputed.

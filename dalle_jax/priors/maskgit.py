@@ -15,7 +15,8 @@ Deviations from the paper and from its reference code (google-research/maskgit):
   tokens, classes and the mask, and its loss spreads label smoothing over all of them. Here logits and smoothing are
   over the image tokens alone.
 * The head's GELU is exact. The reference's is the tanh approximation.
-* Masks have ⌊N·γ(r)⌋ tokens as in the reference code; the paper has ⌈N·γ(r)⌉.
+* Masks have ⌊N·γ(r)⌋ tokens as in the reference code; the paper has ⌈N·γ(r)⌉. The released configuration also has
+  `min_masking_rate=0.5`. The paper does not, and no released code reads it.
 * `codebook_init`, `neighbour_kernel` and the head "linear" are options. On few images they learn much faster than the
   paper's model.
 * `raster_steps` is an option. The paper masks random tokens (section 3.1) from the first update on. A model learns to

@@ -35,18 +35,22 @@ Drop = Callable[[Array, int], Array]  # (probabilities, number of their block): 
 
 
 def dropped(weights: Float[ArrayLike, ...], block: int, *, rate: float, key: Key[Array, ""]) -> Float[Array, ...]:
-    """Applies dropout to attention probabilities.
+    """Applies dropout to attention probabilities. The heads of an example share one mask.
+
+    A mask for each head would cost more random numbers than attention has products. flax, whose attention MaskGIT's
+    reference uses, shares a mask over the examples of a device as well.
 
     Args:
-      weights: probabilities, or numbers proportional to them, [...].
+      weights: probabilities, or numbers proportional to them, [..., H, queries, keys].
       block: number of these weights among those of the layer, so that blocks differ.
       rate: probability that a weight becomes 0. The others are divided by 1 - rate.
       key: scalar key of the layer.
 
     Returns:
-      [...], of the same expectation.
+      [..., H, queries, keys], of the same expectation.
     """
-    kept = jax.random.bernoulli(jax.random.fold_in(key, block), 1 - rate, weights.shape)
+    shape = (*weights.shape[:-3], 1, *weights.shape[-2:])
+    kept = jax.random.bernoulli(jax.random.fold_in(key, block), 1 - rate, shape)
     return jnp.where(kept, weights / (1 - rate), 0)
 
 

@@ -192,7 +192,7 @@ def test_reference_is_a_softmax_over_unmasked_keys():
 def test_dropped_probabilities_are_zero_and_the_others_scaled(pattern):
     """With one-hot values, the output of attention is its probabilities."""
     layout, rate = layout_of(3, 4), 0.3
-    shape = (16, layout.length, 4, layout.length)
+    shape = (128, layout.length, 2, layout.length)
     q, k = (jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0)))
     v = jnp.broadcast_to(jnp.eye(layout.length)[None, :, None], shape)
     drop = functools.partial(dropped, rate=rate, key=jax.random.key(1))
@@ -202,8 +202,9 @@ def test_dropped_probabilities_are_zero_and_the_others_scaled(pattern):
     lost, t = (exact != 0) & (ours == 0), layout.text_length
     for queries, keys in ((slice(0, t), slice(0, t)), (slice(t, None), slice(0, t)), (slice(t, None), slice(t, None))):
         seen = exact[:, queries, :, keys] != 0
-        assert lost[:, queries, :, keys][seen].mean() == pytest.approx(rate, abs=0.03), (queries, keys)
-    assert len(np.unique(lost.transpose(0, 2, 1, 3).reshape(64, -1), axis=0)) == 64, "examples and heads differ"
+        assert lost[:, queries, :, keys][seen].mean() == pytest.approx(rate, abs=0.05), (queries, keys)
+    assert len(np.unique(lost[:, :, 0].reshape(128, -1), axis=0)) == 128, "examples differ"
+    np.testing.assert_array_equal(lost[:, :, 0], lost[:, :, 1])
 
 
 # -- decoding: caches ---------------------------------------------------------------------------------------------
