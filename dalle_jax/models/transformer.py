@@ -69,8 +69,6 @@ class TransformerOptions:
       positions: "learned" (text position; image row + column) or "rotary" (the same coordinates, as rotations of
         queries and keys).
       dropout: dropout rate on the embeddings and on the output of each branch.
-      attention_dropout: dropout rate of the attention probabilities (`xla.dropped`). Training then runs `xla.attend` on
-        all devices, because the splash kernel never has the probabilities in memory.
       dtype: dtype of the activations. Parameters, softmax, logits and losses are always float32.
       remat: activations of each scanned unit that are kept for the backward pass, in addition to its input.
         "full": none, all are recomputed.
@@ -80,6 +78,8 @@ class TransformerOptions:
         "none": all, nothing is recomputed.
       scan: whether repeated layers run as one scan.
       attention_kernel: "xla" (`xla.attend`), "splash" (`splash.attend`), or "auto" for splash on TPUs.
+      attention_dropout: dropout rate of the attention probabilities (`xla.dropped`). Training then runs `xla.attend` on
+        all devices, because the splash kernel never has the probabilities in memory.
     """
 
     width: int = 512
@@ -92,11 +92,11 @@ class TransformerOptions:
     qk_norm: bool = False
     positions: str = "learned"
     dropout: float = 0.0
-    attention_dropout: float = 0.0
     dtype: str = "bfloat16"
     remat: str = "none"
     scan: bool = True
     attention_kernel: str = "auto"
+    attention_dropout: float = 0.0
 
     def __post_init__(self):
         choices = {"norm": NORMS, "activation": ACTIVATIONS, "positions": POSITIONS, "remat": REMAT}

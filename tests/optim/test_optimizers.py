@@ -66,9 +66,9 @@ def test_state_has_one_structure():
     structures = {
         jax.tree.structure(optimizers.make_optimizer(options).init(params))
         for options in (
+            OptimizerOptions(weight_decay=0.1, decay="weights"),
             OptimizerOptions(),
             OptimizerOptions(clip_norm=1.0, weight_decay=0.1, decay="all"),
-            OptimizerOptions(weight_decay=0.1, decay="weights"),
             OptimizerOptions(first_moment="bfloat16"),
         )
     }
