@@ -91,6 +91,7 @@ DVAE = (
     Row("weight decay (A.2)", "0.0001", "optimizer.weight_decay"),
     Row("decayed parameters", "not said", "optimizer.decay", "as in the paper's stage two", decay_of),
     Row("gradient clip", "none", "optimizer.clip_norm", show=zero_is_none),
+    Row("clip of the running variance", "none", "optimizer.clip_variance", show=zero_is_none),
     Row("Adam's first moment", "not said", "optimizer.first_moment", "97 million parameters leave room for float32"),
     Row("factors of the step size", "none", "optimizer.scales"),
     Row("average of the parameters (A.2)", "0.999, every update", EMA, show=average),
@@ -260,6 +261,7 @@ CLIP = (
     Row("weight decay (table 18)", "0.2", "optimizer.weight_decay"),
     Row("decayed parameters (2.5)", "all weights that are not gains or biases", "optimizer.decay", show=decay_of),
     Row("gradient clip", "none", "optimizer.clip_norm", show=zero_is_none),
+    Row("clip of the running variance", "none", "optimizer.clip_variance", show=zero_is_none),
     Row("Adam's moments (2.5)", "half precision", "optimizer.first_moment", "151 million leave room for float32"),
     Row("factors of the step size", "none", "optimizer.scales"),
     Row(
