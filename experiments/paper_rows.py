@@ -54,6 +54,15 @@ def average(decay: float, every: int) -> str:
     return f"{decay:g}, every update" if every == 1 else f"{decay:g}, every {every} updates"
 
 
+def crop(name: str) -> str:
+    return {
+        "none": "centre square",
+        "dvae": "random square, resized to 9/8 to 12/8, random crop, flip",
+        "prior": "square near the centre, resized to 1 to 9/8, random crop",
+        "clip": "random square of the resized image",
+    }[name]
+
+
 def decay_of(name: str) -> str:
     return {
         "kernels": "kernels, no gains, biases and embeddings",
@@ -70,7 +79,10 @@ ADAM = "optimizer.b1 optimizer.b2 optimizer.eps"
 
 DVAE = (
     Row("image size (2.1)", "256", "data.image_size"),
-    Row("augmentation (listing 1)", "dvae", "data.augment"),
+    Row(
+        "augmentation (listing 1)", "random square, resized to 9/8 to 12/8, random crop, flip", "data.augment",
+        show=crop,
+    ),
     Row("codes (2.1)", "8,192", "model.vocab_size"),
     Row("pixels per token (2.1)", "8", "model.groups model.stem_factor", show=lambda g, s: str(s * 2 ** (g - 1))),
     Row("width of the first blocks (released code)", "256", "model.hidden"),
@@ -138,7 +150,10 @@ def prior(width: int, heads: int) -> tuple[Row, ...]:
             show=unless(0, 0, False),
         ),
         Row("image size (2.1)", "256", "data.image_size"),
-        Row("augmentation (listing 2)", "prior", "data.augment"),
+        Row(
+            "augmentation (listing 2)", "square near the centre, resized to 1 to 9/8, random crop", "data.augment",
+            show=crop,
+        ),
         Row("BPE dropout (2.2)", "10%", "data.bpe_dropout", show=percent),
         Row("text vocabulary, positions (2.2)", "16,384, 256", "text.vocab_size text.length"),
         Row("AdamW β1, β2, ε (B.2)", "0.9, 0.96, 1e-8", ADAM),
@@ -147,7 +162,7 @@ def prior(width: int, heads: int) -> tuple[Row, ...]:
         Row("gradient clip (B.2)", "4", "optimizer.clip_norm"),
         Row("clip of the running variance (B.2)", "5", "optimizer.clip_variance"),
         Row(
-            "Adam's first moment of kernels (D.2)", "16 bits, 1-5-10", "optimizer.first_moment",
+            "Adam's first moment of kernels (D.2)", "16 bits", "optimizer.first_moment",
             "bfloat16 is the 16-bit type of TPUs; the second moment stays float32",
         ),
         Row("factors of the step size", "none", "optimizer.scales"),
@@ -215,7 +230,7 @@ MASKGIT = (
     Row("image size (4.1)", "256 and 512", "data.image_size", "DALL-E's"),
     Row(
         "augmentation (4.1)", "random resize and crop", "data.augment",
-        "captions name places and sides: DALL-E's crops, near the centre",
+        "captions name places and sides, so crops stay near the centre as in DALL-E", crop,
     ),
     Row(
         "image tokenizer (4.1)", "VQGAN, 1,024 codes", "tokenizer.task tokenizer.model.vocab_size",
@@ -256,7 +271,7 @@ CLIP = (
     Row("text ids with the end token (table 18)", "49,408", "text.vocab_size", show=lambda size: f"{size + 1:,}"),
     Row("text positions without the end token (2.4)", "76", "text.length"),
     Row("BPE dropout", "0%", "data.bpe_dropout", show=percent),
-    Row("augmentation (2.3)", "clip", "data.augment"),
+    Row("augmentation (2.3)", "random square of the resized image", "data.augment", show=crop),
     Row("Adam β1, β2, ε (table 18)", "0.9, 0.98, 1e-6", ADAM),
     Row("weight decay (table 18)", "0.2", "optimizer.weight_decay"),
     Row("decayed parameters (2.5)", "all weights that are not gains or biases", "optimizer.decay", show=decay_of),

@@ -37,7 +37,7 @@ Drop = Callable[[Array, int], Array]  # (probabilities, number of their block): 
 def dropped(weights: Float[ArrayLike, ...], block: int, *, rate: float, key: Key[Array, ""]) -> Float[Array, ...]:
     """Applies dropout to attention probabilities. The heads of an example share one mask.
 
-    A mask for each head would need H times as many random numbers. MaskGIT's reference uses the attention of flax, which
+    A mask for each head would need H times as many random numbers. MaskGIT's reference has the attention of flax, which
     shares a mask over the examples of a device as well.
 
     Args:
