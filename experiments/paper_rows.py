@@ -12,7 +12,10 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from dalle_jax.models import clip
+from dalle_jax.priors import masking
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.token_layout import TokenLayout
@@ -184,6 +187,11 @@ def decoding_steps(steps: int | None) -> str:
     return str(MaskGITPrior(TokenLayout(1, 2, 1, 32, 32), MaskGITOptions(steps=steps)).decoding_steps(None))
 
 
+def quarter_of_ten() -> str:
+    """Returns how many of 10 tokens are masked at γ = 0.25: ⌈2.5⌉ in the paper, ⌊2.5⌋ in its code."""
+    return str(int(masking.training_counts("linear", np.float32([0.75]), 10)[0]))
+
+
 MASKGIT = (
     Row("layers, width (4.1)", "24, 768", "model.trunk.depth model.trunk.width"),
     Row(
@@ -200,7 +208,7 @@ MASKGIT = (
     Row("positions (4.1)", "learned", "model.trunk.positions"),
     Row("dropout (4.1)", "0.1", "model.trunk.dropout"),
     Row("dropout of attention (released)", "0.1", "model.trunk.attention_dropout"),
-    Row("activations (released)", "float32", "model.trunk.dtype", "TPUs multiply in bfloat16; a third of the memory"),
+    Row("activations (released)", "float32", "model.trunk.dtype", "TPUs multiply in bfloat16"),
     Row("residual stream in float32 (released)", "yes", "model.trunk.float32_residual"),
     Row("logits in float32 (released)", "yes", "model.trunk.float32_logits"),
     Row(
@@ -211,6 +219,7 @@ MASKGIT = (
     Row("head (released)", "mlm", "model.head"),
     Row("embeddings are also the head (released)", "yes", "model.tied_embeddings"),
     Row("mask schedule γ (3.3)", "cosine", "model.mask_schedule"),
+    Row("masked of 10 tokens if γ is 0.25 (3.1)", "3; released: 2", "", "as released", quarter_of_ten),
     Row("label smoothing (4.1)", "0.1", "model.label_smoothing"),
     Row("the loss is a mean over (equation 1)", "tokens", "model.loss_average"),
     Row("weight of unmasked tokens (equation 1)", "0", "model.unmasked_weight"),
