@@ -166,12 +166,12 @@ def prior(width: int, heads: int) -> tuple[Row, ...]:
         Row("clip of the running variance (B.2)", "5", "optimizer.clip_variance"),
         Row(
             "Adam's first moment of kernels (D.2)", "16 bits", "optimizer.first_moment",
-            "bfloat16 is the 16-bit type of TPUs; the second moment stays float32",
+            "JAX has no 1-6-9; TPUs have bfloat16",
         ),
         Row("factors of the step size", "none", "optimizer.scales"),
         Row(
             "step size (B.2)", "0 to 0.00045 in 5,000 updates, then halved on five plateaus", "schedules.learning_rate",
-            "plateaus are for you to see: resume with half of schedules.learning_rate.value",
+            "no public rule for plateaus; resume with half of schedules.learning_rate.value",
         ),
         Row("average of the parameters (B.2)", "0.99, every 25 updates", EMA, show=average),
         Row("batch (B.2)", "1,024", "batch_size"),

@@ -5,6 +5,7 @@
 
 The column "we have" is read from the configs. `paper_rows.py` has the other two. A row without a reason has the paper's
 value. The tests fail if that is not so, if a config has a key that no row reads, or if the written tables are old.
+`paper_notes.py` has the differences that no option changes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
+from paper_notes import NOTES
 from paper_rows import TABLES, Row
 
 from dalle_jax.configuration import config_files
@@ -120,7 +122,9 @@ def table(target: str) -> list[str]:
     """Returns the lines of a target's table, in Markdown."""
     config = load(target)
     lines = [f"## `{target}`", "", "| | paper says | we have | why not |", "|---|---|---|---|"]
-    return lines + [f"| {row.what} | {row.paper} | {have(row, config)} | {row.why} |" for row in TABLES[target]]
+    lines += [f"| {row.what} | {row.paper} | {have(row, config)} | {row.why} |" for row in TABLES[target]]
+    lines += ["", "No option changes these:", "", "| | paper has | we have | why not |", "|---|---|---|---|"]
+    return lines + [f"| {' | '.join(note)} |" for note in NOTES[target]]
 
 
 def document() -> str:
@@ -128,8 +132,8 @@ def document() -> str:
     lines = [
         "# The papers and our variants of them",
         "",
-        "`python experiments/papers.py --output experiments/results/papers.md` wrote these tables from the configs. "
-        "Differences that no option changes are in the docstrings of the models.",
+        "`python experiments/papers.py --output experiments/results/papers.md` wrote these tables. The values that "
+        "we have are read from the configs. In brackets stands the section, or `released` for the authors' code.",
     ]
     for target in TABLES:
         lines += ["", *table(target)]

@@ -4,6 +4,7 @@ import pathlib
 
 import papers
 import pytest
+from paper_notes import NOTES
 from paper_rows import TABLES, Row
 
 from dalle_jax.configuration import config_files
@@ -23,7 +24,8 @@ def test_every_variant_named_after_a_paper_has_a_table():
         for variant in config_files.load_module(CONFIGS / f"{name}.py").VARIANTS
         if variant in ("paper", "vit_b32", "5.6b", "2.8b")
     }
-    assert variants == set(TABLES)
+    assert variants == set(TABLES) == set(NOTES)
+    assert all(len(note) == 4 and note[1] != note[2] for notes in NOTES.values() for note in notes)
 
 
 def test_the_written_tables_are_those_of_the_configs():
