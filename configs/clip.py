@@ -9,7 +9,11 @@
 start eight times as large. An image is read from all its patches. Each caption also meets its own image with a few
 squares exchanged, as a negative (`dalle_jax/tasks/corrupted_negatives.py`).
 
-`vit_b32` has the size of OpenAI's ViT-B/32 (151,277,313 parameters with a full text vocabulary) and its numbers.
+`vit_b32` has the size of OpenAI's ViT-B/32 (151,277,313 parameters with a full text vocabulary) and its numbers. All
+weights but gains and biases decay, here and in `folder`, `coco` and `cub` (`optimizer.decay=weights`). The augmentation
+of `vit_b32` is CLIP's random square crop (`data.augment=clip`). The other three see each image many times and rank
+images of a prior, so they have the prior's crops. `python experiments/papers.py` compares `vit_b32` with the paper.
+
 `python -m dalle_jax.pretrained.clip` imports published weights instead. `coco` and `cub` rank candidates for the
 paper's evaluation sets. They learn from the training splits alone, so they have seen far less than a published CLIP.
 
@@ -61,6 +65,9 @@ FLAT = {
     "schedules.learning_rate.peak": 2e-3,
 }
 
+# The paper's: embeddings and positions decay, too. The measured variants have "kernels".
+DECAY = {"optimizer.decay": "weights"}
+
 AUGMENTED = dict(augment="prior", bpe_dropout=0.1)
 
 VARIANTS = {
@@ -90,25 +97,25 @@ VARIANTS = {
         image_tower=dict(width=384, depth=8, heads=6), text_tower=dict(width=384, depth=6, heads=6),
         patch=16, embed_dim=256, batch_size=512,
         steps=None, from_data=dict(sections.LARGER_TEXT, passes=60, min_steps=1000, max_steps=50_000),
-        overrides=[one_gpu],
+        overrides=[one_gpu, DECAY],
     ),
     "coco": dict(
         doc="MS-COCO, 62 epochs of 82,783 images; one GPU or TPU host, not yet measured",
         data=dict(sections.COCO, image_size=224, **AUGMENTED), text=dict(vocab_size=8192, length=64),
         image_tower=dict(width=384, depth=12, heads=6), text_tower=dict(width=384, depth=6, heads=6),
-        patch=16, embed_dim=256, batch_size=512, steps=10_000,
+        patch=16, embed_dim=256, batch_size=512, steps=10_000, overrides=[DECAY],
     ),
     "cub": dict(
         doc="CUB-200-2011, 171 epochs of 5,994 images; one GPU or TPU host, not yet measured",
         data=dict(sections.CUB, image_size=224, **AUGMENTED), text=dict(vocab_size=4096, length=64),
         image_tower=dict(width=256, depth=8, heads=4), text_tower=dict(width=256, depth=4, heads=4),
-        patch=16, embed_dim=256, batch_size=256, steps=4000,
+        patch=16, embed_dim=256, batch_size=256, steps=4000, overrides=[DECAY],
     ),
     "vit_b32": dict(
         doc="OpenAI's ViT-B/32, your own images (data.path); TPU v5e:16x16 or v5p:4x4x4, not yet measured",
-        data=dict(sections.FOLDER, image_size=224, augment="prior"), text=dict(vocab_size=49_407, length=76),
+        data=dict(sections.FOLDER, image_size=224, augment="clip"), text=dict(vocab_size=49_407, length=76),
         image_tower=dict(width=768, depth=12, heads=12), text_tower=dict(width=512, depth=12, heads=8),
-        patch=32, embed_dim=512, batch_size=32_768, steps=390_000,
+        patch=32, embed_dim=512, batch_size=32_768, steps=390_625, overrides=[DECAY],
     ),
 }  # fmt: skip
 

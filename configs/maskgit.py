@@ -13,6 +13,11 @@ autoregressive prior with the same trunk, and needs far fewer updates (the quick
 configs/prior.py:cub; all over 32x32 tokens. Each update scores two thirds of an image's tokens, other ones each time.
 So `coco` and `cub` train twice as long as the autoregressive priors.
 
+`paper` has the numbers of the released configuration: 2,000,000 updates, an average at each update, no clipping,
+dropout of attention probabilities, and BERT's initialisation. Its net differs as `dalle_jax/priors/maskgit.py` says.
+The paper has no guidance: give `--config.model.caption_drop=0.1` to train for it. The loss of the reference code is
+`--config.model.loss_average=images`. `python experiments/papers.py` compares the variant with the paper.
+
 `paper` splits parameters, average and optimizer over all chips, `3b` over half of them. The table in
 experiments/results/compile/compile.md has memory, operations and step time for each topology.
 
@@ -25,12 +30,14 @@ from scratch; 0.89 and 0.99 (on two processors) after 2,600 updates from the aut
 """
 
 from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
 
 from configs import prior
 from dalle_jax.configuration import sections
 from dalle_jax.configuration.config_files import choose
 from dalle_jax.configuration.sections import schedule, section
 from dalle_jax.configuration.size_rules import SizeRules
+from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 
 
@@ -56,6 +63,20 @@ def cpu(steps):
 def small(steps):
     """Overrides that learn as fast as the autoregressive prior: raster order first, see `MaskGITOptions`."""
     return {"model.raster_steps": steps // 3, "schedules.learning_rate.peak": 3e-3}
+
+
+def paper(steps):
+    """Overrides of the released configuration, whatever configs/prior.py:paper has for DALL-E."""
+    del steps
+    return {
+        "model.trunk.activation": "gelu_tanh",
+        "model.trunk.attention_dropout": 0.1,
+        "model.init_scale": 0.02,
+        "model.caption_drop": 0.0,
+        "model.steps": placeholder(int),
+        "optimizer": section(OptimizerOptions, b2=0.96, weight_decay=4.5e-2),
+        "ema": section(AverageOptions, decay=0.999),
+    }
 
 
 def one_gpu(steps):
@@ -99,18 +120,18 @@ VARIANTS = {
     ),
     "paper": dict(
         doc="the paper's size, your own images (data.path); TPU v5e:4x4 or v6e:2x4, not yet measured",
-        prior="paper", trunk=dict(width=768, depth=24, heads=16, dropout=0.1), batch_size=256, steps=500_000,
-        overrides=[sections.split_over_chips(copies=1)],
+        prior="paper", trunk=dict(width=768, depth=24, heads=16, dropout=0.1), batch_size=256, steps=2_000_000,
+        overrides=[sections.split_over_chips(copies=1), paper],
     ),
     "3b": dict(
         doc="the size of Muse's base model, your own images; TPU v5p:4x4x4 or v6e:8x8, not yet measured",
         prior="paper", trunk=dict(width=2048, depth=48, heads=16, dropout=0.1), batch_size=512, steps=1_000_000,
-        overrides=[sections.split_over_chips(copies=2)],
+        overrides=[sections.split_over_chips(copies=2), {"model.caption_drop": 0.1}],
     ),
 }  # fmt: skip
 
 KEYS = prior.KEYS | {
-    "model.steps": "decoding steps of previews and samples",
+    "model.steps": "decoding steps of previews and samples; None: the paper's 8 or 12, by the number of tokens",
     "model.choice_temperature": "randomness in the order of unmasking",
     "model.raster_steps": "first updates that predict tokens in raster order; they make a short training much better",
 }

@@ -4,6 +4,7 @@ Listings 1 and 2 in the appendix of Zero-Shot Text-to-Image Generation:
   dvae   random square crop of the short side s, area resize to t ~ U[9/8, 12/8]·S, random S crop, horizontal flip
   prior  near-centred square crop (offset within 3/8 to 5/8 of the slack), area resize to t ~ U[1, 9/8]·S, random S
          crop; no flip, because captions mention left, right and text
+  clip   random square crop of the image resized to short side S (CLIP, arXiv 2103.00020, section 2.3); no flip
   none   centred square crop, resized to S, for evaluation and for small data sets drawn to size
 
 With `data.fit=pad`, `fit_square` first pads each image to a square with white, so that no crop loses a part of it.
@@ -11,6 +12,9 @@ With `data.fit=pad`, `fit_square` first pads each image to a square with white, 
 As in the paper's listings t never exceeds the short side, so no image is enlarged only to be cropped. The listings
 reject an image smaller than S; here it is enlarged to S. The resize is a true area average: every source pixel counts
 by the area it covers. Pillow's BOX filter differs from that at fractional ratios.
+
+The listings resize with `align_corners=True`, and so do "dvae" and "prior" here; see `area_resize`. "clip" and "none"
+resize without it. CLIP's paper does not name its resize; its released preprocessing is bicubic, and crops the centre.
 
     S requested size    s short side of the image    t side after the resize
 """
@@ -23,6 +27,7 @@ _COLUMNS_AT_ONCE = 512
 
 
 FITS = ("crop", "pad")
+KINDS = ("none", "dvae", "prior", "clip")
 
 
 def fit_square(image: np.ndarray, fit: str) -> np.ndarray:
@@ -51,7 +56,7 @@ def augment(image: np.ndarray, size: int, kind: str, generator: np.random.Genera
     Args:
       image: uint8 [H, W, 3].
       size: S, in pixels.
-      kind: "none", "dvae" or "prior".
+      kind: one of `KINDS`.
       generator: the source of randomness; not used by "none".
 
     Returns:
@@ -66,14 +71,15 @@ def augment(image: np.ndarray, size: int, kind: str, generator: np.random.Genera
         return _dvae(image, size, generator)
     if kind == "prior":
         return _prior(image, size, generator)
-    raise ValueError(f"Unknown augmentation {kind!r}; expected 'none', 'dvae' or 'prior'.")
+    if kind == "clip":
+        return area_resize(_random_square(image, generator), size)
+    raise ValueError(f"Unknown augmentation {kind!r}; expected one of {', '.join(KINDS)}.")
 
 
 def _dvae(image: np.ndarray, size: int, generator: np.random.Generator) -> np.ndarray:
-    short = min(image.shape[:2])
-    top, left = (int(generator.integers(0, side - short + 1)) for side in image.shape[:2])
-    side = _draw_side(generator, short, size, round(size * 9 / 8), round(size * 12 / 8))
-    image = _random_crop(area_resize(_square(image, top, left), side), size, generator)
+    image = _random_square(image, generator)
+    side = _draw_side(generator, len(image), size, round(size * 9 / 8), round(size * 12 / 8))
+    image = _random_crop(area_resize(image, side, align_corners=True), size, generator)
     return image[:, ::-1] if generator.random() < 0.5 else image
 
 
@@ -82,7 +88,14 @@ def _prior(image: np.ndarray, size: int, generator: np.random.Generator) -> np.n
     slack = [side - short for side in image.shape[:2]]
     top, left = (int(generator.integers(3 * s // 8, max(3 * s // 8 + 1, 5 * s // 8))) for s in slack)
     side = _draw_side(generator, short, size, size, round(size * 9 / 8))
-    return _random_crop(area_resize(_square(image, top, left), side), size, generator)
+    return _random_crop(area_resize(_square(image, top, left), side, align_corners=True), size, generator)
+
+
+def _random_square(image: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Crops a square of the short side anywhere along the long side."""
+    short = min(image.shape[:2])
+    top, left = (int(generator.integers(0, side - short + 1)) for side in image.shape[:2])
+    return _square(image, top, left)
 
 
 def _draw_side(generator: np.random.Generator, short: int, size: int, low: int, high: int) -> int:
@@ -111,12 +124,17 @@ def _square(image: np.ndarray, top: int, left: int) -> np.ndarray:
     return image[top : top + short, left : left + short]
 
 
-def area_resize(image: np.ndarray, side: int) -> np.ndarray:
+def area_resize(image: np.ndarray, side: int, *, align_corners: bool = False) -> np.ndarray:
     """Resizes by area averaging: each new pixel is the mean over the area of the old image that it covers.
+
+    With `align_corners`, a new pixel covers (n − 1) / (side − 1) old pixels and not n / side, as in the resize of
+    DALL-E's listings (TensorFlow 1, `ResizeMethod.AREA`). The last new pixel then begins where the last old one does.
+    Beyond the edge the last old pixel repeats. The lower right of the image shifts by up to one new pixel.
 
     Args:
       image: uint8 [H, W, C].
       side: height and width of the result, in pixels.
+      align_corners: whether the first and the last pixel of both images begin at the same place.
 
     Returns:
       uint8 [side, side, C].
@@ -125,16 +143,18 @@ def area_resize(image: np.ndarray, side: int) -> np.ndarray:
         return image
     # Running sums need eight bytes a value, so that columns are averaged in groups to keep large images small.
     groups = [image[:, start : start + _COLUMNS_AT_ONCE] for start in range(0, image.shape[1], _COLUMNS_AT_ONCE)]
-    averaged = np.concatenate([_average_rows(group.astype(np.float64), side) for group in groups], axis=1)
-    return np.rint(_average_rows(averaged.swapaxes(0, 1), side).swapaxes(0, 1)).astype(np.uint8)
+    rows = [_average_rows(group.astype(np.float64), side, align_corners) for group in groups]
+    averaged = np.concatenate(rows, axis=1).swapaxes(0, 1)
+    return np.rint(_average_rows(averaged, side, align_corners).swapaxes(0, 1)).astype(np.uint8)
 
 
-def _average_rows(image: np.ndarray, count: int) -> np.ndarray:
+def _average_rows(image: np.ndarray, count: int, align_corners: bool) -> np.ndarray:
     """Averages over `count` equal intervals of the first axis, from differences of its running sum."""
     length = image.shape[0]
     running = np.concatenate([np.zeros_like(image[:1]), np.cumsum(image, axis=0)])
-    edges = np.arange(count + 1) * (length / count)
+    old, new = (length - 1, count - 1) if align_corners and min(length, count) > 1 else (length, count)
+    edges = np.arange(count + 1) * (old / new)
     whole = np.minimum(edges.astype(np.int64), length - 1)
-    part = (edges - whole).reshape(-1, *[1] * (image.ndim - 1))
+    part = (edges - whole).reshape(-1, *[1] * (image.ndim - 1))  # above 1 beyond the edge: the last pixel repeats
     at_edges = running[whole] + part * image[whole]
-    return np.diff(at_edges, axis=0) * (count / length)
+    return np.diff(at_edges, axis=0) * (new / old)

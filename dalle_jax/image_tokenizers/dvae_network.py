@@ -48,7 +48,8 @@ class DVAEOptions:
       codebook_scale: factor on the initial codebook; 1 in the paper, which draws from N(0, 1/√V).
       min_log_scale: lower bound of ln b; None (the paper) for no bound. Drawings have flat areas, whose likelihood
         grows without limit as b shrinks. Edges, where b is large, then lose all weight in the loss.
-      dtype: dtype of the activations inside the blocks. Parameters, logits and pixel distributions are float32.
+      dtype: dtype of the activations inside the blocks. Parameters are float32. Logits and pixel distributions (μ and
+        ln b) are computed in float32, output layers included.
     """
 
     image_size: int = 256
@@ -229,8 +230,9 @@ class Decoder(nn.Module):
                 x = Block(features, (1, 3, 3, 3), o, name=f"group_{group + 1}_block_{block + 1}")(x)
             if group < o.groups - 1:
                 x = upsample(x)
-        x = convolution(6 * o.stem_factor**2, 1, o.dtype, "output")(nn.relu(x))
-        return depth_to_space(x.astype(jnp.float32), o.stem_factor)
+        # In bfloat16, μ and ln b would have 8 significant bits, and the loss divides their errors by b.
+        x = convolution(6 * o.stem_factor**2, 1, "float32", "output")(nn.relu(x))
+        return depth_to_space(x, o.stem_factor)
 
 
 class DVAE(nn.Module):

@@ -1,7 +1,9 @@
 """The CLIP score: how well images match their captions (Hessel et al., arXiv 2104.08718).
 
-It is the mean over images of 100 · max(cos(image, caption), 0). Scores of two different CLIPs are not comparable. The
-CLIP that chose the images (reranking) is biased in their favour.
+It is the mean over images of 100 · max(cos(image, caption), 0). The factor 100 is that of torchmetrics and of later
+papers, which report percent. Hessel et al. multiply by 2.5 instead: their CLIP-S is this score divided by 40.
+
+Scores of two different CLIPs are not comparable. The CLIP that chose the images (reranking) is biased in their favour.
 
     B batch
 """

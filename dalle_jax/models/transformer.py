@@ -25,7 +25,7 @@ from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.attention import splash
 from dalle_jax.models.attention.patterns import ATTENDED, HEADS, Pattern
-from dalle_jax.models.attention.xla import attend, attend_image, attend_reference, attend_step
+from dalle_jax.models.attention.xla import attend, attend_image, attend_reference, attend_step, dropped
 from dalle_jax.models.dense import Dense
 from dalle_jax.models.rotary import rotary_angles, rotate
 from dalle_jax.token_layout import TokenLayout
@@ -78,6 +78,8 @@ class TransformerOptions:
         "none": all, nothing is recomputed.
       scan: whether repeated layers run as one scan.
       attention_kernel: "xla" (`xla.attend`), "splash" (`splash.attend`), or "auto" for splash on TPUs.
+      attention_dropout: dropout rate of the attention probabilities (`xla.dropped`). Training then runs `xla.attend` on
+        all devices, because the splash kernel never has the probabilities in memory.
     """
 
     width: int = 512
@@ -94,12 +96,19 @@ class TransformerOptions:
     remat: str = "none"
     scan: bool = True
     attention_kernel: str = "auto"
+    attention_dropout: float = 0.0
 
     def __post_init__(self):
         choices = {"norm": NORMS, "activation": ACTIVATIONS, "positions": POSITIONS, "remat": REMAT}
         choices["attention_kernel"] = splash.KERNELS
         sizes = ["width", "depth", "heads"]
-        check(self, "model.trunk", positive=sizes, at_least_0=["head_dim"], below_1=["dropout"], choices=choices)
+        rates = ["dropout", "attention_dropout"]
+        check(self, "model.trunk", positive=sizes, at_least_0=["head_dim"], below_1=rates, choices=choices)
+        if self.attention_dropout and self.attention_kernel == "splash":
+            raise ConfigError(
+                f"config.model.trunk.attention_dropout is {self.attention_dropout} with attention_kernel='splash', "
+                "which has no dropout. Set --config.model.trunk.attention_kernel=auto or attention_dropout=0."
+            )
         if self.hidden < 1:
             raise ConfigError(
                 f"config.model.trunk.mlp_ratio is {self.mlp_ratio}, which leaves no hidden unit at width {self.width}; "
@@ -205,24 +214,30 @@ class Attention(nn.Module):
         (pattern,) = self.patterns
         return pattern
 
-    def __call__(self, x: Float[ArrayLike, "B S D"], which: Int[ArrayLike, ""] | None = None) -> Float[Array, "B S D"]:
+    def __call__(
+        self, x: Float[ArrayLike, "B S D"], which: Int[ArrayLike, ""] | None = None, train: bool = False
+    ) -> Float[Array, "B S D"]:
         """Attends over the whole stream.
 
         Args:
           x: states, [B, S, D].
           which: index into `patterns`, int32 scalar; None if there is one pattern.
+          train: whether dropout applies.
 
         Returns:
           [B, S, D].
         """
-        kernel = splash.use_splash(self.options.attention_kernel)
+        dropping, rate = {}, self.options.attention_dropout
+        if train and rate:
+            dropping = {"drop": functools.partial(dropped, rate=rate, key=self.make_rng("dropout"))}
+        kernel = not dropping and splash.use_splash(self.options.attention_kernel)
         if len(self.patterns) > 1:
-            attention = splash.attend_raster if kernel else attend
+            attention = splash.attend_raster if kernel else functools.partial(attend, **dropping)
             ways = [functools.partial(attention, pattern=each, layout=self.layout) for each in self.patterns]
             return self.out(jax.lax.switch(which, ways, *self._heads(x, self._angles(slice(None)))))
         how = self.pattern, self.layout
         if not kernel:
-            return self.out(attend(*self._heads(x, self._angles(slice(None))), *how))
+            return self.out(attend(*self._heads(x, self._angles(slice(None))), *how, **dropping))
         x = splash.ordered(x, *how)
         x = self.out(splash.attend(*self._heads(x, self._angles(splash.order(*how))), *how))
         return splash.restored(x, *how)
@@ -314,7 +329,7 @@ class Block(nn.Module):
         self, x: Float[ArrayLike, "B S D"], train: bool, which: Int[ArrayLike, ""] | None = None
     ) -> Float[Array, "B S D"]:
         """Runs over the whole stream, with dropout if `train` is true."""
-        x = x + self.drop(self.attention(self.attention_norm(x), which), deterministic=not train)
+        x = x + self.drop(self.attention(self.attention_norm(x), which, train), deterministic=not train)
         x = x + self.drop(self.mlp(self.mlp_norm(x)), deterministic=not train)
         return constrain(x, "batch", "length", "embed_act")
 

@@ -34,8 +34,9 @@ class OptimizerOptions:
     Attributes:
       b1, b2, eps: as in Adam.
       weight_decay: decoupled weight decay, multiplied by the learning rate.
-      decay: which parameters decay: "all", or "kernels", those whose name ends in "kernel". Gains, biases and
-        embeddings are not kernels.
+      decay: which parameters decay. "kernels": those whose name ends in "kernel", which leaves out gains, biases and
+        embeddings (DALL-E). "weights": all but gains and biases, so embeddings and positions decay (CLIP, section 2.5;
+        its logit scale is a gain). "all": every parameter.
       clip_norm: largest global norm of the gradients, or 0 for no clipping.
       accumulate_steps: number of slices of the batch, whose gradients are averaged before the update.
       first_moment: dtype of Adam's first moment: "float32", or "bfloat16" for half its memory. The paper keeps both
@@ -54,7 +55,7 @@ class OptimizerOptions:
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
-        choices = {"decay": ("kernels", "all"), "first_moment": ("float32", "bfloat16")}
+        choices = {"decay": ("kernels", "weights", "all"), "first_moment": ("float32", "bfloat16")}
         check(
             self, "optimizer", positive=["accumulate_steps", "eps"], at_least_0=["clip_norm", "weight_decay"],
             below_1=["b1", "b2"], choices=choices,
@@ -89,7 +90,10 @@ def decay_mask(params: PyTree, options: OptimizerOptions) -> PyTree:
     """Returns a tree of booleans with the structure of `params`: true for parameters that decay."""
 
     def decays(path: Any, _: Any) -> bool:
-        return options.decay == "all" or jax.tree_util.keystr(path[-1:], simple=True).endswith("kernel")
+        name = jax.tree_util.keystr(path[-1:], simple=True)
+        if options.decay == "weights":
+            return not name.endswith(("scale", "bias"))  # norm/scale and logit_scale are gains
+        return options.decay == "all" or name.endswith("kernel")
 
     return jax.tree_util.tree_map_with_path(decays, params)
 

@@ -5,10 +5,18 @@ tokens masked and unmasks more of them in each of a few steps. Guidance rises li
 2301.00704, section 2.7). The paper's masked-token head is a dense layer, GELU, norm, the transposed image embedding and
 a bias per token.
 
-Deviations from the paper:
+Deviations from the paper and from its reference code (google-research/maskgit):
 
-* The blocks are pre-norm, as in the autoregressive prior. The reference is a post-norm BERT.
-* The condition is a caption, not a class. Text positions do not attend to the image, so the text is computed once.
+* The blocks are pre-norm with a final norm, as in the autoregressive prior. The reference is a post-norm BERT, which
+  also normalises its embeddings. Its epsilon is 1e-12, ours 1e-5. Its queries, keys and values have biases.
+* The condition is a caption, not a class. Text positions do not attend to the image, so the text is computed once. In
+  the reference the class is one more token, which attends to the image.
+* Image positions are row + column embeddings, those of the reference a free table. The reference has one table for
+  tokens, classes and the mask, and its loss spreads label smoothing over all of them. Here logits and smoothing are
+  over the image tokens alone.
+* The head's GELU is exact. The reference's is the tanh approximation.
+* Masks have ⌊N·γ(r)⌋ tokens as in the reference code; the paper has ⌈N·γ(r)⌉. The released configuration also has
+  `min_masking_rate=0.5`. The paper does not, and no released code reads it.
 * `codebook_init`, `neighbour_kernel` and the head "linear" are options. On few images they learn much faster than the
   paper's model.
 * `raster_steps` is an option. The paper masks random tokens (section 3.1) from the first update on. A model learns to
@@ -33,7 +41,7 @@ from dalle_jax.priors import masking, sampling
 from dalle_jax.priors.alternatives import one_of
 from dalle_jax.priors.embedding import start_from_codebook
 from dalle_jax.priors.losses import cross_entropy, drop_captions, mean_over, uniform_cross_entropy
-from dalle_jax.priors.maskgit_model import MaskGITModel, MaskGITOptions
+from dalle_jax.priors.maskgit_model import MaskGITModel, MaskGITOptions, truncated_start
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
@@ -71,6 +79,8 @@ class MaskGITPrior:
         text = jnp.zeros((1, self.layout.text_length), jnp.int32)
         tokens = jnp.zeros((1, self.layout.image_length), jnp.int32)
         params = self.model.init(key, text, tokens)["params"]
+        if self.options.init_scale:
+            params = truncated_start(params, key, self.options.init_scale)
         start = codebook is not None and self.options.codebook_init
         return start_from_codebook(params, codebook, key) if start else params
 
@@ -141,11 +151,15 @@ class MaskGITPrior:
     def _smoothed(self, logits, tokens, weights):
         """Returns the weighted mean of the smoothed cross-entropy, and the unsmoothed nats, float32 [B, N]."""
         nats, share = cross_entropy(logits, tokens), self.options.label_smoothing
-        return mean_over((1 - share) * nats + share * uniform_cross_entropy(logits), weights), nats
+        smoothed = (1 - share) * nats + share * uniform_cross_entropy(logits)
+        if self.options.loss_average == "images":
+            of_images = jax.vmap(mean_over)(smoothed, weights)
+            return mean_over(of_images, jnp.sign(weights.sum(-1))), nats  # rows of padding have no weight
+        return mean_over(smoothed, weights), nats
 
     def decoding_steps(self, steps: int | None) -> int:
         """See `TokenPrior.decoding_steps`."""
-        return steps or self.options.steps
+        return steps or self.options.steps or (8 if self.layout.image_length <= 16 * 16 else 12)
 
     def sample(
         self,

@@ -10,7 +10,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
@@ -21,9 +21,11 @@ from dalle_jax.models.transformer import Norm, TextCache, TransformerOptions
 from dalle_jax.models.trunk import Trunk
 from dalle_jax.priors import masking
 from dalle_jax.priors.embedding import MaskGITEmbedding
+from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
 
 HEADS = ("mlm", "linear")
+LOSS_AVERAGES = ("tokens", "images")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,15 +38,21 @@ class MaskGITOptions:
       tied_embeddings: whether the head's last product is with the transposed image embedding.
       embedding_scale: standard deviation of the embeddings at initialisation.
       head_scale: standard deviation of untied heads at initialisation.
+      init_scale: 0: kernels start by their number of inputs, tables by the two scales above. Above 0: all of them start
+        from a normal distribution of this standard deviation, cut at two of it. The reference has 0.02.
       codebook_init: whether image embedding and head start as the tokenizer's codebook; see `start_from_codebook`.
       neighbour_kernel: side of the square of neighbours that are mixed into each token's embedding; 0 for no mixing.
       raster_steps: number of first updates that predict each token from the tokens before it in raster order; 0 for
         none. The updates after them mask random tokens. It needs a `neighbour_kernel` of 3 or more.
       mask_schedule: γ, used in training and decoding; see `masking.masked_share`.
       label_smoothing: share of the target that is spread over the vocabulary.
+      loss_average: over what the loss is a mean. "tokens": all masked tokens of the batch (the paper's equation 1).
+        "images": the masked tokens of each image, then the images, as in the reference code. Images with few masked
+        tokens then weigh as much as the others.
       unmasked_weight: weight of unmasked positions in the loss; masked positions have weight 1.
       caption_drop: share of captions that training replaces by the empty caption, for guidance.
-      steps: default number of decoding steps.
+      steps: default number of decoding steps; None for the paper's: 8 for up to 16 x 16 tokens, 12 for more (section
+        4.2).
       order: order of unmasking; see `masking.unmasking_order`.
       choice_temperature: τ of the order "confidence".
     """
@@ -54,21 +62,23 @@ class MaskGITOptions:
     tied_embeddings: bool = True
     embedding_scale: float = 0.02
     head_scale: float = 0.02
+    init_scale: float = 0.0
     codebook_init: bool = False
     neighbour_kernel: int = 0
     raster_steps: int = 0
     mask_schedule: str = "cosine"
     label_smoothing: float = 0.1
+    loss_average: str = "tokens"
     unmasked_weight: float = 0.0
     caption_drop: float = 0.1
-    steps: int = 8
+    steps: int | None = 8
     order: str = "confidence"
     choice_temperature: float = 4.5
 
     def __post_init__(self):
         masking.check_schedule(self.mask_schedule)
-        check(self, "model", at_least_0=["choice_temperature"])
-        choices = {"order": masking.ORDERS, "head": HEADS}
+        check(self, "model", at_least_0=["choice_temperature", "init_scale"])
+        choices = {"order": masking.ORDERS, "head": HEADS, "loss_average": LOSS_AVERAGES}
         shares = ["label_smoothing", "unmasked_weight", "caption_drop"]
         kernel = ["neighbour_kernel"]
         counts = [*kernel, "raster_steps"]
@@ -142,3 +152,28 @@ class MaskGITModel(nn.Module):
     def refine(self, ids: Int[ArrayLike, "B N"], text: list[TextCache]) -> Float[Array, "B N V"]:
         """Computes image logits given the captions of `prefill`: ids, int32 [C·n, N], to float32 [C·n, N, V]."""
         return self._logits(self.trunk.refine(self.embedding.image(ids), text))
+
+
+def truncated_start(params: PyTree, key: Key[Array, ""], scale: float) -> PyTree:
+    """Draws new initial kernels and tables from a normal distribution that is cut at two standard deviations.
+
+    Gains and biases stay as they are. The cut reduces the standard deviation of the values to 0.88 of `scale`, which
+    the reference does not correct.
+
+    Args:
+      params: boxed parameters of the prior.
+      key: scalar key.
+      scale: standard deviation before the cut.
+
+    Returns:
+      Boxed parameters of the same structure.
+    """
+    leaves = jax.tree.leaves_with_path(nn.meta.unbox(params))
+
+    def draw(number: int, path: tuple, leaf: Array) -> Array:
+        if path[-1].key.endswith(("scale", "bias")):
+            return leaf
+        return scale * jax.random.truncated_normal(jax.random.fold_in(key, number), -2, 2, leaf.shape, leaf.dtype)
+
+    drawn = [draw(number, path, leaf) for number, (path, leaf) in enumerate(leaves)]
+    return nn.meta.replace_boxed(params, jax.tree.unflatten(jax.tree.structure(nn.meta.unbox(params)), drawn))

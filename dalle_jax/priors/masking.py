@@ -1,6 +1,7 @@
 """Masking of image tokens: how many are masked, and which of them are unmasked first.
 
-MaskGIT (arXiv 2202.04200), sections 3.1 and 3.3, and its reference code `google-research/maskgit`.
+MaskGIT (arXiv 2202.04200), sections 3.1 and 3.3, and its reference code `google-research/maskgit`. The paper masks
+⌈N·γ(r)⌉ tokens and its code ⌊N·γ(r)⌋, here as in the code. The floor masks one token less, but at least one.
 
     B rows    N image tokens    r ratio in [0, 1]    γ(r) share of masked tokens
 """

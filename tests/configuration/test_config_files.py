@@ -4,6 +4,7 @@ import dataclasses
 import pathlib
 import sys
 
+import flax.linen as nn
 import jax
 import optax
 import pytest
@@ -179,6 +180,21 @@ def test_the_papers_numbers():
     assert (optimizer.b2, optimizer.weight_decay, optimizer.clip_norm) == (0.96, 4.5e-2, 4.0)
     assert prior.data.augment == "prior" and prior.data.bpe_dropout == 0.1 and prior.batch_size == 1024
     assert float(schedules.make(prior.schedules.learning_rate, "learning_rate")(5000)) == pytest.approx(4.5e-4)
+
+
+def test_vit_b32_decays_all_weights_but_gains_and_biases():
+    """CLIP, section 2.5. A tower of width D and 12 blocks has 12 * 13 D gains and biases in them."""
+    config = load("clip").get_config("vit_b32")
+    sizes = clip.options_of_training(config, config.text.vocab_size)
+    params = jax.eval_shape(clip.CLIP(sizes).init, jax.random.key(0))
+    options = from_config(optimizers.OptimizerOptions, config.optimizer, "optimizer")
+    params = nn.meta.unbox(params)
+    mask = optimizers.decay_mask(params, options)
+    left = sum(x.size for x, decays in zip(jax.tree.leaves(params), jax.tree.leaves(mask)) if not decays)
+    assert left == 12 * 13 * (768 + 512) + 4 * 768 + 2 * 512 + 1  # norms outside of the blocks, logit scale
+    assert options.weight_decay == 0.2 and config.data.augment == "clip"
+    for variant in ("shapes", "emoji", "small"):
+        assert load("clip").get_config(variant).optimizer.decay == "kernels", "as they were measured"
 
 
 @pytest.mark.parametrize("name", ["generate", "evaluate"])

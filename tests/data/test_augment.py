@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from dalle_jax.data.augment import area_resize, augment, fit_square
+from dalle_jax.data.augment import KINDS, area_resize, augment, fit_square
 
 
 def coordinates(height, width):
@@ -43,7 +43,45 @@ def test_area_resize_keeps_what_fits():
     np.testing.assert_array_equal(area_resize(np.full((37, 37, 3), 255, np.uint8), 11), 255)
 
 
-@pytest.mark.parametrize("kind", ["none", "dvae", "prior"])
+def tensorflow_area(image, side):
+    """TensorFlow's `ResizeMethod.AREA` with `align_corners=True`, pixel by pixel as its kernel is defined."""
+
+    def weights(length):
+        scale = (length - 1) / (side - 1)
+        table = np.zeros((side, length))
+        for new in range(side):
+            low, high = new * scale, (new + 1) * scale
+            for old in range(int(np.floor(low)), int(np.ceil(high))):
+                table[new, min(old, length - 1)] += (min(high, old + 1) - max(low, old)) / scale
+        return table
+
+    return np.einsum("ir,js,rsc->ijc", weights(image.shape[0]), weights(image.shape[1]), image.astype(float))
+
+
+@pytest.mark.parametrize("shape, side", [((7, 7), 3), ((9, 6), 4), ((40, 40), 27), ((10, 10), 9), ((5, 5), 8)])
+def test_area_resize_with_aligned_corners_is_that_of_the_listings(shape, side):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    resized = area_resize(image, side, align_corners=True)
+    assert resized.dtype == np.uint8 and resized.shape == (side, side, 3)
+    assert np.abs(resized - tensorflow_area(image, side)).max() <= 0.5 + 1e-9
+    np.testing.assert_array_equal(resized[-1, -1], image[-1, -1])
+    assert (resized != area_resize(image, side)).any()
+
+
+@pytest.mark.parametrize("kind, aligned", [("dvae", True), ("prior", True), ("clip", False), ("none", False)])
+def test_only_the_papers_listings_align_corners(kind, aligned, monkeypatch):
+    seen = []
+
+    def spy(image, side, align_corners=False):
+        seen.append(align_corners)
+        return image[:side, :side]
+
+    monkeypatch.setattr("dalle_jax.data.augment.area_resize", spy)
+    augment(coordinates(80, 100), 16, kind, np.random.default_rng(0))
+    assert seen == [aligned]
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shape", [(16, 16), (40, 100), (90, 31), (200, 200), (5, 9), (1, 1)])
 def test_any_image_gives_the_requested_size(kind, shape):
     image = np.random.default_rng(1).integers(0, 256, (*shape, 3)).astype(np.uint8)
@@ -57,7 +95,7 @@ def resize_sides(kind, size, short, monkeypatch):
     """Returns the sides t drawn with many seeds."""
     sides = []
     monkeypatch.setattr(
-        "dalle_jax.data.augment.area_resize", lambda image, side: sides.append(side) or image[:side, :side]
+        "dalle_jax.data.augment.area_resize", lambda image, side, **_: sides.append(side) or image[:side, :side]
     )
     image = coordinates(short, short + 20)
     for seed in range(600):
@@ -102,6 +140,20 @@ def test_prior_crops_near_the_centre_and_never_flips():
     assert {int(crop[0, 0, 1]) for crop in crops} == set(range(15, 25))
     tall = first_crops("prior", 56, 16)
     assert {int(crop[0, 0, 0]) for crop in tall} == set(range(15, 25))
+
+
+@pytest.mark.parametrize("height, width, axis", [(16, 56, 1), (56, 16, 0)])
+def test_clip_crops_a_square_anywhere_and_never_flips(height, width, axis):
+    crops = first_crops("clip", height, width)
+    assert all(crop[0, 0, axis] + 15 == crop[-1, -1, axis] for crop in crops)
+    assert {int(crop[0, 0, axis]) for crop in crops} == set(range(41))  # offsets 0 to 56 - 16, all of them
+
+
+def test_clip_keeps_the_whole_short_side(monkeypatch):
+    assert set(resize_sides("clip", 64, 200, monkeypatch)) == {64}
+    square = np.random.default_rng(0).integers(0, 256, (50, 50, 3)).astype(np.uint8)
+    result = augment(square, 20, "clip", np.random.default_rng(0))
+    np.testing.assert_array_equal(result, augment(square, 20, "none", None))
 
 
 def test_none_is_the_centre():

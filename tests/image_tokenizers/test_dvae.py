@@ -136,6 +136,16 @@ def test_bfloat16_keeps_logits_and_maps_in_float32():
     assert 0 < jnp.abs(logits - exact).max() < 0.05 * jnp.abs(exact).max()
 
 
+def test_bfloat16_computes_the_distribution_of_pixels_in_float32():
+    """The values of a bfloat16 product that is cast afterwards would all be bfloat16 numbers."""
+    _, params = make()
+    half = DVAETokenizer(dataclasses.replace(SMALL, dtype="bfloat16"))
+    tokens = jax.random.randint(jax.random.key(0), (2, 4, 4), 0, 24)
+    for name, values in zip(("mean", "log_scale"), jax.jit(half.decode_maps)(params, tokens)):
+        coarse = values == values.astype(jnp.bfloat16).astype(jnp.float32)
+        assert coarse.mean() < 0.05, name
+
+
 def test_larger_images_than_in_training():
     made, params = make()
     tokens = jax.jit(made.encode)(params, np.zeros((1, 32, 24, 3), np.uint8))

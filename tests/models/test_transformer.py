@@ -267,9 +267,39 @@ def test_dropout_acts_in_training_only(params, plain):
     assert np.abs(apply(jax.random.key(0), True) - apply(jax.random.key(1), True)).max() > 1e-2
 
 
+def test_attention_dropout_acts_in_training_only_and_is_recomputed_alike(params):
+    """Also where a scan selects the pattern of its last layer."""
+
+    @functools.partial(jax.jit, static_argnums=(1, 2))
+    def run(key, train, changes):
+        module = Trunk(dataclasses.replace(OPTIONS, **dict(changes)), LAYOUT, (*PATTERNS[:3], Convolutional(3)))
+        loss = lambda p: jnp.square(module.apply({"params": p}, STATES, train, rngs={"dropout": key})[:, ::2]).sum()
+        return jax.value_and_grad(loss)(params)
+
+    some, one, other = (("attention_dropout", 0.4),), *jax.random.split(jax.random.key(0))
+    np.testing.assert_array_equal(run(one, False, some)[0], run(one, False, ())[0])
+    value, gradients = run(one, True, some)
+    assert abs(value - run(other, True, some)[0]) > 1e-3 < abs(value - run(one, False, some)[0])
+    again = run(one, True, (*some, ("remat", "full")))
+    np.testing.assert_allclose(again[0], value, rtol=1e-5)
+    for a, b in zip(jax.tree.leaves(again[1]), jax.tree.leaves(gradients), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-3, rtol=1e-4)
+
+
+def test_attention_dropout_acts_on_devices_with_the_splash_kernel(monkeypatch):
+    """The kernel has no dropout, so training does without it."""
+    monkeypatch.setattr("dalle_jax.models.attention.splash.use_splash", lambda kernel: True)
+    attention = Attention(dataclasses.replace(OPTIONS, attention_dropout=0.4), LAYOUT, (Row(),))
+    p = made(attention, STATES)
+    apply = jax.jit(lambda key: attention.apply({"params": p}, STATES, train=True, rngs={"dropout": key}))
+    assert np.abs(apply(jax.random.key(0)) - apply(jax.random.key(1))).max() > 1e-2
+
+
 @pytest.mark.parametrize(
     "changes, token",
     [
+        ({"attention_dropout": 1.0}, "attention_dropout"),
+        ({"attention_dropout": 0.1, "attention_kernel": "splash"}, "attention_kernel"),
         ({"norm": "batchnorm"}, "batchnorm"),
         ({"activation": "relu"}, "relu"),
         ({"positions": "none"}, "positions"),

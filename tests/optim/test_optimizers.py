@@ -43,11 +43,30 @@ def test_only_kernels_decay():
     assert all(jax.tree.leaves(optimizers.decay_mask(params, OptimizerOptions(decay="all"))))
 
 
+def test_all_but_gains_and_biases_decay():
+    params = {
+        "dense": {"kernel": 1, "bias": 1},
+        "norm": {"scale": 1},
+        "positions": 1,
+        "logit_scale": 1,
+        "image_bias": 1,
+    }
+    mask = optimizers.decay_mask(params, OptimizerOptions(weight_decay=0.1, decay="weights"))
+    assert mask == {
+        "dense": {"kernel": True, "bias": False},
+        "norm": {"scale": False},
+        "positions": True,
+        "logit_scale": False,
+        "image_bias": False,
+    }
+
+
 def test_state_has_one_structure():
     params = {"kernel": jnp.ones(2)}
     structures = {
         jax.tree.structure(optimizers.make_optimizer(options).init(params))
         for options in (
+            OptimizerOptions(weight_decay=0.1, decay="weights"),
             OptimizerOptions(),
             OptimizerOptions(clip_norm=1.0, weight_decay=0.1, decay="all"),
             OptimizerOptions(first_moment="bfloat16"),

@@ -1,7 +1,9 @@
 """The MaskGIT prior: its attention, its loss, and its decoding against a numpy implementation."""
 
+import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,8 @@ import pytest
 from prior_cases import LAYOUT, N, T, V, changed, loss_of, maskgit, params_of, rows
 
 from dalle_jax.errors import ConfigError
-from dalle_jax.priors.maskgit_model import MaskGITModel
+from dalle_jax.priors.maskgit import MaskGITPrior
+from dalle_jax.priors.maskgit_model import MaskGITModel, MaskGITOptions
 from dalle_jax.priors.registry import make
 
 PRIOR = maskgit()
@@ -117,9 +120,9 @@ def test_few_valid_rows_cover_all_mask_ratios():
     np.testing.assert_array_equal(prior.mask_ratios(jax.random.key(0), 64, train=False, valid=everyone), whole)
 
 
-@pytest.mark.parametrize("weight", [0.0, 0.25])
-def test_loss_against_numpy(weight):
-    prior = changed(PRIOR, unmasked_weight=weight, label_smoothing=0.1)
+@pytest.mark.parametrize("weight, average", [(0.0, "tokens"), (0.25, "tokens"), (0.0, "images"), (0.25, "images")])
+def test_loss_against_numpy(weight, average):
+    prior = changed(PRIOR, unmasked_weight=weight, label_smoothing=0.1, loss_average=average)
     key = jax.random.key(3)
     ids, tokens = spied(prior, key, train=False)
     text, _ = rows(8)
@@ -130,7 +133,11 @@ def test_loss_against_numpy(weight):
     weights = np.where(masked, 1.0, weight)
     smooth = 0.9 * nats - 0.1 * logp.mean(-1)
     loss, scalars = loss_of(prior, params_of(prior), text, tokens, key, False)
-    np.testing.assert_allclose(loss, (smooth * weights).sum() / weights.sum(), rtol=1e-5)
+    expected = (smooth * weights).sum() / weights.sum()
+    if average == "images":
+        assert abs(expected - ((smooth * weights).sum(1) / weights.sum(1)).mean()) > 1e-3, "the two differ"
+        expected = ((smooth * weights).sum(1) / weights.sum(1)).mean()
+    np.testing.assert_allclose(loss, expected, rtol=1e-5)
     np.testing.assert_allclose(scalars["image_nats"], nats[masked].mean(), rtol=1e-5)
     np.testing.assert_allclose(scalars["image_accuracy"], (logits.argmax(-1) == tokens)[masked].mean(), rtol=1e-5)
     share = masked.mean(1)
@@ -138,6 +145,45 @@ def test_loss_against_numpy(weight):
         inside = (share > low / 100) & (share <= low / 100 + 0.25)
         expected = nats[inside][masked[inside]].mean() if inside.any() else np.nan
         np.testing.assert_allclose(scalars[f"image_nats_masked_{low}_{low + 25}"], expected, rtol=1e-5)
+
+
+def test_rows_of_padding_have_no_weight_in_the_average_over_images():
+    prior, (text, tokens), key = changed(PRIOR, loss_average="images", caption_drop=0.0), rows(4), jax.random.key(0)
+    valid = np.array([True, False, True, True])
+    garbled = np.where(valid[:, None], tokens, (tokens + 1) % V)
+    loss = lambda tokens: loss_of(prior, params_of(prior), text, tokens, key, True, valid)[0]
+    assert loss(tokens) == loss(garbled) and abs(loss(tokens) - loss((tokens + 1) % V)) > 1e-3
+    whole = loss_of(prior, params_of(prior), text, tokens, key, True, np.ones(4, bool))[0]
+    assert abs(loss(tokens) - whole) > 1e-3
+
+
+# -- initialisation and defaults ----------------------------------------------------------------------------------
+
+
+def test_the_references_initialisation():
+    """Kernels and tables: a normal of 0.02, cut at two deviations. Gains stay 1 and biases 0, boxes as they are."""
+    prior = changed(maskgit({"width": 32, "scan": True}), init_scale=0.02, embedding_scale=1.0)
+    boxed = jax.jit(prior.init)(jax.random.key(0))
+    default = jax.eval_shape(changed(prior, init_scale=0.0).init, jax.random.key(0))
+    assert jax.tree.structure(boxed) == jax.tree.structure(default)
+    drawn = []
+    for path, leaf in jax.tree.leaves_with_path(nn.meta.unbox(boxed)):
+        name = jax.tree_util.keystr(path)
+        if name.endswith(("scale']", "bias']")):
+            np.testing.assert_array_equal(leaf, float("scale" in name), err_msg=name)
+        else:
+            assert 0 < np.abs(leaf).max() <= 0.04, name
+            drawn.append(leaf.ravel())
+    values = np.concatenate(drawn)
+    assert len(np.unique(values)) > 0.99 * len(values), "each parameter has its own numbers"
+    assert values.std() == pytest.approx(0.02 * 0.8796, rel=0.02), "of a normal cut at two deviations"
+
+
+@pytest.mark.parametrize("side, expected", [(8, 8), (16, 8), (17, 12), (32, 12)])
+def test_the_papers_steps_follow_the_number_of_tokens(side, expected):
+    prior = MaskGITPrior(dataclasses.replace(LAYOUT, height=side, width=side), MaskGITOptions(steps=None))
+    assert prior.decoding_steps(None) == expected and prior.decoding_steps(5) == 5
+    assert changed(prior, steps=18).decoding_steps(None) == 18
 
 
 def test_masked_tokens_have_no_effect():
@@ -261,6 +307,8 @@ def test_invalid_configurations():
         ({"mask_schedule": "sine"}, "sine"),
         ({"order": "raster"}, "raster"),
         ({"steps": 0}, "steps"),
+        ({"loss_average": "rows"}, "loss_average"),
+        ({"init_scale": -0.02}, "init_scale"),
         ({"label_smoothing": 2.0}, "label_smoothing"),
         ({"kernel": 3}, "kernel"),
     ):

@@ -16,12 +16,11 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from dalle_jax.configuration.options import check
-from dalle_jax.data.augment import FITS
+from dalle_jax.data.augment import FITS, KINDS
 from dalle_jax.data.sources.decoding import MOST_PIXELS, Limits, decode_image
 from dalle_jax.data.sources.record import Record, UnreadableExample
 from dalle_jax.errors import ConfigError
 
-_AUGMENTS = ("none", "dvae", "prior")
 _CAPTION_LINES = ("all", "first")
 _CAPTION_FROM = ("files", "file_names", "folder_names")
 
@@ -35,7 +34,7 @@ class DataOptions:
         "coco_captions", "cub_captions", or any other TFDS name ("name:1.0.0", …).
       image_size: height and width of the images in a batch, in pixels.
       fit: how an image that is not square becomes one. "crop" cuts its longer side, "pad" adds white along it.
-      augment: "none" (centre square, resized), "dvae" or "prior" (see augment.py); in training only.
+      augment: "none" (centre square, resized), "dvae", "prior" or "clip" (see augment.py); in training only.
       path: depends on source. "folder": the folder of images. "tar_shards": the folder of shards, or a glob.
         "coco_captions" and "cub_captions": your local copy of the data set (TFDS's `manual_dir`), until it is prepared.
       data_dir: directory of TFDS's prepared data sets; None means $DALLE_JAX_DATA or ~/.cache/dalle_jax/data.
@@ -77,7 +76,7 @@ class DataOptions:
     def __post_init__(self):
         check(
             self, "data", positive=["image_size", "max_file_bytes"], at_least_0=["workers"], below_1=["bpe_dropout"],
-            choices={"fit": FITS, "augment": _AUGMENTS, "caption_lines": _CAPTION_LINES, "caption_from": _CAPTION_FROM},
+            choices={"fit": FITS, "augment": KINDS, "caption_lines": _CAPTION_LINES, "caption_from": _CAPTION_FROM},
         )  # fmt: skip
         for key, usual in (("caption_lines", "all"), ("caption_from", "files")):
             if self.source not in ("auto", "folder") and getattr(self, key) != usual:

@@ -12,12 +12,13 @@ its decode cache and its caption. `attend_reference` is the definition that both
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Key
 
 from dalle_jax.models.attention.patterns import ATTENDED, Pattern, group_mask
 from dalle_jax.token_layout import TokenLayout
@@ -30,8 +31,37 @@ Image = Float[Array, "B N H K"]
 Text = Float[Array, "B T H K"]
 
 
+Drop = Callable[[Array, int], Array]  # (probabilities, number of their block): `dropped`, given rate and key
+
+
+def dropped(weights: Float[ArrayLike, ...], block: int, *, rate: float, key: Key[Array, ""]) -> Float[Array, ...]:
+    """Applies dropout to attention probabilities. The heads of an example share one mask.
+
+    A mask for each head would need H times as many random numbers. MaskGIT's reference has the attention of flax, which
+    shares a mask over the examples of a device as well.
+
+    Args:
+      weights: probabilities, or numbers proportional to them, [..., H, queries, keys].
+      block: number of these weights among those of the layer, so that blocks differ.
+      rate: probability that a weight becomes 0. The others are divided by 1 - rate.
+      key: scalar key of the layer.
+
+    Returns:
+      [..., H, queries, keys], of the same expectation.
+    """
+    shape = (*weights.shape[:-3], 1, *weights.shape[-2:])
+    kept = jax.random.bernoulli(jax.random.fold_in(key, block), 1 - rate, shape)
+    return jnp.where(kept, weights / (1 - rate), 0)
+
+
+def _all(weights: Array, block: int) -> Array:
+    """Is a `Drop` that drops nothing."""
+    del block
+    return weights
+
+
 def attend_reference(
-    q: Float[ArrayLike, "B P H K"], k: Stream, v: Stream, mask: Bool[ArrayLike, "P S"]
+    q: Float[ArrayLike, "B P H K"], k: Stream, v: Stream, mask: Bool[ArrayLike, "P S"], drop: Drop = _all
 ) -> Float[Array, "B P H K"]:
     """Computes dense masked softmax attention, the reference for the faster paths.
 
@@ -40,16 +70,19 @@ def attend_reference(
       k: keys, [B, S, H, K].
       v: values, [B, S, H, K].
       mask: whether a query attends to a key, bool [P, S].
+      drop: dropout of the probabilities, whose block is 0.
 
     Returns:
       [B, P, H, K] in the dtype of v.
     """
     scores = jnp.einsum("bqhk,blhk->bhql", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(jnp.where(jnp.asarray(mask)[None, None], scores, NEG), axis=-1)
-    return jnp.einsum("bhql,blhk->bqhk", weights.astype(v.dtype), v)
+    return jnp.einsum("bhql,blhk->bqhk", drop(weights, 0).astype(v.dtype), v)
 
 
-def attend(q: Stream, k: Stream, v: Stream, pattern: Pattern, layout: TokenLayout) -> Float[Array, "B S H K"]:
+def attend(
+    q: Stream, k: Stream, v: Stream, pattern: Pattern, layout: TokenLayout, drop: Drop = _all
+) -> Float[Array, "B S H K"]:
     """Computes attention of the whole stream under a pattern.
 
     Args:
@@ -58,20 +91,21 @@ def attend(q: Stream, k: Stream, v: Stream, pattern: Pattern, layout: TokenLayou
       v: values, [B, S, H, K].
       pattern: the attention pattern.
       layout: layout of the token stream.
+      drop: dropout of the probabilities.
 
     Returns:
       [B, S, H, K] in the dtype of v.
     """
     t = layout.text_length
     text_mask = pattern.mask(layout)[:t, :t]
-    text = attend_reference(q[:, :t], k[:, :t], v[:, :t], text_mask)
+    text = attend_reference(q[:, :t], k[:, :t], v[:, :t], text_mask, drop)
 
-    image = attend_image(q[:, t:], k[:, t:], v[:, t:], k[:, :t], v[:, :t], pattern, layout)
+    image = attend_image(q[:, t:], k[:, t:], v[:, t:], k[:, :t], v[:, :t], pattern, layout, drop)
     return checkpoint_name(jnp.concatenate([text, image], axis=1), ATTENDED)
 
 
 def attend_image(
-    q: Image, k: Image, v: Image, text_k: Text, text_v: Text, pattern: Pattern, layout: TokenLayout
+    q: Image, k: Image, v: Image, text_k: Text, text_v: Text, pattern: Pattern, layout: TokenLayout, drop: Drop = _all
 ) -> Image:
     """Computes attention of the image positions under a pattern.
 
@@ -83,6 +117,7 @@ def attend_image(
       text_v: values of the text, [B, T, H, K].
       pattern: the attention pattern.
       layout: layout of the token stream.
+      drop: dropout of the probabilities.
 
     Returns:
       [B, N, H, K] in the dtype of v.
@@ -90,7 +125,7 @@ def attend_image(
     grid = lambda x: x.reshape(x.shape[0], layout.height, layout.width, *x.shape[2:])
     groups = functools.partial(pattern.group_keys, layout=layout)
     mask = group_mask(pattern, layout)
-    image = _attend_groups(pattern.group_queries(grid(q)), groups(grid(k)), groups(grid(v)), text_k, text_v, mask)
+    image = _attend_groups(pattern.group_queries(grid(q)), groups(grid(k)), groups(grid(v)), text_k, text_v, mask, drop)
     return pattern.ungroup(image, layout)
 
 
@@ -101,6 +136,7 @@ def _attend_groups(
     text_k: Text,
     text_v: Text,
     mask: Bool[np.ndarray, "G Q L"],
+    drop: Drop,
 ) -> Float[Array, "B G Q H K"]:
     """Computes attention of each group of queries to its image keys and the text."""
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
@@ -111,6 +147,7 @@ def _attend_groups(
     peak = jax.lax.stop_gradient(jnp.maximum(image.max(-1, keepdims=True), text.max(-1, keepdims=True)))
     image, text = jnp.exp(image - peak), jnp.exp(text - peak)
     total = (image.sum(-1) + text.sum(-1)).transpose(0, 1, 3, 2)[..., None]
+    image, text = drop(image, 1), drop(text, 2)  # after the sum: the total is that of all probabilities
     out = dot("bghql,bglhk->bgqhk", image.astype(v.dtype), v) + dot("bghqt,bthk->bgqhk", text.astype(v.dtype), text_v)
     return (out / total).astype(v.dtype)
 

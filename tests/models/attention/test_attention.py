@@ -1,5 +1,7 @@
 """Attention patterns: masks against brute force from the paper's definitions, and fast paths against the masks."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +17,7 @@ from dalle_jax.models.attention.patterns import (
     group_mask,
     sparse_layers,
 )
-from dalle_jax.models.attention.xla import attend, attend_reference
+from dalle_jax.models.attention.xla import attend, attend_reference, dropped
 from dalle_jax.token_layout import TokenLayout
 
 CAUSAL = [Full(), Row(), Column(), *(Convolutional(k, wrap) for k in (1, 3, 5, 11) for wrap in (True, False))]
@@ -184,6 +186,25 @@ def test_reference_is_a_softmax_over_unmasked_keys():
         seen = mask[i].nonzero()[0]
         weights = np.exp(k[0, seen, 0] @ q[0, i, 0] / np.sqrt(6))
         np.testing.assert_allclose(ours[i], weights @ v[0, seen, 0] / weights.sum(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("pattern", [Bidirectional(), Column(), Convolutional(3)], ids=str)
+def test_dropped_probabilities_are_zero_and_the_others_scaled(pattern):
+    """With one-hot values, the output of attention is its probabilities."""
+    layout, rate = layout_of(3, 4), 0.3
+    shape = (128, layout.length, 2, layout.length)
+    q, k = (jax.random.normal(key, shape) for key in jax.random.split(jax.random.key(0)))
+    v = jnp.broadcast_to(jnp.eye(layout.length)[None, :, None], shape)
+    drop = functools.partial(dropped, rate=rate, key=jax.random.key(1))
+    exact = np.asarray(jax.jit(lambda *x: attend(*x, pattern, layout))(q, k, v))
+    ours = np.asarray(jax.jit(lambda *x: attend(*x, pattern, layout, drop))(q, k, v))
+    np.testing.assert_allclose(ours[ours != 0], exact[ours != 0] / (1 - rate), rtol=1e-4)
+    lost, t = (exact != 0) & (ours == 0), layout.text_length
+    for queries, keys in ((slice(0, t), slice(0, t)), (slice(t, None), slice(0, t)), (slice(t, None), slice(t, None))):
+        seen = exact[:, queries, :, keys] != 0
+        assert lost[:, queries, :, keys][seen].mean() == pytest.approx(rate, abs=0.05), (queries, keys)
+    assert len(np.unique(lost[:, :, 0].reshape(128, -1), axis=0)) == 128, "examples differ"
+    np.testing.assert_array_equal(lost[:, :, 0], lost[:, :, 1])
 
 
 # -- decoding: caches ---------------------------------------------------------------------------------------------
