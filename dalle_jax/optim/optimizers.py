@@ -39,8 +39,8 @@ class OptimizerOptions:
       clip_norm: largest global norm of the gradients, or 0 for no clipping.
       accumulate_steps: number of slices of the batch, whose gradients are averaged before the update.
       first_moment: dtype of Adam's first moment of the kernels of layers: "float32", or "bfloat16" for half its memory.
-        Gains, biases, embeddings and unembeddings keep 32-bit moments (DALL-E, appendix D.2). The paper keeps the second
-        moment of the other parameters in 16 bits, too; here it stays float32.
+        Gains, biases, embeddings and unembeddings keep 32-bit moments (DALL-E, appendix D.2). The paper also keeps the
+        kernels' second moment in 16 bits; here it stays float32.
       clip_variance: largest value of Adam's second moment, which is clipped before it is stored and used, or 0 for no
         clipping. DALL-E clips it at 5 (appendix B.2).
       scales: factors of the learning rate by first name of a parameter's path, such as {"encoder": 0.02}. Default: 1.
@@ -60,7 +60,8 @@ class OptimizerOptions:
     def __post_init__(self):
         choices = {"decay": ("kernels", "all"), "first_moment": ("float32", "bfloat16")}
         check(
-            self, "optimizer", positive=["accumulate_steps", "eps"], at_least_0=["clip_norm", "weight_decay", "clip_variance"],
+            self, "optimizer", positive=["accumulate_steps", "eps"],
+            at_least_0=["clip_norm", "weight_decay", "clip_variance"],
             below_1=["b1", "b2"], choices=choices,
         )  # fmt: skip
         for name, scale in self.scales.items():
@@ -102,8 +103,7 @@ def _scale_by_adam(options: OptimizerOptions) -> optax.GradientTransformation:
         if options.clip_variance:
             nu = jax.tree.map(lambda x: jnp.minimum(x, options.clip_variance), nu)
         means, variances = (
-            optax.tree.bias_correction(moments, decay, count)
-            for moments, decay in ((mu, options.b1), (nu, options.b2))
+            optax.tree.bias_correction(moments, decay, count) for moments, decay in ((mu, options.b1), (nu, options.b2))
         )
         updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + options.eps), means, variances)
         return updates, optax.ScaleByAdamState(count, stored(mu), nu)
