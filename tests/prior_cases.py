@@ -77,7 +77,8 @@ def rows(count, seed=0, layout=LAYOUT):
 def cached_logits(prior, params, text, tokens):
     """Image logits of an autoregressive prior of unscanned layers, from its decode caches: [C·n, N, V]."""
     bound = functools.partial(prior.model.apply, {"params": params})
-    first, text_cache = bound(text, method="prefill")
+    first_cells = jnp.zeros(len(text), jnp.int32) if prior.any_order else None
+    first, text_cache = bound(text, first_cells, method="prefill")
 
     def step(caches, position):
         here, following = (jnp.full(len(tokens), p) for p in (position, position + 1))

@@ -70,7 +70,7 @@ class TransformerOptions:
         queries and keys).
       dropout: dropout rate on the embeddings and on the output of each branch.
       dtype: dtype of products and activations. Parameters, norms, softmax and losses are always float32.
-      float32_residual: keep the residual stream in float32: the embeddings, and the sum of all branches' outputs (DALL-E,
+      float32_residual: keep the residual stream in float32: the embeddings, and the sum of all branch outputs (DALL-E,
         figure 4). The gradients along this path are then float32, too, because a gradient has the dtype of its value.
         Each branch still reads and returns `dtype`.
       float32_logits: compute logits from float32 states and float32 heads, with products in full precision (DALL-E,

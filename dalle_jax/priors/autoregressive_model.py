@@ -157,7 +157,7 @@ class AutoregressiveModel(nn.Module):
         return self.logits(self.embed(text, tokens, train, cells), train)
 
     def prefill(
-        self, text: Int[ArrayLike, "C T"], first: Int[ArrayLike, " C"] | None = None
+        self, text: Int[ArrayLike, "C _"], first: Int[ArrayLike, " C"] | None = None
     ) -> tuple[Float[Array, "C V"], list[TextCache]]:
         """Runs the model over captions.
 
