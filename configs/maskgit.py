@@ -148,7 +148,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
         config.from_data = section(SizeRules, **row["from_data"])
 
     config.prior = "maskgit"
-    trunk, caption_drop = config.model.trunk, config.model.caption_drop
+    trunk = config.model.trunk
+    caption_drop = config.model.caption_drop or MaskGITOptions.caption_drop  # DALL-E had none; MaskGIT's are guided
+    config.optimizer.clip_variance = 0.0  # DALL-E's
     trunk.update(row["trunk"])
     config.model = section(MaskGITOptions, trunk=trunk, caption_drop=caption_drop, steps=18)
     config.schedules = ConfigDict({"learning_rate": schedule("warmup_constant", value=1e-4, warmup_steps=5000)})

@@ -18,10 +18,15 @@ times.
 
 `paper`, `5.6b` and `2.8b` are meant for TPU v5p. Parameters, average and optimizer are split over half of the chips,
 in two copies (`mesh.data=2`), because over the whole torus of a v5p the compiler gathers at twice the cost. Adam's
-first moment is bfloat16. v5e and v6e have less memory and need another `model.trunk.remat`. The table in
+first moment of the kernels is bfloat16. v5e and v6e have less memory and need another `model.trunk.remat`. The table in
 experiments/results/compile/compile.md has memory, operations and step time for each topology; configs/compile.py
 prints them. The widths can be split 128 ways at most: beyond 256 chips give a larger `mesh.data`. On one device give
 `--config.mesh.data=1`.
+
+These three have the paper's start tokens, separate unembeddings, float32 residual stream and float32 logits. The two
+start tokens make the stream 1,282 positions long; `--config.text.length=254` makes it 1,280, which costs less time in
+the attention kernels of TPUs. DALL-E was not trained for guidance. `--config.model.caption_drop=0.1` trains for it: a
+tenth of the captions is emptied, and `guidance` can then be used for drawing.
 
 Measured: shapes and emoji, see README.md and experiments/results/. Not yet measured: the others.
 """
@@ -78,6 +83,15 @@ def one_gpu(steps):
     }
 
 
+# The model and the numbers of the paper (section 2.2, figures 4 and 10, appendices B.2 and D.2).
+AS_IN_THE_PAPER = {
+    "model.start_tokens": True,
+    "model.tied_embeddings": False,
+    "model.caption_drop": 0.0,
+    "model.trunk.float32_residual": True,
+    "model.trunk.float32_logits": True,
+    "optimizer.clip_variance": 5.0,
+}
 # Keep the products of dense layers and the results of attention; split everything else over the chips.
 POD = {"model.trunk.remat": "dots", "optimizer.first_moment": "bfloat16", **sections.split_over_chips(copies=2)}
 
@@ -122,15 +136,15 @@ VARIANTS = {
     ),
     "2.8b": dict(
         PAPER, doc="2.8 billion parameters, your own images; TPU v5p:4x4x4, not yet measured",
-        trunk=dict(width=1920, depth=64, heads=30), overrides=[POD],
+        trunk=dict(width=1920, depth=64, heads=30), overrides=[AS_IN_THE_PAPER, POD],
     ),
     "5.6b": dict(
         PAPER, doc="5.6 billion parameters, your own images; TPU v5p:4x4x8, not yet measured",
-        trunk=dict(width=2688, depth=64, heads=42), overrides=[POD],
+        trunk=dict(width=2688, depth=64, heads=42), overrides=[AS_IN_THE_PAPER, POD],
     ),
     "paper": dict(
         PAPER, doc="the paper's 12 billion parameters, your own images; TPU v5p:4x4x8, not yet measured",
-        trunk=dict(width=3968, depth=64, heads=62), overrides=[POD],
+        trunk=dict(width=3968, depth=64, heads=62), overrides=[AS_IN_THE_PAPER, POD],
     ),
 }  # fmt: skip
 

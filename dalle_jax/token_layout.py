@@ -63,6 +63,13 @@ class TokenLayout:
         """Id of a masked image token in a bidirectional prior: the first id after the image vocabulary."""
         return self.image_vocab
 
+    def with_start_tokens(self) -> TokenLayout:
+        """Returns the layout of a stream with start tokens: start-of-text, T text positions, start-of-image, the grid.
+
+        Its T + 2 text positions are those before the image. Captions, padding and vocabularies stay those of `self`.
+        """
+        return dataclasses.replace(self, text_length=self.text_length + 2)
+
     def pad_text(self, ids: Sequence[int]) -> np.ndarray:
         """Pads a caption to T positions with their padding ids.
 

@@ -5,6 +5,7 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.models.transformer import TransformerOptions
@@ -32,6 +33,8 @@ def maskgit(trunk=None, **options):
 PRIORS = {
     "autoregressive": autoregressive(),
     "any order": autoregressive(attention="full", order="random"),
+    "start tokens": autoregressive(start_tokens=True, tied_embeddings=True),
+    "any order, start tokens": autoregressive(attention="full", order="random", start_tokens=True),
     "maskgit": maskgit(),
     "maskgit, small data": maskgit(head="linear", tied_embeddings=False, neighbour_kernel=3),
 }
@@ -68,6 +71,23 @@ def rows(count, seed=0, layout=LAYOUT):
     captions = [rng.integers(0, layout.text_vocab, rng.integers(1, layout.text_length + 1)) for _ in range(count)]
     tokens = rng.integers(0, layout.image_vocab, (count, layout.image_length), dtype=np.int32)
     return np.stack([layout.pad_text(ids) for ids in captions]), tokens
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def cached_logits(prior, params, text, tokens):
+    """Image logits of an autoregressive prior of unscanned layers, from its decode caches: [C·n, N, V]."""
+    bound = functools.partial(prior.model.apply, {"params": params})
+    first_cells = jnp.zeros(len(text), jnp.int32) if prior.any_order else None
+    first, text_cache = bound(text, first_cells, method="prefill")
+
+    def step(caches, position):
+        here, following = (jnp.full(len(tokens), p) for p in (position, position + 1))
+        logits, caches = bound(tokens[:, position], position, here, following, text_cache, caches, method="step")
+        return caches, logits
+
+    later = jax.lax.scan(step, bound(len(tokens), method="init_cache"), jnp.arange(N - 1))[1]
+    first = jnp.repeat(first, len(tokens) // len(text), axis=0)
+    return jnp.concatenate([first[None], later]).swapaxes(0, 1)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 5))

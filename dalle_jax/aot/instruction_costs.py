@@ -26,10 +26,14 @@ class InstructionCosts:
         self._computations = computations
 
     def flops(self, computation: str, one: Instruction) -> float:
-        """Returns the operations of matrix products, convolutions and kernels with a stated cost."""
+        """Returns the operations of matrix products, convolutions and kernels with a stated cost.
+
+        A product of float32 factors in full precision counts once for each product of bfloat16 factors that it takes.
+        """
         if one.opcode in ("dot", "convolution"):
             left, right = (hlo.shape(self._computations[computation][x].type) for x in one.operands)
-            return _dot_flops(one, left) if one.opcode == "dot" else _convolution_flops(one, left, right)
+            flops = _dot_flops(one, left) if one.opcode == "dot" else _convolution_flops(one, left, right)
+            return flops * _passes(one)
         if one.opcode == "custom-call":
             stated = re.search(r'cost_estimate":\{[^}]*"flops":"?(\d+)', one.attributes)
             return float(stated[1]) if stated else 0.0
@@ -123,6 +127,12 @@ def _exchanged(body: Mapping[str, Instruction]) -> set[str]:
         found |= {one.name for one in body.values() if one.opcode == "custom-call" and found & set(one.operands)}
         found |= {operand for name in list(found) for operand in body[name].operands}
     return found
+
+
+def _passes(one: Instruction) -> int:
+    """Returns the number of bfloat16 products in a product of the units of a TPU, by its precision."""
+    precision = re.search(r"operand_precision=\{(\w+)", one.attributes)
+    return {"high": 3, "highest": 6}.get(precision[1], 1) if precision else 1
 
 
 def _dot_flops(one: Instruction, left: tuple[int, ...]) -> float:

@@ -62,6 +62,6 @@ def of_subject(calls: Mapping[str, int], subject: Subject, rows: int, sampling: 
         return None
     slices = 1 if sampling else subject.options.accumulate_steps
     heads = rows * prior.options.trunk.heads / mesh.size / slices
-    layout = prior.layout
+    layout = prior.stream
     queries = layout.image_length if sampling else layout.length
     return seconds(calls, prior.options.patterns, layout, queries, heads, topologies.chip(mesh.devices.flat[0]))

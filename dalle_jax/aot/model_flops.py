@@ -68,7 +68,7 @@ def sampling(prior_: TokenPrior, rows: int) -> float:
 
     An autoregressive prior computes each position once, MaskGIT computes all image positions at each step.
     """
-    lay = prior_.layout
+    lay = prior_.stream
     text = _trunk(prior_, lay.text_length, slice(0, lay.text_length))
     steps = prior_.decoding_steps(None) if isinstance(prior_, MaskGITPrior) else 1
     image = _trunk(prior_, lay.image_length, slice(lay.text_length, None)) + _image_head(prior_)
@@ -77,9 +77,10 @@ def sampling(prior_: TokenPrior, rows: int) -> float:
 
 def prior(one: TokenPrior) -> float:
     """Counts the forward pass of one row in training."""
-    lay = one.layout
-    text_head = 0 if isinstance(one, MaskGITPrior) else 2 * (lay.text_length - 1) * _width(one) * (lay.text_vocab + 1)
-    return _trunk(one, lay.length, slice(None)) + text_head + _image_head(one)
+    lay, text_head = one.layout, 0
+    if not isinstance(one, MaskGITPrior):
+        text_head = 2 * one.options.predicted_text(lay) * _width(one) * (lay.text_vocab + 1)
+    return _trunk(one, one.stream.length, slice(None)) + text_head + _image_head(one)
 
 
 def _width(one: TokenPrior) -> int:
@@ -95,7 +96,7 @@ def _image_head(one: TokenPrior) -> float:
 def _trunk(one: TokenPrior, positions: int, queries: slice) -> float:
     """Counts all layers at `positions` positions, with the mask rows `queries`."""
     o: TransformerOptions = one.options.trunk
-    pairs = {pattern: int(pattern.mask(one.layout)[queries].sum()) for pattern in set(one.options.patterns)}
+    pairs = {pattern: int(pattern.mask(one.stream)[queries].sum()) for pattern in set(one.options.patterns)}
     attention = sum(4 * o.heads * o.size_per_head * pairs[pattern] for pattern in one.options.patterns)
     kernels = 2 if ACTIVATIONS[o.activation][1] else 1
     per_layer = 4 * o.width * o.heads * o.size_per_head + (kernels + 1) * o.width * o.hidden

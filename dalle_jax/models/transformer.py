@@ -69,7 +69,12 @@ class TransformerOptions:
       positions: "learned" (text position; image row + column) or "rotary" (the same coordinates, as rotations of
         queries and keys).
       dropout: dropout rate on the embeddings and on the output of each branch.
-      dtype: dtype of the activations. Parameters, softmax, logits and losses are always float32.
+      dtype: dtype of products and activations. Parameters, norms, softmax and losses are always float32.
+      float32_residual: keep the residual stream in float32: the embeddings, and the sum of all branch outputs (DALL-E,
+        figure 4). The gradients along this path are then float32, too, because a gradient has the dtype of its value.
+        Each branch still reads and returns `dtype`.
+      float32_logits: compute logits from float32 states and float32 heads, with products in full precision (DALL-E,
+        appendix D.2). Otherwise both are cast to `dtype` first; sum and result are float32 in both cases.
       remat: activations of each scanned unit that are kept for the backward pass, in addition to its input.
         "full": none, all are recomputed.
         "attended": the output of attention, so that the splash kernel does not run again.
@@ -93,6 +98,8 @@ class TransformerOptions:
     positions: str = "learned"
     dropout: float = 0.0
     dtype: str = "bfloat16"
+    float32_residual: bool = False
+    float32_logits: bool = False
     remat: str = "none"
     scan: bool = True
     attention_kernel: str = "auto"
@@ -132,6 +139,16 @@ class TransformerOptions:
     def hidden(self) -> int:
         """F, the hidden width of the MLP."""
         return int(self.width * self.mlp_ratio)
+
+    @property
+    def stream_dtype(self) -> str:
+        """Dtype of the residual stream."""
+        return "float32" if self.float32_residual else self.dtype
+
+    @property
+    def states_dtype(self) -> str:
+        """Dtype of the states that the heads read: the output of the last norm."""
+        return "float32" if self.float32_logits else self.dtype
 
 
 # -- modules ------------------------------------------------------------------------------------------------------

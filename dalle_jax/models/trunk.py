@@ -118,10 +118,10 @@ class Trunk(nn.Module):
         block = Block if remat is None else nn.remat(Block, policy=remat, static_argnums=(2,))
         left = range(self.scanned, o.depth)
         self.layers = [block(o, self.layout, (self.patterns[i],), name=f"layer_{i}") for i in left]
-        self.final_norm = Norm(o.norm, o.dtype)
+        self.final_norm = Norm(o.norm, o.states_dtype)
 
     def __call__(self, x: Float[ArrayLike, "B S D"], train: bool) -> Float[Array, "B S D"]:
-        """Runs over the whole stream: [B, S, D] to [B, S, D]."""
+        """Runs over the whole stream: [B, S, D] in the stream's dtype to [B, S, D] in that of the states."""
         if self.scanned:
             x, _ = self.units(x, train, jnp.asarray(self.which))
         for layer in self.layers:

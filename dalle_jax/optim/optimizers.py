@@ -39,8 +39,11 @@ class OptimizerOptions:
         its logit scale is a gain). "all": every parameter.
       clip_norm: largest global norm of the gradients, or 0 for no clipping.
       accumulate_steps: number of slices of the batch, whose gradients are averaged before the update.
-      first_moment: dtype of Adam's first moment: "float32", or "bfloat16" for half its memory. The paper keeps both
-        moments in 16 bits; here the second moment stays float32.
+      first_moment: dtype of Adam's first moment of the kernels of layers: "float32", or "bfloat16" for half its memory.
+        Gains, biases, embeddings and unembeddings keep 32-bit moments (DALL-E, appendix D.2). The paper also keeps the
+        kernels' second moment in 16 bits; here it stays float32.
+      clip_variance: largest value of Adam's second moment, which is clipped before it is stored and used, or 0 for no
+        clipping. DALL-E clips it at 5 (appendix B.2).
       scales: factors of the learning rate by first name of a parameter's path, such as {"encoder": 0.02}. Default: 1.
     """
 
@@ -52,12 +55,14 @@ class OptimizerOptions:
     clip_norm: float = 0.0
     accumulate_steps: int = 1
     first_moment: str = "float32"
+    clip_variance: float = 0.0
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         choices = {"decay": ("kernels", "weights", "all"), "first_moment": ("float32", "bfloat16")}
         check(
-            self, "optimizer", positive=["accumulate_steps", "eps"], at_least_0=["clip_norm", "weight_decay"],
+            self, "optimizer", positive=["accumulate_steps", "eps"],
+            at_least_0=["clip_norm", "weight_decay", "clip_variance"],
             below_1=["b1", "b2"], choices=choices,
         )  # fmt: skip
         for name, scale in self.scales.items():
@@ -69,10 +74,47 @@ def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
     """Builds the transformation from gradients to the AdamW direction, without the factor -learning_rate."""
     return optax.chain(
         optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity(),
-        optax.scale_by_adam(b1=options.b1, b2=options.b2, eps=options.eps, mu_dtype=options.first_moment),
+        _scale_by_adam(options),
         optax.add_decayed_weights(options.weight_decay, mask=lambda params: decay_mask(params, options)),
         optax.stateless(lambda updates, _: _scaled(updates, options.scales)),
     )
+
+
+def _scale_by_adam(options: OptimizerOptions) -> optax.GradientTransformation:
+    """Returns `optax.scale_by_adam` with a dtype for each first moment, and with clipped second moments.
+
+    Without these two options, its updates are those of optax to the last bit.
+    """
+
+    def stored(moments: PyTree) -> PyTree:
+        dtype = lambda path: options.first_moment if _kernel_of_layer(path) else jnp.float32
+        return jax.tree_util.tree_map_with_path(lambda path, x: x.astype(dtype(path)), moments)
+
+    def init(params: PyTree) -> optax.ScaleByAdamState:
+        zeros = optax.tree.zeros_like(params)
+        return optax.ScaleByAdamState(jnp.zeros([], jnp.int32), stored(zeros), zeros)
+
+    def update(
+        gradients: PyTree, state: optax.ScaleByAdamState, params: PyTree | None = None
+    ) -> tuple[PyTree, optax.ScaleByAdamState]:
+        del params
+        count = optax.safe_increment(state.count)
+        mu = optax.tree.update_moment(gradients, optax.tree.cast(state.mu, jnp.float32), options.b1, 1)
+        nu = optax.tree.update_moment_per_elem_norm(gradients, state.nu, options.b2, 2)
+        if options.clip_variance:
+            nu = jax.tree.map(lambda x: jnp.minimum(x, options.clip_variance), nu)
+        means, variances = (
+            optax.tree.bias_correction(moments, decay, count) for moments, decay in ((mu, options.b1), (nu, options.b2))
+        )
+        updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + options.eps), means, variances)
+        return updates, optax.ScaleByAdamState(count, stored(mu), nu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def _kernel_of_layer(path: Any) -> bool:
+    """Returns whether a parameter is the kernel of a layer: no gain, bias, embedding or unembedding."""
+    return jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
 
 
 def _scaled(updates: PyTree, scales: Mapping[str, float]) -> PyTree:

@@ -1,16 +1,19 @@
 """The autoregressive prior: predicts text and image tokens as one stream (DALL-E, section 2.2).
 
-Each position predicts the next one. Text positions 0…T-2 predict text. The last text position and the image positions
-predict image tokens. Text and image have separate heads, so that only possible classes are computed. All padding ids
-share one class of the text head. The loss is 1/8 of the text's mean cross-entropy plus 7/8 of the image's.
+Each position predicts the next one. Text and image have separate heads, so that only possible classes are computed. All
+padding ids share one class of the text head. The loss is 1/8 of the text's mean cross-entropy plus 7/8 of the image's.
 
-The paper leaves two choices open. There is no start token, so the first text token is given, not predicted.
-`tied_embeddings` reuses the embeddings as heads; the 12-billion size counts them once.
+With `start_tokens` the stream is the paper's (section 2.2, figure 10): start-of-text, T text tokens, start-of-image, N
+image tokens. Start-of-text predicts the first text token, start-of-image the first image token, and the last text token
+predicts nothing. The text loss then counts all T tokens, so that the prior is a model of whole captions. Without
+`start_tokens` the first text token is given, and the last one predicts the first image token.
+
+`tied_embeddings` reuses the embeddings as heads. The paper has separate unembeddings (appendix D.2).
 
 With `order="random"` image tokens follow in any order, and each position knows which cell it predicts next (RandAR,
 arXiv 2412.01827; RAR, arXiv 2411.00776). The share of random orders may fall to zero during training, as in RAR.
 
-    B rows    C captions    T text    N image tokens    S = T + N    D width    V image vocabulary    W text classes
+    B rows    C captions    T text    N image tokens    V image vocabulary    E codebook width
 """
 
 from __future__ import annotations
@@ -47,6 +50,11 @@ class AutoregressivePrior:
     layout: TokenLayout
     options: AutoregressiveOptions = AutoregressiveOptions()
     name = "autoregressive"
+
+    @property
+    def stream(self) -> TokenLayout:
+        """See `TokenPrior.stream`."""
+        return self.options.stream(self.layout)
 
     @property
     def any_order(self) -> bool:
@@ -107,9 +115,10 @@ class AutoregressivePrior:
         )
         counted = jnp.ones(rows) if valid is None else valid.astype(jnp.float32)
         image_nats = mean_over(cross_entropy(image_logits, tokens).mean(-1), counted)
-        if self.layout.text_length == 1:  # the only text token is given, not predicted
+        predicted = self.options.predicted_text(self.layout)
+        if not predicted:  # the only text token is given
             return image_nats, {"text_nats": jnp.float32(jnp.nan), "image_nats": image_nats}
-        text_rows = cross_entropy(text_logits, self.layout.text_targets(text[:, 1:])).mean(-1)
+        text_rows = cross_entropy(text_logits, self.layout.text_targets(text[:, -predicted:])).mean(-1)
         text_nats = mean_over(text_rows, counted * ~dropped)
         weight = self.options.text_weight
         loss = weight * text_nats + (1 - weight) * image_nats

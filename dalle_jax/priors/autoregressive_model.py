@@ -1,6 +1,7 @@
 """The model of the autoregressive prior: embeddings, trunk and heads (DALL-E, section 2.2).
 
-B rows    C captions    T text    N image tokens    S = T + N    D width    V image vocabulary    W text classes
+B rows    C captions    T text    N image tokens    D width    V image vocabulary    W text classes
+S = T + N stream, or 1 + T + 1 + N with start tokens    P predicted text tokens: T - 1, or T with start tokens
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class AutoregressiveOptions:
       attention: "sparse" (the paper's row, column, row, row, …, convolutional) or "full" (dense causal).
       kernel: side of the convolutional layer's window.
       wrap: whether the convolutional window continues across row ends.
+      start_tokens: whether a start-of-text token precedes the text and a start-of-image token the image (section 2.2,
+        figure 10). Then all text tokens are predicted. Otherwise the first text token is given.
       tied_embeddings: whether the heads are the transposed embeddings.
       embedding_scale: standard deviation of the embeddings at initialisation.
       head_scale: standard deviation of untied heads at initialisation.
@@ -48,6 +51,7 @@ class AutoregressiveOptions:
     attention: str = "sparse"
     kernel: int = 11
     wrap: bool = True
+    start_tokens: bool = False
     tied_embeddings: bool = False
     embedding_scale: float = 0.02
     head_scale: float = 0.02
@@ -79,6 +83,14 @@ class AutoregressiveOptions:
         depth = self.trunk.depth
         return sparse_layers(depth, self.kernel, self.wrap) if self.attention == "sparse" else full_layers(depth)
 
+    def stream(self, layout: TokenLayout) -> TokenLayout:
+        """Returns the layout of the positions that the trunk runs over, given the layout of the tokens."""
+        return layout.with_start_tokens() if self.start_tokens else layout
+
+    def predicted_text(self, layout: TokenLayout) -> int:
+        """Returns P, the number of text tokens of a caption that are predicted: the last ones."""
+        return layout.text_length if self.start_tokens else layout.text_length - 1
+
 
 class AutoregressiveModel(nn.Module):
     """Embeddings, trunk and heads.
@@ -94,9 +106,10 @@ class AutoregressiveModel(nn.Module):
     def setup(self):
         o, lay = self.options, self.layout
         self.embedding = AutoregressiveEmbedding(
-            o.trunk, lay, o.embedding_scale, o.head_scale, o.tied_embeddings, o.order == "random"
+            o.trunk, lay, o.embedding_scale, o.head_scale, o.tied_embeddings, o.order == "random", o.start_tokens
         )
-        self.trunk = Trunk(o.trunk, lay, o.patterns)
+        self.stream = o.stream(lay)
+        self.trunk = Trunk(o.trunk, self.stream, o.patterns)
 
     def embed(
         self,
@@ -114,21 +127,24 @@ class AutoregressiveModel(nn.Module):
           cells: order of the image tokens, int32 [B, N]; None for raster order.
 
         Returns:
-          [B, S, D] in the trunk's dtype.
+          [B, S, D] in the dtype of the residual stream.
         """
         x = [self.embedding.text(text, train), self.embedding.image(tokens, train, cells)]
         x = jnp.concatenate(x, axis=1)
         if cells is not None:
-            x = x + jnp.pad(self.embedding.next_cell(cells), ((0, 0), (self.layout.text_length - 1, 1), (0, 0)))
+            x = x + jnp.pad(self.embedding.next_cell(cells), ((0, 0), (self.stream.text_length - 1, 1), (0, 0)))
         return constrain(x, "batch", "length", "embed_act")
 
     def logits(
         self, x: Float[ArrayLike, "B S D"], train: bool = False
-    ) -> tuple[Float[Array, "B _ W"], Float[Array, "B N V"]]:
-        """Computes text logits, float32 [B, T-1, W], and image logits, float32 [B, N, V], from embeddings."""
-        t = self.layout.text_length
+    ) -> tuple[Float[Array, "B P W"], Float[Array, "B N V"]]:
+        """Computes text logits, float32 [B, P, W], and image logits, float32 [B, N, V], from embeddings.
+
+        Each position predicts the next token. With start tokens, the last text position predicts nothing.
+        """
         x = self.trunk(x, train)
-        return self.embedding.text_logits(x[:, : t - 1]), self.embedding.image_logits(x[:, t - 1 : -1])
+        text = x[:, : self.options.predicted_text(self.layout)]
+        return self.embedding.text_logits(text), self.embedding.image_logits(x[:, self.stream.text_length - 1 : -1])
 
     def __call__(
         self,
@@ -136,12 +152,12 @@ class AutoregressiveModel(nn.Module):
         tokens: Int[ArrayLike, "B N"],
         train: bool = False,
         cells: Int[ArrayLike, "B N"] | None = None,
-    ) -> tuple[Float[Array, "B _ W"], Float[Array, "B N V"]]:
+    ) -> tuple[Float[Array, "B P W"], Float[Array, "B N V"]]:
         """Computes the text and image logits of a stream. Arguments as in `embed`, results as in `logits`."""
         return self.logits(self.embed(text, tokens, train, cells), train)
 
     def prefill(
-        self, text: Int[ArrayLike, "C T"], first: Int[ArrayLike, " C"] | None = None
+        self, text: Int[ArrayLike, "C _"], first: Int[ArrayLike, " C"] | None = None
     ) -> tuple[Float[Array, "C V"], list[TextCache]]:
         """Runs the model over captions.
 

@@ -1,12 +1,15 @@
 """Embeddings of the stream "text, then image grid", and the heads, which are tables of the same width.
 
-A text position is embedded as token + position, an image position as token + row + column (DALL-E, section 2.2).
+A text position is embedded as token + position, an image position as token + row + column (DALL-E, section 2.2). The
+autoregressive prior may have start-of-text and start-of-image tokens, each with its own embedding (figure 10).
 
     B rows    T text    N image tokens    P positions    D width    V image vocabulary    W text classes
     E codebook width
 """
 
 from __future__ import annotations
+
+import functools
 
 import flax.linen as nn
 import jax
@@ -57,8 +60,8 @@ class StreamEmbedding(nn.Module):
         return self.param(name, nn.with_logical_partitioning(init, (axis, "embed")), (rows, self.trunk.width))
 
     def cast(self, x: Float[ArrayLike, "B S D"], train: bool) -> Float[ArrayLike, "B S D"]:
-        """Applies dropout and casts embeddings to the trunk's dtype."""
-        return self.drop(x, deterministic=not train).astype(self.trunk.dtype)
+        """Applies dropout and casts embeddings to the dtype of the residual stream."""
+        return self.drop(x, deterministic=not train).astype(self.trunk.stream_dtype)
 
     def text(self, text: Int[ArrayLike, "B T"], train: bool = False) -> Float[ArrayLike, "B T D"]:
         """Embeds captions, int32 [B, T], to [B, T, D]."""
@@ -82,7 +85,7 @@ class StreamEmbedding(nn.Module):
           cells: the grid cell of each token, int32 [B, N]; None for raster order.
 
         Returns:
-          [B, N, D] in the trunk's dtype.
+          [B, N, D] in the dtype of the residual stream.
         """
         x = self.image_tokens(tokens)
         if self.trunk.positions == "learned" and cells is None:
@@ -97,17 +100,25 @@ class StreamEmbedding(nn.Module):
 
     def image_logits(self, x: Float[ArrayLike, "*axes D"], *, decode_step: bool = False) -> Float[Array, "*axes V"]:
         """Computes image logits, float32 [..., V], from states [..., D]; see `project`."""
-        return project(x, self.image_table if self.tied else self.image_head, decode_step=decode_step)
+        return self.project(x, self.image_table if self.tied else self.image_head, decode_step=decode_step)
+
+    def project(
+        self, x: Float[ArrayLike, "*axes D"], table: Float[ArrayLike, "V D"], *, decode_step: bool = False
+    ) -> Float[Array, "*axes V"]:
+        """See `project`, with the precision of the trunk's options."""
+        return project(x, table, decode_step=decode_step, exact=self.trunk.float32_logits)
 
 
 class AutoregressiveEmbedding(StreamEmbedding):
-    """Adds the text head, and the embedding of the cell that is predicted next.
+    """Adds the text head, the start tokens, and the embedding of the cell that is predicted next.
 
     Attributes:
       any_order: whether positions know which cell they predict.
+      start_tokens: whether a start-of-text token precedes the text and a start-of-image token the image.
     """
 
     any_order: bool
+    start_tokens: bool
 
     def setup(self):
         super().setup()
@@ -116,19 +127,30 @@ class AutoregressiveEmbedding(StreamEmbedding):
         if self.any_order:
             self.next_rows = self.table("next_rows", self.layout.height, "positions")
             self.next_columns = self.table("next_columns", self.layout.width, "positions")
+        if self.start_tokens:
+            self.start_of_text = self.table("start_of_text", 1, "positions")
+            self.start_of_image = self.table("start_of_image", 1, "positions")
+
+    def text(self, text: Int[ArrayLike, "B T"], train: bool = False) -> Float[ArrayLike, "B _ D"]:
+        """Embeds captions, int32 [B, T], to [B, T, D], or to [B, 1 + T + 1, D] with start tokens around them."""
+        x = super().text(text, train)
+        if not self.start_tokens:
+            return x
+        start = lambda table: self.cast(jnp.broadcast_to(table[None], (len(text), 1, table.shape[1])), train)
+        return jnp.concatenate([start(self.start_of_text), x, start(self.start_of_image)], axis=1)
 
     def next_cell(self, cells: Int[ArrayLike, "*axes"]) -> Float[ArrayLike, "*axes D"]:
         """Embeds the cells that are predicted next: int32 [...] to [..., D]."""
         x = self.next_rows[cells // self.layout.width] + self.next_columns[cells % self.layout.width]
-        return x.astype(self.trunk.dtype)
+        return x.astype(self.trunk.stream_dtype)
 
     def text_logits(self, x: Float[ArrayLike, "B P D"]) -> Float[Array, "B P W"]:
         """Computes text logits, float32 [..., W], W = text_vocab + 1, from states [..., D]."""
         if not self.tied:
-            return project(x, self.text_head)
+            return self.project(x, self.text_head)
         # Tied: the class of padding uses the mean padding embedding, so that its loss trains all of them.
         words, padding = jnp.split(self.text_table, [self.layout.text_vocab])
-        return project(x, jnp.concatenate([words, padding.mean(0, keepdims=True)]))
+        return self.project(x, jnp.concatenate([words, padding.mean(0, keepdims=True)]))
 
 
 class MaskGITEmbedding(StreamEmbedding):
@@ -177,7 +199,11 @@ class MaskGITEmbedding(StreamEmbedding):
 
 
 def project(
-    x: Float[ArrayLike, "*axes D"], table: Float[ArrayLike, "V D"], *, decode_step: bool = False
+    x: Float[ArrayLike, "*axes D"],
+    table: Float[ArrayLike, "V D"],
+    *,
+    decode_step: bool = False,
+    exact: bool = False,
 ) -> Float[Array, "*axes V"]:
     """Computes logits from states.
 
@@ -185,18 +211,21 @@ def project(
       x: states, [..., D]; [B, D] in a decode step.
       table: the head, float32 [V, D].
       decode_step: whether x holds one position per row, which a faster product serves; see `rows_product`.
+      exact: multiply float32 numbers. By default TPUs round the factors of a float32 product to bfloat16, and GPUs may
+        round them, too. If false, the table is cast to the dtype of x.
 
     Returns:
       Logits, float32 [..., V].
     """
-    table = table.astype(x.dtype)
+    table = table.astype(jnp.float32 if exact else x.dtype)
+    how = dict(preferred_element_type=jnp.float32, precision=jax.lax.Precision.HIGHEST if exact else None)
     if decode_step:
-        return rows_product(x, table, preferred_element_type=jnp.float32)
-    return contract(_logits, x, table, ("vocab", "embed"), (1,))
+        return rows_product(x.astype(table.dtype), table, **how)
+    return contract(functools.partial(_logits, **how), x.astype(table.dtype), table, ("vocab", "embed"), (1,))
 
 
-def _logits(x: ArrayLike, table: ArrayLike) -> Array:
-    return jax.lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+def _logits(x: ArrayLike, table: ArrayLike, **how) -> Array:
+    return jax.lax.dot_general(x, table, (((x.ndim - 1,), (1,)), ((), ())), **how)
 
 
 def start_from_codebook(params: PyTree, codebook: Float[ArrayLike, "V E"], key: Key[Array, ""]) -> PyTree:

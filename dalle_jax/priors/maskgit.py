@@ -64,6 +64,11 @@ class MaskGITPrior:
     any_order = True
 
     @property
+    def stream(self) -> TokenLayout:
+        """See `TokenPrior.stream`."""
+        return self.layout
+
+    @property
     def schedules(self) -> dict[str, optax.Schedule]:
         """See `TokenPrior.schedules`: with `raster_steps`, "raster_order" is 1 in those updates and 0 after them."""
         steps = self.options.raster_steps

@@ -118,7 +118,7 @@ class MaskGITModel(nn.Module):
         self.trunk = Trunk(trunk, self.layout, full_layers(trunk.depth) if self.raster else o.patterns)
         if o.head == "mlm":
             self.head = Dense((trunk.width,), (trunk.width,), ("embed", None), trunk.dtype, (None,))
-            self.head_norm = Norm(trunk.norm, trunk.dtype)
+            self.head_norm = Norm(trunk.norm, trunk.states_dtype)
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
         self.image_bias = self.param("image_bias", zeros, (self.layout.image_vocab,))
 

@@ -23,12 +23,14 @@ class TokenPrior(Protocol):
 
     Attributes:
       layout: layout of the token stream.
+      stream: layout of the positions that the model runs over: `layout`, or that with start tokens.
       name: name of the prior in reports.
       any_order: whether a token can be drawn given later tokens, as inpainting needs.
       schedules: schedules that the loss depends on, by name; see `Task.schedules`.
     """
 
     layout: TokenLayout
+    stream: TokenLayout
     name: str
     any_order: bool
     schedules: Mapping[str, optax.Schedule]

@@ -69,6 +69,14 @@ def test_a_loop_counts_once_per_iteration():
     )  # bytes of the complete array
 
 
+@pytest.mark.parametrize("precision, passes", [("default", 1), ("high", 3), ("highest", 6)])
+def test_a_product_in_full_precision_counts_each_of_its_passes(precision, passes):
+    line = "%y = f32[16,4]{1,0} dot(%other, %done), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
+    assert line in TEXT
+    again = TEXT.replace(line, f"{line}, operand_precision={{{precision},{precision}}}")
+    assert Program(again).flops - Program(TEXT).flops == 10 * (passes - 1) * 2 * 16 * 4 * 16
+
+
 def test_groups_in_every_notation():
     gather, reduction, scatter = sorted(Program(TEXT).collectives, key=lambda c: c.kind)
     assert gather.group == (0, 1)

@@ -33,13 +33,17 @@ def test_same_model():
 def test_how_a_trunk_is_computed_may_change():
     """Also in a checkpoint from before the choice of attention kernels existed."""
     stored = {"model": {"trunk": {"width": 16, "remat": "none", "dtype": "float32"}}}
-    given = {"model": {"trunk": {"width": 16, "remat": "full", "dtype": "bfloat16", "attention_kernel": "splash"}}}
+    how = {"remat": "full", "dtype": "bfloat16", "attention_kernel": "splash"}
+    given = {"model": {"trunk": {"width": 16, **how, "float32_residual": True, "float32_logits": True}}}
     check_same_model(stored, given, "x")
     with pytest.raises(ConfigMismatch, match="model.trunk.width"):
         check_same_model(stored, {"model": {"trunk": given["model"]["trunk"] | {"width": 32}}}, "x")
 
 
-@pytest.mark.parametrize("name, key, other", [("prior", "order", "random"), ("clip", "image_readout", "patches")])
+@pytest.mark.parametrize(
+    "name, key, other",
+    [("prior", "order", "random"), ("prior", "start_tokens", True), ("clip", "image_readout", "patches")],
+)
 def test_a_key_newer_than_the_checkpoint_counts_as_its_default(name, key, other):
     given = to_json(config_files.load(f"{CONFIGS}/{name}.py:folder"))
     stored = to_json(given)

@@ -210,6 +210,30 @@ def test_pre_norm_block():
     np.testing.assert_allclose(ours, expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("scan, remat", [(False, "none"), (True, "full"), (True, "dots")])
+def test_the_identity_path_of_a_float32_stream_is_exact(scan, remat):
+    """Without branches, states and gradients pass bfloat16 layers unchanged (DALL-E, figure 4)."""
+    options = dict(dtype="bfloat16", float32_logits=True, scan=scan, remat=remat)
+    p = made(trunk(**options), STATES)
+    for layer in p["units"].values() if scan else [p[f"layer_{i}"] for i in range(4)]:
+        for branch, last in (("attention", "out"), ("mlp", "down")):
+            layer[branch][last] = jax.tree.map(np.zeros_like, layer[branch][last])
+    norm = lambda x: Norm("layernorm", "float32").apply({"params": p["final_norm"]}, x)
+    weights = jax.random.normal(jax.random.key(3), STATES.shape)
+
+    def states_and_gradients(states):
+        return jax.jit(jax.value_and_grad(lambda x: (states(x) * weights).sum()))(STATES)
+
+    def through(**changes):
+        module = trunk(**options, **changes)
+        return states_and_gradients(lambda x: module.apply({"params": p}, x.astype(module.options.stream_dtype), False))
+
+    expected = states_and_gradients(norm)
+    for ours, rounded, exact in zip(through(float32_residual=True), through(), expected):
+        np.testing.assert_allclose(ours, exact, rtol=1e-5, atol=1e-6)
+        assert np.abs(rounded - exact).max() > 1e-3
+
+
 # -- rotary positions ---------------------------------------------------------------------------------------------
 
 
@@ -322,4 +346,8 @@ def test_invalid_options(changes, token):
 
 def test_derived_sizes():
     assert OPTIONS.size_per_head == 8 and OPTIONS.hidden == 64
+    half = dataclasses.replace(OPTIONS, dtype="bfloat16")
+    assert (half.stream_dtype, half.states_dtype) == ("bfloat16", "bfloat16")
+    assert dataclasses.replace(half, float32_residual=True).stream_dtype == "float32"
+    assert dataclasses.replace(half, float32_logits=True).states_dtype == "float32"
     assert dataclasses.replace(OPTIONS, heads=3, head_dim=4).size_per_head == 4

@@ -1,15 +1,18 @@
 """AdamW, gradient accumulation, and the EMA of the parameters."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from prior_cases import autoregressive
 
 from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import ConfigError
 from dalle_jax.optim import optimizers
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
+from dalle_jax.pytree import by_path
 
 
 def test_equals_optax_adamw():
@@ -69,7 +72,7 @@ def test_state_has_one_structure():
             OptimizerOptions(weight_decay=0.1, decay="weights"),
             OptimizerOptions(),
             OptimizerOptions(clip_norm=1.0, weight_decay=0.1, decay="all"),
-            OptimizerOptions(first_moment="bfloat16"),
+            OptimizerOptions(first_moment="bfloat16", clip_variance=5.0),
         )
     }
     assert len(structures) == 1
@@ -88,6 +91,73 @@ def test_a_first_moment_in_bfloat16():
         assert adam.mu["kernel"].dtype == dtype and adam.nu["kernel"].dtype == jnp.float32
         moved[dtype] = updates["kernel"]
     np.testing.assert_allclose(moved["bfloat16"], moved["float32"], rtol=2e-2, atol=1e-6)
+
+
+def test_equals_optax_adam_to_the_last_bit():
+    """Stored runs and published results stay as they are."""
+    params = {"kernel": jnp.linspace(-1, 1, 64).reshape(8, 8), "bias": jnp.linspace(-3, 2, 5)}
+    ours = optimizers.make_optimizer(OptimizerOptions(b1=0.9, b2=0.96, eps=1e-8))
+    theirs = optax.scale_by_adam(0.9, 0.96, 1e-8)
+
+    def run(optimizer):
+        def step(state, i):
+            updates, state = optimizer.update(jax.tree.map(lambda x: jnp.sin(x * i) / i, params), state, params)
+            return state, updates
+
+        return jax.jit(lambda: jax.lax.scan(step, optimizer.init(params), jnp.arange(1.0, 20.0)))()
+
+    state, updates = run(ours)
+    adam = next(part for part in state if isinstance(part, optax.ScaleByAdamState))
+    jax.tree.map(np.testing.assert_array_equal, (adam, updates), run(theirs))
+
+
+KINDS = {  # parameters of a prior, and of an untied one of random orders
+    "kernel": ("trunk/layer_0/attention/qkv/kernel", "trunk/layer_0/mlp/down/kernel"),
+    "gain": ("trunk/layer_0/mlp_norm/norm/scale", "trunk/final_norm/norm/scale"),
+    "bias": ("trunk/layer_0/mlp_norm/norm/bias", "trunk/layer_0/mlp/down/bias"),
+    "embedding": (
+        "embedding/text", "embedding/image", "embedding/text_positions", "embedding/rows", "embedding/next_columns",
+        "embedding/start_of_text", "embedding/start_of_image",
+    ),
+    "unembedding": ("embedding/text_head_kernel", "embedding/image_head_kernel"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_only_kernels_of_layers_have_a_first_moment_of_16_bits(kind):
+    prior = autoregressive(attention="full", order="random", start_tokens=True)
+    optimizer = optimizers.make_optimizer(OptimizerOptions(first_moment="bfloat16"))
+
+    def moments():
+        params = nn.meta.unbox(prior.init(jax.random.key(0)))
+        state = optimizer.init(params)
+        _, after = optimizer.update(params, state, params)
+        return [next(part for part in each if isinstance(part, optax.ScaleByAdamState)) for each in (state, after)]
+
+    for adam in jax.eval_shape(moments):
+        mu, nu = by_path(adam.mu), by_path(adam.nu)
+        for name in KINDS[kind]:
+            assert (mu[name].dtype == jnp.bfloat16) == (kind == "kernel") and nu[name].dtype == jnp.float32, name
+        assert {name for name, x in mu.items() if x.dtype == jnp.bfloat16} == {x for x in mu if x.endswith("/kernel")}
+
+
+def test_a_clipped_variance():
+    """The second moment stays at the bound, and the update and the next moment use the bound (appendix B.2)."""
+    params = {"kernel": jnp.zeros(2)}
+    grads = {"kernel": jnp.array([10.0, 1.0])}  # 0.5 · 10² is above the bound, 0.5 · 1² is not
+    optimizer = optimizers.make_optimizer(OptimizerOptions(b1=0.0, b2=0.5, eps=1e-9, clip_variance=5.0))
+    state, variance = optimizer.init(params), np.zeros(2)
+    for count in (1, 2, 3):
+        variance = np.minimum(0.5 * variance + 0.5 * np.array([100.0, 1.0]), 5.0)
+        updates, state = optimizer.update(grads, state, params)
+        adam = next(part for part in state if isinstance(part, optax.ScaleByAdamState))
+        np.testing.assert_allclose(adam.nu["kernel"], variance, rtol=1e-6)
+        expected = np.array([10.0, 1.0]) / np.sqrt(variance / (1 - 0.5**count))
+        np.testing.assert_allclose(updates["kernel"], expected, rtol=1e-6)
+    quiet = {"kernel": jnp.zeros(2)}
+    _, state = optimizer.update(quiet, state, params)
+    adam = next(part for part in state if isinstance(part, optax.ScaleByAdamState))
+    np.testing.assert_allclose(adam.nu["kernel"][0], 2.5, rtol=1e-6)  # half of the bound
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
@@ -133,6 +203,7 @@ def test_average():
         (lambda: OptimizerOptions(accumulate_steps=0), "accumulate_steps"),
         (lambda: OptimizerOptions(first_moment="float16"), "first_moment"),
         (lambda: OptimizerOptions(clip_norm=-1.0), "clip_norm"),
+        (lambda: OptimizerOptions(clip_variance=-5.0), "clip_variance"),
         (lambda: AverageOptions(decay=1.0), "decay"),
         (lambda: AverageOptions(decay=0.9, every=0), "every"),
         (lambda: from_config(OptimizerOptions, {"weigth_decay": 0.1}, "optimizer"), "weigth_decay"),
