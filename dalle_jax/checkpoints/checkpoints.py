@@ -31,7 +31,7 @@ from dalle_jax.checkpoints.compatibility import check_same_model, to_json
 from dalle_jax.checkpoints.manager import Manager
 from dalle_jax.checkpoints.stored import Damaged, DataIterator, StoredCheckpoint, move_to
 from dalle_jax.distributed.sharding import abstract
-from dalle_jax.errors import CheckpointError
+from dalle_jax.errors import CheckpointError, DamagedError
 from dalle_jax.pytree import PyTree
 from dalle_jax.storage.errors import storage_cause
 from dalle_jax.storage.files import full_path, is_remote
@@ -290,7 +290,7 @@ class Checkpoints:
                 )
         listed = "; ".join(f"step {number}: {reason}" for number, reason in reasons.items())
         remedy = "Ask for another step" if chosen else "Delete them to start from scratch"
-        raise CheckpointError(
+        raise DamagedError(
             f"No checkpoint in {self.directory} can be read into this model: {listed}. They are damaged, or another "
             f"version wrote them. {remedy}, or give another --workdir."
         )
