@@ -1,6 +1,6 @@
 """Files of a workdir other than its checkpoints, which make it self-contained for generation.
 
-    <workdir>/config.json                        the configuration
+    <workdir>/config.json, config.json.sha256    the configuration, and its checksum
     <workdir>/finished.json                      the end of a training: its last step, its best and last evaluation
     <workdir>/text/sentencepiece.model           the text model
     <workdir>/image_tokenizer/options.json       options of the frozen image tokenizer
@@ -28,6 +28,7 @@ from dalle_jax.errors import CheckpointError, ConfigError, DamagedError, UserErr
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.pytree import PyTree
+from dalle_jax.storage import checksummed
 from dalle_jax.storage.files import access, expanded
 
 
@@ -39,7 +40,7 @@ def _path(workdir: epath.PathLike, *parts: str) -> epath.Path:
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:
-    """Reads the configuration that a training wrote.
+    """Reads the configuration that a training wrote. If it is damaged, that of the latest checkpoint replaces it.
 
     Raises:
       CheckpointError: `workdir` is not the workdir of a training, or the file is damaged.
@@ -48,6 +49,8 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     path = _path(workdir, "config.json")
     with access(workdir):
         found = path.exists()
+    if found and (replacement := _if_changed(workdir, path)):
+        return replacement
     if not found:
         raise CheckpointError(
             f"{workdir} is not the workdir of a training: it has no config.json. Train first "
@@ -58,6 +61,25 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     except ValueError as error:
         remedy = "Start the training again: it writes this file at its beginning."
         raise CheckpointError(f"{path} is damaged: {error}. {remedy}") from error
+
+
+def _if_changed(workdir: epath.PathLike, path: epath.Path) -> dict[str, Any] | None:
+    """Returns the configuration of the latest checkpoint if the file changed since a training wrote it, else None."""
+    try:
+        checksummed.read(path)
+        return None
+    except DamagedError as error:
+        step = latest_step(workdir)
+        if step is None:
+            remedy = "Start the training again: it writes this file at its beginning."
+            raise DamagedError(f"{path} changed since the training wrote it. {remedy}") from error
+    checksummed.log_once(
+        logging.WARNING,
+        f"{path} changed since the training wrote it: the configuration of the checkpoint of step {step} is read "
+        f"instead. If you changed the file on purpose, delete {path.name}.sha256.",
+    )
+    with Checkpoints(str(workdir), read_only=True) as checkpoints:
+        return checkpoints.config()
 
 
 def has_config(workdir: epath.PathLike) -> bool:

@@ -20,7 +20,8 @@ from dalle_jax.jobs.checks import check_config, check_data, check_files
 from dalle_jax.jobs.data import look_at
 from dalle_jax.jobs.preparation import prepare
 from dalle_jax.jobs.sizes import settle
-from dalle_jax.storage.files import expanded, write_json
+from dalle_jax.storage import checksummed
+from dalle_jax.storage.files import expanded
 from dalle_jax.training import budget
 from dalle_jax.training.loop import train
 from dalle_jax.training.step import TrainState
@@ -100,7 +101,7 @@ def check(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> Conf
 def _write_config(config: ConfigDict, workdir: str) -> None:
     """Writes config.json at once, so that a chain which is interrupted early keeps its sizes."""
     if is_first() and not earlier.begun(workdir):
-        write_json(expanded(workdir) / "config.json", to_json(config))
+        checksummed.write_json(expanded(workdir) / "config.json", to_json(config))
 
 
 def _freeze_tokenizer(config: ConfigDict, workdir: str) -> None:

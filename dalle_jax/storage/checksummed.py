@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from typing import Any
 
 from absl import logging
 from etils import epath
 
 from dalle_jax.errors import DamagedError
-from dalle_jax.storage.files import write_atomically
+from dalle_jax.storage.files import json_bytes, write_atomically, write_errors
 
 
 def checksum(content: bytes) -> str:
@@ -30,8 +31,18 @@ def write(path: epath.PathLike, content: bytes) -> None:
       content: all its bytes.
     """
     path = epath.Path(path)
-    write_atomically(_beside(path), f"{checksum(content)}  {path.name}\n".encode())
+    write_atomically(_sidecar(path), f"{checksum(content)}  {path.name}\n".encode())
     write_atomically(path, content)
+
+
+def write_json(path: epath.PathLike, values: Any) -> None:
+    """Writes a JSON document and its checksum.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    with write_errors(path):
+        write(path, json_bytes(values))
 
 
 def read(path: epath.PathLike) -> bytes:
@@ -47,24 +58,29 @@ def read(path: epath.PathLike) -> bytes:
       OSError: the file cannot be read.
     """
     path = epath.Path(path)
-    content, beside = path.read_bytes(), _beside(path)
-    if not beside.exists():
+    content, sidecar = path.read_bytes(), _sidecar(path)
+    if not sidecar.exists():
         say_unchecked(str(path))
         return content
-    expected = beside.read_bytes().split()
+    expected = sidecar.read_bytes().split()
     if expected[:1] != [checksum(content).encode()]:
         raise DamagedError(
-            f"{path} is damaged: its SHA-256 is not the one in {beside.name}. Put back a copy of both files. If no "
+            f"{path} is damaged: its SHA-256 is not the one in {sidecar.name}. Put back a copy of both files. If no "
             "model was trained with them yet, delete both: the next start makes them again."
         )
     return content
 
 
-@functools.lru_cache(maxsize=1000)  # once for each file
 def say_unchecked(what: str) -> None:
     """Logs once that something has no checksum."""
-    logging.info("%s has no checksum, so that damage to it would go unnoticed.", what)
+    log_once(logging.INFO, f"{what} has no checksum, so that damage to it would go unnoticed.")
 
 
-def _beside(path: epath.Path) -> epath.Path:
+@functools.lru_cache(maxsize=1000)
+def log_once(level: int, message: str) -> None:
+    """Logs a message of one of absl's levels, unless this process has logged it before."""
+    logging.log(level, "%s", message)
+
+
+def _sidecar(path: epath.Path) -> epath.Path:
     return path.with_name(path.name + ".sha256")

@@ -33,6 +33,7 @@ from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.reporting.metric_writer import MetricWriter, read_metrics
 from dalle_jax.reporting.progress import Progress
 from dalle_jax.reporting.units import with_unit
+from dalle_jax.storage import checksummed
 from dalle_jax.storage.files import write_json
 from dalle_jax.tasks.registry import defaults
 from dalle_jax.tasks.task import Batch, Job
@@ -115,7 +116,7 @@ class Run:
         start = self.start = int(self.state.step)
         self.skipped_in_row = int(self.state.skipped_in_row)
         if is_first() and (start <= self.total or not has_config(workdir)):  # else keep the longer training's file
-            write_json(epath.Path(workdir) / "config.json", to_json(config))
+            checksummed.write_json(epath.Path(workdir) / "config.json", to_json(config))
 
         lines = read_metrics(workdir) if is_first() else []
         evaluations = Evaluations.read(task.best_metric, lines, until=start).to_json()

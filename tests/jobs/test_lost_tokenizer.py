@@ -15,6 +15,7 @@ from dalle_jax.errors import CheckpointError, ConfigError, DamagedError
 from dalle_jax.jobs import train as train_job
 from dalle_jax.jobs.checks import check_config
 from dalle_jax.jobs.preparation import prepare
+from dalle_jax.storage import checksummed
 
 
 def tokenizer_config(images, **changes):
@@ -79,7 +80,7 @@ def test_its_own_tokenizer_is_trained_on(trained, dvae, tmp_path, harm):
     jax.tree.map(np.testing.assert_array_equal, load_tokenizer(tmp_path / "prior")[1], expected)
 
 
-def test_another_runs_tokenizer_is_refused_early(dvae, tmp_path):
+def test_another_runs_tokenizer_is_rejected_early(dvae, tmp_path):
     lose(dvae, 6)
     config = load("configs/prior.py:shapes")
     config.update_from_flattened_dict(COMMON | {"tokenizer_from": str(dvae), "data.path": str(dvae.parent)})
@@ -92,7 +93,7 @@ def test_another_runs_tokenizer_is_refused_early(dvae, tmp_path):
     check_config(prepare(config), str(tmp_path / "prior"))
 
 
-def test_a_training_that_goes_on_after_its_end(dvae):
+def test_a_training_that_continued_after_its_end(dvae):
     """A longer training, interrupted after step 8, gives its latest checkpoint."""
     shutil.copytree(dvae / "checkpoints" / "6", dvae / "checkpoints" / "8")
     assert tokenizer_step(dvae) == 8
@@ -100,7 +101,7 @@ def test_a_training_that_goes_on_after_its_end(dvae):
 
 def test_the_best_checkpoint(dvae):
     config = json.loads((dvae / "config.json").read_text())
-    (dvae / "config.json").write_text(json.dumps({**config, "keep": {"last": 1, "best": 1}}))
+    checksummed.write_json(dvae / "config.json", {**config, "keep": {"last": 1, "best": 1}})
     best = json.loads((dvae / "finished.json").read_text())["best"]["step"]
     assert tokenizer_step(dvae) == best
     lose(dvae, best)
