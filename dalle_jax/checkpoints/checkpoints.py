@@ -29,9 +29,9 @@ from ml_collections import ConfigDict
 from dalle_jax.checkpoints import checksums
 from dalle_jax.checkpoints.compatibility import check_same_model, to_json
 from dalle_jax.checkpoints.manager import Manager
-from dalle_jax.checkpoints.stored import Damaged, DataIterator, DataState, StoredCheckpoint
+from dalle_jax.checkpoints.stored import Damaged, DataIterator, StoredCheckpoint, move_to
 from dalle_jax.distributed.sharding import abstract
-from dalle_jax.errors import CheckpointError
+from dalle_jax.errors import CheckpointError, DamagedError
 from dalle_jax.pytree import PyTree
 from dalle_jax.storage.errors import storage_cause
 from dalle_jax.storage.files import full_path, is_remote
@@ -113,13 +113,16 @@ class Checkpoints:
             return
         self._check_space(items)
         given = to_json(config)
+        numbers = None if metrics is None else {name: float(value) for name, value in metrics.items()}
         sums = {
             "arrays": {item: checksums.of_arrays(tree) for item, tree in items.items()},
             "config": checksums.of_json(given),
+            "metrics": checksums.of_json(numbers),
+            "step": step,
         }
         documents = {"config": given, "checksums": {**sums, "these": checksums.of_json(sums)}}
         with self._storage_errors("write"):
-            self._manager.write(step, items, data_iterator, documents, metrics)
+            self._manager.write(step, items, data_iterator, documents, numbers)
 
     def restore(
         self,
@@ -157,7 +160,7 @@ class Checkpoints:
             return arrays, place
 
         arrays, place = self._first_intact(None, read)
-        DataState(data_iterator).set_state(place)
+        move_to(data_iterator, place)
         self._move_damaged_aside()
         return arrays
 
@@ -287,7 +290,7 @@ class Checkpoints:
                 )
         listed = "; ".join(f"step {number}: {reason}" for number, reason in reasons.items())
         remedy = "Ask for another step" if chosen else "Delete them to start from scratch"
-        raise CheckpointError(
+        raise DamagedError(
             f"No checkpoint in {self.directory} can be read into this model: {listed}. They are damaged, or another "
             f"version wrote them. {remedy}, or give another --workdir."
         )

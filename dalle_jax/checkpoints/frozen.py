@@ -1,9 +1,9 @@
 """Saves and loads a trained module: options.json and params.msgpack.
 
-    options.json      written last: if it exists, the module is complete
+    options.json      with the checksums of both files; written last: if it exists, the module is complete
     params.msgpack
 
-Folders may be local or remote ("gs://…").
+Earlier versions wrote no checksums. Their modules are read unchecked. Folders may be local or remote ("gs://…").
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from dalle_jax.errors import CheckpointError
+from dalle_jax.errors import CheckpointError, DamagedError
 from dalle_jax.pytree import PyTree
+from dalle_jax.storage.checksummed import checksum, say_unchecked
+from dalle_jax.storage.errors import storage_cause
 from dalle_jax.storage.files import expanded, write_atomically, write_errors, write_json
 
 
@@ -39,9 +41,11 @@ def save(folder: epath.PathLike, options: Mapping[str, Any], params: PyTree) -> 
       UserError: a file cannot be written.
     """
     folder = expanded(folder)
+    content = flax.serialization.msgpack_serialize(jax.device_get(params))
+    sums = {"params.msgpack": checksum(content), "options": _of_json(options)}
     with write_errors(folder):
-        write_atomically(folder / "params.msgpack", flax.serialization.msgpack_serialize(jax.device_get(params)))
-    write_json(folder / "options.json", options)
+        write_atomically(folder / "params.msgpack", content)
+    write_json(folder / "options.json", {**options, "checksums": sums})
 
 
 def load(folder: epath.PathLike, remedy: str) -> tuple[dict[str, Any], PyTree]:
@@ -55,12 +59,30 @@ def load(folder: epath.PathLike, remedy: str) -> tuple[dict[str, Any], PyTree]:
       The options, and the parameters as JAX arrays.
 
     Raises:
-      CheckpointError: a file is missing or damaged.
+      DamagedError: a file is missing, or changed since it was written.
+      CheckpointError: the storage cannot be read.
     """
     folder = expanded(folder)
     try:
         options = json.loads((folder / "options.json").read_text())
-        params = flax.serialization.msgpack_restore((folder / "params.msgpack").read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder} is damaged: {error}. {remedy}") from error
+        sums = options.pop("checksums", None)
+        if sums is None:
+            say_unchecked(str(folder))
+        elif sums["options"] != _of_json(options):
+            raise ValueError("options.json changed since it was written")
+        content = (folder / "params.msgpack").read_bytes()
+        if sums is not None and sums["params.msgpack"] != checksum(content):
+            raise ValueError("params.msgpack changed since it was written")
+        params = flax.serialization.msgpack_restore(content)
+    except MemoryError:
+        raise
+    except Exception as error:  # without checksums, msgpack raises many types for damaged content
+        if (cause := storage_cause(error)) is not None:
+            raise CheckpointError(f"Cannot read {folder}: {cause}.") from error
+        raise DamagedError(f"{folder} is damaged: {str(error) or type(error).__name__}. {remedy}") from error
     return options, jax.tree.map(jnp.asarray, params)
+
+
+def _of_json(options: Mapping[str, Any]) -> str:
+    """Returns the checksum of JSON values. It does not depend on the order of keys."""
+    return checksum(json.dumps(options, sort_keys=True).encode())

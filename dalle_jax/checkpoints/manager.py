@@ -14,7 +14,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers as policies
 
 from dalle_jax.checkpoints.best import BestMetric
-from dalle_jax.checkpoints.stored import DataIterator, DataState
+from dalle_jax.checkpoints.stored import Damaged, DataIterator, DataState, StoredCheckpoint
 from dalle_jax.pytree import PyTree
 
 _ORBAX = pathlib.Path(ocp.__file__).parents[1]
@@ -79,11 +79,10 @@ class Manager(ocp.CheckpointManager):
         """
         items = {
             **{item: ocp.args.StandardSave(tree) for item, tree in arrays.items()},
-            "data": grain.checkpoint.CheckpointSave(DataState(data_iterator)),
+            "data": grain.checkpoint.CheckpointSave(DataState(data_iterator, step)),
             **{item: ocp.args.JsonSave(value) for item, value in documents.items()},
         }
-        numbers = None if metrics is None else {name: float(value) for name, value in metrics.items()}
-        self.save(step, args=ocp.args.Composite(**items), metrics=numbers, force=True)
+        self.save(step, args=ocp.args.Composite(**items), metrics=metrics, force=True)
 
     def ranked_steps(self) -> list[int]:
         """Lists the steps with metrics from the best to the worst; of equals, the latest first."""
@@ -110,8 +109,10 @@ class Manager(ocp.CheckpointManager):
     def metrics(self, step: int) -> PyTree | None:
         """Returns the metrics of a checkpoint, or None if they are missing or damaged."""
         try:
-            return super().metrics(step)
-        except ValueError:
+            metrics = super().metrics(step)
+            StoredCheckpoint(self.directory / str(step)).check_metrics(metrics)
+            return metrics
+        except (ValueError, Damaged):
             logging.warning("The metrics of the checkpoint %s are damaged: ignored.", self.directory / str(step))
             return None
 

@@ -40,7 +40,13 @@ class StoredCheckpoint:
             with _damage("checksums"):
                 if sums.pop("these") != checksums.of_json(sums):
                     raise ValueError("changed since it was written")
+                self._check_step(sums)
             self._sums = sums
+
+    def _check_step(self, part: dict[str, Any]) -> None:
+        """Compares the step that a part was written at, if it names one, with that of this checkpoint."""
+        if part.get("step", int(self.path.name)) != int(self.path.name):
+            raise ValueError(f"belongs to step {part['step']}")
 
     def config(self) -> dict[str, Any]:
         """Reads the configuration as JSON values."""
@@ -96,6 +102,14 @@ class StoredCheckpoint:
             if changed:
                 raise Damaged(f"{item}: {changed} changed since it was written")
 
+    def check_metrics(self, metrics: Any) -> None:
+        """Compares the metrics of this checkpoint, or None, with their checksum, if there is one."""
+        if not isinstance(metrics, Mapping | None):
+            raise Damaged("metrics: not a JSON object")
+        expected = {} if self._sums is None else self._sums
+        if expected.get("metrics", checksums.of_json(metrics)) != checksums.of_json(metrics):
+            raise Damaged("metrics: changed since they were written")
+
     def place_in_data(self) -> bytes:
         """Reads what `DataState.get_state` returned on this host, or on another one if the number of hosts changed."""
         with _damage("data"):
@@ -103,7 +117,7 @@ class StoredCheckpoint:
             if not path.exists():  # another number of hosts: every host counts the same global batches
                 path = min((self.path / "data").glob("process_*.json"))
             state = path.read_text().encode()
-            _place(state)
+            self._check_step(_place(state))
             return state
 
     def _json(self, item: str) -> Any:
@@ -122,25 +136,28 @@ class DataIterator(Protocol):
 
 
 class DataState:
-    """Adapts a `DataIterator` to the interface of grain's checkpoint handler."""
+    """Describes the place of a `DataIterator` for grain's checkpoint handler. `step` is that of the checkpoint."""
 
-    def __init__(self, iterator: DataIterator):
-        self._iterator = iterator
+    def __init__(self, iterator: DataIterator, step: int):
+        self._iterator, self._step = iterator, step
 
     def get_state(self) -> bytes:
         state = self._iterator.get_state()
         place = {"bytes": state.decode()} if isinstance(state, bytes) else {"json": state}
+        place["step"] = self._step
         return json.dumps({**place, "checksum": checksums.of_json(place)}).encode()
 
-    def set_state(self, state: bytes) -> None:
-        ((kind, value),) = _place(state).items()
-        self._iterator.set_state(value.encode() if kind == "bytes" else value)
+
+def move_to(iterator: DataIterator, state: bytes) -> None:
+    """Moves an iterator to the place that `DataState.get_state` returned."""
+    place = _place(state)
+    iterator.set_state(place["bytes"].encode() if "bytes" in place else place["json"])
 
 
 def _place(state: bytes) -> dict[str, Any]:
-    """Returns what `DataState.get_state` wrote, without its checksum, which early versions did not write."""
+    """Returns what `DataState.get_state` wrote, without its checksum. Early versions wrote no checksum and no step."""
     place = json.loads(state)
-    if place.pop("checksum", None) not in (None, checksums.of_json(place)) or len(place) != 1:
+    if place.pop("checksum", None) not in (None, checksums.of_json(place)) or not place.keys() & {"bytes", "json"}:
         raise ValueError("changed since it was written")
     return place
 

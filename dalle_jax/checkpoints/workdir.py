@@ -1,6 +1,6 @@
 """Files of a workdir other than its checkpoints, which make it self-contained for generation.
 
-    <workdir>/config.json                        the configuration
+    <workdir>/config.json, config.json.sha256    the configuration, and its checksum
     <workdir>/finished.json                      the end of a training: its last step, its best and last evaluation
     <workdir>/text/sentencepiece.model           the text model
     <workdir>/image_tokenizer/options.json       options of the frozen image tokenizer
@@ -20,14 +20,15 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from dalle_jax.checkpoints import frozen
+from dalle_jax.checkpoints import checksums, frozen
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.data.text import TextModel
 from dalle_jax.distributed.turns import first_host_first
-from dalle_jax.errors import CheckpointError, ConfigError, UserError
+from dalle_jax.errors import CheckpointError, ConfigError, DamagedError, UserError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.pytree import PyTree
+from dalle_jax.storage import checksummed
 from dalle_jax.storage.files import access, expanded
 
 
@@ -39,7 +40,7 @@ def _path(workdir: epath.PathLike, *parts: str) -> epath.Path:
 
 
 def read_config(workdir: epath.PathLike) -> dict[str, Any]:
-    """Reads the configuration that a training wrote.
+    """Reads the configuration that a training wrote. If it is damaged, that of the latest checkpoint replaces it.
 
     Raises:
       CheckpointError: `workdir` is not the workdir of a training, or the file is damaged.
@@ -48,6 +49,8 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     path = _path(workdir, "config.json")
     with access(workdir):
         found = path.exists()
+    if found and (replacement := _if_changed(workdir, path)):
+        return replacement
     if not found:
         raise CheckpointError(
             f"{workdir} is not the workdir of a training: it has no config.json. Train first "
@@ -58,6 +61,25 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     except ValueError as error:
         remedy = "Start the training again: it writes this file at its beginning."
         raise CheckpointError(f"{path} is damaged: {error}. {remedy}") from error
+
+
+def _if_changed(workdir: epath.PathLike, path: epath.Path) -> dict[str, Any] | None:
+    """Returns the configuration of the latest checkpoint if the file changed since a training wrote it, else None."""
+    try:
+        checksummed.read(path)
+        return None
+    except DamagedError as error:
+        step = latest_step(workdir)
+        if step is None:
+            remedy = "Start the training again: it writes this file at its beginning."
+            raise DamagedError(f"{path} changed since the training wrote it. {remedy}") from error
+    checksummed.log_once(
+        logging.WARNING,
+        f"{path} changed since the training wrote it: the configuration of the checkpoint of step {step} is read "
+        f"instead. If you changed the file on purpose, delete {path.name}.sha256.",
+    )
+    with Checkpoints(str(workdir), read_only=True) as checkpoints:
+        return checkpoints.config()
 
 
 def has_config(workdir: epath.PathLike) -> bool:
@@ -117,16 +139,24 @@ def save_tokenizer(workdir: epath.PathLike, tokenizer: ImageTokenizer, params: P
     frozen.save(_path(workdir, "image_tokenizer"), tokenizers.to_dict(tokenizer), params)
 
 
-def load_tokenizer(workdir: epath.PathLike) -> tuple[ImageTokenizer, PyTree]:
+def load_tokenizer(workdir: epath.PathLike, step: int | None = None) -> tuple[ImageTokenizer, PyTree]:
     """Loads the image tokenizer of a workdir: a prior's frozen one, or the one that a dVAE training trained.
 
-    A training that keeps its best checkpoint (`config.keep.best`) gives the best one, any other one the latest.
+    A training that keeps its best checkpoint (`config.keep.best`) gives the best one, any other one the latest. No
+    other checkpoint replaces a damaged one.
+
+    Args:
+      workdir: of a prior, of a dVAE training, or of an importer.
+      step: step of another checkpoint of the training.
 
     Raises:
-      CheckpointError: there is neither, or it is damaged.
+      CheckpointError: there is neither, or no checkpoint of this step.
+      DamagedError: the module, or the checkpoint, is damaged or missing.
     """
     if has_tokenizer(workdir):
         folder = _path(workdir, "image_tokenizer")
+        if step is not None:
+            raise CheckpointError(f"{folder} is frozen and has no steps: leave out config.tokenizer_step={step}.")
         options, params = frozen.load(folder, "Delete it: the training then freezes its tokenizer there again.")
         return tokenizers.from_dict(options), params
     config = read_config(workdir)
@@ -135,16 +165,40 @@ def load_tokenizer(workdir: epath.PathLike) -> tuple[ImageTokenizer, PyTree]:
         raise CheckpointError(
             f"{workdir} holds no image tokenizer: its task is {config.get('task')!r}, not {expected}."
         )
+    chosen = tokenizer_step(workdir) if step is None else step
     with Checkpoints(str(workdir), read_only=True) as checkpoints:
-        return tokenizers.of_training(config), checkpoints.restore_params(tokenizer_step(workdir))
+        try:
+            return tokenizers.of_training(checkpoints.config(chosen)), checkpoints.restore_params(chosen)
+        except DamagedError as error:
+            raise _lost_checkpoint(workdir, chosen, checkpoints.steps, "is damaged") from error
 
 
 def tokenizer_step(workdir: epath.PathLike) -> int | None:
-    """Returns the step of the checkpoint that `load_tokenizer` reads from a training, or None without a checkpoint."""
-    best = read_finished(workdir).get("best") or {}
-    if read_config(workdir).get("keep", {}).get("best", 0) > 0 and best.get("step") in steps_of(workdir):
+    """Returns the step of the checkpoint that `load_tokenizer` reads from a training, or None without a checkpoint.
+
+    Raises:
+      DamagedError: this checkpoint is missing, or `finished.json`, which names it, is damaged.
+    """
+    finished, steps, path = dict(read_finished(workdir)), steps_of(workdir), _path(workdir, "finished.json")
+    checksum = finished.pop("checksum", None)
+    if path.exists() and (not finished or checksum not in (None, checksums.of_json(finished))):
+        raise DamagedError(f"{path} is damaged. Run the same training again: it writes this file at its end.")
+    best = finished.get("best") if read_config(workdir).get("keep", {}).get("best", 0) > 0 else None
+    if best and best["step"] in steps:
         return best["step"]
-    return latest_step(workdir)
+    latest, end = max(steps, default=None), finished.get("step", 0)
+    if latest is not None and (end > latest or best and end == latest):
+        raise _lost_checkpoint(workdir, best["step"] if best else end, steps, "is missing")
+    return latest
+
+
+def _lost_checkpoint(workdir: epath.PathLike, step: int | None, steps: Sequence[int], fault: str) -> DamagedError:
+    others = [other for other in steps if other != step]
+    return DamagedError(
+        f"{workdir}: the checkpoint of step {step}, from which the image tokenizer is read, {fault}. "
+        + (f"--config.tokenizer_step={others[-1]} takes another one (there are {others}). " if others else "")
+        + f"Or train it again: the command of {workdir} resumes from its last good checkpoint."
+    )
 
 
 # -- the text model -----------------------------------------------------------------------------------------------

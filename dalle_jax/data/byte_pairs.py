@@ -19,8 +19,8 @@ from typing import Any
 
 from etils import epath
 
-from dalle_jax.errors import DataError
-from dalle_jax.storage.files import write_atomically
+from dalle_jax.errors import DataError, UserError
+from dalle_jax.storage import checksummed
 
 _START, _END, _WORD_END = "<|startoftext|>", "<|endoftext|>", "</w>"
 _MERGES = 49_152 - 256 - 2  # used of OpenAI's file, which holds more
@@ -43,14 +43,15 @@ class BytePairs:
 
         Raises:
           DataError: if there is no such file, it is of another kind, or the package `tokenizers` is missing.
+          DamagedError: if it changed since `save` wrote it.
         """
         path = epath.Path(path)
         try:
             if path.is_dir() or path.suffix == ".gz":
                 self._tokenizer = _from_merges(*(_read_folder(path) if path.is_dir() else _read_merges(path)))
             else:
-                self._tokenizer = _package().Tokenizer.from_str(path.read_text())
-        except DataError:
+                self._tokenizer = _package().Tokenizer.from_str(checksummed.read(path).decode())
+        except UserError:
             raise
         except Exception as error:  # the package raises plain `Exception` for unreadable files
             raise DataError(
@@ -67,8 +68,8 @@ class BytePairs:
             raise DataError(f"{path} has no token {_START} or {_END}: it is not a vocabulary of CLIP.")
 
     def save(self, path: str | epath.PathLike) -> None:
-        """Writes the vocabulary as one `tokenizer.json`."""
-        write_atomically(path, self._tokenizer.to_str().encode())
+        """Writes the vocabulary as one `tokenizer.json`, and its checksum."""
+        checksummed.write(path, self._tokenizer.to_str().encode())
 
     def encode(self, text: str, *, max_length: int) -> tuple[list[int], bool]:
         """Encodes a caption as ids, with the start token and without the end token.

@@ -25,7 +25,7 @@ from absl import logging
 from etils import epath
 
 from dalle_jax.errors import ConfigError, DataError
-from dalle_jax.storage.files import write_atomically
+from dalle_jax.storage import checksummed
 
 _SPACE = "\u2581"  # written by sentencepiece for the blank before a word
 _UNKNOWN = 0
@@ -178,9 +178,10 @@ class TextModel:
 
         Raises:
           DataError: if there is no such file, or it is not a sentencepiece model.
+          DamagedError: if it changed since `save` wrote it.
         """
         try:
-            serialized = epath.Path(path).read_bytes()
+            serialized = checksummed.read(path)
         except OSError as error:
             raise DataError(
                 f"No text model at {path}: {error}. Training writes `sentencepiece.model`; give that file."
@@ -241,8 +242,8 @@ class TextModel:
         return model
 
     def save(self, path: str | epath.PathLike) -> None:
-        """Writes the model as one file, local or remote; creates its folder if needed."""
-        write_atomically(path, self._serialized)
+        """Writes the model and its checksum (`NAME.sha256`), local or remote; creates the folder if needed."""
+        checksummed.write(path, self._serialized)
 
     def encode(
         self, text: str, *, max_length: int, dropout: float = 0.0, seed: int | None = None

@@ -64,6 +64,7 @@ def check_config(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) 
             f"config.tokenizer_from={given!r} holds no image tokenizer; expected the workdir of a training, or a "
             "folder that an importer of dalle_jax.pretrained wrote."
         )
+    _check_tokenizer_step(config, workdir, ahead)
     earlier.check_resumes(config, workdir)
     config = with_largest(config)
     tokenizer = _existing_tokenizer(config, workdir, ahead)
@@ -76,6 +77,21 @@ def check_config(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) 
     for prefix, part in parts.items():
         with _prefixed(prefix):
             _trace(part, None if prefix else tokenizer)
+
+
+def _check_tokenizer_step(config: ConfigDict, workdir: str, ahead: Collection[str]) -> None:
+    """Checks that the tokenizer to freeze from `config.tokenizer_from` has its checkpoint (`config.tokenizer_step`)."""
+    given, step = config.get("tokenizer_from"), config.get("tokenizer_step")
+    if not given or given in ahead or workdirs.has_tokenizer(workdir):
+        return
+    steps = [] if workdirs.has_tokenizer(given) else list(workdirs.steps_of(given))
+    if step is None and steps:
+        workdirs.tokenizer_step(given)
+    elif step is not None and step not in steps:
+        raise ConfigError(
+            f"config.tokenizer_step={step}, but config.tokenizer_from={given!r} has checkpoints of steps {steps}: give "
+            "one of them, or leave tokenizer_step out."
+        )
 
 
 def _existing_tokenizer(config: ConfigDict, workdir: str, ahead: Collection[str]) -> ImageTokenizer | None:

@@ -51,8 +51,13 @@ def choose_workdir(config: ConfigDict) -> str:
     return own
 
 
-def describe(workdir: str) -> str:
-    """Describes a tokenizer for the log: where it is, on which images it was trained, and how far."""
+def describe(workdir: str, step: int | None = None) -> str:
+    """Describes a tokenizer for the log: where it is, on which images it was trained, and how far.
+
+    Args:
+      workdir: of the tokenizer.
+      step: of its checkpoint; None for the one that `load_tokenizer` reads.
+    """
     stored = earlier.read(workdir)
     if stored is None:
         return f"{workdir} (imported)"
@@ -60,7 +65,7 @@ def describe(workdir: str) -> str:
     data = inner["data"]
     parts = [f"{data.get('path') or data['source']}, {data['image_size']} pixels"]
     if inner is stored:
-        step = workdirs.tokenizer_step(workdir)
+        step = workdirs.tokenizer_step(workdir) if step is None else step
         parts.append(f"step {step}")
         if (psnr := _value(workdir, "eval/psnr", step)) is not None:
             parts.append(f"held-out psnr {psnr:.2f} dB")

@@ -14,12 +14,14 @@ from ml_collections import ConfigDict
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.compatibility import to_json
 from dalle_jax.distributed.turns import first_host_first, first_host_says, is_first
+from dalle_jax.errors import DamagedError
 from dalle_jax.jobs import earlier, tokenizers
 from dalle_jax.jobs.checks import check_config, check_data, check_files
 from dalle_jax.jobs.data import look_at
 from dalle_jax.jobs.preparation import prepare
 from dalle_jax.jobs.sizes import settle
-from dalle_jax.storage.files import expanded, write_json
+from dalle_jax.storage import checksummed
+from dalle_jax.storage.files import expanded
 from dalle_jax.training import budget
 from dalle_jax.training.loop import train
 from dalle_jax.training.step import TrainState
@@ -99,7 +101,7 @@ def check(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> Conf
 def _write_config(config: ConfigDict, workdir: str) -> None:
     """Writes config.json at once, so that a chain which is interrupted early keeps its sizes."""
     if is_first() and not earlier.begun(workdir):
-        write_json(expanded(workdir) / "config.json", to_json(config))
+        checksummed.write_json(expanded(workdir) / "config.json", to_json(config))
 
 
 def _freeze_tokenizer(config: ConfigDict, workdir: str) -> None:
@@ -111,8 +113,16 @@ def _freeze_tokenizer(config: ConfigDict, workdir: str) -> None:
         logging.info("%s needs an image tokenizer, and %s holds none yet: training it first.", workdir, source)
         _write_config(config.tokenizer, source)
         train(config.tokenizer, source)
-    logging.info("Image tokenizer: %s", tokenizers.describe(source))
-    tokenizer, params = workdirs.load_tokenizer(source)
+    step = config.get("tokenizer_step")
+    try:
+        tokenizer, params = workdirs.load_tokenizer(source, step)
+    except DamagedError as error:
+        if config.tokenizer_from or step is not None:
+            raise
+        logging.warning("%s It is trained on now.", error)
+        train(config.tokenizer, source)
+        tokenizer, params = workdirs.load_tokenizer(source)
+    logging.info("Image tokenizer: %s", tokenizers.describe(source, step))
     with first_host_first("the frozen image tokenizer"):
         if not workdirs.has_tokenizer(workdir):
             workdirs.save_tokenizer(workdir, tokenizer, params)

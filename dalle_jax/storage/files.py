@@ -116,7 +116,12 @@ def write_json(path: epath.PathLike, values: Any) -> None:
       UserError: the file cannot be written.
     """
     with write_errors(path):
-        write_atomically(path, f"{json.dumps(values, indent=2, ensure_ascii=False)}\n".encode())
+        write_atomically(path, json_bytes(values))
+
+
+def json_bytes(values: Any) -> bytes:
+    """Returns JSON values as the text of a file."""
+    return f"{json.dumps(values, indent=2, ensure_ascii=False)}\n".encode()
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import json
+import math
 from collections.abc import Sequence
 
 import jax
@@ -20,7 +21,8 @@ from dalle_jax.distributed.turns import first_host_first
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.pytree import PyTree, fingerprint
-from dalle_jax.storage.files import write_atomically
+from dalle_jax.storage.checksummed import checksum
+from dalle_jax.storage.files import write_atomically, write_errors
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -59,7 +61,8 @@ def tokens_of_split(
 ) -> np.ndarray:
     """Returns the tokens of `encode_split`, from a file if one exists.
 
-    A source whose examples may change has no identity. Its tokens are never stored.
+    A source whose examples may change has no identity. Its tokens are never stored. A damaged file is reported and
+    written again.
 
     Args:
       options: the data set.
@@ -71,21 +74,51 @@ def tokens_of_split(
     Returns:
       Tokens, int32 [examples, N].
     """
-    identity = open_source(options, split).identity
+    source = open_source(options, split)
+    identity, shape = source.identity, (len(source), math.prod(tokenizer.grid(options.image_size)))
     if identity is None:
         return encode_split(options, split, tokenizer, params)
     what = [identity, options.image_size, options.image_key, tokenizers.to_dict(tokenizer)]
     if options.fit != "crop":  # left out otherwise, so that earlier files stay valid
         what.append(options.fit)
-    digest = hashlib.sha256(json.dumps([*what, fingerprint(params)]).encode())
-    paths = [epath.Path(folder).expanduser() / f"tokens-{digest.hexdigest()[:16]}.npy" for folder in folders]
+    key = hashlib.sha256(json.dumps([*what, fingerprint(params)]).encode()).hexdigest()
+    paths = [epath.Path(folder).expanduser() / f"tokens-{key[:16]}.npy" for folder in folders]
     with first_host_first(f"the tokens {paths[0]}"):
-        found = next((path for path in paths if path.exists()), None)
-        if found:
-            return np.load(io.BytesIO(found.read_bytes()))
+        for path in paths:
+            if path.exists():
+                try:
+                    return _unpacked(path.read_bytes(), key, shape, tokenizer.vocab_size)
+                except (OSError, ValueError) as error:
+                    logging.warning("The stored tokens %s are not used, because the file is damaged: %s.", path, error)
         logging.info("Encoding the images of the split %s once (data_tokens=once)", split)
         tokens = encode_split(options, split, tokenizer, params)
-        written = io.BytesIO()
-        np.save(written, tokens)
-        write_atomically(paths[0], written.getvalue())
+        with write_errors(paths[0]):
+            write_atomically(paths[0], _packed(tokens, key))
+    return tokens
+
+
+def _packed(tokens: np.ndarray, key: str) -> bytes:
+    """Returns the content of a cache: a file of `np.save`, and a last line with the key and the checksum."""
+    array = io.BytesIO()
+    np.save(array, tokens)
+    last = json.dumps({"key": key, "sha256": checksum(array.getvalue())})
+    return array.getvalue() + f"\n{last}\n".encode()
+
+
+def _unpacked(content: bytes, key: str, shape: tuple[int, int], vocab_size: int) -> np.ndarray:
+    """Returns the tokens of a cache, int32 [examples, N] in [0, vocab_size).
+
+    Raises:
+      ValueError: the cache is damaged, belongs to another key, or was written before caches had checksums.
+    """
+    array, _, last = content.removesuffix(b"\n").rpartition(b"\n")
+    if not last.startswith(b'{"key"'):
+        raise ValueError("it has no checksum")
+    if json.loads(last) != {"key": key, "sha256": checksum(array)}:
+        raise ValueError("it changed since it was written")
+    tokens = np.load(io.BytesIO(array))
+    if tokens.dtype != np.int32 or tokens.shape != shape:
+        raise ValueError(f"it holds {tokens.dtype} {list(tokens.shape)}; expected int32 {list(shape)}")
+    if not ((tokens >= 0) & (tokens < vocab_size)).all():
+        raise ValueError(f"it holds tokens outside of [0, {vocab_size})")
     return tokens

@@ -93,8 +93,9 @@ class ClipScorer:
                     "(python -m dalle_jax.main --config=configs/clip.py) or import one (dalle_jax.pretrained.clip)."
                 )
             text_model = workdirs.load_text_model(folder)
-            clip = CLIP(models.options_of_training(config, text_model.vocab_size))
             with Checkpoints(str(folder), best_metric="loss", read_only=True) as checkpoints:
+                config = checkpoints.config(step)  # it has a checksum; config.json has none
+                clip = CLIP(models.options_of_training(config, text_model.vocab_size))
                 params = checkpoints.restore_params(step)
         _check_fit(clip, params, folder)
         mesh = mesh or local_mesh()

@@ -34,11 +34,12 @@ def load(
         )
     tokenizer, tokenizer_params = workdirs.load_tokenizer(workdir)
     text_model = workdirs.load_text_model(workdir)
-    size = config["data"]["image_size"]
-    layout = TokenLayout(text_model.vocab_size, tokenizer.vocab_size, config["text"]["length"], *tokenizer.grid(size))
-    prior = make(config["prior"], config["model"], layout)
     mesh = mesh or local_mesh()
     with Checkpoints(workdir, best_metric="image_nats", read_only=True) as checkpoints:
+        config = checkpoints.config(step)  # it has a checksum; config.json has none
+        size, length = config["data"]["image_size"], config["text"]["length"]
+        layout = TokenLayout(text_model.vocab_size, tokenizer.vocab_size, length, *tokenizer.grid(size))
+        prior = make(config["prior"], config["model"], layout)
         params = checkpoints.restore_params(step, layout=lambda stored: _layout(prior, stored, workdir, mesh))
         step = checkpoints.resolve(step)
     tokenizer_params = jax.device_put(tokenizer_params, replicated(mesh))

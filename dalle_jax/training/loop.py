@@ -82,12 +82,17 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None, *, began: fl
 def _advance(run: Run, stop: threading.Event) -> None:
     """Trains until the last step, or until validation stands still (`config.stop_after`).
 
-    Raises `Preempted` once `stop` is set and the state is saved.
+    Evaluations and checkpoints that are due while updates are skipped take place after the next update that is finite.
+    A checkpoint among skipped updates could hold parameters that no step size repairs. At the last step, the
+    evaluation decides whether the parameters are good.
+
+    Raises `Preempted` once `stop` is set and the state is saved, or while updates are skipped.
     """
     cadence, start, total = run.config.cadence, run.start, run.total
     if start:
         complete = start >= total or run.ended_early
         run.progress.note(f"{run.workdir}: {'complete:' if complete else 'resuming from'} step {start} of {total}")
+    late_evaluation = late_save = False
     for step in range(start, total + 1):
         last, fresh = step == total, step > start
         stopping = stop.is_set() or run.checkpoints.reached_preemption(step)
@@ -96,22 +101,28 @@ def _advance(run: Run, stop: threading.Event) -> None:
         )
         evaluating = evaluating and step > 0 and not run.evaluations.measured(step)  # a signal may have come before it
         previewing, saving = previewing and fresh, saving and fresh
+        evaluating, saving = evaluating or late_evaluation, saving or late_save
         profiling = run.trace.due(step)
         if stopping or evaluating or previewing or saving or profiling:
             run.report(keep=0)
+            waiting = run.skipped_in_row > 0 and (stopping or not last)
+            late_evaluation, late_save = evaluating and waiting, saving and waiting
+            evaluating, saving = evaluating and not waiting, saving and not waiting
             with run.progress.pause():
                 if profiling:
                     run.progress.note(run.trace.advance())
                 metrics = run.evaluate(step) if evaluating and not stopping else None
+                if metrics:
+                    run.check_parameters(step, metrics)
                 ending = fresh and run.ended_early
                 if (previewing or ending) and not stopping:
                     run.preview(step)
-                if saving or stopping or ending or (metrics and run.keeps_best(step)):
+                if not waiting and (saving or stopping or ending or (metrics and run.keeps_best(step))):
                     run.save(step, metrics)
         last = last or run.ended_early
         if stopping or last and stop.is_set():  # do not start the next training after a stop signal
             run.checkpoints.wait()
-            message = f"{run.workdir}: stopped at step {step} of {total} and saved; the same command resumes the run"
+            message = f"{run.workdir}: stopped at step {step} of {total} {run.resumes(step)}"
             run.progress.note(message)
             raise Preempted(message)
         if last:

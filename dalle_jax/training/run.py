@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import math
 import time
 from collections.abc import Iterator, Mapping
 from typing import TextIO
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dalle_jax import keys
+from dalle_jax.checkpoints.best import BestMetric
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.checkpoints.compatibility import to_json
 from dalle_jax.checkpoints.workdir import has_config
@@ -31,10 +33,11 @@ from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.reporting.metric_writer import MetricWriter, read_metrics
 from dalle_jax.reporting.progress import Progress
 from dalle_jax.reporting.units import with_unit
+from dalle_jax.storage import checksummed
 from dalle_jax.storage.files import write_json
 from dalle_jax.tasks.registry import defaults
 from dalle_jax.tasks.task import Batch, Job
-from dalle_jax.training import expectations
+from dalle_jax.training import expectations, nonfinite
 from dalle_jax.training.changed_data import explain_changed_data
 from dalle_jax.training.cleanup import close_at_exit
 from dalle_jax.training.evaluations import Evaluations
@@ -52,6 +55,7 @@ class Run:
       start: number of steps done when this run was opened.
       total: number of steps at which it ends.
       state: the train state after the last step that was queued.
+      skipped_in_row: number of latest updates that were skipped, after the last step that was reported.
       batches: the training iterator.
       checkpoints, writer, trace: of the workdir.
       progress, clock, mean: of the steps since the last report.
@@ -110,8 +114,9 @@ class Run:
             if config.get("start_from"):
                 self.state = warm_start(self.state, config.start_from)
         start = self.start = int(self.state.step)
+        self.skipped_in_row = int(self.state.skipped_in_row)
         if is_first() and (start <= self.total or not has_config(workdir)):  # else keep the longer training's file
-            write_json(epath.Path(workdir) / "config.json", to_json(config))
+            checksummed.write_json(epath.Path(workdir) / "config.json", to_json(config))
 
         lines = read_metrics(workdir) if is_first() else []
         evaluations = Evaluations.read(task.best_metric, lines, until=start).to_json()
@@ -169,14 +174,9 @@ class Run:
             step, scalars = self._queued.pop(0)
             with self.clock.part("device"):
                 values = {name: float(value) for name, value in jax.device_get(scalars).items()}
-            if values["skipped_in_row"] >= self.config.max_nonfinite:
-                saved = self.checkpoints.latest_step
-                raise NonFiniteError(
-                    f"Loss or gradients were not finite in {values['skipped_in_row']:.0f} steps in a row (until step "
-                    f"{step}). None of them changed the parameters. "
-                    f"{'No checkpoint exists yet' if saved is None else f'The checkpoint of step {saved} is good'}. "
-                    "Lower schedules.learning_rate or optimizer.clip_norm."
-                )
+            self.skipped_in_row = int(values["skipped_in_row"])
+            if self.skipped_in_row >= self.config.max_nonfinite:
+                raise self._not_finite(step)
             del values["skipped_in_row"]
             self.mean.add(values)
             self.progress.show(step, values["loss"])
@@ -185,6 +185,23 @@ class Run:
             self.watchdog.progress()
             if step % self.config.cadence.log == 0 or step == self.total:
                 self._log(step, values)
+
+    def check_parameters(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Raises NonFiniteError if the last update was skipped, and the evaluation finds no good parameters either."""
+        if self.skipped_in_row and math.isinf(BestMetric.parse(self.job.task.best_metric).loss(metrics)):
+            raise self._not_finite(step)
+
+    def _not_finite(self, step: int) -> NonFiniteError:
+        stored, directory = self.checkpoints.steps, self.checkpoints.directory
+        return nonfinite.error(step, self.skipped_in_row, stored, directory, self._options.clip_norm)
+
+    def resumes(self, step: int) -> str:
+        """Says from which checkpoint the same command resumes a run that stops at step `step`."""
+        saved = self.checkpoints.latest_step
+        if saved == step:
+            return "and saved; the same command resumes the run"
+        where = "starts it again" if saved is None else f"resumes it from step {saved}"
+        return f"among updates that are not finite; the same command {where}"
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         """Writes the means since the last call, and the step's own schedules, times and counts."""

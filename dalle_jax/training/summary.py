@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from dalle_jax.checkpoints import checksums
 from dalle_jax.reporting.progress import duration
 from dalle_jax.reporting.units import with_unit
 from dalle_jax.tasks.task import Task
@@ -108,8 +109,9 @@ def finished(evaluations: Evaluations, step: int, total: int) -> dict[str, objec
     """Returns the content of `finished.json`, which `workdir.is_complete` reads.
 
     Returns:
-      {"step", "steps", "without_improvement", "best", "last"}: the last step, `config.steps`, the number of latest
-      evaluations without improvement, and the best and last evaluation as {"step", "metric", "value"} or None.
+      {"step", "steps", "without_improvement", "best", "last", "checksum"}: the last step, `config.steps`, the number of
+      latest evaluations without improvement, the best and last evaluation as {"step", "metric", "value"} or None, and
+      the checksum of all these.
     """
 
     def plain(evaluation: Evaluation | None) -> dict[str, object] | None:
@@ -118,13 +120,14 @@ def finished(evaluations: Evaluations, step: int, total: int) -> dict[str, objec
         name = evaluations.metric.name
         return {"step": evaluation.step, "metric": name, "value": evaluation.metrics.get(name)}
 
-    return {
+    values = {
         "step": step,
         "steps": total,
         "without_improvement": evaluations.without_improvement,
         "best": plain(evaluations.best),
         "last": plain(evaluations.last),
     }
+    return {**values, "checksum": checksums.of_json(values)}
 
 
 def _value(evaluation: Evaluation, evaluations: Evaluations) -> str:

@@ -2,6 +2,7 @@
 
 import errno
 import functools
+import json
 import os
 import shutil
 import time
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from tiny_job import TinyTask, tiny_batches, tiny_config
 
+from dalle_jax.checkpoints import checksums
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.checkpoints.compatibility import to_json
 from dalle_jax.distributed.mesh import make_mesh
@@ -259,6 +261,59 @@ def test_damaged_metrics(tmp_path, caplog):
         assert checkpoints.steps == [1, 2] and checkpoints.best_step == 1
         assert_trees_equal(checkpoints.restore_params(2), state.ema)
     assert "metrics of the checkpoint" in caplog.text
+
+
+def test_a_changed_metric(tmp_path, caplog):
+    """A metric whose digit changed does not decide which checkpoint is the best."""
+    state, _ = initial()
+    options = {"keep_last": 2, "keep_best": 1, "best_metric": "error"}
+    with Checkpoints(str(tmp_path), **options) as checkpoints:
+        for step, error in ((1, 1.5), (2, 2.5)):
+            checkpoints.save(step, state.items(), tiny_batches(4), tiny_config(), {"error": error})
+    for step, before, after in ((2, "2.5", "0.5"), (1, "1.5", "9.5")):
+        path = tmp_path / "checkpoints" / str(step) / "metrics" / "metrics"
+        assert before in path.read_text()
+        path.write_text(path.read_text().replace(before, after))
+        with Checkpoints(str(tmp_path), **options) as checkpoints:
+            assert checkpoints.best_step == (1 if step == 2 else 2)
+        assert f"checkpoints/{step} are damaged" in caplog.text
+
+
+@pytest.mark.parametrize("part", [".", "data", "checksums"])
+def test_parts_of_another_step(tmp_path, part):
+    """A checkpoint with the parts of another step is damaged, also if each part is whole."""
+    states = {step: large_state(1) for step in (1, 2)}
+    batches, config = tiny_batches(4), tiny_config(ema__decay=0.0)
+    with Checkpoints(str(tmp_path), keep_last=2) as checkpoints:
+        for step, state in states.items():
+            next(batches)
+            checkpoints.save(step, state.items(), batches, config)
+    folder = tmp_path / "checkpoints"
+    shutil.rmtree(folder / "2" / part)
+    shutil.copytree(folder / "1" / part, folder / "2" / part)
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.restore(states[1].items(), tiny_batches(4), config)
+        assert checkpoints.latest_step == 1
+
+
+def test_checksums_of_early_versions(tmp_path):
+    """Checkpoints with the first rule and without a step and a metric are checked with that rule."""
+    state = large_state(1)
+    config = tiny_config(ema__decay=0.0)
+    with Checkpoints(str(tmp_path)) as checkpoints:
+        checkpoints.save(1, state.items(), tiny_batches(4), config, {"error": 1.0})
+    path = tmp_path / "checkpoints" / "1" / "checksums" / "metadata"
+    sums = {
+        "arrays": {item: checksums.of_arrays(tree, "sum") for item, tree in state.items().items()},
+        "config": checksums.of_json(to_json(config)),
+    }
+    path.write_text(json.dumps({**sums, "these": checksums.of_json(sums)}))
+    with Checkpoints(str(tmp_path), best_metric="error") as checkpoints:
+        assert_trees_equal(checkpoints.restore(state.items(), tiny_batches(4), config), state.items())
+        assert checkpoints.best_step == 1
+    flip_a_bit(tmp_path, 1)
+    with Checkpoints(str(tmp_path)) as checkpoints, pytest.raises(CheckpointError, match="params: w"):
+        checkpoints.restore(state.items(), tiny_batches(4), config)
 
 
 def test_another_optimizer_is_not_damage(tmp_path):

@@ -185,11 +185,8 @@ def test_all_damaged(undisturbed, tmp_path):
 def test_numbers_gone_bad(undisturbed, tmp_path):
     """After `max_nonfinite` steps the status is 1; earlier checkpoints are good, and a healthy command resumes."""
     status, said = run(tmp_path, FAULT="poison:5")
-    assert status == 1 and "error: " in said and "3 steps in a row (until step 8)" in said, said
-    assert complete_steps(tmp_path)[0] == 3  # and the one of step 6, with the parameters of step 5
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(final(tmp_path)))
-    for step in complete_steps(tmp_path)[1:]:
-        shutil.rmtree(tmp_path / "checkpoints" / str(step))
+    assert status == 1 and "error: " in said and "3 steps in a row (steps 6 to 8)" in said, said
+    assert complete_steps(tmp_path) == [3]  # that of step 6 would be among skipped updates
     assert run(tmp_path)[0] == 0
     assert_same_end(tmp_path, undisturbed)
 

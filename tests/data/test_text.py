@@ -51,7 +51,7 @@ def test_training_repeats_itself_and_loads(model, tmp_path):
     for other in (again, loaded):
         assert [pieces(other, c) for c in CAPTIONS] == [pieces(model, c) for c in CAPTIONS]
     assert path.read_bytes() == model.__reduce__()[1][0]
-    assert [entry.name for entry in path.parent.iterdir()] == ["sentencepiece.model"]
+    assert sorted(x.name for x in path.parent.iterdir()) == ["sentencepiece.model", "sentencepiece.model.sha256"]
 
 
 def test_empty_text_gives_nothing(model):

@@ -117,7 +117,7 @@ def test_a_trained_tokenizer_of_the_same_data_is_used(load, trained, pretend, mo
     pretend[place] = first.steps
     loaded = []
 
-    def load_tokenizer(source):
+    def load_tokenizer(source, _):
         loaded.append(source)
         raise Trained
 
