@@ -108,7 +108,8 @@ def command(monkeypatch, tmp_path, folder, capsys):
     monkeypatch.setenv("DALLE_JAX_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
     for job, module in main_module.JOBS.items():
-        check = importlib.import_module(module).check
+        module = importlib.import_module(module)
+        check = module.run if job == "data" else module.check  # a look at data is short
         monkeypatch.setitem(sys.modules, f"only_checks_{job}", types.SimpleNamespace(run=check))
         monkeypatch.setitem(main_module.JOBS, job, f"only_checks_{job}")
 

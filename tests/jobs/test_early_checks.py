@@ -42,7 +42,7 @@ def run(name, workdir="out", **changes):
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_good_values_go_on_to_the_model(name, tmp_path):
+def test_good_values_reach_the_model(name, tmp_path):
     with pytest.raises(Loaded):
         run(name)
     assert list((tmp_path / "out").iterdir()) == []

@@ -57,6 +57,9 @@ class TfdsSource(Source):
                 raise DataError(
                     f"{options.source} has no split {missing[0]!r}; it has {', '.join(sorted(builder.info.splits))}."
                 )
+            for part in split.split("+"):
+                if builder.info.splits[part.strip()].num_examples < 0:
+                    raise DataError(f"{options.source}: the split {part.strip()!r} ends before it begins.")
             features = builder.info.features
             for key in (options.image_key, caption_key):
                 _feature(features, key, options.source)
