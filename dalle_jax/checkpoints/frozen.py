@@ -22,10 +22,12 @@ from dalle_jax.pytree import PyTree
 from dalle_jax.storage.checksummed import checksum, say_unchecked
 from dalle_jax.storage.errors import storage_cause
 from dalle_jax.storage.files import expanded, write_atomically, write_errors, write_json
+from dalle_jax.storage.reachable import check_reachable
 
 
 def exists(folder: epath.PathLike) -> bool:
     """Returns whether the folder holds a complete module."""
+    check_reachable(folder)
     return (expanded(folder) / "options.json").exists()
 
 

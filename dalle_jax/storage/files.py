@@ -21,6 +21,7 @@ from etils import epath
 
 from dalle_jax.errors import ConfigError, UserError
 from dalle_jax.storage.errors import storage_errors_as
+from dalle_jax.storage.reachable import check_reachable
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -51,6 +52,17 @@ def disable_listings_cache() -> None:
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
+def is_regular_file(path: epath.PathLike) -> bool:
+    """Returns whether a path that a user gives is a file. A pipe or a device is none, because reading it may not end.
+
+    Raises:
+      ConfigError: its storage cannot be reached.
+    """
+    check_reachable(path)
+    path = expanded(path)
+    return path.is_file() if is_remote(path) else os.path.isfile(path)
+
+
 def full_path(path: epath.PathLike) -> epath.Path:
     """Returns the absolute path, with `~` expanded. (`absolute` of etils treats "gs://…" as a relative path.)"""
     path = expanded(path)
@@ -61,8 +73,10 @@ def make_workdir(workdir: epath.PathLike) -> str:
     """Creates a workdir if it does not exist, and returns its name with `~` expanded.
 
     Raises:
-      ConfigError: it cannot be created, or its bucket does not exist or is not accessible.
+      ConfigError: it is empty, it cannot be created, or its bucket does not exist or is not accessible.
     """
+    if not str(workdir):
+        raise ConfigError("No workdir: give --workdir=DIR or config.workdir, the directory for the run's files.")
     path = expanded(workdir)
     with access(workdir):
         if is_remote(path):
@@ -73,9 +87,24 @@ def make_workdir(workdir: epath.PathLike) -> str:
     return str(path)
 
 
+def check_writable(workdir: epath.PathLike) -> epath.Path:
+    """Creates a workdir if it does not exist, and tests that files can be written there.
+
+    Raises:
+      ConfigError: they cannot.
+    """
+    made = expanded(make_workdir(workdir))
+    trial = made / "writable.trial"
+    with access(workdir):
+        trial.write_text("")
+        trial.unlink()
+    return made
+
+
 @contextmanager
 def access(workdir: epath.PathLike) -> Iterator[None]:
     """Turns storage errors of the first use of a workdir into a `ConfigError`."""
+    check_reachable(workdir)
     with storage_errors_as(ConfigError, f"Cannot use {str(workdir)!r} as the workdir", "Give another --workdir."):
         try:
             yield
