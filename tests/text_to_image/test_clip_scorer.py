@@ -99,7 +99,7 @@ def test_invalid_images_and_captions_are_rejected(scorer):
     with pytest.raises(DataError, match="'  '"):
         scorer.score(plain_images("red"), ["  "])
     with pytest.raises(DataError, match="float64"):
-        scorer.image_features(np.zeros((1, 16, 16, 3)))
+        scorer.image_features(np.full((1, 16, 16, 3), 2.0))
     with pytest.raises(DataError, match="(?i)caption"):
         scorer.text_features([])
 
