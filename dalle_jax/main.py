@@ -29,7 +29,7 @@ from dalle_jax import compilation_cache
 from dalle_jax.configuration import command_help, config_files
 from dalle_jax.configuration.flag_errors import explain_flag_error
 from dalle_jax.configuration.sections import check_minutes
-from dalle_jax.distributed.joining import define_flags
+from dalle_jax.distributed.joining import check_devices, define_flags
 from dalle_jax.distributed.turns import is_first, joined
 from dalle_jax.distributed.watchdog import end_process
 from dalle_jax.errors import ConfigError, UserError
@@ -102,6 +102,7 @@ def _run(_: list[str]) -> None:
     disable_listings_cache()
     config = _CONFIG.value
     _start_hosts(config.job)
+    check_devices()
     compilation_cache.enable()
     importlib.import_module(JOBS[config.job]).run(config, _WORKDIR.value or config.workdir)
 

@@ -5,14 +5,21 @@ A message names the value, its name and what was expected: "n is 2.5; expected a
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
+import types
+import typing
+from collections.abc import Mapping
 from typing import Any
 
 from dalle_jax.errors import ConfigError, UserError
 
 LARGEST = 2**31 - 1  # of a whole number, because arrays and programs count in int32
 _SEEDS = 2**32
+_LARGEST_STORED = 2**63 - 1  # of a whole number in JSON, NumPy and file sizes
+_LARGEST_FLOAT = 3.4028234663852886e38  # of float32, in which programs compute
+SMALLEST_FLOAT = 2.0**-126  # above 0: the smallest number of float32 that devices do not round to 0
 _SHOWN = 80  # letters of a value in a message
 
 
@@ -31,13 +38,8 @@ def is_whole(value: Any) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Returns whether a value is a finite number that a float can hold. True, False, NaN and infinity are none."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number above the largest float
-        return False
+    """Returns whether a value is a finite number of float32. True, False, NaN, infinity and 1e39 are none."""
+    return not isinstance(value, bool) and isinstance(value, numbers.Real) and abs(value) <= _LARGEST_FLOAT
 
 
 def natural(name: str, value: Any, least: int = 0, most: int = LARGEST, error: type[UserError] = ConfigError) -> int:
@@ -121,3 +123,40 @@ def check_seed(seed: Any, name: str = "seed", error: type[UserError] = ConfigErr
     if not (is_whole(seed) and 0 <= seed < _SEEDS):
         raise error(f"{name} is {shown(seed)}; expected a whole number from 0 to {_SEEDS - 1}.")
     return int(seed)
+
+
+def mismatch(hint: Any, value: Any) -> str | None:
+    """Compares a value with the type of its field.
+
+    Args:
+      hint: the annotation: bool, int, float, str, a dataclass, `tuple[T, ...]`, `Mapping[str, T]` or a union with None
+        of one of them. Any other annotation allows every value.
+      value: the value given. An int is a float; True is neither; NaN and infinity are none.
+
+    Returns:
+      The description of what was expected, for messages, or None if the value has the type.
+    """
+    arguments, origin = typing.get_args(hint), typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        found = [mismatch(one, value) for one in arguments]
+        return None if None in found else " or ".join(found)
+    if hint is types.NoneType:
+        return None if value is None else "None"
+    if hint is bool:
+        return None if isinstance(value, bool) else "True or False"
+    if hint is int:
+        return None if is_whole(value) and abs(value) <= _LARGEST_STORED else "a whole number"
+    if hint is float:
+        return None if is_number(value) else "a finite number"
+    if hint is str:
+        return None if isinstance(value, str) else "a text"
+    if origin is tuple and arguments[1:] == (...,):
+        found = [mismatch(arguments[0], one) for one in value] if isinstance(value, tuple) else ["no tuple"]
+        return next((f"a tuple; {one} at each place" for one in found if one), None)
+    if isinstance(origin, type) and issubclass(origin, Mapping):
+        pairs = value.items() if isinstance(value, Mapping) else [(None, None)]
+        found = [mismatch(arguments[0], key) or mismatch(arguments[1], one) for key, one in pairs]
+        return next((f"a mapping; {one} for each key" for one in found if one), None)
+    if dataclasses.is_dataclass(hint):
+        return None if isinstance(value, hint) else f"the keys of {hint.__name__}"
+    return None

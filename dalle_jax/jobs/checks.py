@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
 from dalle_jax.configuration.size_rules import rules_of, with_largest
+from dalle_jax.configuration.values import check_seed, natural, shown
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import (
     DataOptions,
@@ -34,13 +35,14 @@ from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.jobs import earlier
 from dalle_jax.jobs.tokenizers import has_tokenizer
 from dalle_jax.optim import optimizers
-from dalle_jax.storage.files import access, expanded, make_workdir
+from dalle_jax.storage.files import check_writable, expanded
 from dalle_jax.tasks import registry
 from dalle_jax.training.step import make_init
 from dalle_jax.training.validation import mesh_and_options, validate
 from dalle_jax.training.warm_start import check_start_from
 
 _LOOKED_AT = 100  # examples
+MOST_IMAGES = 2**20  # of a caption, or at once
 
 
 def check_config(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> None:
@@ -70,11 +72,11 @@ def check_config(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) 
     own = "tokenizer" in config and tokenizer is None
     parts = {"tokenizer.": config.tokenizer, "": config} if own else {"": config}
     for prefix, part in parts.items():
-        with _prefixed(prefix):
+        with prefixed(prefix):
             validate(part)
             registry.check_config(part)
     for prefix, part in parts.items():
-        with _prefixed(prefix):
+        with prefixed(prefix):
             _trace(part, None if prefix else tokenizer)
 
 
@@ -90,9 +92,21 @@ def _existing_tokenizer(config: ConfigDict, workdir: str, ahead: Collection[str]
     return None
 
 
+def check_drawing(config: ConfigDict) -> None:
+    """Checks the keys that jobs which draw share: `seed`, `rows_at_once` and `step`.
+
+    Raises:
+      ConfigError: another value than the key can have.
+    """
+    check_seed(config.seed, "config.seed")
+    natural("config.rows_at_once", config.rows_at_once, 1, MOST_IMAGES)
+    if (step := config.get("step")) not in (None, "best") and not str(step).isdecimal():
+        raise ConfigError(f"config.step is {shown(step)}; expected the step of a checkpoint, 'best' or None.")
+
+
 @contextlib.contextmanager
-def _prefixed(prefix: str) -> Iterator[None]:
-    """Writes whole keys into the messages about the training of a tokenizer: "config.tokenizer.model.hidden"."""
+def prefixed(prefix: str) -> Iterator[None]:
+    """Writes whole keys into the messages about a section: "config.tokenizer.model.hidden" with "tokenizer."."""
     try:
         yield
     except UserError as error:
@@ -114,8 +128,9 @@ def _trace(config: ConfigDict, tokenizer: ImageTokenizer | None) -> None:
             jax.eval_shape(optimizer.update, state.params, state.opt_state, state.params)
     except UserError:
         raise
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"config.model, config.data and config.text do not fit each other: {error}") from error
+    except (TypeError, ValueError, ArithmeticError, MemoryError, RecursionError) as error:
+        found = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(f"config.model, config.data and config.text do not fit each other: {found}") from error
 
 
 def check_data(config: ConfigDict) -> None:
@@ -204,12 +219,4 @@ def check_files(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -
             raise ConfigError(f"{key} is empty: give a directory for the run's files.")
         with first_host_first(f"{key} {folder}"):
             if is_first():
-                _check_writable(folder)
-
-
-def _check_writable(folder: str) -> None:
-    made = expanded(make_workdir(folder))
-    trial = made / "writable.trial"
-    with access(folder):
-        trial.write_text("")
-        trial.unlink()
+                check_writable(folder)

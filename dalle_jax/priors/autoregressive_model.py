@@ -61,7 +61,10 @@ class AutoregressiveOptions:
     def __post_init__(self):
         choices = {"attention": ATTENTION, "order": ORDERS}
         shares = ["text_weight", "caption_drop"]
-        check(self, "model", positive=["kernel"], odd=["kernel"], share=shares, choices=choices)
+        check(
+            self, "model", positive=["kernel"], at_least_0=["embedding_scale", "head_scale"], odd=["kernel"],
+            share=shares, most={"kernel": 255}, choices=choices,
+        )  # fmt: skip
         if self.order == "random" and (self.attention != "full" or self.trunk.positions != "learned"):
             raise ConfigError(
                 f"config.model.order is 'random' with attention={self.attention!r} and trunk.positions="

@@ -21,6 +21,7 @@ from etils import epath
 
 from dalle_jax.errors import ConfigError, UserError
 from dalle_jax.storage.errors import storage_errors_as
+from dalle_jax.storage.reachable import check_reachable
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -61,8 +62,10 @@ def make_workdir(workdir: epath.PathLike) -> str:
     """Creates a workdir if it does not exist, and returns its name with `~` expanded.
 
     Raises:
-      ConfigError: it cannot be created, or its bucket does not exist or is not accessible.
+      ConfigError: it is empty, it cannot be created, or its bucket does not exist or is not accessible.
     """
+    if not str(workdir):
+        raise ConfigError("No workdir: give --workdir=DIR or config.workdir, the directory for the run's files.")
     path = expanded(workdir)
     with access(workdir):
         if is_remote(path):
@@ -73,9 +76,24 @@ def make_workdir(workdir: epath.PathLike) -> str:
     return str(path)
 
 
+def check_writable(workdir: epath.PathLike) -> epath.Path:
+    """Creates a workdir if it does not exist, and tests that files can be written there.
+
+    Raises:
+      ConfigError: they cannot.
+    """
+    made = expanded(make_workdir(workdir))
+    trial = made / "writable.trial"
+    with access(workdir):
+        trial.write_text("")
+        trial.unlink()
+    return made
+
+
 @contextmanager
 def access(workdir: epath.PathLike) -> Iterator[None]:
     """Turns storage errors of the first use of a workdir into a `ConfigError`."""
+    check_reachable(workdir)
     with storage_errors_as(ConfigError, f"Cannot use {str(workdir)!r} as the workdir", "Give another --workdir."):
         try:
             yield
