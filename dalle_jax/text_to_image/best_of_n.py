@@ -16,6 +16,7 @@ import numpy as np
 from dalle_jax.configuration.values import natural
 from dalle_jax.errors import ConfigError
 from dalle_jax.text_to_image import inputs
+from dalle_jax.text_to_image.drawing import MOST_IMAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ def best_of(
             "TextToImage.load(…, clip=DIR) or --config.clip=DIR: the workdir of configs/clip.py, or a folder that "
             "dalle_jax.pretrained.clip wrote."
         )
-    candidates = natural("candidates", candidates, least=1)
+    candidates = natural("candidates", candidates, 1, MOST_IMAGES)
     keep = natural("keep", keep, least=1, most=candidates)
     captions = inputs.captions(captions)
     kept = []

@@ -42,6 +42,7 @@ from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.pytree import PyTree, fingerprint, first_mismatch
 from dalle_jax.storage.files import write_errors
 from dalle_jax.text_to_image import inputs
+from dalle_jax.text_to_image.drawing import MOST_IMAGES
 from dalle_jax.text_to_image.folders import check_path, check_step, check_workdir
 
 _TEXT_MODELS = {"sentencepiece": TextModel.load, "byte_pairs": BytePairs}
@@ -87,7 +88,7 @@ class ClipScorer:
           CheckpointError: no CLIP in the folder, or parameters that do not fit its text model.
           DataError: the text model is missing or damaged.
         """
-        step, rows_at_once = check_step(step), natural("rows_at_once", rows_at_once, least=1)
+        step, rows_at_once = check_step(step), natural("rows_at_once", rows_at_once, 1, MOST_IMAGES)
         check_path("clip", folder)
         if has_clip(folder):
             clip, params, text_model = _load_frozen(epath.Path(folder).expanduser() / "clip")

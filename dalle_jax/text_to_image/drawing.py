@@ -28,6 +28,7 @@ from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
 
+MOST_IMAGES = 2**20  # of a caption, or at once
 _FEW = 8  # rows of the smallest program
 _CHEAP = 1e9  # parameters x image tokens; a row of such a model takes about 0.2 s on two CPU cores
 
@@ -51,7 +52,7 @@ class Drawer(Protocol):
 
 def check_count(n: int, seed: int) -> tuple[int, int]:
     """Checks the number of images and the seed; raises a `ConfigError`."""
-    return natural("n", n, least=1), check_seed(seed)
+    return natural("n", n, 1, MOST_IMAGES), check_seed(seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,7 +190,9 @@ def sample(
     negative: str | None,
     known: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> jax.Array:
-    """Samples image tokens, int32 [B, N]; see `TokenPrior.sample`."""
+    """Samples image tokens, int32 [B, N]; see `TokenPrior.sample`. More steps than tokens raise a `ConfigError`."""
+    if options.steps is not None:
+        natural("steps", options.steps, 1, model.prior.layout.image_length)
     away = None if negative is None else model.encode_text([negative])
     traced = ("final_temperature", "top_k", "top_p")
     static = [getattr(options, name) for name in ("steps", "order", "choice_temperature")]

@@ -19,6 +19,7 @@ from dalle_jax.priors.registry import make
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree, first_mismatch
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
+from dalle_jax.text_to_image.drawing import MOST_IMAGES
 from dalle_jax.text_to_image.folders import check_path, check_step, check_workdir
 from dalle_jax.token_layout import TokenLayout
 
@@ -27,7 +28,7 @@ def load(
     workdir: str, step: int | str | None, rows_at_once: int, clip: str | None, mesh: Mesh | None
 ) -> dict[str, Any]:
     """Returns the fields of a `TextToImage`. `TextToImage.load` explains arguments and errors."""
-    step, rows_at_once = check_step(step), natural("rows_at_once", rows_at_once, least=1)
+    step, rows_at_once = check_step(step), natural("rows_at_once", rows_at_once, 1, MOST_IMAGES)
     check_path("workdir", workdir)
     check_workdir(workdir)
     compilation_cache.enable()
