@@ -64,13 +64,13 @@ CALLS = {
     [
         ("n", NO_COUNTS, "^n is"),
         ("seed", NO_SEEDS, "^seed is"),
-        ("temperature", (NAN, INF, -1, "1", True), "^temperature"),
-        ("guidance", (NAN, INF, -1, 1e30, "1"), "^guidance"),
-        ("top_k", (0, 2.5, NAN, "3"), "^top_k"),
-        ("top_p", (0, 1.5, NAN, "0.5"), "^top_p"),
-        ("steps", (0, 2.5, NAN, "3", SIDE**2 + 1), "^steps"),
-        ("choice_temperature", (-1, NAN, "a"), "^choice_temperature"),
-        ("order", (5, "spiral"), "order"),
+        ("temperature", (NAN, INF, -1.0), "^temperature"),
+        ("guidance", (NAN, INF, -1.0, 1e30), "^guidance"),
+        ("top_k", (0, -1), "^top_k"),
+        ("top_p", (0.0, 1.5, NAN), "^top_p"),
+        ("steps", (0, SIDE**2 + 1), "^steps"),
+        ("choice_temperature", (-1.0, NAN), "^choice_temperature"),
+        ("order", ("spiral",), "order"),
     ],
 )
 def test_counts_seeds_and_sampling_parameters(idle, model, method, name, values, words):
