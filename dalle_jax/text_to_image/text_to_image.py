@@ -429,7 +429,9 @@ class TextToImage:
         shape, mask = (n, layout.image_length), np.asarray(known[1])
         if mask.dtype != bool or mask.shape != shape:
             raise DataError(f"The mask of the known tokens is {mask.dtype} {mask.shape}; expected bool {shape}.")
-        known = inputs.tokens(known[0], shape, layout.image_vocab), mask
+        given = np.asarray(known[0])
+        given = np.where(mask, given, 0) if given.shape == shape else given  # the others may be anything
+        known = inputs.tokens(given, shape, layout.image_vocab), mask
         text, parts = self.encode_text([inputs.caption(caption)]), []
         for part in drawing.chunks(self, 1, n):
             captions, numbers = part.rows()

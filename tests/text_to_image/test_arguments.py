@@ -143,6 +143,13 @@ def test_known_tokens(idle, known, words):
         CALLS["draw_tokens"](idle, known=known)
 
 
+def test_unknown_tokens_may_be_anything(model):
+    mask = KNOWN[1].copy()
+    mask[:, 3:] = False
+    draw = lambda tokens: model.draw_tokens(CAPTION, 1, 0, (tokens, mask))
+    np.testing.assert_array_equal(draw(np.where(mask, 5, -1)), draw(np.where(mask, 5, 7)))
+
+
 def test_tokens_to_decode(model):
     for tokens in (KNOWN[0] + 24, KNOWN[0] - 1, KNOWN[0] + 0.5, KNOWN[0][:, :3], KNOWN[0][0], "abc", None):
         with pytest.raises(DataError):
