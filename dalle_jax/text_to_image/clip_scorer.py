@@ -43,7 +43,7 @@ from dalle_jax.pytree import PyTree, fingerprint, first_mismatch
 from dalle_jax.storage.files import write_errors
 from dalle_jax.text_to_image import inputs
 from dalle_jax.text_to_image.drawing import MOST_IMAGES
-from dalle_jax.text_to_image.folders import check_path, check_step, check_workdir
+from dalle_jax.text_to_image.folders import check_mesh, check_path, check_step, check_workdir
 
 _TEXT_MODELS = {"sentencepiece": TextModel.load, "byte_pairs": BytePairs}
 
@@ -89,6 +89,7 @@ class ClipScorer:
           DataError: the text model is missing or damaged.
         """
         step, rows_at_once = check_step(step), natural("rows_at_once", rows_at_once, 1, MOST_IMAGES)
+        check_mesh(mesh)
         check_path("clip", folder)
         if has_clip(folder):
             clip, params, text_model = _load_frozen(epath.Path(folder).expanduser() / "clip")
@@ -117,6 +118,7 @@ class ClipScorer:
         Raises:
           UserError: the folder cannot be written.
         """
+        check_path("folder", folder)
         target = epath.Path(folder).expanduser() / "clip"
         with write_errors(target):
             self.text_model.save(target / "text.model")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
+from jax.sharding import Mesh
+
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.values import natural, shown
 from dalle_jax.errors import CheckpointError, ConfigError
@@ -17,6 +19,12 @@ def check_path(name: str, folder: Any) -> None:
     """Checks that an argument is a path; raises a `ConfigError`."""
     if not isinstance(folder, str | os.PathLike) or not str(folder).strip() or "\0" in str(folder):
         raise ConfigError(f"{name} is {shown(folder)}; expected the path of a folder.")
+
+
+def check_mesh(mesh: Any) -> None:
+    """Checks that an argument is a mesh or None; raises a `ConfigError`."""
+    if not isinstance(mesh, Mesh | None):
+        raise ConfigError(f"mesh is {shown(mesh)}; expected a mesh from dalle_jax.distributed.mesh.make_mesh, or None.")
 
 
 def check_workdir(folder: str | os.PathLike) -> None:

@@ -20,7 +20,7 @@ from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree, first_mismatch
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
 from dalle_jax.text_to_image.drawing import MOST_IMAGES
-from dalle_jax.text_to_image.folders import check_path, check_step, check_workdir
+from dalle_jax.text_to_image.folders import check_mesh, check_path, check_step, check_workdir
 from dalle_jax.token_layout import TokenLayout
 
 
@@ -29,6 +29,7 @@ def load(
 ) -> dict[str, Any]:
     """Returns the fields of a `TextToImage`. `TextToImage.load` explains arguments and errors."""
     step, rows_at_once = check_step(step), natural("rows_at_once", rows_at_once, 1, MOST_IMAGES)
+    check_mesh(mesh)
     check_path("workdir", workdir)
     check_workdir(workdir)
     compilation_cache.enable()

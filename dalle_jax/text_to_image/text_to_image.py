@@ -135,6 +135,11 @@ class TextToImage:
         one, captions = isinstance(captions, str), inputs.captions(captions)
         n, seed = drawing.check_count(n, seed)
         if candidates is not None:
+            if keep is None and n > natural("candidates", candidates, 1, drawing.MOST_IMAGES):
+                raise ConfigError(
+                    f"n is {n}, but candidates is {candidates}: CLIP keeps n of the candidates. Give candidates={n} or "
+                    "more, or a smaller n."
+                )
             images = self.best_of(captions, candidates, n if keep is None else keep, seed, **sampling).images
             return images[0] if one else images
         if keep is not None:

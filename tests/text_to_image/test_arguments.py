@@ -106,6 +106,11 @@ def test_arguments_of_one_method(idle, method, name, values):
             CALLS[method](idle, **{name: value})
 
 
+def test_more_images_than_candidates(idle):
+    with pytest.raises(ConfigError, match="^n is 8"):
+        idle.generate(CAPTION, n=8, candidates=4)
+
+
 @pytest.mark.parametrize("method", CALLS)
 def test_captions(idle, method):
     name = "captions" if method in ("generate", "best_of", "generate_one", "chunks") else "caption"

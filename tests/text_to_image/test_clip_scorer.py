@@ -134,6 +134,8 @@ def test_invalid_images_and_captions_are_rejected(scorer):
     for captions in (b"a red image", None, 5, [None], [b"a"]):
         with pytest.raises(DataError, match="string"):
             scorer.score(plain_images("red"), captions)
+    with pytest.raises(ConfigError, match="path"):
+        scorer.save(None)
     for images in (None, "nowhere.png", np.zeros((1, 16, 16, 2), np.uint8), plain_images("red") - 200.0):
         with pytest.raises(DataError):
             scorer.score(images, "a red image")

@@ -64,6 +64,9 @@ def test_rows_and_steps(load, tmp_path):
     for rows in (0, -1, 2.5, "8", None, True, float("nan"), 2**40):
         with pytest.raises(ConfigError, match="rows_at_once"):
             load(tmp_path, rows_at_once=rows)
+    for mesh in (8, "cpu", {"data": 1}):
+        with pytest.raises(ConfigError, match="make_mesh"):
+            load(tmp_path, mesh=mesh)
     for step in (-1, 2.5, "latest", "4e3", True, b"best", [4200]):
         with pytest.raises(ConfigError, match="step"):
             load(tmp_path, step=step)
