@@ -30,10 +30,12 @@ from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.pytree import PyTree
 from dalle_jax.storage.files import access, expanded
+from dalle_jax.storage.reachable import check_reachable
 from dalle_jax.token_layout import LARGEST_VOCABULARY, LONGEST_STREAM
 
 
 def _path(workdir: epath.PathLike, *parts: str) -> epath.Path:
+    check_reachable(workdir)
     return expanded(workdir).joinpath(*parts)
 
 

@@ -39,6 +39,8 @@ _MOST = {  # no device holds more
     "codebook_dim": 2**16,
     "in_kernel": 255,
     "stem_factor": 2**8,
+    "logit_scale": 1000,
+    "codebook_scale": 1000,
 }
 
 

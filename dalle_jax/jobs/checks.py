@@ -35,11 +35,11 @@ from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.jobs import earlier
 from dalle_jax.jobs.tokenizers import has_tokenizer
 from dalle_jax.optim import optimizers
-from dalle_jax.storage.files import check_writable, expanded
+from dalle_jax.storage.files import check_writable, expanded, is_regular_file
 from dalle_jax.tasks import registry
 from dalle_jax.text_to_image.drawing import MOST_IMAGES
 from dalle_jax.training.step import make_init
-from dalle_jax.training.validation import mesh_and_options, validate
+from dalle_jax.training.validation import check_duration, mesh_and_options, validate
 from dalle_jax.training.warm_start import check_start_from
 
 _LOOKED_AT = 100  # examples
@@ -58,6 +58,7 @@ def check_config(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) 
     """
     for part in (config, *([config.tokenizer] if "tokenizer" in config else [])):
         rules_of(part)
+        check_duration(part)  # first that of the command, of which the tokenizer has a share
     start, given = config.get("start_from"), config.get("tokenizer_from")
     if start and start not in ahead:
         check_start_from(config, workdir)
@@ -197,6 +198,12 @@ def _check_text(config: ConfigDict, captions: list[str]) -> None:
         TextModel.train(captions, size)
 
 
+def check_text_model(path: str) -> None:
+    """Checks that the file `config.text.path` exists; raises a `ConfigError`."""
+    if not is_regular_file(path):
+        raise ConfigError(f"config.text.path={path!r} is no file; expected the sentencepiece.model of a training.")
+
+
 def check_files(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> None:
     """Checks that the text model exists and that the workdirs of a training can be written; creates the workdirs.
 
@@ -209,8 +216,8 @@ def check_files(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -
       ConfigError: a file is missing, or a directory cannot be written.
     """
     path = config.text.path if "text" in config else None
-    if path and not any(str(path).startswith(str(run)) for run in ahead) and not expanded(path).exists():
-        raise ConfigError(f"config.text.path={path!r} does not exist; expected the sentencepiece.model of a training.")
+    if path and not any(str(path).startswith(str(run)) for run in ahead):
+        check_text_model(path)
     folders = [("--workdir", workdir)]
     if "tokenizer" in config and not config.tokenizer_from:
         folders.append(("config.tokenizer.workdir", config.tokenizer.workdir))

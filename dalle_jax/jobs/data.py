@@ -29,8 +29,8 @@ from dalle_jax.data.spread import in_spread_order
 from dalle_jax.data.survey import Survey
 from dalle_jax.data.text import TextModel
 from dalle_jax.distributed.turns import first_host_first, is_first
-from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
+from dalle_jax.jobs.checks import check_text_model
 from dalle_jax.reporting.contact_sheet import Shown, contact_sheet
 from dalle_jax.reporting.images import save_png
 from dalle_jax.storage.files import check_writable, expanded, is_remote, make_workdir, write_errors, write_json
@@ -72,8 +72,8 @@ def check(config: ConfigDict, workdir: str) -> None:
     for key, most in (("length", LONGEST_STREAM), ("vocab_size", LARGEST_VOCABULARY)):
         if config.text[key] is not None:
             natural(f"config.text.{key}", config.text[key], 1, most)
-    if (path := config.text.path) and not expanded(path).exists():
-        raise ConfigError(f"config.text.path={path!r} does not exist; expected the sentencepiece.model of a training.")
+    if config.text.path:
+        check_text_model(config.text.path)
     check_writable(workdir)
 
 

@@ -9,13 +9,14 @@ from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.distributed.mesh import local_mesh
+from dalle_jax.errors import ConfigError
 from dalle_jax.evaluation.measure import Model, Options, measure
 from dalle_jax.evaluation.report import write
 from dalle_jax.evaluation.sections import Metrics
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.jobs.checks import check_drawing
 from dalle_jax.priors.sampling import SamplingOptions
-from dalle_jax.storage.files import check_writable
+from dalle_jax.storage.files import check_writable, is_regular_file
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
 
@@ -66,6 +67,10 @@ def check(config: ConfigDict, workdir: str) -> tuple[Protocol, Options, Sampling
     protocol = Protocol(config.split, config.captions, config.count, config.seed)
     options = from_config(Options, {"seed": config.seed, **config.metrics}, "metrics")
     sampling = from_config(SamplingOptions, config.sampling, "sampling")
+    if options.inception and not is_regular_file(options.inception):
+        raise ConfigError(
+            f"config.metrics.inception={options.inception!r} is no file; expected the weights of Inception-v3."
+        )
     if "data" in config:
         from_config(DataOptions, config.data, "data")
     mesh = local_mesh(**config.mesh)

@@ -23,8 +23,7 @@ from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.jobs.checks import MOST_IMAGES, check_drawing
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.reporting.images import image_grid, save_png
-from dalle_jax.storage.files import check_writable, expanded, write_json
-from dalle_jax.storage.reachable import check_reachable
+from dalle_jax.storage.files import check_writable, expanded, is_regular_file, write_json
 from dalle_jax.text_to_image.best_of_n import Ranked
 from dalle_jax.text_to_image.sampling_parameters import parse
 from dalle_jax.text_to_image.text_to_image import TextToImage
@@ -154,10 +153,9 @@ def read_captions(config: ConfigDict) -> list[str]:
                 f"config.prompts={config.prompts!r} has an empty caption; expected one between each two '|'."
             )
         return captions
-    check_reachable(config.prompts_file)
     path = expanded(config.prompts_file)
     try:
-        if not path.is_file():
+        if not is_regular_file(path):
             found = "is not a text file" if path.exists() else "does not exist"
             raise DataError(f"config.prompts_file={str(path)!r} {found}; expected a file with one caption per line.")
         text = path.read_bytes().decode("utf-8-sig")

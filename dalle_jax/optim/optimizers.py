@@ -147,7 +147,7 @@ class AverageOptions:
     every: int = 1
 
     def __post_init__(self):
-        check(self, "ema", positive=["every"], below_1=["decay"])
+        check(self, "ema", positive=["every"], below_1=["decay"], most={"every": 10**6})
 
 
 def update_average(average: PyTree, params: PyTree, step: jax.Array, options: AverageOptions) -> PyTree:

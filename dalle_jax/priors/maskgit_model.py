@@ -24,6 +24,13 @@ from dalle_jax.priors.embedding import MaskGITEmbedding
 from dalle_jax.token_layout import LONGEST_STREAM, TokenLayout
 
 HEADS = ("mlm", "linear")
+_MOST = {
+    "steps": LONGEST_STREAM,
+    "neighbour_kernel": 255,
+    "choice_temperature": 1e6,
+    "embedding_scale": 1000,
+    "head_scale": 1000,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +79,7 @@ class MaskGITOptions:
         at_least_0 = [*kernel, "raster_steps", "choice_temperature", "embedding_scale", "head_scale"]
         check(
             self, "model", positive=["steps"], at_least_0=at_least_0, odd=kernel, share=shares,
-            most={"steps": LONGEST_STREAM, "neighbour_kernel": 255, "choice_temperature": 1e6}, choices=choices,
+            most=_MOST, choices=choices,
         )  # fmt: skip
         masking.check_schedule(self.mask_schedule)
         if self.raster_steps and self.neighbour_kernel < 3:

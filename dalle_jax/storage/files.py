@@ -52,6 +52,17 @@ def disable_listings_cache() -> None:
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
+def is_regular_file(path: epath.PathLike) -> bool:
+    """Returns whether a path that a user gives is a file. A pipe or a device is none, because reading it may not end.
+
+    Raises:
+      ConfigError: its storage cannot be reached.
+    """
+    check_reachable(path)
+    path = expanded(path)
+    return path.is_file() if is_remote(path) else os.path.isfile(path)
+
+
 def full_path(path: epath.PathLike) -> epath.Path:
     """Returns the absolute path, with `~` expanded. (`absolute` of etils treats "gs://…" as a relative path.)"""
     path = expanded(path)

@@ -16,7 +16,7 @@ from dalle_jax.errors import ConfigError
 _SECONDS = 4.0  # for the name and for the connection together
 
 
-def check_reachable(path: epath.PathLike) -> None:
+def check_reachable(path: epath.PathLike | None) -> None:
     """Checks that the server of a "gs://" path answers. Does nothing for other paths, and behind a proxy.
 
     A server that has answered once is not asked again, because clients retry when a network fails later.

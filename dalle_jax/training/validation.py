@@ -27,6 +27,7 @@ _LEAST = {
     0: ("cadence.eval", "cadence.preview", "cadence.checkpoint", "keep.best", "profile_steps"),
 }
 _LARGEST_BATCH = 2**20
+_SHORTEST = 1e-3  # seconds
 _LONGEST = 1e9  # seconds: Python's wait functions overflow beyond this
 
 
@@ -44,15 +45,20 @@ def check_values(config: ConfigDict) -> None:
             natural(f"config.{name}", value, least)
     natural("config.batch_size", config.batch_size, 1, _LARGEST_BATCH)
     check_seed(config.seed, "config.seed")
-    if (minutes := config.get("minutes")) is not None:
-        finite("config.minutes", minutes, above=0, high=_LONGEST / 60)
+    check_duration(config)
     for name, seconds in config.timeout_seconds.items():
-        finite(f"config.timeout_seconds.{name}", seconds, above=0, high=_LONGEST)
+        finite(f"config.timeout_seconds.{name}", seconds, _SHORTEST, _LONGEST)
     check_stop_after(config)
     from_config(OptimizerOptions, config.optimizer, "optimizer")
     from_config(AverageOptions, config.ema, "ema")
     for name, section in config.schedules.items():
         _check_schedule(schedules.make(section, name), name, config.steps)
+
+
+def check_duration(config: ConfigDict) -> None:
+    """Checks `config.minutes`; raises a `ConfigError`."""
+    if (minutes := config.get("minutes")) is not None:
+        finite("config.minutes", minutes, above=0, high=_LONGEST / 60)
 
 
 def validate(config: ConfigDict) -> tuple[Mesh, OptimizerOptions, AverageOptions]:
