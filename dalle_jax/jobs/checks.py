@@ -37,12 +37,12 @@ from dalle_jax.jobs.tokenizers import has_tokenizer
 from dalle_jax.optim import optimizers
 from dalle_jax.storage.files import check_writable, expanded, is_regular_file
 from dalle_jax.tasks import registry
+from dalle_jax.text_to_image.drawing import MOST_IMAGES
 from dalle_jax.training.step import make_init
 from dalle_jax.training.validation import check_duration, mesh_and_options, validate
 from dalle_jax.training.warm_start import check_start_from
 
 _LOOKED_AT = 100  # examples
-MOST_IMAGES = 2**20  # of a caption, or at once
 
 
 def check_config(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> None:
