@@ -43,6 +43,10 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint cannot be written or read."""
 
 
+class WorkdirInUse(CheckpointError):
+    """Another process works in the workdir."""
+
+
 class ConfigMismatch(CheckpointError):
     """The configuration stored in a checkpoint describes a different model than the current one."""
 
