@@ -16,6 +16,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 from dalle_jax.checkpoints.best import BestMetric
 from dalle_jax.checkpoints.stored import DataIterator, DataState
 from dalle_jax.pytree import PyTree
+from dalle_jax.storage.files import LiteralPath, is_remote
 
 _ORBAX = pathlib.Path(ocp.__file__).parents[1]
 _boundaries = itertools.count()  # between steps, over all trainings of this process
@@ -42,7 +43,7 @@ class Manager(ocp.CheckpointManager):
             ]
         )
         super().__init__(
-            directory,
+            directory if is_remote(directory) else LiteralPath(directory),
             options=ocp.CheckpointManagerOptions(
                 best_fn=self._loss,
                 best_mode="min",

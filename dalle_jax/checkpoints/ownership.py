@@ -31,7 +31,7 @@ from etils import epath
 from dalle_jax.distributed.turns import first_host_first, is_first
 from dalle_jax.errors import CheckpointError, ConfigError, WorkdirInUse
 from dalle_jax.storage import json_files, locks
-from dalle_jax.storage.files import access, full_path, is_remote, make_workdir
+from dalle_jax.storage.files import access, check_name, full_path, is_remote, make_workdir
 
 _FILE = "owner.json"
 _REFRESH_SECONDS = 20.0
@@ -282,6 +282,7 @@ def owned(workdir: epath.PathLike) -> Iterator[Lease | None]:
     """
     if not str(workdir):
         raise ConfigError("--workdir is empty: give a directory for the run's files.")
+    check_name(workdir)
     key = _key(workdir)
     with _guard:
         entry = _entries.get(key)
@@ -327,4 +328,4 @@ def _created(workdir: epath.PathLike) -> Iterator[None]:
     finally:
         for folder in missing if is_first() else ():
             with contextlib.suppress(OSError):
-                folder.rmdir()
+                os.rmdir(folder)

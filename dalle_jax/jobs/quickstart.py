@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import platform
@@ -13,6 +14,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.checkpoints.ownership import owned
 from dalle_jax.configuration.options import from_config
 from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.errors import ConfigError
@@ -21,8 +23,11 @@ from dalle_jax.evaluation.report import write
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.jobs import train as train_job
 from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.storage.files import expanded
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
 from dalle_jax.text_to_image.text_to_image import TextToImage
+
+_STAGES = ("dvae", "prior", "maskgit", "clip")  # folders in the workdir
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -39,8 +44,15 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: see `jobs.train.run` and `measure`.
     """
+    out = expanded(workdir)
+    with contextlib.ExitStack() as stack:
+        for folder in (out, *(out / stage for stage in _STAGES)):  # all of it, until the report is written
+            stack.enter_context(owned(folder))
+        return _run(config, out)
+
+
+def _run(config: ConfigDict, out: epath.Path) -> dict[str, Any]:
     start = time.perf_counter()
-    out = epath.Path(workdir).expanduser()
     config = copy.deepcopy(config)  # keeps the references to `steps`, which `minutes` sets
     tokenizer, evaluation = config.prior.tokenizer, config.evaluate
     tokenizer.workdir, config.prior.workdir = str(out / "dvae"), str(out / "prior")
@@ -49,7 +61,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     config.clip.text.path = str(workdirs.text_model_path(config.prior.workdir))
     resumed = (out / "dvae" / "config.json").exists()
 
-    trainings = {"dvae": tokenizer, "prior": config.prior, "maskgit": config.maskgit, "clip": config.clip}
+    trainings = dict(zip(_STAGES, (tokenizer, config.prior, config.maskgit, config.clip)))
     _check(trainings, evaluation, config.maskgit_sampling)
     seconds = {}
     for name, section in trainings.items():

@@ -9,18 +9,23 @@ therefore written to a local `Mirror`, which uploads whole files.
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
 import fsspec
 from etils import epath
 
 from dalle_jax.errors import ConfigError, UserError
 from dalle_jax.storage.errors import storage_errors_as
+
+_UNREADABLE = "\\"  # tensorstore reads a backslash as a slash
+_PATTERNS = "*?[]#"
+_LONGEST_PATH = 3000  # bytes; systems allow 4,096, and checkpoints have long names
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -36,7 +41,12 @@ def expanded(path: epath.PathLike) -> epath.Path:
     text = os.fspath(path)
     if text.startswith("file://"):
         path = urllib.parse.unquote(text.removeprefix("file://").removeprefix("localhost"))
-    path = epath.Path(path).expanduser()
+    try:
+        path = epath.Path(path).expanduser()
+    except KeyError as scheme:
+        raise ConfigError(
+            f"{text!r} cannot be opened: paths that begin with {scheme} are unknown. Give a directory, or gs://BUCKET/DIR."
+        ) from None
     if is_remote(path):
         disable_listings_cache()
     return path
@@ -57,12 +67,37 @@ def full_path(path: epath.PathLike) -> epath.Path:
     return path if is_remote(path) else path.absolute()
 
 
+class LiteralPath(type(epath.Path("/"))):
+    """A local path whose `glob` takes the path itself as it is, because a workdir may be named "a[b]"."""
+
+    def glob(self, pattern: str) -> Iterator[Self]:
+        """Yields what matches the pattern below this path."""
+        for found in glob.glob(os.path.join(glob.escape(os.fspath(self)), pattern)):
+            yield type(self)(found)
+
+
+def check_name(workdir: epath.PathLike) -> None:
+    """Raises a `ConfigError` for a name of a workdir in which checkpoints could not be read again."""
+    name = os.fspath(workdir)
+    if wrong := [each for each in name if not each.isprintable() or each in _UNREADABLE]:
+        found = f"{wrong[0]!r}"
+    elif is_remote(name) and not name.startswith("file://") and (wrong := [each for each in name if each in _PATTERNS]):
+        found = f"{wrong[0]!r}, which object storage takes for a pattern"
+    elif len(os.fsencode(full_path(name))) > _LONGEST_PATH:
+        found = f"{len(name):,} characters, and its whole path more than {_LONGEST_PATH:,} bytes"
+    else:
+        return
+    shown = repr(name) if len(name) <= 100 else f"{name[:100]!r}…"
+    raise ConfigError(f"The workdir {shown} cannot be used: its name has {found}. Give another --workdir=DIR.")
+
+
 def make_workdir(workdir: epath.PathLike) -> str:
     """Creates a workdir if it does not exist, and returns its name with `~` expanded.
 
     Raises:
-      ConfigError: it cannot be created, or its bucket does not exist or is not accessible.
+      ConfigError: it cannot be created, its name cannot be used, or its bucket does not exist or is not accessible.
     """
+    check_name(workdir)
     path = expanded(workdir)
     with access(workdir):
         if is_remote(path):

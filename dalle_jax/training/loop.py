@@ -21,6 +21,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from dalle_jax import compilation_cache
+from dalle_jax.checkpoints.ownership import Lease, owned
 from dalle_jax.distributed.mesh import describe
 from dalle_jax.distributed.rows import host_rows
 from dalle_jax.distributed.sharding import on_mesh
@@ -60,6 +61,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None, *, began: fl
         began = time.perf_counter() if began is None else began
         compilation_cache.enable()
         mesh, options, average = validate(budget.provisional(config))
+        lease = cleanup.enter_context(owned(workdir))
         workdir = make_shared_workdir(workdir)
         stop = cleanup.enter_context(stop_signals())
         if mesh.size > 1:
@@ -73,16 +75,16 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None, *, began: fl
         run = Run(config, workdir, job, mesh, options, average, cleanup)
         if costs:
             run.progress.pauses = costs.pauses(config)
-        _advance(run, stop)
+        _advance(run, stop, lease)
         if costs:
             run.progress.note(budget.compared(config, workdir, began))
         return run.state
 
 
-def _advance(run: Run, stop: threading.Event) -> None:
+def _advance(run: Run, stop: threading.Event, lease: Lease | None) -> None:
     """Trains until the last step, or until validation stands still (`config.stop_after`).
 
-    Raises `Preempted` once `stop` is set and the state is saved.
+    Raises `Preempted` once `stop` is set and the state is saved, and a `CheckpointError` if the workdir is lost.
     """
     cadence, start, total = run.config.cadence, run.start, run.total
     if start:
@@ -99,6 +101,8 @@ def _advance(run: Run, stop: threading.Event) -> None:
         profiling = run.trace.due(step)
         if stopping or evaluating or previewing or saving or profiling:
             run.report(keep=0)
+            if lease is not None:
+                lease.check()
             with run.progress.pause():
                 if profiling:
                     run.progress.note(run.trace.advance())
