@@ -113,8 +113,8 @@ def _processes() -> str:
 def _started(pid: int) -> str | None:
     """Returns when the kernel started a process, "" if it does not say, or None without such a process."""
     if os.path.exists("/proc/self/stat"):
-        found = _text(f"/proc/{pid}/stat")
-        return found.rpartition(")")[2].split()[19] if found else None
+        fields = (_text(f"/proc/{pid}/stat") or "").rpartition(")")[2].split()
+        return fields[19] if fields and fields[0] not in "ZX" else None  # Z, X: dead, but not yet waited for
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

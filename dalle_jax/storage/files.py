@@ -12,6 +12,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import unicodedata
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from etils import epath
 from dalle_jax.errors import ConfigError, UserError
 from dalle_jax.storage.errors import storage_errors_as
 
-_UNREADABLE = "\\"  # tensorstore reads a backslash as a slash
+_NOT_IN_A_LINE = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are not UTF-8, ends of lines
 _PATTERNS = "*?[]#"
 _LONGEST_PATH = 3000  # bytes; systems allow 4,096, and checkpoints have long names
 
@@ -77,9 +78,12 @@ class LiteralPath(type(epath.Path("/"))):
 
 
 def check_name(workdir: epath.PathLike) -> None:
-    """Raises a `ConfigError` for a name of a workdir in which checkpoints could not be read again."""
+    """Raises a `ConfigError` for a name of a workdir whose files could not be read again.
+
+    Tensorstore reads a backslash as a slash, and needs UTF-8. Messages and logs need names of one line.
+    """
     name = os.fspath(workdir)
-    if wrong := [each for each in name if not each.isprintable() or each in _UNREADABLE]:
+    if wrong := [each for each in name if each == "\\" or unicodedata.category(each) in _NOT_IN_A_LINE]:
         found = f"{wrong[0]!r}"
     elif is_remote(name) and not name.startswith("file://") and (wrong := [each for each in name if each in _PATTERNS]):
         found = f"{wrong[0]!r}, which object storage takes for a pattern"

@@ -26,6 +26,7 @@ try:
 except ImportError:  # not a Unix system
     fcntl = None
 
+_OBJECT = "b/{}/o/{}"  # of Google's JSON interface
 _SECONDS_TO_NAME_ITSELF = 2.0  # between the lock and the content that names the new holder
 _locked: weakref.WeakSet[BinaryIO] = weakref.WeakSet()
 
@@ -200,15 +201,14 @@ class _ObjectLock:
             self._path.unlink(missing_ok=True)
             return
         with contextlib.suppress(FileNotFoundError, FileExistsError):
-            path = "b/{}/o/{}"
-            self._fs.call("DELETE", path, self._bucket, self._key, ifGenerationMatch=self._generation)
+            self._fs.call("DELETE", _OBJECT, self._bucket, self._key, ifGenerationMatch=self._generation)
 
     def _get(self) -> tuple[bytes | None, str]:
         """Returns the content and the generation of the object; (None, "0") without one."""
         try:
             if self._fs is None:
                 return self._path.read_bytes(), "0"
-            headers, content = self._fs.call("GET", self._fs.url(f"{self._bucket}/{self._key}"))
+            headers, content = self._fs.call("GET", _OBJECT, self._bucket, self._key, alt="media")
             return content, {key.lower(): value for key, value in headers.items()}["x-goog-generation"]
         except FileNotFoundError:
             return None, "0"
