@@ -8,7 +8,6 @@ Folders may be local or remote ("gs://…").
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,6 +18,7 @@ from etils import epath
 
 from dalle_jax.errors import CheckpointError
 from dalle_jax.pytree import PyTree
+from dalle_jax.storage import json_files
 from dalle_jax.storage.files import expanded, write_atomically, write_errors, write_json
 
 
@@ -58,8 +58,8 @@ def load(folder: epath.PathLike, remedy: str) -> tuple[dict[str, Any], PyTree]:
       CheckpointError: a file is missing or damaged.
     """
     folder = expanded(folder)
+    options = json_files.read(folder / "options.json", dict, CheckpointError, remedy)
     try:
-        options = json.loads((folder / "options.json").read_text())
         params = flax.serialization.msgpack_restore((folder / "params.msgpack").read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{folder} is damaged: {error}. {remedy}") from error

@@ -16,7 +16,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 from dalle_jax.checkpoints.best import BestMetric
 from dalle_jax.checkpoints.stored import DataIterator, DataState
 from dalle_jax.pytree import PyTree
-from dalle_jax.storage.files import LiteralPath, is_remote
+from dalle_jax.storage.files import is_remote
+from dalle_jax.storage.names import LiteralPath
 
 _ORBAX = pathlib.Path(ocp.__file__).parents[1]
 _boundaries = itertools.count()  # between steps, over all trainings of this process
@@ -111,8 +112,11 @@ class Manager(ocp.CheckpointManager):
     def metrics(self, step: int) -> PyTree | None:
         """Returns the metrics of a checkpoint, or None if they are missing or damaged."""
         try:
-            return super().metrics(step)
-        except ValueError:
+            found = super().metrics(step)
+            if found is not None and self._loss is not None:
+                self._loss(found)
+            return found
+        except (ValueError, TypeError, AttributeError, RecursionError):
             logging.warning("The metrics of the checkpoint %s are damaged: ignored.", self.directory / str(step))
             return None
 

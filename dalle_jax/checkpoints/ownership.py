@@ -31,7 +31,8 @@ from etils import epath
 from dalle_jax.distributed.turns import first_host_first, is_first
 from dalle_jax.errors import CheckpointError, ConfigError, WorkdirInUse
 from dalle_jax.storage import json_files, locks
-from dalle_jax.storage.files import access, check_name, full_path, is_remote, make_workdir
+from dalle_jax.storage.files import access, full_path, is_remote, make_workdir
+from dalle_jax.storage.names import check_name
 
 _FILE = "owner.json"
 _REFRESH_SECONDS = 20.0
@@ -231,8 +232,8 @@ class Lease:
 
 def _vanished(workdir: epath.PathLike) -> CheckpointError:
     return CheckpointError(
-        f"{workdir} has vanished while this process worked there: it was deleted, renamed or unmounted. What was not "
-        "saved is lost. Put it back and run the same command again, which resumes from its last checkpoint, or give "
+        f"{workdir} has vanished while this process worked there: it was deleted, renamed or unmounted. Work that was "
+        "not saved is lost. Put it back and run the same command again, which resumes from its last checkpoint, or give "
         "another --workdir=DIR."
     )
 

@@ -9,24 +9,19 @@ therefore written to a local `Mirror`, which uploads whole files.
 
 from __future__ import annotations
 
-import glob
 import json
 import os
-import unicodedata
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any
 
 import fsspec
 from etils import epath
 
 from dalle_jax.errors import ConfigError, UserError
 from dalle_jax.storage.errors import storage_errors_as
-
-_NOT_IN_A_LINE = ("Cc", "Cs", "Zl", "Zp")  # control characters, bytes that are not UTF-8, ends of lines
-_PATTERNS = "*?[]#"
-_LONGEST_PATH = 3000  # bytes; systems allow 4,096, and checkpoints have long names
+from dalle_jax.storage.obstacles import make_way_for_file
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -68,40 +63,12 @@ def full_path(path: epath.PathLike) -> epath.Path:
     return path if is_remote(path) else path.absolute()
 
 
-class LiteralPath(type(epath.Path("/"))):
-    """A local path whose `glob` takes the path itself as it is, because a workdir may be named "a[b]"."""
-
-    def glob(self, pattern: str) -> Iterator[Self]:
-        """Yields what matches the pattern below this path."""
-        for found in glob.glob(os.path.join(glob.escape(os.fspath(self)), pattern)):
-            yield type(self)(found)
-
-
-def check_name(workdir: epath.PathLike) -> None:
-    """Raises a `ConfigError` for a name of a workdir whose files could not be read again.
-
-    Tensorstore reads a backslash as a slash, and needs UTF-8. Messages and logs need names of one line.
-    """
-    name = os.fspath(workdir)
-    if wrong := [each for each in name if each == "\\" or unicodedata.category(each) in _NOT_IN_A_LINE]:
-        found = f"{wrong[0]!r}"
-    elif is_remote(name) and not name.startswith("file://") and (wrong := [each for each in name if each in _PATTERNS]):
-        found = f"{wrong[0]!r}, which object storage takes for a pattern"
-    elif len(os.fsencode(full_path(name))) > _LONGEST_PATH:
-        found = f"{len(name):,} characters, and its whole path more than {_LONGEST_PATH:,} bytes"
-    else:
-        return
-    shown = repr(name) if len(name) <= 100 else f"{name[:100]!r}…"
-    raise ConfigError(f"The workdir {shown} cannot be used: its name has {found}. Give another --workdir=DIR.")
-
-
 def make_workdir(workdir: epath.PathLike) -> str:
     """Creates a workdir if it does not exist, and returns its name with `~` expanded.
 
     Raises:
-      ConfigError: it cannot be created, its name cannot be used, or its bucket does not exist or is not accessible.
+      ConfigError: it cannot be created, or its bucket does not exist or is not accessible.
     """
-    check_name(workdir)
     path = expanded(workdir)
     with access(workdir):
         if is_remote(path):
@@ -139,6 +106,7 @@ def write_atomically(path: epath.PathLike, content: bytes) -> None:
         path.write_bytes(content)  # an object appears only when it is complete
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    make_way_for_file(path)
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         unfinished.write_bytes(content)
