@@ -233,7 +233,7 @@ class Lease:
 def _vanished(workdir: epath.PathLike) -> CheckpointError:
     return CheckpointError(
         f"{workdir} has vanished while this process worked there: it was deleted, renamed or unmounted. Work that was "
-        "not saved is lost. Put it back and run the same command again, which resumes from its last checkpoint, or give "
+        "not saved is lost. Put it back and run the same command again: it resumes from the last checkpoint. Or give "
         "another --workdir=DIR."
     )
 

@@ -30,7 +30,7 @@ from dalle_jax.pytree import PyTree
 from dalle_jax.storage import json_files
 from dalle_jax.storage.files import access, expanded
 
-# What a configuration of a training holds in any version. Keys with a question mark may be absent.
+# Keys of config.json in every version, with their kinds. Those with a question mark may be absent.
 _SECTIONS: dict[str, Any] = {
     "task": str,
     "data": {"image_size": int},

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
@@ -28,7 +30,7 @@ def run(config: ConfigDict, workdir: str) -> Metrics:
     Raises:
       UserError: see `TextToImage.load`, `open_test_set` and `measure`.
     """
-    folders = [folder.strip() for folder in config.model_workdir.split(",")]
+    folders = split_folders(config.model_workdir)
     mesh = local_mesh(**config.mesh)
     loaded = [TextToImage.load(folder, config.step, config.rows_at_once, config.clip, mesh) for folder in folders]
     sampling = from_config(SamplingOptions, config.sampling, "sampling")
@@ -45,3 +47,15 @@ def run(config: ConfigDict, workdir: str) -> Metrics:
     }
     write(measured, tests, workdir, f"{', '.join(names)}: {tests.source.description}", config)
     return measured.metrics
+
+
+def split_folders(text: str, is_workdir: Callable[[str], bool] = workdirs.has_config) -> list[str]:
+    """Splits names at commas, but not at those in the name of an existing workdir: the longest name counts."""
+    parts, folders = text.split(","), []
+    while parts:
+        names = [(count, ",".join(parts[:count])) for count in range(len(parts), 0, -1)]
+        names = [(count, each) for count, name in names for each in dict.fromkeys((name, name.strip()))]
+        count, name = next((found for found in names if is_workdir(found[1])), names[-1])
+        folders.append(name)
+        parts = parts[count:]
+    return folders

@@ -156,6 +156,8 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
 
 def _read(path: epath.PathLike) -> tuple[list[dict[str, Any]], str]:
     """Returns the readable lines of a metrics.jsonl, and what is wrong with the file, "" for nothing."""
+    if not is_remote(path) and os.path.exists(path) and not os.path.isfile(path):  # a pipe would never end
+        return [], "expected a file, found a folder or a device"
     try:
         content = epath.Path(path).read_bytes()
     except (FileNotFoundError, NotADirectoryError):
@@ -178,17 +180,16 @@ def _values(line: bytes) -> dict[str, Any] | None:
     """Returns the step and the values of a line, or None if it is damaged."""
     try:
         values = json_files.parse(line)
-        step = values["step"]
-        if type(step) is not int or step < 0:
+        kinds = {type(value) for value in values.values()} <= {int, float, type(None)}
+        if not kinds or type(values["step"]) is not int or not 0 <= values["step"] < 2**63:
             return None
-        numbers = {name: None if value is None else float(value) for name, value in values.items()}
-    except (ValueError, KeyError, TypeError, OverflowError):
+        return {name: value if _is_finite(value) else None for name, value in values.items()}
+    except (ValueError, KeyError):
         return None
-    # `float` accepts texts as well
-    if any(isinstance(value, (str, bool)) for value in values.values()):
-        return None
-    return {"step": step} | {
-        name: values[name] if value is not None and math.isfinite(value) else None
-        for name, value in numbers.items()
-        if name != "step"
-    }
+
+
+def _is_finite(value: float | None) -> bool:
+    try:
+        return value is not None and math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        return False

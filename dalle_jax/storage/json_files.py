@@ -7,12 +7,14 @@ file can be valid JSON of another kind: `null`, `[]`, `7`.
 from __future__ import annotations
 
 import json
+import os
 from typing import Any, TypeVar
 
 from etils import epath
 
 from dalle_jax.errors import UserError
 from dalle_jax.storage.errors import storage_cause
+from dalle_jax.storage.files import is_remote
 
 _KINDS = {dict: "an object {…}", list: "a list […]"}
 T = TypeVar("T", dict, list)
@@ -58,11 +60,11 @@ def read(path: epath.PathLike, kind: type[T], error: type[UserError], remedy: st
       UserError: of the class `error`. The file is missing, cannot be read, or is damaged.
     """
     try:
+        if not is_remote(path) and os.path.exists(path) and not os.path.isfile(path):  # a pipe would never end
+            raise WrongJson("it is a folder" if os.path.isdir(path) else "it is no file")
         return parse(epath.Path(path).read_bytes(), kind)
     except WrongJson as wrong:
         raise error(f"{path} is damaged: {wrong}. {remedy}") from wrong
-    except IsADirectoryError as wrong:
-        raise error(f"{path} is damaged: it is a folder. {remedy}") from wrong
     except OSError as wrong:
         cause = storage_cause(wrong) or wrong.strerror or str(wrong)
         raise error(f"{path} cannot be read: {cause}. {remedy}") from wrong
