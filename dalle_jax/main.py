@@ -26,6 +26,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from dalle_jax import compilation_cache
+from dalle_jax.checkpoints.ownership import owned
 from dalle_jax.configuration import command_help, config_files
 from dalle_jax.configuration.flag_errors import explain_flag_error
 from dalle_jax.configuration.sections import check_minutes
@@ -33,7 +34,7 @@ from dalle_jax.distributed.joining import check_devices, define_flags
 from dalle_jax.distributed.turns import is_first, joined
 from dalle_jax.distributed.watchdog import end_process
 from dalle_jax.errors import ConfigError, UserError
-from dalle_jax.storage.files import disable_listings_cache
+from dalle_jax.storage.files import disable_listings_cache, expanded
 
 _CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="The job: configs/NAME.py[:variant].")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run (default: config.workdir).")
@@ -109,7 +110,9 @@ def _run(_: list[str]) -> None:
     _start_hosts(config.job)
     check_devices()
     compilation_cache.enable()
-    importlib.import_module(JOBS[config.job]).run(config, _WORKDIR.value or config.workdir)
+    workdir = _WORKDIR.value or config.workdir
+    with owned(workdir):
+        importlib.import_module(JOBS[config.job]).run(config, str(expanded(workdir)))
 
 
 def main() -> None:

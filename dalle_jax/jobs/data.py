@@ -29,11 +29,14 @@ from dalle_jax.data.spread import in_spread_order
 from dalle_jax.data.survey import Survey
 from dalle_jax.data.text import TextModel
 from dalle_jax.distributed.turns import first_host_first, is_first
+from dalle_jax.errors import DataError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.jobs.checks import check_text_model
 from dalle_jax.reporting.contact_sheet import Shown, contact_sheet
 from dalle_jax.reporting.images import save_png
+from dalle_jax.storage import json_files
 from dalle_jax.storage.files import check_writable, expanded, is_remote, make_workdir, write_errors, write_json
+from dalle_jax.storage.obstacles import make_way_for_file
 from dalle_jax.token_layout import LARGEST_VOCABULARY, LONGEST_STREAM
 
 _SHOWN = {"train": 24, "validation": 8}  # images on the contact sheet
@@ -120,6 +123,8 @@ def _look_at(config: ConfigDict, options: DataOptions, workdir: str) -> Survey |
     lines, advice = describe(found, options), advise(found, options)
     sheet = expanded(workdir) / "samples" / "data.png"
     with write_errors(sheet):
+        if not is_remote(sheet):
+            make_way_for_file(sheet)
         save_png(sheet, draw(sources, options, found))
     write_json(expanded(workdir) / "data.json", {**found.to_dict(), "advice": advice, "key": key})
     if drawn and training:
@@ -158,10 +163,9 @@ def _key(options: DataOptions, sources: Mapping[str, Source], config: ConfigDict
 
 def _stored_key(workdir: str) -> str | None:
     try:
-        stored = json.loads((expanded(workdir) / "data.json").read_text())
-    except (OSError, ValueError):
+        return json_files.read(expanded(workdir) / "data.json", dict, DataError, "").get("key")
+    except DataError:
         return None
-    return stored.get("key") if isinstance(stored, dict) else None
 
 
 # -- in words -----------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -34,7 +36,7 @@ def run(config: ConfigDict, workdir: str) -> Metrics:
       UserError: see `check`, `TextToImage.load`, `open_test_set` and `measure`.
     """
     protocol, options, sampling, mesh = check(config, workdir)
-    folders = [folder.strip() for folder in config.model_workdir.split(",")]
+    folders = split_folders(config.model_workdir)
     loaded = [TextToImage.load(folder, config.step, config.rows_at_once, config.clip, mesh) for folder in folders]
     kinds = [model.prior.name for model in loaded]
     names = kinds if len(set(kinds)) == len(kinds) else folders
@@ -76,3 +78,15 @@ def check(config: ConfigDict, workdir: str) -> tuple[Protocol, Options, Sampling
     mesh = local_mesh(**config.mesh)
     check_writable(workdir)
     return protocol, options, sampling, mesh
+
+
+def split_folders(text: str, is_workdir: Callable[[str], bool] = workdirs.has_config) -> list[str]:
+    """Splits names at commas, but not at those in the name of an existing workdir: the longest name counts."""
+    parts, folders = text.split(","), []
+    while parts:
+        names = [(count, ",".join(parts[:count])) for count in range(len(parts), 0, -1)]
+        names = [(count, each) for count, name in names for each in dict.fromkeys((name, name.strip()))]
+        count, name = next((found for found in names if is_workdir(found[1])), names[-1])
+        folders.append(name)
+        parts = parts[count:]
+    return folders

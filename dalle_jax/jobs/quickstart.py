@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import platform
 import time
 from typing import Any
 
+from etils import epath
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.checkpoints.ownership import owned
 from dalle_jax.configuration.options import from_config
 from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.errors import ConfigError
@@ -24,6 +27,8 @@ from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.storage.files import check_writable, expanded
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
 from dalle_jax.text_to_image.text_to_image import TextToImage
+
+_STAGES = ("dvae", "prior", "maskgit", "clip")  # folders in the workdir
 
 
 def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
@@ -40,9 +45,17 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     Raises:
       UserError: see `jobs.train.run` and `measure`.
     """
+    out = expanded(workdir)
+    with contextlib.ExitStack() as stack:
+        for folder in (out, *(out / stage for stage in _STAGES)):  # all of it, until the report is written
+            stack.enter_context(owned(folder))
+        return _run(config, out)
+
+
+def _run(config: ConfigDict, out: epath.Path) -> dict[str, Any]:
     start = time.perf_counter()
-    config = check(config, workdir)
-    evaluation, out = config.evaluate, expanded(workdir)
+    config = check(config, str(out))
+    evaluation = config.evaluate
     resumed = (out / "dvae" / "config.json").exists()
 
     trainings = _trainings(config)
@@ -78,12 +91,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
 def _trainings(config: ConfigDict) -> dict[str, ConfigDict]:
     """Returns the configuration of each training, in order."""
-    return {
-        "dvae": config.prior.tokenizer,
-        "prior": config.prior,
-        "maskgit": config.maskgit,
-        "clip": config.clip,
-    }
+    return dict(zip(_STAGES, (config.prior.tokenizer, config.prior, config.maskgit, config.clip)))
 
 
 def check(config: ConfigDict, workdir: str) -> ConfigDict:

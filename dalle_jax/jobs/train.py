@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.compatibility import to_json
+from dalle_jax.checkpoints.ownership import owned
 from dalle_jax.distributed.turns import first_host_first, first_host_says, is_first
 from dalle_jax.errors import DamagedError
 from dalle_jax.jobs import earlier, tokenizers
@@ -49,14 +50,15 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
       UserError: an invalid configuration or data, before any training begins, or an error of `train`.
     """
     began = time.perf_counter()
-    config = check(config, workdir)
-    look_at(config, workdir)
-    config = with_plan(settle(config, workdir), workdir)
-    _write_config(config, workdir)
-    if "tokenizer" in config and not first_host_says("has a tokenizer", workdirs.has_tokenizer(workdir)):
-        _freeze_tokenizer(config, workdir)
-        config = with_plan(config, workdir)  # the tokenizer's steps are fixed now
-    return train(config, workdir, began=began)
+    with owned(workdir):
+        config = check(config, workdir)
+        look_at(config, workdir)
+        config = with_plan(settle(config, workdir), workdir)
+        _write_config(config, workdir)
+        if "tokenizer" in config and not first_host_says("has a tokenizer", workdirs.has_tokenizer(workdir)):
+            _freeze_tokenizer(config, workdir)
+            config = with_plan(config, workdir)  # the tokenizer's steps are fixed now
+        return train(config, workdir, began=began)
 
 
 def with_plan(config: ConfigDict, workdir: str) -> ConfigDict:
@@ -110,9 +112,10 @@ def _freeze_tokenizer(config: ConfigDict, workdir: str) -> None:
     planning = not config.tokenizer_from and config.tokenizer.steps is None
     trained = bool(config.tokenizer_from) or not planning and workdirs.is_complete(source, config.tokenizer)
     if not first_host_says("tokenizer is trained", trained):
-        logging.info("%s needs an image tokenizer, and %s holds none yet: training it first.", workdir, source)
-        _write_config(config.tokenizer, source)
-        train(config.tokenizer, source)
+        with owned(source):
+            logging.info("%s needs an image tokenizer, and %s holds none yet: training it first.", workdir, source)
+            _write_config(config.tokenizer, source)
+            train(config.tokenizer, source)
     step = config.get("tokenizer_step")
     try:
         tokenizer, params = workdirs.load_tokenizer(source, step)
@@ -120,7 +123,8 @@ def _freeze_tokenizer(config: ConfigDict, workdir: str) -> None:
         if config.tokenizer_from or step is not None:
             raise
         logging.warning("%s It is trained on now.", error)
-        train(config.tokenizer, source)
+        with owned(source):
+            train(config.tokenizer, source)
         tokenizer, params = workdirs.load_tokenizer(source)
     logging.info("Image tokenizer: %s", tokenizers.describe(source, step))
     with first_host_first("the frozen image tokenizer"):

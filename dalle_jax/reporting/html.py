@@ -99,8 +99,7 @@ def plot(
 
     canvas = matplotlib.figure.Figure(figsize=(5, 3.2), layout="constrained")
     axis = canvas.subplots()
-    for name, points in series.items():
-        axis.plot(*zip(*points), marker="o", markersize=4, label=name)
+    lines = [axis.plot(*zip(*points), marker="o", markersize=4)[0] for points in series.values()]
     if powers:
         axis.set_xscale("log", base=2)
     ticks = sorted({point[0] for points in series.values() for point in points})
@@ -108,7 +107,9 @@ def plot(
     axis.minorticks_off()
     axis.set(xlabel=x, ylabel=y)
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    legend = axis.legend(lines, list(series), frameon=False)
+    for text in (*legend.get_texts(), axis.xaxis.label, axis.yaxis.label):
+        text.set_parse_math(False)  # a workdir may be named "$x"
     svg = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": caption}):  # text as text, equal ids every run
         canvas.savefig(svg, format="svg", metadata={"Date": None})

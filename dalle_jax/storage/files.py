@@ -21,6 +21,7 @@ from etils import epath
 
 from dalle_jax.errors import ConfigError, UserError
 from dalle_jax.storage.errors import storage_errors_as
+from dalle_jax.storage.obstacles import make_way_for_file
 from dalle_jax.storage.reachable import check_reachable
 
 
@@ -37,7 +38,12 @@ def expanded(path: epath.PathLike) -> epath.Path:
     text = os.fspath(path)
     if text.startswith("file://"):
         path = urllib.parse.unquote(text.removeprefix("file://").removeprefix("localhost"))
-    path = epath.Path(path).expanduser()
+    try:
+        path = epath.Path(path).expanduser()
+    except KeyError as scheme:
+        raise ConfigError(
+            f"{text!r} cannot be opened: paths that begin with {scheme} are unknown. Give a directory, or gs://BUCKET/DIR."
+        ) from None
     if is_remote(path):
         disable_listings_cache()
     return path
@@ -129,6 +135,7 @@ def write_atomically(path: epath.PathLike, content: bytes) -> None:
         path.write_bytes(content)  # an object appears only when it is complete
         return
     path.parent.mkdir(parents=True, exist_ok=True)
+    make_way_for_file(path)
     unfinished = path.with_name(path.name + ".unfinished")
     try:
         unfinished.write_bytes(content)

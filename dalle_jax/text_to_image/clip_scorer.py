@@ -244,7 +244,7 @@ def parameter_count(params: PyTree) -> str:
 def _load_frozen(folder: epath.Path) -> tuple[CLIP, PyTree, TextModel | BytePairs]:
     options, params = frozen.load(folder, "Delete it, and freeze the CLIP again (ClipScorer.save, or its importer).")
     kind = options.pop("text_model", None)
-    if kind not in _TEXT_MODELS:
+    if not isinstance(kind, str) or kind not in _TEXT_MODELS:
         raise CheckpointError(f"{folder}: text model of kind {kind!r}; expected one of {', '.join(_TEXT_MODELS)}.")
     clip = CLIP(from_config(CLIPOptions, options, "", "options.json"))
     return clip, params, _TEXT_MODELS[kind](folder / "text.model")

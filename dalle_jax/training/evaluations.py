@@ -19,6 +19,7 @@ from dalle_jax.errors import ConfigError
 
 TOLERANCE = 1e-3  # relative change of a metric that counts as an improvement
 PATIENCE = 3  # evaluations without improvement after which validation stands still
+_LONGEST = 1e10  # seconds of training between two lines
 _RISE = 1e-2  # relative change above the best value that counts as worse
 
 
@@ -77,7 +78,8 @@ class Evaluations:
         if isinstance(loss := values.get("train/loss"), (int, float)) and math.isfinite(loss):
             self._losses.append(float(loss))
         if seconds := values.get("train/seconds_per_step"):
-            self.seconds += (step - self._logged) * seconds
+            passed = (step - self._logged) * seconds
+            self.seconds += passed if 0 <= passed < _LONGEST else 0.0  # a damaged line of a log can say anything
             self._logged = step
         measured = {name[5:]: math.nan if x is None else float(x) for name, x in values.items() if name[:5] == "eval/"}
         if measured and not self.measured(step):

@@ -144,7 +144,7 @@ def test_invalid_images_and_captions_are_rejected(scorer):
 def test_invalid_folders_are_rejected(scorer, tmp_path):
     with pytest.raises(CheckpointError, match="config.json"):
         ClipScorer.load(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"task": "dvae"}))
+    (tmp_path / "config.json").write_text(json.dumps({"task": "dvae", "data": {"image_size": 16}, "model": {}}))
     with pytest.raises(CheckpointError, match="'dvae'"):
         ClipScorer.load(tmp_path)
     scorer.save(tmp_path)
