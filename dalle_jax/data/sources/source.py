@@ -48,7 +48,8 @@ class DataOptions:
       builder_kwargs: keyword arguments of the TFDS builder (the font, the image size, …).
       train_split: the split to train on.
       eval_split: the split to evaluate on.
-      cache: keep decoded examples in memory, per worker process; for data sets that fit there.
+      cache: keep prepared examples in memory, so that each is decoded once; with `workers` in each process.
+      cache_bytes: the most memory for the images of one split, in all processes. A larger split is not kept at all.
       workers: number of processes that create batches; 0 uses two threads of this process.
       bpe_dropout: the probability that a BPE merge is dropped, in training.
       max_pixels: larger images are skipped before they are decoded.
@@ -69,6 +70,7 @@ class DataOptions:
     train_split: str = "train"
     eval_split: str = "validation"
     cache: bool = False
+    cache_bytes: int = 2**30
     workers: int = 0
     bpe_dropout: float = 0.0
     max_pixels: int = Limits.max_pixels
@@ -76,7 +78,8 @@ class DataOptions:
 
     def __post_init__(self):
         check(
-            self, "data", positive=["image_size", "max_file_bytes"], at_least_0=["workers"], below_1=["bpe_dropout"],
+            self, "data", positive=["image_size", "max_file_bytes", "cache_bytes"], at_least_0=["workers"],
+            below_1=["bpe_dropout"],
             choices={"fit": FITS, "augment": _AUGMENTS, "caption_lines": _CAPTION_LINES, "caption_from": _CAPTION_FROM},
         )  # fmt: skip
         for key, usual in (("caption_lines", "all"), ("caption_from", "files")):
