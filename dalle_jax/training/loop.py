@@ -72,7 +72,7 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None, *, began: fl
         cleanup.enter_context(on_mesh(mesh))
         run = Run(config, workdir, job, mesh, options, average, cleanup)
         if costs:
-            run.progress.pauses = costs.pauses(config)
+            run.progress.pauses = costs.besides(config)
         _advance(run, stop)
         if costs:
             run.progress.note(budget.compared(config, workdir, began))
