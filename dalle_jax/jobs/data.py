@@ -21,6 +21,7 @@ from dalle_jax.data import survey as surveys
 from dalle_jax.data.advice import advise
 from dalle_jax.data.augment import augment, fit_square
 from dalle_jax.data.sources.decoding import decode_image
+from dalle_jax.data.sources.once import opened_once
 from dalle_jax.data.sources.own import choose_source
 from dalle_jax.data.sources.record import UnreadableExample
 from dalle_jax.data.sources.source import DataOptions, Source, decode_captions
@@ -74,8 +75,8 @@ def look_at(config: ConfigDict, workdir: str) -> Survey | None:
       DataError: the data set cannot be opened, or nothing in it is usable. A prior and CLIP need captions.
     """
     options = from_config(DataOptions, config.data, "data")
-    options = dataclasses.replace(options, source=choose_source(options.source, options.path))
-    with first_host_first("the look at the data set"):
+    with first_host_first("the look at the data set"), opened_once():
+        options = dataclasses.replace(options, source=choose_source(options.source, options.path))
         return _look_at(config, options, make_workdir(workdir)) if is_first() else None
 
 

@@ -200,10 +200,14 @@ class Source(abc.ABC):
             "extra": dict(record.extra),
         }
 
+    def captions_of(self, index: int) -> list[str]:
+        """Returns the readable captions of one example; [] if there are none. No image is decoded."""
+        try:
+            return decode_captions(self.record(index))
+        except UnreadableExample:
+            return []
+
     def captions(self) -> Iterator[str]:
         """Yields all readable captions of every example in order, without decoding images."""
         for index in range(len(self)):
-            try:
-                yield from decode_captions(self.record(index))
-            except UnreadableExample:
-                continue
+            yield from self.captions_of(index)
