@@ -153,6 +153,8 @@ def _trace(config: ConfigDict, tokenizer: ImageTokenizer | None) -> None:
 def check_data(config: ConfigDict) -> None:
     """Looks at up to 100 examples of each split: they must hold an image, and a caption if the training reads text.
 
+    Other data of its tokenizer are looked at as well.
+
     Args:
       config: as from `preparation.prepare`.
 
@@ -164,10 +166,15 @@ def check_data(config: ConfigDict) -> None:
     with_text = "text" in config
     for split in dict.fromkeys((options.train_split, options.eval_split)):
         captions = _look(open_source(options, split), with_text)
-        if with_text and split == options.train_split:
-            _check_text(config, captions)
+        if with_text and split == options.train_split and not config.text.path and config.text.vocab_size is not None:
+            TextModel.train(captions, config.text.vocab_size)  # an error if the vocabulary is too small
+    check_tokenizer_data(config)
+
+
+def check_tokenizer_data(config: ConfigDict) -> None:
+    """Does the same as `check_data` for the data of the tokenizer that would be trained, if they are others."""
     if "tokenizer" in config and not config.tokenizer_from:
-        inner = from_config(DataOptions, config.tokenizer.data, "data")
+        options, inner = (from_config(DataOptions, each.data, "data") for each in (config, config.tokenizer))
         if any(getattr(inner, key) != getattr(options, key) for key in ("path", "train_split", "eval_split")):
             check_data(config.tokenizer)
 
@@ -198,22 +205,6 @@ def _look(source: Source, with_text: bool) -> list[str]:
     return captions
 
 
-def _check_text(config: ConfigDict, captions: list[str]) -> None:
-    """Checks that the text model can be loaded, or trained on captions like these, within `config.text.vocab_size`."""
-    size, path = config.text.vocab_size, config.text.path
-    if path and not expanded(path).exists():
-        return  # of a run that is trained before this one; `check_files` has seen all others
-    if path:
-        model = TextModel.load(path)
-        if size is not None and model.vocab_size > size:
-            raise ConfigError(
-                f"config.text.vocab_size is {size}, but the text model {path} has {model.vocab_size} ids: give at "
-                f"least --config.text.vocab_size={model.vocab_size}."
-            )
-    elif size is not None:
-        TextModel.train(captions, size)
-
-
 def check_text_model(path: str) -> None:
     """Checks that the file `config.text.path` exists; raises a `ConfigError`."""
     if not is_regular_file(path):
@@ -221,7 +212,7 @@ def check_text_model(path: str) -> None:
 
 
 def check_files(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> None:
-    """Checks that the text model exists and that the workdirs of a training can be written; creates the workdirs.
+    """Checks that the text model can be used and that the workdirs can be written; creates the workdirs.
 
     Args:
       config: a training configuration whose tokenizer's workdir is chosen.
@@ -229,11 +220,17 @@ def check_files(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -
       ahead: see `check_config`.
 
     Raises:
-      ConfigError: a file is missing, or a directory cannot be written.
+      ConfigError: a file is missing, the text model is too large, or a directory cannot be written.
     """
     path = config.text.path if "text" in config else None
-    if path and not any(str(path).startswith(str(run)) for run in ahead):
+    if path and (expanded(path).exists() or not any(str(path).startswith(str(run)) for run in ahead)):
         check_text_model(path)
+        size, model = config.text.vocab_size, TextModel.load(path)
+        if size is not None and model.vocab_size > size:
+            raise ConfigError(
+                f"config.text.vocab_size is {size}, but the text model {path} has {model.vocab_size} ids: give at "
+                f"least --config.text.vocab_size={model.vocab_size}."
+            )
     folders = [("--workdir", workdir)]
     if "tokenizer" in config and not config.tokenizer_from:
         folders.append(("config.tokenizer.workdir", config.tokenizer.workdir))

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax import compilation_cache
 from dalle_jax.checkpoints.ownership import Lease, owned
+from dalle_jax.data.sources.once import opened_once
 from dalle_jax.distributed.mesh import describe
 from dalle_jax.distributed.rows import host_rows
 from dalle_jax.distributed.sharding import on_mesh
@@ -67,14 +68,15 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None, *, began: fl
         if mesh.size > 1:
             logging.info("mesh: %s", describe(mesh))
         rows, costs = host_rows(mesh, config.batch_size), None
-        if config.get("minutes") is not None:
-            how = mesh, options, average
-            config, costs = budget.settle(config, workdir, lambda now: job or build(now, workdir, rows), *how, began)
-        job = job or build(config, workdir, rows)
+        with opened_once():
+            if config.get("minutes") is not None:
+                how = mesh, options, average, began
+                config, costs = budget.settle(config, workdir, lambda now: job or build(now, workdir, rows), *how)
+            job = job or build(config, workdir, rows)
         cleanup.enter_context(on_mesh(mesh))
         run = Run(config, workdir, job, mesh, options, average, cleanup)
         if costs:
-            run.progress.pauses = costs.pauses(config)
+            run.progress.pauses = costs.besides(config)
         _advance(run, stop, lease)
         if costs:
             run.progress.note(budget.compared(config, workdir, began))
