@@ -12,6 +12,7 @@ from dalle_jax.evaluation.report import write
 from dalle_jax.evaluation.sections import Metrics
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.storage.files import make_workdir
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
 
@@ -28,6 +29,7 @@ def run(config: ConfigDict, workdir: str) -> Metrics:
     Raises:
       UserError: see `TextToImage.load`, `open_test_set` and `measure`.
     """
+    out = make_workdir(workdir)
     folders = [folder.strip() for folder in config.model_workdir.split(",")]
     mesh = local_mesh(**config.mesh)
     loaded = [TextToImage.load(folder, config.step, config.rows_at_once, config.clip, mesh) for folder in folders]
@@ -43,5 +45,5 @@ def run(config: ConfigDict, workdir: str) -> Metrics:
     measured.metrics["protocol"]["checkpoints"] = {
         name: f"{m.workdir}, step {m.step}" for name, m in zip(names, loaded)
     }
-    write(measured, tests, workdir, f"{', '.join(names)}: {tests.source.description}", config)
+    write(measured, tests, out, f"{', '.join(names)}: {tests.source.description}", config)
     return measured.metrics

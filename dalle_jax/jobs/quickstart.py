@@ -21,6 +21,7 @@ from dalle_jax.evaluation.report import write
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.jobs import train as train_job
 from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.storage.files import make_workdir
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
@@ -40,7 +41,7 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
       UserError: see `jobs.train.run` and `measure`.
     """
     start = time.perf_counter()
-    out = epath.Path(workdir).expanduser()
+    out = epath.Path(make_workdir(workdir))
     config = copy.deepcopy(config)  # keeps the references to `steps`, which `minutes` sets
     tokenizer, evaluation = config.prior.tokenizer, config.evaluate
     tokenizer.workdir, config.prior.workdir = str(out / "dvae"), str(out / "prior")
