@@ -22,7 +22,7 @@ from etils import epath
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.errors import DataError
 from dalle_jax.pytree import fingerprint
-from dalle_jax.storage.files import expanded, full_path, is_remote, write_errors, write_json
+from dalle_jax.storage.files import expanded, full_path, is_regular_file, is_remote, write_errors, write_json
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
 NAME, _UNFINISHED = "manifest.json", "manifest.unfinished.json"
@@ -105,7 +105,7 @@ def _recorded(out: epath.Path) -> set[tuple[str, str]]:
 def _parsed(path: epath.Path) -> Any:
     """Returns the content of a JSON file, or None if it is missing or damaged."""
     try:
-        return json.loads(path.read_bytes()) if path.is_file() else None
+        return json.loads(path.read_bytes()) if is_regular_file(path) else None
     except (OSError, ValueError, RecursionError):
         return None
 
@@ -113,7 +113,7 @@ def _parsed(path: epath.Path) -> Any:
 def _is_ours(path: epath.Path, digest: str) -> bool:
     """Returns whether a file is no link and has this SHA-256."""
     linked = not is_remote(path) and os.path.islink(path)
-    return bool(digest) and not linked and path.is_file() and _sha256(path.read_bytes()) == digest
+    return bool(digest) and not linked and is_regular_file(path) and _sha256(path.read_bytes()) == digest
 
 
 def _sha256(content: bytes) -> str:
@@ -196,7 +196,7 @@ def read(manifest: epath.PathLike) -> dict[str, Any]:
       DataError: there is no such file, or it is not a manifest.
     """
     path = expanded(manifest)
-    if not path.is_file():
+    if not is_regular_file(path):
         raise DataError(f"There is no manifest {manifest}; expected the path of a manifest.json that generate wrote.")
     record = _parsed(path)
     if not isinstance(record, dict):

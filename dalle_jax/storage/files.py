@@ -63,6 +63,11 @@ def disable_listings_cache() -> None:
     fsspec.config.conf.setdefault("gcs", {}).setdefault("use_listings_cache", False)
 
 
+def is_regular_file(path: epath.PathLike) -> bool:
+    """Returns whether `path` is a file or an object. A pipe or a device, whose reading may never end, is none."""
+    return epath.Path(path).is_file() if is_remote(path) else os.path.isfile(path)  # epath takes a pipe for a file
+
+
 def full_path(path: epath.PathLike) -> epath.Path:
     """Returns the absolute path, with `~` expanded. (`absolute` of etils treats "gs://…" as a relative path.)"""
     path = expanded(path)
