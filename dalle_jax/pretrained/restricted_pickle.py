@@ -26,7 +26,7 @@ from dalle_jax.pretrained.torch_objects import SCRIPTED, PickleReader, Record, R
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 # Bounds that no weights reach. They keep the memory and the time that a hostile file can cost small.
 _MAX_MODULES, _MAX_DEPTH = 20_000, 100
-_MAX_ENTRIES, _MAX_NAMES = 1_000_000, 1 << 26  # parameters and children of all modules; characters of their full names
+_MAX_ENTRIES, _MAX_NAMES = 200_000, 1 << 25  # parameters and children of all modules; characters of their full names
 _MAX_EXPANSION, _FREE_BYTES = 2, 1 << 20  # arrays: at most twice the file, because some share a storage, and one MiB
 
 

@@ -50,7 +50,7 @@ def chained_records(count):
 
 def nested_tuples(count):
     """Returns a tuple of 2**count paths as the key of a dictionary, whose hash would never end."""
-    return b"\x80\x02}" + b")q\x01" + b"".join(b"h\x01h\x01\x86q\x01" for _ in range(count)) + b"Ns."
+    return b"\x80\x02)q\x010" + b"h\x01h\x01\x86q\x010" * count + b"}h\x01Ns."
 
 
 def shared_tables(count, entries):
@@ -91,7 +91,7 @@ HOSTILE = {
     + TENSOR
     + TENSOR.replace(b"J\x04", b"J\x03").replace(b"K\x04", b"K\x03")
     + b"\x86.",
-    "many empty sets": b"\x80\x04" + b"\x8f" * 600_000 + b".",
+    "many empty sets": b"\x80\x04" + b"\x8f" * 500_001 + b".",
     "a negative size": b"\x80\x02" + STORAGE.replace(b"J\x04\x00\x00\x00", b"J\xff\xff\xff\xff") + b".",
     "a huge size of a storage": b"\x80\x02" + STORAGE.replace(b"J\x04\x00\x00\x00", b"J\xff\xff\xff\x7f") + b".",
     "a size of zero and 2**62": b"\x80\x02"
