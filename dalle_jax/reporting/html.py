@@ -1,7 +1,7 @@
 """A report as one HTML file: headings, tables, images and plots. The file loads nothing from outside.
 
     parts = [heading("Metrics"), table({"autoregressive": {...}, "maskgit": {...}}), image(grid, "captions")]
-    path.write_text(page("Quickstart", parts))
+    write_file(path, page("Quickstart", parts))
 
 Each function returns a piece of HTML and escapes the text that it is given.
 """
@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+
+from dalle_jax.reporting.images import png
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #202124; max-width: 70em; margin: 2em auto; padding: 0 1em; }
@@ -75,9 +76,7 @@ def table(columns: Mapping[str, Mapping[str, Any]], names_down: bool = False) ->
 
 def image(pixels: np.ndarray, caption: str) -> str:
     """Embeds an image, uint8 [H, W, 3], with a caption."""
-    png = io.BytesIO()
-    Image.fromarray(pixels).save(png, format="PNG")
-    data = base64.b64encode(png.getvalue()).decode()
+    data = base64.b64encode(png(pixels)).decode()
     caption = html.escape(caption)
     return (
         f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'

@@ -18,17 +18,17 @@ from typing import Any
 import jax
 import numpy as np
 from etils import epath
-from PIL import Image
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
 from dalle_jax.errors import UserError
+from dalle_jax.reporting.images import png
 from dalle_jax.storage import json_files
 from dalle_jax.storage.errors import storage_cause
 from dalle_jax.storage.files import expanded, is_remote, write_atomically, write_errors
 from dalle_jax.storage.mirror import Mirror
-from dalle_jax.storage.obstacles import make_folder, make_way_for_file, move_aside
+from dalle_jax.storage.obstacles import make_folder, move_aside
 
 _FLUSH_SECONDS = 10.0
 _LARGEST_EVENT_FILE = 16 << 20  # bytes; the upload of a changed file copies all of it
@@ -84,11 +84,11 @@ class MetricWriter:
             return
         path = self._mirror.folder / "samples" / f"{name}_{step:07d}.png"
         with write_errors(path):
-            make_way_for_file(path)
-            Image.fromarray(image).save(path)
+            encoded = png(image)
+            write_atomically(path, encoded)
             height, width, _ = image.shape
-            encoded = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
-            self._events.write(step, [Summary.Value(tag=name, image=encoded)])
+            event = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
+            self._events.write(step, [Summary.Value(tag=name, image=event)])
 
     def flush(self) -> None:
         """Flushes everything to disk and to object storage."""

@@ -445,26 +445,6 @@ def test_every_image_of_a_manifest_can_be_drawn_again(trained, tmp_path):
         np.testing.assert_allclose(again.astype(int), stored.astype(int), rtol=0, atol=1)
 
 
-def test_a_used_folder_loses_the_images_of_its_manifest(trained, tmp_path):
-    config = config_files.load(f"{CONFIGS}/generate.py")
-    config.update({"model_workdir": trained.workdir, "prompts": CAPTION, "n": 2, "rows_at_once": 2})
-    config.mesh.data = 1
-    out = tmp_path / "out"
-    generate.run(config, str(out))
-    manifest = json.loads((out / "manifest.json").read_text())
-    manifest["samples"].append({"file": "../outside.png"})
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    for kept in (out / "mine.png", tmp_path / "outside.png"):
-        kept.touch()
-    config.n = 1
-    generate.run(config, str(out))
-    written = {"0000-000.png", "grid.png", "manifest.json"}
-    assert {path.name for path in out.iterdir()} == {*written, "mine.png"} and (tmp_path / "outside.png").exists()
-    for broken in ("{", "[1]", '{"samples": 3}'):
-        (out / "manifest.json").write_text(broken)
-        assert generate._earlier(out) == []
-
-
 def test_devices_get_equal_numbers_of_rows(model):
     shapes = lambda captions, n, devices, rows: [
         part.shape

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_disk import fill_disk, needs_full_device
 from PIL import Image
 from processes import finish, spawn
 from tiny_job import tiny_config, tiny_job
@@ -440,9 +441,9 @@ def test_the_configuration_in_the_workdir(tmp_path, caplog):
         assert read_config(tmp_path)["steps"] == steps
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no disk to be full")
-def test_full_disk_at_the_start(tmp_path):
-    (tmp_path / "config.json.unfinished").symlink_to("/dev/full")
+@needs_full_device
+def test_full_disk_at_the_start(tmp_path, monkeypatch):
+    fill_disk(monkeypatch, "config.json")
     with pytest.raises(UserError, match="config.json"):
         run(tmp_path)
 

@@ -84,8 +84,8 @@ class DataOptions:
 
     def __post_init__(self):
         check(
-            self, "data", positive=["image_size", "max_pixels", "max_file_bytes", "cache_bytes"], at_least_0=["workers"],
-            below_1=["bpe_dropout"], most=_MOST,
+            self, "data", positive=["image_size", "max_pixels", "max_file_bytes", "cache_bytes"],
+            at_least_0=["workers"], below_1=["bpe_dropout"], most=_MOST,
             choices={"fit": FITS, "augment": KINDS, "caption_lines": _CAPTION_LINES, "caption_from": _CAPTION_FROM},
         )  # fmt: skip
         for key, usual in (("caption_lines", "all"), ("caption_from", "files")):
