@@ -47,6 +47,10 @@ class DamagedError(CheckpointError):
     """A stored file changed since it was written."""
 
 
+class WorkdirInUse(CheckpointError):
+    """Another process works in the workdir."""
+
+
 class ConfigMismatch(CheckpointError):
     """The configuration stored in a checkpoint describes a different model than the current one."""
 

@@ -10,6 +10,7 @@ has the metrics of both splits.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 
 import matplotlib
@@ -22,6 +23,7 @@ from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.reporting.images import image_grid, save_png
 from dalle_jax.reporting.tables import save_json, table
+from dalle_jax.storage.files import write_file
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
 matplotlib.use("Agg")
@@ -54,7 +56,9 @@ def curves(tokenizer: list[dict], priors: dict[str, list[dict]], path: epath.Pat
         axis.set(title=title, xlabel="update", ylabel=unit)
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    figure.savefig(path, dpi=100)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=100)
+    write_file(path, drawn.getvalue())
 
 
 def main() -> None:

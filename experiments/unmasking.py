@@ -10,6 +10,7 @@ to the right, a third of the tokens drawn again, and the whole image inpainted u
 from __future__ import annotations
 
 import argparse
+import io
 
 import numpy as np
 from etils import epath
@@ -18,6 +19,7 @@ from PIL import Image
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.reporting.images import image_grid, save_png
+from dalle_jax.storage.files import write_file
 from dalle_jax.text_to_image.drawing import row_keys
 from dalle_jax.text_to_image.editing import pixels_of
 from dalle_jax.text_to_image.text_to_image import TextToImage
@@ -81,9 +83,9 @@ def main() -> None:
         Image.fromarray(image_grid([(c, [f[i]]) for i, c in enumerate(tests.captions)], cell_size=96, blocks=2))
         for f in frames
     ]
-    with (out / "unmasking.gif").open("wb") as file:
-        durations = [300] * (len(sheets) - 1) + [1500]
-        sheets[0].save(file, format="GIF", save_all=True, append_images=sheets[1:], duration=durations, loop=0)
+    film, durations = io.BytesIO(), [300] * (len(sheets) - 1) + [1500]
+    sheets[0].save(film, format="GIF", save_all=True, append_images=sheets[1:], duration=durations, loop=0)
+    write_file(out / "unmasking.gif", film.getvalue())
     columns = ("real", "right half inpainted", "extended to the right", "a third varied", "the other caption")
     rows = edits(model, images, tests.captions, args.seed)
     save_png(out / "edits.png", image_grid(rows, columns, cell_size=128))

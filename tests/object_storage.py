@@ -1,7 +1,7 @@
 """An emulated bucket of Google Cloud Storage on this machine, for this process and others.
 
 `gcp-storage-emulator` implements the HTTP interface of Google in memory. This module adds two features that the
-database of tensorstore needs: the generation of an object that is read, and writes that require a certain generation.
+database of tensorstore and our locks need: the generation of an object that is read, and changes that require one.
 Permissions, quotas, rate limits, slowness and outages are not emulated.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -32,7 +33,7 @@ def emulated_bucket() -> Iterator[epath.Path]:
         patch.setenv("NO_GCE_CHECK", "true")
         server = pytest.importorskip("gcp_storage_emulator.server", reason="needs gcp-storage-emulator (extra: test)")
         pytest.importorskip("gcsfs", reason="needs gcsfs (extras: gcs, test)")
-        _add_generations(patch, server.objects)
+        _add_generations(patch, server.objects, server.HANDLERS)
         with server.create_server("127.0.0.1", port, in_memory=True, default_bucket="bucket"):
             yield epath.Path("gs://bucket")
 
@@ -45,8 +46,9 @@ def names(folder: epath.Path) -> list[str]:
     return sorted(found)
 
 
-def _add_generations(patch: pytest.MonkeyPatch, objects) -> None:
-    download, upload = objects.download, objects._media_upload
+def _add_generations(patch: pytest.MonkeyPatch, objects, routes) -> None:
+    download, media, parts = objects.download, objects._media_upload, objects._multipart_upload
+    delete, one_at_a_time = objects.delete, threading.Lock()
 
     def generation(storage, bucket: str, name: str) -> str:
         try:
@@ -59,13 +61,29 @@ def _add_generations(patch: pytest.MonkeyPatch, objects) -> None:
         response["x-goog-generation"] = generation(storage, bucket, name)
         download(request, response, storage, *rest, **named)
 
-    def upload_on_condition(request, response, storage):
+    def on_condition(upload, name):
+        def upload_on_condition(request, response, storage):
+            expected = request.query.get("ifGenerationMatch")
+            with one_at_a_time:
+                current = generation(storage, request.params["bucket_name"], name(request))
+                if expected and expected[0] != current:
+                    response.status = objects.HTTPStatus.PRECONDITION_FAILED
+                else:
+                    upload(request, response, storage)
+
+        return upload_on_condition
+
+    def delete_on_condition(request, response, storage, *rest, **named):
         expected = request.query.get("ifGenerationMatch")
-        current = generation(storage, request.params["bucket_name"], request.query["name"][0])
+        current = generation(storage, request.params["bucket_name"], request.params["object_id"])
         if expected and expected[0] != current:
             response.status = objects.HTTPStatus.PRECONDITION_FAILED
         else:
-            upload(request, response, storage)
+            delete(request, response, storage, *rest, **named)
 
     patch.setattr(objects, "download", download_with_generation)
-    patch.setattr(objects, "_media_upload", upload_on_condition)
+    for _, handlers in routes:
+        if handlers.get("DELETE") is delete:
+            patch.setitem(handlers, "DELETE", delete_on_condition)
+    patch.setattr(objects, "_media_upload", on_condition(media, lambda request: request.query["name"][0]))
+    patch.setattr(objects, "_multipart_upload", on_condition(parts, lambda request: request.data["meta"]["name"]))

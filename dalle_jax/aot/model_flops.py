@@ -181,7 +181,7 @@ def image_tower(o: CLIPOptions) -> float:
     with_class = o.image_readout == "class_token"
     seen, read = o.patches + with_class, 1 if with_class else o.patches
     projection = 2 * read * o.image_width * o.embed_dim
-    return patches(o) + _tower(seen, seen**2, o.image_width, o.image_depth) + projection
+    return patches(o) + _tower(seen, seen**2, o.image_width, o.image_depth, o.image_mlp) + projection
 
 
 def text_tower(o: CLIPOptions) -> float:
@@ -190,5 +190,5 @@ def text_tower(o: CLIPOptions) -> float:
     return _tower(o.text_length, math.comb(o.text_length + 1, 2), o.text_width, o.text_depth) + projection
 
 
-def _tower(positions: int, pairs: int, width: int, depth: int) -> float:
-    return depth * (2 * positions * 12 * width**2 + 4 * width * pairs)
+def _tower(positions: int, pairs: int, width: int, depth: int, hidden: int | None = None) -> float:
+    return depth * (2 * positions * (4 * width**2 + 2 * width * (hidden or 4 * width)) + 4 * width * pairs)

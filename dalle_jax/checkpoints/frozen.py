@@ -19,13 +19,16 @@ from etils import epath
 
 from dalle_jax.errors import CheckpointError, DamagedError
 from dalle_jax.pytree import PyTree
+from dalle_jax.storage import json_files
 from dalle_jax.storage.checksummed import checksum, say_unchecked
 from dalle_jax.storage.errors import storage_cause
 from dalle_jax.storage.files import expanded, write_atomically, write_errors, write_json
+from dalle_jax.storage.reachable import check_reachable
 
 
 def exists(folder: epath.PathLike) -> bool:
     """Returns whether the folder holds a complete module."""
+    check_reachable(folder)
     return (expanded(folder) / "options.json").exists()
 
 
@@ -63,8 +66,8 @@ def load(folder: epath.PathLike, remedy: str) -> tuple[dict[str, Any], PyTree]:
       CheckpointError: the storage cannot be read.
     """
     folder = expanded(folder)
+    options = json_files.read(folder / "options.json", dict, DamagedError, remedy)
     try:
-        options = json.loads((folder / "options.json").read_text())
         sums = options.pop("checksums", None)
         if sums is None:
             say_unchecked(str(folder))

@@ -16,6 +16,8 @@ from orbax.checkpoint import checkpoint_managers as policies
 from dalle_jax.checkpoints.best import BestMetric
 from dalle_jax.checkpoints.stored import Damaged, DataIterator, DataState, StoredCheckpoint
 from dalle_jax.pytree import PyTree
+from dalle_jax.storage.files import is_remote
+from dalle_jax.storage.names import LiteralPath
 
 _ORBAX = pathlib.Path(ocp.__file__).parents[1]
 _boundaries = itertools.count()  # between steps, over all trainings of this process
@@ -42,7 +44,7 @@ class Manager(ocp.CheckpointManager):
             ]
         )
         super().__init__(
-            directory,
+            directory if is_remote(directory) else LiteralPath(directory),
             options=ocp.CheckpointManagerOptions(
                 best_fn=self._loss,
                 best_mode="min",
@@ -109,10 +111,12 @@ class Manager(ocp.CheckpointManager):
     def metrics(self, step: int) -> PyTree | None:
         """Returns the metrics of a checkpoint, or None if they are missing or damaged."""
         try:
-            metrics = super().metrics(step)
-            StoredCheckpoint(self.directory / str(step)).check_metrics(metrics)
-            return metrics
-        except (ValueError, Damaged):
+            found = super().metrics(step)
+            StoredCheckpoint(self.directory / str(step)).check_metrics(found)
+            if found is not None and self._loss is not None:
+                self._loss(found)
+            return found
+        except (ValueError, TypeError, AttributeError, RecursionError, Damaged):
             logging.warning("The metrics of the checkpoint %s are damaged: ignored.", self.directory / str(step))
             return None
 

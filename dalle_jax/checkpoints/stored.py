@@ -18,6 +18,7 @@ from etils import epath
 from dalle_jax.checkpoints import checksums
 from dalle_jax.errors import CheckpointError, UserError
 from dalle_jax.pytree import PyTree, first_mismatch
+from dalle_jax.storage import json_files
 from dalle_jax.storage.errors import storage_cause
 
 
@@ -122,7 +123,7 @@ class StoredCheckpoint:
 
     def _json(self, item: str) -> Any:
         with _damage(item):
-            return json.loads((self.path / item / "metadata").read_text())
+            return json_files.parse((self.path / item / "metadata").read_bytes())
 
 
 class DataIterator(Protocol):
@@ -156,7 +157,7 @@ def move_to(iterator: DataIterator, state: bytes) -> None:
 
 def _place(state: bytes) -> dict[str, Any]:
     """Returns what `DataState.get_state` wrote, without its checksum. Early versions wrote no checksum and no step."""
-    place = json.loads(state)
+    place = json_files.parse(state)
     if place.pop("checksum", None) not in (None, checksums.of_json(place)) or not place.keys() & {"bytes", "json"}:
         raise ValueError("changed since it was written")
     return place

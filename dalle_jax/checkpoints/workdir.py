@@ -12,7 +12,6 @@ Workdirs may be local or remote ("gs://…").
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,17 +21,32 @@ from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import checksums, frozen
 from dalle_jax.checkpoints.checkpoints import Checkpoints
+from dalle_jax.configuration.values import natural
 from dalle_jax.data.text import TextModel
 from dalle_jax.distributed.turns import first_host_first
 from dalle_jax.errors import CheckpointError, ConfigError, DamagedError, UserError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.pytree import PyTree
-from dalle_jax.storage import checksummed
+from dalle_jax.storage import checksummed, json_files
 from dalle_jax.storage.files import access, expanded
+from dalle_jax.storage.reachable import check_reachable
+from dalle_jax.token_layout import LARGEST_VOCABULARY, LONGEST_STREAM
+
+# Keys of config.json in every version, with their kinds. Those with a question mark may be absent.
+_SECTIONS: dict[str, Any] = {
+    "task": str,
+    "data": {"image_size": int},
+    "model": {},
+    "text?": {"length": int},
+    "prior?": str,
+    "keep?": {},
+    "tokenizer?": {"data": {"image_size": int}, "model": {}},
+}
 
 
 def _path(workdir: epath.PathLike, *parts: str) -> epath.Path:
+    check_reachable(workdir)
     return expanded(workdir).joinpath(*parts)
 
 
@@ -56,11 +70,25 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
             f"{workdir} is not the workdir of a training: it has no config.json. Train first "
             "(python -m dalle_jax.main --config=configs/prior.py), or check the path."
         )
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        remedy = "Start the training again: it writes this file at its beginning."
-        raise CheckpointError(f"{path} is damaged: {error}. {remedy}") from error
+    remedy = "Start the training again: it writes this file at its beginning."
+    config = json_files.read(path, dict, CheckpointError, remedy)
+    if wrong := _first_wrong(config, _SECTIONS):
+        raise CheckpointError(f"{path} is damaged: {wrong}. {remedy}")
+    return config
+
+
+def _first_wrong(found: Mapping[str, Any], sections: Mapping[str, Any], prefix: str = "") -> str | None:
+    """Describes the first key that is missing or has a value of another kind; None if there is none."""
+    for key, kind in sections.items():
+        name = key.rstrip("?")
+        if name != key and found.get(name) is None:
+            continue
+        value, expected = found.get(name), dict if isinstance(kind, dict) else kind
+        if not isinstance(value, expected) or isinstance(value, bool):
+            return f"{prefix}{name} is {'missing' if name not in found else type(value).__name__}"
+        if isinstance(kind, dict) and (wrong := _first_wrong(value, kind, f"{prefix}{name}.")):
+            return wrong
+    return None
 
 
 def _if_changed(workdir: epath.PathLike, path: epath.Path) -> dict[str, Any] | None:
@@ -118,12 +146,13 @@ def is_complete(workdir: epath.PathLike, config: Mapping[str, Any]) -> bool:
 
 def read_finished(workdir: epath.PathLike) -> dict[str, Any]:
     """Reads `finished.json`, see `training.summary.finished`; {} if it is missing or damaged."""
-    path = _path(workdir, "finished.json")
     try:
-        found = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError:
+        found = json_files.read(_path(workdir, "finished.json"), dict, CheckpointError, "")
+    except CheckpointError:
         return {}
-    return found if isinstance(found, dict) else {}
+    counts = [found.get(name) for name in ("step", "steps", "without_improvement")]
+    whole = all(type(count) is int for count in counts) and isinstance(found.get("best"), (dict, type(None)))
+    return found if whole else {}
 
 
 # -- the image tokenizer ------------------------------------------------------------------------------------------
@@ -211,9 +240,8 @@ def text_model_path(workdir: epath.PathLike) -> epath.Path:
 
 def check_text_section(section: ConfigDict) -> None:
     """Checks the sizes of `config.text`; raises a `ConfigError`."""
-    for name in ("vocab_size", "length"):
-        if section[name] < 1:
-            raise ConfigError(f"config.text.{name} is {section[name]}; expected at least 1.")
+    natural("config.text.vocab_size", section["vocab_size"], 1, LARGEST_VOCABULARY)
+    natural("config.text.length", section["length"], 1, LONGEST_STREAM)
 
 
 def ensure_text_model(section: ConfigDict, captions: Iterable[str], workdir: epath.PathLike) -> TextModel:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from dalle_jax.data.caption_statistics import CaptionStatistics
 from dalle_jax.data.sources.source import DataOptions
-from dalle_jax.data.survey import ImageSurvey, Survey
+from dalle_jax.data.survey import Survey
 
 # Shares and numbers from which a remark is made.
 _TRANSLATIONS = 0.2
@@ -28,7 +28,7 @@ def advise(found: Survey, options: DataOptions) -> tuple[str, ...]:
       found: the survey.
       options: those that it was made with.
     """
-    remarks = [*_on_captions(found, options), *_on_images(found.images, options)]
+    remarks = [*_on_captions(found, options), *_on_images(found, options)]
     unread = {ending: count for ending, count in found.other_files.items() if ending in _IMAGES_NOT_READ}
     if unread:
         listed = ", ".join(f"{count:,} {ending}" for ending, count in unread.items())
@@ -68,15 +68,15 @@ def _many_languages(captions: CaptionStatistics) -> str:
 
 
 def _caption_remedy(options: DataOptions) -> str:
-    if options.source == "folder" and options.caption_from == "files":
-        return (
-            " Captions can be made from names: --config.data.caption_from=file_names or "
-            "--config.data.caption_from=folder_names."
-        )
-    return ""
+    if options.source != "folder":
+        return ""
+    others = [name for name in ("file_names", "folder_names") if name != options.caption_from]
+    listed = " or ".join(f"--config.data.caption_from={name}" for name in others)
+    return f" Captions can be made from names: {listed}."
 
 
-def _on_images(images: ImageSurvey, options: DataOptions) -> Iterator[str]:
+def _on_images(found: Survey, options: DataOptions) -> Iterator[str]:
+    images = found.images
     seen = sum(images.formats.values())
     if images.below_image_size > _ENLARGED * seen:
         yield (
@@ -89,9 +89,14 @@ def _on_images(images: ImageSurvey, options: DataOptions) -> Iterator[str]:
             "--config.data.fit=pad adds white instead, so that all of an image is seen."
         )
     if images.blank > _BLANK * seen:
-        yield f"{images.blank:,} images have a single colour as the model sees them. Remove or crop them."
-    if images.in_both_splits and options.source in _OWN:
+        more = ", …" if images.blank > len(images.blank_names) else ""
         yield (
-            f"{images.in_both_splits:,} validation images are also training images (the same bytes), so validation "
-            "looks better than it is. Delete the copies."
+            f"{images.blank:,} images have a single colour as the model sees them, on white where they are transparent "
+            f"({', '.join(images.blank_names)}{more}). Remove or crop them."
+        )
+    if images.in_both_splits and options.source in _OWN:
+        sampled = any(split.looked_at < split.examples for split in found.splits.values())
+        yield (
+            f"{'At least ' if sampled else ''}{images.in_both_splits:,} validation images are also training images "
+            "(the same bytes), so validation looks better than it is. Delete the copies."
         )

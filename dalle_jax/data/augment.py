@@ -21,10 +21,9 @@ resize without it. CLIP's paper does not name its resize; its released preproces
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
-
-_COLUMNS_AT_ONCE = 512
-
 
 FITS = ("crop", "pad")
 KINDS = ("none", "dvae", "prior", "clip")
@@ -141,20 +140,27 @@ def area_resize(image: np.ndarray, side: int, *, align_corners: bool = False) ->
     """
     if image.shape[:2] == (side, side):
         return image
-    # Running sums need eight bytes a value, so that columns are averaged in groups to keep large images small.
-    groups = [image[:, start : start + _COLUMNS_AT_ONCE] for start in range(0, image.shape[1], _COLUMNS_AT_ONCE)]
-    rows = [_average_rows(group.astype(np.float64), side, align_corners) for group in groups]
-    averaged = np.concatenate(rows, axis=1).swapaxes(0, 1)
-    return np.rint(_average_rows(averaged, side, align_corners).swapaxes(0, 1)).astype(np.uint8)
+    averaged = _average_rows(image, side, align_corners)
+    return np.rint(_average_rows(averaged.swapaxes(0, 1), side, align_corners).swapaxes(0, 1)).astype(np.uint8)
 
 
 def _average_rows(image: np.ndarray, count: int, align_corners: bool) -> np.ndarray:
-    """Averages over `count` equal intervals of the first axis, from differences of its running sum."""
+    """Averages over `count` equal intervals of the first axis, from differences of its running sum: float64."""
     length = image.shape[0]
-    running = np.concatenate([np.zeros_like(image[:1]), np.cumsum(image, axis=0)])
     old, new = (length - 1, count - 1) if align_corners and min(length, count) > 1 else (length, count)
     edges = np.arange(count + 1) * (old / new)
     whole = np.minimum(edges.astype(np.int64), length - 1)
     part = (edges - whole).reshape(-1, *[1] * (image.ndim - 1))  # above 1 beyond the edge: the last pixel repeats
-    at_edges = running[whole] + part * image[whole]
+    at_edges = _running_sums(image, whole) + part * image[whole]
     return np.diff(at_edges, axis=0) * (new / old)
+
+
+def _running_sums(image: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Returns the sums of all rows before each of `rows`, which rise: float64."""
+    if image.dtype != np.uint8:
+        return np.concatenate([np.zeros_like(image[:1]), np.cumsum(image, axis=0)])[rows]
+    # Sums of integers are exact in any order. Adding up slices needs a twentieth of the time of a running sum.
+    sums = np.zeros((len(rows), *image.shape[1:]), np.uint64)
+    for place, (start, end) in enumerate(itertools.pairwise(rows), 1):
+        sums[place] = sums[place - 1] + image[start:end].sum(axis=0, dtype=np.uint32)
+    return sums.astype(np.float64)

@@ -16,15 +16,18 @@ marked invalid.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import grain
 import jax
 import numpy as np
+from absl import logging
 
 from dalle_jax.data.augment import augment, fit_square
-from dalle_jax.data.sources.decoding import decode_image
+from dalle_jax.data.sources.decoding import decode_image, read_header
 from dalle_jax.data.sources.source import DataOptions, Record, Source, UnreadableExample, decode_captions
+from dalle_jax.data.spread import evenly
 from dalle_jax.data.tally import TRUNCATED, UNKNOWN_LETTERS, USED, Note
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import DataError
@@ -32,6 +35,8 @@ from dalle_jax.token_layout import TokenLayout
 
 # After this many unreadable examples in a row, reading the source fails.
 _MAX_SUBSTITUTES = 1000
+
+_HEADERS = 16  # read to estimate the memory for images that are kept at their full size
 
 # The image, and the record without it.
 _Decoded = tuple[np.ndarray, Record]
@@ -82,7 +87,36 @@ class ExampleMaker:
             # be the first epoch of seed 1.
             order = order.shuffle(seed=int(self._entropy(0, 0, "shuffle").generate_state(1)[0]))
         self._order = order
-        self._cache = self._shared_cache() if options.cache else None
+        self._cache = self._shared_cache() if options.cache and self._fits_in_memory() else None
+
+    def _fits_in_memory(self) -> bool:
+        """Returns whether the prepared images of the whole source fit into `data.cache_bytes`.
+
+        A part would help little, because each epoch reads all images.
+        """
+        options, count = self._options, len(self._source)
+        each = 3 * options.image_size**2 if self._resizes_at_once else self._bytes_of_decoded()
+        needed = count * each * max(1, options.workers)
+        if needed > options.cache_bytes and self._train:
+            logging.log_first_n(
+                logging.INFO,
+                "%s: its images need about %s bytes of memory, so each epoch decodes them again. If there is memory "
+                "for them, give --config.data.cache_bytes=%d.",
+                1, self._source.description, f"{needed:,}", needed,
+            )  # fmt: skip
+        return needed <= options.cache_bytes
+
+    def _bytes_of_decoded(self) -> int:
+        """Returns the mean size of decoded images of the source, estimated from the headers of a few."""
+        sizes = []
+        for index in evenly(len(self._source), _HEADERS):
+            try:
+                header = read_header(self._source.record(int(index)), self._options.limits)
+            except UnreadableExample:
+                continue
+            if header is not None:
+                sizes.append(3 * math.prod(header.size))
+        return round(sum(sizes) / max(len(sizes), 1))
 
     def _shared_cache(self) -> dict[int, _Decoded | UnreadableExample]:
         """Returns the cache of this source and image size, or a new cache if the source may change."""

@@ -31,6 +31,7 @@ from dalle_jax.data.spread import Selected, evenly
 from dalle_jax.data.tally import Note, Tally
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import CheckpointError, ConfigError, DataChanged, DataError
+from dalle_jax.storage import json_files
 from dalle_jax.token_layout import TokenLayout
 
 _LAST_BATCH = sys.maxsize // 2**20  # "endless": the positions of every batch fit in 64 bits
@@ -269,9 +270,11 @@ class PipelineIterator(Iterator[dict[str, np.ndarray]]):
           CheckpointError: if the state counts other batches (another batch size or seed), or cannot be read.
         """
         try:
-            values = json.loads(state)
+            values = json_files.parse(state)
             delivered = values.pop("batches")
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if not isinstance(delivered, int) or delivered < 0:
+                raise ValueError(f"batches is {delivered!r}")
+        except (ValueError, KeyError) as error:
             raise CheckpointError(f"The checkpoint's place in the data cannot be read: {repr(state)[:200]}.") from error
         self._compare(values)
         self.close()

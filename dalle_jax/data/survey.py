@@ -33,6 +33,7 @@ CAPTIONS = ("required", "counted", "ignored")
 _ALWAYS_READ = 100  # records of a split that are read and decoded whatever their size
 _AT_ONCE = 32  # records in memory
 _THREADS = 4  # remote storage answers slowly
+_NAMED = 3  # images of a single colour
 _LONG = 1.5  # ratio of the sides from which a third is lost to the centre square
 
 
@@ -88,6 +89,7 @@ class ImageSurvey:
       below_image_size: number of images whose short side is below `data.image_size`; they are enlarged.
       cropped: number of images that lose more than a third to the centre square.
       blank: number of decoded images whose centre square has a single colour.
+      blank_names: the first three of them.
       formats: number of images by file format ("PNG", …; "array" if they are stored decoded).
       modes: number of images by Pillow's mode ("RGB", "RGBA", "L", …).
       duplicates: number of images whose bytes equal those of an earlier one.
@@ -100,6 +102,7 @@ class ImageSurvey:
     below_image_size: int
     cropped: int
     blank: int
+    blank_names: tuple[str, ...]
     formats: Mapping[str, int]
     modes: Mapping[str, int]
     duplicates: int
@@ -191,9 +194,10 @@ def open_splits(options: DataOptions) -> dict[str, Source]:
 
 @dataclasses.dataclass(frozen=True)
 class _Look:
-    """One record: its captions, its image's header and hash, and why image or captions cannot be used."""
+    """One record: its captions, its name, its image's header and hash, and why image or captions cannot be used."""
 
     captions: tuple[str, ...] = ()
+    name: str = ""
     header: Header | None = None
     digest: bytes = b""
     decoded: bool = False
@@ -241,7 +245,8 @@ def _without_pixels(record: Record | UnreadableExample, limits: Limits) -> _Look
         no_captions, error = unreadable.reason, str(unreadable)
     image = record.image.tobytes() if isinstance(record.image, np.ndarray) else record.image
     digest = hashlib.blake2b(image, digest_size=16).digest()
-    return _Look(captions, read_header(record, limits), digest, no_captions=no_captions, error=error)
+    header = read_header(record, limits)
+    return _Look(captions, record.name, header, digest, no_captions=no_captions, error=error)
 
 
 def _decoded(record: Record | UnreadableExample, look: _Look, decode: bool, options: DataOptions) -> _Look:
@@ -306,6 +311,7 @@ def _images(looks: Mapping[str, Sequence[_Look]], options: DataOptions) -> Image
         below_image_size=sum(min(size) < options.image_size for size in sizes),
         cropped=sum(max(size) > _LONG * min(size) for size in sizes) if options.fit == "crop" else 0,
         blank=sum(look.blank for look in every),
+        blank_names=tuple(look.name for look in every if look.blank)[:_NAMED],
         formats=dict(collections.Counter(look.header.format for look in every).most_common()),
         modes=dict(collections.Counter(look.header.mode for look in every).most_common()),
         duplicates=len(every) - len({look.digest for look in every}),

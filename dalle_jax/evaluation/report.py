@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -16,7 +14,8 @@ from dalle_jax.evaluation.sections import Metrics
 from dalle_jax.evaluation.test_sets import TestSet
 from dalle_jax.reporting import tables
 from dalle_jax.reporting.images import image_grid, save_png
-from dalle_jax.reporting.tables import plain_text, save_json
+from dalle_jax.reporting.tables import csv_text, plain_text, save_json
+from dalle_jax.storage.files import write_file
 
 
 def write(measured: Measured, tests: TestSet, out: epath.PathLike, title: str, config: ConfigDict) -> None:
@@ -28,6 +27,9 @@ def write(measured: Measured, tests: TestSet, out: epath.PathLike, title: str, c
       out: the folder.
       title: title of the report.
       config: the configuration of the evaluation.
+
+    Raises:
+      UserError: a file cannot be written.
     """
     out, metrics = epath.Path(out).expanduser(), measured.metrics
     sheet = _grid(tests.captions, measured.columns, title)
@@ -36,10 +38,10 @@ def write(measured: Measured, tests: TestSet, out: epath.PathLike, title: str, c
     written = ["report.html", "report.json", "grid.png"]
     for name, head in (("blur", ("images", "radius")), ("best_of", ("prior", "candidates"))):
         if name in metrics:
-            (out / f"{name}.csv").write_text(_csv(metrics[name], head))
+            write_file(out / f"{name}.csv", _csv(metrics[name], head))
             written.append(f"{name}.csv")
     settings = plain_text(config.copy_and_resolve_references().to_dict())
-    (out / "report.html").write_text(evaluation(title, metrics, sheet, settings))
+    write_file(out / "report.html", evaluation(title, metrics, sheet, settings))
     apart = ("blur", "best_of", "protocol")
     print("\n" + tables.table({name: value for name, value in metrics.items() if name not in apart}))
     print("\n" + "\n".join(str(out / name) for name in written))
@@ -48,13 +50,12 @@ def write(measured: Measured, tests: TestSet, out: epath.PathLike, title: str, c
 def _csv(section: Mapping[str, Mapping[str, Metrics]], head: tuple[str, str]) -> str:
     """Formats a section as CSV, one line per name and number."""
     names = list(dict.fromkeys(name for rows in section.values() for row in rows.values() for name in row))
-    text = io.StringIO()
-    table = csv.writer(text, lineterminator="\n")
-    table.writerow([*head, *names])
-    for outer, rows in section.items():
-        for inner, row in rows.items():
-            table.writerow([outer, inner, *(f"{row[name]:.6g}" if name in row else "" for name in names)])
-    return text.getvalue()
+    rows = [
+        [outer, inner, *(float(row[name]) if name in row else "" for name in names)]
+        for outer, rows in section.items()
+        for inner, row in rows.items()
+    ]
+    return csv_text([[*head, *names], *rows])
 
 
 def _grid(captions: Sequence[str], columns: Sequence[tuple[str, np.ndarray]], title: str) -> np.ndarray:

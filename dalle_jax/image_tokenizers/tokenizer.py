@@ -75,7 +75,7 @@ def from_dict(description: Mapping[str, Any]) -> ImageTokenizer:
     """
     fields = dict(description)
     kind = fields.pop("kind", None)
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ConfigError(f"Image tokenizer of kind {kind!r}: expected one of {sorted(_KINDS)}.")
     tokenizer, options = _KINDS[kind]
     return tokenizer(from_config(options, fields, "", "options.json"))

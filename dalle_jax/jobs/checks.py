@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
 from dalle_jax.configuration.size_rules import rules_of, with_largest
+from dalle_jax.configuration.values import check_seed, natural, shown
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import (
     DataOptions,
@@ -34,10 +35,11 @@ from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.jobs import earlier
 from dalle_jax.jobs.tokenizers import has_tokenizer
 from dalle_jax.optim import optimizers
-from dalle_jax.storage.files import access, expanded, make_workdir
+from dalle_jax.storage.files import check_writable, expanded, is_regular_file
 from dalle_jax.tasks import registry
+from dalle_jax.text_to_image.drawing import MOST_IMAGES
 from dalle_jax.training.step import make_init
-from dalle_jax.training.validation import mesh_and_options, validate
+from dalle_jax.training.validation import check_duration, mesh_and_options, validate
 from dalle_jax.training.warm_start import check_start_from
 
 _LOOKED_AT = 100  # examples
@@ -56,6 +58,7 @@ def check_config(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) 
     """
     for part in (config, *([config.tokenizer] if "tokenizer" in config else [])):
         rules_of(part)
+        check_duration(part)  # first that of the command, of which the tokenizer has a share
     start, given = config.get("start_from"), config.get("tokenizer_from")
     if start and start not in ahead:
         check_start_from(config, workdir)
@@ -71,11 +74,11 @@ def check_config(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) 
     own = "tokenizer" in config and tokenizer is None
     parts = {"tokenizer.": config.tokenizer, "": config} if own else {"": config}
     for prefix, part in parts.items():
-        with _prefixed(prefix):
+        with prefixed(prefix):
             validate(part)
             registry.check_config(part)
     for prefix, part in parts.items():
-        with _prefixed(prefix):
+        with prefixed(prefix):
             _trace(part, None if prefix else tokenizer)
 
 
@@ -106,9 +109,21 @@ def _existing_tokenizer(config: ConfigDict, workdir: str, ahead: Collection[str]
     return None
 
 
+def check_drawing(config: ConfigDict) -> None:
+    """Checks the keys that jobs which draw share: `seed`, `rows_at_once` and `step`.
+
+    Raises:
+      ConfigError: another value than the key can have.
+    """
+    check_seed(config.seed, "config.seed")
+    natural("config.rows_at_once", config.rows_at_once, 1, MOST_IMAGES)
+    if (step := config.get("step")) not in (None, "best") and not str(step).isdecimal():
+        raise ConfigError(f"config.step is {shown(step)}; expected the step of a checkpoint, 'best' or None.")
+
+
 @contextlib.contextmanager
-def _prefixed(prefix: str) -> Iterator[None]:
-    """Writes whole keys into the messages about the training of a tokenizer: "config.tokenizer.model.hidden"."""
+def prefixed(prefix: str) -> Iterator[None]:
+    """Writes whole keys into the messages about a section: "config.tokenizer.model.hidden" with "tokenizer."."""
     try:
         yield
     except UserError as error:
@@ -130,12 +145,15 @@ def _trace(config: ConfigDict, tokenizer: ImageTokenizer | None) -> None:
             jax.eval_shape(optimizer.update, state.params, state.opt_state, state.params)
     except UserError:
         raise
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"config.model, config.data and config.text do not fit each other: {error}") from error
+    except (TypeError, ValueError, ArithmeticError, MemoryError, RecursionError) as error:
+        found = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(f"config.model, config.data and config.text do not fit each other: {found}") from error
 
 
 def check_data(config: ConfigDict) -> None:
     """Looks at up to 100 examples of each split: they must hold an image, and a caption if the training reads text.
+
+    Other data of its tokenizer are looked at as well.
 
     Args:
       config: as from `preparation.prepare`.
@@ -148,10 +166,15 @@ def check_data(config: ConfigDict) -> None:
     with_text = "text" in config
     for split in dict.fromkeys((options.train_split, options.eval_split)):
         captions = _look(open_source(options, split), with_text)
-        if with_text and split == options.train_split:
-            _check_text(config, captions)
+        if with_text and split == options.train_split and not config.text.path and config.text.vocab_size is not None:
+            TextModel.train(captions, config.text.vocab_size)  # an error if the vocabulary is too small
+    check_tokenizer_data(config)
+
+
+def check_tokenizer_data(config: ConfigDict) -> None:
+    """Does the same as `check_data` for the data of the tokenizer that would be trained, if they are others."""
     if "tokenizer" in config and not config.tokenizer_from:
-        inner = from_config(DataOptions, config.tokenizer.data, "data")
+        options, inner = (from_config(DataOptions, each.data, "data") for each in (config, config.tokenizer))
         if any(getattr(inner, key) != getattr(options, key) for key in ("path", "train_split", "eval_split")):
             check_data(config.tokenizer)
 
@@ -182,24 +205,14 @@ def _look(source: Source, with_text: bool) -> list[str]:
     return captions
 
 
-def _check_text(config: ConfigDict, captions: list[str]) -> None:
-    """Checks that the text model can be loaded, or trained on captions like these, within `config.text.vocab_size`."""
-    size, path = config.text.vocab_size, config.text.path
-    if path and not expanded(path).exists():
-        return  # of a run that is trained before this one; `check_files` has seen all others
-    if path:
-        model = TextModel.load(path)
-        if size is not None and model.vocab_size > size:
-            raise ConfigError(
-                f"config.text.vocab_size is {size}, but the text model {path} has {model.vocab_size} ids: give at "
-                f"least --config.text.vocab_size={model.vocab_size}."
-            )
-    elif size is not None:
-        TextModel.train(captions, size)
+def check_text_model(path: str) -> None:
+    """Checks that the file `config.text.path` exists; raises a `ConfigError`."""
+    if not is_regular_file(path):
+        raise ConfigError(f"config.text.path={path!r} is no file; expected the sentencepiece.model of a training.")
 
 
 def check_files(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> None:
-    """Checks that the text model exists and that the workdirs of a training can be written; creates the workdirs.
+    """Checks that the text model can be used and that the workdirs can be written; creates the workdirs.
 
     Args:
       config: a training configuration whose tokenizer's workdir is chosen.
@@ -207,11 +220,17 @@ def check_files(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -
       ahead: see `check_config`.
 
     Raises:
-      ConfigError: a file is missing, or a directory cannot be written.
+      ConfigError: a file is missing, the text model is too large, or a directory cannot be written.
     """
     path = config.text.path if "text" in config else None
-    if path and not any(str(path).startswith(str(run)) for run in ahead) and not expanded(path).exists():
-        raise ConfigError(f"config.text.path={path!r} does not exist; expected the sentencepiece.model of a training.")
+    if path and (expanded(path).exists() or not any(str(path).startswith(str(run)) for run in ahead)):
+        check_text_model(path)
+        size, model = config.text.vocab_size, TextModel.load(path)
+        if size is not None and model.vocab_size > size:
+            raise ConfigError(
+                f"config.text.vocab_size is {size}, but the text model {path} has {model.vocab_size} ids: give at "
+                f"least --config.text.vocab_size={model.vocab_size}."
+            )
     folders = [("--workdir", workdir)]
     if "tokenizer" in config and not config.tokenizer_from:
         folders.append(("config.tokenizer.workdir", config.tokenizer.workdir))
@@ -220,12 +239,4 @@ def check_files(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -
             raise ConfigError(f"{key} is empty: give a directory for the run's files.")
         with first_host_first(f"{key} {folder}"):
             if is_first():
-                _check_writable(folder)
-
-
-def _check_writable(folder: str) -> None:
-    made = expanded(make_workdir(folder))
-    trial = made / "writable.trial"
-    with access(folder):
-        trial.write_text("")
-        trial.unlink()
+                check_writable(folder)

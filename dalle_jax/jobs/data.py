@@ -17,27 +17,35 @@ from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
+from dalle_jax.configuration.values import natural
 from dalle_jax.data import survey as surveys
 from dalle_jax.data.advice import advise
 from dalle_jax.data.augment import augment, fit_square
 from dalle_jax.data.sources.decoding import decode_image
+from dalle_jax.data.sources.once import opened_once
 from dalle_jax.data.sources.own import choose_source
 from dalle_jax.data.sources.record import UnreadableExample
 from dalle_jax.data.sources.source import DataOptions, Source, decode_captions
 from dalle_jax.data.spread import in_spread_order
-from dalle_jax.data.survey import Survey
+from dalle_jax.data.survey import SplitSurvey, Survey
 from dalle_jax.data.text import TextModel
 from dalle_jax.distributed.turns import first_host_first, is_first
+from dalle_jax.errors import DataError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
+from dalle_jax.jobs.checks import check_text_model
 from dalle_jax.reporting.contact_sheet import Shown, contact_sheet
 from dalle_jax.reporting.images import save_png
-from dalle_jax.storage.files import expanded, is_remote, make_workdir, write_errors, write_json
+from dalle_jax.storage import json_files
+from dalle_jax.storage.files import check_writable, expanded, is_remote, make_workdir, write_errors, write_json
+from dalle_jax.storage.obstacles import make_way_for_file
+from dalle_jax.token_layout import LARGEST_VOCABULARY, LONGEST_STREAM
 
 _SHOWN = {"train": 24, "validation": 8}  # images on the contact sheet
 _TRIED = 4  # examples read for each image shown, because some cannot be read
 _DRAWN = ("shapes_captions", "emoji_captions")  # drawn by this package: nothing in them surprises
 _NAMED_ENDINGS = 6
-_IN_WORDS = {"empty caption": "without caption"}  # reasons that the log says in other words
+# Reasons that the log says in other words.
+_IN_WORDS = {"empty caption": "without caption", "too many pixels": "above data.max_pixels"}
 _TASKS_WITHOUT_CAPTIONS = tokenizers.TASKS
 
 
@@ -54,7 +62,24 @@ def run(config: ConfigDict, workdir: str) -> Survey | None:
     Raises:
       UserError: see `look_at`.
     """
+    check(config, workdir)
     return look_at(config, workdir)
+
+
+def check(config: ConfigDict, workdir: str) -> None:
+    """Rejects whatever can be rejected before the data set is opened, and creates `workdir`.
+
+    Raises:
+      ConfigError: an invalid value, or a `workdir` that cannot be written.
+    """
+    options = from_config(DataOptions, config.data, "data")
+    choose_source(options.source, options.path)
+    for key, most in (("length", LONGEST_STREAM), ("vocab_size", LARGEST_VOCABULARY)):
+        if config.text[key] is not None:
+            natural(f"config.text.{key}", config.text[key], 1, most)
+    if config.text.path:
+        check_text_model(config.text.path)
+    check_writable(workdir)
 
 
 def look_at(config: ConfigDict, workdir: str) -> Survey | None:
@@ -74,8 +99,8 @@ def look_at(config: ConfigDict, workdir: str) -> Survey | None:
       DataError: the data set cannot be opened, or nothing in it is usable. A prior and CLIP need captions.
     """
     options = from_config(DataOptions, config.data, "data")
-    options = dataclasses.replace(options, source=choose_source(options.source, options.path))
-    with first_host_first("the look at the data set"):
+    with first_host_first("the look at the data set"), opened_once():
+        options = dataclasses.replace(options, source=choose_source(options.source, options.path))
         return _look_at(config, options, make_workdir(workdir)) if is_first() else None
 
 
@@ -100,6 +125,8 @@ def _look_at(config: ConfigDict, options: DataOptions, workdir: str) -> Survey |
     lines, advice = describe(found, options), advise(found, options)
     sheet = expanded(workdir) / "samples" / "data.png"
     with write_errors(sheet):
+        if not is_remote(sheet):
+            make_way_for_file(sheet)
         save_png(sheet, draw(sources, options, found))
     write_json(expanded(workdir) / "data.json", {**found.to_dict(), "advice": advice, "key": key})
     if drawn and training:
@@ -138,10 +165,9 @@ def _key(options: DataOptions, sources: Mapping[str, Source], config: ConfigDict
 
 def _stored_key(workdir: str) -> str | None:
     try:
-        stored = json.loads((expanded(workdir) / "data.json").read_text())
-    except (OSError, ValueError):
+        return json_files.read(expanded(workdir) / "data.json", dict, DataError, "").get("key")
+    except DataError:
         return None
-    return stored.get("key") if isinstance(stored, dict) else None
 
 
 # -- in words -----------------------------------------------------------------------------------------------------
@@ -159,16 +185,12 @@ def describe(found: Survey, options: DataOptions) -> list[str]:
             lines.append(f"  {split.split}: looked at {split.looked_at:,}; the numbers below are those of this sample")
         elif split.decoded < split.looked_at:
             lines.append(f"  {split.split}: decoded {split.decoded:,} images, and read the headers of the others")
-    about = "about " if train.looked_at < train.examples else ""
     captions = found.captions
     if captions is None:
         lines.append("  captions: none")
     else:
-        spread, words = captions.per_image, captions.words
-        lines.append(
-            f"  captions: {about}{train.captions:,} for training; {spread.median} an image (median), at most "
-            f"{spread.most}; {about}{train.with_captions:,} of {train.examples:,} images have one"
-        )
+        words = captions.words
+        lines.append(_describe_captions(found, options))
         if captions.translations or captions.other_scripts:
             lines.append(
                 f"  languages: {captions.translations:.0%} of the captions begin with a language code, "
@@ -181,12 +203,33 @@ def describe(found: Survey, options: DataOptions) -> list[str]:
         if captions.tokens:
             lines.append(_describe_tokens(captions.tokens))
     lines.append(_describe_images(found, options))
-    left_out = [f"{split.split}: {_reasons(split.left_out)}" for split in found.splits.values() if split.left_out]
+    left_out = [
+        f"{split.split}: {_reasons(each)}" for split in found.splits.values() if (each := _left_out(split, found))
+    ]
     if left_out:
         lines.append(f"  left out of {'; of '.join(left_out)}")
     if found.other_files:
         lines.append(f"  other files: {_endings(found.other_files)}")
     return lines
+
+
+def _describe_captions(found: Survey, options: DataOptions) -> str:
+    train, spread = found.splits["train"], found.captions.per_image
+    made = "" if options.caption_from == "files" else f", made from {options.caption_from.replace('_', ' ')}"
+    about = "about " if train.looked_at < train.examples else ""
+    every = train.with_captions == train.examples
+    if every and spread.most == 1:
+        return f"  captions: one for each image{made}"
+    have_one = "every image" if every else f"{about}{train.with_captions:,} of {train.examples:,} images"
+    return (
+        f"  captions: {about}{train.captions:,} for training{made}; {spread.median} an image (median), at most "
+        f"{spread.most}; {have_one} {'has' if every else 'have'} one"
+    )
+
+
+def _left_out(split: SplitSurvey, found: Survey) -> dict[str, int]:
+    """Returns what a split lacks. Where nothing has a caption, the images without one are no exception."""
+    return {reason: n for reason, n in split.left_out.items() if found.captions or reason != "empty caption"}
 
 
 def _describe_tokens(tokens) -> str:
@@ -209,7 +252,7 @@ def _describe_images(found: Survey, options: DataOptions) -> str:
     if images.blank:
         line += f"; of a single colour: {images.blank:,}"
     if images.duplicates:
-        line += f"; copies of others: {images.duplicates:,}"
+        line += f"; with the content of another one: {images.duplicates:,}"
     return line
 
 

@@ -24,7 +24,7 @@ from dalle_jax.tasks import registry
 Differences = Mapping[str, tuple[Any, Any]]  # key → (stored, given)
 
 # Keys of `data` that say how examples are read, or that belong to evaluation.
-_HOW = {f"data.{key}" for key in ("cache", "workers", "data_dir", "eval_split")}
+_HOW = {f"data.{key}" for key in ("cache", "cache_bytes", "workers", "data_dir", "eval_split")}
 _TRAINED = ("data", "model", "objective", "optimizer", "schedules", "ema", "batch_size", "seed")
 # A tokenizer reads no captions. The number of its updates may grow, and slices of a batch change nothing else.
 _NOT_TRAINED = re.compile(r"data\.(caption|bpe_dropout).*|schedules\..*steps|optimizer\.accumulate_steps")

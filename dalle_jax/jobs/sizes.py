@@ -22,7 +22,7 @@ from dalle_jax.checkpoints.compatibility import flatten
 from dalle_jax.configuration.options import from_config
 from dalle_jax.configuration.size_rules import open_sizes, rules_of
 from dalle_jax.data.sources.open import open_source
-from dalle_jax.data.sources.source import DataOptions, UnreadableExample, decode_captions
+from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.text import TextModel, normalize
 from dalle_jax.distributed.turns import first_host_says, is_first
 from dalle_jax.jobs import earlier
@@ -53,12 +53,7 @@ def measure(options: DataOptions) -> Measures:
     source = open_source(options, options.train_split)
     count = len(source)
     chosen = np.unique(np.linspace(0, count - 1, min(count, _SAMPLE), dtype=np.int64))
-    sample = []
-    for index in chosen:
-        try:
-            sample += decode_captions(source.record(int(index)))
-        except UnreadableExample:
-            continue
+    sample = [caption for index in chosen for caption in source.captions_of(int(index))]
     captions = round(len(sample) * count / max(len(chosen), 1))
     return Measures(count, captions, tuple(filter(None, map(normalize, sample))))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from absl import logging
@@ -12,7 +11,7 @@ from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import tokenizer as kinds
 from dalle_jax.jobs import earlier
-from dalle_jax.storage.files import expanded
+from dalle_jax.reporting.metric_writer import read_metrics
 
 
 def choose_workdir(config: ConfigDict) -> str:
@@ -74,10 +73,8 @@ def describe(workdir: str, step: int | None = None) -> str:
 
 def _value(workdir: str, key: str, step: int | None) -> Any:
     """Returns the value of a metric at a step in metrics.jsonl, or None."""
-    path = expanded(workdir) / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if f'"{key}"' in line and line.endswith("}")]
-    return next((row[key] for row in reversed(rows) if row.get("step") == step), None)
+    rows = reversed(read_metrics(workdir))
+    return next((row[key] for row in rows if row["step"] == step and row.get(key) is not None), None)
 
 
 def has_tokenizer(workdir: str) -> bool:

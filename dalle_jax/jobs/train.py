@@ -13,10 +13,12 @@ from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.compatibility import to_json
+from dalle_jax.checkpoints.ownership import owned
+from dalle_jax.data.sources.once import opened_once
 from dalle_jax.distributed.turns import first_host_first, first_host_says, is_first
 from dalle_jax.errors import DamagedError
 from dalle_jax.jobs import earlier, tokenizers
-from dalle_jax.jobs.checks import check_config, check_data, check_files
+from dalle_jax.jobs.checks import check_config, check_data, check_files, check_tokenizer_data
 from dalle_jax.jobs.data import look_at
 from dalle_jax.jobs.preparation import prepare
 from dalle_jax.jobs.sizes import settle
@@ -49,14 +51,17 @@ def run(config: ConfigDict, workdir: str) -> TrainState:
       UserError: an invalid configuration or data, before any training begins, or an error of `train`.
     """
     began = time.perf_counter()
-    config = check(config, workdir)
-    look_at(config, workdir)
-    config = with_plan(settle(config, workdir), workdir)
-    _write_config(config, workdir)
-    if "tokenizer" in config and not first_host_says("has a tokenizer", workdirs.has_tokenizer(workdir)):
-        _freeze_tokenizer(config, workdir)
-        config = with_plan(config, workdir)  # the tokenizer's steps are fixed now
-    return train(config, workdir, began=began)
+    with owned(workdir):
+        with opened_once():
+            config = _check_files(config, workdir)
+            look_at(config, workdir)  # also rejects data that cannot be used
+            check_tokenizer_data(config)
+            config = with_plan(settle(config, workdir), workdir)
+        _write_config(config, workdir)
+        if "tokenizer" in config and not first_host_says("has a tokenizer", workdirs.has_tokenizer(workdir)):
+            _freeze_tokenizer(config, workdir)
+            config = with_plan(config, workdir)  # the tokenizer's steps are fixed now
+        return train(config, workdir, began=began)
 
 
 def with_plan(config: ConfigDict, workdir: str) -> ConfigDict:
@@ -89,12 +94,19 @@ def check(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> Conf
     Raises:
       UserError: the first fault that is found. Its message names the key.
     """
+    with opened_once():
+        config = _check_files(config, workdir, ahead)
+        check_data(config)
+    return config
+
+
+def _check_files(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> ConfigDict:
+    """Does the same as `check`, but does not read the data."""
     config = prepare(config)
     check_config(config, workdir, ahead)
     if "tokenizer" in config and not config.tokenizer_from and not workdirs.has_tokenizer(workdir):
         config.tokenizer.workdir = first_host_says("tokenizer", tokenizers.choose_workdir(config))
     check_files(config, workdir, ahead)
-    check_data(config)
     return config
 
 
@@ -110,9 +122,10 @@ def _freeze_tokenizer(config: ConfigDict, workdir: str) -> None:
     planning = not config.tokenizer_from and config.tokenizer.steps is None
     trained = bool(config.tokenizer_from) or not planning and workdirs.is_complete(source, config.tokenizer)
     if not first_host_says("tokenizer is trained", trained):
-        logging.info("%s needs an image tokenizer, and %s holds none yet: training it first.", workdir, source)
-        _write_config(config.tokenizer, source)
-        train(config.tokenizer, source)
+        with owned(source):
+            logging.info("%s needs an image tokenizer, and %s holds none yet: training it first.", workdir, source)
+            _write_config(config.tokenizer, source)
+            train(config.tokenizer, source)
     step = config.get("tokenizer_step")
     try:
         tokenizer, params = workdirs.load_tokenizer(source, step)
@@ -120,7 +133,8 @@ def _freeze_tokenizer(config: ConfigDict, workdir: str) -> None:
         if config.tokenizer_from or step is not None:
             raise
         logging.warning("%s It is trained on now.", error)
-        train(config.tokenizer, source)
+        with owned(source):
+            train(config.tokenizer, source)
         tokenizer, params = workdirs.load_tokenizer(source)
     logging.info("Image tokenizer: %s", tokenizers.describe(source, step))
     with first_host_first("the frozen image tokenizer"):

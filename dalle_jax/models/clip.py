@@ -38,8 +38,9 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.resampling import space_to_depth
 from dalle_jax.models.attention.xla import attend_reference
 from dalle_jax.models.dense import Dense
-from dalle_jax.models.transformer import Norm
+from dalle_jax.models.transformer import DTYPES, Norm
 from dalle_jax.pytree import PyTree
+from dalle_jax.token_layout import LARGEST_VOCABULARY, LONGEST_STREAM
 
 # Mean and standard deviation of the pixels of OpenAI's training images, in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -48,6 +49,14 @@ INITIAL_LOG_SCALE = math.log(1 / 0.07)
 MAX_LOG_SCALE = math.log(100)
 _MLP_RATIO = 4
 READOUTS = ("class_token", "patches")
+_MOST = {  # no device holds more
+    **{f"{tower}_{size}": most for tower in ("image", "text") for size, most in (("width", 2**16), ("depth", 1024))},
+    "image_size": 2**13,
+    "image_positions": 1000,
+    "embed_dim": 2**16,
+    "text_length": LONGEST_STREAM,
+    "text_vocab": LARGEST_VOCABULARY,
+}
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -64,6 +73,8 @@ class CLIPOptions:
       image_width: D of the image tower.
       image_depth: number of blocks of the image tower.
       image_heads: number of attention heads of the image tower.
+      image_mlp: width of the hidden layer of an MLP of the image tower; None: four times `image_width`. Published
+        models have 4, or about 4.4 (ViT-g), 4.9 (bigG) or 8.6 times (e).
       image_positions: standard deviation of the image tower's initial positions, in units of OpenAI's D**-0.5. Patches
         of flat colour start about ten times as large as OpenAI's positions. The tower then needs hundreds of updates
         before it sees where an object is.
@@ -85,6 +96,7 @@ class CLIPOptions:
     image_width: int = 768
     image_depth: int = 12
     image_heads: int = 12
+    image_mlp: int | None = None
     image_positions: float = 1.0
     image_readout: str = "class_token"
     text_width: int = 512
@@ -99,9 +111,19 @@ class CLIPOptions:
 
     def __post_init__(self):
         sizes = [f"{tower}_{size}" for tower in ("image", "text") for size in ("width", "heads")]
-        choices = {"activation": ACTIVATIONS, "image_readout": READOUTS}
-        positive = [*sizes, "patch", "embed_dim", "image_positions"]
-        check(self, "model", positive=positive, at_least_0=["image_depth", "text_depth"], choices=choices)
+        choices = {"activation": ACTIVATIONS, "image_readout": READOUTS, "dtype": DTYPES}
+        positive = [
+            *sizes,
+            "image_mlp",
+            "patch",
+            "embed_dim",
+            "image_positions",
+            "image_size",
+            "text_length",
+            "text_vocab",
+        ]
+        depths = ["image_depth", "text_depth"]
+        check(self, "model", positive=positive, at_least_0=depths, most=_MOST, choices=choices)
         if self.image_size % self.patch:
             raise ConfigError(
                 f"config.model.patch is {self.patch}; expected a divisor of the image size, {self.image_size}."
@@ -177,6 +199,7 @@ class Block(nn.Module):
     Attributes:
       width: D.
       heads: number of attention heads.
+      hidden: width of the hidden layer of the MLP.
       depth: number of blocks of the tower, which scales the initial outputs of each block.
       activation: a key of `ACTIVATIONS`.
       causal: whether a position attends only to itself and earlier positions.
@@ -185,6 +208,7 @@ class Block(nn.Module):
 
     width: int
     heads: int
+    hidden: int
     depth: int
     activation: str
     causal: bool
@@ -193,7 +217,7 @@ class Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[ArrayLike, "B S D"]) -> Float[Array, "B S D"]:
         """Maps states, [B, S, D], to [B, S, D]."""
-        d, hidden, heads = self.width, self.width * _MLP_RATIO, (self.heads, self.width // self.heads)
+        d, hidden, heads = self.width, self.hidden, (self.heads, self.width // self.heads)
         names = ("heads", "kv")
         norm = lambda name: Norm("layernorm", self.dtype, name=name)
         qkv = Dense((d,), (3, *heads), ("embed", None, *names), self.dtype, (None, *names), name="qkv")
@@ -232,8 +256,9 @@ class ImageTower(nn.Module):
         positions = table("positions", ("positions", "embed"), (with_class + o.patches, d), o.image_positions)
         x = x + positions.astype(x.dtype)[None]
         x = Norm("layernorm", o.dtype, name="norm_before")(x)
+        hidden = o.image_mlp or _MLP_RATIO * d
         for i in range(o.image_depth):
-            x = Block(d, o.image_heads, o.image_depth, o.activation, False, o.dtype, name=f"block_{i}")(x)
+            x = Block(d, o.image_heads, hidden, o.image_depth, o.activation, False, o.dtype, name=f"block_{i}")(x)
         x = Norm("layernorm", "float32", name="norm_after")(x[:, :1] if with_class else x)
         x = x.reshape(b, -1)
         return Dense((x.shape[-1],), (o.embed_dim,), ("embed", None), "float32", name="projection")(x)
@@ -258,7 +283,7 @@ class TextTower(nn.Module):
         x = table("tokens", 0.02, ("text_vocab", "embed"), o.text_vocab)[text]
         x = (x + table("positions", 0.01, ("positions", "embed"), o.text_length)[None]).astype(o.dtype)
         for i in range(o.text_depth):
-            x = Block(d, o.text_heads, o.text_depth, o.activation, True, o.dtype, name=f"block_{i}")(x)
+            x = Block(d, o.text_heads, _MLP_RATIO * d, o.text_depth, o.activation, True, o.dtype, name=f"block_{i}")(x)
         end = jnp.argmax(text == o.end_id, axis=1)  # the first end token
         x = jnp.take_along_axis(x, end[:, None, None], axis=1)  # [B, 1, D]
         x = Norm("layernorm", "float32", name="norm_after")(x)

@@ -28,7 +28,7 @@ import numpy as np
 from absl import app, flags
 
 from dalle_jax.data.byte_pairs import BytePairs
-from dalle_jax.errors import ConfigError, PretrainedError, UserError
+from dalle_jax.errors import PretrainedError, UserError
 from dalle_jax.models.clip import ACTIVATIONS, CLIP, CLIPOptions
 from dalle_jax.pretrained import clip_settings, state_dict
 from dalle_jax.pytree import PyTree
@@ -36,15 +36,21 @@ from dalle_jax.text_to_image.clip_scorer import ClipScorer
 
 StateDict = Mapping[str, np.ndarray]
 
-_PREFIXES = r"^((module|model|_orig_mod|clip_model)\.)+"  # of wrappers: data parallel, torch.compile, Lightning
 # Models that are no CLIP with a vision transformer, by the names of their arrays.
 _OTHER_MODELS = {
+    "logit_bias": "a SigLIP",
+    "vision_model.head.": "a SigLIP",
     "visual.layer1.": "a CLIP whose image tower is a ResNet (RN50 and the like)",
     "visual.attnpool.": "a CLIP whose image tower is a ResNet (RN50 and the like)",
     "visual.trunk.": "a CLIP whose image tower is a model of timm",
-    "logit_bias": "a SigLIP",
+    "visual.blocks.": "an EVA-CLIP",
+    "visual.attn_pool.": "a CLIP with attentional pooling (CoCa)",
+    "text_decoder.": "a CoCa",
     "text.transformer.": "a CLIP with a separate text tower of open_clip (CustomTextCLIP)",
     "text.": "a CLIP with a separate text tower of open_clip (CustomTextCLIP)",
+    "text_model.": "a text tower alone, as in Stable Diffusion",
+    "blocks.group_": "a dVAE of DALL-E",
+    "Mixed_5b.": "an Inception-v3",
 }
 # Entries that are not parameters: settings in OpenAI's files, buffers in the others.
 _NOT_PARAMETERS = re.compile(r"input_resolution|context_length|vocab_size|(.*\.)?(attn_mask|position_ids)")
@@ -101,8 +107,7 @@ def openai_names(arrays: StateDict) -> dict[str, np.ndarray]:
     Raises:
       PretrainedError: an attention layer in Hugging Face's layout is incomplete.
     """
-    plain = {re.sub(_PREFIXES, "", name): array for name, array in arrays.items()}
-    plain = {name: array for name, array in plain.items() if not _NOT_PARAMETERS.fullmatch(name)}
+    plain = {name: array for name, array in arrays.items() if not _NOT_PARAMETERS.fullmatch(name)}
     if not any(name.startswith("vision_model.") for name in plain):
         return plain
     renamed = {}
@@ -136,6 +141,10 @@ def options_of(arrays: StateDict, activation: str, head_dims: tuple[int, int]) -
     for prefix, found in _OTHER_MODELS.items():
         if any(name.startswith(prefix) for name in arrays):
             raise PretrainedError(f"These are the weights of {found}. Give a CLIP whose image tower is a transformer.")
+    for tower, size in zip(("image", "text"), head_dims, strict=True):
+        if size < 1:
+            raise PretrainedError(f"--{tower}_head_dim={size}; expected at least 1.")
+    depths = [clip_settings.tower_depth(arrays, prefix) for prefix in ("visual.transformer", "transformer")]
     try:
         image_width, _, patch, _ = arrays["visual.conv1.weight"].shape
         places = len(arrays["visual.positional_embedding"]) - 1
@@ -143,16 +152,14 @@ def options_of(arrays: StateDict, activation: str, head_dims: tuple[int, int]) -
         for tower, width, size in zip(("image", "text"), (image_width, text_width), head_dims, strict=True):
             if width % size:
                 raise PretrainedError(f"--{tower}_head_dim={size} does not divide the width {width} of that tower.")
-        depths = [
-            1 + max(int(found[1]) for name in arrays if (found := re.match(rf"{prefix}\.resblocks\.(\d+)\.", name)))
-            for prefix in (r"visual\.transformer", "transformer")
-        ]
+        hidden = len(arrays["visual.transformer.resblocks.0.mlp.c_fc.weight"])
         return CLIPOptions(
             image_size=round(places**0.5) * patch,
             patch=patch,
             image_width=image_width,
             image_depth=depths[0],
             image_heads=image_width // head_dims[0],
+            image_mlp=None if hidden == 4 * image_width else hidden,
             text_width=text_width,
             text_depth=depths[1],
             text_heads=text_width // head_dims[1],
@@ -162,9 +169,7 @@ def options_of(arrays: StateDict, activation: str, head_dims: tuple[int, int]) -
             end_id=text_vocab - 1,
             activation=activation,
         )
-    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except (KeyError, ValueError, IndexError, TypeError) as error:  # a ConfigError is a ValueError
         raise PretrainedError(
             f"These are not the weights of a CLIP with a vision transformer: {error} (expected 'visual.conv1.weight' "
             "or 'vision_model.embeddings.patch_embedding.weight', 'token_embedding.weight' and the like)."
@@ -182,15 +187,15 @@ def convert(arrays: StateDict, options: CLIPOptions) -> PyTree:
       Parameters of `CLIP(options)`, float32 numpy arrays.
 
     Raises:
-      PretrainedError: an array is missing, unexpected, or has a shape that does not match the options.
+      PretrainedError: an array is missing, unexpected, has a shape that does not match the options, or is damaged.
     """
     converted = {}
     for name, array in arrays.items():
         path = _our_path(name)
         if path is None:
-            raise PretrainedError(f"The weights have an unexpected array {name!r} of shape {array.shape}.")
+            raise PretrainedError(f"The weights have an unexpected array {name[:200]!r} of shape {array.shape}.")
         heads = options.image_heads if path[0] == "image" else options.text_heads
-        converted[path] = np.asarray(_our_shape(path, np.asarray(array, np.float32), heads))
+        converted[path] = np.asarray(_our_shape(path, state_dict.as_float32(name, array), heads))
     return state_dict.as_parameters(converted, CLIP(options).init, options)
 
 
@@ -246,9 +251,10 @@ def load(
     """
     stored = state_dict.read(weights)
     arrays = openai_names(stored)
-    found = clip_settings.find(weights, stored, arrays)
-    given = {"activation": activation, "image_head_dim": image_head_dim, "text_head_dim": text_head_dim}
-    settings = {name: found.get(name) if value is None else value for name, value in given.items()}
+    settings = {"activation": activation, "image_head_dim": image_head_dim, "text_head_dim": text_head_dim}
+    if any(value is None for value in settings.values()):
+        found = clip_settings.find(weights, stored, arrays)
+        settings = {name: found.get(name) if value is None else value for name, value in settings.items()}
     if missing := [name for name, value in settings.items() if value is None]:
         flags_missing = ", ".join(f"--{name}=…" for name in missing)
         raise PretrainedError(

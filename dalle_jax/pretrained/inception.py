@@ -66,7 +66,7 @@ def convert(arrays: Mapping[str, np.ndarray]) -> PyTree:
       Parameters of `Inception`, float32 numpy arrays.
 
     Raises:
-      PretrainedError: an array is missing, has another shape, or is unexpected.
+      PretrainedError: an array is missing, unexpected, damaged, or has another shape.
     """
     left = {name: array for name, array in arrays.items() if not name.endswith(".num_batches_tracked")}
 
@@ -76,7 +76,7 @@ def convert(arrays: Mapping[str, np.ndarray]) -> PyTree:
             raise PretrainedError(f"array {name!r} is missing.")
         if array.shape != shape:
             raise PretrainedError(f"array {name!r} has shape {array.shape}, expected {shape}.")
-        return array.astype(np.float64)
+        return state_dict.as_float32(name, array).astype(np.float64)
 
     params = {}
     for name, (*window, inputs, outputs) in _kernels().items():
@@ -85,6 +85,8 @@ def convert(arrays: Mapping[str, np.ndarray]) -> PyTree:
             gain, shift, mean, variance = (
                 take(f"{name}.bn.{kind}", outputs) for kind in ("weight", "bias", "running_mean", "running_var")
             )
+            if variance.min() < 0:
+                raise PretrainedError(f"array '{name}.bn.running_var' holds negative variances: it is damaged.")
             gain = gain / np.sqrt(variance + _EPSILON)
             kernel, bias = kernel * gain, shift - mean * gain
         else:

@@ -22,7 +22,7 @@ import numpy as np
 from absl import app, flags
 
 from dalle_jax.checkpoints import workdir
-from dalle_jax.errors import ConfigError, PretrainedError, UserError
+from dalle_jax.errors import PretrainedError, UserError
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.pretrained import state_dict
 from dalle_jax.pytree import PyTree
@@ -58,23 +58,24 @@ def options_of(encoder: StateDict, decoder: StateDict, image_size: int = 256) ->
     Raises:
       PretrainedError: the arrays are not those of such a model.
     """
-    blocks = [re.match(r"blocks\.group_(\d+)\.block_(\d+)\.", name) for name in encoder]
-    places = [(int(match[1]), int(match[2])) for match in blocks if match]
+    blocks = [re.match(r"blocks\.group_(\d{1,3})\.block_(\d{1,3})\.", name) for name in encoder]
+    places = {(int(match[1]), int(match[2])) for match in blocks if match}
     try:
+        groups, per_group = (max(numbers) for numbers in zip(*places))
+        if len(places) != groups * per_group:
+            raise ValueError(f"{len(places)} blocks in {groups} groups of {per_group}")
         vocab_size = encoder["blocks.output.conv.w"].shape[0]
         hidden, _, in_kernel, _ = encoder["blocks.input.w"].shape
         return DVAEOptions(
             image_size=image_size,
             vocab_size=vocab_size,
             hidden=hidden,
-            groups=max(group for group, _ in places),
-            blocks_per_group=max(block for _, block in places),
+            groups=groups,
+            blocks_per_group=per_group,
             codebook_dim=decoder["blocks.input.w"].shape[0],
             in_kernel=in_kernel,
         )
-    except (KeyError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except (KeyError, ValueError, IndexError) as error:  # a ConfigError is a ValueError
         raise PretrainedError(
             f"These are not the weights of a dVAE of DALL-E: {error} (expected 'blocks.input.w', "
             "'blocks.group_1.block_1.…' and 'blocks.output.conv.w' in the encoder, 'blocks.input.w' in the decoder)."
@@ -99,12 +100,13 @@ def convert(encoder: StateDict, decoder: StateDict, options: DVAEOptions) -> PyT
         for name, array in arrays.items():
             path = _our_path(side, name)
             if path is None:
-                raise PretrainedError(f"The {side} has an unexpected array {name!r} of shape {array.shape}.")
+                raise PretrainedError(f"The {side} has an unexpected array {name[:200]!r} of shape {array.shape}.")
+            array = state_dict.as_float32(name, array)
             # OIHW to HWIO. Kernels of 1x1 become matrices [in, out]; the inputs of the codebook are the codes.
             if path[-1] == "kernel" and array.ndim == 4:
                 array = array.transpose(2, 3, 1, 0)
                 array = array[0, 0] if array.shape[:2] == (1, 1) else array
-            converted[path] = np.asarray(array, np.float32)
+            converted[path] = array
     return state_dict.as_parameters(converted, DVAETokenizer(options).init, options)
 
 

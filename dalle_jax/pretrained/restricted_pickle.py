@@ -26,7 +26,8 @@ from dalle_jax.pretrained.torch_objects import SCRIPTED, PickleReader, Record, R
 _LEGACY_MAGIC, _LEGACY_PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
 # Bounds that no weights reach. They keep the memory and the time that a hostile file can cost small.
 _MAX_MODULES, _MAX_DEPTH = 20_000, 100
-_MAX_EXPANSION, _FREE_BYTES = 8, 1 << 20  # arrays: at most 8 times the file, and one MiB
+_MAX_ENTRIES, _MAX_NAMES = 200_000, 1 << 25  # parameters and children of all modules; characters of their full names
+_MAX_EXPANSION, _FREE_BYTES = 2, 1 << 20  # arrays: at most twice the file, because some share a storage, and one MiB
 
 
 def load(path: str | os.PathLike, inert: Callable[[str], bool] = lambda name: False) -> Any:
@@ -70,22 +71,36 @@ def _load_zip(file: BinaryIO, inert: Callable[[str], bool]) -> Any:
         if order in archive.namelist() and archive.read(order) != b"little":
             raise PretrainedError("It was written on a big-endian machine, which is not supported.")
         storages: dict[str, Storage] = {}
+        left = os.fstat(file.fileno()).st_size
 
         def load_storage(dtype: np.dtype, key: str, numel: int) -> Storage:
+            nonlocal left
             if key not in storages:
+                content = archive.read(f"{root}data/{key}")
+                left -= len(content)
+                if left < 0:
+                    raise PretrainedError("Its storages are larger than the file, because they overlap.")
                 # frombuffer raises if the entry is too short.
-                data = np.frombuffer(archive.read(f"{root}data/{key}"), dtype, count=numel)
-                storages[key] = Storage(dtype, numel, data)
-            return storages[key]
+                storages[key] = Storage(dtype, numel, np.frombuffer(content, dtype, count=numel))
+            return _as_before(storages[key], dtype, numel)
 
         return PickleReader(inert, load_storage).read(io.BytesIO(archive.read(names[0])))
+
+
+def _as_before(storage: Storage, dtype: np.dtype, numel: int) -> Storage:
+    """Returns a storage, after a check that each reference to it says the same."""
+    if (storage.dtype, storage.numel) != (dtype, numel):
+        raise PretrainedError(
+            f"Damaged file: a storage of {storage.numel} {storage.dtype} is also one of {numel} {dtype}."
+        )
+    return storage
 
 
 def _load_legacy(file: BinaryIO, inert: Callable[[str], bool]) -> Any:
     storages: dict[str, Storage] = {}
 
     def load_storage(dtype: np.dtype, key: str, numel: int) -> Storage:
-        return storages.setdefault(key, Storage(dtype, numel))
+        return _as_before(storages.setdefault(key, Storage(dtype, numel)), dtype, numel)
 
     reader = PickleReader(inert, load_storage)
     magic, protocol = reader.read(file, long_integers=True), reader.read(file)
@@ -121,16 +136,24 @@ def module_parameters(module: Record) -> dict[str, np.ndarray]:
             both = state.get("_parameters"), state.get("_modules")
             if all(isinstance(table, dict) for table in both):
                 return both
-        raise PretrainedError(f"'{name or 'the root'}' is not a network module.")
+        raise PretrainedError(f"'{name[:200] or 'the root'}' is not a network module.")
 
     found: dict[str, np.ndarray] = {}
-    waiting, visited = [("", module)], 0
+    waiting, visited, entries, characters = [("", 0, module)], 0, 0, 0
     while waiting:
-        prefix, module = waiting.pop()
-        visited += 1
-        if visited > _MAX_MODULES or prefix.count(".") > _MAX_DEPTH:  # modules that contain each other
-            raise PretrainedError(f"Its modules are nested too deeply, or more than {_MAX_MODULES:,}.")
+        prefix, depth, module = waiting.pop()
         parameters, children = tables(module, prefix)
-        found |= {f"{prefix}{name}": value for name, value in parameters.items() if isinstance(value, np.ndarray)}
-        waiting += [(f"{prefix}{name}.", child) for name, child in list(children.items())[::-1]]
+        visited, entries = visited + 1, entries + len(parameters) + len(children)
+        # Modules that contain each other, or that share tables, have more paths than a file has bytes.
+        if visited > _MAX_MODULES or depth > _MAX_DEPTH or entries > _MAX_ENTRIES:
+            raise PretrainedError(f"Its modules are nested too deeply, or more than {_MAX_MODULES:,}.")
+        arrays = [(name, value) for name, value in parameters.items() if isinstance(value, np.ndarray)]
+        for name, _ in (*arrays, *children.items()):
+            if not isinstance(name, str):
+                raise PretrainedError(f"'{prefix[:200]}' has a part whose name is not a text.")
+            characters += len(prefix) + len(name)
+            if characters > _MAX_NAMES:
+                raise PretrainedError("The names of its parameters are longer than those of any weights.")
+        found |= {f"{prefix}{name}": value for name, value in arrays}
+        waiting += [(f"{prefix}{name}.", depth + 1, child) for name, child in list(children.items())[::-1]]
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 import zipfile
 from collections.abc import Callable, Mapping
@@ -28,13 +29,28 @@ _SAFETENSORS_DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
     "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
-# Files that downloads leave behind instead of weights, by their first bytes in lower case.
+# Files that are often given in place of weights, by their first bytes in lower case.
 _NOT_WEIGHTS = {
     b"version https://git-lfs": "a pointer of git-lfs and not the weights: run `git lfs pull`, or download the file",
     b"<!doctype": "a web page and not the weights: download the file itself",
     b"<html": "a web page and not the weights: download the file itself",
+    b"<?xml": "an answer of a server (XML) and not the weights: download the file itself",
+    b"{": "a JSON document, such as the index of a sharded model, and not the weights: give the file of the weights",
+    b"\x1f\x8b": "compressed by gzip: unpack it first",
+    b"bzh": "compressed by bzip2: unpack it first",
+    b"\xfd7zxz": "compressed by xz: unpack it first",
+    b"7z\xbc\xaf": "a 7z archive: unpack it first",
+    b"rar!": "a rar archive: unpack it first",
+    b"\x93numpy": "a single array of numpy: give an npz file with all arrays by name",
+    b"\x89hdf": "an HDF5 file, as Keras writes it, which is not supported: convert it to safetensors",
+    b"gguf": "a GGUF file, which is not supported: give the weights as safetensors",
 }
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_SHARD = re.compile(r".*-(\d+)-of-(\d+)\.\w+")
+_WRAPPERS = re.compile(r"((module|model|_orig_mod|clip_model|clip)\.)+")  # data parallel, torch.compile, Lightning
+_TABLES = ("state_dict", "model_state_dict", "model", "module")  # where trainings keep the state dict
 _MAX_INFLATION, _FREE_BYTES = 20, 1 << 20  # of compressed arrays
+_LARGEST_HEADER = 10 << 20  # bytes of the JSON header of safetensors
 
 
 def read(path: str | os.PathLike, module_classes: frozenset[str] = frozenset()) -> dict[str, np.ndarray]:
@@ -42,40 +58,111 @@ def read(path: str | os.PathLike, module_classes: frozenset[str] = frozenset()) 
 
     Args:
       path: a safetensors or npz file, or a file of `torch.save` or `torch.jit.save`. It holds a state dict, alone or
-        under the key "state_dict", or a module.
+        under a key such as "state_dict", or a module.
       module_classes: classes that a pickled module may contain, as "module.Class".
 
     Returns:
-      Arrays by name, in the dtype of the file.
+      Arrays by name, in the dtype of the file. Prefixes of wrappers, such as "module." and "_orig_mod.", are removed.
 
     Raises:
       PretrainedError: the file does not exist, is damaged or of an unknown format, or its pickle needs another class.
     """
     try:
-        with open(path, "rb") as file:
-            head = file.read(64)
-            is_npz = zipfile.is_zipfile(file) and any(n.endswith(".npy") for n in zipfile.ZipFile(file).namelist())
-        for start, found in _NOT_WEIGHTS.items():
-            if head.lstrip().lower().startswith(start):
-                raise PretrainedError(f"{path} is {found}.")
+        head, is_npz = _look(path)
         if is_npz:
-            return _read_npz(path)
+            return _unwrapped(_read_npz(path), path)
         if head[8:9] == b"{":
-            return _read_safetensors(path)
+            return _unwrapped(_read_safetensors(path), path)
     except PretrainedError:
         raise
     except Exception as error:  # a damaged or hostile file can make the readers fail in any way
         raise PretrainedError(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
-    content = restricted_pickle.load(path, module_classes.__contains__)
-    if isinstance(content, restricted_pickle.Record):
-        return restricted_pickle.module_parameters(content)
-    if isinstance(content, Mapping):
-        content = content.get("state_dict", content)
-    if isinstance(content, Mapping) and all(isinstance(value, np.ndarray) for value in content.values()):
-        return dict(content)
-    raise PretrainedError(
-        f"{path} holds a {type(content).__name__}: expected a state dict (name → tensor) or a module."
+    try:
+        content = restricted_pickle.load(path, module_classes.__contains__)
+    except PretrainedError as error:
+        words = " ".join(head.decode("latin-1").split())
+        if words.isascii() and words.isprintable():
+            raise PretrainedError(f"{path} is a text and not the weights. It begins with {words!r}.") from error
+        raise
+    if isinstance(content, Mapping) and not _is_table(content):
+        names = [name for name in _TABLES if _is_table(content.get(name)) or _is_module(content.get(name))]
+        if len(names) > 1:
+            raise PretrainedError(f"{path} holds several models: {', '.join(names)}. Save the one to import alone.")
+        content = content[names[0]] if names else content
+    if _is_module(content):
+        try:
+            content = restricted_pickle.module_parameters(content)
+        except PretrainedError as error:
+            raise PretrainedError(f"{path}: {error}") from error
+    if not _is_table(content):
+        keys = f" with the keys {', '.join(map(repr, list(content)[:5]))}" if isinstance(content, Mapping) else ""
+        raise PretrainedError(
+            f"{path} holds a {type(content).__name__}{keys}: expected a state dict (name → tensor) or a module."
+        )
+    return _unwrapped(content, path)
+
+
+def _look(path: str | os.PathLike) -> tuple[bytes, bool]:
+    """Returns the first 64 bytes of a file, and whether it is an npz file; raises on what is no file of weights."""
+    if not os.path.isfile(path):  # reading a pipe or a device may never end
+        kind = "is not a file" if os.path.exists(path) else "does not exist"
+        raise PretrainedError(f"{path} {kind}: give the file of the weights.")
+    with open(path, "rb") as file:
+        head = file.read(64)
+        is_zip = zipfile.is_zipfile(file)
+        is_npz = is_zip and any(name.endswith(".npy") for name in zipfile.ZipFile(file).namelist())
+    start = head.removeprefix(_BYTE_ORDER_MARK).lstrip().lower()
+    if not start:
+        raise PretrainedError(f"{path} is empty: download it again.")
+    for known, found in _NOT_WEIGHTS.items():
+        if start.startswith(known):
+            raise PretrainedError(f"{path} is {found}.")
+    if head.startswith(b"PK") and not is_zip:
+        raise PretrainedError(f"{path} is an archive that ends too early: download it again.")
+    if (shard := _SHARD.fullmatch(os.path.basename(path))) and int(shard[2]) > 1:
+        raise PretrainedError(f"{path} is one of {shard[2]} shards: join them to one file of weights first.")
+    return head, is_npz
+
+
+def _is_table(content: Any) -> bool:
+    return isinstance(content, Mapping) and all(
+        isinstance(name, str) and isinstance(value, np.ndarray) for name, value in content.items()
     )
+
+
+def _is_module(content: Any) -> bool:
+    return isinstance(content, restricted_pickle.Record)
+
+
+def _unwrapped(arrays: Mapping[str, np.ndarray], path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Removes the prefixes that wrappers of a model put before the names of its arrays."""
+    plain: dict[str, np.ndarray] = {}
+    for name, array in arrays.items():
+        short = name[found.end() :] if (found := _WRAPPERS.match(name)) else name
+        if short in plain:
+            raise PretrainedError(f"{path} holds {short[:200]!r} twice, with and without the prefix of a wrapper.")
+        plain[short] = array
+    return plain
+
+
+def as_float32(name: str, array: np.ndarray) -> np.ndarray:
+    """Converts a weight to float32.
+
+    Args:
+      name: its name, for messages.
+      array: any shape.
+
+    Raises:
+      PretrainedError: it holds no floats (it is quantised, for instance), NaN or infinity, or numbers too large.
+    """
+    if not (np.issubdtype(array.dtype, np.floating) or array.dtype == ml_dtypes.bfloat16):
+        raise PretrainedError(f"The array {name[:200]!r} holds {array.dtype}, not floats. Is the model quantised?")
+    with np.errstate(over="ignore"):
+        converted = np.asarray(array, np.float32)
+    if not np.isfinite(converted).all():
+        found = "NaN" if np.isnan(converted).any() else "infinity, or numbers too large for float32"
+        raise PretrainedError(f"The array {name[:200]!r} holds {found}: the weights are damaged.")
+    return converted
 
 
 def as_parameters(
@@ -92,11 +179,8 @@ def as_parameters(
       Parameters of the model.
 
     Raises:
-      PretrainedError: an array is missing, unexpected, has another shape, or holds numbers that are not finite.
+      PretrainedError: an array is missing, unexpected, or has another shape.
     """
-    for path, array in arrays.items():
-        if not np.isfinite(array).all():
-            raise PretrainedError(f"The array {'/'.join(path)} holds NaN or infinity: the weights are damaged.")
     params = traverse_util.unflatten_dict(arrays)
     if mismatch := first_mismatch(params, nn.meta.unbox(jax.eval_shape(init, jax.random.key(0)))):
         path, given, needed = mismatch
@@ -135,8 +219,8 @@ def _read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Reads a safetensors file: a length, a JSON header and the bytes of the arrays."""
     with open(path, "rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
-        if length > os.path.getsize(path):
-            raise ValueError("its header is longer than the file")
+        if length > min(os.path.getsize(path), _LARGEST_HEADER):
+            raise ValueError("it ends too early, or its header is too long")
         header = json.loads(file.read(length))
         data = file.read()
     arrays, total = {}, 0
@@ -145,9 +229,14 @@ def _read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
             continue
         start, end = entry["data_offsets"]
         if not 0 <= start <= end <= len(data):
-            raise ValueError(f"the array {name!r} lies outside of the file")
+            raise ValueError(f"the array {name[:200]!r} lies outside of the file, which ends too early or is damaged")
         total += end - start
         if total > len(data):
             raise ValueError("its arrays overlap")
-        arrays[name] = np.frombuffer(data[start:end], _SAFETENSORS_DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        if entry["dtype"] not in _SAFETENSORS_DTYPES:
+            raise ValueError(f"the array {name[:200]!r} has the dtype {entry['dtype']!r}, which is not supported")
+        shape = entry["shape"]
+        if type(shape) is not list or any(type(n) is not int or n < 0 for n in shape):
+            raise ValueError(f"the array {name[:200]!r} has the shape {str(shape)[:200]}")
+        arrays[name] = np.frombuffer(data[start:end], _SAFETENSORS_DTYPES[entry["dtype"]]).reshape(shape)
     return arrays

@@ -208,9 +208,11 @@ class PickleReader:
             if pid[0] == "module" and type(pid[1]) is _Class:
                 return pid[1]
             if pid[0] == "storage" and len(pid) >= 5 and type(pid[1]) is _StorageType and type(pid[2]) in (str, int):
-                _, storage_type, key, _, numel, *_ = pid
+                _, storage_type, key, _, numel, *view = pid
                 if type(numel) is not int or numel < 0:
                     raise pickle.UnpicklingError("a storage whose size is not a count")
+                if any(part is not None for part in view):
+                    raise pickle.UnpicklingError("a view of another storage, which torch no longer writes")
                 return self._load_storage(storage_type.dtype, str(key), numel)
         raise pickle.UnpicklingError("an unknown reference")
 

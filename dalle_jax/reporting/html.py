@@ -1,7 +1,7 @@
 """A report as one HTML file: headings, tables, images and plots. The file loads nothing from outside.
 
     parts = [heading("Metrics"), table({"autoregressive": {...}, "maskgit": {...}}), image(grid, "captions")]
-    path.write_text(page("Quickstart", parts))
+    write_file(path, page("Quickstart", parts))
 
 Each function returns a piece of HTML and escapes the text that it is given.
 """
@@ -15,7 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
+
+from dalle_jax.reporting.images import png
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #202124; max-width: 70em; margin: 2em auto; padding: 0 1em; }
@@ -75,9 +76,7 @@ def table(columns: Mapping[str, Mapping[str, Any]], names_down: bool = False) ->
 
 def image(pixels: np.ndarray, caption: str) -> str:
     """Embeds an image, uint8 [H, W, 3], with a caption."""
-    png = io.BytesIO()
-    Image.fromarray(pixels).save(png, format="PNG")
-    data = base64.b64encode(png.getvalue()).decode()
+    data = base64.b64encode(png(pixels)).decode()
     caption = html.escape(caption)
     return (
         f'<figure><img src="data:image/png;base64,{data}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
@@ -99,8 +98,7 @@ def plot(
 
     canvas = matplotlib.figure.Figure(figsize=(5, 3.2), layout="constrained")
     axis = canvas.subplots()
-    for name, points in series.items():
-        axis.plot(*zip(*points), marker="o", markersize=4, label=name)
+    lines = [axis.plot(*zip(*points), marker="o", markersize=4)[0] for points in series.values()]
     if powers:
         axis.set_xscale("log", base=2)
     ticks = sorted({point[0] for points in series.values() for point in points})
@@ -108,7 +106,9 @@ def plot(
     axis.minorticks_off()
     axis.set(xlabel=x, ylabel=y)
     axis.grid(alpha=0.3)
-    axis.legend(frameon=False)
+    legend = axis.legend(lines, list(series), frameon=False)
+    for text in (*legend.get_texts(), axis.xaxis.label, axis.yaxis.label):
+        text.set_parse_math(False)  # a workdir may be named "$x"
     svg = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": caption}):  # text as text, equal ids every run
         canvas.savefig(svg, format="svg", metadata={"Date": None})

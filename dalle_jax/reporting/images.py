@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from etils import epath
 from PIL import Image, ImageDraw
 
 from dalle_jax.reporting.fonts import Typeface
+from dalle_jax.storage.files import write_file
 
 INK, FAINT, PAPER = (32, 33, 36), (95, 99, 104), (255, 255, 255)
 
@@ -108,9 +110,17 @@ def image_grid(
     return np.asarray(sheet)
 
 
+def png(image: np.ndarray) -> bytes:
+    """Encodes an image, uint8 [H, W, 3], as PNG."""
+    encoded = io.BytesIO()
+    Image.fromarray(image).save(encoded, format="PNG")
+    return encoded.getvalue()
+
+
 def save_png(path: epath.PathLike, image: np.ndarray) -> None:
-    """Writes an image, uint8 [H, W, 3], as PNG to a local or remote path."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as file:
-        Image.fromarray(image).save(file, format="PNG")
+    """Writes an image, uint8 [H, W, 3], as PNG to a local or remote path, atomically.
+
+    Raises:
+      UserError: the file cannot be written.
+    """
+    write_file(path, png(image))

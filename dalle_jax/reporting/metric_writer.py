@@ -12,19 +12,23 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from PIL import Image
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from dalle_jax.storage.files import write_atomically, write_errors
+from dalle_jax.errors import UserError
+from dalle_jax.reporting.images import png
+from dalle_jax.storage import json_files
+from dalle_jax.storage.errors import storage_cause
+from dalle_jax.storage.files import expanded, is_remote, write_atomically, write_errors
 from dalle_jax.storage.mirror import Mirror
+from dalle_jax.storage.obstacles import make_folder, move_aside
 
 _FLUSH_SECONDS = 10.0
 _LARGEST_EVENT_FILE = 16 << 20  # bytes; the upload of a changed file copies all of it
@@ -43,6 +47,8 @@ class MetricWriter:
         Args:
           workdir: an existing directory.
           start: number of steps done. Lines of later steps are removed, because the run writes them again.
+
+        A damaged file stops nothing: its readable lines stay, and the file is kept under another name.
         """
         self._active = jax.process_index() == 0
         if not self._active:
@@ -52,10 +58,13 @@ class MetricWriter:
         self._name = os.path.join(workdir, path.name)
         with write_errors(self._name):
             self._mirror.fetch(path.name)
-            kept = [line for line in _lines(path) if line["step"] <= start]
+            lines, wrong = _read(path)
+            if wrong:
+                move_aside(path, wrong)
+            kept = [line for line in lines if line["step"] <= start]
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._jsonl = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close())
-            (self._mirror.folder / "samples").mkdir(exist_ok=True)
+            make_folder(self._mirror.folder / "samples")
             self._events = _EventFiles(self._mirror.folder / "tensorboard", start)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -75,10 +84,11 @@ class MetricWriter:
             return
         path = self._mirror.folder / "samples" / f"{name}_{step:07d}.png"
         with write_errors(path):
-            Image.fromarray(image).save(path)
+            encoded = png(image)
+            write_atomically(path, encoded)
             height, width, _ = image.shape
-            encoded = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=path.read_bytes())
-            self._events.write(step, [Summary.Value(tag=name, image=encoded)])
+            event = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
+            self._events.write(step, [Summary.Value(tag=name, image=event)])
 
     def flush(self) -> None:
         """Flushes everything to disk and to object storage."""
@@ -106,7 +116,7 @@ class _EventFiles:
     """
 
     def __init__(self, folder: pathlib.Path, start: int):
-        folder.mkdir(exist_ok=True)
+        make_folder(folder)
         self._folder, self._start, self._files = folder, start, itertools.count()
         self._open()
         restart = SessionLog(status=SessionLog.START)  # hides earlier events from its step on
@@ -137,14 +147,49 @@ class _EventFiles:
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:
-    """Reads the lines of a run's metrics.jsonl in order; [] without such a file."""
-    return list(_lines(epath.Path(workdir) / "metrics.jsonl"))
+    """Reads the readable lines of a run's metrics.jsonl in order; [] without such a file.
+
+    Each line has an int "step", and values that are finite numbers or None.
+    """
+    return _read(expanded(workdir) / "metrics.jsonl")[0]
 
 
-def _lines(path: epath.PathLike) -> Iterator[dict[str, Any]]:
-    path = epath.Path(path)
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue  # the last line of a process that was killed while writing
+def _read(path: epath.PathLike) -> tuple[list[dict[str, Any]], str]:
+    """Returns the readable lines of a metrics.jsonl, and what is wrong with the file, "" for nothing."""
+    if not is_remote(path) and os.path.exists(path) and not os.path.isfile(path):  # a pipe would never end
+        return [], "expected a file, found a folder or a device"
+    try:
+        content = epath.Path(path).read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        return [], ""
+    except OSError as error:
+        if is_remote(path):  # it is not damaged: the storage cannot be reached
+            raise UserError(f"{path} cannot be read: {storage_cause(error) or error}. Try again later.") from error
+        return [], f"it cannot be read ({error.strerror})"
+    *lines, last = content.split(b"\n")
+    found = [(number, _values(line)) for number, line in enumerate(lines, 1) if line.strip()]
+    damaged = [number for number, values in found if values is None]
+    found.append((0, _values(last)))  # without a line feed: half a line, if its process was killed while writing
+    wrong = ""
+    if damaged:
+        wrong = f"{len(damaged):,} of {len(lines):,} lines are damaged and left out, the first is line {damaged[0]}"
+    return [values for _, values in found if values is not None], wrong
+
+
+def _values(line: bytes) -> dict[str, Any] | None:
+    """Returns the step and the values of a line, or None if it is damaged."""
+    try:
+        values = json_files.parse(line)
+        kinds = {type(value) for value in values.values()} <= {int, float, type(None)}
+        if not kinds or type(values["step"]) is not int or not 0 <= values["step"] < 2**63:
+            return None
+        return {name: value if _is_finite(value) else None for name, value in values.items()}
+    except (ValueError, KeyError):
+        return None
+
+
+def _is_finite(value: float | None) -> bool:
+    try:
+        return value is not None and math.isfinite(value)
+    except OverflowError:  # an int beyond every float
+        return False

@@ -1,21 +1,46 @@
-"""Nested metrics and configurations as text and as JSON files."""
+"""Nested metrics and configurations as text, as CSV and as JSON files."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import yaml
 from etils import epath
 
+from dalle_jax.storage.files import write_json
+
+# A spreadsheet takes a cell that begins with one of these for a formula; the last four are full-width.
+_FORMULA = tuple("=+-@\t\n＝＋－＠")
+
 
 def save_json(path: epath.PathLike, values: Mapping[str, Any]) -> None:
-    """Writes a mapping as indented JSON, floats with six significant digits."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(values), indent=2) + "\n")
+    """Writes a mapping as indented JSON, floats with six significant digits; see `write_json`."""
+    write_json(path, _rounded(values))
+
+
+def csv_text(rows: Iterable[Iterable[Any]]) -> str:
+    """Formats rows as CSV.
+
+    Args:
+      rows: cells of each row. Floats get six significant digits. A text that a spreadsheet would take for a formula
+        gets an apostrophe in front.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([_cell(value) for value in row] for row in rows)
+    return text.getvalue()
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, str):
+        value = value.replace("\r\n", "\n").replace("\r", "\n")  # the writer quotes only line feeds
+        return f"'{value}" if value.startswith(_FORMULA) else value
+    return f"{value:.6g}" if isinstance(value, (float, np.floating)) else str(value)
 
 
 def _rounded(value: Any) -> Any:

@@ -40,7 +40,8 @@ def storage_cause(error: BaseException | None) -> str | None:
             error = error.__cause__ or error.__context__
             continue
         if isinstance(error, OSError) and error.errno in _ERRNOS:
-            return (error.strerror or str(error)).lower()
+            cause = error.strerror or str(error)
+            return cause[:1].lower() + cause[1:]
         if cause := _remote_cause(error):
             return cause
         for text, meaning in _MEANINGS.items():

@@ -13,7 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dalle_jax.configuration.values import natural
 from dalle_jax.errors import ConfigError
+from dalle_jax.text_to_image import inputs
+from dalle_jax.text_to_image.drawing import MOST_IMAGES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +90,9 @@ def best_of(
             "TextToImage.load(…, clip=DIR) or --config.clip=DIR: the workdir of configs/clip.py, or a folder that "
             "dalle_jax.pretrained.clip wrote."
         )
-    if not 1 <= keep <= candidates:
-        raise ConfigError(f"keep is {keep} of candidates={candidates}; expected 1 to {candidates}.")
-    captions = [captions] if isinstance(captions, str) else list(captions)
+    candidates = natural("candidates", candidates, 1, MOST_IMAGES)
+    keep = natural("keep", keep, least=1, most=candidates)
+    captions = inputs.captions(captions)
     kept = []
     for _, parts in itertools.groupby(model.chunks(captions, candidates, seed, **sampling), operator.itemgetter(0)):
         best = None

@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -29,6 +30,7 @@ from dalle_jax.checkpoints import frozen
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.configuration.options import from_config
+from dalle_jax.configuration.values import natural
 from dalle_jax.data.byte_pairs import BytePairs
 from dalle_jax.data.text import TextModel, encode_captions
 from dalle_jax.distributed.chunks import in_chunks
@@ -39,6 +41,9 @@ from dalle_jax.models import clip as models
 from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.pytree import PyTree, fingerprint, first_mismatch
 from dalle_jax.storage.files import write_errors
+from dalle_jax.text_to_image import inputs
+from dalle_jax.text_to_image.drawing import MOST_IMAGES
+from dalle_jax.text_to_image.folders import check_mesh, check_path, check_step, check_workdir
 
 _TEXT_MODELS = {"sentencepiece": TextModel.load, "byte_pairs": BytePairs}
 
@@ -83,9 +88,13 @@ class ClipScorer:
           CheckpointError: no CLIP in the folder, or parameters that do not fit its text model.
           DataError: the text model is missing or damaged.
         """
+        step, rows_at_once = check_step(step), natural("rows_at_once", rows_at_once, 1, MOST_IMAGES)
+        check_mesh(mesh)
+        check_path("clip", folder)
         if has_clip(folder):
             clip, params, text_model = _load_frozen(epath.Path(folder).expanduser() / "clip")
         else:
+            check_workdir(folder)
             config = workdirs.read_config(folder)
             if config.get("task") != "clip":
                 raise CheckpointError(
@@ -110,6 +119,7 @@ class ClipScorer:
         Raises:
           UserError: the folder cannot be written.
         """
+        check_path("folder", folder)
         target = epath.Path(folder).expanduser() / "clip"
         with write_errors(target):
             self.text_model.save(target / "text.model")
@@ -126,47 +136,55 @@ class ClipScorer:
 
     # -- scores ---------------------------------------------------------------------------------------------------
 
-    def score(self, images: np.ndarray, captions: Sequence[str]) -> np.ndarray:
+    def score(self, images: np.ndarray | Sequence[Any], captions: str | Sequence[str]) -> np.ndarray:
         """Scores each image against its caption.
 
         Args:
-          images: uint8 [B, H, W, 3] of any size.
-          captions: B captions. Repeated captions are encoded once.
+          images: B images of any size, see `image_features`.
+          captions: B captions, or a string: one caption for all images. Repeated captions are encoded once.
 
         Returns:
           float32 [B], cosines in [-1, 1]; higher is better.
 
         Raises:
-          DataError: different numbers of images and captions, images of another type or shape, or an empty caption.
+          DataError: different numbers of images and captions, something else than images, or an empty caption.
         """
-        if len(images) != len(captions):
-            raise DataError(f"{len(images)} images and {len(captions)} captions: expected one caption per image.")
-        places = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-        features = self.text_features(list(places))[[places[caption] for caption in captions]]
-        return np.sum(self.image_features(images) * features, axis=1)
+        pixels, texts = inputs.pixels_of_each(images), inputs.captions(captions)
+        if isinstance(captions, str):
+            texts *= len(pixels)
+        if len(pixels) != len(texts):
+            raise DataError(f"{len(pixels)} images and {len(texts)} captions: expected one caption per image.")
+        places = {caption: i for i, caption in enumerate(dict.fromkeys(texts))}
+        features = self.text_features(list(places))[[places[caption] for caption in texts]]
+        return np.sum(self.image_features(pixels) * features, axis=1)
 
-    def image_features(self, images: np.ndarray) -> np.ndarray:
+    def image_features(self, images: np.ndarray | Sequence[Any]) -> np.ndarray:
         """Encodes images to unit vectors.
 
         Args:
-          images: uint8 [B, H, W, 3] of any size.
+          images: a batch [B, …], a list of B images, or one image. An image is a path, a PIL image, or an array
+            [H, W, 3], [3, H, W], RGBA or grey, of whole numbers in [0, 255] or of floats in [0, 1]. Images of any size
+            are resized as the CLIP needs. Each new size compiles a program.
 
         Returns:
           float32 [B, E].
 
         Raises:
-          DataError: images of another type or shape.
+          DataError: something else.
         """
-        images = np.asarray(images)
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise DataError(f"The images are {images.dtype} {images.shape}; expected uint8 [B, H, W, 3].")
-        return self._in_chunks(_encode_image, images)
+        pixels = inputs.pixels_of_each(images)
+        features = np.zeros((len(pixels), self.clip.options.embed_dim), np.float32)
+        sizes = [image.shape for image in pixels]
+        for size in dict.fromkeys(sizes):
+            places = [i for i, other in enumerate(sizes) if other == size]
+            features[places] = self._in_chunks(_encode_image, np.stack([pixels[i] for i in places]))
+        return features
 
     def text_features(self, captions: Sequence[str]) -> np.ndarray:
         """Encodes captions to unit vectors.
 
         Args:
-          captions: C captions.
+          captions: C captions, or a string: one caption.
 
         Returns:
           float32 [C, E].
@@ -188,7 +206,7 @@ class ClipScorer:
         Raises:
           DataError: no caption, or an empty one.
         """
-        options = self.clip.options
+        options, captions = self.clip.options, inputs.captions(captions)
         encoded = encode_captions(self.text_model, captions, options.text_length - 1)
         rows = np.full((len(captions), options.text_length), options.end_id, np.int32)
         for row, ids in zip(rows, encoded):
@@ -200,8 +218,6 @@ class ClipScorer:
         return fingerprint(self.params)
 
     def _in_chunks(self, encode: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
-        if not len(rows):
-            return np.zeros((0, self.clip.options.embed_dim), np.float32)
         return in_chunks(functools.partial(encode, self.clip, self.params), rows, self.rows_at_once, self.mesh)
 
 
@@ -228,7 +244,7 @@ def parameter_count(params: PyTree) -> str:
 def _load_frozen(folder: epath.Path) -> tuple[CLIP, PyTree, TextModel | BytePairs]:
     options, params = frozen.load(folder, "Delete it, and freeze the CLIP again (ClipScorer.save, or its importer).")
     kind = options.pop("text_model", None)
-    if kind not in _TEXT_MODELS:
+    if not isinstance(kind, str) or kind not in _TEXT_MODELS:
         raise CheckpointError(f"{folder}: text model of kind {kind!r}; expected one of {', '.join(_TEXT_MODELS)}.")
     clip = CLIP(from_config(CLIPOptions, options, "", "options.json"))
     return clip, params, _TEXT_MODELS[kind](folder / "text.model")

@@ -1,30 +1,37 @@
-"""Draws rows of tokens in chunks of one size.
+"""Draws rows of tokens in chunks of few sizes.
 
-Chunks bound the memory, compile once, and can be drawn again alone.
+Chunks bound the memory and can be drawn again alone. Each new size would compile a program, which takes seconds. The
+rows of a chunk are therefore filled up to 8, 16, 32, … with copies that nobody sees.
 
-    C captions    n candidates per caption    B = C·n rows    N = h·w image tokens    T text positions
+    C captions    n candidates per caption    B rows of a chunk    N = h·w image tokens    T text positions
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import zlib
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import jax
 import numpy as np
+from absl import logging
 from jax.sharding import Mesh
 
 from dalle_jax import keys
+from dalle_jax.configuration.values import check_seed, natural
 from dalle_jax.distributed.chunks import up_to_multiple
 from dalle_jax.distributed.rows import over_rows
 from dalle_jax.distributed.sharding import batch_shards
-from dalle_jax.errors import ConfigError
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
+
+MOST_IMAGES = 2**20  # of a caption, or at once
+_FEW = 8  # rows of the smallest program
+_CHEAP = 1e9  # parameters x image tokens; a row of such a model takes about 0.2 s on two CPU cores
+_SECONDS = 2.0, 0.35  # of a compilation and for each layer, on two CPU cores; 5 layers were measured at 3.8 s
 
 
 class Drawer(Protocol):
@@ -42,47 +49,136 @@ class Drawer(Protocol):
         """Decodes tokens, int32 [B, N], to images, uint8 [B, H, W, 3]."""
 
 
-def check_count(n: int, seed: int) -> None:
+def check_count(n: int, seed: int) -> tuple[int, int]:
     """Checks the number of images and the seed; raises a `ConfigError`."""
-    if seed < 0 or n < 1:
-        raise ConfigError(f"seed is {seed} and n is {n}; expected seed ≥ 0 and n ≥ 1.")
+    return natural("n", n, 1, MOST_IMAGES), check_seed(seed)
 
 
-def chunk_shape(model: Drawer, captions: int, n: int) -> tuple[int, int]:
-    """Returns (captions, candidates per caption) of a chunk: a number of rows that the devices divide."""
-    shards, candidates = batch_shards(model.mesh), min(n, model.rows_at_once)
-    if candidates > shards:
-        candidates = up_to_multiple(candidates, shards)
-    many = max(1, min(model.rows_at_once // candidates, captions))
-    return up_to_multiple(many, shards // math.gcd(shards, candidates)), candidates
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Images that are drawn together: some candidates of some captions that follow each other.
+
+    Attributes:
+      caption, candidate: index of the first caption, and number of the first candidate of each.
+      captions, candidates: number of captions, and of candidates of each.
+      shape: (texts, rows per text) of the compiled program. It has at least one row for each image.
+    """
+
+    caption: int
+    candidate: int
+    captions: int
+    candidates: int
+    shape: tuple[int, int]
+
+    def holds(self, caption: int, candidate: int) -> bool:
+        """Returns whether an image is one of the chunk."""
+        inside = 0 <= caption - self.caption < self.captions
+        return inside and 0 <= candidate - self.candidate < self.candidates
+
+    def rows(self) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the rows of the program. Surplus rows repeat others.
+
+        Returns:
+          The caption's index of each text, int [texts], and the candidate's number of each row, int [B].
+        """
+        texts, each = self.shape
+        if each == 1:
+            image = np.minimum(np.arange(texts), self.captions * self.candidates - 1)
+            return self.caption + image // self.candidates, self.candidate + image % self.candidates
+        text = np.minimum(np.arange(texts), self.captions - 1)
+        number = np.minimum(np.arange(each), self.candidates - 1)
+        return self.caption + text, self.candidate + np.tile(number, texts)
+
+    def images(self, rows: np.ndarray) -> np.ndarray:
+        """Returns the rows without the surplus ones: [B, ...] to [captions, candidates, ...]."""
+        texts, each = self.shape
+        if each == 1:
+            rows = rows[: self.captions * self.candidates]
+            return rows.reshape(self.captions, self.candidates, *rows.shape[1:])
+        return rows.reshape(texts, each, *rows.shape[1:])[: self.captions, : self.candidates]
 
 
-def chunk(
-    model: Drawer,
-    text: np.ndarray,
-    n: int,
-    seed: int,
-    options: SamplingOptions,
-    negative: str | None,
-    first_caption: int,
-    first_candidate: int,
+def chunks(model: Drawer, captions: int, n: int) -> Iterator[Chunk]:
+    """Splits n images of each caption into chunks of at most `rows_at_once` images and of few shapes.
+
+    A few images have one text per row, so that one program draws them whatever their captions are. Many candidates of a
+    caption share its text, which costs less memory and time.
+
+    Args:
+      model: draws the rows.
+      captions: C, number of captions.
+      n: images per caption.
+
+    Yields:
+      The chunks. All images of a caption come before those of the next one.
+    """
+    alone = max(_least_rows(model), batch_shards(model.mesh))
+    width = min(n, model.rows_at_once)
+    many = max(1, model.rows_at_once // (width if width <= alone else row_count(model, width)))
+    for caption in range(0, captions, many):
+        some = min(many, captions - caption)
+        for candidate in range(0, n, width):
+            count = min(width, n - candidate)
+            if count > alone:
+                shape = min(many, _power_of_two(some)), row_count(model, count)
+            else:
+                shape = row_count(model, some * count), 1
+            yield Chunk(caption, candidate, some, count, shape)
+
+
+def row_count(model: Drawer, count: int) -> int:
+    """Returns the number of rows of the program for `count` of them, at most `rows_at_once`. The devices divide it."""
+    padded = max(_least_rows(model), _power_of_two(count))
+    return up_to_multiple(min(padded, model.rows_at_once), batch_shards(model.mesh))
+
+
+def _least_rows(model: Drawer) -> int:
+    """Returns the fewest rows of a program: 8 if a row costs less than the compilation of another program, else 1."""
+    size = sum(leaf.size for leaf in jax.tree.leaves(model.params)) * model.prior.layout.image_length
+    return min(_FEW, model.rows_at_once) if size <= _CHEAP else 1
+
+
+def _power_of_two(count: int) -> int:
+    """Rounds up to a power of two."""
+    return 1 << (count - 1).bit_length()
+
+
+def by_rows(model: Drawer, function: Callable[[np.ndarray], jax.Array], rows: np.ndarray) -> np.ndarray:
+    """Applies a compiled function to any number of rows, in chunks of few sizes.
+
+    Args:
+      model: gives the sizes and the mesh.
+      function: maps [b, ...] to [b, ...], each row alone.
+      rows: [B, ...] with B at least 1.
+
+    Returns:
+      [B, ...].
+    """
+    parts = []
+    for start in range(0, len(rows), model.rows_at_once):
+        part = rows[start : start + model.rows_at_once]
+        places = np.minimum(np.arange(row_count(model, len(part))), len(part) - 1)
+        parts.append(np.asarray(over_rows(model.mesh, function, part[places]))[: len(part)])
+    return np.concatenate(parts)
+
+
+def draw(
+    model: Drawer, text: np.ndarray, part: Chunk, seed: int, options: SamplingOptions, negative: str | None
 ) -> np.ndarray:
-    """Draws one chunk of the n images of each caption.
+    """Draws one chunk.
 
     Args:
       model: draws the rows.
       text: int32 [C, T], padded captions.
-      n, seed, options, negative: as in `TextToImage.generate`.
-      first_caption, first_candidate: where the chunk starts.
+      part: one of `chunks`.
+      seed, options, negative: as in `TextToImage.generate`.
 
     Returns:
-      uint8 [captions, candidates, H, W, 3], see `chunk_shape`. Surplus rows repeat others.
+      uint8 [captions, candidates, H, W, 3].
     """
-    captions, candidates = chunk_shape(model, len(text), n)
-    some = np.resize(text[first_caption : first_caption + captions], (captions, text.shape[1]))
-    numbers = np.tile(first_candidate + np.arange(candidates), captions)
-    images = model.decode(sample(model, some, row_keys(seed, some, numbers), options, negative))
-    return images.reshape(captions, candidates, *images.shape[1:])
+    captions, numbers = part.rows()
+    text = text[captions]
+    return part.images(model.decode(sample(model, text, row_keys(seed, text, numbers), options, negative)))
 
 
 def sample(
@@ -93,12 +189,29 @@ def sample(
     negative: str | None,
     known: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> jax.Array:
-    """Samples image tokens, int32 [B, N]; see `TokenPrior.sample`."""
+    """Samples image tokens, int32 [B, N]; see `TokenPrior.sample`. More steps than tokens raise a `ConfigError`."""
+    if options.steps is not None:
+        natural("steps", options.steps, 1, model.prior.layout.image_length)
     away = None if negative is None else model.encode_text([negative])
+    traced = ("final_temperature", "top_k", "top_p")
+    static = [getattr(options, name) for name in ("steps", "order", "choice_temperature")]
+    present = [getattr(options, name) is not None for name in traced] + [bool(options.guidance), known is not None]
+    _announce(model.prior, model.mesh, len(text), len(keys), *static, *present)
     draw = lambda text, keys, known: model.prior.sample(
         model.params, text, keys, known=known, negative=away, **dataclasses.asdict(options)
     )
     return over_rows(model.mesh, draw, text, keys, known)
+
+
+@functools.lru_cache(maxsize=1000)
+def _announce(prior: TokenPrior, mesh: Mesh | None, texts: int, rows: int, *variant) -> None:
+    """Logs, once for each program, that the first call waits for the compiler."""
+    seconds = _SECONDS[0] + _SECONDS[1] * prior.options.trunk.depth
+    # A warning, because Python programs do not show less.
+    logging.warning(
+        "Compiling once for up to %d images at a time: about %.0f s on two CPU cores, less from the compilation cache.",
+        rows, seconds,
+    )  # fmt: skip
 
 
 def row_keys(seed: int, text: np.ndarray, numbers: np.ndarray, window: int = 0) -> jax.Array:
@@ -118,8 +231,13 @@ def row_keys(seed: int, text: np.ndarray, numbers: np.ndarray, window: int = 0) 
     """
     key = keys.stream(jax.random.key(seed), "sample", window)
     captions = [zlib.crc32(np.asarray(row, np.int32).tobytes()) for row in text]
-    pairs = np.repeat(np.uint32(captions), len(numbers) // len(text)), np.asarray(numbers, np.uint32)
-    return jax.vmap(lambda caption, number: jax.random.fold_in(jax.random.fold_in(key, caption), number))(*pairs)
+    return _fold_in(key, np.repeat(np.uint32(captions), len(numbers) // len(text)), np.asarray(numbers, np.uint32))
+
+
+@jax.jit
+def _fold_in(key: jax.Array, captions: jax.Array, numbers: jax.Array) -> jax.Array:
+    fold = lambda caption, number: jax.random.fold_in(jax.random.fold_in(key, caption), number)
+    return jax.vmap(fold)(captions, numbers)
 
 
 # Tokenizers with equal options are equal, so that they share one compiled program. They hold no parameters.

@@ -8,12 +8,17 @@ other tokens. The given pixels are then put back outside the cells that changed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 import numpy as np
 
+from dalle_jax.configuration.values import finite, is_whole, natural, shown
 from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.priors.token_prior import TokenPrior
+from dalle_jax.text_to_image import drawing, inputs
+
+_MOST_PADDING = 64  # times the size of the image, at each side
 
 
 class Model(Protocol):
@@ -23,6 +28,7 @@ class Model(Protocol):
       prior: draws image tokens.
       image_size: H = W, pixels.
       workdir: the workdir that it was loaded from, for messages.
+      fit: how a given image that is not square becomes one.
     """
 
     @property
@@ -33,6 +39,9 @@ class Model(Protocol):
 
     @property
     def workdir(self) -> str: ...
+
+    @property
+    def fit(self) -> str: ...
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Encodes images, uint8 [B, H, W, 3], to tokens, int32 [B, N]."""
@@ -59,11 +68,10 @@ def complete(
     model: Model, image: np.ndarray, rows: int, caption: str, n: int, seed: int, **sampling: Any
 ) -> np.ndarray:
     """Draws the token rows below the first `rows`; see `TextToImage.complete`."""
+    n, seed = drawing.check_count(n, seed)
     layout = model.prior.layout
-    if not 0 <= rows <= layout.height:
-        raise ConfigError(
-            f"rows is {rows}; the token grid of this model has {layout.height} rows: give 0 to {layout.height}."
-        )
+    rows = natural("rows", rows, most=layout.height)
+    image = inputs.image(image, model.image_size, model.fit)
     cells = np.zeros((layout.height, layout.width), bool)
     cells[rows:] = True
     return _redraw(model, image, cells[None], cells[None], caption, n, seed, sampling)
@@ -74,14 +82,14 @@ def inpaint(
 ) -> np.ndarray:
     """Draws the marked part of an image again; see `TextToImage.inpaint`."""
     _check_any_order(model, "inpaint")
-    mask = np.asarray(mask)
-    if mask.shape != (model.image_size, model.image_size):
-        raise DataError(f"The mask is {mask.shape}; expected one value per pixel, {(model.image_size,) * 2}.")
+    n, seed = drawing.check_count(n, seed)
+    layout = model.prior.layout
+    dilate = min(natural("dilate", dilate), max(layout.height, layout.width))
+    given = inputs.one(image)
+    image = inputs.squared(given, model.image_size, model.fit)
+    mask = inputs.mask(mask, given.shape[:2], model.image_size, model.fit)
     if not mask.any():
         raise DataError("The mask marks nothing: set it to True where the image should be drawn again.")
-    if dilate < 0:
-        raise ConfigError(f"dilate is {dilate}; expected 0 or more cells.")
-    layout = model.prior.layout
     cells = dilated(marked_cells(mask, layout.height, layout.width), dilate)
     return _redraw(model, image, cells[None], cells[None], caption, n, seed, sampling)
 
@@ -91,8 +99,9 @@ def vary(
 ) -> np.ndarray:
     """Draws a random share of the tokens again; see `TextToImage.vary`."""
     _check_any_order(model, "vary")
-    if not 0 < strength <= 1:
-        raise ConfigError(f"strength is {strength}; expected a share in (0, 1] of the tokens to draw again.")
+    n, seed = drawing.check_count(n, seed)
+    strength = finite("strength", strength, above=0, high=1)
+    image = inputs.image(image, model.image_size, model.fit)
     layout = model.prior.layout
     count = max(1, round(strength * layout.image_length))
     order = np.stack([np.random.default_rng((seed, i)).permutation(layout.image_length) for i in range(n)])
@@ -115,18 +124,15 @@ def outpaint(
     on. Windows near the given image come first, so that later ones see what earlier ones drew.
     """
     _check_any_order(model, "outpaint")
-    pad = (pad,) * 4 if isinstance(pad, int) else tuple(pad)
+    n, seed = drawing.check_count(n, seed)
     layout, f = model.prior.layout, model.image_size // model.prior.layout.height
-    if len(pad) != 4 or min(pad) < 0 or not any(pad) or any(side % f for side in pad):
-        raise ConfigError(
-            f"pad is {pad}; expected pixels at the top, bottom, left and right. Each must be a multiple of {f}, and at "
-            "least one must be above 0."
-        )
+    pad = _padding(pad, f, model.image_size)
+    image = inputs.image(image, model.image_size, model.fit)
     top, bottom, left, right = (side // f for side in pad)
     h, w = layout.height, layout.width
     tokens = np.zeros((n, h + top + bottom, w + left + right), np.int32)
     known = np.zeros(tokens.shape[1:], bool)
-    tokens[:, top : top + h, left : left + w] = model.encode(np.asarray(image)[None]).reshape(1, h, w)
+    tokens[:, top : top + h, left : left + w] = model.encode(image[None]).reshape(1, h, w)
     known[top : top + h, left : left + w] = True
     for number, (y, x) in enumerate(windows(known.shape, (h, w), (top, left))):
         place = (slice(y, y + h), slice(x, x + w))
@@ -141,6 +147,18 @@ def outpaint(
     return canvas
 
 
+def _padding(pad: Any, f: int, size: int) -> tuple[int, int, int, int]:
+    """Checks the padding of `outpaint`, and returns the pixels at the top, bottom, left and right."""
+    sides = tuple(pad) if isinstance(pad, Sequence | np.ndarray) and not isinstance(pad, str | bytes) else (pad,) * 4
+    whole = len(sides) == 4 and all(is_whole(side) and 0 <= side <= _MOST_PADDING * size for side in sides)
+    if not whole or not any(sides) or any(side % f for side in sides):
+        raise ConfigError(
+            f"pad is {shown(pad)}; expected pixels at the top, bottom, left and right, or one number for all. Each "
+            f"must be a multiple of {f} and at most {_MOST_PADDING * size}, and at least one must be above 0."
+        )
+    return tuple(int(side) for side in sides)
+
+
 def _check_any_order(model: Model, edit: str) -> None:
     """Raises ConfigError if the prior cannot draw a token given later ones."""
     if not model.prior.any_order:
@@ -153,7 +171,6 @@ def _check_any_order(model: Model, edit: str) -> None:
 
 def _redraw(model: Model, image, cells, changed, caption, n, seed, sampling) -> np.ndarray:
     """Draws `cells` again and keeps the given pixels outside `changed`, both bool [n or 1, h, w]."""
-    image = np.asarray(image)
     given = model.encode(image[None])
     rows = np.broadcast_to(~cells.reshape(len(cells), -1), (n, given.shape[1]))
     known = (np.broadcast_to(given, rows.shape), rows)

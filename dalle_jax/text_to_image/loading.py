@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from dalle_jax import compilation_cache
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.checkpoints import Checkpoints
+from dalle_jax.configuration.values import natural
 from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.distributed.sharding import replicated, shardings_of
 from dalle_jax.errors import CheckpointError, ConfigError
@@ -18,6 +19,8 @@ from dalle_jax.priors.registry import make
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree, first_mismatch
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
+from dalle_jax.text_to_image.drawing import MOST_IMAGES
+from dalle_jax.text_to_image.folders import check_mesh, check_path, check_step, check_workdir
 from dalle_jax.token_layout import TokenLayout
 
 
@@ -25,6 +28,10 @@ def load(
     workdir: str, step: int | str | None, rows_at_once: int, clip: str | None, mesh: Mesh | None
 ) -> dict[str, Any]:
     """Returns the fields of a `TextToImage`. `TextToImage.load` explains arguments and errors."""
+    step, rows_at_once = check_step(step), natural("rows_at_once", rows_at_once, 1, MOST_IMAGES)
+    check_mesh(mesh)
+    check_path("workdir", workdir)
+    check_workdir(workdir)
     compilation_cache.enable()
     config = workdirs.read_config(workdir)
     if config.get("task") != "prior":
@@ -57,6 +64,7 @@ def load(
         "rows_at_once": rows_at_once,
         "scorer": scorer,
         "mesh": mesh,
+        "fit": config["data"].get("fit", "crop"),
     }
 
 

@@ -21,16 +21,14 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
+from dalle_jax.configuration.values import natural, shown
 from dalle_jax.data.text import TextModel, encode_captions
-from dalle_jax.distributed.chunks import up_to_multiple
-from dalle_jax.distributed.rows import over_rows
-from dalle_jax.distributed.sharding import batch_shards
 from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
 from dalle_jax.reporting.images import to_uint8
-from dalle_jax.text_to_image import best_of_n, drawing, editing, loading
+from dalle_jax.text_to_image import best_of_n, drawing, editing, inputs, loading
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, parameter_count
 from dalle_jax.text_to_image.sampling_parameters import by_name, parse
 
@@ -48,6 +46,7 @@ class TextToImage:
       rows_at_once: largest number of images drawn at once; bounds the memory.
       scorer: the CLIP that ranks candidates, or None.
       mesh: devices that share the rows, or None for the default device.
+      fit: how a given image that is not square becomes one, `data.fit` of the training.
     """
 
     prior: TokenPrior
@@ -61,6 +60,7 @@ class TextToImage:
     rows_at_once: int = 64
     scorer: ClipScorer | None = None
     mesh: Mesh | None = None
+    fit: str = "crop"
 
     @classmethod
     def load(
@@ -86,8 +86,8 @@ class TextToImage:
 
         Raises:
           CheckpointError: no such workdir, checkpoint or CLIP, or parameters that do not fit the text model or the
-            image tokenizer in the workdir.
-          ConfigError: the workdir is not that of a prior.
+            image tokenizer in the workdir. For a folder around several workdirs, the message lists them.
+          ConfigError: the workdir is not that of a prior, or `step` or `rows_at_once` is no such number.
           MeshError: the prior cannot be split over the mesh.
         """
         return cls(**loading.load(workdir, step, rows_at_once, clip, mesh))
@@ -118,7 +118,7 @@ class TextToImage:
         Args:
           captions: a caption, or a sequence of C captions.
           n: images per caption.
-          seed: 0 or more. Image i of a caption depends only on (caption, seed, i).
+          seed: 0 to 4294967295. Image i of a caption depends only on (caption, seed, i).
           candidates: number of candidates to draw per caption. The ones that CLIP scores highest are returned, best
             first. `best_of` returns their scores too. None draws n images without CLIP.
           keep: number of candidates to return per caption. None returns n of them.
@@ -128,17 +128,25 @@ class TextToImage:
           uint8 [n, H, W, 3] for one caption, [C, n, H, W, 3] for a sequence. With `keep`, n is `keep`.
 
         Raises:
-          DataError: an empty caption, or no caption.
+          DataError: an empty caption, no caption, or something else than strings.
           ConfigError: candidates without a CLIP, keep without candidates or larger than candidates, or a sampling
             parameter out of range.
         """
-        one = isinstance(captions, str)
+        one, captions = isinstance(captions, str), inputs.captions(captions)
+        n, seed = drawing.check_count(n, seed)
         if candidates is not None:
+            if keep is None and n > natural("candidates", candidates, 1, drawing.MOST_IMAGES):
+                raise ConfigError(
+                    f"n is {n}, but candidates is {candidates}: CLIP keeps n of the candidates. Give candidates={n} or "
+                    "more, or a smaller n."
+                )
             images = self.best_of(captions, candidates, n if keep is None else keep, seed, **sampling).images
             return images[0] if one else images
         if keep is not None:
-            raise ConfigError(f"keep is {keep}, but candidates is not set: give candidates, the number to choose from.")
-        drawn = self.chunks([captions] if one else list(captions), n, seed, **sampling)
+            raise ConfigError(
+                f"keep is {shown(keep)}, but candidates is not set: give candidates, the number to choose from."
+            )
+        drawn = self.chunks(captions, n, seed, **sampling)
         rows = [
             np.concatenate([part for *_, part in parts], axis=1)
             for _, parts in itertools.groupby(drawn, operator.itemgetter(0))
@@ -167,7 +175,7 @@ class TextToImage:
 
         Raises:
           ConfigError: no CLIP was loaded, k is not in [1, N], or a sampling parameter is out of range.
-          DataError: an empty caption, or no caption.
+          DataError: an empty caption, no caption, or something else than strings.
         """
         return best_of_n.best_of(self, captions, candidates, keep, seed, **sampling)
 
@@ -193,16 +201,15 @@ class TextToImage:
 
         Raises:
           ConfigError: no such caption or image, or a sampling parameter out of range.
-          DataError: an empty caption, or no caption.
+          DataError: an empty caption, no caption, or something else than strings.
         """
-        drawing.check_count(n, seed)
+        n, seed = drawing.check_count(n, seed)
         options, negative = parse(sampling)
         text = self.encode_text(captions)
-        if not (0 <= i < len(text) and 0 <= j < n):
-            raise ConfigError(f"Image {j} of caption {i}: expected 0 ≤ j < {n} and 0 ≤ i < {len(text)}.")
-        many, candidates = drawing.chunk_shape(self, len(text), n)
-        (c, row), (d, column) = divmod(i, many), divmod(j, candidates)
-        return drawing.chunk(self, text, n, seed, options, negative, c * many, d * candidates)[row, column]
+        natural("i, the index of the caption,", i, most=len(text) - 1)
+        natural("j, the index of the image,", j, most=n - 1)
+        part = next(part for part in drawing.chunks(self, len(text), n) if part.holds(i, j))
+        return drawing.draw(self, text, part, seed, options, negative)[i - part.caption, j - part.candidate]
 
     @by_name
     def chunks(
@@ -221,16 +228,14 @@ class TextToImage:
           [captions, images, H, W, 3]. All images of a caption come before those of the next one.
 
         Raises:
-          DataError: an empty caption, or no caption.
+          DataError: an empty caption, no caption, or something else than strings.
           ConfigError: a sampling parameter out of range.
         """
-        drawing.check_count(n, seed)
+        n, seed = drawing.check_count(n, seed)
         options, negative = parse(sampling)
         text = self.encode_text(captions)
-        many, candidates = drawing.chunk_shape(self, len(text), n)
-        for c in range(0, len(text), many):
-            for j in range(0, n, candidates):
-                yield c, j, drawing.chunk(self, text, n, seed, options, negative, c, j)[: len(text) - c, : n - j]
+        for part in drawing.chunks(self, len(text), n):
+            yield part.caption, part.candidate, drawing.draw(self, text, part, seed, options, negative)
 
     # -- edits ----------------------------------------------------------------------------------------------------
 
@@ -241,7 +246,7 @@ class TextToImage:
         """Keeps the top rows of the token grid and draws the rest. Works with every prior.
 
         Args:
-          image: uint8 [H, W, 3].
+          image: an image of any size, see `encode`.
           rows: token rows to keep, 0 to h. One row is H / h pixels high.
           caption: describes the whole image.
           n: images to draw.
@@ -252,7 +257,7 @@ class TextToImage:
           uint8 [n, H, W, 3]. The kept tokens and their pixels are unchanged.
 
         Raises:
-          DataError: an empty caption, or an image of another size or type.
+          DataError: an empty caption, or no image, see `encode`.
           ConfigError: rows outside [0, h], or a sampling parameter out of range.
         """
         return editing.complete(self, image, rows, caption, n, seed, **sampling)
@@ -271,9 +276,9 @@ class TextToImage:
         """Draws the marked part of an image again, so that it fits the surroundings and the caption.
 
         Args:
-          image: uint8 [H, W, 3].
-          mask: bool [H, W] (or numbers, where 0 is False), True where to draw. A mask that is True everywhere keeps
-            nothing of the image.
+          image: an image of any size, see `encode`.
+          mask: True, or white, where to draw: bool or numbers [H, W], a PIL image or a path. It has the size of the
+            given image or of the model's images. A mask that is True everywhere keeps nothing of the image.
           caption: describes the whole image. Another caption than before changes the content of the marked part.
           n: images to draw.
           seed: as in `generate`.
@@ -286,7 +291,7 @@ class TextToImage:
         Raises:
           ConfigError: the prior draws in raster order, so that it cannot see tokens after the hole; or `dilate` or a
             sampling parameter is out of range.
-          DataError: an empty caption, an image or mask of another size, or a mask that marks nothing.
+          DataError: an empty caption, no image, a mask of another size, or one that marks nothing.
         """
         return editing.inpaint(self, image, mask, caption, n, seed, dilate, **sampling)
 
@@ -297,7 +302,7 @@ class TextToImage:
         """Draws a random share of the tokens again; the share is another one for each of the n images.
 
         Args:
-          image: uint8 [H, W, 3].
+          image: an image of any size, see `encode`.
           strength: share of the tokens to draw, in (0, 1]; 1 keeps nothing.
           caption: describes the whole image.
           n: images to draw.
@@ -309,7 +314,7 @@ class TextToImage:
 
         Raises:
           ConfigError: strength outside (0, 1], a prior in raster order, or a sampling parameter out of range.
-          DataError: an empty caption, or an image of another size or type.
+          DataError: an empty caption, or no image, see `encode`.
         """
         return editing.vary(self, image, strength, caption, n, seed, **sampling)
 
@@ -326,7 +331,7 @@ class TextToImage:
         """Extends the canvas around an image.
 
         Args:
-          image: uint8 [H, W, 3].
+          image: an image of any size, see `encode`.
           pad: pixels to add at the (top, bottom, left, right), or one number for all four sides. Each is a multiple of
             f = H / h, the pixels per cell.
           caption: describes the whole canvas.
@@ -340,7 +345,7 @@ class TextToImage:
         Raises:
           ConfigError: a pad that is negative, all zero or not a multiple of f, a prior in raster order, or a sampling
             parameter out of range.
-          DataError: an empty caption, or an image of another size or type.
+          DataError: an empty caption, or no image, see `encode`.
         """
         return editing.outpaint(self, image, pad, caption, n, seed, **sampling)
 
@@ -356,43 +361,45 @@ class TextToImage:
           int32 [C, T].
 
         Raises:
-          DataError: an empty caption, or no caption.
+          DataError: an empty caption, no caption, or something else than strings.
         """
         layout = self.prior.layout
-        rows = encode_captions(self.text_model, captions, layout.text_length)
+        rows = encode_captions(self.text_model, inputs.captions(captions), layout.text_length)
         return np.stack([layout.pad_text(ids) for ids in rows])
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Encodes images to tokens.
 
         Args:
-          images: uint8 [B, H, W, 3].
+          images: a batch [B, …], a list of B images, or one image. An image is a path, a PIL image, or an array
+            [H, W, 3], [3, H, W], RGBA or grey, of whole numbers in [0, 255] or of floats in [0, 1]. Transparent parts
+            become white. An image of another size is cropped and resized as in training.
 
         Returns:
           int32 [B, N], in raster order.
 
         Raises:
-          DataError: images of another size or type.
+          DataError: something else.
         """
-        images = np.asarray(images)
-        expected = (self.image_size, self.image_size, 3)
-        if images.shape[1:] != expected or images.dtype != np.uint8:
-            raise DataError(
-                f"The image is {images.dtype} {images.shape[1:]}; this model works on uint8 {expected}. Convert or "
-                "resize it."
-            )
-        tokens = over_rows(self.mesh, functools.partial(drawing.encode, self.tokenizer, self.tokenizer_params), images)
-        return np.asarray(tokens).reshape(len(images), -1)
+        images = inputs.images(images, self.image_size, self.fit)
+        encode = functools.partial(drawing.encode, self.tokenizer, self.tokenizer_params)
+        return drawing.by_rows(self, encode, images).reshape(len(images), -1)
 
     def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """Decodes tokens, int32 [B, N], to images, uint8 [B, H, W, 3]."""
+        """Decodes tokens, int32 [B, N], to images, uint8 [B, H, W, 3]. Other tokens raise a `DataError`."""
         layout = self.prior.layout
+        tokens = inputs.tokens(tokens, (None, layout.image_length), layout.image_vocab)
         return self.decode_grid(tokens.reshape(-1, layout.height, layout.width))
 
     def decode_grid(self, tokens: np.ndarray) -> np.ndarray:
-        """Decodes token grids of any size, int32 [B, h', w'], to images, uint8 [B, H', W', 3]."""
+        """Decodes token grids of any size, int32 [B, h', w'], to images, uint8 [B, H', W', 3].
+
+        Raises:
+          DataError: tokens of another type, or outside the vocabulary.
+        """
+        tokens = inputs.tokens(tokens, (None, None, None), self.prior.layout.image_vocab)
         decode = functools.partial(drawing.decode, self.tokenizer, self.tokenizer_params)
-        return to_uint8(over_rows(self.mesh, decode, tokens))
+        return to_uint8(drawing.by_rows(self, decode, tokens))
 
     @by_name
     def draw_tokens(
@@ -418,17 +425,23 @@ class TextToImage:
           int32 [n, N].
 
         Raises:
-          DataError: an empty caption.
+          DataError: an empty caption, or known tokens of another shape or type.
           ConfigError: a sampling parameter out of range.
         """
-        drawing.check_count(n, seed)
+        n, seed = drawing.check_count(n, seed)
         options, negative = parse(sampling)
-        text = self.encode_text([caption])
-        rows = up_to_multiple(min(n, self.rows_at_once), batch_shards(self.mesh))
-        parts = []
-        for first in range(0, n, rows):
-            numbers = np.minimum(first + np.arange(rows), n - 1)  # surplus rows repeat the last
+        layout, window = self.prior.layout, natural("window", window)
+        shape, mask = (n, layout.image_length), np.asarray(known[1])
+        if mask.dtype != bool or mask.shape != shape:
+            raise DataError(f"The mask of the known tokens is {mask.dtype} {mask.shape}; expected bool {shape}.")
+        given = np.asarray(known[0])
+        given = np.where(mask, given, 0) if given.shape == shape else given  # the others may be anything
+        known = inputs.tokens(given, shape, layout.image_vocab), mask
+        text, parts = self.encode_text([inputs.caption(caption)]), []
+        for part in drawing.chunks(self, 1, n):
+            captions, numbers = part.rows()
             given = tuple(x[numbers] for x in known)
-            keys = drawing.row_keys(seed, text, numbers, window)
-            parts.append(np.asarray(drawing.sample(self, text, keys, options, negative, given)))
-        return np.concatenate(parts)[:n]
+            keys = drawing.row_keys(seed, text[captions], numbers, window)
+            rows = drawing.sample(self, text[captions], keys, options, negative, given)
+            parts.append(part.images(np.asarray(rows))[0])
+        return np.concatenate(parts)

@@ -4,6 +4,14 @@ The costs of a training are measured once at its start, with the real data and t
 The number of updates that fits into the remaining time becomes `config.steps`, which the schedules follow. It is
 written into the run's config.json. A resumed run reads it there and measures nothing, so its numbers do not depend on
 the machine. They equal those of a run with `--config.steps=N`.
+
+With `data.cache` the first pass over the data decodes images, and later passes do not. The throw-away run then trains
+on its first batches twice. The first time gives the cost of an update in the first pass, the second time that of all
+later ones. The plan assumes:
+
+- The timed batches are like the others. Training shuffles, so they are a random sample of the split. If a few images
+  are far larger than the rest and the time is short, the sample is small and the plan is rough.
+- No other program makes the machine slower or faster later.
 """
 
 from __future__ import annotations
@@ -34,8 +42,8 @@ LEAST_STEPS = 10  # a training of fewer updates is not worth its compilation
 _MOST_STEPS = 10**9
 _PROVISIONAL_STEPS = 10_000  # of the schedules while the costs are measured
 _WARM_UP = 3  # the first updates also fill queues and caches
-_TIMED_STEPS = 5
-_SHARE = 0.02  # of the budget, for timing more updates
+_TIMED_STEPS = 5  # the fewest
+_SHARE = 0.02  # of the budget, for timing updates; half as much for those on the same batches again
 _LONGEST_WINDOW = 20.0  # seconds
 _REPEATED = 0.1  # of the budget: work that takes less is timed twice, because its first time compiles
 _FOLDER = "timing"  # of the throw-away run, inside the workdir
@@ -47,8 +55,10 @@ class Costs:
 
     Attributes:
       start: building the job, initialising the state, compiling, and the first update.
-      step: one update.
+      step: one update after the first pass over the data.
       evaluation, preview, checkpoint: one of them.
+      first_read: what an update of the first pass takes in addition.
+      first_pass: number of updates in the first pass.
     """
 
     start: float
@@ -56,15 +66,21 @@ class Costs:
     evaluation: float
     preview: float
     checkpoint: float
+    first_read: float = 0.0
+    first_pass: int = 0
 
-    def pauses(self, config: ConfigDict) -> float:
-        """Returns the seconds of all evaluations, previews and checkpoints of a run of `config.steps` updates."""
+    def besides(self, config: ConfigDict) -> float:
+        """Returns the seconds that a run of `config.steps` updates takes in addition to `start` and its `step`s.
+
+        They are those of evaluations, previews, checkpoints, and of reading in the first pass.
+        """
         counts = (_events(config.steps, config.cadence[name]) for name in ("eval", "preview", "checkpoint"))
-        return sum(n * cost for n, cost in zip(counts, (self.evaluation, self.preview, self.checkpoint)))
+        pauses = sum(n * cost for n, cost in zip(counts, (self.evaluation, self.preview, self.checkpoint)))
+        return pauses + min(config.steps, self.first_pass) * self.first_read
 
     def whole(self, config: ConfigDict) -> float:
         """Returns the seconds of a run of `config.steps` updates."""
-        return self.start + config.steps * self.step + self.pauses(config)
+        return self.start + config.steps * self.step + self.besides(config)
 
 
 def _events(steps: int, every: int) -> int:
@@ -172,8 +188,9 @@ def plan(config: ConfigDict, workdir: str, costs: Costs, passed: float) -> Confi
     """
     left = 60 * config.minutes - passed
     steps = most_steps(config, costs, left)
-    parts = f"start {costs.start:.1f} s, step {costs.step:.3g} s, evaluation {costs.evaluation:.1f} s, preview "
-    parts += f"{costs.preview:.1f} s, checkpoint {costs.checkpoint:.1f} s"
+    first = f" (the first {costs.first_pass:,}: {costs.step + costs.first_read:.3g} s)" if costs.first_read else ""
+    parts = f"start {costs.start:.1f} s, step {costs.step:.3g} s{first}, evaluation {costs.evaluation:.1f} s, "
+    parts += f"preview {costs.preview:.1f} s, checkpoint {costs.checkpoint:.1f} s"
     if steps < LEAST_STEPS:
         needed = (passed + costs.whole(with_steps(config, LEAST_STEPS))) / 60
         raise ConfigError(
@@ -232,17 +249,18 @@ def measure(
         with contextlib.ExitStack() as cleanup:
             began = time.perf_counter()
             run = Run(config, str(folder), job, mesh, options, average, cleanup, out=io.StringIO())
+            beginning = run.batches.get_state()
             with compilation_cache.turned_off():  # the real update has other constants, so it is never cached
                 _advance(run, 0, 1)
             start = time.perf_counter() - began
             _advance(run, 1, _WARM_UP)
-            done, seconds = 1 + _WARM_UP, _advance(run, 1 + _WARM_UP, _TIMED_STEPS)
             window = min(_SHARE * budget, _LONGEST_WINDOW)
-            more = first_host_says("timed steps", int(window * _TIMED_STEPS / max(seconds, 1e-6)))
-            done += _TIMED_STEPS
-            more = min(more, _PROVISIONAL_STEPS // 2)
-            seconds += _advance(run, done, more)
-            done += more
+            done, first = _timed(run, 1 + _WARM_UP, window, until=_PROVISIONAL_STEPS // 2)
+            step = first
+            if config.data.get("cache"):
+                run.batches.set_state(beginning)  # all batches so far are in memory now
+                _advance(run, done, _WARM_UP)
+                done, step = _timed(run, done + _WARM_UP, window / 2, until=2 * done)
             evaluation = _settled(lambda: run.evaluate(done), budget)
             preview = _settled(lambda: run.preview(done), budget)
 
@@ -250,7 +268,8 @@ def measure(
                 run.save(done, None)
                 run.checkpoints.wait()
 
-            return Costs(start, seconds / (_TIMED_STEPS + more), evaluation, preview, _seconds(save))
+            first_pass = -(-job.examples // config.batch_size)
+            return Costs(start, step, evaluation, preview, _seconds(save), max(first - step, 0.0), first_pass)
     finally:
         _remove(folder)
 
@@ -263,6 +282,29 @@ def _advance(run: Run, done: int, count: int) -> float:
         run.report(keep=1)
     run.report(keep=0)
     return time.perf_counter() - began
+
+
+def _timed(run: Run, done: int, window: float, *, until: int) -> tuple[int, float]:
+    """Trains for about `window` seconds after `done` steps, and at least five steps.
+
+    Steps are added as long as time is left, so that a few slow ones in the beginning do not decide alone.
+
+    Args:
+      run: the throw-away run.
+      done: number of steps done.
+      window: seconds.
+      until: step at which it ends at the latest, if it has trained five.
+
+    Returns:
+      The number of steps done, and the mean seconds of a step.
+    """
+    count, seconds, more = 0, 0.0, _TIMED_STEPS
+    while more > 0:
+        seconds += _advance(run, done + count, more)
+        count += more
+        fitting = count * (window - seconds) / max(seconds, 1e-6)
+        more = first_host_says("timed steps", int(min(fitting, count, until - done - count)))
+    return done + count, seconds / count
 
 
 def _settled(work: Callable[[], object], budget: float) -> float:

@@ -14,10 +14,12 @@ from typing import Any, Self
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints.best import BestMetric
+from dalle_jax.configuration.values import natural
 from dalle_jax.errors import ConfigError
 
 TOLERANCE = 1e-3  # relative change of a metric that counts as an improvement
 PATIENCE = 3  # evaluations without improvement after which validation stands still
+_LONGEST = 1e10  # seconds of training between two lines
 _RISE = 1e-2  # relative change above the best value that counts as worse
 
 
@@ -39,8 +41,7 @@ class Evaluation:
 def check_stop_after(config: ConfigDict) -> None:
     """Raises ConfigError if `config.stop_after` is not a number of evaluations, or if none would take place."""
     patience = config.get("stop_after", 0)
-    if isinstance(patience, bool) or not isinstance(patience, int) or patience < 0:
-        raise ConfigError(f"config.stop_after={patience!r}: expected a whole number of evaluations, or 0 for never.")
+    natural("config.stop_after", patience)
     if patience and config.cadence.eval < 1:
         raise ConfigError(
             f"config.stop_after={patience} counts evaluations, but config.cadence.eval={config.cadence.eval} allows "
@@ -77,7 +78,8 @@ class Evaluations:
         if isinstance(loss := values.get("train/loss"), (int, float)) and math.isfinite(loss):
             self._losses.append(float(loss))
         if seconds := values.get("train/seconds_per_step"):
-            self.seconds += (step - self._logged) * seconds
+            passed = (step - self._logged) * seconds
+            self.seconds += passed if 0 <= passed < _LONGEST else 0.0  # a damaged line of a log can say anything
             self._logged = step
         measured = {name[5:]: math.nan if x is None else float(x) for name, x in values.items() if name[:5] == "eval/"}
         if measured and not self.measured(step):

@@ -21,6 +21,8 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from dalle_jax import compilation_cache
+from dalle_jax.checkpoints.ownership import Lease, owned
+from dalle_jax.data.sources.once import opened_once
 from dalle_jax.distributed.mesh import describe
 from dalle_jax.distributed.rows import host_rows
 from dalle_jax.distributed.sharding import on_mesh
@@ -60,33 +62,36 @@ def train(config: ConfigDict, workdir: str, job: Job | None = None, *, began: fl
         began = time.perf_counter() if began is None else began
         compilation_cache.enable()
         mesh, options, average = validate(budget.provisional(config))
+        lease = cleanup.enter_context(owned(workdir))
         workdir = make_shared_workdir(workdir)
         stop = cleanup.enter_context(stop_signals())
         if mesh.size > 1:
             logging.info("mesh: %s", describe(mesh))
         rows, costs = host_rows(mesh, config.batch_size), None
-        if config.get("minutes") is not None:
-            how = mesh, options, average
-            config, costs = budget.settle(config, workdir, lambda now: job or build(now, workdir, rows), *how, began)
-        job = job or build(config, workdir, rows)
+        with opened_once():
+            if config.get("minutes") is not None:
+                how = mesh, options, average, began
+                config, costs = budget.settle(config, workdir, lambda now: job or build(now, workdir, rows), *how)
+            job = job or build(config, workdir, rows)
         cleanup.enter_context(on_mesh(mesh))
         run = Run(config, workdir, job, mesh, options, average, cleanup)
         if costs:
-            run.progress.pauses = costs.pauses(config)
-        _advance(run, stop)
+            run.progress.pauses = costs.besides(config)
+        _advance(run, stop, lease)
         if costs:
             run.progress.note(budget.compared(config, workdir, began))
         return run.state
 
 
-def _advance(run: Run, stop: threading.Event) -> None:
+def _advance(run: Run, stop: threading.Event, lease: Lease | None) -> None:
     """Trains until the last step, or until validation stands still (`config.stop_after`).
 
     Evaluations and checkpoints that are due while updates are skipped take place after the next update that is finite.
     A checkpoint among skipped updates could hold parameters that no step size repairs. At the last step, the
     evaluation decides whether the parameters are good.
 
-    Raises `Preempted` once `stop` is set and the state is saved, or while updates are skipped.
+    Raises `Preempted` once `stop` is set and the state is saved, or while updates are skipped, and a `CheckpointError`
+    if the workdir is lost.
     """
     cadence, start, total = run.config.cadence, run.start, run.total
     if start:
@@ -108,6 +113,8 @@ def _advance(run: Run, stop: threading.Event) -> None:
             waiting = run.skipped_in_row > 0 and (stopping or not last)
             late_evaluation, late_save = evaluating and waiting, saving and waiting
             evaluating, saving = evaluating and not waiting, saving and not waiting
+            if lease is not None:
+                lease.check()
             with run.progress.pause():
                 if profiling:
                     run.progress.note(run.trace.advance())

@@ -256,10 +256,38 @@ def test_cache_reads_once_and_changes_nothing(make):
     pipeline = make(source=source, cache=True)
     with iter(pipeline) as iterator:
         cached = take(iterator, 20)  # more than four epochs
-    assert source.reads <= 37 + 2  # the check at the start reads too, and two threads may meet
+    assert source.reads <= 37 + 2 + 16  # the checks at the start read too, and two threads may meet
     with iter(make(source=MemorySource(side=12, broken=[3]))) as iterator:
         assert_same(cached, take(iterator, 20))
     assert pipeline.skipped() == {"missing file": 1}
+
+
+@pytest.mark.parametrize(("augment", "side", "needed"), [("none", 12, 37 * SIZE**2 * 3), ("dvae", 12, 37 * 12**2 * 3)])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_split_that_does_not_fit_into_memory_is_not_kept(make, augment, side, needed, workers):
+    """Each worker process would keep a copy. Batches do not depend on it."""
+    drawn = []
+    for spare in (0, -1):
+        how = dict(augment=augment, cache=True, workers=workers, cache_bytes=needed * max(workers, 1) + spare)
+        pipeline = make(source=MemorySource(side=side), **how)
+        assert (pipeline._make._cache is not None) == (spare == 0)
+        if not workers:
+            before = pipeline.source.reads
+            with iter(pipeline) as iterator:
+                drawn.append(take(iterator, 14))
+            assert (pipeline.source.reads - before <= 39) == (spare == 0)
+    if drawn:
+        assert_same(*drawn)
+
+
+def test_a_cache_that_is_too_small_is_reported(make, monkeypatch):
+    said = []
+    monkeypatch.setattr(examples.logging, "log_first_n", lambda _, text, n, *values: said.append(text % values))
+    make(augment="none", cache=True, cache_bytes=7_000)
+    assert len(said) == 1 and "cache_bytes=7104" in said[0]
+    make(augment="none", cache=True, train=False, cache_bytes=7_000)
+    make(augment="none", cache=True)
+    assert len(said) == 1
 
 
 def test_trainings_of_one_process_share_decoded_examples(make, model):

@@ -16,7 +16,7 @@ from dalle_jax.data.caption_statistics import Spread, measure_captions
 from dalle_jax.data.sources.record import Record
 from dalle_jax.data.sources.source import DataOptions, LeftOut, Source
 from dalle_jax.data.spread import in_spread_order
-from dalle_jax.data.survey import Effort, survey
+from dalle_jax.data.survey import THOROUGH, Effort, survey
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import DataError
 
@@ -103,7 +103,22 @@ def test_images_of_a_single_colour_as_the_model_sees_them(tmp_path):
     PIL.Image.fromarray(pixels).save(tmp_path / "spot.png")
     options = DataOptions(source="folder", path=str(tmp_path))
     found = survey(options)
-    assert found.images.blank == 30 and any("single colour" in remark for remark in advise(found, options))
+    assert found.images.blank == 30 and len(found.images.blank_names) == 3
+    (remark,) = (remark for remark in advise(found, options) if "single colour" in remark)
+    assert all(name in remark for name in found.images.blank_names) and "…" in remark
+
+
+@pytest.mark.parametrize("records", [20, 2000])
+def test_copies_on_both_sides_of_a_sample(tmp_path, records):
+    """A sample of the training images finds some of the copies."""
+    for i in range(40):
+        write(tmp_path, f"train/{i}.png", encoded(i), "a cat")
+        write(tmp_path, f"validation/{i}.png", encoded(i), "a cat")
+    options = DataOptions(source="folder", path=str(tmp_path))
+    found = survey(options, effort=dataclasses.replace(THOROUGH, records=records))
+    (remark,) = (remark for remark in advise(found, options) if "same bytes" in remark)
+    assert found.images.in_both_splits == min(records, 40)
+    assert remark.startswith("At least 20" if records == 20 else "40")
 
 
 def test_a_plain_set_needs_no_remark(tmp_path):

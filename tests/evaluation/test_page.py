@@ -1,6 +1,7 @@
 """The report is one HTML file that loads nothing from outside."""
 
 import base64
+import html
 import html.parser
 import io
 import re
@@ -76,3 +77,10 @@ def test_a_plot_is_deterministic(powers):
     one, two = (plot({"a": [(1, 1), (2, 3)]}, "x", "y", "", powers=powers) for _ in range(2))
     assert one == two
     assert one != plot({"a": [(1, 1), (2, 4)]}, "x", "y", "", powers=powers)
+
+
+@pytest.mark.parametrize("name", ["runs/$x", "$a_b$", "_hidden", r"\frac{", "a_{b"])
+def test_a_workdir_of_any_name_is_a_label(name):
+    """Matplotlib would read some of them as mathematics, and leave others out of the legend."""
+    points = {name: [(1, 0.5), (2, 0.75)], "other": [(1, 0.25), (2, 0.5)]}
+    assert f">{html.escape(name, quote=False)}<" in plot(points, "x", "y", "a plot")

@@ -67,6 +67,27 @@ def test_the_job_writes_its_results(tmp_path, logged):
     assert 6 <= len(logged) <= 14
 
 
+def test_captions_in_words(tmp_path, logged):
+    """Where each image has one caption, or none has, no number needs to be compared."""
+    images = write_images(tmp_path / "images", 40)
+    data_job.run(config_of(images), str(tmp_path / "one"))
+    assert "  captions: one for each image" in logged
+    logged.clear()
+    data_job.run(config_of(images, **{"data.caption_from": "folder_names"}), str(tmp_path / "names"))
+    assert "  captions: none" in logged  # there are no folders inside
+    assert not any("left out" in line for line in logged) and any("caption_from=file_names" in line for line in logged)
+    logged.clear()
+    write_images(images, 20, "a\nb")
+    data_job.run(config_of(images), str(tmp_path / "two"))
+    (line,) = (line for line in logged if "  captions:" in line)
+    assert "every image has one" in line and "at most 2" in line
+    logged.clear()
+    for image in images.glob("*.png"):
+        image.rename(images / f"red_cat_{image.name}")
+    data_job.run(config_of(images, **{"data.caption_from": "file_names"}), str(tmp_path / "names"))
+    assert "  captions: one for each image, made from file names" in logged
+
+
 def test_the_sheet_shows_the_images_that_the_model_sees(tmp_path):
     """Wide images lose their sides, and both splits are shown. The sheet enlarges without smoothing."""
     images = tmp_path / "images"

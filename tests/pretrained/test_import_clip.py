@@ -14,7 +14,7 @@ from torchvision_on_cpu import import_torchvision
 from dalle_jax.errors import PretrainedError
 from dalle_jax.models.clip import CLIP, CLIPOptions, preprocess
 from dalle_jax.pretrained import clip as importer
-from dalle_jax.pretrained import clip_settings
+from dalle_jax.pretrained import state_dict
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 
 SMALL = CLIPOptions(
@@ -94,6 +94,7 @@ def open_clip_model(open_clip, options):
     vision = open_clip.CLIPVisionCfg(
         layers=options.image_depth, width=options.image_width, head_width=options.image_width // options.image_heads,
         patch_size=options.patch, image_size=options.image_size,
+        mlp_ratio=(options.image_mlp or 4 * options.image_width) / options.image_width + 1e-9,
     )  # fmt: skip
     text = open_clip.CLIPTextCfg(
         context_length=options.text_length, vocab_size=options.text_vocab, width=options.text_width,
@@ -112,6 +113,29 @@ def test_same_vectors_as_open_clip(open_clip, activation):
     depths = {} if activation == "quick_gelu" else {"image_depth": 1, "text_depth": 1}
     options = dataclasses.replace(SMALL, activation=activation, **depths)
     assert max(open_clip_differences(open_clip_model(open_clip, options), options, 16)) < 1e-4
+
+
+def test_models_like_laions_are_imported_without_flags(open_clip, tmp_path):
+    """ViT-H/14 and ViT-g/14 made small: image heads of 80 and 88, the exact GELU, in g a wider MLP."""
+    import torch
+
+    for head, mlp in ((80, None), (88, 768)):
+        options = dataclasses.replace(
+            SMALL, activation="gelu", image_width=2 * head, image_heads=2, image_mlp=mlp, image_depth=1, text_depth=1
+        )
+        model = open_clip_model(open_clip, options)
+        torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+        vision = {"width": 2 * head, "layers": 1, "head_width": head, "patch_size": 8, "image_size": 32}
+        text = {"width": 48, "layers": 1, "heads": 3, "context_length": 9, "vocab_size": 50}
+        config = {"model_cfg": {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}}
+        (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+        clip, params = importer.load(tmp_path / "open_clip_pytorch_model.bin")
+        assert clip.options == options
+        images, captions = inputs(options)
+        with torch.no_grad():
+            pixels = torch.tensor(np.asarray(preprocess(images, 32))).permute(0, 3, 1, 2)
+            theirs = model.encode_image(pixels, normalize=True).numpy()
+        np.testing.assert_allclose(encode(clip, params, images, captions)[0], theirs, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -278,7 +302,11 @@ def test_weights_that_do_not_fit():
         ("ln_final.bias", None, "text/norm_after/norm/bias"),
         ("visual.ln_post.weight", np.zeros(5), "image/norm_after/norm/scale"),
         ("transformer.resblocks.0.attn.in_proj_weight", np.zeros((5, 48)), "block_0/qkv/kernel"),
-        ("ln_final.weight", np.full(48, np.nan), "text/norm_after/norm/scale"),
+        ("ln_final.weight", np.full(48, np.nan), r"ln_final\.weight.*NaN"),
+        ("ln_final.weight", np.full(48, -np.inf, np.float16), r"ln_final\.weight.*infinity"),
+        ("ln_final.weight", np.full(48, 1e300), r"ln_final\.weight.*too large"),
+        ("ln_final.weight", np.ones(48, np.int8), r"ln_final\.weight.*int8"),
+        ("ln_final.weight", np.ones(48, bool), r"ln_final\.weight.*bool"),
         ("visual.layer1.weight", np.zeros(3), r"visual\.layer1\.weight"),
     ]:
         wrong = {**arrays, name: changed}
@@ -331,56 +359,15 @@ def test_weights_and_vocabulary_that_do_not_belong_together(tmp_path):
         importer.load_scorer(weights, vocabulary, *SETTINGS)
 
 
-# -- what the arrays leave open -----------------------------------------------------------------------------------
+# -- what the arrays leave open, and what is no CLIP ---------------------------------------------------------------
 
 
-def shapes_of(image_width, text_width):
-    return {
-        "visual.conv1.weight": np.zeros((image_width, 3, 14, 14), np.float16),
-        "token_embedding.weight": np.zeros((10, text_width), np.float16),
-    }
-
-
-@pytest.mark.parametrize(
-    ("image_width", "text_width", "heads"),
-    [
-        (768, 512, (12, 8)),
-        (1024, 768, (16, 12)),
-        (1280, 1024, (16, 16)),
-        (1408, 1024, (16, 16)),
-        (1664, 1280, (16, 20)),
-    ],
-)
-def test_published_sizes_have_their_number_of_heads(tmp_path, image_width, text_width, heads):
-    arrays = shapes_of(image_width, text_width)
-    found = clip_settings.find(tmp_path / "weights", arrays, arrays)
-    assert (image_width // found["image_head_dim"], text_width // found["text_head_dim"]) == heads
-    assert "activation" not in found, "nothing says it"
-
-
-def test_files_of_openai_have_quick_gelu(tmp_path):
-    arrays = shapes_of(768, 512)
-    found = clip_settings.find(tmp_path / "weights", {**arrays, "input_resolution": np.array(224)}, arrays)
-    assert found["activation"] == "quick_gelu"
-
-
-def test_a_configuration_next_to_the_weights_is_used(tmp_path):
-    arrays = shapes_of(64, 48)
-    hugging_face = {
-        "vision_config": {"hidden_size": 64, "num_attention_heads": 4, "hidden_act": "gelu"},
-        "text_config": {"hidden_size": 48, "num_attention_heads": 3, "hidden_act": "gelu"},
-    }
-    (tmp_path / "config.json").write_text(json.dumps(hugging_face))
-    expected = {"activation": "gelu", "image_head_dim": 16, "text_head_dim": 16}
-    assert clip_settings.find(tmp_path / "weights", arrays, arrays) == expected
-    model = {"vision_cfg": {"head_width": 8}, "text_cfg": {"width": 48, "heads": 6}, "quick_gelu": True}
-    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model}))
-    expected = {"activation": "quick_gelu", "image_head_dim": 8, "text_head_dim": 8}
-    assert clip_settings.find(tmp_path / "weights", arrays, arrays) == expected
-    for content in ("[]", "{", json.dumps({**hugging_face, "text_config": {"hidden_act": "relu"}})):
-        (tmp_path / "config.json").write_text(content)
-        with pytest.raises(PretrainedError, match=r"config\.json"):
-            clip_settings.find(tmp_path / "weights", arrays, arrays)
+def test_head_dims_that_do_not_fit_are_named():
+    for size in (0, -16, 25):
+        with pytest.raises(PretrainedError, match=f"--image_head_dim={size}"):
+            importer.options_of(random_arrays(), "gelu", (size, 16))
+        with pytest.raises(PretrainedError, match=f"--text_head_dim={size}"):
+            importer.options_of(random_arrays(), "gelu", (16, size))
 
 
 def test_settings_that_nothing_says_are_asked_for(tmp_path):
@@ -388,19 +375,49 @@ def test_settings_that_nothing_says_are_asked_for(tmp_path):
     np.savez(path, **random_arrays())
     with pytest.raises(PretrainedError, match="--activation.*--image_head_dim.*--text_head_dim"):
         importer.load(path)
-    with pytest.raises(PretrainedError, match="--image_head_dim=24"):
-        importer.load(path, "gelu", 24, 16)
+    (tmp_path / "config.json").write_text("[]")
+    assert importer.load(path, *SETTINGS)[0].options == SMALL, "nothing is read that is not needed"
 
 
 @pytest.mark.parametrize(
     ("name", "token"),
-    [("visual.layer1.0.conv1.weight", "ResNet"), ("logit_bias", "SigLIP"), ("visual.trunk.norm.weight", "timm")],
-)
+    [
+        ("visual.layer1.0.conv1.weight", "ResNet"), ("logit_bias", "SigLIP"), ("visual.trunk.norm.weight", "timm"),
+        ("vision_model.head.probe", "SigLIP"), ("visual.blocks.0.norm1.weight", "EVA"),
+        ("text.transformer.resblocks.0.ln_1.weight", "CustomTextCLIP"), ("text_decoder.ln_final.weight", "CoCa"),
+    ],
+)  # fmt: skip
 def test_other_models_are_named(name, token):
     with pytest.raises(PretrainedError, match=token):
         importer.options_of({**random_arrays(), name: np.zeros(1)}, *OPTIONS)
 
 
-def test_prefixes_of_wrappers_are_removed():
-    arrays = {f"model._orig_mod.{name}": array for name, array in random_arrays().items()}
-    assert importer.openai_names(arrays).keys() == random_arrays().keys()
+@pytest.mark.parametrize(
+    ("name", "token"),
+    [
+        ("blocks.group_1.block_1.id_path.w", "dVAE"), ("Mixed_5b.branch1x1.conv.weight", "Inception"),
+        ("text_model.encoder.layers.0.layer_norm1.weight", "Stable Diffusion"), ("a", "visual.conv1"),
+    ],
+)  # fmt: skip
+def test_files_of_another_kind_are_named(name, token):
+    with pytest.raises(PretrainedError, match=token):
+        importer.options_of(importer.openai_names({name: np.zeros(1)}), *OPTIONS)
+
+
+@pytest.mark.parametrize("number", ["7", "999999", "9" * 5000])
+def test_missing_or_endless_blocks_are_rejected_at_once(number):
+    arrays = {**random_arrays(), f"visual.transformer.resblocks.{number}.ln_1.weight": np.zeros(64)}
+    with pytest.raises(PretrainedError, match="blocks|block_"):
+        importer.convert(arrays, importer.options_of(arrays, *OPTIONS))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "model._orig_mod.", "_orig_mod.module.", "clip_model.", "clip."])
+def test_prefixes_of_wrappers_are_removed(tmp_path, prefix):
+    np.savez(tmp_path / "a.npz", **{f"{prefix}{name}": array for name, array in random_arrays().items()})
+    assert state_dict.read(tmp_path / "a.npz").keys() == random_arrays().keys()
+
+
+def test_names_that_differ_only_in_the_prefix_are_rejected(tmp_path):
+    np.savez(tmp_path / "a.npz", **{"module.logit_scale": np.zeros(()), "logit_scale": np.ones(())})
+    with pytest.raises(PretrainedError, match="logit_scale.*twice"):
+        state_dict.read(tmp_path / "a.npz")

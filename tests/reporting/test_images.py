@@ -1,5 +1,7 @@
 """Grids of images, and tables of metrics."""
 
+import csv
+import io
 import json
 
 import numpy as np
@@ -7,7 +9,7 @@ import pytest
 from PIL import Image
 
 from dalle_jax.reporting.images import image_grid, save_png, to_uint8
-from dalle_jax.reporting.tables import plain_text, save_json, table
+from dalle_jax.reporting.tables import csv_text, plain_text, save_json, table
 
 
 def plain(value, size=16):
@@ -70,3 +72,10 @@ def test_json_and_table(tmp_path):
 def test_plain_text_is_short_yaml_without_tags():
     text = plain_text({"job": "evaluate", "blur": (0, 1), "model": {"trunk": {"width": 16, "head_dim": None}}})
     assert text.splitlines() == ["job: evaluate", "blur: [0, 1]", "model:", "  trunk: {width: 16, head_dim: null}"]
+
+
+def test_cells_that_a_spreadsheet_would_run_are_escaped():
+    texts = ["=1+1", "+1", "-1", "@x", "\t=1", "\r=1", "\n=1", "＝1", "a=1", "", "x\r=1"]
+    rows = list(csv.reader(io.StringIO(csv_text([texts, ["a,b", -1.5, 0.123456789, np.float32(-2), -3]]), newline="")))
+    assert rows[0] == ["'=1+1", "'+1", "'-1", "'@x", "'\t=1", "'\n=1", "'\n=1", "'＝1", "a=1", "", "x\n=1"]
+    assert rows[1] == ["a,b", "-1.5", "0.123457", "-2", "-3"]

@@ -60,8 +60,12 @@ class Table:
         return best_of_n.best_of(self, captions, candidates, keep, seed)
 
 
-class QuickPrior(types.SimpleNamespace):
+@dataclasses.dataclass(frozen=True)
+class QuickPrior:
     """Draws "tokens" that are the caption and the key of their row."""
+
+    layout: TokenLayout
+    options = types.SimpleNamespace(trunk=types.SimpleNamespace(depth=1))
 
     def sample(self, params, text, keys, **options):
         text = np.repeat(text, len(keys) // len(text), axis=0)

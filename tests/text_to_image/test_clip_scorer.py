@@ -81,6 +81,35 @@ def test_scores_do_not_depend_on_the_batch(scorer, workdir):
     assert scorer.image_features(images[:0]).shape == (0, 16)
 
 
+def test_a_string_is_one_caption(scorer):
+    images = plain_images("red", "green", "blue")
+    expected = scorer.score(images, ["a red image"] * 3)
+    np.testing.assert_array_equal(scorer.score(images, "a red image"), expected)
+    np.testing.assert_array_equal(scorer.score(images[0], "a red image"), expected[:1])
+    np.testing.assert_array_equal(scorer.text_features("a red image"), scorer.text_features(["a red image"]))
+
+
+def test_images_of_every_kind(scorer, tmp_path):
+    """A list may mix sizes. A score does not depend on the other images."""
+    images = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    large = np.random.default_rng(1).integers(0, 256, (24, 30, 3), np.uint8)
+    expected = scorer.image_features(images)
+    Image.fromarray(images[0]).save(tmp_path / "a.png")
+    kinds = [
+        tmp_path / "a.png",
+        Image.fromarray(images[0]),
+        images[0] / 255,
+        images[0].transpose(2, 0, 1),
+        large,
+        images[1],
+    ]
+    found = scorer.image_features(kinds)
+    np.testing.assert_allclose(found[[0, 1, 2, 3, 5]], expected[[0, 0, 0, 0, 1]], atol=1e-6)
+    np.testing.assert_allclose(found[4], scorer.image_features(large[None])[0], atol=1e-6)
+    assert np.abs(found[4] - found[0]).max() > 1e-3
+    np.testing.assert_allclose(scorer.image_features(images.transpose(0, 3, 1, 2)), expected, atol=1e-6)
+
+
 def test_frozen_into_a_folder_and_back(scorer, tmp_path):
     assert not has_clip(tmp_path)
     scorer.save(tmp_path)
@@ -99,15 +128,23 @@ def test_invalid_images_and_captions_are_rejected(scorer):
     with pytest.raises(DataError, match="'  '"):
         scorer.score(plain_images("red"), ["  "])
     with pytest.raises(DataError, match="float64"):
-        scorer.image_features(np.zeros((1, 16, 16, 3)))
+        scorer.image_features(np.full((1, 16, 16, 3), 2.0))
     with pytest.raises(DataError, match="(?i)caption"):
         scorer.text_features([])
+    for captions in (b"a red image", None, 5, [None], [b"a"]):
+        with pytest.raises(DataError, match="string"):
+            scorer.score(plain_images("red"), captions)
+    with pytest.raises(ConfigError, match="path"):
+        scorer.save(None)
+    for images in (None, "nowhere.png", np.zeros((1, 16, 16, 2), np.uint8), plain_images("red") - 200.0):
+        with pytest.raises(DataError):
+            scorer.score(images, "a red image")
 
 
 def test_invalid_folders_are_rejected(scorer, tmp_path):
     with pytest.raises(CheckpointError, match="config.json"):
         ClipScorer.load(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({"task": "dvae"}))
+    (tmp_path / "config.json").write_text(json.dumps({"task": "dvae", "data": {"image_size": 16}, "model": {}}))
     with pytest.raises(CheckpointError, match="'dvae'"):
         ClipScorer.load(tmp_path)
     scorer.save(tmp_path)

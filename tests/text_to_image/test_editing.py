@@ -144,13 +144,12 @@ def test_invalid_edits_are_rejected(model, original):
     for call, error, words in (
         (lambda: model.inpaint(original, mask[:8], CAPTION), DataError, r"\(8, 16\)"),
         (lambda: model.inpaint(original, ~mask, CAPTION), DataError, "mask"),
-        (lambda: model.inpaint(original[:8], mask, CAPTION), DataError, r"\(8, 16, 3\)"),
         (lambda: model.inpaint(original, mask, " "), DataError, "' '"),
         (lambda: model.inpaint(original, mask, CAPTION, dilate=-1), ConfigError, "dilate"),
         (lambda: model.inpaint(original, mask, CAPTION, heat=1), ConfigError, "heat"),
         (lambda: model.inpaint(original, mask, CAPTION, n=0), ConfigError, "n is 0"),
         (lambda: model.vary(original, 0.0, CAPTION), ConfigError, "strength"),
-        (lambda: model.outpaint(original, 3, CAPTION), ConfigError, r"\(3, 3"),
+        (lambda: model.outpaint(original, 3, CAPTION), ConfigError, "pad is 3"),
         (lambda: model.outpaint(original, (0, 0, 0, 0), CAPTION), ConfigError, r"\(0, 0"),
         (lambda: model.complete(original, 5, CAPTION), ConfigError, "rows is 5"),
     ):

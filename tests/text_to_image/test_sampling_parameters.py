@@ -2,7 +2,10 @@
 
 import dataclasses
 import inspect
+import pathlib
 import pydoc
+import subprocess
+import sys
 
 import pytest
 
@@ -43,3 +46,31 @@ def test_parse():
         parse({"top_k": 0})
     with pytest.raises(ConfigError, match="guidance"):
         parse({"negative": "a star"})
+
+
+WRONG_TYPES = """
+from dalle_jax.errors import ConfigError
+from dalle_jax.text_to_image.sampling_parameters import parse
+
+wrong = {
+    "temperature": ("1", True, b"1", [1.0]), "final_temperature": ("1", True), "top_k": (2.5, 2.0, "3", True),
+    "top_p": ("0.5", True), "guidance": ("1", None, True), "steps": (2.5, 8.0, "8", True), "order": (5, b"random"),
+    "choice_temperature": ("1", True),
+}
+for name, values in wrong.items():
+    for value in values:
+        try:
+            parse({name: value})
+        except ConfigError as error:
+            assert str(error).startswith(name), error
+        else:
+            raise AssertionError(f"{name}={value!r} was accepted")
+print(parse({"steps": 8, "guidance": 1})[0].steps)
+"""
+
+
+def test_values_of_another_type_are_rejected():
+    """In a process without the type checker of the tests, which would reject them earlier."""
+    root = pathlib.Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", WRONG_TYPES], cwd=root, capture_output=True, text=True, check=False)
+    assert done.stdout == "8\n", done.stderr

@@ -320,18 +320,13 @@ def test_invalid_calls_are_rejected(model, original):
             model.generate(caption)
     with pytest.raises(DataError, match="(?i)caption"):
         model.generate([])
-    with pytest.raises(DataError, match=r"\(8, 16, 3\)"):
-        model.complete(original[:8], 1, CAPTION)
-    with pytest.raises(DataError, match="float32"):
+    with pytest.raises(DataError, match="255"):
         model.complete(original.astype(np.float32), 1, CAPTION)
     for rows in (-1, 5):
         with pytest.raises(ConfigError, match=f"rows is {rows}"):
             model.complete(original, rows, CAPTION)
     with pytest.raises(ConfigError, match="maskgit.py"):
         model.inpaint(original, np.ones((16, 16), bool), CAPTION)
-    for wrong in ({"seed": -1}, {"n": 0}):
-        with pytest.raises(ConfigError, match="seed"):
-            model.generate(CAPTION, **wrong)
 
 
 @pytest.mark.parametrize(
@@ -415,7 +410,7 @@ def test_generate_one(model):
     images = model.generate(captions, n=3, seed=2)
     np.testing.assert_array_equal(model.generate_one(captions, 3, 1, 2, seed=2), images[1, 2])
     for i, j in ((2, 0), (-1, 0), (0, 3), (0, -1)):
-        with pytest.raises(ConfigError, match=f"{j} of caption {i}"):
+        with pytest.raises(ConfigError, match=f"is {i if i in (2, -1) else j};"):
             model.generate_one(captions, 3, i, j, seed=2)
 
 
@@ -450,32 +445,17 @@ def test_every_image_of_a_manifest_can_be_drawn_again(trained, tmp_path):
         np.testing.assert_allclose(again.astype(int), stored.astype(int), rtol=0, atol=1)
 
 
-def test_a_used_folder_loses_the_images_of_its_manifest(trained, tmp_path):
-    config = config_files.load(f"{CONFIGS}/generate.py")
-    config.update({"model_workdir": trained.workdir, "prompts": CAPTION, "n": 2, "rows_at_once": 2})
-    config.mesh.data = 1
-    out = tmp_path / "out"
-    generate.run(config, str(out))
-    manifest = json.loads((out / "manifest.json").read_text())
-    manifest["samples"].append({"file": "../outside.png"})
-    (out / "manifest.json").write_text(json.dumps(manifest))
-    for kept in (out / "mine.png", tmp_path / "outside.png"):
-        kept.touch()
-    config.n = 1
-    generate.run(config, str(out))
-    written = {"0000-000.png", "grid.png", "manifest.json"}
-    assert {path.name for path in out.iterdir()} == {*written, "mine.png"} and (tmp_path / "outside.png").exists()
-    for broken in ("{", "[1]", '{"samples": 3}'):
-        (out / "manifest.json").write_text(broken)
-        assert generate._earlier(out) == []
-
-
 def test_devices_get_equal_numbers_of_rows(model):
-    shape = lambda captions, n, devices, rows: drawing.chunk_shape(
-        dataclasses.replace(model, mesh=make_mesh(data=devices), rows_at_once=rows), captions, n
-    )
-    assert shape(3, 4, 8, 64) == (4, 4) and shape(1, 1, 8, 64) == (8, 1) and shape(5, 3, 1, 64) == (5, 3)
-    assert shape(1, 100, 8, 64) == (1, 64) and shape(1, 10, 8, 64) == (1, 16) and shape(9, 64, 6, 64) == (1, 66)
+    shapes = lambda captions, n, devices, rows: [
+        part.shape
+        for part in drawing.chunks(
+            dataclasses.replace(model, mesh=make_mesh(data=devices), rows_at_once=rows), captions, n
+        )
+    ]
+    assert shapes(3, 4, 8, 64) == [(16, 1)] and shapes(1, 1, 8, 64) == [(8, 1)] and shapes(9, 3, 1, 64) == [(32, 1)]
+    assert shapes(1, 100, 8, 64) == [(1, 64), (1, 64)] and shapes(1, 70, 8, 64) == [(1, 64), (8, 1)]
+    assert shapes(4, 16, 1, 64) == [(4, 16)] and shapes(5, 16, 1, 64) == [(4, 16), (1, 16)]
+    assert shapes(1, 10, 6, 64) == [(1, 18)] and shapes(1, 64, 6, 64) == [(1, 66)] and shapes(1, 4, 6, 64) == [(12, 1)]
 
 
 def test_a_manifest_of_the_best_candidates(trained, model, tmp_path):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from full_disk import fill_disk, needs_full_device
 from PIL import Image
 from processes import finish, spawn
 from tiny_job import tiny_config, tiny_job
@@ -152,6 +153,12 @@ def test_stops_after_too_many_in_a_row(tmp_path):
     with Checkpoints(str(tmp_path), read_only=True) as checkpoints:
         assert checkpoints.steps == [5]
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoints.restore_params()))
+
+
+@pytest.mark.parametrize("clip_norm, remedy", [(0.0, "clip_norm=1"), (0.5, "clip_norm=0.5")])
+def test_remedies_for_values_that_are_not_finite(tmp_path, clip_norm, remedy):
+    with pytest.raises(NonFiniteError, match=remedy):
+        run(tmp_path, poison=(1, 2, 3, 4), optimizer__clip_norm=clip_norm)
 
 
 def test_keeps_the_best(tmp_path):
@@ -434,9 +441,9 @@ def test_the_configuration_in_the_workdir(tmp_path, caplog):
         assert read_config(tmp_path)["steps"] == steps
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no disk to be full")
-def test_full_disk_at_the_start(tmp_path):
-    (tmp_path / "config.json.unfinished").symlink_to("/dev/full")
+@needs_full_device
+def test_full_disk_at_the_start(tmp_path, monkeypatch):
+    fill_disk(monkeypatch, "config.json")
     with pytest.raises(UserError, match="config.json"):
         run(tmp_path)
 

@@ -178,8 +178,80 @@ def test_measures_with_the_real_run(tmp_path, monkeypatch):
     with loop.on_mesh(how[0]):
         costs = budget.measure(config, str(tmp_path), tiny_job(config), *how)
     assert costs == Costs(start=102.0, step=2.0, evaluation=30.0, preview=7.0, checkpoint=0.0)
-    assert seen["step"] == 1 + 3 + 5 + 10  # 20 s of 2 s each
+    assert seen["step"] == 1 + 3 + 10  # 20 s of 2 s each
     assert list(tmp_path.iterdir()) == []
+
+
+class Simulated:
+    """A run on a machine where reading is slow for few images, and perhaps only the first time."""
+
+    now = 0.0
+
+    def __init__(self, costs, cache):
+        self.costs, self.cache, self.place, self.read = costs, cache, 0, set()
+        self.batches = self.checkpoints = self
+
+    def __call__(self, *_, **__):
+        return self
+
+    def perf_counter(self):
+        return self.now
+
+    def get_state(self):
+        return self.place
+
+    def set_state(self, place):
+        self.place = place
+
+    def next_batch(self):
+        batch = self.place % len(self.costs)
+        self.place += 1
+        self.now += 0.0 if batch in self.read else self.costs[batch]
+        self.read |= {batch} if self.cache else set()
+
+    def queue(self, step, batch):
+        self.now += 0.1
+
+    def nothing(self, *_, **__):
+        """Evaluations, previews and checkpoints take no time."""
+
+    report = evaluate = preview = save = wait = nothing
+
+
+@pytest.mark.parametrize(("cache", "minutes", "tolerance"), [(True, 36.0, 0.05), (True, 5.0, 0.2), (False, 36.0, 0.2)])
+@pytest.mark.parametrize("seed", range(4))
+def test_few_slow_images_do_not_spoil_the_plan(tmp_path, monkeypatch, cache, minutes, tolerance, seed):
+    """Half of the time for reading goes to less than a tenth of the images."""
+    images = np.random.default_rng(seed).lognormal(0.0, 2.0, (226, 32))
+    images *= 0.2 / images.sum(axis=1).mean()  # seconds
+    ordered = np.sort(images, axis=None)
+    assert ordered[-images.size // 10 :].sum() > 0.5 * ordered.sum()
+    simulated = Simulated(images.sum(axis=1), cache)
+    monkeypatch.setattr(budget, "Run", simulated)
+    monkeypatch.setattr(budget, "time", simulated)
+    config = minutes_config(minutes=minutes, batch_size=32)
+    with config.unlocked():
+        config.data.cache = cache
+    job = types.SimpleNamespace(examples=images.size)
+    costs = budget.measure(budget.with_steps(config, 10_000), str(tmp_path), job, None, None, None)
+    passed = simulated.now
+    assert passed < 0.05 * 60 * minutes + 3
+    steps = plan(config, "somewhere", costs, passed).steps
+    real = Simulated(simulated.costs, cache)
+    for step in range(steps):
+        real.queue(step, real.next_batch())
+    assert passed + real.now == pytest.approx(60 * minutes, rel=tolerance)
+
+
+def test_slow_updates_in_the_beginning_do_not_end_the_timing(monkeypatch):
+    simulated = Simulated([3.0] * 5 + [0.0] * 1000, cache=False)
+    monkeypatch.setattr(budget, "time", simulated)
+    done, mean = budget._timed(simulated, 4, 20.0, until=1000)
+    assert done == simulated.place + 4 and 40 < simulated.place < 60
+    assert mean == pytest.approx(simulated.now / simulated.place)
+    simulated.place = simulated.now = 0
+    assert budget._timed(simulated, 4, 20.0, until=12)[0] == 12
+    assert budget._timed(simulated, 4, 20.0, until=6)[0] == 9
 
 
 def test_the_whole_way(tmp_path, monkeypatch, capsys):

@@ -17,11 +17,7 @@ from absl import logging
 from etils import epath
 
 from dalle_jax.storage.files import is_remote
-
-try:
-    import fcntl
-except ImportError:  # not a Unix system
-    fcntl = None
+from dalle_jax.storage.locks import try_lock
 
 _LOCK = ".preparing"
 _INCOMPLETE = "incomplete.*"  # TFDS's name of a folder that it is writing
@@ -36,7 +32,7 @@ def only_one_prepares(folder: epath.PathLike, what: str) -> Iterator[None]:
       folder: the data set's folder for one version. The lock stands next to it.
       what: name of the data set, for messages.
     """
-    if fcntl is None or is_remote(folder):
+    if is_remote(folder):
         yield
         return
     place = pathlib.Path(folder).parent
@@ -53,7 +49,7 @@ def _locked(place: pathlib.Path, what: str) -> Iterator[bool]:
     """Holds the lock of a folder; yields False if its file system has none."""
     with open(place / _LOCK, "a+b") as file:
         waiting = False
-        while (taken := _take(file)) is False:
+        while (taken := try_lock(file)) is False:
             if not waiting:
                 waiting = True
                 file.seek(0)
@@ -69,23 +65,12 @@ def _locked(place: pathlib.Path, what: str) -> Iterator[bool]:
         yield taken is True
 
 
-def _take(file) -> bool | None:
-    """Tries to lock a file; returns None if its file system has no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-
-
 def _remove_leftovers(place: pathlib.Path, held: bool) -> None:
     """Removes incomplete folders of one configuration, unless another process is writing them."""
     if not place.is_dir() or not (found := list(place.glob(_INCOMPLETE))):
         return
     with open(place / _LOCK, "a+b") as file:
-        if held or _take(file):
+        if held or try_lock(file):
             for folder in found:
                 logging.info("Removing %s, which a killed process has left.", folder)
                 shutil.rmtree(folder, ignore_errors=True)

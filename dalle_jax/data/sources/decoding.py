@@ -158,21 +158,34 @@ def _decode(content: bytes, name: str, limits: Limits) -> np.ndarray:
         kept = _reduced_side(*image.size, limits.image_size)
         if kept is not None:
             image.draft(None, (kept, kept))  # only a JPEG is reduced here
-        image.load()
-        orientation = _orientation(image)
-        image = _to_8_bits(image)
-        if image.mode in _WITH_ALPHA or "transparency" in image.info:
-            image = image.convert("LA") if image.mode == "La" else image
-            image = image.convert("RGBA")
-        else:
-            image = _lab_to_rgb(image) if image.mode == "LAB" else image.convert("RGB")
-        if kept is not None and (factor := min(image.size) // kept) > 1:
-            image = image.reduce(factor)
-        if orientation in _UPRIGHT:
-            image = image.transpose(_UPRIGHT[orientation])
-        if image.mode == "RGBA":
-            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
-        return np.array(image)
+        return upright_rgb(image, kept)
+
+
+def upright_rgb(image: PIL.Image.Image, least_side: int | None = None) -> np.ndarray:
+    """Returns the pixels of an open image: upright, RGB, transparent parts on white.
+
+    Args:
+      image: of any mode.
+      least_side: reduces the image by a whole factor, if its short side then is still at least this; None keeps it.
+
+    Returns:
+      uint8 [H, W, 3].
+    """
+    image.load()
+    orientation = _orientation(image)
+    image = _to_8_bits(image)
+    if image.mode in _WITH_ALPHA or "transparency" in image.info:
+        image = image.convert("LA") if image.mode == "La" else image
+        image = image.convert("RGBA")
+    else:
+        image = _lab_to_rgb(image) if image.mode == "LAB" else image.convert("RGB")
+    if least_side is not None and (factor := min(image.size) // least_side) > 1:
+        image = image.reduce(factor)
+    if orientation in _UPRIGHT:
+        image = image.transpose(_UPRIGHT[orientation])
+    if image.mode == "RGBA":
+        image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return np.array(image)
 
 
 def _check_png(content: bytes, name: str, limits: Limits) -> None:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 
 from dalle_jax.data.sources.folder import FolderSource
-from dalle_jax.data.sources.own import choose_source
+from dalle_jax.data.sources.once import once
+from dalle_jax.data.sources.own import AUTO, choose_source
 from dalle_jax.data.sources.source import DataOptions, Source
 from dalle_jax.data.sources.tfds import TfdsSource
 
 
 def open_source(options: DataOptions, split: str) -> Source:
     """Opens the source that the options name, and first prepares its TFDS data set if needed.
+
+    In an `opened_once` block it opens each split once.
 
     Args:
       options: what to read.
@@ -23,7 +26,13 @@ def open_source(options: DataOptions, split: str) -> Source:
     Raises:
       DataError: if it does not exist, or lacks the split or the features.
     """
-    options = dataclasses.replace(options, source=choose_source(options.source, options.path))
+    if options.source == AUTO:
+        options = dataclasses.replace(options, source=choose_source(options.source, options.path))
+    what = dataclasses.replace(options, augment="none", bpe_dropout=0.0)  # both belong to a training
+    return once(("source", repr(what), split), lambda: _open(options, split))
+
+
+def _open(options: DataOptions, split: str) -> Source:
     if options.source == "folder":
         source = FolderSource(options.path, split, options)
     else:

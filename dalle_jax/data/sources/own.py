@@ -5,19 +5,15 @@
 
 from __future__ import annotations
 
-import itertools
 import mimetypes
-from collections.abc import Iterator
 
-from etils import epath
-
+from dalle_jax.data.sources.folder.listing import list_folder
 from dalle_jax.errors import ConfigError
 from dalle_jax.storage.files import expanded
+from dalle_jax.storage.reachable import check_reachable
 
 AUTO, FOLDER, TAR_SHARDS = "auto", "folder", "tar_shards"
 _TAR = (".tar", ".tar.gz", ".tgz")
-_LISTED = 20_000  # entries that are looked at
-_DEPTH = 5  # folders inside of each other; ends loops of links
 
 
 def kind_of(path: str) -> str | None:
@@ -28,26 +24,17 @@ def kind_of(path: str) -> str | None:
     Args:
       path: a folder, or a shard, or a glob of shards; local or remote.
     """
-    place, tars = expanded(path), False
+    check_reachable(path)
     if str(path).endswith(_TAR):
         return TAR_SHARDS
-    for name in itertools.islice(_names(place), _LISTED):
-        if (mimetypes.guess_type(name)[0] or "").startswith("image/"):
-            return FOLDER
-        tars = tars or name.lower().endswith(_TAR)
-    return TAR_SHARDS if tars else None
-
-
-def _names(place: epath.Path) -> Iterator[str]:
-    """Yields the names of all files below a folder, outer folders first."""
-    level = [place] if place.is_dir() else []
-    for _ in range(_DEPTH):
-        folders = []
-        for entry in itertools.chain.from_iterable(folder.iterdir() for folder in level):
-            yield entry.name
-            if "." not in entry.name:
-                folders.append(entry)
-        level = [folder for folder in folders if folder.is_dir()]
+    place = expanded(path)
+    try:
+        names = list_folder(place).files if place.is_dir() else {}
+    except OSError:
+        return None
+    if any((mimetypes.guess_type(name)[0] or "").startswith("image/") for name in names):
+        return FOLDER
+    return TAR_SHARDS if any(name.lower().endswith(_TAR) for name in names) else None
 
 
 def choose_source(source: str, path: str | None, where: str = "data") -> str:

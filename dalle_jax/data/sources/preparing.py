@@ -24,6 +24,7 @@ from dalle_jax.data.builders.emoji_captions import Builder as EmojiBuilder
 from dalle_jax.data.builders.shapes_captions import Builder as ShapesBuilder
 from dalle_jax.data.builders.tar_shards import Builder as TarBuilder
 from dalle_jax.data.builders.turn import only_one_prepares
+from dalle_jax.data.sources.once import once
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.errors import ConfigError
 from dalle_jax.storage.files import expanded
@@ -66,7 +67,7 @@ def prepare(options: DataOptions, data_dir: str) -> tfds.core.DatasetBuilder:
     builder = make()
     if _is_prepared(builder):
         if source == TAR_SHARDS or source in _MADE_FROM:
-            _log_reuse(builder)
+            once(("reuse", str(builder.data_path)), lambda: _log_reuse(builder))
         return builder
     with only_one_prepares(builder.data_path, options.source):
         builder = make()  # another process may have prepared it in the meantime

@@ -21,6 +21,13 @@ from dalle_jax.data.sources.decoding import MOST_PIXELS, Limits, decode_image
 from dalle_jax.data.sources.record import Record, UnreadableExample
 from dalle_jax.errors import ConfigError
 
+_MOST = {
+    "image_size": 2**13,
+    "workers": 1024,
+    "max_pixels": MOST_PIXELS,
+    "max_file_bytes": 2**40,
+    "cache_bytes": 2**40,
+}
 _CAPTION_LINES = ("all", "first")
 _CAPTION_FROM = ("files", "file_names", "folder_names")
 
@@ -47,7 +54,8 @@ class DataOptions:
       builder_kwargs: keyword arguments of the TFDS builder (the font, the image size, …).
       train_split: the split to train on.
       eval_split: the split to evaluate on.
-      cache: keep decoded examples in memory, per worker process; for data sets that fit there.
+      cache: keep prepared examples in memory, so that each is decoded once; with `workers` in each process.
+      cache_bytes: the most memory for the images of one split, in all processes. A larger split is not kept at all.
       workers: number of processes that create batches; 0 uses two threads of this process.
       bpe_dropout: the probability that a BPE merge is dropped, in training.
       max_pixels: larger images are skipped before they are decoded.
@@ -68,6 +76,7 @@ class DataOptions:
     train_split: str = "train"
     eval_split: str = "validation"
     cache: bool = False
+    cache_bytes: int = 2**30
     workers: int = 0
     bpe_dropout: float = 0.0
     max_pixels: int = Limits.max_pixels
@@ -75,7 +84,8 @@ class DataOptions:
 
     def __post_init__(self):
         check(
-            self, "data", positive=["image_size", "max_file_bytes"], at_least_0=["workers"], below_1=["bpe_dropout"],
+            self, "data", positive=["image_size", "max_pixels", "max_file_bytes", "cache_bytes"],
+            at_least_0=["workers"], below_1=["bpe_dropout"], most=_MOST,
             choices={"fit": FITS, "augment": KINDS, "caption_lines": _CAPTION_LINES, "caption_from": _CAPTION_FROM},
         )  # fmt: skip
         for key, usual in (("caption_lines", "all"), ("caption_from", "files")):
@@ -84,8 +94,6 @@ class DataOptions:
                     f"config.data.{key} is {getattr(self, key)!r}, which only config.data.source='folder' can use; "
                     f"the source is {self.source!r}. Set config.data.{key} to {usual!r}."
                 )
-        if not 1 <= self.max_pixels <= MOST_PIXELS:
-            raise ConfigError(f"config.data.max_pixels is {self.max_pixels}; expected 1 to {MOST_PIXELS}.")
         if self.source in ("auto", "folder", "tar_shards") and not self.path:
             held = {"folder": "images", "tar_shards": "shards"}.get(self.source, "images or tar shards")
             raise ConfigError(
@@ -196,10 +204,14 @@ class Source(abc.ABC):
             "extra": dict(record.extra),
         }
 
+    def captions_of(self, index: int) -> list[str]:
+        """Returns the readable captions of one example; [] if there are none. No image is decoded."""
+        try:
+            return decode_captions(self.record(index))
+        except UnreadableExample:
+            return []
+
     def captions(self) -> Iterator[str]:
         """Yields all readable captions of every example in order, without decoding images."""
         for index in range(len(self)):
-            try:
-                yield from decode_captions(self.record(index))
-            except UnreadableExample:
-                continue
+            yield from self.captions_of(index)

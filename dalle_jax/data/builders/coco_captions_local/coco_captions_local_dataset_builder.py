@@ -19,7 +19,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,6 +29,7 @@ from etils import epath
 from dalle_jax.data.builders.local_copy import Examples, LocalCopyBuilder, ReadOnce, in_parts, read_text
 from dalle_jax.data.builders.made_from import count_files, fingerprint
 from dalle_jax.errors import ConfigError, DataError
+from dalle_jax.storage import json_files
 
 _YEARS = (2014, 2017)
 _FOLDERS = {"train": "train", "validation": "val"}
@@ -127,7 +127,7 @@ def read_annotations(file: epath.Path) -> list[dict[str, Any]]:
     """
     captions = collections.defaultdict(list)
     try:
-        content = json.loads(read_text(file))
+        content = json_files.parse(read_text(file))
         for annotation in sorted(content["annotations"], key=lambda each: each["id"]):
             captions[annotation["image_id"]].append({"text": annotation["caption"], "id": annotation["id"]})
         return [

@@ -17,6 +17,8 @@ import zlib
 
 import numpy as np
 
+from dalle_jax.storage import json_files
+
 SHAPES = ("circle", "square", "triangle", "diamond", "cross")
 COLORS = {
     "red": (214, 36, 36),
@@ -69,9 +71,12 @@ class Scene:
     @classmethod
     def from_json(cls, text: str | bytes) -> Scene:
         """Reads the JSON of `to_json`."""
-        fields = json.loads(text)
-        objects = tuple(Object(**item) for item in fields["objects"])
-        return cls(objects, fields["relation"], fields["background"])
+        fields = json_files.parse(text)
+        try:
+            objects = tuple(Object(**item) for item in fields["objects"])
+            return cls(objects, fields["relation"], fields["background"])
+        except (LookupError, TypeError) as error:
+            raise json_files.WrongJson(f"it is no scene ({type(error).__name__}: {error})") from error
 
 
 def is_held_out(scene: Scene) -> bool:

@@ -11,7 +11,6 @@ error. An archive without its end mark, or with data after it, is an error too.
 from __future__ import annotations
 
 import dataclasses
-import json
 import lzma
 import tarfile
 import zlib
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, BinaryIO
 
 from dalle_jax.data.sources.decoding import Limits
+from dalle_jax.storage import json_files
 
 IMAGE_ENDINGS = ("jpg", "jpeg", "jpe", "jfif", "png", "webp", "gif", "bmp", "tif", "tiff", "avif", "jp2", "ppm", "img")
 _TEXTS, _METADATA = ("txt", "caption", "cap"), "json"
@@ -248,10 +248,9 @@ def _sample(key: str, members: _Members, rules: _Rules) -> Sample:
 
 def _read_json(content: bytes) -> Mapping[str, Any]:
     try:
-        facts = json.loads(content)
-    except (ValueError, RecursionError):  # The pipeline counts samples without a caption.
+        return json_files.parse(content)
+    except json_files.WrongJson:  # The pipeline counts samples without a caption.
         return {}
-    return facts if isinstance(facts, dict) else {}
 
 
 def _captions_of(facts: Mapping[str, Any], key: str) -> tuple[bytes, ...]:

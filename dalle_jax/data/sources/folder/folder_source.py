@@ -121,21 +121,22 @@ class FolderSource(Source):
         return self._read(self._entries[index])
 
     def captions(self) -> Iterator[str]:
-        """Yields all readable captions of every example in order, without reading images.
+        """See `Source.captions`. No image is read.
 
         Raises:
           DataError: at once, if no image has a caption.
         """
         if self.captions_missing:
             raise DataError(self.captions_missing)
-        return self._readable_captions()
+        return super().captions()
 
-    def _readable_captions(self) -> Iterator[str]:
-        for entry in self._entries:
-            try:
-                yield from decode_captions(Record(b"", self._captions_of(entry), entry.name, {}))
-            except UnreadableExample:
-                continue
+    def captions_of(self, index: int) -> list[str]:
+        """See `Source.captions_of`. The image is not read."""
+        entry = self._entries[index]
+        try:
+            return decode_captions(Record(b"", self._captions_of(entry), entry.name, {}))
+        except UnreadableExample:
+            return []
 
     def _read(self, entry: Entry) -> Record:
         for name in (entry.name, entry.text):
@@ -152,6 +153,8 @@ class FolderSource(Source):
     def _captions_of(self, entry: Entry) -> tuple[str | bytes, ...]:
         if entry.captions is not None:
             return entry.captions
+        if entry.text in self._too_large:
+            return ()
         try:
             lines = (self._root / entry.text).read_bytes().splitlines() if entry.text else []
         except OSError:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from dalle_jax.data.sources.once import once
 from dalle_jax.storage.files import is_remote
 
 _ADDED_BY_PROGRAMS = frozenset(
@@ -82,11 +83,16 @@ def list_folder(root: epath.Path) -> Listing:
     Args:
       root: the folder; it exists.
 
+    Returns:
+      The listing, to be read only: in an `opened_once` block others get the same one.
+
     Raises:
       OSError: if the folder itself cannot be read.
     """
-    if is_remote(root):
-        return _remote(root)
+    return once(("listing", os.fspath(root)), lambda: _remote(root) if is_remote(root) else _local(root))
+
+
+def _local(root: epath.Path) -> Listing:
     listing, links, listed = Listing(), [], set()
     pending = [(os.fspath(root), "")]
     while pending or links:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import collections
 import functools
-import json
 import posixpath
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from dalle_jax.data.sources.folder.csv_rows import csv_rows
 from dalle_jax.data.sources.folder.endings import IMAGE_ENDINGS, ending
 from dalle_jax.data.sources.folder.listing import Skip
 from dalle_jax.errors import DataError
+from dalle_jax.storage import json_files
 
 # The names of a captions table. If a folder holds several, the first one is read.
 TABLES = ("captions.jsonl", "captions.csv", "metadata.jsonl", "metadata.csv")
@@ -195,14 +195,11 @@ def _jsonl_rows(text: str) -> Iterator[tuple[int, dict[str, Any], str]]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield number, {}, f"no JSON ({error})"
+                row = json_files.parse(line)
+            except json_files.WrongJson as error:
+                yield number, {}, str(error)
                 continue
-            if isinstance(row, dict):
-                yield number, {key.strip().lower(): value for key, value in row.items()}, ""
-            else:
-                yield number, {}, f"no object: {_short(row)}"
+            yield number, {key.strip().lower(): value for key, value in row.items()}, ""
 
 
 def _is_empty(value: Any) -> bool:
