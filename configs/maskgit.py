@@ -71,6 +71,7 @@ def paper(steps):
     return {
         "model.trunk.activation": "gelu_tanh",
         "model.trunk.attention_dropout": 0.1,
+        "model.trunk.remat": "attended",  # the probabilities of attention are in memory, with dropout
         "model.init_scale": 0.02,
         "model.caption_drop": 0.0,
         "model.steps": placeholder(int),

@@ -267,6 +267,10 @@ CLIP = (
         "image layers, width, heads (table 20)", "12, 768, 12", "model.image_depth model.image_width model.image_heads",
     ),
     Row("text layers, width, heads (table 20)", "12, 512, 8", "model.text_depth model.text_width model.text_heads"),
+    Row(
+        "width of an image MLP (released)", "3,072", "model.image_width model.image_mlp",
+        show=lambda width, hidden: f"{hidden or 4 * width:,}",
+    ),
     Row("width of both vectors (table 20)", "512", "model.embed_dim"),
     Row("activation (released)", "quick_gelu", "model.activation"),
     Row("the image is read from (2.4)", "class_token", "model.image_readout"),

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from dalle_jax.configuration import config_files
 from dalle_jax.configuration.options import check
 from dalle_jax.configuration.size_rules import with_largest
+from dalle_jax.data.sources import own
 from dalle_jax.distributed.sharding import abstract, batch_sharding, batch_shards, on_mesh, replicated
 from dalle_jax.errors import ConfigError
 from dalle_jax.optim import optimizers, schedules
@@ -120,6 +121,8 @@ def make_subject(config: ConfigDict, devices: Sequence[jax.Device]) -> Subject:
       UserError: the configuration or the mesh is invalid.
     """
     config = with_largest(config)
+    if config.data.path is None and config.data.source in (own.AUTO, own.FOLDER, own.TAR_SHARDS):
+        config.data.path = "no data is read"  # so that the other values can be checked
     check_values(config)
     registry.check_config(config)
     mesh, options, average = mesh_and_options(config, devices)

@@ -79,6 +79,12 @@ def test_invalid_options(wrong, token):
         CompileOptions("configs/prior.py", "v5e:2x2", **wrong)
 
 
+@pytest.mark.parametrize("target", ["dvae.py:paper", "clip.py:folder", "maskgit.py:folder", "dvae.py:small"])
+def test_your_own_data_is_not_needed(target):
+    subject = make_subject(load_target(f"configs/{target}", "mesh.fsdp=1,mesh.data=-1"), jax.devices())
+    assert subject.batch["image"].shape[0] == subject.config.batch_size
+
+
 def test_rows_that_cannot_be_split():
     subject = make_subject(load_target("configs/maskgit.py", "mesh.data=4,mesh.tensor=2"), jax.devices())
     with pytest.raises(ConfigError, match="config.rows=3"):
