@@ -266,7 +266,7 @@ def known(given: Any, shape: tuple[int, int], vocab: int) -> tuple[np.ndarray, n
       vocab: V.
 
     Returns:
-      int32 [n, N], 0 where the mask is False, and bool [n, N].
+      int32 [n, N] and bool [n, N].
 
     Raises:
       DataError: another shape or type, or a known token outside [0, V).
@@ -276,7 +276,8 @@ def known(given: Any, shape: tuple[int, int], vocab: int) -> tuple[np.ndarray, n
     values, mask = map(_array, given)
     if mask.dtype != bool or mask.shape != shape:
         raise DataError(f"The mask of the known tokens is {mask.dtype} {mask.shape}; expected bool {shape}.")
-    return tokens(np.where(mask, values, 0) if values.shape == shape else values, shape, vocab), mask
+    tokens(np.where(mask, values, 0) if values.shape == shape else values, shape, vocab)
+    return values.astype(np.int32), mask
 
 
 # -- any ----------------------------------------------------------------------------------------------------------
