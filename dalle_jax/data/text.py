@@ -25,7 +25,7 @@ from absl import logging
 from etils import epath
 
 from dalle_jax.errors import ConfigError, DataError
-from dalle_jax.storage.files import write_atomically
+from dalle_jax.storage.files import expanded, write_atomically
 
 _SPACE = "\u2581"  # written by sentencepiece for the blank before a word
 _UNKNOWN = 0
@@ -180,7 +180,7 @@ class TextModel:
           DataError: if there is no such file, or it is not a sentencepiece model.
         """
         try:
-            serialized = epath.Path(path).read_bytes()
+            serialized = expanded(path).read_bytes()
         except OSError as error:
             raise DataError(
                 f"No text model at {path}: {error}. Training writes `sentencepiece.model`; give that file."

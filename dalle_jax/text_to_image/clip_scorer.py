@@ -38,7 +38,7 @@ from dalle_jax.errors import CheckpointError, DataError
 from dalle_jax.models import clip as models
 from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.pytree import PyTree, fingerprint, first_mismatch
-from dalle_jax.storage.files import write_errors
+from dalle_jax.storage.files import expanded, write_errors
 
 _TEXT_MODELS = {"sentencepiece": TextModel.load, "byte_pairs": BytePairs}
 
@@ -84,7 +84,7 @@ class ClipScorer:
           DataError: the text model is missing or damaged.
         """
         if has_clip(folder):
-            clip, params, text_model = _load_frozen(epath.Path(folder).expanduser() / "clip")
+            clip, params, text_model = _load_frozen(expanded(folder) / "clip")
         else:
             config = workdirs.read_config(folder)
             if config.get("task") != "clip":
@@ -109,7 +109,7 @@ class ClipScorer:
         Raises:
           UserError: the folder cannot be written.
         """
-        target = epath.Path(folder).expanduser() / "clip"
+        target = expanded(folder) / "clip"
         with write_errors(target):
             self.text_model.save(target / "text.model")
         kind = "byte_pairs" if isinstance(self.text_model, BytePairs) else "sentencepiece"
@@ -216,7 +216,7 @@ def _encode_text(clip: CLIP, params: PyTree, text: jax.Array) -> jax.Array:
 
 def has_clip(folder: str | epath.PathLike) -> bool:
     """Returns whether the folder holds a complete frozen CLIP."""
-    return frozen.exists(epath.Path(folder).expanduser() / "clip")
+    return frozen.exists(expanded(folder) / "clip")
 
 
 def parameter_count(params: PyTree) -> str:

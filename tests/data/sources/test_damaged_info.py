@@ -22,10 +22,9 @@ def prepared(tmp_path_factory):
     return options, info.parent
 
 
-@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"7", b"{", b"\xff", b"[" * 100_000])
-def test_a_damaged_description(prepared, name, content):
-    options, folder = prepared
+def test_a_damaged_description(prepared, content):
+    (options, folder), name = prepared, "dataset_info.json"
     before = (folder / name).read_bytes()
     (folder / name).write_bytes(content)
     try:
