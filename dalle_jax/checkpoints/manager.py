@@ -15,11 +15,14 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from dalle_jax.checkpoints.best import BestMetric
 from dalle_jax.checkpoints.stored import Damaged, DataIterator, DataState, StoredCheckpoint
+from dalle_jax.errors import CheckpointError
 from dalle_jax.pytree import PyTree
+from dalle_jax.storage import json_files
 from dalle_jax.storage.files import is_remote
 from dalle_jax.storage.names import LiteralPath
 
 _ORBAX = pathlib.Path(ocp.__file__).parents[1]
+_TIMES = "_CHECKPOINT_METADATA"
 _boundaries = itertools.count()  # between steps, over all trainings of this process
 
 
@@ -43,8 +46,11 @@ class Manager(ocp.CheckpointManager):
                 ),
             ]
         )
+        if not is_remote(directory):
+            directory = LiteralPath(directory)
+            _check_times(directory)
         super().__init__(
-            directory if is_remote(directory) else LiteralPath(directory),
+            directory,
             options=ocp.CheckpointManagerOptions(
                 best_fn=self._loss,
                 best_mode="min",
@@ -53,6 +59,8 @@ class Manager(ocp.CheckpointManager):
                 create=not read_only,
                 read_only=read_only,
                 save_interval_steps=0 if read_only else 1,
+                # In the background a failure would make the save wait 5 minutes for folders that never appear.
+                async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
             ),
             item_handlers={
                 **{name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "rest")},
@@ -119,6 +127,13 @@ class Manager(ocp.CheckpointManager):
         except (ValueError, TypeError, AttributeError, RecursionError, Damaged):
             logging.warning("The metrics of the checkpoint %s are damaged: ignored.", self.directory / str(step))
             return None
+
+
+def _check_times(directory: epath.Path) -> None:
+    """Raises a `CheckpointError` for a damaged file of times, on which orbax would raise errors of many types."""
+    for path in sorted(directory.glob(f"*/{_TIMES}")) if directory.exists() else ():
+        remedy = "Delete this file: it holds nothing but the times at which the checkpoint was written."
+        json_files.read(path, dict, CheckpointError, remedy)
 
 
 def _is_not_from_orbax(record: Any) -> bool:
