@@ -249,6 +249,7 @@ def load_text_model(workdir: epath.PathLike) -> TextModel:
     """Loads the text model of a prior's workdir.
 
     Raises:
-      DataError: it is missing or damaged.
+      DataError: it is missing, or not a text model.
+      DamagedError: it changed since the training wrote it.
     """
     return TextModel.load(text_model_path(workdir))

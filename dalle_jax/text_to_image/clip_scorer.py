@@ -81,7 +81,8 @@ class ClipScorer:
 
         Raises:
           CheckpointError: no CLIP in the folder, or parameters that do not fit its text model.
-          DataError: the text model is missing or damaged.
+          DamagedError: a file changed since it was written.
+          DataError: the text model is missing, or not a text model.
         """
         if has_clip(folder):
             clip, params, text_model = _load_frozen(epath.Path(folder).expanduser() / "clip")
