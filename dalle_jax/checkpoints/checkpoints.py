@@ -208,6 +208,10 @@ class Checkpoints:
         """Reads the stored configuration of a checkpoint as JSON values. For `step` see `restore_params`."""
         return self._first_intact(step, lambda number: StoredCheckpoint(self.directory / str(number)).config())
 
+    def metrics(self, step: int) -> Mapping[str, float] | None:
+        """Reads the evaluation of a checkpoint; None if there was none, or if it is damaged."""
+        return self._manager.metrics(step)
+
     def reached_preemption(self, step: int) -> bool:
         """Returns whether the cluster asked any host to stop; true at the same step on all hosts.
 

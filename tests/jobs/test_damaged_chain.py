@@ -41,7 +41,7 @@ RUN = {"batch_size": 16, "steps": 4, "eval_batches": 1, "keep": {"last": 2, "bes
 
 def configurations(folder):
     """Returns the configurations of the prior with its tokenizer, and of CLIP."""
-    data = {**SHAPES, "data_dir": str(folder / "data")}
+    data = {**SHAPES, "data_dir": str(folder / "drawn")}
     prior = config_files.load("configs/prior.py:shapes")
     prior.update({"workdir": str(folder / "prior"), "data": data, "text": {"vocab_size": 64, "length": 20}, **RUN})
     prior.update({"model": {"trunk": {"width": 16, "depth": 2, "heads": 2}}, "data_tokens": "once"})
@@ -78,7 +78,7 @@ class Chain:
         mesh, options, average = mesh_and_options(self.prior)
         task = registry.build(self.prior, self.prior.workdir).task
         self._abstract = make_init(task, make_optimizer(options), average, mesh, 0)[1]
-        shutil.copytree(folder, folder / "kept", ignore=shutil.ignore_patterns("data", *UNREAD))
+        shutil.copytree(folder, folder / "kept", ignore=shutil.ignore_patterns("drawn", *UNREAD))
 
     def files(self):
         """Lists the files that something reads, relative to the folder."""
