@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import grain
+import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -24,6 +26,8 @@ from dalle_jax.storage.names import LiteralPath
 _ORBAX = pathlib.Path(ocp.__file__).parents[1]
 _TIMES = "_CHECKPOINT_METADATA"
 _boundaries = itertools.count()  # between steps, over all trainings of this process
+
+INTACT = "Earlier checkpoints are intact. Free space or restore access, then run the same command again to resume."
 
 
 class Manager(ocp.CheckpointManager):
@@ -134,6 +138,21 @@ def _check_times(directory: epath.Path) -> None:
     for path in sorted(directory.glob(f"*/{_TIMES}")) if directory.exists() else ():
         remedy = "Delete this file: it holds nothing but the times at which the checkpoint was written."
         json_files.read(path, dict, CheckpointError, remedy)
+
+
+def check_space(directory: epath.Path, items: Mapping[str, PyTree]) -> None:
+    """Raises CheckpointError if the disk lacks space for a checkpoint, because an error in mid-write is less clear."""
+    if is_remote(directory):
+        return
+    arrays = jax.tree.leaves(items)
+    here = sum(shard.data.nbytes for x in arrays for shard in x.addressable_shards if shard.replica_id == 0)
+    needed = here + (len(arrays) << 12) + (1 << 20)  # one file per array; metadata and configuration
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise CheckpointError(
+            f"Cannot write checkpoints in {directory}: no space left on the device (a checkpoint needs "
+            f"{needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free). {INTACT}"
+        )
 
 
 def _is_not_from_orbax(record: Any) -> bool:

@@ -86,7 +86,8 @@ class ClipScorer:
 
         Raises:
           CheckpointError: no CLIP in the folder, or parameters that do not fit its text model.
-          DataError: the text model is missing or damaged.
+          DamagedError: a file changed since it was written.
+          DataError: the text model is missing, or not a text model.
         """
         step, rows_at_once = check_step(step), natural("rows_at_once", rows_at_once, 1, MOST_IMAGES)
         check_mesh(mesh)
