@@ -29,7 +29,7 @@ from dalle_jax import compilation_cache
 from dalle_jax.configuration import command_help, config_files
 from dalle_jax.configuration.flag_errors import explain_flag_error
 from dalle_jax.configuration.sections import check_minutes
-from dalle_jax.distributed.joining import define_flags
+from dalle_jax.distributed.joining import check_devices, define_flags
 from dalle_jax.distributed.turns import is_first, joined
 from dalle_jax.distributed.watchdog import end_process
 from dalle_jax.errors import ConfigError, UserError
@@ -71,9 +71,14 @@ def _parse(argv: list[str]) -> list[str]:
             raise ConfigError(f"Unexpected argument {rest[1]!r}: write options as --name=value.")
         if _CONFIG.value is None:
             raise ConfigError("No --config given; start with --config=configs/quickstart.py (--help lists all).")
-        if _CONFIG.value.job not in JOBS:  # (reading the value raises if the file is unreadable)
-            raise ConfigError(f"config.job={_CONFIG.value.job!r}: expected one of {', '.join(JOBS)}.")
-        check_minutes(_CONFIG.value, config_flags.get_override_values(flags.FLAGS["config"]))
+        given = config_flags.get_override_values(flags.FLAGS["config"])
+        if fixed := [key for key in given if key.rpartition(".")[2] in ("job", "variant")]:
+            raise ConfigError(f"--config.{fixed[0]} cannot be set: --config=FILE:VARIANT decides it.")
+        if _CONFIG.value.job not in JOBS:
+            raise ConfigError(
+                f"{_CONFIG.value.job!r} is the job of this config file; expected one of {', '.join(JOBS)}."
+            )
+        check_minutes(_CONFIG.value, given)
         if wanted:
             print(command_help.describe(config_files.given(argv), _CONFIG.value, everything=wanted == "all"))
             sys.exit(0)
@@ -102,6 +107,7 @@ def _run(_: list[str]) -> None:
     disable_listings_cache()
     config = _CONFIG.value
     _start_hosts(config.job)
+    check_devices()
     compilation_cache.enable()
     importlib.import_module(JOBS[config.job]).run(config, _WORKDIR.value or config.workdir)
 

@@ -15,6 +15,9 @@ from collections.abc import Sequence
 import jax.numpy as jnp
 import numpy as np
 
+LONGEST_STREAM = 2**15  # positions: a mask of attention over more of them fills the memory of a host
+LARGEST_VOCABULARY = 2**24
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenLayout:
@@ -28,7 +31,7 @@ class TokenLayout:
       width: w, columns of the image token grid.
 
     Raises:
-      ValueError: a size below 1.
+      ValueError: a size below 1, or more than `LONGEST_STREAM` positions.
     """
 
     text_vocab: int
@@ -42,6 +45,11 @@ class TokenLayout:
             value = getattr(self, field.name)
             if value < 1:
                 raise ValueError(f"TokenLayout.{field.name} is {value}; it must be at least 1.")
+        if self.length > LONGEST_STREAM:
+            raise ValueError(
+                f"A stream of {self.text_length} text positions and {self.height} x {self.width} image positions is "
+                f"longer than {LONGEST_STREAM}."
+            )
 
     @property
     def image_length(self) -> int:

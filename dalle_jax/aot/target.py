@@ -22,7 +22,7 @@ from dalle_jax.pytree import PyTree
 from dalle_jax.tasks import registry
 from dalle_jax.tasks.task import Task
 from dalle_jax.training.step import TrainState, make_init, make_train_step
-from dalle_jax.training.validation import mesh_and_options
+from dalle_jax.training.validation import check_values, mesh_and_options
 
 WHAT = ("train", "sample")
 EFFORTS = {"full": {}, "low": {"exec_time_optimization_effort": -1.0}}  # options of the compiler
@@ -50,7 +50,7 @@ class CompileOptions:
     effort: str = "full"
 
     def __post_init__(self):
-        check(self, "", positive=["rows"], choices={"what": WHAT, "effort": EFFORTS})
+        check(self, "", positive=["rows"], most={"rows": 2**20}, choices={"what": WHAT, "effort": EFFORTS})
 
 
 def load_target(target: str, overrides: str = "") -> ConfigDict:
@@ -120,6 +120,8 @@ def make_subject(config: ConfigDict, devices: Sequence[jax.Device]) -> Subject:
       UserError: the configuration or the mesh is invalid.
     """
     config = with_largest(config)
+    check_values(config)
+    registry.check_config(config)
     mesh, options, average = mesh_and_options(config, devices)
     task, batch = registry.abstract(config)
     _, state = make_init(task, optimizers.make_optimizer(options), average, mesh, config.seed)

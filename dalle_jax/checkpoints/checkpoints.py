@@ -245,6 +245,8 @@ class Checkpoints:
             return found[::-1]
         if step == "best":
             return self._from_best()
+        if isinstance(step, str) and step.isdecimal():
+            step = int(step)
         if step not in found:
             raise CheckpointError(f"No checkpoint of step {step} in {self.directory}; there are {found}, or 'best'.")
         return [int(step)]

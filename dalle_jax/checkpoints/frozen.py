@@ -20,10 +20,12 @@ from etils import epath
 from dalle_jax.errors import CheckpointError
 from dalle_jax.pytree import PyTree
 from dalle_jax.storage.files import expanded, write_atomically, write_errors, write_json
+from dalle_jax.storage.reachable import check_reachable
 
 
 def exists(folder: epath.PathLike) -> bool:
     """Returns whether the folder holds a complete module."""
+    check_reachable(folder)
     return (expanded(folder) / "options.json").exists()
 
 

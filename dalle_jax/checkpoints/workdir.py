@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import frozen
 from dalle_jax.checkpoints.checkpoints import Checkpoints
+from dalle_jax.configuration.values import natural
 from dalle_jax.data.text import TextModel
 from dalle_jax.distributed.turns import first_host_first
 from dalle_jax.errors import CheckpointError, ConfigError, UserError
@@ -29,9 +30,12 @@ from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.pytree import PyTree
 from dalle_jax.storage.files import access, expanded
+from dalle_jax.storage.reachable import check_reachable
+from dalle_jax.token_layout import LARGEST_VOCABULARY, LONGEST_STREAM
 
 
 def _path(workdir: epath.PathLike, *parts: str) -> epath.Path:
+    check_reachable(workdir)
     return expanded(workdir).joinpath(*parts)
 
 
@@ -157,9 +161,8 @@ def text_model_path(workdir: epath.PathLike) -> epath.Path:
 
 def check_text_section(section: ConfigDict) -> None:
     """Checks the sizes of `config.text`; raises a `ConfigError`."""
-    for name in ("vocab_size", "length"):
-        if section[name] < 1:
-            raise ConfigError(f"config.text.{name} is {section[name]}; expected at least 1.")
+    natural("config.text.vocab_size", section["vocab_size"], 1, LARGEST_VOCABULARY)
+    natural("config.text.length", section["length"], 1, LONGEST_STREAM)
 
 
 def ensure_text_model(section: ConfigDict, captions: Iterable[str], workdir: epath.PathLike) -> TextModel:

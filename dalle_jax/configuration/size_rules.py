@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.configuration.options import check, from_config
 from dalle_jax.errors import ConfigError
+from dalle_jax.token_layout import LARGEST_VOCABULARY, LONGEST_STREAM
 
 _MULTIPLE = 4  # of the text length
 _SHORTEST = 8
@@ -38,7 +39,10 @@ class SizeRules:
     max_text_length: int = 64
 
     def __post_init__(self):
-        check(self, "from_data", positive=["passes", "min_steps", "max_vocab_size", "max_text_length"])
+        check(
+            self, "from_data", positive=["passes", "min_steps", "max_steps", "max_vocab_size", "max_text_length"],
+            most={"max_vocab_size": LARGEST_VOCABULARY, "max_text_length": LONGEST_STREAM},
+        )  # fmt: skip
         if self.max_steps < self.min_steps:
             raise ConfigError(
                 f"config.from_data.max_steps is {self.max_steps}; expected at least min_steps={self.min_steps}."

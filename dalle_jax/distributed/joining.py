@@ -219,6 +219,22 @@ def _wait_for(address: str, seconds: float) -> None:
             time.sleep(0.1)
 
 
+def check_devices() -> None:
+    """Checks that JAX finds a device.
+
+    Raises:
+      ConfigError: it finds none, for instance because JAX_PLATFORMS names a kind that this machine does not have.
+    """
+    try:
+        jax.local_devices()
+    except (RuntimeError, AssertionError) as error:
+        asked = f"JAX_PLATFORMS={jax.config.jax_platforms}" if jax.config.jax_platforms else "this machine"
+        found = str(error).partition(". ")[0].partition(" (set ")[0] or "this kind is not installed or not present"
+        raise ConfigError(
+            f"JAX finds no device of {asked}: {found}. Unset JAX_PLATFORMS to use what there is, or set it to cpu."
+        ) from None
+
+
 def lost_host_seconds() -> float:
     """Returns the `lost_host_seconds` of `start`."""
     return _lost_host_seconds

@@ -25,6 +25,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dalle_jax.configuration.options import check
+from dalle_jax.configuration.values import finite
 from dalle_jax.errors import ConfigError
 from dalle_jax.evaluation import feature_extractors
 from dalle_jax.evaluation.feature_extractors import FeatureExtractor
@@ -38,6 +39,7 @@ from dalle_jax.evaluation.sections import (
 )
 from dalle_jax.evaluation.test_sets import TestSet
 from dalle_jax.metrics import blur
+from dalle_jax.models import inception
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.pytree import fingerprint
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
@@ -73,7 +75,12 @@ class Options:
     inception_resize: str = "bilinear_tf1"
 
     def __post_init__(self):
-        check(self, "metrics", at_least_0=["candidates"], positive=["candidate_captions"])
+        check(
+            self, "metrics", at_least_0=["candidates"], positive=["candidate_captions"], seeds=["seed"],
+            most={"candidates": 2**16}, choices={"inception_resize": inception.RESIZES},
+        )  # fmt: skip
+        for radius in self.blur:
+            finite("config.metrics.blur", radius, 0, 1000)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,7 +52,7 @@ class Protocol:
     seed: int = 0
 
     def __post_init__(self):
-        check(self, "", positive=["count"], choices={"captions": CAPTIONS})
+        check(self, "", positive=["count"], seeds=["seed"], choices={"captions": CAPTIONS})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,6 +28,20 @@ from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.resampling import depth_to_space, max_pool, space_to_depth, token_grid, upsample
+from dalle_jax.token_layout import LARGEST_VOCABULARY
+
+_MOST = {  # no device holds more
+    "image_size": 2**13,
+    "vocab_size": LARGEST_VOCABULARY,
+    "hidden": 2**14,
+    "groups": 12,
+    "blocks_per_group": 256,
+    "codebook_dim": 2**16,
+    "in_kernel": 255,
+    "stem_factor": 2**8,
+    "logit_scale": 1000,
+    "codebook_scale": 1000,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +80,8 @@ class DVAEOptions:
 
     def __post_init__(self):
         sizes = [field.name for field in dataclasses.fields(self) if field.name not in ("dtype", "min_log_scale")]
-        check(self, "model", positive=sizes, odd=["in_kernel"], choices={"dtype": ("float32", "bfloat16")})
+        choices = {"dtype": ("float32", "bfloat16")}
+        check(self, "model", positive=sizes, odd=["in_kernel"], most=_MOST, choices=choices)
         if self.hidden % 4:
             raise ConfigError(
                 f"config.model.hidden is {self.hidden}; expected a multiple of 4 (blocks narrow to a quarter)."

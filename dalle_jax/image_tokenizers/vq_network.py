@@ -23,9 +23,18 @@ from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.dvae_network import convolution
 from dalle_jax.image_tokenizers.resampling import depth_to_space, space_to_depth, token_grid
+from dalle_jax.token_layout import LARGEST_VOCABULARY
 
 # Scale of layers that start as zero: at this size they add nothing that float32 would keep.
 _TINY = 1e-6
+_MOST = {  # no device holds more
+    "image_size": 2**13,
+    "tokens_per_side": 2**8,
+    "vocab_size": LARGEST_VOCABULARY,
+    "hidden": 2**16,
+    "encoder_blocks": 256,
+    "decoder_blocks": 256,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +64,8 @@ class VQOptions:
     def __post_init__(self):
         blocks = ["encoder_blocks", "decoder_blocks"]
         sizes = [f.name for f in dataclasses.fields(self) if f.name not in ("dtype", *blocks)]
-        check(self, "model", positive=sizes, at_least_0=blocks, choices={"dtype": ("float32", "bfloat16")})
+        choices = {"dtype": ("float32", "bfloat16")}
+        check(self, "model", positive=sizes, at_least_0=blocks, most=_MOST, choices=choices)
         if self.image_size % self.tokens_per_side:
             raise ConfigError(
                 f"config.model.tokens_per_side is {self.tokens_per_side}, and the images have {self.image_size} "

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
 from dalle_jax.configuration.size_rules import rules_of, with_largest
+from dalle_jax.configuration.values import check_seed, natural, shown
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import (
     DataOptions,
@@ -34,13 +35,14 @@ from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.jobs import earlier
 from dalle_jax.jobs.tokenizers import has_tokenizer
 from dalle_jax.optim import optimizers
-from dalle_jax.storage.files import access, expanded, make_workdir
+from dalle_jax.storage.files import check_writable, expanded, is_regular_file
 from dalle_jax.tasks import registry
 from dalle_jax.training.step import make_init
-from dalle_jax.training.validation import mesh_and_options, validate
+from dalle_jax.training.validation import check_duration, mesh_and_options, validate
 from dalle_jax.training.warm_start import check_start_from
 
 _LOOKED_AT = 100  # examples
+MOST_IMAGES = 2**20  # of a caption, or at once
 
 
 def check_config(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> None:
@@ -56,6 +58,7 @@ def check_config(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) 
     """
     for part in (config, *([config.tokenizer] if "tokenizer" in config else [])):
         rules_of(part)
+        check_duration(part)  # first that of the command, of which the tokenizer has a share
     start, given = config.get("start_from"), config.get("tokenizer_from")
     if start and start not in ahead:
         check_start_from(config, workdir)
@@ -70,11 +73,11 @@ def check_config(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) 
     own = "tokenizer" in config and tokenizer is None
     parts = {"tokenizer.": config.tokenizer, "": config} if own else {"": config}
     for prefix, part in parts.items():
-        with _prefixed(prefix):
+        with prefixed(prefix):
             validate(part)
             registry.check_config(part)
     for prefix, part in parts.items():
-        with _prefixed(prefix):
+        with prefixed(prefix):
             _trace(part, None if prefix else tokenizer)
 
 
@@ -90,9 +93,21 @@ def _existing_tokenizer(config: ConfigDict, workdir: str, ahead: Collection[str]
     return None
 
 
+def check_drawing(config: ConfigDict) -> None:
+    """Checks the keys that jobs which draw share: `seed`, `rows_at_once` and `step`.
+
+    Raises:
+      ConfigError: another value than the key can have.
+    """
+    check_seed(config.seed, "config.seed")
+    natural("config.rows_at_once", config.rows_at_once, 1, MOST_IMAGES)
+    if (step := config.get("step")) not in (None, "best") and not str(step).isdecimal():
+        raise ConfigError(f"config.step is {shown(step)}; expected the step of a checkpoint, 'best' or None.")
+
+
 @contextlib.contextmanager
-def _prefixed(prefix: str) -> Iterator[None]:
-    """Writes whole keys into the messages about the training of a tokenizer: "config.tokenizer.model.hidden"."""
+def prefixed(prefix: str) -> Iterator[None]:
+    """Writes whole keys into the messages about a section: "config.tokenizer.model.hidden" with "tokenizer."."""
     try:
         yield
     except UserError as error:
@@ -114,8 +129,9 @@ def _trace(config: ConfigDict, tokenizer: ImageTokenizer | None) -> None:
             jax.eval_shape(optimizer.update, state.params, state.opt_state, state.params)
     except UserError:
         raise
-    except (TypeError, ValueError, ZeroDivisionError) as error:
-        raise ConfigError(f"config.model, config.data and config.text do not fit each other: {error}") from error
+    except (TypeError, ValueError, ArithmeticError, MemoryError, RecursionError) as error:
+        found = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ConfigError(f"config.model, config.data and config.text do not fit each other: {found}") from error
 
 
 def check_data(config: ConfigDict) -> None:
@@ -182,6 +198,12 @@ def _check_text(config: ConfigDict, captions: list[str]) -> None:
         TextModel.train(captions, size)
 
 
+def check_text_model(path: str) -> None:
+    """Checks that the file `config.text.path` exists; raises a `ConfigError`."""
+    if not is_regular_file(path):
+        raise ConfigError(f"config.text.path={path!r} is no file; expected the sentencepiece.model of a training.")
+
+
 def check_files(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> None:
     """Checks that the text model exists and that the workdirs of a training can be written; creates the workdirs.
 
@@ -194,8 +216,8 @@ def check_files(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -
       ConfigError: a file is missing, or a directory cannot be written.
     """
     path = config.text.path if "text" in config else None
-    if path and not any(str(path).startswith(str(run)) for run in ahead) and not expanded(path).exists():
-        raise ConfigError(f"config.text.path={path!r} does not exist; expected the sentencepiece.model of a training.")
+    if path and not any(str(path).startswith(str(run)) for run in ahead):
+        check_text_model(path)
     folders = [("--workdir", workdir)]
     if "tokenizer" in config and not config.tokenizer_from:
         folders.append(("config.tokenizer.workdir", config.tokenizer.workdir))
@@ -204,12 +226,4 @@ def check_files(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -
             raise ConfigError(f"{key} is empty: give a directory for the run's files.")
         with first_host_first(f"{key} {folder}"):
             if is_first():
-                _check_writable(folder)
-
-
-def _check_writable(folder: str) -> None:
-    made = expanded(make_workdir(folder))
-    trial = made / "writable.trial"
-    with access(folder):
-        trial.write_text("")
-        trial.unlink()
+                check_writable(folder)

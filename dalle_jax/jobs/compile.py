@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from etils import epath
 from ml_collections import ConfigDict
 
 from dalle_jax.aot import costs
 from dalle_jax.aot.compiler import compile_target
-from dalle_jax.aot.target import CompileOptions
+from dalle_jax.aot.target import CompileOptions, load_target
 from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import DoesNotFit
-from dalle_jax.storage.files import access, make_workdir, write_json
+from dalle_jax.storage.files import check_writable, expanded, write_json
 
 
 def run(config: ConfigDict, workdir: str) -> Mapping[str, Any]:
@@ -27,11 +26,11 @@ def run(config: ConfigDict, workdir: str) -> Mapping[str, Any]:
       The costs, as from `compile_target`.
 
     Raises:
-      ConfigError: `workdir` is not writable; see also `compile_target`.
+      ConfigError: see `check` and `compile_target`.
       DoesNotFit: the program needs too much memory. If it could be compiled, table and file are written before.
     """
-    options = from_config(CompileOptions, {key: config[key] for key in config if key not in ("job", "workdir")}, "")
-    folder = _writable(workdir)
+    options = check(config, workdir)
+    folder = expanded(workdir)
     found = compile_target(options)
     print(costs.table(found))
     write_json(folder / "compile.json", found)
@@ -40,15 +39,13 @@ def run(config: ConfigDict, workdir: str) -> Mapping[str, Any]:
     return found
 
 
-def _writable(workdir: str) -> epath.Path:
-    """Creates the folder of the results and tests it, because the compilation may take hours.
+def check(config: ConfigDict, workdir: str) -> CompileOptions:
+    """Rejects whatever can be rejected before the compilation, which may take hours, and creates `workdir`.
 
     Raises:
-      ConfigError: the folder cannot be created or written.
+      ConfigError: an invalid value, no such target, or a `workdir` that cannot be written.
     """
-    folder = epath.Path(make_workdir(workdir))
-    with access(workdir):
-        trial = folder / "compile.json.trial"
-        trial.write_text("")
-        trial.unlink()
-    return folder
+    options = from_config(CompileOptions, {key: config[key] for key in config if key not in ("job", "workdir")}, "")
+    load_target(options.target, options.overrides)
+    check_writable(workdir)
+    return options

@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
+from dalle_jax.configuration.values import natural
 from dalle_jax.data import survey as surveys
 from dalle_jax.data.advice import advise
 from dalle_jax.data.augment import augment, fit_square
@@ -29,9 +30,11 @@ from dalle_jax.data.survey import Survey
 from dalle_jax.data.text import TextModel
 from dalle_jax.distributed.turns import first_host_first, is_first
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
+from dalle_jax.jobs.checks import check_text_model
 from dalle_jax.reporting.contact_sheet import Shown, contact_sheet
 from dalle_jax.reporting.images import save_png
-from dalle_jax.storage.files import expanded, is_remote, make_workdir, write_errors, write_json
+from dalle_jax.storage.files import check_writable, expanded, is_remote, make_workdir, write_errors, write_json
+from dalle_jax.token_layout import LARGEST_VOCABULARY, LONGEST_STREAM
 
 _SHOWN = {"train": 24, "validation": 8}  # images on the contact sheet
 _TRIED = 4  # examples read for each image shown, because some cannot be read
@@ -54,7 +57,24 @@ def run(config: ConfigDict, workdir: str) -> Survey | None:
     Raises:
       UserError: see `look_at`.
     """
+    check(config, workdir)
     return look_at(config, workdir)
+
+
+def check(config: ConfigDict, workdir: str) -> None:
+    """Rejects whatever can be rejected before the data set is opened, and creates `workdir`.
+
+    Raises:
+      ConfigError: an invalid value, or a `workdir` that cannot be written.
+    """
+    options = from_config(DataOptions, config.data, "data")
+    choose_source(options.source, options.path)
+    for key, most in (("length", LONGEST_STREAM), ("vocab_size", LARGEST_VOCABULARY)):
+        if config.text[key] is not None:
+            natural(f"config.text.{key}", config.text[key], 1, most)
+    if config.text.path:
+        check_text_model(config.text.path)
+    check_writable(workdir)
 
 
 def look_at(config: ConfigDict, workdir: str) -> Survey | None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
+from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.distributed.mesh import local_mesh
+from dalle_jax.errors import ConfigError
 from dalle_jax.evaluation.measure import Model, Options, measure
 from dalle_jax.evaluation.report import write
 from dalle_jax.evaluation.sections import Metrics
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
+from dalle_jax.jobs.checks import check_drawing
 from dalle_jax.priors.sampling import SamplingOptions
-from dalle_jax.storage.files import make_workdir
+from dalle_jax.storage.files import check_writable, expanded, is_regular_file
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
 
@@ -27,23 +31,48 @@ def run(config: ConfigDict, workdir: str) -> Metrics:
       The contents of `report.json`.
 
     Raises:
-      UserError: see `TextToImage.load`, `open_test_set` and `measure`.
+      UserError: see `check`, `TextToImage.load`, `open_test_set` and `measure`.
     """
-    out = make_workdir(workdir)
+    protocol, options, sampling, mesh = check(config, workdir)
     folders = [folder.strip() for folder in config.model_workdir.split(",")]
-    mesh = local_mesh(**config.mesh)
     loaded = [TextToImage.load(folder, config.step, config.rows_at_once, config.clip, mesh) for folder in folders]
-    sampling = from_config(SamplingOptions, config.sampling, "sampling")
     kinds = [model.prior.name for model in loaded]
     names = kinds if len(set(kinds)) == len(kinds) else folders
     data = config.get("data") or workdirs.read_config(folders[0])["data"]
-    protocol = Protocol(config.split, config.captions, config.count, config.seed)
     tests = open_test_set(data, protocol, loaded[0].image_size, [model.text_model for model in loaded])
-    options = from_config(Options, {"seed": config.seed, **config.metrics}, "metrics")
     models = {name: Model(model, sampling) for name, model in zip(names, loaded)}
     measured = measure(models, tests, options)
     measured.metrics["protocol"]["checkpoints"] = {
         name: f"{m.workdir}, step {m.step}" for name, m in zip(names, loaded)
     }
-    write(measured, tests, out, f"{', '.join(names)}: {tests.source.description}", config)
+    write(measured, tests, expanded(workdir), f"{', '.join(names)}: {tests.source.description}", config)
     return measured.metrics
+
+
+def check(config: ConfigDict, workdir: str) -> tuple[Protocol, Options, SamplingOptions, Mesh]:
+    """Rejects whatever can be rejected before a model is loaded, and creates `workdir`.
+
+    Args:
+      config: see `configs/evaluate.py`.
+      workdir: the folder of the report.
+
+    Returns:
+      The choice of captions, the options of the metrics, the sampling parameters and the mesh.
+
+    Raises:
+      ConfigError: a value out of range, or a `workdir` that cannot be written.
+      MeshError: the mesh does not fit the devices.
+    """
+    check_drawing(config)
+    protocol = Protocol(config.split, config.captions, config.count, config.seed)
+    options = from_config(Options, {"seed": config.seed, **config.metrics}, "metrics")
+    sampling = from_config(SamplingOptions, config.sampling, "sampling")
+    if options.inception and not is_regular_file(options.inception):
+        raise ConfigError(
+            f"config.metrics.inception={options.inception!r} is no file; expected the weights of Inception-v3."
+        )
+    if "data" in config:
+        from_config(DataOptions, config.data, "data")
+    mesh = local_mesh(**config.mesh)
+    check_writable(workdir)
+    return protocol, options, sampling, mesh

@@ -13,16 +13,18 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dalle_jax.configuration.options import from_config
+from dalle_jax.configuration.values import natural
 from dalle_jax.distributed.mesh import local_mesh
-from dalle_jax.errors import DataError
+from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.jobs import manifests
+from dalle_jax.jobs.checks import MOST_IMAGES, check_drawing
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.reporting.images import image_grid, png, save_png
-from dalle_jax.storage.files import make_workdir, write_file
+from dalle_jax.storage.files import check_writable, expanded, is_regular_file, write_file
 from dalle_jax.text_to_image.best_of_n import Ranked
 from dalle_jax.text_to_image.sampling_parameters import parse
 from dalle_jax.text_to_image.text_to_image import TextToImage
@@ -38,16 +40,11 @@ def run(config: ConfigDict, workdir: str) -> None:
       workdir: the folder of the results.
 
     Raises:
-      ConfigError: sampling parameters out of range, or `negative` without guidance.
-      DataError: no captions.
-      UserError: a file cannot be written; see also `TextToImage.load`.
+      UserError: a file cannot be written; see also `check` and `TextToImage.load`.
     """
-    captions = read_captions(config)
-    options = from_config(SamplingOptions, config.sampling, "sampling")
+    captions, options, mesh = check(config, workdir)
     sampling = {"negative": config.negative or None, **dataclasses.asdict(options)}
-    parse(sampling)  # before the model is loaded
-    out = epath.Path(make_workdir(workdir))
-    mesh = local_mesh(**config.mesh)
+    out = expanded(workdir)
     model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once, config.clip, mesh)
     if config.candidates:
         ranked = model.best_of(captions, config.candidates, config.n, config.seed, **sampling)
@@ -71,6 +68,33 @@ def run(config: ConfigDict, workdir: str) -> None:
     }  # fmt: skip
     manifests.finish(out, manifest, images)
     print(f"Wrote {len(images)} images, grid.png and manifest.json to {out}")
+
+
+def check(config: ConfigDict, workdir: str) -> tuple[list[str], SamplingOptions, Mesh]:
+    """Rejects whatever can be rejected before the model is loaded, and creates `workdir`.
+
+    Returns:
+      The captions, the sampling parameters and the mesh.
+
+    Raises:
+      ConfigError: a value out of range, `negative` without guidance, or a `workdir` that cannot be written.
+      DataError: no captions.
+      MeshError: the mesh does not fit the devices.
+    """
+    captions = read_captions(config)
+    options = from_config(SamplingOptions, config.sampling, "sampling")
+    parse({"negative": config.negative or None, **dataclasses.asdict(options)})
+    check_drawing(config)
+    natural("config.n", config.n, 1, MOST_IMAGES)
+    natural("config.candidates", config.candidates, 0, MOST_IMAGES)
+    if 0 < config.candidates < config.n:
+        raise ConfigError(
+            f"config.n is {config.n}, but config.candidates is {config.candidates}: CLIP keeps n of the candidates. "
+            f"Give --config.candidates={config.n} or more, or 0 to draw n images without CLIP."
+        )
+    mesh = local_mesh(**config.mesh)
+    check_writable(workdir)
+    return captions, options, mesh
 
 
 def _samples(captions: Sequence[str], ranked: Ranked) -> list[dict[str, Any]]:
@@ -123,18 +147,33 @@ def read_captions(config: ConfigDict) -> list[str]:
     """Returns the captions of `config.prompts` (separated by "|"), or the lines of the file `config.prompts_file`.
 
     Raises:
-      DataError: neither or both are set, or the file is missing or empty.
+      DataError: neither or both are set, a caption is empty, or the file cannot be read or is empty.
     """
     if bool(config.prompts) == bool(config.prompts_file):
         raise DataError(
             "Give captions by --config.prompts='a red circle|a blue square' or by --config.prompts_file=FILE."
         )
     if config.prompts:
-        return [part.strip() for part in config.prompts.split("|")]
-    path = epath.Path(config.prompts_file).expanduser()
-    if not path.exists():
-        raise DataError(f"There is no file of captions at {path}.")
-    captions = [line.strip() for line in path.read_text().splitlines() if line.strip()]
+        captions = [part.strip() for part in config.prompts.split("|")]
+        if "" in captions:
+            raise DataError(
+                f"config.prompts={config.prompts!r} has an empty caption; expected one between each two '|'."
+            )
+        return captions
+    path = expanded(config.prompts_file)
+    try:
+        if not is_regular_file(path):
+            found = "is not a text file" if path.exists() else "does not exist"
+            raise DataError(f"config.prompts_file={str(path)!r} {found}; expected a file with one caption per line.")
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        raise DataError(f"config.prompts_file={str(path)!r} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"config.prompts_file={str(path)!r} is not UTF-8 (byte {error.start}); save it as UTF-8 text with one "
+            "caption per line."
+        ) from error
+    captions = [line.strip() for line in text.splitlines() if line.strip()]
     if not captions:
         raise DataError(f"{path} holds no caption; expected one per line.")
     return captions

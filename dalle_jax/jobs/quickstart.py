@@ -6,10 +6,8 @@ import copy
 import os
 import platform
 import time
-from collections.abc import Mapping
 from typing import Any
 
-from etils import epath
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
@@ -19,9 +17,11 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.evaluation.measure import Model, Options, measure
 from dalle_jax.evaluation.report import write
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
+from dalle_jax.jobs import evaluate
 from dalle_jax.jobs import train as train_job
+from dalle_jax.jobs.checks import prefixed
 from dalle_jax.priors.sampling import SamplingOptions
-from dalle_jax.storage.files import make_workdir
+from dalle_jax.storage.files import check_writable, expanded
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
@@ -41,17 +41,11 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
       UserError: see `jobs.train.run` and `measure`.
     """
     start = time.perf_counter()
-    out = epath.Path(make_workdir(workdir))
-    config = copy.deepcopy(config)  # keeps the references to `steps`, which `minutes` sets
-    tokenizer, evaluation = config.prior.tokenizer, config.evaluate
-    tokenizer.workdir, config.prior.workdir = str(out / "dvae"), str(out / "prior")
-    config.maskgit.workdir, config.maskgit.start_from = str(out / "maskgit"), config.prior.workdir
-    config.clip.workdir = str(out / "clip")
-    config.clip.text.path = str(workdirs.text_model_path(config.prior.workdir))
+    config = check(config, workdir)
+    evaluation, out = config.evaluate, expanded(workdir)
     resumed = (out / "dvae" / "config.json").exists()
 
-    trainings = {"dvae": tokenizer, "prior": config.prior, "maskgit": config.maskgit, "clip": config.clip}
-    _check(trainings, evaluation, config.maskgit_sampling)
+    trainings = _trainings(config)
     seconds = {}
     for name, section in trainings.items():
         began = time.perf_counter()
@@ -82,23 +76,46 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
     return measured.metrics
 
 
-def _check(trainings: Mapping[str, ConfigDict], evaluation: ConfigDict, sampling: ConfigDict) -> None:
-    """Rejects everything that can be rejected, in all stages, before the first training begins."""
-    from_config(SamplingOptions, evaluation.sampling, "evaluate.sampling")
-    from_config(SamplingOptions, sampling, "maskgit_sampling")
-    from_config(Options, {"seed": evaluation.seed, **evaluation.metrics}, "evaluate.metrics")
-    Protocol(evaluation.split, evaluation.captions, evaluation.count, evaluation.seed)
-    if evaluation.rows_at_once < 1:
-        raise ConfigError(f"config.evaluate.rows_at_once is {evaluation.rows_at_once}; expected at least 1.")
-    local_mesh(**evaluation.mesh)
+def _trainings(config: ConfigDict) -> dict[str, ConfigDict]:
+    """Returns the configuration of each training, in order."""
+    return {
+        "dvae": config.prior.tokenizer,
+        "prior": config.prior,
+        "maskgit": config.maskgit,
+        "clip": config.clip,
+    }
+
+
+def check(config: ConfigDict, workdir: str) -> ConfigDict:
+    """Rejects whatever can be rejected, in all stages, before the first training begins. Creates the workdirs.
+
+    Args:
+      config, workdir: see `run`.
+
+    Returns:
+      A copy of the configuration with the workdirs of all trainings.
+
+    Raises:
+      UserError: the first fault that is found. Its message names the key.
+    """
+    out = check_writable(workdir)
+    config = copy.deepcopy(config)  # keeps the references to `steps`, which `minutes` sets
+    config.prior.tokenizer.workdir, config.prior.workdir = str(out / "dvae"), str(out / "prior")
+    config.maskgit.workdir, config.maskgit.start_from = str(out / "maskgit"), config.prior.workdir
+    config.clip.workdir = str(out / "clip")
+    config.clip.text.path = str(workdirs.text_model_path(config.prior.workdir))
+    from_config(SamplingOptions, config.maskgit_sampling, "maskgit_sampling")
+    with prefixed("evaluate."):
+        evaluate.check(config.evaluate, workdir)
     ahead: list[str] = []
-    for name, section in trainings.items():
+    for name, section in _trainings(config).items():
         try:
             train_job.check(section, section.workdir, ahead)
         except ConfigError as error:
             stage = "prior.tokenizer" if name == "dvae" else name
             raise ConfigError(f"{error} (keys of this training begin with config.{stage}.)") from error
         ahead.append(section.workdir)
+    return config
 
 
 def freeze_clip(scorer: ClipScorer, workdir: str) -> None:

@@ -38,8 +38,9 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.resampling import space_to_depth
 from dalle_jax.models.attention.xla import attend_reference
 from dalle_jax.models.dense import Dense
-from dalle_jax.models.transformer import Norm
+from dalle_jax.models.transformer import DTYPES, Norm
 from dalle_jax.pytree import PyTree
+from dalle_jax.token_layout import LARGEST_VOCABULARY, LONGEST_STREAM
 
 # Mean and standard deviation of the pixels of OpenAI's training images, in [0, 1].
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -48,6 +49,15 @@ INITIAL_LOG_SCALE = math.log(1 / 0.07)
 MAX_LOG_SCALE = math.log(100)
 _MLP_RATIO = 4
 READOUTS = ("class_token", "patches")
+_MOST = {  # no device holds more
+    **{f"{tower}_{size}": most for tower in ("image", "text") for size, most in (("width", 2**16), ("depth", 1024))},
+    "image_mlp": 2**18,
+    "image_size": 2**13,
+    "image_positions": 1000,
+    "embed_dim": 2**16,
+    "text_length": LONGEST_STREAM,
+    "text_vocab": LARGEST_VOCABULARY,
+}
 ACTIVATIONS = {
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -102,11 +112,19 @@ class CLIPOptions:
 
     def __post_init__(self):
         sizes = [f"{tower}_{size}" for tower in ("image", "text") for size in ("width", "heads")]
-        choices = {"activation": ACTIVATIONS, "image_readout": READOUTS}
-        positive = [*sizes, "patch", "embed_dim", "image_positions"]
-        check(self, "model", positive=positive, at_least_0=["image_depth", "text_depth"], choices=choices)
-        if self.image_mlp is not None and self.image_mlp < 1:
-            raise ConfigError(f"config.model.image_mlp is {self.image_mlp}; expected at least 1, or None.")
+        choices = {"activation": ACTIVATIONS, "image_readout": READOUTS, "dtype": DTYPES}
+        positive = [
+            *sizes,
+            "image_mlp",
+            "patch",
+            "embed_dim",
+            "image_positions",
+            "image_size",
+            "text_length",
+            "text_vocab",
+        ]
+        depths = ["image_depth", "text_depth"]
+        check(self, "model", positive=positive, at_least_0=depths, most=_MOST, choices=choices)
         if self.image_size % self.patch:
             raise ConfigError(
                 f"config.model.patch is {self.patch}; expected a divisor of the image size, {self.image_size}."

@@ -38,6 +38,8 @@ ACTIVATIONS = {
     "swiglu": (jax.nn.silu, True),
 }
 POSITIONS = ("learned", "rotary")
+DTYPES = ("float32", "bfloat16")
+_MOST = {"width": 2**16, "depth": 1024, "heads": 2**12, "head_dim": 2**12, "mlp_ratio": 2**10}  # no device holds more
 TextCache = tuple[Float[Array, "C H T K"], Float[Array, "C H T K"]]  # keys and values of a layer
 ImageCache = tuple[Float[Array, "..."], Float[Array, "..."]]  # the same of the image, shaped by the pattern
 _KEEP = jax.checkpoint_policies
@@ -97,9 +99,11 @@ class TransformerOptions:
 
     def __post_init__(self):
         choices = {"norm": NORMS, "activation": ACTIVATIONS, "positions": POSITIONS, "remat": REMAT}
-        choices["attention_kernel"] = splash.KERNELS
-        sizes = ["width", "depth", "heads"]
-        check(self, "model.trunk", positive=sizes, at_least_0=["head_dim"], below_1=["dropout"], choices=choices)
+        choices |= {"attention_kernel": splash.KERNELS, "dtype": DTYPES}
+        check(
+            self, "model.trunk", positive=["width", "depth", "heads", "mlp_ratio"], at_least_0=["head_dim"],
+            below_1=["dropout"], most=_MOST, choices=choices,
+        )  # fmt: skip
         if self.hidden < 1:
             raise ConfigError(
                 f"config.model.trunk.mlp_ratio is {self.mlp_ratio}, which leaves no hidden unit at width {self.width}; "

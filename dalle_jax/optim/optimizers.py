@@ -14,7 +14,6 @@ run resumes.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -23,6 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from dalle_jax.configuration.options import check
+from dalle_jax.configuration.values import finite
 from dalle_jax.errors import ConfigError
 from dalle_jax.pytree import PyTree
 
@@ -60,8 +60,7 @@ class OptimizerOptions:
             below_1=["b1", "b2"], choices=choices,
         )  # fmt: skip
         for name, scale in self.scales.items():
-            if not 0 <= scale < math.inf:
-                raise ConfigError(f"config.optimizer.scales.{name} is {scale!r}; expected a number of 0 or more.")
+            finite(f"config.optimizer.scales.{name}", scale, 0)
 
 
 def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
@@ -148,7 +147,7 @@ class AverageOptions:
     every: int = 1
 
     def __post_init__(self):
-        check(self, "ema", positive=["every"], below_1=["decay"])
+        check(self, "ema", positive=["every"], below_1=["decay"], most={"every": 10**6})
 
 
 def update_average(average: PyTree, params: PyTree, step: jax.Array, options: AverageOptions) -> PyTree:

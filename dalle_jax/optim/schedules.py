@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import optax
 
 from dalle_jax.configuration.options import from_config
+from dalle_jax.configuration.values import finite, natural
 from dalle_jax.errors import ConfigError
 
 
@@ -121,12 +122,11 @@ def make(section: Mapping[str, Any], name: str = "schedule") -> optax.Schedule:
     """
     where = f"schedules.{name}"
     kind = section.get("kind")
-    if kind not in _KINDS:
+    if not isinstance(kind, str) or kind not in _KINDS:
         raise ConfigError(f"config.{where}.kind is {kind!r}: expected one of {', '.join(_KINDS)}.")
     fields = {key: section[key] for key in section if key != "kind"}
     for key, value in fields.items():
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise ConfigError(f"config.{where}.{key} is {value!r}: expected a number.")
-        if key.endswith("steps") and (value < 0 or value != int(value)):
-            raise ConfigError(f"config.{where}.{key} is {value!r}: expected a whole number of updates, 0 or more.")
+        finite(f"config.{where}.{key}", value)
+        if key.endswith("steps"):
+            natural(f"config.{where}.{key}", int(value) if value == int(value) else value)  # 1e6 is a whole number
     return from_config(_KINDS[kind], fields, where)

@@ -61,13 +61,17 @@ class AutoregressiveOptions:
     def __post_init__(self):
         choices = {"attention": ATTENTION, "order": ORDERS}
         shares = ["text_weight", "caption_drop"]
-        check(self, "model", positive=["kernel"], odd=["kernel"], share=shares, choices=choices)
+        check(
+            self, "model", positive=["kernel"], odd=["kernel"], share=shares, choices=choices,
+            at_least_0=["embedding_scale", "head_scale", "anneal_start", "anneal_end"],
+            most={"kernel": 255, "embedding_scale": 1000, "head_scale": 1000},
+        )  # fmt: skip
         if self.order == "random" and (self.attention != "full" or self.trunk.positions != "learned"):
             raise ConfigError(
                 f"config.model.order is 'random' with attention={self.attention!r} and trunk.positions="
                 f"{self.trunk.positions!r}; tokens in any order need attention='full' and positions='learned'."
             )
-        if not 0 <= self.anneal_start <= self.anneal_end:
+        if self.anneal_start > self.anneal_end:
             raise ConfigError(
                 f"config.model.anneal_start is {self.anneal_start} and anneal_end {self.anneal_end}; "
                 "expected 0 ≤ start ≤ end."

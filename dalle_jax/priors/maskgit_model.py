@@ -21,9 +21,16 @@ from dalle_jax.models.transformer import Norm, TextCache, TransformerOptions
 from dalle_jax.models.trunk import Trunk
 from dalle_jax.priors import masking
 from dalle_jax.priors.embedding import MaskGITEmbedding
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.token_layout import LONGEST_STREAM, TokenLayout
 
 HEADS = ("mlm", "linear")
+_MOST = {
+    "steps": LONGEST_STREAM,
+    "neighbour_kernel": 255,
+    "choice_temperature": 1e6,
+    "embedding_scale": 1000,
+    "head_scale": 1000,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,13 +73,15 @@ class MaskGITOptions:
     choice_temperature: float = 4.5
 
     def __post_init__(self):
-        masking.check_schedule(self.mask_schedule)
-        check(self, "model", at_least_0=["choice_temperature"])
         choices = {"order": masking.ORDERS, "head": HEADS}
         shares = ["label_smoothing", "unmasked_weight", "caption_drop"]
         kernel = ["neighbour_kernel"]
-        counts = [*kernel, "raster_steps"]
-        check(self, "model", positive=["steps"], at_least_0=counts, odd=kernel, share=shares, choices=choices)
+        at_least_0 = [*kernel, "raster_steps", "choice_temperature", "embedding_scale", "head_scale"]
+        check(
+            self, "model", positive=["steps"], at_least_0=at_least_0, odd=kernel, share=shares,
+            most=_MOST, choices=choices,
+        )  # fmt: skip
+        masking.check_schedule(self.mask_schedule)
         if self.raster_steps and self.neighbour_kernel < 3:
             raise ConfigError(
                 f"config.model.raster_steps is {self.raster_steps} with neighbour_kernel={self.neighbour_kernel}; in "

@@ -39,7 +39,7 @@ def check_schedule(name: str) -> None:
       ConfigError: an unknown name; the message lists the known ones.
     """
     try:
-        known = name in SCHEDULES or (name.startswith("pow") and float(name[3:]) > 0)
+        known = name in SCHEDULES or (name.startswith("pow") and 0 < float(name[3:]) <= 1000)
     except ValueError:
         known = False
     if not known:

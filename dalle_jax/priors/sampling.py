@@ -15,9 +15,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, UInt32
 
 from dalle_jax.configuration.options import check
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.token_layout import LONGEST_STREAM, TokenLayout
 
 Knobs = dict[str, Array]
+_TEMPERATURES = ("temperature", "final_temperature", "choice_temperature")
+_MOST = {"guidance": 1000, "steps": LONGEST_STREAM, **dict.fromkeys(_TEMPERATURES, 1e6)}  # beyond, float32 overflows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +50,7 @@ class SamplingOptions:
     def __post_init__(self):
         check(
             self, None, positive=["top_k", "top_p", "steps"], share=["top_p"],
-            at_least_0=["temperature", "final_temperature", "choice_temperature", "guidance"],
+            at_least_0=["temperature", "final_temperature", "choice_temperature", "guidance"], most=_MOST,
         )  # fmt: skip
 
 

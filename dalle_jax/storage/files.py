@@ -30,6 +30,7 @@ from etils import epath
 
 from dalle_jax.errors import ConfigError, UserError
 from dalle_jax.storage.errors import storage_errors_as
+from dalle_jax.storage.reachable import check_reachable
 
 _UNFINISHED = re.compile(r".+\.[0-9a-f]{8}\.unfinished", re.DOTALL)
 _TOO_SMALL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -64,8 +65,14 @@ def disable_listings_cache() -> None:
 
 
 def is_regular_file(path: epath.PathLike) -> bool:
-    """Returns whether `path` is a file or an object. A pipe or a device, whose reading may never end, is none."""
-    return epath.Path(path).is_file() if is_remote(path) else os.path.isfile(path)  # epath takes a pipe for a file
+    """Returns whether a path that a user gives is a file. A pipe or a device is none, because reading it may not end.
+
+    Raises:
+      ConfigError: its storage cannot be reached.
+    """
+    check_reachable(path)
+    path = expanded(path)
+    return path.is_file() if is_remote(path) else os.path.isfile(path)
 
 
 def full_path(path: epath.PathLike) -> epath.Path:
@@ -80,8 +87,10 @@ def make_workdir(workdir: epath.PathLike) -> str:
     Removes what killed runs left in it and in its folders, see `remove_unfinished`.
 
     Raises:
-      ConfigError: it cannot be created, or its bucket does not exist or is not accessible.
+      ConfigError: it is empty, it cannot be created, or its bucket does not exist or is not accessible.
     """
+    if not str(workdir):
+        raise ConfigError("No workdir: give --workdir=DIR or config.workdir, the directory for the run's files.")
     path = expanded(workdir)
     with access(workdir):
         if is_remote(path):
@@ -93,9 +102,25 @@ def make_workdir(workdir: epath.PathLike) -> str:
     return str(path)
 
 
+def check_writable(workdir: epath.PathLike) -> epath.Path:
+    """Creates a workdir if it does not exist, and tests that files can be written there.
+
+    Raises:
+      ConfigError: they cannot.
+    """
+    made = expanded(make_workdir(workdir))
+    # Nobody has a file with this name, and the next run removes it if this one is killed here.
+    trial = made / ("writable.trial" if is_remote(made) else f"writable.{secrets.token_hex(4)}.unfinished")
+    with access(workdir):
+        trial.write_text("")
+        trial.unlink()
+    return made
+
+
 @contextmanager
 def access(workdir: epath.PathLike) -> Iterator[None]:
     """Turns storage errors of the first use of a workdir into a `ConfigError`."""
+    check_reachable(workdir)
     with storage_errors_as(ConfigError, f"Cannot use {str(workdir)!r} as the workdir", "Give another --workdir."):
         try:
             yield

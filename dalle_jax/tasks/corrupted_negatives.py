@@ -42,7 +42,9 @@ class NegativeOptions:
     squares: int = 12
 
     def __post_init__(self):
-        check(self, "negatives", at_least_0=["spoiled"], positive=["squares"])
+        check(
+            self, "negatives", at_least_0=["spoiled"], positive=["squares", "grid"], most={"spoiled": 64, "grid": 2**12}
+        )
         if self.grid < 2:
             raise ConfigError(f"config.negatives.grid is {self.grid}; expected at least 2 squares a side.")
         if self.squares >= self.grid**2:

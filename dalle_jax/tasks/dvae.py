@@ -56,7 +56,7 @@ class ObjectiveOptions:
     kmeans_sharpness: float = 10.0
 
     def __post_init__(self):
-        check(self, "objective", choices={"init": ("paper", "kmeans")})
+        check(self, "objective", positive=["kmeans_sharpness"], choices={"init": ("paper", "kmeans")})
 
 
 class DVAETask(ReconstructionTask):

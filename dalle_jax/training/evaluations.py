@@ -14,6 +14,7 @@ from typing import Any, Self
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints.best import BestMetric
+from dalle_jax.configuration.values import natural
 from dalle_jax.errors import ConfigError
 
 TOLERANCE = 1e-3  # relative change of a metric that counts as an improvement
@@ -39,8 +40,7 @@ class Evaluation:
 def check_stop_after(config: ConfigDict) -> None:
     """Raises ConfigError if `config.stop_after` is not a number of evaluations, or if none would take place."""
     patience = config.get("stop_after", 0)
-    if isinstance(patience, bool) or not isinstance(patience, int) or patience < 0:
-        raise ConfigError(f"config.stop_after={patience!r}: expected a whole number of evaluations, or 0 for never.")
+    natural("config.stop_after", patience)
     if patience and config.cadence.eval < 1:
         raise ConfigError(
             f"config.stop_after={patience} counts evaluations, but config.cadence.eval={config.cadence.eval} allows "

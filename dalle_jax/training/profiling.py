@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import jax
 from etils import epath
 
-from dalle_jax.errors import ConfigError
 from dalle_jax.storage.files import write_errors
 from dalle_jax.storage.mirror import Mirror
 
@@ -70,12 +69,6 @@ class StepClock:
     def shares(self) -> str:
         """Returns the shares of the whole time as text: "data 3%, dispatch 1%, device 95%"."""
         return ", ".join(f"{name} {seconds / max(self._wall, 1e-9):.0%}" for name, seconds in self._whole.items())
-
-
-def check_profile_steps(count: int) -> None:
-    """Raises ConfigError if `config.profile_steps` is not a number of steps."""
-    if not isinstance(count, int) or count < 0:
-        raise ConfigError(f"config.profile_steps={count!r}: expected a whole number of steps to record, or 0 for none.")
 
 
 class StepTrace:

@@ -175,7 +175,7 @@ class Run:
                     f"Loss or gradients were not finite in {values['skipped_in_row']:.0f} steps in a row (until step "
                     f"{step}). None of them changed the parameters. "
                     f"{'No checkpoint exists yet' if saved is None else f'The checkpoint of step {saved} is good'}. "
-                    "Lower schedules.learning_rate or optimizer.clip_norm."
+                    f"{self._smaller_steps()}"
                 )
             del values["skipped_in_row"]
             self.mean.add(values)
@@ -185,6 +185,12 @@ class Run:
             self.watchdog.progress()
             if step % self.config.cadence.log == 0 or step == self.total:
                 self._log(step, values)
+
+    def _smaller_steps(self) -> str:
+        """Returns the remedy for values that are not finite: keys with which parameters change less."""
+        if clip_norm := self.config.optimizer.clip_norm:
+            return f"Lower schedules.learning_rate, or optimizer.clip_norm={clip_norm:g}."
+        return "Lower schedules.learning_rate, or clip the gradients: --config.optimizer.clip_norm=1."
 
     def _log(self, step: int, values: dict[str, float]) -> None:
         """Writes the means since the last call, and the step's own schedules, times and counts."""

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from dalle_jax.configuration.options import from_config
+from dalle_jax.configuration.values import check_seed, finite, natural
 from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.distributed.rows import check_batch
 from dalle_jax.distributed.turns import first_host_first, is_first, joined
@@ -19,15 +20,45 @@ from dalle_jax.optim import schedules
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.storage.files import full_path, make_workdir
 from dalle_jax.training.evaluations import check_stop_after
-from dalle_jax.training.profiling import check_profile_steps
 
 # Smallest value: keys.
 _LEAST = {
-    1: ("batch_size", "steps", "max_nonfinite", "eval_batches", "cadence.log", "keep.last"),
-    0: ("seed", "cadence.eval", "cadence.preview", "cadence.checkpoint", "keep.best"),
+    1: ("steps", "max_nonfinite", "eval_batches", "cadence.log", "keep.last"),
+    0: ("cadence.eval", "cadence.preview", "cadence.checkpoint", "keep.best", "profile_steps"),
 }
-_LARGEST_SEED = 2**32 - 1
+_LARGEST_BATCH = 2**20
+_SHORTEST = 1e-3  # seconds
 _LONGEST = 1e9  # seconds: Python's wait functions overflow beyond this
+
+
+def check_values(config: ConfigDict) -> None:
+    """Checks the values of a training configuration outside of its task's sections, without devices.
+
+    Raises:
+      ConfigError: an invalid value or an unknown key.
+    """
+    for least, names in _LEAST.items():
+        for name in names:
+            value = config
+            for part in name.split("."):
+                value = value[part]
+            natural(f"config.{name}", value, least)
+    natural("config.batch_size", config.batch_size, 1, _LARGEST_BATCH)
+    check_seed(config.seed, "config.seed")
+    check_duration(config)
+    for name, seconds in config.timeout_seconds.items():
+        finite(f"config.timeout_seconds.{name}", seconds, _SHORTEST, _LONGEST)
+    check_stop_after(config)
+    from_config(OptimizerOptions, config.optimizer, "optimizer")
+    from_config(AverageOptions, config.ema, "ema")
+    for name, section in config.schedules.items():
+        _check_schedule(schedules.make(section, name), name, config.steps)
+
+
+def check_duration(config: ConfigDict) -> None:
+    """Checks `config.minutes`; raises a `ConfigError`."""
+    if (minutes := config.get("minutes")) is not None:
+        finite("config.minutes", minutes, above=0, high=_LONGEST / 60)
 
 
 def validate(config: ConfigDict) -> tuple[Mesh, OptimizerOptions, AverageOptions]:
@@ -40,32 +71,12 @@ def validate(config: ConfigDict) -> tuple[Mesh, OptimizerOptions, AverageOptions
       ConfigError: an invalid value or an unknown key.
       MeshError: the mesh does not fit the devices, or the batch does not fit the mesh.
     """
-    for least, names in _LEAST.items():
-        for name in names:
-            value = config
-            for part in name.split("."):
-                value = value[part]
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ConfigError(f"config.{name}={value!r}: expected a whole number of at least {least}.")
-    if config.seed > _LARGEST_SEED:
-        raise ConfigError(f"config.seed={config.seed}: expected at most {_LARGEST_SEED}.")
-    minutes = config.get("minutes")
-    if minutes is not None and not 0 < minutes <= _LONGEST / 60:
-        raise ConfigError(f"config.minutes={minutes!r}: expected minutes, more than 0 and at most {_LONGEST / 60:.3g}.")
-    for name, seconds in config.timeout_seconds.items():
-        if not 0 < seconds <= _LONGEST:
-            raise ConfigError(
-                f"config.timeout_seconds.{name}={seconds!r}: expected seconds, more than 0 and at most {_LONGEST:g}."
-            )
+    check_values(config)
     if jax.process_count() > 1 and not joined():
         raise ConfigError(
             f"This is one of {jax.process_count()} hosts of a TPU slice, but it has not joined them. Give "
             "--coordinator_address=auto on each host."
         )
-    check_profile_steps(config.profile_steps)
-    check_stop_after(config)
-    for name, section in config.schedules.items():
-        _check_schedule(schedules.make(section, name), name, config.steps)
     return mesh_and_options(config)
 
 

@@ -116,6 +116,7 @@ def test_missing_step(tmp_path):
         checkpoints.save(4, initial()[0].items(), tiny_batches(4), tiny_config())
         with pytest.raises(CheckpointError, match="step 3"):
             checkpoints.restore_params(3)
+        assert checkpoints.resolve("4") == checkpoints.resolve(4) == 4, "flags are texts"
 
 
 def test_damaged_checkpoint(tmp_path):

@@ -155,6 +155,12 @@ def test_stops_after_too_many_in_a_row(tmp_path):
         assert all(np.isfinite(x).all() for x in jax.tree.leaves(checkpoints.restore_params()))
 
 
+@pytest.mark.parametrize("clip_norm, remedy", [(0.0, "clip_norm=1"), (0.5, "clip_norm=0.5")])
+def test_remedies_for_values_that_are_not_finite(tmp_path, clip_norm, remedy):
+    with pytest.raises(NonFiniteError, match=remedy):
+        run(tmp_path, poison=(1, 2, 3, 4), optimizer__clip_norm=clip_norm)
+
+
 def test_keeps_the_best(tmp_path):
     config = tiny_config(steps=8, cadence__eval=2, cadence__checkpoint=2, keep__last=1)
     job = tiny_job(config)

@@ -13,6 +13,7 @@ from etils import epath
 
 from dalle_jax.errors import ConfigError
 from dalle_jax.storage.files import expanded
+from dalle_jax.storage.reachable import check_reachable
 
 AUTO, FOLDER, TAR_SHARDS = "auto", "folder", "tar_shards"
 _TAR = (".tar", ".tar.gz", ".tgz")
@@ -28,6 +29,7 @@ def kind_of(path: str) -> str | None:
     Args:
       path: a folder, or a shard, or a glob of shards; local or remote.
     """
+    check_reachable(path)
     place, tars = expanded(path), False
     if str(path).endswith(_TAR):
         return TAR_SHARDS

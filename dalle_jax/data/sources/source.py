@@ -22,6 +22,7 @@ from dalle_jax.data.sources.record import Record, UnreadableExample
 from dalle_jax.errors import ConfigError
 
 _AUGMENTS = ("none", "dvae", "prior")
+_MOST = {"image_size": 2**13, "workers": 1024, "max_pixels": MOST_PIXELS, "max_file_bytes": 2**40}
 _CAPTION_LINES = ("all", "first")
 _CAPTION_FROM = ("files", "file_names", "folder_names")
 
@@ -76,7 +77,8 @@ class DataOptions:
 
     def __post_init__(self):
         check(
-            self, "data", positive=["image_size", "max_file_bytes"], at_least_0=["workers"], below_1=["bpe_dropout"],
+            self, "data", positive=["image_size", "max_pixels", "max_file_bytes"], at_least_0=["workers"],
+            below_1=["bpe_dropout"], most=_MOST,
             choices={"fit": FITS, "augment": _AUGMENTS, "caption_lines": _CAPTION_LINES, "caption_from": _CAPTION_FROM},
         )  # fmt: skip
         for key, usual in (("caption_lines", "all"), ("caption_from", "files")):
@@ -85,8 +87,6 @@ class DataOptions:
                     f"config.data.{key} is {getattr(self, key)!r}, which only config.data.source='folder' can use; "
                     f"the source is {self.source!r}. Set config.data.{key} to {usual!r}."
                 )
-        if not 1 <= self.max_pixels <= MOST_PIXELS:
-            raise ConfigError(f"config.data.max_pixels is {self.max_pixels}; expected 1 to {MOST_PIXELS}.")
         if self.source in ("auto", "folder", "tar_shards") and not self.path:
             held = {"folder": "images", "tar_shards": "shards"}.get(self.source, "images or tar shards")
             raise ConfigError(

@@ -20,6 +20,7 @@ from dalle_jax.data.sources.preparing import COCO, TAR_SHARDS, prepare
 from dalle_jax.data.sources.source import DataOptions, LeftOut, Record, Source, UnreadableExample
 from dalle_jax.distributed.turns import first_host_first
 from dalle_jax.errors import DataError, UserError
+from dalle_jax.storage.reachable import check_reachable
 
 _COCO_VALIDATION = "val+test+restval"
 _VALIDATION = ("val", "valid", "dev", "test")  # other names of the folder with the validation split
@@ -40,6 +41,7 @@ class TfdsSource(Source):
           DataError: if it cannot be prepared or opened, or lacks the split or the features.
         """
         data_dir = options.data_dir or os.environ.get("DALLE_JAX_DATA") or "~/.cache/dalle_jax/data"
+        check_reachable(data_dir)
         data_dir = data_dir if "://" in data_dir else os.path.expanduser(data_dir)
         self.description = f"{options.source} ({split})"
         try:
@@ -55,6 +57,9 @@ class TfdsSource(Source):
                 raise DataError(
                     f"{options.source} has no split {missing[0]!r}; it has {', '.join(sorted(builder.info.splits))}."
                 )
+            for part in split.split("+"):
+                if builder.info.splits[part.strip()].num_examples < 0:
+                    raise DataError(f"{options.source}: the split {part.strip()!r} ends before it begins.")
             features = builder.info.features
             for key in (options.image_key, caption_key):
                 _feature(features, key, options.source)

@@ -18,6 +18,7 @@ import PIL.Image
 import tensorflow_datasets as tfds
 from absl import logging
 
+from dalle_jax.configuration.values import check_seed, natural
 from dalle_jax.data.builders.configured import ConfiguredBuilder
 from dalle_jax.data.builders.emoji_captions import drawing, names
 
@@ -38,6 +39,8 @@ class EmojiConfig(tfds.core.BuilderConfig):
     seed: int = 0
 
     def __post_init__(self):
+        natural("config.data.builder_kwargs.image_size", self.image_size, 1, 2**12)
+        check_seed(self.seed, "config.data.builder_kwargs.seed")
         self.font = str(drawing.find_font(self.font))
         with open(self.font, "rb") as file:
             checksum = zlib.crc32(file.read())

@@ -20,6 +20,7 @@ import numpy as np
 import PIL.Image
 import tensorflow_datasets as tfds
 
+from dalle_jax.configuration.values import check_seed, natural
 from dalle_jax.data.builders.configured import ConfiguredBuilder
 from dalle_jax.data.builders.shapes_captions import drawing, scenes
 
@@ -42,6 +43,11 @@ class ShapesConfig(tfds.core.BuilderConfig):
     seed: int = 0
 
     def __post_init__(self):
+        for key, least, most in (
+            ("image_size", 1, 2**12), *((f"num_{split}", 1, 10**7) for split in ("train", "validation", "heldout"))
+        ):  # fmt: skip
+            natural(f"config.data.builder_kwargs.{key}", getattr(self, key), least, most)
+        check_seed(self.seed, "config.data.builder_kwargs.seed")
         sizes = f"{self.num_train}-{self.num_validation}-{self.num_heldout}"
         self.name = f"{self.image_size}px_{sizes}_seed{self.seed}"
 
