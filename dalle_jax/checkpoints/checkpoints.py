@@ -15,7 +15,6 @@ Only this module and its parts `manager` and `stored` use orbax.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
@@ -28,17 +27,15 @@ from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import checksums
 from dalle_jax.checkpoints.compatibility import check_same_model, to_json
-from dalle_jax.checkpoints.manager import Manager
+from dalle_jax.checkpoints.manager import INTACT, Manager, check_space
 from dalle_jax.checkpoints.stored import Damaged, DataIterator, StoredCheckpoint, move_to
 from dalle_jax.distributed.sharding import abstract
 from dalle_jax.errors import CheckpointError, DamagedError
 from dalle_jax.pytree import PyTree
 from dalle_jax.storage.errors import storage_cause
-from dalle_jax.storage.files import full_path, is_remote
+from dalle_jax.storage.files import full_path
 
 T = TypeVar("T")
-
-_INTACT = "Earlier checkpoints are intact. Free space or restore access, then run the same command again to resume."
 
 
 class Checkpoints:
@@ -96,6 +93,7 @@ class Checkpoints:
         data_iterator: DataIterator,
         config: ConfigDict,
         metrics: Mapping[str, float] | None = None,
+        frozen: str | None = None,
     ) -> None:
         """Starts to write a checkpoint and returns when the arrays may be overwritten.
 
@@ -105,13 +103,14 @@ class Checkpoints:
           data_iterator: the training iterator after `step` batches. Its state is read now.
           config: the configuration of the run.
           metrics: evaluation at this very step, or None.
+          frozen: fingerprint of the frozen modules that the parameters are trained with, or None.
 
         Raises:
           CheckpointError: this checkpoint or the previous one could not be written (a full disk).
         """
         if step in self._manager.all_steps():
             return
-        self._check_space(items)
+        check_space(self.directory, items)
         given = to_json(config)
         numbers = None if metrics is None else {name: float(value) for name, value in metrics.items()}
         sums = {
@@ -119,6 +118,7 @@ class Checkpoints:
             "config": checksums.of_json(given),
             "metrics": checksums.of_json(numbers),
             "step": step,
+            "frozen": frozen,
         }
         documents = {"config": given, "checksums": {**sums, "these": checksums.of_json(sums)}}
         with self._storage_errors("write"):
@@ -130,6 +130,7 @@ class Checkpoints:
         data_iterator: DataIterator,
         config: ConfigDict,
         defaults: Mapping[str, Any] | None = None,
+        frozen: str | None = None,
     ) -> dict[str, PyTree]:
         """Reads the latest intact checkpoint and moves damaged ones after it aside.
 
@@ -140,19 +141,21 @@ class Checkpoints:
           data_iterator: its state is set, so that the next batch is the one after the checkpoint.
           config: the given configuration. It must describe the stored model.
           defaults: values of the keys that a stored configuration may lack; see `check_same_model`.
+          frozen: fingerprint of the frozen modules of this run, or None.
 
         Returns:
           The items, with arrays.
 
         Raises:
           ConfigMismatch: the checkpoint holds another model.
-          CheckpointError: there is no checkpoint, or none is readable.
+          CheckpointError: there is no checkpoint, none is readable, or it was trained with other frozen modules.
         """
 
         def read(step: int) -> tuple[dict[str, PyTree], bytes]:
             with self._same_on_all_hosts(step):
                 stored = StoredCheckpoint(self.directory / str(step))
                 check_same_model(stored.config(), to_json(config), str(self.directory), defaults)
+                stored.check_frozen(frozen)
                 stored.check_shapes(items)
                 arrays = {item: stored.arrays(item, tree) for item, tree in items.items()}
                 place = stored.place_in_data()
@@ -165,7 +168,12 @@ class Checkpoints:
         return arrays
 
     def restore_params(
-        self, step: int | str | None = None, *, ema: bool = True, layout: Callable[[PyTree], PyTree] | None = None
+        self,
+        step: int | str | None = None,
+        *,
+        ema: bool = True,
+        layout: Callable[[PyTree], PyTree] | None = None,
+        frozen: str | None = None,
     ) -> PyTree:
         """Reads the parameters alone, for generation.
 
@@ -174,18 +182,20 @@ class Checkpoints:
           ema: read the moving average if it is stored. Otherwise the parameters are read.
           layout: maps the stored tree of shapes and dtypes to a tree of shardings. The default puts all arrays on the
             first device.
+          frozen: fingerprint of the frozen modules that the parameters are used with, or None.
 
         Returns:
           Nested dict of float32 arrays, with the structure of the task's `init`.
 
         Raises:
-          CheckpointError: there is no such checkpoint, or it is damaged.
+          CheckpointError: there is no such checkpoint, it is damaged, or it was trained with other frozen modules.
         """
         first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
         layout = layout or (lambda stored: jax.tree.map(lambda _: first_device, stored))
 
         def read(step: int) -> PyTree:
             stored = StoredCheckpoint(self.directory / str(step))
+            stored.check_frozen(frozen)
             item = "ema" if ema and stored.has("ema") else "params"
             shapes = stored.abstract(item)
             items = {item: stored.arrays(item, abstract(shapes, layout(shapes)))}
@@ -197,6 +207,10 @@ class Checkpoints:
     def config(self, step: int | str | None = None) -> dict[str, Any]:
         """Reads the stored configuration of a checkpoint as JSON values. For `step` see `restore_params`."""
         return self._first_intact(step, lambda number: StoredCheckpoint(self.directory / str(number)).config())
+
+    def metrics(self, step: int) -> Mapping[str, float] | None:
+        """Reads the evaluation of a checkpoint; None if there was none, or if it is damaged."""
+        return self._manager.metrics(step)
 
     def reached_preemption(self, step: int) -> bool:
         """Returns whether the cluster asked any host to stop; true at the same step on all hosts.
@@ -260,20 +274,6 @@ class Checkpoints:
         steps = self.steps
         ranked = [step for step in self._manager.ranked_steps() if step in steps]
         return ranked + [step for step in reversed(steps) if step not in ranked]
-
-    def _check_space(self, items: Mapping[str, PyTree]) -> None:
-        """Raises before writing if the disk lacks space, because an error in mid-write is late and less clear."""
-        if is_remote(self.directory):
-            return
-        arrays = jax.tree.leaves(items)
-        here = sum(shard.data.nbytes for x in arrays for shard in x.addressable_shards if shard.replica_id == 0)
-        needed = here + (len(arrays) << 12) + (1 << 20)  # one file per array; metadata and configuration
-        free = shutil.disk_usage(self.directory).free
-        if free < needed:
-            raise CheckpointError(
-                f"Cannot write checkpoints in {self.directory}: no space left on the device (a checkpoint needs "
-                f"{needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free). {_INTACT}"
-            )
 
     def _first_intact(self, step: int | str | None, read: Callable[[int], T]) -> T:
         """Returns `read(number)` of the first candidate for `step` that is not damaged."""
@@ -344,4 +344,4 @@ class Checkpoints:
             cause = storage_cause(error)
             if cause is None:
                 raise
-            raise CheckpointError(f"Cannot {action} checkpoints in {self.directory}: {cause}. {_INTACT}") from error
+            raise CheckpointError(f"Cannot {action} checkpoints in {self.directory}: {cause}. {INTACT}") from error

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 import pathlib
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
 import grain
+import jax
 import orbax.checkpoint as ocp
 from absl import logging
 from etils import epath
@@ -15,12 +17,17 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from dalle_jax.checkpoints.best import BestMetric
 from dalle_jax.checkpoints.stored import Damaged, DataIterator, DataState, StoredCheckpoint
+from dalle_jax.errors import CheckpointError
 from dalle_jax.pytree import PyTree
+from dalle_jax.storage import json_files
 from dalle_jax.storage.files import is_remote
 from dalle_jax.storage.names import LiteralPath
 
 _ORBAX = pathlib.Path(ocp.__file__).parents[1]
+_TIMES = "_CHECKPOINT_METADATA"
 _boundaries = itertools.count()  # between steps, over all trainings of this process
+
+INTACT = "Earlier checkpoints are intact. Free space or restore access, then run the same command again to resume."
 
 
 class Manager(ocp.CheckpointManager):
@@ -43,8 +50,11 @@ class Manager(ocp.CheckpointManager):
                 ),
             ]
         )
+        if not is_remote(directory):
+            directory = LiteralPath(directory)
+            _check_times(directory)
         super().__init__(
-            directory if is_remote(directory) else LiteralPath(directory),
+            directory,
             options=ocp.CheckpointManagerOptions(
                 best_fn=self._loss,
                 best_mode="min",
@@ -53,6 +63,8 @@ class Manager(ocp.CheckpointManager):
                 create=not read_only,
                 read_only=read_only,
                 save_interval_steps=0 if read_only else 1,
+                # In the background a failure would make the save wait 5 minutes for folders that never appear.
+                async_options=ocp.options.AsyncOptions(create_directories_asynchronously=False),
             ),
             item_handlers={
                 **{name: ocp.StandardCheckpointHandler() for name in ("params", "ema", "rest")},
@@ -119,6 +131,28 @@ class Manager(ocp.CheckpointManager):
         except (ValueError, TypeError, AttributeError, RecursionError, Damaged):
             logging.warning("The metrics of the checkpoint %s are damaged: ignored.", self.directory / str(step))
             return None
+
+
+def _check_times(directory: epath.Path) -> None:
+    """Raises a `CheckpointError` for a damaged file of times, on which orbax would raise errors of many types."""
+    for path in sorted(directory.glob(f"*/{_TIMES}")) if directory.exists() else ():
+        remedy = "Delete this file: it holds nothing but the times at which the checkpoint was written."
+        json_files.read(path, dict, CheckpointError, remedy)
+
+
+def check_space(directory: epath.Path, items: Mapping[str, PyTree]) -> None:
+    """Raises CheckpointError if the disk lacks space for a checkpoint, because an error in mid-write is less clear."""
+    if is_remote(directory):
+        return
+    arrays = jax.tree.leaves(items)
+    here = sum(shard.data.nbytes for x in arrays for shard in x.addressable_shards if shard.replica_id == 0)
+    needed = here + (len(arrays) << 12) + (1 << 20)  # one file per array; metadata and configuration
+    free = shutil.disk_usage(directory).free
+    if free < needed:
+        raise CheckpointError(
+            f"Cannot write checkpoints in {directory}: no space left on the device (a checkpoint needs "
+            f"{needed / 2**20:.1f} MiB, {free / 2**20:.1f} MiB are free). {INTACT}"
+        )
 
 
 def _is_not_from_orbax(record: Any) -> bool:

@@ -20,6 +20,7 @@ import dataclasses
 import json
 import os
 import socket
+import stat
 import threading
 import time
 import uuid
@@ -193,12 +194,11 @@ class Lease:
         if is_remote(self._folder):
             return False
         try:
-            os.stat(self._folder)
+            return not stat.S_ISDIR(os.stat(self._folder).st_mode)
         except (FileNotFoundError, NotADirectoryError):
             return True
         except OSError:
-            pass
-        return False
+            return False
 
     def check(self) -> None:
         """Checks that the workdir is still there and still this process's. Call it before work is saved.

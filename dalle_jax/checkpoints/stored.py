@@ -111,6 +111,20 @@ class StoredCheckpoint:
         if expected.get("metrics", checksums.of_json(metrics)) != checksums.of_json(metrics):
             raise Damaged("metrics: changed since they were written")
 
+    def check_frozen(self, frozen: str | None) -> None:
+        """Compares the fingerprint of the frozen modules with the one at writing, if both are known.
+
+        Raises:
+          CheckpointError: the parameters were trained with other frozen modules.
+        """
+        stored = None if self._sums is None else self._sums.get("frozen")
+        if stored and frozen and stored != frozen:
+            raise CheckpointError(
+                f"The checkpoint {self.path} was trained with another image tokenizer than the one in image_tokenizer/ "
+                "next to it: put that one back, from a copy of the workdir or by --config.tokenizer_from and "
+                "--config.tokenizer_step. Or start in another --workdir."
+            )
+
     def place_in_data(self) -> bytes:
         """Reads what `DataState.get_state` returned on this host, or on another one if the number of hosts changed."""
         with _damage("data"):

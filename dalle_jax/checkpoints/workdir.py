@@ -12,6 +12,7 @@ Workdirs may be local or remote ("gs://…").
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -214,6 +215,12 @@ def tokenizer_step(workdir: epath.PathLike) -> int | None:
         raise DamagedError(f"{path} is damaged. Run the same training again: it writes this file at its end.")
     best = finished.get("best") if read_config(workdir).get("keep", {}).get("best", 0) > 0 else None
     if best and best["step"] in steps:
+        with Checkpoints(str(workdir), read_only=True) as checkpoints:
+            measured = checkpoints.metrics(best["step"])
+        if measured and not math.isclose(measured.get(best["metric"], math.nan), best["value"], rel_tol=1e-5):
+            raise DamagedError(
+                f"{path} is of another training: {best} is not what the checkpoint of this step measured."
+            )
         return best["step"]
     latest, end = max(steps, default=None), finished.get("step", 0)
     if latest is not None and (end > latest or best and end == latest):
@@ -277,6 +284,7 @@ def load_text_model(workdir: epath.PathLike) -> TextModel:
     """Loads the text model of a prior's workdir.
 
     Raises:
-      DataError: it is missing or damaged.
+      DataError: it is missing, or not a text model.
+      DamagedError: it changed since the training wrote it.
     """
     return TextModel.load(text_model_path(workdir))

@@ -26,6 +26,7 @@ from etils import epath
 
 from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.storage import checksummed
+from dalle_jax.storage.files import expanded
 
 _SPACE = "\u2581"  # written by sentencepiece for the blank before a word
 _UNKNOWN = 0
@@ -181,7 +182,7 @@ class TextModel:
           DamagedError: if it changed since `save` wrote it.
         """
         try:
-            serialized = checksummed.read(path)
+            serialized = checksummed.read(expanded(path))
         except OSError as error:
             raise DataError(
                 f"No text model at {path}: {error}. Training writes `sentencepiece.model`; give that file."

@@ -18,7 +18,7 @@ from dalle_jax.evaluation.sections import Metrics
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.jobs.checks import check_drawing
 from dalle_jax.priors.sampling import SamplingOptions
-from dalle_jax.storage.files import check_writable, is_regular_file, make_workdir
+from dalle_jax.storage.files import check_writable, expanded, is_regular_file
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
 
@@ -36,7 +36,6 @@ def run(config: ConfigDict, workdir: str) -> Metrics:
       UserError: see `check`, `TextToImage.load`, `open_test_set` and `measure`.
     """
     protocol, options, sampling, mesh = check(config, workdir)
-    out = make_workdir(workdir)
     folders = split_folders(config.model_workdir)
     loaded = [TextToImage.load(folder, config.step, config.rows_at_once, config.clip, mesh) for folder in folders]
     kinds = [model.prior.name for model in loaded]
@@ -48,7 +47,7 @@ def run(config: ConfigDict, workdir: str) -> Metrics:
     measured.metrics["protocol"]["checkpoints"] = {
         name: f"{m.workdir}, step {m.step}" for name, m in zip(names, loaded)
     }
-    write(measured, tests, out, f"{', '.join(names)}: {tests.source.description}", config)
+    write(measured, tests, expanded(workdir), f"{', '.join(names)}: {tests.source.description}", config)
     return measured.metrics
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -25,7 +24,7 @@ from dalle_jax.jobs import manifests
 from dalle_jax.jobs.checks import MOST_IMAGES, check_drawing
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.reporting.images import image_grid, png, save_png
-from dalle_jax.storage.files import check_writable, expanded, is_regular_file, make_workdir, write_file
+from dalle_jax.storage.files import check_writable, expanded, is_regular_file, write_file
 from dalle_jax.text_to_image.best_of_n import Ranked
 from dalle_jax.text_to_image.sampling_parameters import parse
 from dalle_jax.text_to_image.text_to_image import TextToImage
@@ -41,11 +40,11 @@ def run(config: ConfigDict, workdir: str) -> None:
       workdir: the folder of the results.
 
     Raises:
-      UserError: see `check` and `TextToImage.load`; also if a file cannot be written.
+      UserError: a file cannot be written; see also `check` and `TextToImage.load`.
     """
     captions, options, mesh = check(config, workdir)
     sampling = {"negative": config.negative or None, **dataclasses.asdict(options)}
-    out = epath.Path(make_workdir(workdir))
+    out = expanded(workdir)
     model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once, config.clip, mesh)
     if config.candidates:
         ranked = model.best_of(captions, config.candidates, config.n, config.seed, **sampling)

@@ -24,7 +24,7 @@ from dalle_jax.jobs import evaluate
 from dalle_jax.jobs import train as train_job
 from dalle_jax.jobs.checks import prefixed
 from dalle_jax.priors.sampling import SamplingOptions
-from dalle_jax.storage.files import check_writable, expanded, make_workdir
+from dalle_jax.storage.files import check_writable, expanded
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
@@ -54,7 +54,6 @@ def run(config: ConfigDict, workdir: str) -> dict[str, Any]:
 
 def _run(config: ConfigDict, out: epath.Path) -> dict[str, Any]:
     start = time.perf_counter()
-    make_workdir(out)
     config = check(config, str(out))
     evaluation = config.evaluate
     resumed = (out / "dvae" / "config.json").exists()

@@ -51,6 +51,7 @@ _MLP_RATIO = 4
 READOUTS = ("class_token", "patches")
 _MOST = {  # no device holds more
     **{f"{tower}_{size}": most for tower in ("image", "text") for size, most in (("width", 2**16), ("depth", 1024))},
+    "image_mlp": 2**18,
     "image_size": 2**13,
     "image_positions": 1000,
     "embed_dim": 2**16,

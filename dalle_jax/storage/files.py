@@ -115,7 +115,8 @@ def check_writable(workdir: epath.PathLike) -> epath.Path:
       ConfigError: they cannot.
     """
     made = expanded(make_workdir(workdir))
-    trial = made / "writable.trial"
+    # Nobody has a file with this name, and the next run removes it if this one is killed here.
+    trial = made / ("writable.trial" if is_remote(made) else f"writable.{secrets.token_hex(4)}.unfinished")
     with access(workdir):
         trial.write_text("")
         trial.unlink()

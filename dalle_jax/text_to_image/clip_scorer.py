@@ -40,7 +40,7 @@ from dalle_jax.errors import CheckpointError, DataError
 from dalle_jax.models import clip as models
 from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.pytree import PyTree, fingerprint, first_mismatch
-from dalle_jax.storage.files import write_errors
+from dalle_jax.storage.files import expanded, write_errors
 from dalle_jax.text_to_image import inputs
 from dalle_jax.text_to_image.drawing import MOST_IMAGES
 from dalle_jax.text_to_image.folders import check_mesh, check_path, check_step, check_workdir
@@ -86,13 +86,14 @@ class ClipScorer:
 
         Raises:
           CheckpointError: no CLIP in the folder, or parameters that do not fit its text model.
-          DataError: the text model is missing or damaged.
+          DamagedError: a file changed since it was written.
+          DataError: the text model is missing, or not a text model.
         """
         step, rows_at_once = check_step(step), natural("rows_at_once", rows_at_once, 1, MOST_IMAGES)
         check_mesh(mesh)
         check_path("clip", folder)
         if has_clip(folder):
-            clip, params, text_model = _load_frozen(epath.Path(folder).expanduser() / "clip")
+            clip, params, text_model = _load_frozen(expanded(folder) / "clip")
         else:
             check_workdir(folder)
             config = workdirs.read_config(folder)
@@ -120,7 +121,7 @@ class ClipScorer:
           UserError: the folder cannot be written.
         """
         check_path("folder", folder)
-        target = epath.Path(folder).expanduser() / "clip"
+        target = expanded(folder) / "clip"
         with write_errors(target):
             self.text_model.save(target / "text.model")
         kind = "byte_pairs" if isinstance(self.text_model, BytePairs) else "sentencepiece"
@@ -233,7 +234,7 @@ def _encode_text(clip: CLIP, params: PyTree, text: jax.Array) -> jax.Array:
 
 def has_clip(folder: str | epath.PathLike) -> bool:
     """Returns whether the folder holds a complete frozen CLIP."""
-    return frozen.exists(epath.Path(folder).expanduser() / "clip")
+    return frozen.exists(expanded(folder) / "clip")
 
 
 def parameter_count(params: PyTree) -> str:

@@ -61,10 +61,12 @@ def check_step(step: Any) -> int | str | None:
     Raises:
       ConfigError: something else.
     """
-    if step is None or step == "best":
-        return step
-    if isinstance(step, str) and step.isascii() and step.isdigit():
-        return int(step)
+    if step is None:
+        return None
     if isinstance(step, str):
+        if step == "best":
+            return step
+        if step.isascii() and step.isdigit() and len(step) < 20:
+            return int(step)
         raise ConfigError(f'step is {shown(step)}; expected a whole number, "best", or None for the latest.')
     return natural("step", step)

@@ -17,7 +17,6 @@ square (or padded with white, if the model was trained with `data.fit=pad`) and 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -46,9 +45,13 @@ def captions(given: Any) -> list[str]:
     """
     if isinstance(given, str):
         return [given]
-    if isinstance(given, bytes) or not isinstance(given, Iterable):
+    try:
+        each = None if isinstance(given, bytes) else list(given)
+    except TypeError:
+        each = None
+    if each is None:
         raise DataError(f"The captions are {shown(given)}; expected a string or a list of strings.")
-    return [caption(each) for each in given]
+    return [caption(text) for text in each]
 
 
 def caption(given: Any) -> str:
@@ -252,6 +255,29 @@ def tokens(given: Any, shape: tuple[int | None, ...], vocab: int) -> np.ndarray:
     if array.min() < 0 or array.max() >= vocab:
         raise DataError(f"The tokens go from {array.min()} to {array.max()}; expected 0 to {vocab - 1}.")
     return array.astype(np.int32)
+
+
+def known(given: Any, shape: tuple[int, int], vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    """Checks known tokens: (tokens [n, N], mask [n, N]). Where the mask is False, a token may be any number.
+
+    Args:
+      given: the two arrays.
+      shape: [n, N].
+      vocab: V.
+
+    Returns:
+      int32 [n, N] and bool [n, N].
+
+    Raises:
+      DataError: another shape or type, or a known token outside [0, V).
+    """
+    if not isinstance(given, list | tuple) or len(given) != 2:
+        raise DataError(f"The known tokens are {shown(given)}; expected a pair of tokens and mask.")
+    values, mask = map(_array, given)
+    if mask.dtype != bool or mask.shape != shape:
+        raise DataError(f"The mask of the known tokens is {mask.dtype} {mask.shape}; expected bool {shape}.")
+    tokens(np.where(mask, values, 0) if values.shape == shape else values, shape, vocab)
+    return values.astype(np.int32), mask
 
 
 # -- any ----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from dalle_jax.distributed.sharding import replicated, shardings_of
 from dalle_jax.errors import CheckpointError, ConfigError
 from dalle_jax.priors.registry import make
 from dalle_jax.priors.token_prior import TokenPrior
-from dalle_jax.pytree import PyTree, first_mismatch
+from dalle_jax.pytree import PyTree, fingerprint, first_mismatch
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
 from dalle_jax.text_to_image.drawing import MOST_IMAGES
 from dalle_jax.text_to_image.folders import check_mesh, check_path, check_step, check_workdir
@@ -47,7 +47,8 @@ def load(
         size, length = config["data"]["image_size"], config["text"]["length"]
         layout = TokenLayout(text_model.vocab_size, tokenizer.vocab_size, length, *tokenizer.grid(size))
         prior = make(config["prior"], config["model"], layout)
-        params = checkpoints.restore_params(step, layout=lambda stored: _layout(prior, stored, workdir, mesh))
+        layout_of = lambda stored: _layout(prior, stored, workdir, mesh)
+        params = checkpoints.restore_params(step, layout=layout_of, frozen=fingerprint({"tokenizer": tokenizer_params}))
         step = checkpoints.resolve(step)
     tokenizer_params = jax.device_put(tokenizer_params, replicated(mesh))
     folder = clip or (workdir if has_clip(workdir) else None)

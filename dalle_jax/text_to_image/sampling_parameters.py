@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from dalle_jax.configuration.values import shown
 from dalle_jax.errors import ConfigError
 from dalle_jax.priors.sampling import SamplingOptions
 
@@ -38,7 +39,7 @@ def parse(sampling: Mapping[str, Any]) -> tuple[SamplingOptions, str | None]:
     options = SamplingOptions(**fields)
     if negative is not None and not options.guidance:
         raise ConfigError(
-            f"The negative caption {negative!r} has no effect because guidance is 0: set guidance above 0 "
+            f"The negative caption {shown(negative)} has no effect because guidance is 0: set guidance above 0 "
             "(--config.sampling.guidance), or leave negative out."
         )
     return options, negative

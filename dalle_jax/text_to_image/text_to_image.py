@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 
 from dalle_jax.configuration.values import natural, shown
 from dalle_jax.data.text import TextModel, encode_captions
-from dalle_jax.errors import ConfigError, DataError
+from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
@@ -431,12 +431,7 @@ class TextToImage:
         n, seed = drawing.check_count(n, seed)
         options, negative = parse(sampling)
         layout, window = self.prior.layout, natural("window", window)
-        shape, mask = (n, layout.image_length), np.asarray(known[1])
-        if mask.dtype != bool or mask.shape != shape:
-            raise DataError(f"The mask of the known tokens is {mask.dtype} {mask.shape}; expected bool {shape}.")
-        given = np.asarray(known[0])
-        given = np.where(mask, given, 0) if given.shape == shape else given  # the others may be anything
-        known = inputs.tokens(given, shape, layout.image_vocab), mask
+        known = inputs.known(known, (n, layout.image_length), layout.image_vocab)
         text, parts = self.encode_text([inputs.caption(caption)]), []
         for part in drawing.chunks(self, 1, n):
             captions, numbers = part.rows()

@@ -30,6 +30,7 @@ from dalle_jax.errors import DataError, NonFiniteError
 from dalle_jax.metrics.mean import Mean, without_empty
 from dalle_jax.optim import optimizers, schedules
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
+from dalle_jax.pytree import fingerprint
 from dalle_jax.reporting.metric_writer import MetricWriter, read_metrics
 from dalle_jax.reporting.progress import Progress
 from dalle_jax.reporting.units import with_unit
@@ -102,12 +103,17 @@ class Run:
         )
         close_at_exit(cleanup, self.checkpoints.close)
 
+        # Tokens that were encoded in advance follow from the other frozen arrays.
+        frozen = {name: tree for name, tree in task.frozen.items() if name != "tokens"}
+        self._frozen_mark = fingerprint(frozen) if frozen else None
+
         # The state is, in order of precedence:
         #   1. the latest checkpoint in workdir (state and data iterator), written on any mesh
         #   2. fresh parameters, replaced by those of config.start_from where name and shape agree
         if self.checkpoints.latest_step is not None:
             with explain_changed_data(config, workdir, self.checkpoints):
-                items = self.checkpoints.restore(self._abstract_state.items(), self.batches, config, defaults(config))
+                abstract = self._abstract_state.items()
+                items = self.checkpoints.restore(abstract, self.batches, config, defaults(config), self._frozen_mark)
             self.state = TrainState.from_items(items)
         else:
             self.state = init()
@@ -266,7 +272,7 @@ class Run:
         """Flushes the reports and starts to write a checkpoint of the current state."""
         self.writer.flush()
         with jax.profiler.TraceAnnotation("checkpoint"):
-            self.checkpoints.save(step, self.state.items(), self.batches, self.config, metrics)
+            self.checkpoints.save(step, self.state.items(), self.batches, self.config, metrics, self._frozen_mark)
         self.watchdog.progress()
 
     def finish(self, step: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "benchmarks"))
 
-from figures import Recorder  # noqa: E402
+from recorder import Recorder  # noqa: E402
 
 PHASES = ("machine", "decoding", "training", "peers", "parity", "images")
 
@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--images", help="folder of images with captions")
     parser.add_argument("--tiny", action="store_true", help="tiny sizes, to try the script on a CPU")
     args = parser.parse_args()
-    recorder = Recorder(args.output / "figures.jsonl", args.phase, args.seconds, args.images, args.tiny)
+    recorder = Recorder(args.output / "measurements.jsonl", args.phase, args.seconds, args.images, args.tiny)
     importlib.import_module(f"phases.{args.phase}").run(recorder)
 
 

@@ -11,9 +11,9 @@ PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "L4": 121.0, "RTX 4090": 1
 
 
 def load(folder: Path) -> dict[str, dict[str, dict]]:
-    """Returns the last line of each figure, by phase and name."""
+    """Returns the last line of each measurement, by phase and name."""
     phases: dict[str, dict[str, dict]] = {}
-    for text in (folder / "figures.jsonl").read_text().splitlines():
+    for text in (folder / "measurements.jsonl").read_text().splitlines():
         line = json.loads(text)
         phases.setdefault(line["phase"], {})[line["name"]] = line
     return phases
@@ -29,7 +29,7 @@ def number(value, digits: int = 3):
 
 
 def trouble(line: dict) -> str | None:
-    """Returns why a figure is missing."""
+    """Returns why a measurement is missing."""
     return line.get("error") or line.get("skipped")
 
 
@@ -112,7 +112,7 @@ def report(folder: Path) -> str:
         lines += table(("Training for minutes", "what", "value"), rows)
         lines += ["![Images of the preview](samples.png)", ""]
     failed = [f"{phase}: {name}" for phase, found in phases.items() for name, line in found.items() if trouble(line)]
-    lines += [f"Without a figure: {'; '.join(failed)}." if failed else "All figures were taken."]
+    lines += [f"Without a measurement: {'; '.join(failed)}." if failed else "All measurements were taken."]
     return "\n".join(lines) + "\n"
 
 

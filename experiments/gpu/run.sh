@@ -3,7 +3,7 @@
 #
 #   experiments/gpu/run.sh OUT [PHASE …]
 #
-# OUT/figures.jsonl gets a line of JSON for each figure as soon as it is taken. A phase that fails or runs out of time
+# OUT/measurements.jsonl gets a line of JSON for each measurement as soon as it is taken. A phase that fails or runs out of time
 # does not stop the next one. `python experiments/gpu/report.py OUT` writes the tables.
 #
 #   PYTHON   the interpreter, default python3

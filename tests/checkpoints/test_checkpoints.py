@@ -317,6 +317,24 @@ def test_checksums_of_early_versions(tmp_path):
         checkpoints.restore(state.items(), tiny_batches(4), config)
 
 
+def test_other_frozen_modules(tmp_path):
+    """A checkpoint is not read with another image tokenizer; one of an early version does not know its tokenizer."""
+    state, config = large_state(1), tiny_config(ema__decay=0.0)
+    with Checkpoints(str(tmp_path), keep_last=2) as checkpoints:
+        checkpoints.save(1, state.items(), tiny_batches(4), config)
+        for frozen in ("a", None):
+            checkpoints.restore_params(frozen=frozen)
+        checkpoints.save(2, state.items(), tiny_batches(4), config, frozen="a")
+        for frozen in ("a", None):
+            checkpoints.restore_params(frozen=frozen)
+            checkpoints.restore(state.items(), tiny_batches(4), config, frozen=frozen)
+        with pytest.raises(CheckpointError, match="image_tokenizer"):
+            checkpoints.restore_params(frozen="b")
+        with pytest.raises(CheckpointError, match="image_tokenizer"):
+            checkpoints.restore(state.items(), tiny_batches(4), config, frozen="b")
+        assert checkpoints.steps == [1, 2], "not damaged"
+
+
 def test_another_optimizer_is_not_damage(tmp_path):
     """An intact checkpoint of another model is neither skipped nor moved."""
     state, abstract = initial()

@@ -17,7 +17,7 @@ NAME = "=HYPERLINK(<b>)"
 
 
 def write_report(out):
-    rows = {"0": {"fid": 1.5, "bias": -0.25}, "1": {"fid": 2.0}}
+    rows = {"0": {"fid": 1.5, "bias": -0.25}, "1": {"fid": 2.0, "bias": 0.5}}
     protocol = {"captions": "<i>first</i>", "data": "@data", "device": "cpu"}
     measured = Measured({NAME: {"fid": 1.5}, "blur": {NAME: rows}, "protocol": protocol}, [])
     measured.columns.append(("real", np.zeros((2, 8, 8, 3), np.uint8)))
@@ -35,7 +35,7 @@ def test_cells_are_no_formulas_and_texts_no_markup(tmp_path):
     with open(tmp_path / "blur.csv", newline="") as file:
         head, *rows = csv.reader(file)
     assert head == ["images", "radius", "fid", "bias"]
-    assert rows == [[f"'{NAME}", "0", "1.5", "-0.25"], [f"'{NAME}", "1", "2", ""]]
+    assert rows == [[f"'{NAME}", "0", "1.5", "-0.25"], [f"'{NAME}", "1", "2", "0.5"]]
     page = (tmp_path / "report.html").read_text()
     assert not any(mark in page for mark in ("<b>", "<i>", "<u>", "<s>", "<script>")) and "&lt;b&gt;" in page
     assert json.loads((tmp_path / "report.json").read_text())["blur"][NAME]["0"]["bias"] == -0.25

@@ -15,7 +15,7 @@ sys.path[:0] = [str(FOLDER), str(FOLDER.parent)]
 
 import quick_xla  # noqa: E402
 import report  # noqa: E402
-from figures import Recorder  # noqa: E402
+from recorder import Recorder  # noqa: E402
 
 
 def lines(path):
@@ -35,30 +35,30 @@ def test_the_phases_end_within_nine_minutes():
 
 
 def test_a_case_that_fails_leaves_its_error_and_the_next_one_runs(tmp_path, capsys):
-    record = Recorder(tmp_path / "figures.jsonl", "decoding", 60)
+    record = Recorder(tmp_path / "measurements.jsonl", "decoding", 60)
 
     def fails():
         raise ValueError("too large")
 
     record.run([("a", 1, fails), ("b", 1, lambda: {"seconds": 0.25, "rate": float("inf")})])
-    first, second = lines(tmp_path / "figures.jsonl")
+    first, second = lines(tmp_path / "measurements.jsonl")
     assert first["error"] == "ValueError: too large"
     assert second["seconds"] == 0.25 and second["rate"] == "inf"
 
 
 def test_a_case_without_time_is_skipped_and_reported(tmp_path, capsys):
-    record = Recorder(tmp_path / "figures.jsonl", "decoding", 0)
+    record = Recorder(tmp_path / "measurements.jsonl", "decoding", 0)
     record.run([("maskgit", 5, lambda: {"seconds": 1.0})])
-    assert "skipped" in lines(tmp_path / "figures.jsonl")[0]
+    assert "skipped" in lines(tmp_path / "measurements.jsonl")[0]
     assert "decoding: maskgit" in report.report(tmp_path).splitlines()[-1]
 
 
 def test_the_report_divides_by_plain_torch(tmp_path):
-    record = Recorder(tmp_path / "figures.jsonl", "machine", 60)
+    record = Recorder(tmp_path / "measurements.jsonl", "machine", 60)
     record("device", kind="NVIDIA H100 80GB HBM3")
-    Recorder(tmp_path / "figures.jsonl", "decoding", 60)("maskgit, 1 image", seconds=0.5, images_per_s=2.0)
-    Recorder(tmp_path / "figures.jsonl", "training", 60)("prior", seconds=0.5, model_tflops_per_s=494.5)
-    peers = Recorder(tmp_path / "figures.jsonl", "peers", 60)
+    Recorder(tmp_path / "measurements.jsonl", "decoding", 60)("maskgit, 1 image", seconds=0.5, images_per_s=2.0)
+    Recorder(tmp_path / "measurements.jsonl", "training", 60)("prior", seconds=0.5, model_tflops_per_s=494.5)
+    peers = Recorder(tmp_path / "measurements.jsonl", "peers", 60)
     peers("maskgit, 1 image", seconds=1.0, images_per_s=1.0)
     peers("prior", seconds=0.75)
     text = report.report(tmp_path)

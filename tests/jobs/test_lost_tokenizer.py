@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from test_changed_data import COMMON, MODELS, draw
 
+from dalle_jax.checkpoints import checksums
 from dalle_jax.checkpoints.workdir import load_tokenizer, tokenizer_step
 from dalle_jax.configuration.config_files import load
 from dalle_jax.errors import CheckpointError, ConfigError, DamagedError
@@ -99,11 +100,23 @@ def test_a_training_that_continued_after_its_end(dvae):
     assert tokenizer_step(dvae) == 8
 
 
+def with_checksum(finished):
+    values = {name: value for name, value in finished.items() if name != "checksum"}
+    return {**values, "checksum": checksums.of_json(values)}
+
+
 def test_the_best_checkpoint(dvae):
     config = json.loads((dvae / "config.json").read_text())
     checksummed.write_json(dvae / "config.json", {**config, "keep": {"last": 1, "best": 1}})
     best = json.loads((dvae / "finished.json").read_text())["best"]["step"]
     assert tokenizer_step(dvae) == best
+    finished = json.loads((dvae / "finished.json").read_text())
+    finished["best"]["value"] += 1
+    (dvae / "finished.json").write_text(json.dumps(with_checksum(finished)))
+    with pytest.raises(DamagedError, match="another training"):
+        tokenizer_step(dvae)
+    finished["best"]["value"] -= 1
+    (dvae / "finished.json").write_text(json.dumps(with_checksum(finished)))
     lose(dvae, best)
     with pytest.raises(DamagedError, match=f"step {best}"):
         tokenizer_step(dvae)

@@ -1,4 +1,4 @@
-"""What the arrays of a CLIP leave open is read, looked up or asked for, and never guessed."""
+"""Settings that the arrays of a CLIP leave open are read, looked up or asked for, and never guessed."""
 
 import json
 import pathlib

@@ -141,6 +141,9 @@ def test_images(idle, method):
         ((KNOWN[0] + 0.5, KNOWN[1]), "float64"),
         ((KNOWN[0], KNOWN[1][:, :3]), "mask"),
         ((KNOWN[0], KNOWN[0]), "mask"),
+        (None, "None"),
+        (KNOWN[0], "pair"),
+        ((None, KNOWN[1]), "None"),
     ],
 )
 def test_known_tokens(idle, known, words):

@@ -67,7 +67,7 @@ def test_rows_and_steps(load, tmp_path):
     for mesh in (8, "cpu", {"data": 1}):
         with pytest.raises(ConfigError, match="make_mesh"):
             load(tmp_path, mesh=mesh)
-    for step in (-1, 2.5, "latest", "4e3", True, b"best", [4200]):
+    for step in (-1, 2.5, "latest", "4e3", True, b"best", [4200], np.arange(2), "9" * 5000):
         with pytest.raises(ConfigError, match="step"):
             load(tmp_path, step=step)
 

@@ -245,7 +245,11 @@ def test_captions():
     assert inputs.captions(np.array(["a", "b"])) == ["a", "b"] and inputs.captions(iter(["a"])) == ["a"]
 
 
-@pytest.mark.parametrize("given", [b"a star", None, 5, 1.5, [b"a star"], ["a star", None], [5], [["a star"]]], ids=str)
+@pytest.mark.parametrize(
+    "given",
+    [b"a star", None, 5, 1.5, np.int32(5), jnp.int32(5), [b"a star"], ["a star", None], [5], [["a star"]]],
+    ids=str,
+)
 def test_what_is_no_caption_is_rejected(given):
     with pytest.raises(DataError, match="string"):
         inputs.captions(given)

@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import tensorflow_datasets as tfds
 from absl import logging
@@ -26,7 +26,8 @@ from dalle_jax.data.builders.tar_shards import Builder as TarBuilder
 from dalle_jax.data.builders.turn import only_one_prepares
 from dalle_jax.data.sources.once import once
 from dalle_jax.data.sources.source import DataOptions
-from dalle_jax.errors import ConfigError
+from dalle_jax.errors import ConfigError, DataError, UserError
+from dalle_jax.storage import json_files
 from dalle_jax.storage.files import expanded
 
 COCO, TAR_SHARDS = "coco_captions", "tar_shards"
@@ -42,6 +43,7 @@ _BUILDERS: dict[str, type[ConfiguredBuilder]] = {
 # Of the user's local copies: what they are made from, and the argument that selects the part of the name before that.
 _MADE_FROM: dict[str, Callable[..., str]] = {_COCO_LOCAL: coco.made_from, "cub_captions": cub.made_from}
 _FROM_OTHER_KEYS = ("path", "caption_key", "max_file_bytes", "made_from")  # not from builder_kwargs
+_KNOWN = (NotImplementedError, OSError, ImportError, AssertionError, TypeError, ValueError)  # `tfds.py` explains them
 _PATH = "prepared_from"  # in the metadata of a copy
 
 
@@ -64,7 +66,8 @@ def prepare(options: DataOptions, data_dir: str) -> tfds.core.DatasetBuilder:
             return prepared
         source = _COCO_LOCAL
     make = _maker(options, source, path, data_dir)
-    builder = make()
+    with _damage_named(epath.Path(data_dir) / source):
+        builder = make()
     if _is_prepared(builder):
         if source == TAR_SHARDS or source in _MADE_FROM:
             once(("reuse", str(builder.data_path)), lambda: _log_reuse(builder))
@@ -74,6 +77,27 @@ def prepare(options: DataOptions, data_dir: str) -> tfds.core.DatasetBuilder:
         if not _is_prepared(builder):
             _write(builder, options.source, path)
     return builder
+
+
+@contextlib.contextmanager
+def _damage_named(folder: epath.Path) -> Iterator[None]:
+    """Explains an error of TFDS by the damaged file of a prepared data set, if there is one.
+
+    Args:
+      folder: of all versions of the data set.
+    """
+    try:
+        yield
+    except Exception as error:  # TFDS and protobuf raise many types on damaged files
+        for path in sorted(folder.glob("*/*/*.json")) + sorted(folder.glob("*/*.json")) if folder.exists() else ():
+            json_files.read(path, dict, DataError, f"Delete {path.parent}: the data set is then prepared again.")
+        if isinstance(error, (*_KNOWN, UserError)):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise DataError(
+            f"The prepared data set in {folder} cannot be opened ({reason}). Delete the folder: the data set is then "
+            "prepared again."
+        ) from error
 
 
 def _maker(

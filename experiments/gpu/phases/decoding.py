@@ -11,7 +11,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import models
-from figures import Recorder, memory_gib, seconds
+from recorder import Recorder, memory_gib, seconds
 
 from dalle_jax.image_tokenizers.dvae import DVAETokenizer
 from dalle_jax.priors.maskgit import MaskGITPrior
@@ -58,7 +58,7 @@ class Drawing:
     def time(self, program) -> dict:
         arguments = self.arguments()
         passed = seconds(lambda: program(*arguments), 0.5, calls=1)
-        figures = {
+        values = {
             "seconds": passed,
             "images_per_s": self.rows / passed,
             "weights_gib": sum(jnp.asarray(x).nbytes for x in jax.tree.leaves(arguments[0])) / 2**30,
@@ -67,8 +67,8 @@ class Drawing:
             "rows": self.rows,
         }
         if self.tokenizer is None:
-            figures["tokens_per_s"] = self.rows * self.prior.layout.image_length / passed
-        return figures
+            values["tokens_per_s"] = self.rows * self.prior.layout.image_length / passed
+        return values
 
 
 def drawings(tiny: bool) -> dict[str, Drawing]:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from figures import Recorder
+from recorder import Recorder
 
 ROOT = Path(__file__).resolve().parents[3]
 RESERVED = 35  # seconds for CLIP-free drawing and the start of processes
@@ -43,12 +43,12 @@ def _command(config: str, *options: str) -> dict:
 
 
 def _last_metrics(workdir: Path) -> dict:
-    """Returns the last figures of each kind of a run."""
+    """Returns the last metrics of each kind of a run."""
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    figures = {}
+    values = {}
     for line in lines:
-        figures.update(line)
-    return {key: value for key, value in figures.items() if key.startswith("eval/") or key in ("step",)}
+        values.update(line)
+    return {key: value for key, value in values.items() if key.startswith("eval/") or key in ("step",)}
 
 
 def _draw(workdir: Path, out: Path) -> dict:

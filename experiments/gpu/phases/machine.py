@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import jax
 import jax.numpy as jnp
-from figures import Recorder, seconds
+from recorder import Recorder, seconds
 
 
 def run(record: Recorder) -> None:

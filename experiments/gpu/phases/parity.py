@@ -7,7 +7,7 @@ import functools
 import jax
 import models
 import numpy as np
-from figures import Recorder
+from recorder import Recorder
 
 from dalle_jax.models.transformer import TransformerOptions
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior

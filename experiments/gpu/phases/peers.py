@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import time
 
-from figures import Recorder
+from recorder import Recorder
 
 try:
     import torch

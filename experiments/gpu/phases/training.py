@@ -9,7 +9,7 @@ import models
 import numpy as np
 import optax
 from _prior import PrecomputedTokens
-from figures import Recorder, memory_gib
+from recorder import Recorder, memory_gib
 
 from dalle_jax.aot import model_flops
 from dalle_jax.models.clip import CLIP, CLIPOptions

@@ -1,4 +1,4 @@
-"""Writes figures as they are taken, and keeps a phase within its time."""
+"""Writes measurements as they are taken, and keeps a phase within its time."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 @dataclasses.dataclass
 class Recorder:
-    """Appends lines of JSON to a file, one for each figure.
+    """Appends lines of JSON to a file, one for each measurement.
 
     Attributes:
       path: the file.
