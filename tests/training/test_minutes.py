@@ -155,7 +155,8 @@ def test_other_minutes_do_not_change_a_run(machine, tmp_path, caplog):
     assert not measured and "--workdir" in caplog.text and "0.5 minutes" in caplog.text
 
 
-def test_measures_with_the_real_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("cache", [False, True])
+def test_measures_with_the_real_run(tmp_path, monkeypatch, cache):
     """The throw-away run leaves nothing behind, and its costs are those that the parts of the loop have."""
     now, spent = [0.0], {"step": 2.0, "evaluation": 30.0, "preview": 7.0}
     monkeypatch.setattr(budget, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
@@ -174,11 +175,13 @@ def test_measures_with_the_real_run(tmp_path, monkeypatch):
     for name in spent:
         passing(name)
     config = minutes_config(minutes=100.0, steps=1000)
+    with config.unlocked():
+        config.data.cache = cache
     how = loop.validate(config)
     with loop.on_mesh(how[0]):
         costs = budget.measure(config, str(tmp_path), tiny_job(config), *how)
     assert costs == Costs(start=102.0, step=2.0, evaluation=30.0, preview=7.0, checkpoint=0.0)
-    assert seen["step"] == 1 + 3 + 10  # 20 s of 2 s each
+    assert seen["step"] == 1 + 3 + 10 + cache * (3 + 5)  # 20 s of 2 s each, and 10 s on the same batches again
     assert list(tmp_path.iterdir()) == []
 
 
