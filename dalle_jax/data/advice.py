@@ -89,10 +89,11 @@ def _on_images(found: Survey, options: DataOptions) -> Iterator[str]:
             "--config.data.fit=pad adds white instead, so that all of an image is seen."
         )
     if images.blank > _BLANK * seen:
+        pad = ", or use all of an image with --config.data.fit=pad" if options.fit == "crop" else ""
         more = ", …" if images.blank > len(images.blank_names) else ""
         yield (
             f"{images.blank:,} images have a single colour as the model sees them, on white where they are transparent "
-            f"({', '.join(images.blank_names)}{more}). Remove or crop them."
+            f"({', '.join(images.blank_names)}{more}). Remove or crop them{pad}."
         )
     if images.in_both_splits and options.source in _OWN:
         sampled = any(split.looked_at < split.examples for split in found.splits.values())

@@ -128,7 +128,14 @@ class Pipeline:
         return -(-len(self.source) // self._batch_size)
 
     def __iter__(self) -> PipelineIterator:
-        """Returns a new iterator at the first batch.
+        """Returns a new iterator at the first batch; see `batches`."""
+        return self.batches()
+
+    def batches(self, start: int = 0) -> PipelineIterator:
+        """Returns a new iterator.
+
+        Args:
+          start: number of batches to leave out at the beginning.
 
         Returns:
           An iterator over this host's rows of each batch, as numpy arrays: "image" uint8 [b, S, S, 3] and "index"
@@ -137,7 +144,7 @@ class Pipeline:
         """
         last = _LAST_BATCH if self._train else len(self)
         return PipelineIterator(
-            self._make, self._options.workers, last, self._run, self._tally, self.source.description
+            self._make, self._options.workers, last, self._run, self._tally, self.source.description, start
         )
 
     def spread_batch(self) -> dict[str, np.ndarray]:
@@ -208,7 +215,14 @@ class PipelineIterator(Iterator[dict[str, np.ndarray]]):
     """
 
     def __init__(
-        self, make: ExampleMaker, workers: int, last: int, run: Mapping[str, Any], tally: Tally, name: str = "the data"
+        self,
+        make: ExampleMaker,
+        workers: int,
+        last: int,
+        run: Mapping[str, Any],
+        tally: Tally,
+        name: str = "the data",
+        start: int = 0,
     ):
         """Called by `Pipeline` only.
 
@@ -219,10 +233,11 @@ class PipelineIterator(Iterator[dict[str, np.ndarray]]):
           run: the description of the run that `set_state` compares.
           tally: counts what the batches' notes report.
           name: the source, for messages.
+          start: number of batches to leave out at the beginning.
         """
         self._name = name
         self._make, self._workers, self._last, self._run, self._tally = make, workers, last, dict(run), tally
-        self._delivered = 0
+        self._delivered = start
         self._batches: grain.DatasetIterator | None = None
 
     def __next__(self) -> dict[str, np.ndarray]:

@@ -111,7 +111,8 @@ class Job:
       task: the task.
       train_batches: creates the endless training iterator over this host's rows of each batch (`rows.host_rows`). The
         iterator has `get_state()` and `set_state()`, which describe the position after the last delivered batch. The
-        state is a JSON value or bytes. An iterator that holds worker processes also has `close()`.
+        state is a JSON value or bytes. An iterator that holds worker processes also has `close()`. A number as argument
+        is that of batches to leave out at the beginning.
       eval_batches: creates one pass over this host's rows of the evaluation batches, which are always the same.
       data_counts: returns counts for the training log by name, such as "left_out/missing file" (see `Pipeline.counts`).
       preview_batch: creates this host's rows of a batch for the preview, spread over the held-out examples. None uses
@@ -120,7 +121,7 @@ class Job:
     """
 
     task: Task
-    train_batches: Callable[[], Iterator[Batch]]
+    train_batches: Callable[..., Iterator[Batch]]
     eval_batches: Callable[[], Iterable[Batch]]
     data_counts: Callable[[], Mapping[str, int]] = dict
     preview_batch: Callable[[], Batch] | None = None
@@ -156,7 +157,7 @@ def make_job(
     training = pipeline(split=options.train_split, train=True, seed=config.seed, held_out=evaluation.source)
     return Job(
         task=task,
-        train_batches=lambda: iter(training),
+        train_batches=training.batches,
         eval_batches=lambda: iter(evaluation),
         data_counts=training.counts,
         preview_batch=evaluation.spread_batch,

@@ -6,8 +6,8 @@ written into the run's config.json. A resumed run reads it there and measures no
 the machine. They equal those of a run with `--config.steps=N`.
 
 With `data.cache` the first pass over the data decodes images, and later passes do not. The throw-away run then trains
-on its first batches twice. The first time gives the cost of an update in the first pass, the second time that of all
-later ones. The plan assumes:
+twice on the same batches from the middle of the first pass. The first time gives the cost of an update in this pass,
+the second time that of all later ones. The plan assumes:
 
 - The timed batches are like the others. Training shuffles, so they are a random sample of the split. If a few images
   are far larger than the rest and the time is short, the sample is small and the plan is rough.
@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import io
 import time
 from collections.abc import Callable
@@ -242,6 +243,11 @@ def measure(
     if config.get("start_from"):
         config.start_from = None  # the costs do not depend on the values of the parameters
     budget = 60 * config.minutes
+    first_pass, until = -(-job.examples // config.batch_size), _PROVISIONAL_STEPS // 2
+    if cached := bool(config.data.get("cache")) and first_pass > 0:
+        # Images of the first batches may be in memory, because some tokenizers start from them.
+        job = dataclasses.replace(job, train_batches=functools.partial(job.train_batches, first_pass // 2))
+        until = first_pass - first_pass // 2
     try:
         if is_first():
             folder.mkdir(parents=True)
@@ -255,9 +261,9 @@ def measure(
             start = time.perf_counter() - began
             _advance(run, 1, _WARM_UP)
             window = min(_SHARE * budget, _LONGEST_WINDOW)
-            done, first = _timed(run, 1 + _WARM_UP, window, until=_PROVISIONAL_STEPS // 2)
+            done, first = _timed(run, 1 + _WARM_UP, window, until=until)
             step = first
-            if config.data.get("cache"):
+            if cached:
                 run.batches.set_state(beginning)  # all batches so far are in memory now
                 _advance(run, done, _WARM_UP)
                 done, step = _timed(run, done + _WARM_UP, window / 2, until=2 * done)
@@ -268,7 +274,6 @@ def measure(
                 run.save(done, None)
                 run.checkpoints.wait()
 
-            first_pass = -(-job.examples // config.batch_size)
             return Costs(start, step, evaluation, preview, _seconds(save), max(first - step, 0.0), first_pass)
     finally:
         _remove(folder)

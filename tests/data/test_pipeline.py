@@ -174,6 +174,15 @@ def test_resumed_equals_uninterrupted(make, cache):
         assert_same(take(fresh, 5), expected[7:])
 
 
+def test_batches_at_the_beginning_are_left_out(make):
+    pipeline = make()
+    with iter(pipeline) as iterator:
+        expected, state = take(iterator, 6), iterator.get_state()
+    with pipeline.batches(4) as later:
+        assert_same(take(later, 2), expected[4:])
+        assert later.get_state() == state
+
+
 def test_workers_change_nothing_and_resume(make):
     """Batches and counts do not depend on the number of workers, and a run resumes with any number."""
 

@@ -106,6 +106,7 @@ def test_images_of_a_single_colour_as_the_model_sees_them(tmp_path):
     assert found.images.blank == 30 and len(found.images.blank_names) == 3
     (remark,) = (remark for remark in advise(found, options) if "single colour" in remark)
     assert all(name in remark for name in found.images.blank_names) and "…" in remark
+    assert "data.fit=pad" in remark
 
 
 @pytest.mark.parametrize("records", [20, 2000])

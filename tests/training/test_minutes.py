@@ -17,6 +17,7 @@ from dalle_jax.configuration.sections import check_minutes
 from dalle_jax.errors import ConfigError, Preempted
 from dalle_jax.jobs import train as train_job
 from dalle_jax.reporting.metric_writer import read_metrics
+from dalle_jax.tasks.task import Job
 from dalle_jax.training import budget, loop
 from dalle_jax.training.budget import Costs, most_steps, plan
 from dalle_jax.training.loop import train
@@ -155,7 +156,8 @@ def test_other_minutes_do_not_change_a_run(machine, tmp_path, caplog):
     assert not measured and "--workdir" in caplog.text and "0.5 minutes" in caplog.text
 
 
-def test_measures_with_the_real_run(tmp_path, monkeypatch):
+@pytest.mark.parametrize("cache", [False, True])
+def test_measures_with_the_real_run(tmp_path, monkeypatch, cache):
     """The throw-away run leaves nothing behind, and its costs are those that the parts of the loop have."""
     now, spent = [0.0], {"step": 2.0, "evaluation": 30.0, "preview": 7.0}
     monkeypatch.setattr(budget, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
@@ -174,11 +176,14 @@ def test_measures_with_the_real_run(tmp_path, monkeypatch):
     for name in spent:
         passing(name)
     config = minutes_config(minutes=100.0, steps=1000)
-    how = loop.validate(config)
+    with config.unlocked():
+        config.data.cache = cache
+    how, tiny = loop.validate(config), tiny_job(config)
+    job = dataclasses.replace(tiny, examples=999, train_batches=lambda start=0: tiny.train_batches())
     with loop.on_mesh(how[0]):
-        costs = budget.measure(config, str(tmp_path), tiny_job(config), *how)
-    assert costs == Costs(start=102.0, step=2.0, evaluation=30.0, preview=7.0, checkpoint=0.0)
-    assert seen["step"] == 1 + 3 + 10  # 20 s of 2 s each
+        costs = budget.measure(config, str(tmp_path), job, *how)
+    assert costs == Costs(start=102.0, step=2.0, evaluation=30.0, preview=7.0, checkpoint=0.0, first_pass=63)
+    assert seen["step"] == 1 + 3 + 10 + cache * (3 + 5)  # 20 s of 2 s each, and 10 s on the same batches again
     assert list(tmp_path.iterdir()) == []
 
 
@@ -188,11 +193,16 @@ class Simulated:
     now = 0.0
 
     def __init__(self, costs, cache):
-        self.costs, self.cache, self.place, self.read = costs, cache, 0, set()
+        self.costs, self.cache, self.place = costs, cache, 0
+        self.read = set(range(33)) if cache else set()  # by the start of the codes
         self.batches = self.checkpoints = self
 
-    def __call__(self, *_, **__):
+    def __call__(self, config, workdir, job, *_, **__):
+        job.train_batches()
         return self
+
+    def begin(self, start=0):
+        self.place = start
 
     def perf_counter(self):
         return self.now
@@ -232,7 +242,7 @@ def test_few_slow_images_do_not_spoil_the_plan(tmp_path, monkeypatch, cache, min
     config = minutes_config(minutes=minutes, batch_size=32)
     with config.unlocked():
         config.data.cache = cache
-    job = types.SimpleNamespace(examples=images.size)
+    job = Job(None, simulated.begin, list, examples=images.size)
     costs = budget.measure(budget.with_steps(config, 10_000), str(tmp_path), job, None, None, None)
     passed = simulated.now
     assert passed < 0.05 * 60 * minutes + 3
