@@ -154,7 +154,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.prior = "maskgit"
     trunk = config.model.trunk
     caption_drop = config.model.caption_drop or MaskGITOptions.caption_drop  # DALL-E had none; MaskGIT's are guided
-    config.optimizer.clip_variance = 0.0  # DALL-E's
+    trunk.float32_logits, config.optimizer.clip_variance = False, 0.0  # DALL-E's
     trunk.update(row["trunk"])
     config.model = section(MaskGITOptions, trunk=trunk, caption_drop=caption_drop, steps=18)
     config.schedules = ConfigDict({"learning_rate": schedule("warmup_constant", value=1e-4, warmup_steps=5000)})

@@ -37,11 +37,11 @@ class Pod:
 
 # For chips that cannot keep what "dots" keeps: keep nothing, or some of it.
 FULL = "model.trunk.remat=full"
-ATTENDED, ATTENTION = "model.trunk.remat=attended", "model.trunk.remat=attention"
+ATTENDED = "model.trunk.remat=attended"
 PODS = (
     Pod("prior.py:paper", "v5p:4x4x8"),
     Pod("prior.py:paper", "v5e:16x16", FULL),
-    Pod("prior.py:paper", "v6e:16x16", ATTENTION),
+    Pod("prior.py:paper", "v6e:16x16", ATTENDED),
     Pod("prior.py:5.6b", "v5p:4x4x8"),
     Pod("prior.py:5.6b", "v5e:8x16", FULL),
     Pod("prior.py:5.6b", "v6e:8x16", ATTENDED),
@@ -49,7 +49,7 @@ PODS = (
     Pod("prior.py:2.8b", "v5e:8x16", FULL),
     Pod("prior.py:2.8b", "v6e:8x8", ATTENDED),
     Pod("maskgit.py:3b", "v5p:4x4x4"),
-    Pod("maskgit.py:3b", "v5e:8x8", ATTENTION),
+    Pod("maskgit.py:3b", "v5e:8x8", ATTENDED),
     Pod("maskgit.py:3b", "v6e:8x8"),
     Pod("maskgit.py:paper", "v5e:4x4"),
     Pod("maskgit.py:paper", "v5p:2x2x2", "mesh.data=2"),
