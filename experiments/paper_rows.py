@@ -210,7 +210,7 @@ MASKGIT = (
     Row("dropout of attention (released)", "0.1", "model.trunk.attention_dropout"),
     Row("activations (released)", "float32", "model.trunk.dtype", "TPUs multiply in bfloat16"),
     Row("residual stream in float32 (released)", "yes", "model.trunk.float32_residual"),
-    Row("logits in float32 (released)", "yes", "model.trunk.float32_logits"),
+    Row("logits in float32 (released)", "yes", "model.trunk.float32_logits", "TPUs multiply in bfloat16"),
     Row(
         "initialisation (4.1)", "normal of 0.02, cut at 0.04", "model.init_scale",
         show=lambda scale: f"normal of {scale:g}, cut at {2 * scale:g}",

@@ -94,6 +94,8 @@ def _first_wrong(found: Mapping[str, Any], sections: Mapping[str, Any], prefix: 
 
 def _if_changed(workdir: epath.PathLike, path: epath.Path) -> dict[str, Any] | None:
     """Returns the configuration of the latest checkpoint if the file changed since a training wrote it, else None."""
+    if not checksummed.has_checksum(path):
+        return None
     try:
         checksummed.read(path)
         return None

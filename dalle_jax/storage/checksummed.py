@@ -13,7 +13,7 @@ from absl import logging
 from etils import epath
 
 from dalle_jax.errors import DamagedError
-from dalle_jax.storage.files import json_bytes, write_atomically, write_errors
+from dalle_jax.storage.files import is_regular_file, json_bytes, write_atomically, write_errors
 
 
 def checksum(content: bytes) -> str:
@@ -58,8 +58,12 @@ def read(path: epath.PathLike) -> bytes:
       OSError: the file cannot be read.
     """
     path = epath.Path(path)
-    content, sidecar = path.read_bytes(), _sidecar(path)
-    if not sidecar.exists():
+    sidecar = _sidecar(path)
+    for file in (path, sidecar):
+        if file.exists() and not is_regular_file(file):  # reading a pipe would never end
+            raise DamagedError(f"{file} is damaged: it is no file, but a folder, a pipe or a device. Remove it.")
+    content = path.read_bytes()
+    if not has_checksum(path):
         say_unchecked(str(path))
         return content
     expected = sidecar.read_bytes().split()
@@ -69,6 +73,11 @@ def read(path: epath.PathLike) -> bytes:
             "model was trained with them yet, delete both: the next start makes them again."
         )
     return content
+
+
+def has_checksum(path: epath.PathLike) -> bool:
+    """Returns whether a file has a checksum next to it."""
+    return _sidecar(epath.Path(path)).exists()
 
 
 def say_unchecked(what: str) -> None:

@@ -32,7 +32,10 @@ def error(step: int, skipped: int, stored: Sequence[int], directory: epath.Path,
         folders = " and ".join(str(directory / str(x)) for x in same)
         remedy = f"delete {folders} to resume from step {older[-1]}" if older else "start in another --workdir"
         where = f"The checkpoint of step {same[-1]} holds these parameters. If the error returns, {remedy}."
-    clip = "lower optimizer.clip_norm" if clip_norm else "set optimizer.clip_norm to 1"
+    if clip_norm:
+        clip = f"lower optimizer.clip_norm={clip_norm:g}"
+    else:
+        clip = "clip the gradients: --config.optimizer.clip_norm=1"
     return NonFiniteError(
         f"Loss or gradients were not finite in {skipped} steps in a row (steps {last + 1} to {step}). None of them "
         f"changed the parameters of step {last}. {where} Lower schedules.learning_rate, or {clip}."

@@ -12,7 +12,7 @@ set -euo pipefail
 cd
 
 run=dalle_jax_run
-resumes='the same command resumes the run' # printed by dalle_jax.training.loop after a stop signal and a save
+resumes='the same command resumes the run' # printed by dalle_jax.training.run after a stop signal and a save
 
 say() { echo "worker.sh: $*"; }
 

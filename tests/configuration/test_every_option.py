@@ -50,7 +50,8 @@ FIELDS = [(cls, field.name) for cls in CLASSES for field in dataclasses.fields(c
 def wrong_values(hint):
     arguments, origin = typing.get_args(hint), typing.get_origin(hint)
     if origin is types.UnionType:
-        return [value for one in arguments if one is not types.NoneType for value in wrong_values(one)]
+        wrong = [value for one in arguments if one is not types.NoneType for value in wrong_values(one)]
+        return [value for value in wrong if value is not None or types.NoneType not in arguments]
     if origin is tuple:
         return WRONG[tuple]
     if hint in WRONG:

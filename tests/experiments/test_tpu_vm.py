@@ -12,7 +12,7 @@ import time
 
 import pytest
 
-from dalle_jax.training import loop as train
+from dalle_jax.training import loop, run
 
 FOLDER = pathlib.Path(__file__).parents[2] / "experiments" / "tpu_vm"
 HERE = ("--name=pod", "--zone=us-east5-b")
@@ -661,12 +661,12 @@ def test_worker_after_a_kill(worker):
 
 def test_both_scripts_match_the_output_of_the_training_loop():
     """By these lines `resume` distinguishes a stopped training from a finished one, and detects progress."""
-    loop = pathlib.Path(train.__file__).read_text()
+    said = "".join(pathlib.Path(module.__file__).read_text() for module in (loop, run))
     (line,) = [row for row in (FOLDER / "worker.sh").read_text().splitlines() if row.startswith("resumes=")]
-    assert line.split("'")[1] in loop
+    assert line.split("'")[1] in said
     (line,) = [row for row in (FOLDER / "tpu_vm.sh").read_text().splitlines() if row.startswith("resuming=")]
     assert line.split("'")[1] == "resuming from step"
-    assert "{'complete:' if complete else 'resuming from'} step {start} of {total}" in loop
+    assert "{'complete:' if complete else 'resuming from'} step {start} of {total}" in said
 
 
 def test_worker_rejects_unknown_commands(worker):

@@ -9,6 +9,7 @@ from own_images import Trained, make_folder, make_shards
 from dalle_jax.errors import ConfigError
 from dalle_jax.jobs import train as train_job
 from dalle_jax.jobs.preparation import prepare
+from dalle_jax.storage import checksummed
 
 
 def run(config, trained, workdir=None):
@@ -24,7 +25,7 @@ def stored(workdir):
 
 def write(workdir, config):
     pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
-    (pathlib.Path(workdir) / "config.json").write_text(json.dumps(config))
+    checksummed.write_json(pathlib.Path(workdir) / "config.json", config)
 
 
 # -- data ----------------------------------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ def runs(tmp_path, model, monkeypatch):
     monkeypatch.chdir(tmp_path)
     workdir = tmp_path / "runs" / "prior"
     (workdir / "text").mkdir(parents=True)
-    (workdir / "config.json").write_text('{"task": "prior"}')
+    (workdir / "config.json").write_text('{"task": "prior", "data": {"image_size": 8}, "model": {}}')
     model.text_model.save(workdir / "text" / "sentencepiece.model")
     loaded = lambda folder, *_, **__: dataclasses.replace(model, workdir=str(folder), step=3)
     monkeypatch.setattr(TextToImage, "load", loaded)
@@ -207,10 +207,12 @@ def test_a_full_disk_is_one_line(runs, monkeypatch, name):
     assert raised.value.exit_code == 1 and "\n" not in str(raised.value)
 
 
-def test_a_folder_in_place_of_an_image_is_one_line(runs):
+def test_a_folder_in_place_of_an_image_is_kept(runs):
     (runs / "drawn" / "0001-000.png").mkdir(parents=True)
-    with pytest.raises(UserError, match="0001-000.png"):
-        draw("drawn")
+    (runs / "drawn" / "0001-000.png" / "mine.txt").write_text("mine")
+    draw("drawn")
+    assert (runs / "drawn" / "0001-000.png").is_file()
+    assert (runs / "drawn" / "0001-000.png.damaged" / "mine.txt").read_text() == "mine"
 
 
 def test_a_workdir_that_is_a_file_is_found_before_anything_is_drawn(runs, monkeypatch):

@@ -15,7 +15,7 @@ LOADERS = [TextToImage.load, ClipScorer.load]
 
 def workdir(folder, task):
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"task": task}))
+    (folder / "config.json").write_text(json.dumps({"task": task, "data": {"image_size": 8}, "model": {}}))
 
 
 @pytest.mark.parametrize("load", LOADERS)

@@ -247,7 +247,7 @@ def test_checkpoint_is_of_its_step(tmp_path, monkeypatch, donated):
         ({"max_nonfinite": 0}, ConfigError, "config.max_nonfinite"),
         ({"cadence__log": 0}, ConfigError, "config.cadence.log"),
         ({"timeout_seconds__data": 0.0}, ConfigError, "config.timeout_seconds.data"),
-        ({"timeout_seconds__data": float("inf")}, ConfigError, "config.timeout_seconds.data=inf"),
+        ({"timeout_seconds__data": float("inf")}, ConfigError, "config.timeout_seconds.data"),
         ({"profile_steps": -1}, ConfigError, "config.profile_steps"),
         ({"schedules__learning_rate__kind": "magic"}, ConfigError, "magic"),
         ({"task": "unheard"}, ConfigError, "unheard"),
