@@ -10,7 +10,6 @@ in the folder itself, is no link, and holds the bytes whose SHA-256 the manifest
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from etils import epath
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.errors import DataError
 from dalle_jax.pytree import fingerprint
+from dalle_jax.storage import json_files
 from dalle_jax.storage.files import expanded, full_path, is_regular_file, is_remote, write_errors, write_json
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
@@ -91,22 +91,22 @@ def _recorded(out: epath.Path) -> set[tuple[str, str]]:
     """Returns the file name and the SHA-256, or "", of each image that a record in the folder lists."""
     manifest, unfinished = _parsed(out / NAME), _parsed(out / _UNFINISHED)
     pairs: list[Any] = []
-    if isinstance(manifest, dict):
+    if manifest is not None:
         digests, samples = manifest.get("sha256"), manifest.get("samples")
         pairs += digests.items() if isinstance(digests, dict) else []
         if not pairs and isinstance(samples, list):  # an earlier version wrote it
             pairs += [(sample.get("file"), "") for sample in samples if isinstance(sample, dict)]
-    if isinstance(unfinished, dict) and isinstance(unfinished.get("images"), list):
+    if unfinished is not None and isinstance(unfinished.get("images"), list):
         pairs += [pair for pair in unfinished["images"] if isinstance(pair, list) and len(pair) == 2]
     texts = [(name, digest) for name, digest in pairs if isinstance(name, str) and isinstance(digest, str)]
     return {(name, digest) for name, digest in texts if _IMAGE.fullmatch(name)}
 
 
-def _parsed(path: epath.Path) -> Any:
+def _parsed(path: epath.Path) -> dict[str, Any] | None:
     """Returns the content of a JSON file, or None if it is missing or damaged."""
     try:
-        return json.loads(path.read_bytes()) if is_regular_file(path) else None
-    except (OSError, ValueError, RecursionError):
+        return json_files.parse(path.read_bytes()) if is_regular_file(path) else None
+    except (OSError, ValueError):
         return None
 
 
@@ -199,7 +199,7 @@ def read(manifest: epath.PathLike) -> dict[str, Any]:
     if not is_regular_file(path):
         raise DataError(f"There is no manifest {manifest}; expected the path of a manifest.json that generate wrote.")
     record = _parsed(path)
-    if not isinstance(record, dict):
+    if record is None:
         raise DataError(f"{manifest} is damaged, or not the manifest of generated images.")
     record = {**_LATER_FIELDS, **record}
     wrong = next((name for name, kinds in _FIELDS.items() if type(record.get(name)) not in kinds), None)

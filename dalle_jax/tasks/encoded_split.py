@@ -21,6 +21,7 @@ from dalle_jax.distributed.turns import first_host_first
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.pytree import PyTree, fingerprint
+from dalle_jax.storage import json_files
 from dalle_jax.storage.checksummed import checksum
 from dalle_jax.storage.files import write_atomically, write_errors
 
@@ -114,7 +115,7 @@ def _unpacked(content: bytes, key: str, shape: tuple[int, int], vocab_size: int)
     array, _, last = content.removesuffix(b"\n").rpartition(b"\n")
     if not last.startswith(b'{"key"'):
         raise ValueError("it has no checksum")
-    if json.loads(last) != {"key": key, "sha256": checksum(array)}:
+    if json_files.parse(last) != {"key": key, "sha256": checksum(array)}:
         raise ValueError("it changed since it was written")
     tokens = np.load(io.BytesIO(array))
     if tokens.dtype != np.int32 or tokens.shape != shape:

@@ -46,6 +46,7 @@ HARMS = {
     "empty": lambda content: b"",
     "zeros": lambda content: bytes(len(content)),
     "without a checksum": lambda content: content[: content.rindex(b'{"key"')],
+    "brackets": lambda content: content[: content.rindex(b'{"key"')] + b'{"key": ' + b"[" * 100_000,
     "more": lambda content: content + b"more",
     "two rows swapped": lambda content: content[:128] + content[1152:2176] + content[128:1152] + content[2176:],
 }
