@@ -172,7 +172,11 @@ def move_to(iterator: DataIterator, state: bytes) -> None:
 def _place(state: bytes) -> dict[str, Any]:
     """Returns what `DataState.get_state` wrote, without its checksum. Early versions wrote no checksum and no step."""
     place = json_files.parse(state)
-    if place.pop("checksum", None) not in (None, checksums.of_json(place)) or not place.keys() & {"bytes", "json"}:
+    if "checksum" in place:
+        intact = place.pop("checksum") == checksums.of_json(place) and place.keys() & {"bytes", "json"}
+    else:
+        intact = place.keys() in ({"bytes"}, {"json"})
+    if not intact:
         raise ValueError("changed since it was written")
     return place
 
