@@ -21,6 +21,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dalle_jax.pytree import PyTree, by_path
 
@@ -38,7 +39,7 @@ def of_arrays(tree: PyTree, rule: str = "hash") -> dict[str, dict[str, Any]]:
     """
     arrays = by_path(tree)
     # One after the other: the hosts' exchanges of two programs that run at the same time could block each other.
-    found = [jax.device_get(_checksum(rule, x)) for x in arrays.values()]
+    found = [np.asarray(_checksum(rule, x)) for x in arrays.values()]
     return {
         name: {"shape": list(x.shape), "dtype": str(x.dtype), rule: checksum.tolist()}
         for (name, x), checksum in zip(arrays.items(), found, strict=True)
