@@ -37,6 +37,8 @@ def check_name(workdir: epath.PathLike) -> None:
         found = f"{wrong[0]!r}"
     elif is_remote(name) and not name.startswith("file://") and (wrong := [each for each in name if each in _PATTERNS]):
         found = f"{wrong[0]!r}, which object storage takes for a pattern"
+    elif "**" in name:
+        found = "'**', which epath takes for a pattern over many folders"
     elif len(os.fsencode(full_path(name))) > _LONGEST_PATH:
         found = f"{len(name):,} characters, and its whole path more than {_LONGEST_PATH:,} bytes"
     else:

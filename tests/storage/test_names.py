@@ -33,7 +33,7 @@ def test_names_that_work(tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["a?b", "$x", "a,b", " a ", "a%b", "a#b", "~", "~x", "x" * 240, "-x", "1", "[", "**", "a\u3000b", "\ufeff"]
+    "name", ["a?b", "$x", "a,b", " a ", "a%b", "a#b", "~", "~x", "x" * 240, "-x", "1", "[", "a*", "a\u3000b", "\ufeff"]
 )
 def test_more_names_that_work(tmp_path, name):
     saved_and_restored(str(tmp_path / name))
@@ -64,6 +64,8 @@ def test_addresses_of_files(tmp_path, form):
         ("a\udcff", "udcff"),
         ("x" * 300, "too long"),
         ("x/" * 2000, "3,000"),
+        ("**", "pattern"),
+        ("a**b", "pattern"),
     ],
 )
 def test_names_that_do_not(tmp_path, name, said):
