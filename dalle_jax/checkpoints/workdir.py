@@ -64,13 +64,13 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     path = _path(workdir, "config.json")
     with access(workdir):
         found = path.exists()
-    if found and (replacement := _if_changed(workdir, path)):
-        return replacement
     if not found:
         raise CheckpointError(
             f"{workdir} is not the workdir of a training: it has no config.json. Train first "
             "(python -m dalle_jax.main --config=configs/prior.py), or check the path."
         )
+    if replacement := _if_changed(workdir, path):
+        return replacement
     remedy = "Start the training again: it writes this file at its beginning."
     config = json_files.read(path, dict, CheckpointError, remedy)
     if wrong := _first_wrong(config, _SECTIONS):

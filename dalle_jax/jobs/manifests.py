@@ -9,7 +9,6 @@ in the folder itself, is no link, and holds the bytes whose SHA-256 the manifest
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 from collections.abc import Mapping
@@ -22,6 +21,7 @@ from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.errors import DataError
 from dalle_jax.pytree import fingerprint
 from dalle_jax.storage import json_files
+from dalle_jax.storage.checksummed import checksum
 from dalle_jax.storage.files import expanded, full_path, is_regular_file, is_remote, write_errors, write_json
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
@@ -57,7 +57,7 @@ def begin(out: epath.Path, images: Mapping[str, bytes]) -> None:
     """
     earlier = _recorded(out)
     owned = {(name, digest) for name, digest in earlier if _is_ours(out / name, digest)}
-    write_json(out / _UNFINISHED, {"images": sorted(owned | {(name, _sha256(data)) for name, data in images.items()})})
+    write_json(out / _UNFINISHED, {"images": sorted(owned | {(name, checksum(data)) for name, data in images.items()})})
     with write_errors(out / NAME):
         (out / NAME).unlink(missing_ok=True)
         for name, _ in owned:
@@ -82,7 +82,7 @@ def finish(out: epath.Path, manifest: Mapping[str, Any], images: Mapping[str, by
     Raises:
       UserError: a file cannot be written or removed.
     """
-    write_json(out / NAME, {**manifest, "sha256": {name: _sha256(data) for name, data in images.items()}})
+    write_json(out / NAME, {**manifest, "sha256": {name: checksum(data) for name, data in images.items()}})
     with write_errors(out / _UNFINISHED):
         (out / _UNFINISHED).unlink(missing_ok=True)
 
@@ -113,11 +113,7 @@ def _parsed(path: epath.Path) -> dict[str, Any] | None:
 def _is_ours(path: epath.Path, digest: str) -> bool:
     """Returns whether a file is no link and has this SHA-256."""
     linked = not is_remote(path) and os.path.islink(path)
-    return bool(digest) and not linked and is_regular_file(path) and _sha256(path.read_bytes()) == digest
-
-
-def _sha256(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+    return bool(digest) and not linked and is_regular_file(path) and checksum(path.read_bytes()) == digest
 
 
 # -- the model ----------------------------------------------------------------------------------------------------
@@ -147,7 +143,7 @@ def fingerprints(model: TextToImage) -> dict[str, str]:
     return {
         "prior": fingerprint(model.params),
         "image_tokenizer": fingerprint(model.tokenizer_params),
-        "text_model": _sha256(workdirs.text_model_path(model.workdir).read_bytes())[:16],
+        "text_model": checksum(workdirs.text_model_path(model.workdir).read_bytes())[:16],
     }
 
 

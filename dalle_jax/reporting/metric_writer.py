@@ -26,7 +26,7 @@ from dalle_jax.errors import UserError
 from dalle_jax.reporting.images import png
 from dalle_jax.storage import json_files
 from dalle_jax.storage.errors import storage_cause
-from dalle_jax.storage.files import expanded, is_remote, write_atomically, write_errors
+from dalle_jax.storage.files import expanded, is_other_than_file, is_remote, write_atomically, write_errors
 from dalle_jax.storage.mirror import Mirror
 from dalle_jax.storage.obstacles import make_folder, move_aside
 
@@ -156,7 +156,7 @@ def read_metrics(workdir: str) -> list[dict[str, Any]]:
 
 def _read(path: epath.PathLike) -> tuple[list[dict[str, Any]], str]:
     """Returns the readable lines of a metrics.jsonl, and what is wrong with the file, "" for nothing."""
-    if not is_remote(path) and os.path.exists(path) and not os.path.isfile(path):  # a pipe would never end
+    if is_other_than_file(path):
         return [], "expected a file, found a folder or a device"
     try:
         content = epath.Path(path).read_bytes()

@@ -13,7 +13,7 @@ from absl import logging
 from etils import epath
 
 from dalle_jax.errors import DamagedError
-from dalle_jax.storage.files import is_regular_file, json_bytes, write_atomically, write_errors
+from dalle_jax.storage.files import is_other_than_file, json_bytes, write_atomically, write_errors
 
 
 def checksum(content: bytes) -> str:
@@ -60,7 +60,7 @@ def read(path: epath.PathLike) -> bytes:
     path = epath.Path(path)
     sidecar = _sidecar(path)
     for file in (path, sidecar):
-        if file.exists() and not is_regular_file(file):  # reading a pipe would never end
+        if is_other_than_file(file):
             raise DamagedError(f"{file} is damaged: it is no file, but a folder, a pipe or a device. Remove it.")
     content = path.read_bytes()
     if not has_checksum(path):

@@ -14,7 +14,6 @@ The next run removes it, see `remove_unfinished`.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from etils import epath
 
 from dalle_jax.errors import ConfigError, UserError
 from dalle_jax.storage.errors import storage_errors_as
+from dalle_jax.storage.file_lock import try_lock
 from dalle_jax.storage.obstacles import make_way_for_file
 from dalle_jax.storage.reachable import check_reachable
 
@@ -79,6 +79,11 @@ def is_regular_file(path: epath.PathLike) -> bool:
     check_reachable(path)
     path = expanded(path)
     return path.is_file() if is_remote(path) else os.path.isfile(path)
+
+
+def is_other_than_file(path: epath.PathLike) -> bool:
+    """Returns whether a local path leads to a folder, a pipe or a device. Reading a pipe would never end."""
+    return not is_remote(path) and os.path.exists(path) and not os.path.isfile(path)
 
 
 def full_path(path: epath.PathLike) -> epath.Path:
@@ -160,8 +165,7 @@ def write_atomically(path: epath.PathLike, content: bytes) -> None:
     unfinished = path.with_name(f"{path.name}.{secrets.token_hex(4)}.unfinished")
     try:
         with open(unfinished, "xb") as file:
-            with suppress(OSError):  # a file system without locks
-                fcntl.flock(file, fcntl.LOCK_EX)  # `remove_unfinished` of other processes leaves it alone
+            try_lock(file)  # `remove_unfinished` of other processes leaves it alone
             file.write(content)
             file.flush()
             unfinished.replace(path)
@@ -207,8 +211,8 @@ def remove_unfinished(folder: epath.PathLike) -> None:
 
 def _remove_unless_locked(path: str) -> None:
     with suppress(OSError), open(path, "r+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.unlink(path)
+        if try_lock(file):
+            os.unlink(path)
 
 
 def write_json(path: epath.PathLike, values: Any) -> None:

@@ -14,7 +14,7 @@ from etils import epath
 
 from dalle_jax.errors import UserError
 from dalle_jax.storage.errors import storage_cause
-from dalle_jax.storage.files import is_remote
+from dalle_jax.storage.files import is_other_than_file
 
 _KINDS = {dict: "an object {…}", list: "a list […]"}
 T = TypeVar("T", dict, list)
@@ -60,7 +60,7 @@ def read(path: epath.PathLike, kind: type[T], error: type[UserError], remedy: st
       UserError: of the class `error`. The file is missing, cannot be read, or is damaged.
     """
     try:
-        if not is_remote(path) and os.path.exists(path) and not os.path.isfile(path):  # a pipe would never end
+        if is_other_than_file(path):
             raise WrongJson("it is a folder" if os.path.isdir(path) else "it is no file")
         return parse(epath.Path(path).read_bytes(), kind)
     except WrongJson as wrong:

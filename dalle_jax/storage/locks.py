@@ -7,55 +7,21 @@ the content of the object must show it: `ownership` refreshes it.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import pathlib
 import time
-import weakref
 from collections.abc import Callable
 from typing import BinaryIO, Protocol
 
 import fsspec
 from etils import epath
 
+from dalle_jax.storage.file_lock import try_lock
 from dalle_jax.storage.files import is_remote
-
-try:
-    import fcntl
-except ImportError:  # not a Unix system
-    fcntl = None
 
 _OBJECT = "b/{}/o/{}"  # of Google's JSON interface
 _SECONDS_TO_NAME_ITSELF = 2.0  # between the lock and the content that names the new holder
-_locked: weakref.WeakSet[BinaryIO] = weakref.WeakSet()
-
-
-def try_lock(file: BinaryIO) -> bool | None:
-    """Tries to lock an open local file; returns None if its file system, or this system, has no locks."""
-    if fcntl is None:
-        return None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    _close_in_forked_processes()
-    _locked.add(file)
-    return True
-
-
-@functools.cache
-def _close_in_forked_processes() -> None:
-    """Closes locked files in forked processes, which would otherwise keep a lock after the death of their parent."""
-
-    def close() -> None:
-        for file in list(_locked):
-            with contextlib.suppress(OSError):
-                file.close()
-
-    os.register_at_fork(after_in_child=close)
 
 
 class Held(Exception):

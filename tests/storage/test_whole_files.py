@@ -29,7 +29,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch, error):
         raise error
 
     write_atomically(tmp_path / "a", b"old")
-    monkeypatch.setattr("dalle_jax.storage.files.fcntl.flock", lambda *_: None)
+    monkeypatch.setattr("dalle_jax.storage.file_lock.fcntl.flock", lambda *_: None)
     monkeypatch.setattr("etils.epath.gpath.PosixGPath.replace", fail)
     with pytest.raises(type(error) if isinstance(error, OSError) else error):
         write_atomically(tmp_path / "a", b"new")

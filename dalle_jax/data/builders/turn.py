@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from absl import logging
 from etils import epath
 
+from dalle_jax.storage.file_lock import try_lock
 from dalle_jax.storage.files import is_remote
-from dalle_jax.storage.locks import try_lock
 
 _LOCK = ".preparing"
 _INCOMPLETE = "incomplete.*"  # TFDS's name of a folder that it is writing

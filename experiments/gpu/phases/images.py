@@ -1,4 +1,4 @@
-"""Trains the whole chain on real images for a few minutes, as a user would, and draws held-out captions."""
+"""Trains the whole chain on real images for a few minutes, as a user would, and keeps its last preview."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from recorder import Recorder
 
 ROOT = Path(__file__).resolve().parents[3]
-RESERVED = 35  # seconds for CLIP-free drawing and the start of processes
+RESERVED = 35  # seconds for the start of processes and the end of the phase
 
 
 def run(record: Recorder) -> None:
@@ -29,7 +29,7 @@ def run(record: Recorder) -> None:
     record.run([
         ("train", 40, lambda: _command(f"configs/{config}", *data, *length, *places)),
         ("metrics", 0, lambda: _last_metrics(run_folder)),
-        ("draw", 5, lambda: _draw(run_folder, out)),
+        ("preview", 0, lambda: _preview(run_folder, out)),
     ])  # fmt: skip
 
 
@@ -44,15 +44,14 @@ def _command(config: str, *options: str) -> dict:
 
 def _last_metrics(workdir: Path) -> dict:
     """Returns the last metrics of each kind of a run."""
-    lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     values = {}
-    for line in lines:
-        values.update(line)
-    return {key: value for key, value in values.items() if key.startswith("eval/") or key in ("step",)}
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        values.update(json.loads(line))
+    return {key: value for key, value in values.items() if key.startswith("eval/") or key == "step"}
 
 
-def _draw(workdir: Path, out: Path) -> dict:
-    """Draws eight captions of the run's preview again as one image of a fixed name."""
+def _preview(workdir: Path, out: Path) -> dict:
+    """Copies the run's last preview of held-out captions to a fixed name."""
     previews = sorted((workdir / "samples").glob("*.png"), key=lambda path: path.stat().st_mtime)
     target = out / "samples.png"
     target.write_bytes(previews[-1].read_bytes())

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import _training
 import models
 import numpy as np
@@ -19,15 +17,17 @@ from dalle_jax.tasks.dvae import DVAETask
 
 def run(record: Recorder) -> None:
     tiny = record.tiny
-    rows = (lambda _: 2) if tiny else (lambda n: n)
-    prior = functools.partial(_prior, rows=rows(16))
+
+    def rows(count: int) -> int:
+        return 2 if tiny else count
+
     record.run([
-        ("autoregressive 1B", 25, lambda: prior(models.autoregressive(tiny))),
+        ("autoregressive 1B", 25, lambda: _prior(models.autoregressive(tiny), rows(16))),
         ("maskgit 24x768, 16x16", 15, lambda: _prior(models.maskgit(tiny, 16), rows(128))),
         ("maskgit 24x768, 32x32", 15, lambda: _prior(models.maskgit(tiny, 32), rows(32))),
         ("dvae paper, 256 pixels", 20, lambda: _dvae(tiny, rows(32))),
         ("clip ViT-B/32", 15, lambda: _clip(tiny, rows(512))),
-        ("autoregressive 1B, dense", 25, lambda: prior(models.autoregressive(tiny, attention="full"))),
+        ("autoregressive 1B, dense", 25, lambda: _prior(models.autoregressive(tiny, attention="full"), rows(16))),
     ])  # fmt: skip
 
 
