@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
 from dalle_jax.configuration.size_rules import rules_of, with_largest
-from dalle_jax.configuration.values import check_seed, natural, shown
+from dalle_jax.configuration.values import check_seed, natural
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import (
     DataOptions,
@@ -38,6 +38,7 @@ from dalle_jax.optim import optimizers
 from dalle_jax.storage.files import check_writable, expanded, is_regular_file
 from dalle_jax.tasks import registry
 from dalle_jax.text_to_image.drawing import MOST_IMAGES
+from dalle_jax.text_to_image.folders import check_step
 from dalle_jax.training.step import make_init
 from dalle_jax.training.validation import check_duration, mesh_and_options, validate
 from dalle_jax.training.warm_start import check_start_from
@@ -117,8 +118,7 @@ def check_drawing(config: ConfigDict) -> None:
     """
     check_seed(config.seed, "config.seed")
     natural("config.rows_at_once", config.rows_at_once, 1, MOST_IMAGES)
-    if (step := config.get("step")) not in (None, "best") and not str(step).isdecimal():
-        raise ConfigError(f"config.step is {shown(step)}; expected the step of a checkpoint, 'best' or None.")
+    check_step(config.get("step"), "config.step")
 
 
 @contextlib.contextmanager

@@ -55,8 +55,12 @@ def _described(run: str) -> str:
     return f"{run} ({workdirs.read_config(run).get('task')})" if workdirs.has_config(run) else run
 
 
-def check_step(step: Any) -> int | str | None:
+def check_step(step: Any, name: str = "step") -> int | str | None:
     """Checks the step of a checkpoint: a whole number, "best" or None. Digits in a string are a number.
+
+    Args:
+      step: the value.
+      name: of the argument or key, for messages.
 
     Raises:
       ConfigError: something else.
@@ -68,5 +72,5 @@ def check_step(step: Any) -> int | str | None:
             return step
         if step.isascii() and step.isdigit() and len(step) < 20:
             return int(step)
-        raise ConfigError(f'step is {shown(step)}; expected a whole number, "best", or None for the latest.')
-    return natural("step", step)
+        raise ConfigError(f'{name} is {shown(step)}; expected a whole number, "best", or None for the latest.')
+    return natural(name, step)
