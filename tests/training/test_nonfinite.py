@@ -153,4 +153,4 @@ def test_where_to_go_back_to(checkpoints, words):
     """Steps 7 to 9 were skipped: checkpoints from step 6 on hold the same parameters."""
     directory = epath.Path("runs/a/checkpoints")
     assert re.search(f"7 to 9.*{words}.*lower optimizer", str(nonfinite.error(9, 3, checkpoints, directory, 1.0)))
-    assert "clip_norm to 1" in str(nonfinite.error(9, 3, checkpoints, directory, 0.0))
+    assert "clip_norm=1" in str(nonfinite.error(9, 3, checkpoints, directory, 0.0))
