@@ -32,7 +32,7 @@ KEYS = {
     "data.source": "auto (the files decide), folder, tar_shards, shapes_captions, …, or a TFDS name",
     "data.image_size": "height and width of the images as the model sees them, in pixels",
     "data.caption_lines": "which lines of a caption's text file are captions: all or first",
-    "data.caption_from": "files; or make captions from file_names or folder_names",
+    "data.caption_from": "files; or make captions from file_names, folder_names or paths (both)",
     "data.caption_key": "key or column of the captions",
     "text.length": "number of text positions; None: none is cut",
     "text.vocab_size": "size of the text vocabulary; None: one for all letters",

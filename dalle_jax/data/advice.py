@@ -70,9 +70,8 @@ def _many_languages(captions: CaptionStatistics) -> str:
 def _caption_remedy(options: DataOptions) -> str:
     if options.source != "folder":
         return ""
-    others = [name for name in ("file_names", "folder_names") if name != options.caption_from]
-    listed = " or ".join(f"--config.data.caption_from={name}" for name in others)
-    return f" Captions can be made from names: {listed}."
+    others = [name for name in ("file_names", "folder_names", "paths") if name != options.caption_from]
+    return f" Captions can be made from names: --config.data.caption_from={', '.join(others[:-1])} or {others[-1]}."
 
 
 def _on_images(found: Survey, options: DataOptions) -> Iterator[str]:

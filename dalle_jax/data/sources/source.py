@@ -29,7 +29,7 @@ _MOST = {
     "cache_bytes": 2**40,
 }
 _CAPTION_LINES = ("all", "first")
-_CAPTION_FROM = ("files", "file_names", "folder_names")
+_CAPTION_FROM = ("files", "file_names", "folder_names", "paths")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +50,8 @@ class DataOptions:
         "folder": both keys are columns of the captions table. Their defaults stand for the usual names.
       caption_lines: "folder": which lines of a caption's text file are captions, "all" or the "first" one.
       caption_from: "folder": captions come from "files" (text files or a table), or are made from "file_names"
-        (`big_red-dog_01.png` becomes "big red dog") or from "folder_names" (the name of the image's folder).
+        (`big_red-dog_01.png` becomes "big red dog"), "folder_names" (the name of the image's folder) or "paths"
+        (both: `signs/hotel/big_bed.png` becomes "signs hotel big bed").
       builder_kwargs: keyword arguments of the TFDS builder (the font, the image size, …).
       train_split: the split to train on.
       eval_split: the split to evaluate on.

@@ -78,6 +78,19 @@ def test_captions_from_folder_names(tmp_path):
     }  # fmt: skip
 
 
+def test_captions_from_paths(tmp_path):
+    fill(tmp_path, "a.png 7/c.png", {"animals/sea_birds/sea gull-2.png": ""})
+    assert captions(opened(tmp_path, caption_from="paths")) == {
+        "7/c.png": ["c"], "a.png": ["a"], "animals/sea_birds/sea gull-2.png": ["animals sea birds gull"],
+    }  # fmt: skip
+
+
+def test_a_split_is_no_caption_from_paths(tmp_path):
+    fill(tmp_path, "data/train/cat/a.png data/train/b.png data/val/dog/c.png")
+    found = captions(opened(tmp_path, caption_from="paths"))
+    assert found == {"data/train/b.png": ["b"], "data/train/cat/a.png": ["cat a"], "data/val/dog/c.png": ["dog c"]}
+
+
 def test_a_split_is_no_caption(tmp_path):
     fill(tmp_path, "train/cat/a.png train/b.png val/dog/c.png")
     source = opened(tmp_path, caption_from="folder_names")

@@ -7,7 +7,7 @@ folder and below, and text files next to the other images hold the rest.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from dalle_jax.data.sources.folder.endings import ending
@@ -89,20 +89,30 @@ def captions_from_names(images: Iterable[str], kind: str, split_folders: Collect
 
     Args:
       images: the names of all images.
-      kind: "file_names", or "folder_names" for the name of the folder that holds the image.
+      kind: "file_names"; "folder_names" for the name of the folder that holds the image; "paths" for the names of all
+        its folders and the file, where a word that repeats is kept once.
       split_folders: names of folders that are splits and therefore no caption.
     """
     entries = []
     for image in images:
         *folders, file = image.split("/")
+        title = _words(file[: len(file) - len(ending(file))])
         if kind == "file_names":
-            caption = _words(file[: len(file) - len(ending(file))])
+            caption = title
+        elif kind == "paths":
+            names = folders[_split_depth(folders, split_folders) :]
+            caption = " ".join(dict.fromkeys(" ".join([*map(_words, names), title]).split()))
         elif folders and "/".join(folders) not in split_folders:
             caption = _words(folders[-1]) or folders[-1]  # a folder "7" holds images of sevens
         else:
             caption = ""
         entries.append(Entry(image, (caption,) if caption else ()))
     return Captioned(entries, set(), [])
+
+
+def _split_depth(folders: Sequence[str], split_folders: Collection[str]) -> int:
+    """Returns how many of the first folders name the split: 2 for `data/train/birds` of the split `data/train`."""
+    return next((n for n in range(1, len(folders) + 1) if "/".join(folders[:n]) in split_folders), 0)
 
 
 def _words(name: str) -> str:

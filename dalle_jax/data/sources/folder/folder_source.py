@@ -79,7 +79,7 @@ class FolderSource(Source):
             self.captions_missing = (
                 f"{self.description}: none of the {len(self._entries)} images has a caption. Write captions.csv with "
                 "the columns file and caption, or a text file for each image (cat.txt next to cat.png). Or use names: "
-                "--config.data.caption_from=file_names or --config.data.caption_from=folder_names."
+                "--config.data.caption_from=file_names, folder_names or paths (both)."
             )
 
     def _captioned(self, listing: Listing, options: DataOptions) -> Captioned:
