@@ -240,7 +240,7 @@ class Run:
         self._write(step, "eval", metrics)
         said = " · ".join(f"{name} {with_unit(name, value)}" for name, value in metrics.items())
         self.progress.note(f"eval · step {step}/{self.total} · {said}")
-        news = news_in_words(self.evaluations, self.job.task)
+        news = news_in_words(self.evaluations, self.job.task, self.config)
         if news and not self.ended_early:  # the summary says it too
             self.progress.note(news)
         return metrics
@@ -289,6 +289,7 @@ class Run:
         lines = summary(
             task,
             self.evaluations,
+            config,
             workdir=self.workdir,
             step=step,
             total=self.total,
