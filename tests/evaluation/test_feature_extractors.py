@@ -18,11 +18,11 @@ def random_extractor(name, width, classes=None):
     rng = np.random.default_rng(width)
     features, logits = rng.normal(size=(432, width)), None if classes is None else rng.normal(size=(432, classes))
 
-    def extract(images):
-        flat = images.reshape(len(images), -1) / 255
+    def network(images):
+        flat = np.asarray(images).reshape(len(images), -1) / 255
         return np.tanh(flat @ features / 9).astype(np.float32), None if classes is None else flat @ logits
 
-    return FeatureExtractor(name, width, extract, {name: "random"})
+    return FeatureExtractor(name, width, network, {name: "random"})
 
 
 EXTRACTORS = [random_extractor("one", 5, classes=7), random_extractor("two", 4)]
@@ -63,10 +63,10 @@ def test_both_sides_are_blurred():
 
 
 def test_values_equal_those_of_the_metrics_modules():
-    stats = [frechet.add(frechet.empty(5, "one"), EXTRACTORS[0].extract(x)[0]) for x in (IMAGES, OTHERS)]
+    stats = [frechet.add(frechet.empty(5, "one"), EXTRACTORS[0].extract(x)[0][0]) for x in (IMAGES, OTHERS)]
     found = image_set(IMAGES).distances(image_set(OTHERS))
     assert found["fid_one"] == pytest.approx(frechet.distance(*stats), rel=1e-9)
-    score = inception_score.add(inception_score.empty(23, 10, 7), EXTRACTORS[0].extract(IMAGES)[1], np.arange(23))
+    score = inception_score.add(inception_score.empty(23, 10, 7), EXTRACTORS[0].extract(IMAGES)[0][1], np.arange(23))
     assert found["inception_score"] == pytest.approx(inception_score.compute(score)["inception_score"], rel=1e-9)
 
 
@@ -74,7 +74,7 @@ def test_the_example_in_the_module_docstring_runs():
     """It calls only functions and methods that exist."""
     lines = feature_extractors.__doc__.splitlines()
     example = "\n".join(line.strip() for line in lines if line.startswith("    "))
-    assert example.count("\n") == 4
+    assert example.count("\n") == 5
     names = {"ImageSet": ImageSet, "path": None, "scorer": None, "a": IMAGES, "b": OTHERS}
     exec(example, names | {"inception": lambda _: EXTRACTORS[0], "clip": lambda _: EXTRACTORS[1]})
 
