@@ -1,5 +1,6 @@
 """Sets of images under feature extractors."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -68,6 +69,33 @@ def test_values_equal_those_of_the_metrics_modules():
     assert found["fid_one"] == pytest.approx(frechet.distance(*stats), rel=1e-9)
     score = inception_score.add(inception_score.empty(23, 10, 7), EXTRACTORS[0].extract(IMAGES)[0][1], np.arange(23))
     assert found["inception_score"] == pytest.approx(inception_score.compute(score)["inception_score"], rel=1e-9)
+
+
+@pytest.mark.parametrize("rows_at_once", [8, 23, 64])
+def test_images_travel_to_the_device_once(monkeypatch, rows_at_once):
+    """As uint8, whatever the number of radii. They are blurred there: the network never sees images of the host."""
+    blurred, seen, blur = [], [], feature_extractors.gaussian_blur
+
+    def on_device(images, radius):
+        assert isinstance(images, jax.Array) and images.dtype == np.uint8
+        blurred.append(images)
+        return blur(images, radius)
+
+    def network(images):
+        assert isinstance(images, jax.Array) and images.dtype == np.uint8
+        seen.append(len(images))
+        return images.reshape(len(images), -1)[:, :7].astype(np.float32), None
+
+    monkeypatch.setattr(feature_extractors, "gaussian_blur", on_device)
+    extractor = FeatureExtractor("test", 7, network, {}, rows_at_once)
+    radii = (0, 1, 2.5)
+    for radius, (features, logits) in zip(radii, extractor.extract(IMAGES, radii)):
+        expected = np.asarray(gaussian_blur(IMAGES, radius)).reshape(23, -1)[:, :7]
+        np.testing.assert_array_equal(features, expected)
+        assert logits is None
+    chunks = -(-23 // rows_at_once)
+    assert seen == [rows_at_once] * 3 * chunks
+    assert len({id(images) for images in blurred}) == chunks
 
 
 def test_the_example_in_the_module_docstring_runs():
