@@ -38,7 +38,7 @@ def open_tests(folder) -> TestSet:
 
 
 def make_model(folder) -> TextToImage:
-    """Builds the model with a CLIP. Batches of two rows leave one of five over. The text model is written to a folder."""
+    """Builds the model with a CLIP. Of five rows, batches of two leave one over. The text model goes to a folder."""
     model = random_model.text_to_image(folder)
     sizes = dict(image_size=16, patch=8, image_width=8, image_depth=1, image_heads=1, text_width=8, text_depth=1)
     end = model.text_model.vocab_size
