@@ -16,7 +16,7 @@ leaves undecided is computed again in float64. The values are therefore those of
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -27,6 +27,7 @@ from dalle_jax.metrics.rows import Rows, valid_rows
 # Squared distances have a rounding error of this order, relative to squared norms. Points within it count as inside.
 # Otherwise rounding would decide about exact duplicates, whose radius is 0.
 _ROUNDING = 1e-12
+_LARGEST = 1e36  # squared norm, with which no sum overflows in float32
 _SPARE = 5  # candidates for the k nearest neighbours in addition to k, among which float64 decides
 
 
@@ -105,7 +106,7 @@ def compute(real: Reservoir, generated: Reservoir, neighbors: int = 3, chunk: in
     Args:
       real, generated: features of the two sets. The order of images does not matter.
       neighbors: k.
-      chunk: C. A block needs about 40·C² + 40·C·D bytes; the result does not depend on it.
+      chunk: C. A block needs about 20·C² + 40·C·D bytes; the result does not depend on it.
 
     Returns:
       "precision_F" and "recall_F", in [0, 1]; F is the name of the features.
@@ -128,8 +129,8 @@ def compute(real: Reservoir, generated: Reservoir, neighbors: int = 3, chunk: in
     for rows in _slices(len(inside), chunk):
         for columns in _slices(len(covered), chunk):
             block = _Block(points, rows, columns)
-            block.mark(real_radii[None, columns], inside[rows], axis=1)
-            block.mark(generated_radii[rows, None], covered[columns], axis=0)
+            block.mark_rows(real_radii[columns], inside[rows])
+            block.mark_columns(generated_radii[rows], covered[columns])
     return {
         f"precision_{real.features}": float(inside.mean()),
         f"recall_{real.features}": float(covered.mean()),
@@ -143,7 +144,7 @@ class _Points:
 
     Attributes:
       squares, other_squares: squared norms about the centre, float64 [M] and [N].
-      tolerance, floor: a squared distance in float32 has an error of at most tolerance·(|x|² + |y|²) + floor.
+      largest: the largest of them.
     """
 
     def __init__(self, a: np.ndarray, b: np.ndarray):
@@ -151,12 +152,22 @@ class _Points:
         self._center = b.mean(0, dtype=np.float64).astype(np.float32)
         self.squares = self._squares(a)
         self.other_squares = self.squares if a is b else self._squares(b)
-        # A sum of D products in any order has an error of at most D·u/(1 − D·u) times |x||y|, where u is half the
-        # distance of 1 to the next number (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). And
-        # 2|x||y| is at most |x|² + |y|². Centre and sums add a few u. Products below the normal numbers may be lost.
-        steps = (a.shape[1] + 16) * np.finfo(np.float32).eps / 2
-        self.tolerance = steps / (1 - steps)
-        self.floor = 2 * (a.shape[1] + 16) * np.finfo(np.float32).tiny
+        self.largest = max(self.squares.max(), self.other_squares.max())
+
+    def errors(self, squares: np.ndarray) -> np.ndarray:
+        """Bounds the errors of squared distances in float32 from points to any others.
+
+        A sum of D products in any order has an error of at most D·u/(1 − D·u) times |x||y|, where u is half the
+        distance of 1 to the next number (Higham, Accuracy and Stability of Numerical Algorithms, section 3.1). And
+        2|x||y| is at most |x|² + |y|². Centres, sums and comparisons with a radius, which is at most 4·max |x|², add a
+        few u of the largest |x|². Products below the normal numbers may be lost.
+
+        Args:
+          squares: squared norms of the points.
+        """
+        number, size = np.finfo(np.float32), self._a.shape[1]
+        steps = (size + 64) * number.eps / 2
+        return steps / (1 - steps) * (squares + self.largest) + 2 * (size + 16) * number.tiny
 
     def rows(self, places: slice | np.ndarray) -> np.ndarray:
         """Returns some points of the first set, float32 [C, D]."""
@@ -176,7 +187,7 @@ class _Points:
 
     def exact_block(self, rows: slice | np.ndarray, columns: slice | np.ndarray) -> np.ndarray:
         """Computes the squared distances of all pairs of some points, float64 [C, C]."""
-        a, b = (x.astype(np.float64) for x in (self.rows(rows), self.columns(columns)))
+        a, b = (x.astype(np.float64) - self._center for x in (self._a[rows], self._b[columns]))
         squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1)
         return np.maximum(squares - 2 * (a @ b.T), 0)
 
@@ -186,78 +197,113 @@ class _Points:
 
 
 class _Block:
-    """Squared distances of some points to some others, in float32.
+    """Squared distances of some points to some others: the product −2xy in float32, to which |x|² + |y|² is added.
+
+    If squared norms do not fit into float32, all products are NaN, which decides nothing.
 
     Attributes:
-      distances: float32 [C, C]. Features beyond 1e18 make them infinite or NaN, which decides nothing.
-      errors: bound of their errors, float32 [C, C].
+      products: float32 [C, C].
     """
 
     def __init__(self, points: _Points, rows: slice, columns: slice):
         self._points, self._rows, self._columns = points, rows, columns
-        with np.errstate(over="ignore", invalid="ignore"):
-            sums = np.add.outer(points.squares[rows], points.other_squares[columns]).astype(np.float32)
-            self.distances = points.rows(rows) @ points.columns(columns).T
-            self.distances *= -2
-            self.distances += sums
-            self.errors = sums
-            self.errors *= np.float32(points.tolerance)
-            self.errors += np.float32(points.floor)
+        if points.largest > _LARGEST:
+            self.products = np.full((rows.stop - rows.start, columns.stop - columns.start), np.nan, np.float32)
+        else:
+            self.products = (-2 * points.rows(rows)) @ points.columns(columns).T
 
-    def mark(self, limits: np.ndarray, found: np.ndarray, axis: int) -> None:
-        """Marks the points that are within a limit of any other.
+    def mark_rows(self, limits: np.ndarray, found: np.ndarray) -> None:
+        """Marks the points of the rows that lie within the limit of any column.
 
         Args:
-          limits: squared distances, float64 [C, 1] or [1, C].
+          limits: squared distances, float64 [C], one for each column.
           found: bool [C], true for points that were marked before. Changed in place.
-          axis: 1 for the points of the rows, 0 for those of the columns.
         """
-        with np.errstate(invalid="ignore"):
-            found |= (self.distances + self.errors <= limits).any(axis)
-            undecided = ~(self.distances - self.errors > limits) & ~np.expand_dims(found, axis)
-        if undecided.any():
-            i, j = np.nonzero(undecided)
-            within = self._exact(i, j) <= np.broadcast_to(limits, undecided.shape)[i, j]
-            found[(j, i)[axis][within]] = True
+        squares, others = self._points.squares[self._rows], self._points.other_squares[self._columns]
+        _mark(self.products, squares, limits - others, self._points.errors(squares), limits, found, self._exact)
+
+    def mark_columns(self, limits: np.ndarray, found: np.ndarray) -> None:
+        """Does the same for the points of the columns, within the limit of any row."""
+        squares, others = self._points.other_squares[self._columns], self._points.squares[self._rows]
+        exact = lambda j, i: self._exact(i, j)
+        _mark(self.products.T, squares, limits - others, self._points.errors(squares), limits, found, exact)
 
     def _exact(self, i: np.ndarray, j: np.ndarray) -> np.ndarray:
         """Computes the squared distances of pairs of the block in float64: int [P] and int [P] to [P]."""
-        if len(i) > len(self.distances):  # a product of matrices is faster than many pairs
+        if len(i) > len(self.products):  # a product of matrices is faster than many pairs
             return self._points.exact_block(self._rows, self._columns)[i, j]
         return self._points.exact(i + self._rows.start, j + self._columns.start)
+
+
+def _mark(
+    products: np.ndarray,
+    squares: np.ndarray,
+    room: np.ndarray,
+    errors: np.ndarray,
+    limits: np.ndarray,
+    found: np.ndarray,
+    exact: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> None:
+    """Marks the rows of a block that lie within the limit of any column; see `_Block`.
+
+    A row lies within the limit of a column if its product with it, plus |x|², is at most the limit minus |y|².
+
+    Args:
+      products: −2xy, float32 [C, C].
+      squares: |x|², float64 [C].
+      room: limit − |y|² of each column, float64 [C].
+      errors: bounds of the errors of the rows, float64 [C].
+      limits: of the columns, float64 [C].
+      found: bool [C]. Changed in place.
+      exact: computes squared distances of pairs of a row and a column in float64.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        excess = products - room.astype(np.float32)
+        nearest = excess.min(1) + squares
+        found |= nearest + errors <= 0
+        open_rows = np.nonzero(~found & ~(nearest - errors > 0))[0]
+        if len(open_rows):
+            low = excess[open_rows] + (squares - errors)[open_rows, None]
+            i, j = np.nonzero(~(low > 0))
+            i = open_rows[i]
+            found[i[exact(i, j) <= limits[j]]] = True
 
 
 def _squared_radii(values: np.ndarray, neighbors: int, chunk: int) -> np.ndarray:
     """Computes the squared distance of each point to its k-th nearest other point: [N, D] to float64 [N]."""
     points, count = _Points(values, values), min(neighbors + _SPARE, len(values) - 1)
-    near = np.full((len(values), count), np.inf, np.float32)
+    near = np.full((len(values), count), np.inf, np.float32)  # squared distances, without |x|² of the point
     who = np.zeros((len(values), count), np.int64)
 
     def keep(rows: slice, columns: slice, distances: np.ndarray) -> None:
         """Updates the nearest candidates of some points."""
-        both = np.concatenate([near[rows], distances], axis=1)
+        better = np.nonzero(~(distances.min(1) >= near[rows].max(1)))[0]
+        chosen = better + rows.start
+        both = np.concatenate([near[chosen], distances[better]], axis=1)
         best = np.argpartition(both, count - 1, axis=1)[:, :count]
-        near[rows] = np.take_along_axis(both, best, axis=1)
-        places = np.broadcast_to(np.arange(columns.start, columns.stop), distances.shape)
-        who[rows] = np.take_along_axis(np.concatenate([who[rows], places], axis=1), best, axis=1)
+        known = np.take_along_axis(who[chosen], np.minimum(best, count - 1), axis=1)
+        near[chosen] = np.take_along_axis(both, best, axis=1)
+        who[chosen] = np.where(best < count, known, best - count + columns.start)
 
-    for rows in _slices(len(values), chunk):
-        for columns in _slices(len(values), chunk, rows.start):
-            distances = _Block(points, rows, columns).distances
-            if rows == columns:
-                np.fill_diagonal(distances, np.inf)  # the nearest point would be the point itself
-            else:
-                keep(columns, rows, distances.T)
-            keep(rows, columns, distances)
-    radii, outside = np.empty(len(values)), near.max(1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        norms = points.squares.astype(np.float32)
+        for rows in _slices(len(values), chunk):
+            for columns in _slices(len(values), chunk, rows.start):
+                products = _Block(points, rows, columns).products
+                if rows == columns:
+                    np.fill_diagonal(products, np.inf)  # the nearest point would be the point itself
+                else:
+                    keep(columns, rows, products.T + norms[rows])
+                keep(rows, columns, products + norms[columns])
+        # All other points are at least this far away. If that does not decide, float64 measures all distances.
+        nearest_other = near.max(1) + points.squares - points.errors(points.squares)
+    radii = np.empty(len(values))
     for rows in _slices(len(values), chunk):
         i = np.repeat(np.arange(rows.start, rows.stop), count)
         exact = points.exact(i, who[rows].ravel()).reshape(-1, count)
         radii[rows] = np.partition(exact, neighbors - 1, axis=1)[:, neighbors - 1]
-    # All other points are at least this far away. If that does not decide, float64 measures all distances.
-    nearest_other = outside - points.tolerance * (points.squares + points.squares.max()) - points.floor
-    decided = np.isfinite(outside) & (radii <= nearest_other)
-    undecided = np.nonzero(~decided & (count < len(values) - 1))[0]
+    decided = np.isfinite(nearest_other) & (radii <= nearest_other)
+    undecided = np.nonzero(~decided)[0]
     for rows in _slices(len(undecided), chunk):
         radii[undecided[rows]] = _radii_in_float64(points, undecided[rows], neighbors, chunk)
     return radii
