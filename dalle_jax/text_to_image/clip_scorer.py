@@ -181,6 +181,10 @@ class ClipScorer:
             features[places] = self._in_chunks(_encode_image, np.stack([pixels[i] for i in places]))
         return features
 
+    def encode_images(self, images: jax.Array) -> jax.Array:
+        """Encodes a batch on the devices: uint8 [B, H, W, 3] to unit vectors, float32 [B, E]."""
+        return _encode_image(self.clip, self.params, images)
+
     def text_features(self, captions: Sequence[str]) -> np.ndarray:
         """Encodes captions to unit vectors.
 
