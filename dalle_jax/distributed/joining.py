@@ -104,6 +104,8 @@ def start(
         )
     global _lost_host_seconds
     _lost_host_seconds = lost_host_seconds
+    # Only training answers to a signal that JAX has caught. Other jobs would ignore it.
+    jax.config.update("jax_enable_preemption_service", job == "train")
     began = time.monotonic()
     if values and values["process_id"] > 0:
         _wait_for(values["coordinator_address"], connect_seconds)

@@ -291,6 +291,15 @@ def test_other_jobs_run_alone(joined):
     assert not joined
 
 
+@pytest.mark.parametrize("job", ["train", "evaluate"])
+def test_signals_end_every_job_but_training(joined, job):
+    """JAX catches SIGTERM for training, which then saves. An evaluation would never notice it."""
+    start(job, environment=OWN)
+    assert len(joined) == 1
+    assert jax.config.jax_enable_preemption_service == (job == "train")
+    start("train", environment=OWN)
+
+
 def test_a_cluster_that_jax_cannot_detect_is_an_error(monkeypatch):
     def initialize(**_):
         raise ValueError("coordinator_address should be defined.")
