@@ -64,7 +64,7 @@ def test_rows_are_copied_at_most_three_times_in_all():
 
 
 def test_two_continuations_of_the_same_rows():
-    """The second one gets memory of its own, so that it does not overwrite the first."""
+    """The second one copies the rows, so that it does not overwrite the first."""
     start = kept(PARTS[:4], 100)[-1]
     one, other = start.append(PARTS[4]), start.append(-PARTS[4])
     np.testing.assert_array_equal(one.values[-4:], PARTS[4])
