@@ -33,6 +33,7 @@ from dalle_jax.errors import ConfigError, UserError
 CONNECT_SECONDS = 300  # default: how long to wait for all hosts at the start
 LOST_HOST_SECONDS = 60  # default: how long a host may be silent
 _METADATA_SECONDS = 5
+_SHARED = ("train", "encode")  # jobs that several hosts share
 _FLAGS = ("coordinator_address", "num_processes", "process_id")
 
 _lost_host_seconds = LOST_HOST_SECONDS
@@ -69,7 +70,7 @@ def start(
     """Joins the other hosts, or does nothing on a single host.
 
     Args:
-      job: `config.job`. Only "train" runs on several hosts.
+      job: `config.job`. Only "train" and "encode" run on several hosts.
       coordinator_address: "HOST:PORT" of the first host, "auto", or "none". None: read from the environment.
       num_processes: number of processes.
       process_id: index of this process.
@@ -95,7 +96,7 @@ def start(
     values = {} if detected else _checked(given)
     if values.get("num_processes") == 1:
         return
-    if job != "train":
+    if job not in _SHARED:
         raise ConfigError(
             f"config.job={job!r} runs in one process, and "
             f"{'the cluster has' if detected else '--num_processes asks for'} several. Run it on one host with "

@@ -103,9 +103,7 @@ class Run:
         )
         close_at_exit(cleanup, self.checkpoints.close)
 
-        # Tokens that were encoded in advance follow from the other frozen arrays.
-        frozen = {name: tree for name, tree in task.frozen.items() if name != "tokens"}
-        self._frozen_mark = fingerprint(frozen) if frozen else None
+        self._frozen_mark = fingerprint(task.frozen) if task.frozen else None
 
         # The state is, in order of precedence:
         #   1. the latest checkpoint in workdir (state and data iterator), written on any mesh

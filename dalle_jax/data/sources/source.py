@@ -154,6 +154,8 @@ class Source(abc.ABC):
     Attributes:
       description: the source and its split, for messages.
       identity: a text that changes with the examples; None if changes cannot be seen.
+      image_identity: a text that changes with the images and their order, but not with captions and not when all are
+        moved; None if changes cannot be seen.
       left_out: examples that are known to be missing.
       other_files: number of files passed over, by ending in lower case ({".svg": 248}).
       captions_missing: why no example has a caption, and the remedy; None if some may have one.
@@ -162,6 +164,7 @@ class Source(abc.ABC):
 
     description: str
     identity: str | None = None
+    image_identity: str | None = None
     left_out: tuple[LeftOut, ...] = ()
     other_files: Mapping[str, int] = types.MappingProxyType({})
     captions_missing: str | None = None
@@ -181,6 +184,10 @@ class Source(abc.ABC):
         Raises:
           UnreadableExample: if it cannot be read.
         """
+
+    def without_image(self, index: int) -> Record:
+        """Returns the same as `record`, with the image b"". A source that can does not read the image."""
+        return dataclasses.replace(self.record(index), image=b"")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Decodes one example in full.
