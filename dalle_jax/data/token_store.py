@@ -33,7 +33,7 @@ from etils import epath
 from dalle_jax.data.sources.record import UnreadableExample
 from dalle_jax.errors import DamagedError, DataError
 from dalle_jax.storage import checksummed, json_files
-from dalle_jax.storage.files import expanded, is_other_than_file, is_remote, write_atomically, write_errors
+from dalle_jax.storage.files import access, expanded, is_other_than_file, is_remote, write_atomically, write_errors
 
 PART = 4096  # examples in a new part
 _OPEN = 1024  # mapped parts
@@ -301,8 +301,13 @@ class TokenStore:
 
 
 def exists(folder: epath.PathLike) -> bool:
-    """Returns whether a folder holds the description of tokens."""
-    return (expanded(folder) / _NAME).exists()
+    """Returns whether a folder holds the description of tokens.
+
+    Raises:
+      ConfigError: its storage cannot be reached.
+    """
+    with access(folder):
+        return (expanded(folder) / _NAME).exists()
 
 
 def read_description(folder: epath.PathLike) -> Description:

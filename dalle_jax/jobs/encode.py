@@ -26,7 +26,7 @@ from dalle_jax.distributed.turns import first_host_first
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.pytree import PyTree
-from dalle_jax.storage.files import check_writable
+from dalle_jax.storage.files import access, check_writable
 from dalle_jax.tasks.encoded_split import describe, fill
 
 _SECONDS = 10.0  # between two lines of the log
@@ -88,10 +88,13 @@ def check(config: ConfigDict, workdir: str) -> tuple[DataOptions, ImageTokenizer
             "config.tokenizer_workdir is not set: give --config.tokenizer_workdir=DIR, the workdir of a training of "
             "configs/dvae.py or of a prior, or a folder that an importer of dalle_jax.pretrained wrote."
         )
-    tokenizer, params = workdirs.load_tokenizer(config.tokenizer_workdir, config.tokenizer_step)
-    size = tokenizer.image_size if config.data.image_size is None else config.data.image_size
-    options = from_config(DataOptions, {**config.data, "image_size": size}, "data")
+    given = {key: value for key, value in config.data.items() if value is not None}
+    options = from_config(DataOptions, given, "data")
     options = dataclasses.replace(options, source=choose_source(options.source, options.path))
+    with access(config.tokenizer_workdir):
+        tokenizer, params = workdirs.load_tokenizer(config.tokenizer_workdir, config.tokenizer_step)
+    if config.data.image_size is None:
+        options = dataclasses.replace(options, image_size=tokenizer.image_size)
     tokenizer.grid(options.image_size)  # an error if the size does not fit
     check_writable(workdir)
     return options, tokenizer, params

@@ -8,9 +8,9 @@ from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.sections import EMOJI, SHAPES
+from dalle_jax.data import token_store
 from dalle_jax.data.sources.own import FOLDER, TAR_SHARDS, choose_source
 from dalle_jax.errors import ConfigError
-from dalle_jax.storage.reachable import check_reachable
 from dalle_jax.tasks.prior import EACH_BATCH, ONCE
 
 # Sources that draw their own images, with the arguments of their builder that variants set.
@@ -80,8 +80,7 @@ def _follow_tokens(config: ConfigDict) -> None:
     """Takes the image tokenizer from the folder of tokens that `data_tokens` names, unless it is set."""
     given = config.get("data_tokens")
     if given not in (None, "", ONCE, EACH_BATCH) and not config.tokenizer_from:
-        check_reachable(given)
-        if workdirs.has_tokenizer(given):
+        if token_store.exists(given) and workdirs.has_tokenizer(given):
             config.tokenizer_from = given
 
 

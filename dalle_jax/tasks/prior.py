@@ -33,7 +33,6 @@ from dalle_jax.priors.registry import make, options_of
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
 from dalle_jax.reporting.images import to_uint8
-from dalle_jax.storage.reachable import check_reachable
 from dalle_jax.tasks import words
 from dalle_jax.tasks.encoded_split import given_tokens, tokens_of_split
 from dalle_jax.tasks.preview import preview_grid, shown_rows
@@ -180,7 +179,6 @@ def _check_data_tokens(config: ConfigDict) -> None:
     if given == EACH_BATCH:
         return
     if given != ONCE:
-        check_reachable(given)
         if not given or not token_store.exists(given):
             raise ConfigError(
                 f"config.data_tokens is {given!r}; expected 'once', 'each_batch', or the workdir of a run of "
