@@ -85,12 +85,16 @@ def test_large_images_have_exact_means(shape, side, align_corners):
     np.testing.assert_array_equal(resized, exact_means(image, side, align_corners))
 
 
-@pytest.mark.parametrize("shape, side", [((480, 480), 256), ((427, 427), 272), ((2903, 2909), 8)])
+@pytest.mark.parametrize("shape, side", [((480, 480), 256), ((427, 427), 272)])
 def test_large_images_differ_at_ties_only(shape, side):
-    """The last image is summed in float64, because int32 is too small for its area."""
     image = np.random.default_rng(0).integers(0, 256, (*shape, 1), np.uint8)
     difference = area_resize(image, side).astype(int) - plain_running_sums(image, side)
     assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 0.002
+
+
+def test_sums_of_a_very_large_image_do_not_overflow():
+    """Its area times 255 is more than int32 holds."""
+    np.testing.assert_array_equal(area_resize(np.full((2903, 2909, 1), 255, np.uint8), 4), 255)
 
 
 def test_area_resize_keeps_what_fits():
