@@ -33,7 +33,7 @@ KEYS = {
     "data.source": "auto (the files decide), folder, tar_shards, shapes_captions, …, or a TFDS name",
     "data.image_size": "height and width of the images in pixels; None: as the tokenizer was trained",
     "data.train_split": "the split to encode",
-    "data.workers": "processes that read and decode images; 0: two threads",
+    "data.workers": "processes that read and decode images; None: one for each core; 0: two threads",
 }
 
 # Nothing is trained here, and no caption is read.
@@ -51,6 +51,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.tokenizer_step = placeholder(int)
 
     data = {key: value for key, value in row["data"].items() if key not in (*_OF_TRAINING, "image_size")}
+    data = {**data, "workers": None}
     config.data = section(DataOptions, without=(*_OF_TRAINING, "image_size"), **data)
     config.data.image_size = placeholder(int)
     return config

@@ -88,7 +88,7 @@ class ExampleMaker:
     ):
         """Accepts the arguments of `Pipeline`, which validates them."""
         self._source, self._options, self._text_model, self._layout = source, options, text_model, layout
-        self._tokens = tokens
+        self._tokens, self._workers = tokens, options.worker_count(images=tokens is None)
         self._train, self._seed, self._batch_size = train, seed, batch_size
         self._rows = tuple(int(row) for row in rows)
         order = grain.MapDataset.range(len(source))
@@ -109,7 +109,7 @@ class ExampleMaker:
             each = self._tokens.shape[1] * self._tokens.dtype.itemsize + _BYTES_OF_CAPTIONS
         else:
             each = 3 * options.image_size**2 if self._resizes_at_once else self._bytes_of_decoded()
-        needed = count * each * max(1, options.workers)
+        needed = count * each * max(1, self._workers)
         if needed > options.cache_bytes and self._train:
             logging.log_first_n(
                 logging.INFO,

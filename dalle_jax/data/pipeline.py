@@ -145,9 +145,9 @@ class Pipeline:
         return self._iterator(Chosen(self._make, np.asarray(numbers, np.int64)), len(numbers))
 
     def _iterator(self, make: Make, last: int, start: int = 0) -> PipelineIterator:
-        return PipelineIterator(
-            make, self._options.workers, last, self._run, self._tally, self.source.description, start
-        )
+        workers = self._options.worker_count(images=self._tokens is None)
+        workers = min(workers, max(last - start, 1))  # no process without a batch
+        return PipelineIterator(make, workers, last, self._run, self._tally, self.source.description, start)
 
     def spread_batch(self) -> dict[str, np.ndarray]:
         """Creates one evaluation batch of up to 64 examples that are spread evenly over the source.
