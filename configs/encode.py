@@ -19,6 +19,7 @@ from dalle_jax.data.sources.source import DataOptions
 
 VARIANTS = {
     "folder": dict(doc="your own images or tar shards (data.path)", data=sections.OWN),
+    "tar_shards": dict(doc="your own tar shards (data.path), which are copied first", data=sections.TAR_SHARDS),
     "shapes": dict(doc="drawn shapes", data=sections.SHAPES),
     "emoji": dict(doc="the emoji of an installed font", data=sections.EMOJI),
     "coco": dict(doc="MS-COCO", data=sections.COCO),
