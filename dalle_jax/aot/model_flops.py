@@ -38,8 +38,8 @@ def training(task: Task, batch: Batch) -> float:
     """
     rows = next(iter(batch.values())).shape[0]
     if isinstance(task, PriorTask):
-        encoder = _frozen_encoder(task, batch["image"].shape[1]) if "image" in batch else 0.0
-        return rows * (3 * prior(task.prior) + encoder)
+        encoding = _frozen_encoder(task, batch["image"].shape[1]) if "image" in batch else 0.0
+        return rows * (3 * prior(task.prior) + encoding)
     if isinstance(task, DVAETask):
         o = task.tokenizer.options
         return rows * (3 * (encoder(o) + decoder(o)) - first_layer(o))
