@@ -60,7 +60,7 @@ Unreadable = Mapping[int, tuple[str, str, str]]
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What tokens were encoded from, and their shape.
+    """A description of the images and the tokenizer that tokens come from, and of their shape.
 
     Attributes:
       images: hash of `Source.image_identity`; None if changes of the images cannot be seen.

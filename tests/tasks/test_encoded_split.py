@@ -108,7 +108,7 @@ def test_only_damaged_parts_are_encoded_again(options, params, tmp_path, encoded
     assert encoded == [0, 1, 1, 1] and file.read_bytes() == content
 
 
-def test_other_images_or_another_tokenizer_are_encoded_anew(options, params, tmp_path, encoded):
+def test_other_images_or_another_tokenizer_are_encoded_again(options, params, tmp_path, encoded):
     get = lambda params: tokens_of_split(options, "all", TOKENIZER, params, [tmp_path]).folder
     first = get(params)
     (tmp_path / "images" / "1.txt").write_text("another caption")
