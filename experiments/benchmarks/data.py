@@ -130,7 +130,7 @@ def part(name: str, runs: int, smoke: bool) -> dict:
 
 def copy_tars(runs: int, smoke: bool) -> dict:
     """Times the copy of tar shards into TFDS's files, which takes place once."""
-    size, count = ((32, 32), 8) if smoke else (SIZES[256], 4000)
+    size, count = ((32, 32), 8) if smoke else (SIZES[256], 1000)
     with tempfile.TemporaryDirectory() as place:
         root = pathlib.Path(place)
         write_files(root / "files", size, count)
@@ -142,7 +142,7 @@ def copy_tars(runs: int, smoke: bool) -> dict:
             options = DataOptions(source="tar_shards", path=str(root / "tars"), data_dir=folder)
             return len(Pipeline(options, split="train", train=False, batch_size=1).source)
 
-        seconds, times = cpu(copy, runs or 2)
+        seconds, times = cpu(copy, runs or 1)
     return line(seconds, times, count, {"source": "tars", "image": list(size)})
 
 
