@@ -6,9 +6,11 @@ damaged. Several hosts share the parts.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 
 import jax
 from absl import logging
@@ -22,14 +24,18 @@ from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.own import choose_source
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.token_store import TokenStore
-from dalle_jax.distributed.turns import first_host_first
+from dalle_jax.distributed import host_values
+from dalle_jax.distributed.turns import first_host_first, joined
+from dalle_jax.distributed.watchdog import Watchdog
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
+from dalle_jax.jobs.tokenizers import has_tokenizer
 from dalle_jax.pytree import PyTree
-from dalle_jax.storage.files import access, check_writable
+from dalle_jax.storage.files import check_writable
 from dalle_jax.tasks.encoded_split import describe, fill
 
 _SECONDS = 10.0  # between two lines of the log
+_LONGEST_SECONDS = 7 * 24 * 3600.0  # that one host waits for another that is alive
 
 
 def run(config: ConfigDict, workdir: str) -> TokenStore:
@@ -41,7 +47,7 @@ def run(config: ConfigDict, workdir: str) -> TokenStore:
         alone.
 
     Returns:
-      The tokens. With several hosts, the parts of the others may still be missing.
+      The tokens.
 
     Raises:
       ConfigError: see `check`, or `workdir` holds the tokens of other images or of another tokenizer.
@@ -67,7 +73,8 @@ def run(config: ConfigDict, workdir: str) -> TokenStore:
             "%s: %d images in %d parts, of which %d are to be encoded here.",
             source.description, len(source), store.part_count, len(faults),
         )  # fmt: skip
-        fill(store, list(faults), options, options.train_split, tokenizer, params, _Progress(store, list(faults)))
+        with _all_hosts():
+            fill(store, list(faults), options, options.train_split, tokenizer, params, _Progress(store, list(faults)))
     size = math.prod(store.shape) * store.dtype.itemsize
     logging.info("%s: complete, %s bytes of tokens. Train with --config.data_tokens=%s", workdir, f"{size:,}", workdir)
     return store
@@ -80,19 +87,20 @@ def check(config: ConfigDict, workdir: str) -> tuple[DataOptions, ImageTokenizer
       The data set, and the image tokenizer with its parameters.
 
     Raises:
-      ConfigError: an invalid value, or a `workdir` that cannot be written.
-      CheckpointError: `tokenizer_workdir` holds no image tokenizer.
+      ConfigError: an invalid value, no image tokenizer, or a `workdir` that cannot be written.
+      CheckpointError: the image tokenizer is damaged, or lacks the checkpoint `tokenizer_step`.
     """
-    if not config.tokenizer_workdir:
-        raise ConfigError(
-            "config.tokenizer_workdir is not set: give --config.tokenizer_workdir=DIR, the workdir of a training of "
-            "configs/dvae.py or of a prior, or a folder that an importer of dalle_jax.pretrained wrote."
-        )
     given = {key: value for key, value in config.data.items() if value is not None}
     options = from_config(DataOptions, given, "data")
     options = dataclasses.replace(options, source=choose_source(options.source, options.path))
-    with access(config.tokenizer_workdir):
-        tokenizer, params = workdirs.load_tokenizer(config.tokenizer_workdir, config.tokenizer_step)
+    place = config.tokenizer_workdir
+    if not place or not has_tokenizer(place):
+        raise ConfigError(
+            f"config.tokenizer_workdir is {place!r}, where no image tokenizer is: give "
+            "--config.tokenizer_workdir=DIR, the workdir of a training of configs/dvae.py or of a prior, or a folder "
+            "that an importer of dalle_jax.pretrained wrote."
+        )
+    tokenizer, params = workdirs.load_tokenizer(place, config.tokenizer_step)
     if config.data.image_size is None:
         options = dataclasses.replace(options, image_size=tokenizer.image_size)
     tokenizer.grid(options.image_size)  # an error if the size does not fit
@@ -112,6 +120,22 @@ def _begin(store: TokenStore, tokenizer: ImageTokenizer, params: PyTree) -> None
         store.write_description()
     if not workdirs.has_tokenizer(store.folder):
         workdirs.save_tokenizer(store.folder, tokenizer, params)
+
+
+@contextlib.contextmanager
+def _all_hosts() -> Iterator[None]:
+    """Ends the block together with the other hosts, because a first host that exits would end them.
+
+    Ends the process if another host is lost.
+    """
+    if not joined():
+        yield
+        return
+    with Watchdog(_LONGEST_SECONDS):
+        yield
+        host_values.put(f"encoded/{jax.process_index()}", True, overwrite=True)
+        for host in range(jax.process_count()):
+            host_values.wait_for(f"encoded/{host}", _LONGEST_SECONDS)
 
 
 class _Progress:
