@@ -220,7 +220,7 @@ def make_train_step(
     return jax.jit(
         train_step,
         donate_argnums=(0,) if donates(mesh) else (),
-        out_shardings=(shardings, None),
+        out_shardings=(shardings, replicated(mesh)),
         compiler_options=asked,
     )
 

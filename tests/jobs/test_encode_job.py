@@ -5,6 +5,7 @@ import jax
 import numpy as np
 import pytest
 from own_images import make_folder
+from processes import finish, free_address, spawn
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration import config_files
@@ -97,6 +98,33 @@ def test_hosts_share_the_parts(encode, tmp_path, monkeypatch):
         encode()
         assert set(parts(tmp_path)) == expected
     assert parts(tmp_path) == whole
+
+
+HOST = """
+import sys
+
+_, address, index, folder, tokenizer, workdir = sys.argv
+from dalle_jax.configuration import config_files
+from dalle_jax.distributed.joining import start
+from dalle_jax.jobs import encode
+from dalle_jax.tasks import encoded_split
+
+start("encode", address, 2, int(index), connect_seconds=120)
+encoded_split.PART = encoded_split.BATCH = 8
+config = config_files.load("configs/encode.py")
+changes = {"tokenizer_workdir": tokenizer, "data.path": folder, "data.train_split": "all", "data.workers": 0}
+config.update_from_flattened_dict(changes)
+print("written", *encode.run(config, workdir).faults())
+"""
+
+
+def test_two_hosts(folder, save_tokenizer, tmp_path):
+    """Each of them ends when all parts are there, although the first one has more to do."""
+    address, arguments = free_address(), (folder, save_tokenizer(0), str(tmp_path / "tokens"))
+    said = finish([spawn(["-c", HOST, address, str(host), *arguments]) for host in range(2)])
+    assert [status for status, *_ in said] == [0, 0], said
+    assert all(out.splitlines()[-1] == "written" for _, out, _ in said)
+    assert len(parts(tmp_path)) == 3
 
 
 def test_a_folder_of_other_tokens_is_left_alone(encode, tmp_path, save_tokenizer):
