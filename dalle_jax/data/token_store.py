@@ -229,8 +229,15 @@ class TokenStore:
         return None
 
     def faults(self, parts: Collection[int] | None = None, *, whole: bool = True) -> dict[int, str]:
-        """Returns the faults of parts, by number; see `fault`. By default of all parts."""
-        found = {part: self.fault(part, whole=whole) for part in (range(self.part_count) if parts is None else parts)}
+        """Returns the faults of parts, by number; see `fault`. By default of all parts.
+
+        On object storage only parts that are missing are found if `whole` is false, because nothing is read there.
+        """
+        parts = range(self.part_count) if parts is None else parts
+        if is_remote(self.folder) and not whole:
+            there = {path.name for path in self.folder.iterdir()} if self.folder.exists() else set()
+            return {part: "missing" for part in parts if self._path(part).name not in there}
+        found = {part: self.fault(part, whole=whole) for part in parts}
         return {part: fault for part, fault in found.items() if fault}
 
     def _path(self, part: int) -> epath.Path:

@@ -31,7 +31,7 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.jobs.tokenizers import has_tokenizer
 from dalle_jax.pytree import PyTree
-from dalle_jax.storage.files import check_writable
+from dalle_jax.storage.files import check_writable, is_remote
 from dalle_jax.tasks.encoded_split import describe, fill
 
 _SECONDS = 10.0  # between two lines of the log
@@ -65,7 +65,7 @@ def run(config: ConfigDict, workdir: str) -> TokenStore:
         with first_host_first(f"the folder {workdir}"):
             _begin(store, tokenizer, params)
         mine = range(store.part_count)[jax.process_index() :: jax.process_count()]
-        faults = store.faults(mine)
+        faults = store.faults(mine, whole=not is_remote(workdir))  # an object is written at once or not at all
         for part, fault in faults.items():
             if fault != "missing":
                 logging.warning("%s, part %d: encoded again, because the file is %s.", workdir, part, fault)

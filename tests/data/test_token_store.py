@@ -151,3 +151,15 @@ def test_every_difference_has_words_and_another_key(name):
     other = described(**{name: value + 1 if isinstance(value, int) else f"{value}x"})
     assert len(token_store.differences(described(), other)) == 1 and other.key != described().key
     assert not token_store.differences(described(), described())
+
+
+def test_nothing_is_read_from_object_storage_to_list_the_parts(tmp_path, monkeypatch):
+    store = write(tmp_path)
+    (tmp_path / "part-00001.npy").unlink()
+    monkeypatch.setattr(token_store, "is_remote", lambda _: True)
+    remote = TokenStore(tmp_path, described())
+    np.testing.assert_array_equal(remote.row(0), rows()[0])  # read whole, not mapped
+    monkeypatch.setattr(TokenStore, "_read", None)
+    assert remote.faults(whole=False) == {1: "missing"}
+    assert TokenStore(tmp_path / "none", described()).faults(whole=False).keys() == {0, 1, 2}
+    assert store.part_count == 3
