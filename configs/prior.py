@@ -150,6 +150,7 @@ VARIANTS = {
 
 KEYS = sections.TRAINING_KEYS | {
     "tokenizer_from": "directory of a trained or imported image tokenizer to use instead of training one",
+    "data_tokens": "once, each_batch, or the workdir of configs/encode.py: where image tokens come from",
     "start_from": "workdir of another prior: start from its parameters and tokens",
     "model.trunk.width": "width of the transformer; depth and heads are next to it",
     "model.trunk.remat": "what is kept for the gradients: full (least memory), attended, attention, dots, none",
@@ -176,7 +177,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
 
     config.data = section(DataOptions, **row["data"])
     sections.follow_data(config.tokenizer, config.data)
-    config.data_tokens = "each_batch"  # "once": encode the training split before training
+    config.data_tokens = "each_batch"  # "once": encode the training split first; or a folder of configs/encode.py
     config.text = sections.text(**row["text"])
     config.prior = "autoregressive"
     trunk = section(TransformerOptions, **{"remat": "full", **row["trunk"]})

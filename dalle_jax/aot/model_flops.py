@@ -36,9 +36,10 @@ def training(task: Task, batch: Batch) -> float:
     Raises:
       ValueError: the type of the task is unknown.
     """
-    rows, side = batch["image"].shape[:2]
+    rows = next(iter(batch.values())).shape[0]
     if isinstance(task, PriorTask):
-        return rows * (3 * prior(task.prior) + (0.0 if "tokens" in task.frozen else _frozen_encoder(task, side)))
+        encoding = _frozen_encoder(task, batch["image"].shape[1]) if "image" in batch else 0.0
+        return rows * (3 * prior(task.prior) + encoding)
     if isinstance(task, DVAETask):
         o = task.tokenizer.options
         return rows * (3 * (encoder(o) + decoder(o)) - first_layer(o))

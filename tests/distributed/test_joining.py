@@ -117,7 +117,7 @@ def test_the_command_line_trains_tokenizer_and_prior_on_two_hosts(tmp_path):
     assert text == other
     options, others = (json.loads((prior / "image_tokenizer" / "options.json").read_text()) for prior in priors)
     assert {**options, "checksums": None} == {**others, "checksums": None}  # those of the parameters differ
-    assert len(list((tmp_path / "2" / "prior").glob("tokens-*.npy"))) == 1
+    assert len(list((tmp_path / "2" / "prior").glob("tokens-*/part-*.npy"))) == 1
     previews = [np.asarray(Image.open(tmp_path / hosts / "dvae" / "samples" / "preview_0000003.png")) for hosts in "12"]
     assert previews[0].shape == previews[1].shape and np.mean(previews[0] != previews[1]) < 0.01
     assert "training it first" in said[0][2] and "step 3/3" in said[0][1]

@@ -28,7 +28,7 @@ from dalle_jax.jobs import train as train_job
 from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.tasks import encoded_split
-from dalle_jax.tasks.encoded_split import encode_split, tokens_of_split
+from dalle_jax.tasks.encoded_split import tokens_of_split
 from dalle_jax.tasks.prior import PriorTask
 from dalle_jax.tasks.registry import build
 from dalle_jax.text_to_image import drawing
@@ -147,13 +147,18 @@ def test_the_tokens_of_the_training_split_are_computed_once(trained, tmp_path, m
     """A run that resumes, and one that starts from it, read them. Another tokenizer has other tokens."""
     options = from_config(DataOptions, trained.config.data, "data")
     tokenizer, params = workdirs.load_tokenizer(trained.workdir)
-    (file,) = pathlib.Path(trained.workdir).glob("tokens-*")
-    encode = encode_split
-    np.testing.assert_array_equal(np.load(file), encode(options, "train", tokenizer, params))
+    (file,) = pathlib.Path(trained.workdir).glob("tokens-*/part-*.npy")
+    encode = encoded_split.encode_parts
+    ((_, (rows, _)),) = encode(options, "train", tokenizer, params, [0])
+    np.testing.assert_array_equal(np.load(file), rows)
 
     encoded = []
-    monkeypatch.setattr(encoded_split, "encode_split", lambda *args: encoded.append(args) or encode(*args))
-    get = lambda params, options, *folders: tokens_of_split(options, "train", tokenizer, params, folders)
+    monkeypatch.setattr(encoded_split, "encode_parts", lambda *args: encoded.append(args) or encode(*args))
+
+    def get(params, options, *folders):
+        tokens = tokens_of_split(options, "train", tokenizer, params, folders)
+        return np.array([tokens.row(index) for index in range(len(tokens))])
+
     kept = get(params, options, tmp_path, trained.workdir)
     np.testing.assert_array_equal(kept, np.load(file))
     assert not encoded and not list(tmp_path.iterdir())
