@@ -5,6 +5,9 @@ docs/speed.md, section "Attention", has the table.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
@@ -56,6 +59,15 @@ def chosen(kernel: str, dtype: DTypeLike, head_dim: int, section: str) -> str:
         _check(kernel, missing, section)
         return "xla" if missing else "cudnn"
     return kernel
+
+
+def on_any_device(model: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the `model` section of a stored configuration for another device than that of its training.
+
+    "cudnn" becomes "auto", in the section and in its trunk, so that a training on a GPU can be used on a CPU.
+    """
+    changed = {key: on_any_device(value) if key == "trunk" else value for key, value in dict(model).items()}
+    return changed | ({"attention_kernel": "auto"} if changed.get("attention_kernel") == "cudnn" else {})
 
 
 def _check(kernel: str, missing: str | None, section: str) -> None:

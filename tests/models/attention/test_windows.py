@@ -364,6 +364,16 @@ def test_where_cudnn_runs(monkeypatch, platform, capability, dtype, head, expect
             kernels.chosen("cudnn", dtype, head, "model.trunk")
 
 
+def test_a_stored_kernel_of_a_gpu_becomes_auto_on_other_devices():
+    trunk = {"width": 64, "attention_kernel": "cudnn"}
+    prior, clip = {"trunk": trunk, "kernel": 3}, {"attention_kernel": "cudnn", "dtype": "bfloat16"}
+    assert kernels.on_any_device(prior) == {"trunk": trunk | {"attention_kernel": "auto"}, "kernel": 3}
+    assert kernels.on_any_device(clip) == {"attention_kernel": "auto", "dtype": "bfloat16"}
+    for other in ("xla", "splash"):
+        assert kernels.on_any_device({"trunk": {"attention_kernel": other}}) == {"trunk": {"attention_kernel": other}}
+    assert trunk["attention_kernel"] == "cudnn"
+
+
 def test_clip_says_that_cudnn_needs_bfloat16():
     with pytest.raises(ConfigError, match="model.attention_kernel=auto"):
         CLIPOptions(attention_kernel="cudnn")
