@@ -125,9 +125,7 @@ def attend_image(
     return xla.attend_image(q, k, v, text_k, text_v, pattern, layout)
 
 
-def attend_sequence(
-    kernel: str, q: Stream, k: Stream, v: Stream, causal: bool
-) -> Float[Array, "B S H K"]:  # fmt: skip
+def attend_sequence(kernel: str, q: Stream, k: Stream, v: Stream, causal: bool) -> Float[Array, "B S H K"]:
     """Computes dense attention of a sequence, [B, S, H, K], to itself, with or without a causal mask."""
     if kernel == "cudnn":
         return windows.attend_sequence(q, k, v, causal, cudnn.KERNEL)

@@ -93,6 +93,13 @@ def _spans(mask: Bool[np.ndarray, "L L"]) -> Spans:
     return spans if len(spans) <= _MOST_SPANS else _NO_WINDOWS
 
 
+@functools.lru_cache(maxsize=64)
+def _stream_spans(pattern: Pattern, layout: TokenLayout) -> tuple[Spans, Spans]:
+    """Returns the distances within the whole stream, and within the text."""
+    t, mask = layout.text_length, pattern.mask(layout)
+    return _spans(mask), _spans(mask[:t, :t])
+
+
 # -- attention ----------------------------------------------------------------------------------------------------
 
 
@@ -112,14 +119,14 @@ def attend(
     Returns:
       Array of the shape and dtype of q.
     """
-    t, mask = layout.text_length, pattern.mask(layout)
-    whole, image = _spans(mask), windows_of(pattern, layout)
+    t, image = layout.text_length, windows_of(pattern, layout)
+    whole, of_text = _stream_spans(pattern, layout)
 
     def local(q: Array, k: Array, v: Array) -> Array:
         if whole != _NO_WINDOWS:
             return _joined(kernel, whole, 1, q, k, v, None)
-        text = _joined(kernel, _spans(mask[:t, :t]), 1, *(x[:, :t] for x in (q, k, v)), None)
-        if image.spans is None:
+        text = _joined(kernel, of_text, 1, *(x[:, :t] for x in (q, k, v)), None)
+        if image == Windows(1, None):
             out = _joined(kernel, None, 1, q[:, t:], k, v, None)
         else:
             out = _grouped(*(x[:, t:] for x in (q, k, v)), (k[:, :t], v[:, :t]), pattern, layout, kernel)
@@ -156,9 +163,7 @@ def attend_image(
     return on_each_device(local, _NAMES, q, k, v, text_k, text_v)
 
 
-def attend_sequence(
-    q: Stream, k: Stream, v: Stream, causal: bool, kernel: Kernel
-) -> Float[Array, "B S H K"]:  # fmt: skip
+def attend_sequence(q: Stream, k: Stream, v: Stream, causal: bool, kernel: Kernel) -> Float[Array, "B S H K"]:
     """Computes dense attention of a sequence, [B, S, H, K], to itself, with or without a causal mask."""
     spans = ((0, q.shape[1] - 1),) if causal else None
     return on_each_device(lambda *x: _joined(kernel, spans, 1, *x, None), _NAMES, q, k, v)
