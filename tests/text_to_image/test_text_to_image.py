@@ -72,6 +72,9 @@ class Trained:
     params: Any
 
 
+ON_A_GPU = {"attention_kernel": "cudnn", "dtype": "bfloat16"}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The prior, trained from scratch."""
@@ -111,6 +114,18 @@ def test_a_prior_trains_its_tokenizer_first(trained):
     seen = set().union(*rows)
     assert {"train/image_nats", "train/text_nats", "eval/image_nats", "train/learning_rate"} <= seen
     assert next((pathlib.Path(workdir) / "samples").rglob("*.png"))
+
+
+def test_a_training_with_the_kernel_of_a_gpu_is_loaded_on_a_cpu(trained, monkeypatch):
+    stored = Checkpoints.config
+
+    def config(self, step):
+        found = stored(self, step)
+        return {**found, "model": {**found["model"], "trunk": found["model"]["trunk"] | ON_A_GPU}}
+
+    monkeypatch.setattr(Checkpoints, "config", config)
+    model = TextToImage.load(trained.workdir, rows_at_once=2, mesh=make_mesh(data=1))
+    assert model.prior.options.trunk.attention_kernel == "auto"
 
 
 def test_truncated_captions_are_in_the_metrics(trained):
