@@ -84,7 +84,7 @@ def test_training_improves_on_a_good_start(task, run):
     assert start > psnr(task, random_start) + 5
     state = run.train(60)
     assert psnr(task, state.params) > start + 1
-    assert set(run.scalars) > {"psnr", "codebook_perplexity", "codebook_usage", "reconstruction", "commitment"}
+    assert set(run.scalars.names) > {"psnr", "codebook_perplexity", "codebook_usage", "reconstruction", "commitment"}
     assert np.all(np.isfinite(jax.tree.leaves(run.scalars)))
 
 

@@ -22,6 +22,7 @@ from dalle_jax.reporting.metric_writer import read_metrics
 from dalle_jax.training import profiling
 from dalle_jax.training.loop import train
 from dalle_jax.training.profiling import StepTrace
+from dalle_jax.training.step import Scalars
 
 DATA, DEVICE, LOGGING, EVALUATION = 3.0, 5.0, 0.5, 100.0
 
@@ -53,12 +54,7 @@ def timed(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(metric_writer, "time", clock)
     monkeypatch.setattr(progress, "time", clock)
 
-    def fetch(tree, get=jax.device_get):
-        if "loss" in tree:
-            passes(DEVICE)
-        return get(tree)
-
-    monkeypatch.setattr(jax, "device_get", fetch)
+    monkeypatch.setattr(Scalars, "wait", lambda _: passes(DEVICE))
     config = tiny_config(steps=4, cadence__log=2, cadence__eval=2, cadence__checkpoint=0)
     job = tiny_job(config)
 
