@@ -27,7 +27,6 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree, fingerprint
-from dalle_jax.reporting.images import to_uint8
 from dalle_jax.text_to_image import best_of_n, drawing, editing, inputs, loading
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, parameter_count
 from dalle_jax.text_to_image.sampling_parameters import by_name, parse
@@ -406,7 +405,7 @@ class TextToImage:
         """
         tokens = inputs.tokens(tokens, (None, None, None), self.prior.layout.image_vocab)
         decode = functools.partial(drawing.decode, self.tokenizer, self.tokenizer_params)
-        return to_uint8(drawing.by_rows(self, decode, tokens))
+        return drawing.by_rows(self, decode, tokens)
 
     @by_name
     def draw_tokens(
