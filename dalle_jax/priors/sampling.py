@@ -1,7 +1,8 @@
 """Sampling of tokens from logits: temperature, top-k, top-p, guidance, and one key per row.
 
 The top-k and top-p filters search their threshold bit by bit, in 32 passes over the logits, and do not sort. The search
-is exact, and k and p may change without a new compilation. Tokens that tie with the last kept token are kept.
+is exact, and k and p may change without a new compilation. `jax.lax.top_k` would need one for each k, because k is a
+shape there. Tokens that tie with the last kept token are kept.
 
 A token is the class at which the cumulative probability first exceeds a uniform random number. Vocabularies of at most
 `SMALL_VOCABULARY` classes have one cumulative sum. Larger ones are drawn in two levels: first a block of 128 classes by
