@@ -28,14 +28,14 @@ from dalle_jax.pytree import PyTree
 _HEADS = ("image_head_kernel", "text_head_kernel")
 
 
-def for_drawing(prior: TokenPrior, params: PyTree, mesh: Mesh) -> tuple[TokenPrior, PyTree]:
+def for_drawing(prior: TokenPrior, params: PyTree, mesh: Mesh | None) -> tuple[TokenPrior, PyTree]:
     """Converts a prior and its parameters.
 
     Args:
       prior: the prior. Its options have a `trunk`.
       params: unboxed parameters, a nested dict of float32 arrays on `mesh`. Its leaves are replaced one by one, so that
         memory never holds two copies of all of them. Do not use it after the call.
-      mesh: the mesh.
+      mesh: the mesh, or None for the default device.
 
     Returns:
       The prior with the options of the new layers, and its parameters. They are split over the mesh as those of its
@@ -49,7 +49,8 @@ def for_drawing(prior: TokenPrior, params: PyTree, mesh: Mesh) -> tuple[TokenPri
     _cast(params["embedding"], _HEADS, trunk.states_dtype)
     prior = dataclasses.replace(prior, options=unstacked_options(prior.options))
     if "units" in params["trunk"]:
-        layout = shardings_of(jax.eval_shape(prior.init, jax.random.key(0)), mesh)["trunk"]
+        boxed = jax.eval_shape(prior.init, jax.random.key(0))["trunk"]
+        layout = None if mesh is None else shardings_of(boxed, mesh)
         params["trunk"] = jax.jit(unstack, out_shardings=layout)(params["trunk"])
     return prior, params
 
