@@ -147,7 +147,7 @@ def test_both_methods_select_the_same_class_where_sums_are_exact(vocab):
     """Classes have weight 1 or 0, so that no sum is rounded; whole blocks have none."""
     rng = np.random.default_rng(vocab)
     kept = rng.random((40, vocab)) < 0.3
-    kept[:, 128:512] = kept[:10, -300:] = kept[10:20, :300] = False
+    kept[:, 128:512] = kept[:5, :300] = kept[5:20, -300:] = kept[10:20, :300] = False
     logits = jnp.asarray(np.where(kept, np.float32(3), -np.inf))
     uniform = np.concatenate([np.zeros(10), rng.random(20), np.full(10, 1 - 2.0**-24)]).astype(np.float32)
     by_blocks = jax.jit(lambda x, u: sampling._select_by_blocks(x, x.max(-1, keepdims=True), u))(logits, uniform)
