@@ -188,7 +188,7 @@ def _protocol(
         **(candidates if options.candidates else {}),
         "weights": {
             "tokenizer": fingerprint(first.tokenizer_params),
-            **{name: fingerprint(each.model.params) for name, each in models.items()},
+            **{name: each.model.fingerprint() for name, each in models.items()},
             **{key: value for extractor in extractors for key, value in extractor.description.items()},
         },
         "sampling": {name: dataclasses.asdict(each.sampling) for name, each in models.items()},

@@ -141,7 +141,7 @@ def describe_model(model: TextToImage, out: epath.Path, clip: str | None) -> dic
 def fingerprints(model: TextToImage) -> dict[str, str]:
     """Hashes all that decides an image: the prior, the image tokenizer and the text model."""
     return {
-        "prior": fingerprint(model.params),
+        "prior": model.fingerprint(),
         "image_tokenizer": fingerprint(model.tokenizer_params),
         "text_model": checksum(workdirs.text_model_path(model.workdir).read_bytes())[:16],
     }

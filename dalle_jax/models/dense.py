@@ -24,7 +24,7 @@ def rows_product(x: Float[ArrayLike, "B D"], kernel: Float[ArrayLike, "O D"], **
 
     A decode step is limited by the time to read its kernels. In this order XLA's CPU backend reads them in place. In
     the usual order it repacks them first (twice the time at 8 rows) or uses one core (at 1 row). The barriers prevent
-    XLA from reversing the order.
+    XLA from reversing the order. On other devices the compiler chooses the order.
 
     Args:
       x: [B, D].
@@ -34,6 +34,8 @@ def rows_product(x: Float[ArrayLike, "B D"], kernel: Float[ArrayLike, "O D"], **
     Returns:
       [B, O].
     """
+    if platform() != "cpu":
+        return jax.lax.dot_general(x, kernel, (((1,), (1,)), ((), ())), **kwargs)
     barrier = jax.lax.optimization_barrier
     return barrier(jax.lax.dot(kernel, barrier(x.T), **kwargs)).T
 
@@ -125,7 +127,10 @@ class Dense(nn.Module):
 
 
 def outputs_first(params: PyTree, dtype: DTypeLike) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
-    """Stores every dense kernel of a trunk as [*outputs, *inputs], the order in which `rows_product` reads it.
+    """Stores every dense kernel of a trunk as [*outputs, *inputs], the order in which `rows_product` reads it on CPUs.
+
+    On other devices the kernels keep their shape, because products read both orders equally fast. They are only cast,
+    which does nothing if they have the dtype already.
 
     Args:
       params: parameters of the trunk.
@@ -136,9 +141,13 @@ def outputs_first(params: PyTree, dtype: DTypeLike) -> tuple[PyTree, Callable[[P
       the decode loop, where it costs nothing.
     """
 
+    on_cpu = platform() == "cpu"
+
     def store(path, x):
         if path[-1].key != "kernel":
             return x
+        if not on_cpu:
+            return x.astype(dtype)
         inputs = np.prod(x.shape[: 2 if path[-2].key == "out" else 1])
         return jax.lax.optimization_barrier(x.astype(dtype).reshape(inputs, -1).T)
 
@@ -146,4 +155,4 @@ def outputs_first(params: PyTree, dtype: DTypeLike) -> tuple[PyTree, Callable[[P
         shaped = lambda path, x, rows: rows.T.reshape(x.shape) if path[-1].key == "kernel" else rows
         return jax.tree_util.tree_map_with_path(shaped, params, stored)
 
-    return jax.tree_util.tree_map_with_path(store, params), restore
+    return jax.tree_util.tree_map_with_path(store, params), restore if on_cpu else lambda stored: stored

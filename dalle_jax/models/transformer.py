@@ -308,7 +308,8 @@ class Attention(nn.Module):
         store = self.pattern.cache(self.layout)
         cache = tuple(store.write(c, y, position) for c, y in zip(cache, (k, v)))
         keys, values = (store.read(c, position) for c in cache)
-        y = attend_step(q, keys, values, store.visible(position), *text)
+        visible = store.visible(position)[: keys.shape[2]]  # a growing cache has fewer slots, see `scan_in_stages`
+        y = attend_step(q, keys, values, visible, *text)
         return self.out(y, decode_step=True), cache
 
 

@@ -182,6 +182,11 @@ def unstack(params: PyTree) -> PyTree:
     return flat
 
 
+def unstacked_options(options: PriorOptions) -> PriorOptions:
+    """Returns a prior's options with `scan=False` and `remat="none"`, as decoding needs."""
+    return dataclasses.replace(options, trunk=dataclasses.replace(options.trunk, scan=False, remat="none"))
+
+
 def for_decoding(params: PyTree, options: PriorOptions) -> tuple[PyTree, PriorOptions]:
     """Converts a prior's parameters and options to unstacked layers, once and not at every decoding step.
 
@@ -192,5 +197,4 @@ def for_decoding(params: PyTree, options: PriorOptions) -> tuple[PyTree, PriorOp
     Returns:
       Parameters and options for `scan=False` and `remat="none"`.
     """
-    flat = dataclasses.replace(options, trunk=dataclasses.replace(options.trunk, scan=False, remat="none"))
-    return params | {"trunk": unstack(params["trunk"])}, flat
+    return params | {"trunk": unstack(params["trunk"])}, unstacked_options(options)

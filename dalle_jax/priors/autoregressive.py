@@ -27,6 +27,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from dalle_jax.errors import ConfigError
+from dalle_jax.models.attention.decode_cache import scan_in_stages
 from dalle_jax.models.dense import outputs_first
 from dalle_jax.models.trunk import for_decoding
 from dalle_jax.priors import orders, sampling
@@ -207,7 +208,8 @@ def _decode(prior: AutoregressivePrior, order: str, params, text, keys, known, k
         return (logits, caches), token
 
     start = (jnp.repeat(logits, candidates, axis=0), caches)
-    (logits, _), tokens = jax.lax.scan(body, start, jnp.arange(length - 1))
+    stores = [pattern.cache(prior.stream) for pattern in o.patterns]
+    (logits, _), tokens = scan_in_stages(body, start, stores, length - 1)
     last = choose(logits, jnp.int32(length - 1))
     tokens = jnp.concatenate([tokens.T, last[:, None]], axis=1)
     return orders.to_raster(tokens, cells) if prior.any_order else tokens

@@ -250,13 +250,19 @@ def _decode(prior: MaskGITPrior, steps: int, order: masking.UnmaskingOrder, para
 
     def body(ids, t):
         unknown, ratio = ids == layout.mask_id, (t + 1) / steps
-        logits = bound(jnp.concatenate([ids, ids]) if guided else ids, text_cache, method="refine")
-        if guided:
-            logits = sampling.guide(logits[:rows], logits[rows:], knobs["guidance"] * ratio)
+        states = bound(jnp.concatenate([ids, ids]) if guided else ids, text_cache, method="states")
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
         draw_keys, noise_keys = jax.vmap(lambda key: jax.random.split(key), out_axes=1)(step_keys)
-        drawn = sampling.choose(logits, draw_keys, knobs, t / max(steps - 1, 1))
-        surprise = cross_entropy(logits, drawn)
+
+        def decide(states, uniform):
+            logits = bound(states, method="logits")
+            if guided:
+                logits = sampling.guide(logits[:rows], logits[rows:], knobs["guidance"] * ratio)
+            drawn = sampling.choose_at(logits, uniform, knobs, t / max(steps - 1, 1))
+            return drawn, cross_entropy(logits, drawn)
+
+        uniform = sampling.uniforms(draw_keys, shape[1:])
+        drawn, surprise = sampling.in_parts(decide, layout.image_vocab, states, uniform)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, (layout.image_length,)))(noise_keys)
         scores = jnp.where(unknown, order.scores(-surprise, noise, ratio), jnp.inf)
         left = masking.still_masked(o.mask_schedule, t, steps, at_start, unknown.sum(-1))

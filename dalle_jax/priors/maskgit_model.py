@@ -1,6 +1,7 @@
 """The network of the MaskGIT prior and its hyper-parameters (arXiv 2202.04200, section 3); see `maskgit.py`.
 
 B rows    C captions    T text    N image tokens    S = T + N    D width    V image vocabulary
+P some image positions
 """
 
 from __future__ import annotations
@@ -132,8 +133,8 @@ class MaskGITModel(nn.Module):
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
         self.image_bias = self.param("image_bias", zeros, (self.layout.image_vocab,))
 
-    def _logits(self, x: Float[ArrayLike, "B N D"]) -> Float[Array, "B N V"]:
-        """Computes logits, float32 [B, N, V], from the states of the image, [B, N, D]."""
+    def logits(self, x: Float[ArrayLike, "B P D"]) -> Float[Array, "B P V"]:
+        """Computes logits, float32 [B, P, V], from states of some image positions, [B, P, D]."""
         if self.options.head == "mlm":
             x = self.head_norm(jax.nn.gelu(self.head(x), approximate=False))
         return self.embedding.image_logits(x) + self.image_bias[None, None]
@@ -153,15 +154,19 @@ class MaskGITModel(nn.Module):
         """
         x = jnp.concatenate([self.embedding.text(text, train), self.embedding.image(ids, train)], axis=1)
         x = self.trunk(constrain(x, "batch", "length", "embed_act"), train)
-        return self._logits(x[:, self.layout.text_length :])
+        return self.logits(x[:, self.layout.text_length :])
 
     def prefill(self, text: Int[ArrayLike, "C T"]) -> list[TextCache]:
         """Computes the keys and values of captions, int32 [C, T], in each layer."""
         return self.trunk.prefill(self.embedding.text(text))[1]
 
+    def states(self, ids: Int[ArrayLike, "B N"], text: list[TextCache]) -> Float[Array, "B N D"]:
+        """Computes the states that `logits` reads, given the captions of `prefill`: int32 [C·n, N] to [C·n, N, D]."""
+        return self.trunk.refine(self.embedding.image(ids), text)
+
     def refine(self, ids: Int[ArrayLike, "B N"], text: list[TextCache]) -> Float[Array, "B N V"]:
         """Computes image logits given the captions of `prefill`: ids, int32 [C·n, N], to float32 [C·n, N, V]."""
-        return self._logits(self.trunk.refine(self.embedding.image(ids), text))
+        return self.logits(self.states(ids, text))
 
 
 def truncated_start(params: PyTree, key: Key[Array, ""], scale: float) -> PyTree:

@@ -1,23 +1,34 @@
 """Sampling of tokens from logits: temperature, top-k, top-p, guidance, and one key per row.
 
 The top-k and top-p filters search their threshold bit by bit, in 32 passes over the logits, and do not sort. The search
-is exact, and k and p may change without a new compilation. Tokens that tie with the last kept token are kept.
+is exact, and k and p may change without a new compilation. `jax.lax.top_k` would need one for each k, because k is a
+shape there. Tokens that tie with the last kept token are kept.
 
-    B rows    C captions    T text    V vocabulary
+A token is the class at which the cumulative probability first exceeds a uniform random number. Vocabularies of at most
+`SMALL_VOCABULARY` classes have one cumulative sum. Larger ones are drawn in two levels: first a block of 128 classes by
+the sums of all blocks, then a class of this block. No cumulative sum over the vocabulary is then in memory. The rule
+depends on the vocabulary alone, so that a key always gives the same token. The two methods round their sums
+differently. For 16,384 similar classes they select different neighbours for one of 1,000 random numbers.
+
+    B rows    C captions    T text    V vocabulary    P parts of the positions
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, UInt32
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Shaped, UInt32
 
 from dalle_jax.configuration.options import check
 from dalle_jax.token_layout import LONGEST_STREAM, TokenLayout
 
 Knobs = dict[str, Array]
+SMALL_VOCABULARY = 4096  # classes of the largest vocabulary that is drawn by one cumulative sum
+_BLOCK = 128  # classes of a block of a larger one
+_MOST_LOGITS = 2**25  # of a larger vocabulary in memory at once: 128 MiB in float32
 _TEMPERATURES = ("temperature", "final_temperature", "choice_temperature")
 _MOST = {"guidance": 1000, "steps": LONGEST_STREAM, **dict.fromkeys(_TEMPERATURES, 1e6)}  # beyond, float32 overflows
 
@@ -155,6 +166,11 @@ def guide(
     return (1 + scale) * conditional - scale * null
 
 
+def uniforms(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Float[Array, " B *axes"]:
+    """Draws the random number of each token, float32 [B, *shape] in [0, 1), from one key per row."""
+    return jax.vmap(lambda key: jax.random.uniform(key, shape))(keys)
+
+
 def choose(
     logits: Float[ArrayLike, "B *axes V"], keys: Key[Array, " B"], knobs: Knobs, progress: Float[ArrayLike, ""]
 ) -> Int[Array, " B *axes"]:
@@ -169,12 +185,22 @@ def choose(
     Returns:
       Tokens, int32 [B, ...].
     """
+    return choose_at(logits, uniforms(keys, logits.shape[1:-1]), knobs, progress)
+
+
+def choose_at(
+    logits: Float[ArrayLike, "B *axes V"],
+    uniform: Float[ArrayLike, " B *axes"],
+    knobs: Knobs,
+    progress: Float[ArrayLike, ""],
+) -> Int[Array, " B *axes"]:
+    """Selects one token per row and position as `choose` does, given the random numbers of `uniforms`."""
     temperature = knobs["temperature"]
     if "final_temperature" in knobs:
         temperature = temperature + (knobs["final_temperature"] - temperature) * progress
     logits = logits / jnp.where(temperature > 0, temperature, 1.0)
     logits = filter_logits(logits, top_k=knobs.get("top_k"), top_p=knobs.get("top_p"))
-    return draw(logits, keys, jnp.where(temperature > 0, 1.0, 0.0))
+    return _draw_at(logits, uniform, jnp.where(temperature > 0, 1.0, 0.0))
 
 
 def draw(
@@ -182,8 +208,8 @@ def draw(
 ) -> Int[Array, " B *axes"]:
     """Draws one token per row and position from softmax(logits), or selects the largest logit.
 
-    A token is the class at which the cumulative probability first exceeds a uniform random number. This needs one
-    random number per token. Gumbel noise needs one per class, which takes a third of a MaskGIT prior's time on a CPU.
+    This needs one random number per token. Gumbel noise needs one per class, which takes a third of a MaskGIT prior's
+    time on a CPU. See the top of this file for the two methods.
 
     Args:
       logits: float32 [B, ..., V].
@@ -193,12 +219,80 @@ def draw(
     Returns:
       Tokens, int32 [B, ...].
     """
+    return _draw_at(logits, uniforms(keys, logits.shape[1:-1]), temperature)
+
+
+def _draw_at(
+    logits: Float[ArrayLike, "B *axes V"], uniform: Float[ArrayLike, " B *axes"], temperature: Float[ArrayLike, ""]
+) -> Int[Array, " B *axes"]:
+    """Selects the token of each random number, float32 [B, ...] in [0, 1); see `draw`."""
     vocab, top = logits.shape[-1], logits.max(-1, keepdims=True)
-    classes = jax.lax.broadcasted_iota(jnp.int32, logits.shape, logits.ndim - 1)
-    first = lambda where: jnp.where(where, classes, vocab).min(-1)
-    uniform = jax.vmap(lambda key: jax.random.uniform(key, logits.shape[1:-1]))(keys)[..., None]
-    weights = jnp.exp(logits - top)
+    if vocab <= SMALL_VOCABULARY:
+        drawn = _select(jnp.exp(logits - top), uniform)
+    else:
+        drawn = _select_by_blocks(logits, top, uniform)
+    return jnp.where((temperature > 0) & (drawn < vocab), drawn, _first(~(logits < top)))
+
+
+def _first(where: Bool[ArrayLike, "*axes V"]) -> Int[Array, "*axes"]:
+    """Returns the first true place of each row, or V: bool [..., V] to int32 [...]."""
+    places = jax.lax.broadcasted_iota(jnp.int32, where.shape, where.ndim - 1)
+    return jnp.where(where, places, where.shape[-1]).min(-1)
+
+
+def _select(weights: Float[ArrayLike, "*axes V"], uniform: Float[ArrayLike, "*axes"]) -> Int[Array, "*axes"]:
+    """Selects a class by its share of the weights, with one cumulative sum; V if rounding leaves no class."""
     reached = jnp.cumsum(weights, axis=-1)
     # Rounding errors of the sums must neither select a class without weight nor leave no class at all.
-    drawn = first((reached > uniform * reached[..., -1:]) & (weights > 0))
-    return jnp.where((temperature > 0) & (drawn < vocab), drawn, first(~(logits < top)))
+    return _first((reached > uniform[..., None] * reached[..., -1:]) & (weights > 0))
+
+
+def _select_by_blocks(
+    logits: Float[ArrayLike, "*axes V"], top: Float[ArrayLike, "*axes 1"], uniform: Float[ArrayLike, "*axes"]
+) -> Int[Array, "*axes"]:
+    """Selects a class by its share of exp(logits - top), first its block and then the class; V if rounding leaves none.
+
+    Rounding errors select neither a block nor a class without weight.
+    """
+    missing = -logits.shape[-1] % _BLOCK
+    padded = jnp.pad(logits, [(0, 0)] * (logits.ndim - 1) + [(0, missing)], constant_values=-jnp.inf)
+    blocks = padded.reshape(*logits.shape[:-1], -1, _BLOCK)
+    sums = jnp.exp(blocks - top[..., None]).sum(-1)
+    reached = jnp.cumsum(sums, axis=-1)
+    aim = uniform * reached[..., -1]
+    block = _first((reached > aim[..., None]) & (sums > 0))
+    at = lambda x, place: jnp.take_along_axis(x, place[..., None], axis=-1, mode="clip")[..., 0]
+    before = jnp.where(block > 0, at(reached, block - 1), 0.0)
+    chosen = jnp.take_along_axis(blocks, block[..., None, None], axis=-2, mode="clip")[..., 0, :]
+    weights = jnp.exp(chosen - top)
+    inside = _first((jnp.cumsum(weights, axis=-1) > (aim - before)[..., None]) & (weights > 0))
+    last = _BLOCK - 1 - _first(weights[..., ::-1] > 0)
+    found = block * _BLOCK + jnp.minimum(inside, last)
+    return jnp.where(block < sums.shape[-1], found, logits.shape[-1])
+
+
+def in_parts(
+    function: Callable[..., tuple[Array, ...]], vocabulary: int, *arrays: Shaped[ArrayLike, "_ N *_"]
+) -> tuple[Array, ...]:
+    """Applies a function that computes logits to all positions, so that few logits are in memory at once.
+
+    A small vocabulary's logits are computed at once. The positions of a larger one are split into equal parts.
+
+    Args:
+      function: maps arrays [_, N / P, ...] to arrays [B, N / P], each position alone.
+      vocabulary: V.
+      *arrays: [_, N, ...]; the first one has a row for each row of logits.
+
+    Returns:
+      Arrays [B, N].
+    """
+    rows, length = arrays[0].shape[:2]
+    parts = 1
+    if vocabulary > SMALL_VOCABULARY:
+        fits = lambda count: length % count == 0 and rows * (length // count) * vocabulary <= _MOST_LOGITS
+        parts = next(filter(fits, range(1, length)), length)
+    if parts == 1:
+        return function(*arrays)
+    split = lambda x: jnp.moveaxis(x.reshape(x.shape[0], parts, -1, *x.shape[2:]), 1, 0)
+    found = jax.lax.map(lambda part: function(*part), tuple(map(split, arrays)))
+    return tuple(jnp.moveaxis(y, 0, 1).reshape(y.shape[1], length) for y in found)

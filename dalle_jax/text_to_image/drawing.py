@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.sharding import Mesh
@@ -24,6 +25,7 @@ from dalle_jax.configuration.values import check_seed, natural
 from dalle_jax.distributed.chunks import up_to_multiple
 from dalle_jax.distributed.rows import over_rows
 from dalle_jax.distributed.sharding import batch_shards
+from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
@@ -39,14 +41,13 @@ class Drawer(Protocol):
 
     prior: TokenPrior
     params: PyTree
+    tokenizer: ImageTokenizer
+    tokenizer_params: PyTree
     rows_at_once: int
     mesh: Mesh | None
 
     def encode_text(self, captions: list[str]) -> np.ndarray:
         """Encodes captions to padded ids, int32 [C, T]."""
-
-    def decode(self, tokens: np.ndarray) -> np.ndarray:
-        """Decodes tokens, int32 [B, N], to images, uint8 [B, H, W, 3]."""
 
 
 def check_count(n: int, seed: int) -> tuple[int, int]:
@@ -167,6 +168,8 @@ def draw(
 ) -> np.ndarray:
     """Draws one chunk.
 
+    Text ids go to the devices and pixels come back. The tokens between them stay on the devices.
+
     Args:
       model: draws the rows.
       text: int32 [C, T], padded captions.
@@ -178,7 +181,10 @@ def draw(
     """
     captions, numbers = part.rows()
     text = text[captions]
-    return part.images(model.decode(sample(model, text, row_keys(seed, text, numbers), options, negative)))
+    tokens = sample(model, text, row_keys(seed, text, numbers), options, negative)
+    grid = tokens.reshape(-1, model.prior.layout.height, model.prior.layout.width)
+    function = functools.partial(decode, model.tokenizer, model.tokenizer_params)
+    return part.images(np.asarray(over_rows(model.mesh, function, grid)))
 
 
 def sample(
@@ -250,4 +256,7 @@ def encode(tokenizer, params, images):
 
 @functools.partial(jax.jit, static_argnums=0)
 def decode(tokenizer, params, tokens):
-    return tokenizer.decode(params, tokens)
+    images = tokenizer.decode(params, tokens)
+    return jnp.round(jnp.clip(images, 0, 1) * 255).astype(
+        jnp.uint8
+    )  # as `to_uint8`, with a fourth of the bytes to copy

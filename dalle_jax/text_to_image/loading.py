@@ -16,6 +16,7 @@ from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.distributed.sharding import replicated, shardings_of
 from dalle_jax.errors import CheckpointError, ConfigError
 from dalle_jax.models.attention import kernels
+from dalle_jax.priors.decoding_weights import for_drawing
 from dalle_jax.priors.registry import make
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree, fingerprint, first_mismatch
@@ -51,6 +52,9 @@ def load(
         layout_of = lambda stored: _layout(prior, stored, workdir, mesh)
         params = checkpoints.restore_params(step, layout=layout_of, frozen=fingerprint({"tokenizer": tokenizer_params}))
         step = checkpoints.resolve(step)
+    # The stored parameters identify the model, and a conversion would change the hash of those in memory.
+    stored = "" if prior.options.trunk.dtype == "float32" else fingerprint(params)
+    prior, params = for_drawing(prior, params, mesh)
     tokenizer_params = jax.device_put(tokenizer_params, replicated(mesh))
     folder = clip or (workdir if has_clip(workdir) else None)
     scorer = ClipScorer.load(folder, rows_at_once=rows_at_once, mesh=mesh) if folder else None
@@ -67,6 +71,7 @@ def load(
         "scorer": scorer,
         "mesh": mesh,
         "fit": config["data"].get("fit", "crop"),
+        "stored_fingerprint": stored,
     }
 
 

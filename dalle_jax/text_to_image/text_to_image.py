@@ -26,8 +26,7 @@ from dalle_jax.data.text import TextModel, encode_captions
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.priors.token_prior import TokenPrior
-from dalle_jax.pytree import PyTree
-from dalle_jax.reporting.images import to_uint8
+from dalle_jax.pytree import PyTree, fingerprint
 from dalle_jax.text_to_image import best_of_n, drawing, editing, inputs, loading
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, parameter_count
 from dalle_jax.text_to_image.sampling_parameters import by_name, parse
@@ -38,7 +37,8 @@ class TextToImage:
     """A prior with its image tokenizer and its text model, ready to draw. Create one with `TextToImage.load`.
 
     Attributes:
-      prior, params: the prior and its (averaged) parameters.
+      prior, params: the prior and its (averaged) parameters. `load` converts those of a bfloat16 prior once, see
+        `priors.decoding_weights`.
       tokenizer, tokenizer_params: the image tokenizer and its parameters.
       text_model: converts captions to ids.
       image_size: H = W, pixels.
@@ -47,6 +47,7 @@ class TextToImage:
       scorer: the CLIP that ranks candidates, or None.
       mesh: devices that share the rows, or None for the default device.
       fit: how a given image that is not square becomes one, `data.fit` of the training.
+      stored_fingerprint: hash of the checkpoint's parameters if `load` converted them, else "".
     """
 
     prior: TokenPrior
@@ -61,6 +62,7 @@ class TextToImage:
     scorer: ClipScorer | None = None
     mesh: Mesh | None = None
     fit: str = "crop"
+    stored_fingerprint: str = ""
 
     @classmethod
     def load(
@@ -100,6 +102,10 @@ class TextToImage:
             f"{layout.text_length} tokens of {layout.text_vocab}, workdir={self.workdir!r}, step={self.step}, "
             f"scorer={self.scorer!r})"
         )
+
+    def fingerprint(self) -> str:
+        """Hashes the prior's parameters as they are in the checkpoint: 16 hexadecimal digits."""
+        return self.stored_fingerprint or fingerprint(self.params)
 
     # -- images ---------------------------------------------------------------------------------------------------
 
@@ -399,7 +405,7 @@ class TextToImage:
         """
         tokens = inputs.tokens(tokens, (None, None, None), self.prior.layout.image_vocab)
         decode = functools.partial(drawing.decode, self.tokenizer, self.tokenizer_params)
-        return to_uint8(drawing.by_rows(self, decode, tokens))
+        return drawing.by_rows(self, decode, tokens)
 
     @by_name
     def draw_tokens(

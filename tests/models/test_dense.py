@@ -30,12 +30,30 @@ def test_accelerators_and_cpus_agree(monkeypatch, inputs, outputs, dtype, tolera
     np.testing.assert_allclose(ours[1].reshape(14, -1), flat, atol=tolerance * np.abs(flat).max())
 
 
-def test_only_a_decode_step_takes_the_decode_path():
-    """The path follows the argument and not the rank, and both paths give the same product."""
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_only_a_decode_step_takes_the_decode_path(monkeypatch, platform):
+    """The path follows the argument and not the rank, and both paths give the same product. Barriers are for CPUs."""
+    monkeypatch.setattr(dense, "platform", lambda: platform)
     layer, x = dense.Dense((6,), (10,), ("embed", "mlp"), "float32"), np.ones((3, 6), np.float32)
     params = layer.init(jax.random.key(0), x)
     program = lambda **kwargs: str(jax.make_jaxpr(lambda x: layer.apply(params, x, **kwargs))(x))  # noqa: E731
-    assert "optimization_barrier" in program(decode_step=True) and "optimization_barrier" not in program()
+    assert ("optimization_barrier" in program(decode_step=True)) == (platform == "cpu")
+    assert "optimization_barrier" not in program()
     plain = layer.apply(params, x)
     np.testing.assert_array_equal(plain, layer.apply(params, x[:, None])[:, 0])
     np.testing.assert_allclose(layer.apply(params, x, decode_step=True), plain, rtol=1e-5)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu"])
+def test_stored_kernels_are_restored(monkeypatch, platform):
+    """Only CPUs get copies with the outputs first; kernels of the right dtype stay as they are on other devices."""
+    monkeypatch.setattr(dense, "platform", lambda: platform)
+    rng = np.random.default_rng(0)
+    shapes = {"qkv": (4, 3, 2, 5), "out": (2, 5, 4), "up": (4, 6)}
+    params = {name: {"kernel": jnp.asarray(rng.normal(size=shape), "bfloat16")} for name, shape in shapes.items()}
+    params["norm"] = {"scale": jnp.ones(4)}
+    stored, restore = dense.outputs_first(params, "bfloat16")
+    jax.tree.map(np.testing.assert_array_equal, restore(stored), params)
+    assert stored["norm"]["scale"] is params["norm"]["scale"]
+    assert stored["out"]["kernel"].shape == ((4, 10) if platform == "cpu" else (2, 5, 4))
+    assert stored["qkv"]["kernel"].shape == ((30, 4) if platform == "cpu" else (4, 3, 2, 5))

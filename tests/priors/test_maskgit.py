@@ -8,12 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from prior_cases import LAYOUT, N, T, V, changed, loss_of, maskgit, params_of, rows
+from prior_cases import LAYOUT, N, T, V, changed, loss_of, maskgit, params_of, rows, trunk_of
 
 from dalle_jax.errors import ConfigError
+from dalle_jax.priors import sampling
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITModel, MaskGITOptions
 from dalle_jax.priors.registry import make
+from dalle_jax.token_layout import TokenLayout
 
 PRIOR = maskgit()
 MASK = LAYOUT.mask_id
@@ -69,7 +71,7 @@ def test_neighbours_are_a_depthwise_convolution_added_to_the_token():
 def test_linear_head_is_one_product():
     prior = changed(PRIOR, head="linear", tied_embeddings=False)
     params, states = params_of(prior), jax.random.normal(jax.random.key(0), (2, N, 16))
-    logits = prior.model.apply({"params": params}, states, method=lambda model, x: model._logits(x))
+    logits = prior.model.apply({"params": params}, states, method=lambda model, x: model.logits(x))
     expected = states @ params["embedding"]["image_head_kernel"].T + params["image_bias"][None, None]
     np.testing.assert_allclose(logits, expected, atol=1e-5)
 
@@ -298,6 +300,37 @@ def test_one_step_and_more_steps_than_tokens():
 
 
 # -- from a configuration -----------------------------------------------------------------------------------------
+
+
+def test_a_large_vocabulary_is_decoded_part_by_part(monkeypatch):
+    """The tokens are those of all logits at once."""
+    params, (text, _) = params_of(PRIOR), rows(2)
+    keys = jax.random.split(jax.random.key(3), 4)
+
+    def decoded():
+        decode = lambda params: PRIOR.sample(params, text, keys, guidance=1.0, top_p=0.9)
+        jax.clear_caches()  # the constants are not part of the key of a compiled program
+        return np.asarray(decode(params)), str(jax.make_jaxpr(decode)(params))
+
+    monkeypatch.setattr(sampling, "SMALL_VOCABULARY", 1)
+    at_once, program = decoded()
+    monkeypatch.setattr(sampling, "_MOST_LOGITS", 8 * V * N // 3)
+    in_parts, split = decoded()
+    np.testing.assert_array_equal(in_parts, at_once)
+    assert f"f32[8,{N // 3},{V}]" in split and f"f32[8,{N // 3},{V}]" not in program
+    jax.clear_caches()
+
+
+def test_memory_of_decoding_a_large_vocabulary():
+    """At 64 rows, 256 tokens and 8,192 classes, the compiler needs less memory than one array of all logits."""
+    layout = TokenLayout(text_vocab=10, image_vocab=8192, text_length=4, height=16, width=16)
+    prior = MaskGITPrior(layout, MaskGITOptions(trunk_of(width=8, depth=1), head="linear"))
+    params = nn.meta.unbox(jax.eval_shape(prior.init, jax.random.key(0)))
+    given = jax.ShapeDtypeStruct((1, 4), jnp.int32), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 64))
+    program = jax.jit(prior.sample).lower(params, *given).compile()
+    logits = 64 * 256 * 8192 * 4
+    assert program.memory_analysis().temp_size_in_bytes < 0.8 * logits
+    assert "[64,256,8192]" not in program.as_text()
 
 
 def test_invalid_configurations():

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -98,8 +99,9 @@ def test_temperature_zero_selects_the_largest_logit():
     np.testing.assert_array_equal(tokens, logits.argmax(1))
 
 
-def test_a_draw_depends_on_its_own_key_and_logits_only():
-    logits = np.random.default_rng(0).normal(size=(16, 20)).astype(np.float32)
+@pytest.mark.parametrize("vocab", [20, sampling.SMALL_VOCABULARY + 1])
+def test_a_draw_depends_on_its_own_key_and_logits_only(vocab):
+    logits = np.random.default_rng(0).normal(size=(16, vocab)).astype(np.float32)
     keys = jax.random.split(jax.random.key(0), 16)
     tokens = np.asarray(sampling.draw(logits, keys, jnp.float32(1)))
     backwards = np.asarray(sampling.draw(logits[::-1], keys[::-1], jnp.float32(1)))
@@ -124,13 +126,58 @@ def test_draws_follow_the_distribution():
     assert chi_square < 18.5, found  # 4 degrees of freedom: exceeded once in a thousand
 
 
-def test_half_of_a_large_vocabulary_filtered_out():
+@pytest.mark.parametrize("vocab", [4096, 5000])
+def test_half_of_a_large_vocabulary_filtered_out(vocab):
     """Sums over thousands of classes are rounded, but every draw is a class with weight."""
-    logits = np.random.default_rng(0).normal(size=(256, 32, 4096)).astype(np.float32) * 4
+    logits = np.random.default_rng(0).normal(size=(256, 32, vocab)).astype(np.float32) * 4
     logits[..., 1::2] = -np.inf
     tokens = np.asarray(jax.jit(sampling.draw)(logits, jax.random.split(jax.random.key(0), 256), jnp.float32(1)))
-    assert tokens.shape == (256, 32) and (tokens % 2 == 0).all() and tokens.min() >= 0 and tokens.max() < 4096
-    weights = np.exp(logits.astype(np.float64)).reshape(-1, 4096)
+    assert tokens.shape == (256, 32) and (tokens % 2 == 0).all() and tokens.min() >= 0 and tokens.max() < vocab
+    weights = np.exp(logits.astype(np.float64)).reshape(-1, vocab)
     drawn = np.take_along_axis(weights / weights.sum(1, keepdims=True), tokens.reshape(-1, 1), 1)
     wanted = (np.square(weights).sum(1) / np.square(weights.sum(1))).mean()  # of a drawn class's probability
     assert abs(drawn.mean() - wanted) < 4 * drawn.std() / len(drawn) ** 0.5
+
+
+# -- large vocabularies: first a block, then a class --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab", [4097, 5000, 8192])
+def test_both_methods_select_the_same_class_where_sums_are_exact(vocab):
+    """Classes have weight 1 or 0, so that no sum is rounded; whole blocks have none."""
+    rng = np.random.default_rng(vocab)
+    kept = rng.random((40, vocab)) < 0.3
+    kept[:, 128:512] = kept[:5, :300] = kept[5:20, -300:] = kept[10:20, :300] = False
+    logits = jnp.asarray(np.where(kept, np.float32(3), -np.inf))
+    uniform = np.concatenate([np.zeros(10), rng.random(20), np.full(10, 1 - 2.0**-24)]).astype(np.float32)
+    by_blocks = jax.jit(lambda x, u: sampling._select_by_blocks(x, x.max(-1, keepdims=True), u))(logits, uniform)
+    flat = jax.jit(lambda x, u: sampling._select(jnp.exp(x - x.max(-1, keepdims=True)), u))(logits, uniform)
+    number = (uniform * kept.sum(1).astype(np.float32)).astype(int)  # of the kept class, from 0
+    expected = [np.flatnonzero(row)[min(n, row.sum() - 1)] for row, n in zip(kept, number)]
+    np.testing.assert_array_equal(by_blocks[:30], expected[:30])
+    np.testing.assert_array_equal(by_blocks, flat)
+
+
+def test_where_no_class_is_reached_the_largest_logit_is_selected():
+    """Rounding can leave no class, as a random number of 1 does here. The last class has no weight."""
+    logits = np.random.default_rng(0).normal(size=(6, 5120)).astype(np.float32)
+    logits[:, -200:] = -np.inf
+    found = jax.jit(sampling._draw_at)(logits, jnp.ones(6), jnp.float32(1))
+    np.testing.assert_array_equal(found, logits.argmax(1))
+
+
+def test_only_large_vocabularies_are_split_into_parts():
+    """At most 2**25 logits are in memory."""
+    seen = []
+
+    def total(x, y):
+        seen.append(x.shape[1])
+        return x.sum(-1) + y, y
+
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 6, 5)), jnp.float32)
+    y = jnp.arange(24.0).reshape(4, 6)
+    for vocab, positions in ((4096, 6), (4097, 6), (2**21, 3), (2**22, 2), (2**40, 1)):
+        ours = sampling.in_parts(total, vocab, x, y)
+        np.testing.assert_allclose(ours[0], x.sum(-1) + y, rtol=1e-5)
+        np.testing.assert_array_equal(ours[1], y)
+        assert seen.pop() == positions

@@ -13,6 +13,7 @@ import random_model
 from random_model import SIZE, TRUNK
 
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.reporting.images import to_uint8
 from dalle_jax.text_to_image import drawing
 
 CAPTION = "a red circle"
@@ -158,3 +159,28 @@ def test_repeated_calls_keep_no_arrays(model):
     for seed in range(20):
         model.generate(CAPTION, n=1 + seed % 8, seed=seed)
     assert len(jax.live_arrays()) <= before
+
+
+def test_tokens_stay_on_the_devices(model, monkeypatch):
+    """A chunk is read once, as pixels, and these are the pixels of the decoded tokens."""
+    images = model.generate(CAPTION, n=3, seed=1)
+    reads = []
+
+    def recorded(convert):
+        def call(x, *args, **kwargs):
+            reads.extend([(x.dtype, x.ndim)] if isinstance(x, jax.Array) else [])
+            return convert(x, *args, **kwargs)
+
+        return call
+
+    for name in ("array", "asarray"):  # the only ways from a device to the host in this package's drawing
+        monkeypatch.setattr(np, name, recorded(getattr(np, name)))
+    again = model.generate(CAPTION, n=3, seed=1)
+    monkeypatch.undo()
+    assert reads == [(np.uint8, 4)]
+    np.testing.assert_array_equal(again, images)
+    nothing = np.zeros((3, model.prior.layout.image_length), np.int32)
+    tokens = model.draw_tokens(CAPTION, 3, 1, (nothing, nothing > 0))
+    np.testing.assert_array_equal(model.decode(tokens), images)
+    decoded = model.tokenizer.decode(model.tokenizer_params, tokens.reshape(3, random_model.SIDE, random_model.SIDE))
+    np.testing.assert_array_equal(to_uint8(decoded), images)

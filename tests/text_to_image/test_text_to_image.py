@@ -26,12 +26,14 @@ from dalle_jax.errors import CheckpointError, ConfigError, DataError
 from dalle_jax.jobs import evaluate, generate
 from dalle_jax.jobs import train as train_job
 from dalle_jax.models.clip import CLIP, CLIPOptions
+from dalle_jax.priors import registry
 from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.pytree import fingerprint
 from dalle_jax.tasks import encoded_split
 from dalle_jax.tasks.encoded_split import tokens_of_split
 from dalle_jax.tasks.prior import PriorTask
 from dalle_jax.tasks.registry import build
-from dalle_jax.text_to_image import drawing
+from dalle_jax.text_to_image import drawing, loading
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.text_to_image.drawing import row_keys
 
@@ -420,6 +422,26 @@ def test_a_negative_caption_without_guidance_is_rejected(trained, model, tmp_pat
     with pytest.raises(ConfigError, match="guidance"):
         generate.run(config, str(tmp_path))
     assert not list(tmp_path.iterdir())
+
+
+# -- parameters of a bfloat16 prior ---------------------------------------------------------------------------------
+
+
+def test_loading_converts_the_parameters_of_a_bfloat16_prior(trained, model, monkeypatch):
+    """The model holds half the bytes, draws the images of the float32 parameters and has the checkpoint's hash."""
+
+    def half(*sections):
+        prior = registry.make(*sections)
+        trunk = dataclasses.replace(prior.options.trunk, dtype="bfloat16")
+        return dataclasses.replace(prior, options=dataclasses.replace(prior.options, trunk=trunk))
+
+    monkeypatch.setattr(loading, "make", half)
+    loaded = TextToImage.load(trained.workdir, rows_at_once=2, mesh=model.mesh)
+    held, whole = (sum(leaf.nbytes for leaf in jax.tree.leaves(each.params["trunk"])) for each in (loaded, model))
+    assert whole / 2 < held < 0.6 * whole, "norms and biases stay float32"
+    unconverted = dataclasses.replace(model, prior=loaded.prior)
+    np.testing.assert_array_equal(loaded.generate(CAPTION, n=2), unconverted.generate(CAPTION, n=2))
+    assert loaded.fingerprint() == model.fingerprint() == fingerprint(model.params) != fingerprint(loaded.params)
 
 
 # -- jobs ---------------------------------------------------------------------------------------------------------

@@ -1,16 +1,26 @@
 """Decode caches: keys or values of earlier image positions, stored and read as an attention pattern needs.
 
-B rows    H heads    K head size    L cached positions    h, w grid
+A step reads all slots of a cache. A cache of all image positions is mostly empty at first, so a long one grows in
+stages, and each stage is a loop over a larger cache.
+
+B rows    H heads    K head size    L cached positions    h, w grid    N image tokens
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from dalle_jax.pytree import PyTree
+
+_STAGES = 4
+_SHORT = 256  # slots of the largest cache that has all of them from the start; each stage is compiled for itself
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,3 +86,48 @@ class ColumnCache:
     def visible(self, position: Int[ArrayLike, ""]) -> Bool[Array, " h"]:
         """Returns which rows of the column are at or above `position`: bool [h]."""
         return jnp.arange(self.height) <= position // self.width
+
+
+Caches = list[tuple[Float[Array, "..."], Float[Array, "..."]]]  # keys and values of each layer
+
+
+def scan_in_stages(
+    body: Callable[[tuple[PyTree, Caches], Array], tuple[tuple[PyTree, Caches], PyTree]],
+    start: tuple[PyTree, Caches],
+    stores: Sequence[RingCache | ColumnCache],
+    positions: int,
+) -> tuple[tuple[PyTree, Caches], PyTree]:
+    """Runs a decode loop as `jax.lax.scan` does, over the positions 0, 1, 2, …, with long caches that grow.
+
+    A cache grows if it has more than 256 slots, one for each position. The loop is then split into four. The caches of
+    the first loop have a fourth of the slots, and those of the last one have all. This reads 63% of the slots.
+
+    Args:
+      body: maps ((state, caches), position) to ((state, caches), outputs). It accepts caches with fewer slots, as long
+        as they have one for the position.
+      start: the state, and empty caches with all slots.
+      stores: how each layer's cache is stored.
+      positions: number of positions.
+
+    Returns:
+      The state and the caches after the last position, and the outputs of all positions, stacked.
+    """
+    growing = [isinstance(each, RingCache) and each.slots > max(_SHORT, positions - 1) for each in stores]
+    if not any(growing):
+        return jax.lax.scan(body, start, jnp.arange(positions))
+    slots = max(each.slots for each, grows in zip(stores, growing) if grows)
+    ends = [-(-slots * (stage + 1) // _STAGES) for stage in range(_STAGES)]
+    (state, caches), outputs = start, []
+    for first, end in itertools.pairwise([0, *ends]):
+        caches = [
+            tuple(_with_slots(x, end) for x in cache) if grows else cache for cache, grows in zip(caches, growing)
+        ]
+        (state, caches), found = jax.lax.scan(body, (state, caches), jnp.arange(first, min(end, positions)))
+        outputs.append(found)
+    return (state, caches), jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
+
+
+def _with_slots(cache: Float[ArrayLike, "B H _ K"], slots: int) -> Float[Array, "B H _ K"]:
+    """Cuts off empty slots, or adds some."""
+    missing = slots - cache.shape[2]
+    return jnp.pad(cache, ((0, 0), (0, 0), (0, missing), (0, 0))) if missing > 0 else cache[:, :, :slots]

@@ -14,6 +14,7 @@ import models
 from recorder import Recorder, memory_gib, seconds
 
 from dalle_jax.image_tokenizers.dvae import DVAETokenizer
+from dalle_jax.priors.decoding_weights import for_drawing
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.token_prior import TokenPrior
 
@@ -41,6 +42,7 @@ class Drawing:
     def arguments(self) -> tuple:
         """Returns weights, text and keys. It creates no arrays inside `jax.eval_shape`."""
         weights = [models.random_params(model) for model in (self.prior, self.tokenizer) if model]
+        weights[0] = for_drawing(self.prior, weights[0], None)[1]  # as `TextToImage.load` converts them
         keys = jax.random.split(jax.random.key(0), self.rows)
         return weights, models.random_text(self.prior, self.captions), keys
 
