@@ -150,6 +150,15 @@ class AutoregressivePrior:
           ConfigError: an option that the autoregressive prior does not have, or that this one was not trained for.
         """
         options = SamplingOptions(**options)
+        self.check_sampling(options)
+        order = options.order or self._default_order(options.steps)
+        knobs = sampling.knobs(self.layout, text, keys, options, negative)
+        if options.steps is None:
+            return _decode(self, order, params, text, keys, known, knobs)
+        return groups.decode(self.options, self.layout, order, options.steps, params, text, keys, known, knobs)
+
+    def check_sampling(self, options: SamplingOptions) -> None:
+        """See `TokenPrior.check_sampling`."""
         if options.choice_temperature is not None:
             raise ConfigError(
                 f"choice_temperature={options.choice_temperature} is an option of the MaskGIT prior; the "
@@ -160,14 +169,11 @@ class AutoregressivePrior:
                 f"steps={options.steps} draws several tokens in a step, but this prior knows only raster order, one "
                 "token after another. Leave steps out, or train a prior with --config.model.order=random."
             )
-        order = options.order or self._default_order(options.steps)
-        if order not in (orders.NAMES if self.any_order else ("raster",)):
-            expected = ", ".join(orders.NAMES) if self.any_order else "raster, the order of training"
-            raise ConfigError(f"order={order!r}; expected {expected}.")
-        knobs = sampling.knobs(self.layout, text, keys, options, negative)
-        if options.steps is None:
-            return _decode(self, order, params, text, keys, known, knobs)
-        return groups.decode(self.options, self.layout, order, options.steps, params, text, keys, known, knobs)
+        sampling.check_steps(options, self.layout)
+        names = orders.NAMES if self.any_order else ("raster",)
+        if options.order is not None and options.order not in names:
+            expected = ", ".join(names) if self.any_order else "raster, the order of training"
+            raise ConfigError(f"order={options.order!r}; expected {expected}.")
 
     def _default_order(self, steps: int | None) -> str:
         """Returns the order in which tokens are drawn by default."""

@@ -76,7 +76,18 @@ class AutoregressiveOptions:
         if self.order == "random" and (self.attention != "full" or self.trunk.positions != "learned"):
             raise ConfigError(
                 f"config.model.order is 'random' with attention={self.attention!r} and trunk.positions="
-                f"{self.trunk.positions!r}; tokens in any order need attention='full' and positions='learned'."
+                f"{self.trunk.positions!r}; tokens in any order need --config.model.attention=full and "
+                "--config.model.trunk.positions=learned."
+            )
+        if self.raster_steps and self.order == "raster":
+            raise ConfigError(
+                f"config.model.raster_steps is {self.raster_steps} with order='raster', which all updates have. Set "
+                "--config.model.order=random, or raster_steps=0."
+            )
+        if self.anneal_end and self.raster_steps >= self.anneal_end:
+            raise ConfigError(
+                f"config.model.raster_steps is {self.raster_steps} and anneal_end {self.anneal_end}: no update would "
+                "have random orders. Set --config.model.raster_steps=0, for example."
             )
         if self.anneal_start > self.anneal_end:
             raise ConfigError(
@@ -213,7 +224,7 @@ class AutoregressiveModel(nn.Module):
         x, caches = self.trunk.step(x, text, caches, index)
         return self.embedding.image_logits(x, decode_step=True), caches
 
-    def begin(self, text: Int[ArrayLike, "C T"]) -> tuple[Float[Array, "C D"], list[TextCache]]:
+    def begin(self, text: Int[ArrayLike, "C _"]) -> tuple[Float[Array, "C D"], list[TextCache]]:
         """Runs the model over all text positions but the last one, which is place 0 of `extend`.
 
         Args:

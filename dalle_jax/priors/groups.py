@@ -34,34 +34,34 @@ _WHOLE = 2**31 // (2 * LONGEST_STREAM)  # shares are multiples of 1 / _WHOLE: ex
 _CHUNK = 64  # known tokens that run through the model together
 
 
-def drawn_before(steps: int, unknown: Int[ArrayLike, "*rows"]) -> Int[np.ndarray, "*rows _"] | Int[Array, "*rows _"]:
+def drawn_before(steps: int, unknown: Int[ArrayLike, " B"]) -> Int[np.ndarray, "B _"] | Int[Array, "B _"]:
     """Computes how many tokens are drawn before each step, and in the end all of them.
 
-    Each step draws at least one token, until none is left. If all steps have one, later groups are not smaller.
+    Each step draws at least one token, until none is left.
 
     Args:
       steps: number of steps.
-      unknown: number of tokens to draw, int32 [...], in NumPy or JAX.
+      unknown: number of tokens to draw, int32 [B], in NumPy or JAX.
 
     Returns:
-      int32 [..., steps + 1], from 0 to `unknown`.
+      int32 [B, steps + 1], from 0 to `unknown`.
     """
     step = np.arange(steps + 1, dtype=np.int32)
     shares = np.array([round(_WHOLE * (1 - math.cos(math.pi / 2 * t / steps))) for t in step], np.int32)
     maximum = np.maximum if isinstance(unknown, np.ndarray) else jnp.maximum
-    unknown = unknown[..., None]
+    unknown, step, shares = unknown[:, None], step[None], shares[None]
     planned = unknown * shares // _WHOLE
-    return (step + maximum.accumulate(planned - step, axis=-1)).clip(max=unknown)  # at least one more in each step
+    return (step + maximum.accumulate(planned - step, axis=1)).clip(max=unknown)  # at least one more in each step
 
 
-def stretches(steps: int, unknown: Int[np.ndarray, " rows"]) -> list[tuple[int, int, int]]:
+def stretches(steps: int, unknown: Int[np.ndarray, "_"]) -> list[tuple[int, int, int]]:
     """Splits the steps into stretches whose groups fit into the same number of places.
 
     In a stretch, the largest group has less than twice as many tokens as another one.
 
     Args:
       steps: number of steps.
-      unknown: all numbers of tokens to draw that may occur, int [rows].
+      unknown: all numbers of tokens to draw that may occur, int32 [...].
 
     Returns:
       First step, step after the last one, and G for each stretch. G is the size of the largest group up to the end of
@@ -96,7 +96,7 @@ def decode(
     if guided:
         text = jnp.concatenate([text, knobs["negative"]])
     twice = (lambda x: jnp.concatenate([x, x])) if guided else (lambda x: x)
-    spans = stretches(steps, np.arange(length + 1) if known is not None else np.array([length]))
+    spans = stretches(steps, np.arange(0 if known is not None else length, length + 1, dtype=np.int32))
     most = spans[-1][-1]
 
     cells, tokens = orders.cells(order, keys, layout), jnp.zeros((rows, length), jnp.int32)
@@ -116,13 +116,14 @@ def decode(
 
     def extend(caches, tokens, first, stored, asked):
         """Stores `stored` places from `first` on, int32 [B], and asks the last one for the tokens of `asked` places."""
-        places = first[:, None] + jnp.concatenate([jnp.arange(stored), jnp.full(asked - 1, stored - 1)])
-        following = jnp.concatenate([places[:, :stored], places[:, stored - 1 : stored] + jnp.arange(1, asked)], axis=1)
+        offsets = np.concatenate([np.arange(stored), np.full(asked - 1, stored - 1)])[None]
+        ahead = np.concatenate([np.zeros(stored), np.arange(1, asked)]).astype(np.int32)[None]  # to the asked place
+        places = first[:, None] + offsets
+        seen = places - (ahead > 0)  # the last place that it sees in the cache
         at = lambda x, place: jnp.take_along_axis(x, jnp.clip(place, 0, length - 1), axis=1)
-        seen = jnp.where(jnp.arange(len(places[0])) < stored, places, places - 1)  # in the cache
-        slot = jnp.arange(slots) - before
+        slot = jnp.arange(slots)[None, None] - before
         visible = (slot >= 0) & (slot <= seen[..., None])
-        each = [places, at(tokens, places - 1), at(cells, places - 1), at(cells, following)]
+        each = [places, at(tokens, places - 1), at(cells, places - 1), at(cells, places + ahead)]
         stored_params = {"params": params | {"trunk": restore(trunk)}}
         return model.apply(
             stored_params, *map(twice, each), last, text_cache, caches, twice(first + before), twice(visible), stored,
@@ -136,7 +137,7 @@ def decode(
         logits, caches = extend(caches, tokens, jnp.minimum(start, length - 1) - size + 1, size, size)
         if guided:
             logits = sampling.guide(logits[:rows], logits[rows:], knobs["guidance"])
-        places = start[:, None] + jnp.arange(size)
+        places = start[:, None] + jnp.arange(size)[None]
         place_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, places).reshape(-1)
         flat_logits = logits.reshape(rows * size, -1)
         new = sampling.choose(flat_logits, place_keys, knobs, t / max(steps - 1, 1)).reshape(rows, size)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, UInt32
 
 from dalle_jax.configuration.options import check
+from dalle_jax.configuration.values import natural
 from dalle_jax.token_layout import LONGEST_STREAM, TokenLayout
 
 Knobs = dict[str, Array]
@@ -52,6 +53,12 @@ class SamplingOptions:
             self, None, positive=["top_k", "top_p", "steps"], share=["top_p"],
             at_least_0=["temperature", "final_temperature", "choice_temperature", "guidance"], most=_MOST,
         )  # fmt: skip
+
+
+def check_steps(options: SamplingOptions, layout: TokenLayout) -> None:
+    """Raises ConfigError if there are more steps than tokens."""
+    if options.steps is not None:
+        natural("steps", options.steps, 1, layout.image_length)
 
 
 def knobs(

@@ -197,8 +197,13 @@ def check_config(config: ConfigDict) -> None:
     first = config.model.get("raster_steps")
     if first and config.steps and first >= config.steps:
         raise ConfigError(
-            f"config.model.raster_steps is {first} and config.steps {config.steps}: no update would mask random "
-            f"tokens, as drawing needs. Set --config.model.raster_steps={config.steps // 3}, for example."
+            f"config.model.raster_steps is {first} and config.steps {config.steps}: no update would mask tokens or "
+            f"have random orders, as drawing needs. Set --config.model.raster_steps={config.steps // 3}, for example."
+        )
+    if config.model.get("anneal_end") and config.model.order == "raster":
+        raise ConfigError(
+            f"config.model.anneal_end is {config.model.anneal_end} and config.model.order 'raster': there are no random "
+            "orders to anneal. Set --config.model.order=random, or anneal_start=0 and anneal_end=0."
         )
 
 
@@ -218,9 +223,9 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     task = _task(config, tokenizer, params, text_model.vocab_size, text_model, tokens)
     if first := config.model.get("raster_steps"):
         logging.info(
-            "The first %d of %d updates predict image tokens in raster order, and the others random masked tokens "
+            "The first %d of %d updates predict image tokens in raster order, and the others %s "
             "(model.raster_steps). Until then validation and previews are poor.",
-            first, config.steps,
+            first, config.steps, "random masked tokens" if config.prior == "maskgit" else "in random orders",
         )  # fmt: skip
     return make_job(task, config, options, rows, text_model, task.prior.layout)
 
