@@ -10,7 +10,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain

@@ -1,11 +1,11 @@
-"""Drawing groups of tokens together from an autoregressive prior of random orders (RandAR, arXiv 2412.01827, section 3.3).
+"""Draws groups of tokens together from an autoregressive prior of random orders (RandAR, arXiv 2412.01827).
 
 A position of this prior knows which cell it predicts next. The same position, with another next cell, predicts the
-token of that cell given the same tokens. A step therefore runs the last drawn token once for each cell of a group. All
-tokens of the group are drawn from these predictions. They ignore each other, and so a group stands for one token that
-is drawn with less knowledge. The next step then also runs the tokens of the group, each followed by its successor in
-the order, as in training. So each prediction is exactly the model's p(token | caption, all earlier groups), and groups
-of one token are the same draws as one token at a time.
+token of that cell given the same tokens. A step therefore runs the last drawn token once for each cell of a group, and
+draws all tokens of the group from these predictions. The next step also runs the tokens of the group, each followed by
+its successor in the order, so that the caches hold what training has seen. Each prediction is therefore exactly the
+model's p(token | caption, all earlier groups). Only the dependence between tokens of one group is lost. Groups of one
+token are the same draws as one token after another.
 
 Groups grow as in RandAR and MaskGIT: after the share r of the steps, the share 1 - cos(πr/2) of the tokens is drawn.
 Known tokens come first in the order. They are not drawn, and one pass fills the caches with them.
@@ -54,14 +54,14 @@ def drawn_before(steps: int, unknown: Int[ArrayLike, " B"]) -> Int[np.ndarray, "
     return (step + maximum.accumulate(planned - step, axis=1)).clip(max=unknown)  # at least one more in each step
 
 
-def stretches(steps: int, unknown: Int[np.ndarray, "_"]) -> list[tuple[int, int, int]]:
+def stretches(steps: int, unknown: Int[np.ndarray, " rows"]) -> list[tuple[int, int, int]]:
     """Splits the steps into stretches whose groups fit into the same number of places.
 
     In a stretch, the largest group has less than twice as many tokens as another one.
 
     Args:
       steps: number of steps.
-      unknown: all numbers of tokens to draw that may occur, int32 [...].
+      unknown: all numbers of tokens to draw that may occur, int32 [rows].
 
     Returns:
       First step, step after the last one, and G for each stretch. G is the size of the largest group up to the end of

@@ -200,10 +200,16 @@ def check_config(config: ConfigDict) -> None:
             f"config.model.raster_steps is {first} and config.steps {config.steps}: no update would mask tokens or "
             f"have random orders, as drawing needs. Set --config.model.raster_steps={config.steps // 3}, for example."
         )
-    if config.model.get("anneal_end") and config.model.order == "raster":
+    last = config.model.get("anneal_end")
+    if last and config.model.order == "raster":
         raise ConfigError(
-            f"config.model.anneal_end is {config.model.anneal_end} and config.model.order 'raster': there are no random "
-            "orders to anneal. Set --config.model.order=random, or anneal_start=0 and anneal_end=0."
+            f"config.model.anneal_end is {last} and config.model.order 'raster', so that no order is random. Set "
+            "--config.model.order=random, or --config.model.anneal_start=0 and --config.model.anneal_end=0."
+        )
+    if last and config.steps and last > config.steps:
+        raise ConfigError(
+            f"config.model.anneal_end is {last} and config.steps {config.steps}: the last updates would still have "
+            f"random orders. Set --config.model.anneal_end={config.steps}, for example."
         )
 
 
