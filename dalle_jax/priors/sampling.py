@@ -34,7 +34,7 @@ class SamplingOptions:
       top_k: keep the k most likely tokens; None for all.
       top_p: keep the smallest set of most likely tokens whose probability reaches p; None for all.
       guidance: s in (1 + s)·conditional - s·null logits; 0 for no guidance, which skips the null branch.
-      steps: number of decoding steps of a MaskGIT prior; None for the prior's default.
+      steps: number of decoding steps, in which several tokens are drawn together; None for the prior's default.
       order: order in which tokens are decided; None for the prior's default.
       choice_temperature: randomness in MaskGIT's selection of the tokens to keep; None for the prior's default.
     """
