@@ -97,7 +97,7 @@ def decode(
         text = jnp.concatenate([text, knobs["negative"]])
     twice = (lambda x: jnp.concatenate([x, x])) if guided else (lambda x: x)
     spans = stretches(steps, np.arange(0 if known is not None else length, length + 1, dtype=np.int32))
-    most = spans[-1][-1]
+    most = spans[-1][-1]  # G
 
     cells, tokens = orders.cells(order, keys, layout), jnp.zeros((rows, length), jnp.int32)
     given = jnp.zeros(rows, jnp.int32)  # number of known tokens
@@ -110,8 +110,7 @@ def decode(
     bound = functools.partial(model.apply, {"params": params})
     last, text_cache = bound(text, method="begin")
     last = jnp.repeat(last, len(twice(keys)) // len(text), axis=0)
-    # Slots before that of place 0 hold the places before it, which do not exist.
-    before = max(most, min(_CHUNK, length)) - 1
+    before = most - 1  # slots of places before place 0, which do not exist, so that each step stores as many places
     slots = before + length
 
     def extend(caches, tokens, first, stored, asked):

