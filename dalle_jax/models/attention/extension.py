@@ -65,7 +65,7 @@ def attend(
     slots, stored = k.shape[2], count - own_k.shape[1]
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
     q = q * jnp.asarray(size**-0.5, q.dtype)
-    shared = lambda x: x.reshape(captions, -1, *x.shape[1:])
+    shared = lambda x: x.reshape(captions, rows // captions, *x.shape[1:])
     text = dot("cnphk,chtk->cnhpt", shared(q), text_k).reshape(rows, heads, count, length)
     image = jnp.where(visible[:, None], dot("bphk,bhlk->bhpl", q, k), NEG)
     own = dot("bphk,bphk->bhp", q[:, stored:], own_k)
