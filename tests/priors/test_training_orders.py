@@ -35,15 +35,15 @@ def test_updates_have_the_orders_of_the_schedule():
     params, key = params_of(RANDOM), jax.random.key(1)
 
     @functools.partial(jax.jit, static_argnums=0)
-    def loss(prior, step):
+    def loss(prior, params, step):
         return prior.loss(params, text, tokens, key, train=True, step=step)[1]["image_nats"]
 
     raster = loss_of(STAGED, params, text, tokens, key, False)[1]["image_nats"]
     random = loss_of(RANDOM, params, text, tokens, key, False)[1]["image_nats"]
     assert abs(raster - random) > 1e-3
     for step, expected in ((0, raster), (9, raster), (10, random), (20, random), (30, raster)):
-        np.testing.assert_allclose(loss(STAGED, step), expected, rtol=1e-5)
-    np.testing.assert_allclose(loss(RANDOM, 0), random, rtol=1e-5)
+        np.testing.assert_allclose(loss(STAGED, params, step), expected, rtol=1e-5)
+    np.testing.assert_allclose(loss(RANDOM, params, 0), random, rtol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["shapes", "small", "emoji", "coco"])
