@@ -153,6 +153,7 @@ KEYS = sections.TRAINING_KEYS | {
     "data_tokens": "once, each_batch, or the workdir of configs/encode.py: where image tokens come from",
     "start_from": "workdir of another prior: start from its parameters and tokens",
     "model.trunk.width": "width of the transformer; depth and heads are next to it",
+    "model.order": "raster; or random, so that sampling.steps can draw several tokens in a step",
     "model.trunk.remat": "what is kept for the gradients: full (least memory), attended, attention, dots, none",
 }
 
@@ -183,6 +184,10 @@ def get_config(variant: str | None = None) -> ConfigDict:
     # Keep the products of dense layers and the results of attention; the backward pass computes the rest again.
     trunk = section(TransformerOptions, **{"remat": "dots", **row["trunk"]})
     config.model = section(AutoregressiveOptions, trunk=trunk, kernel=row.get("kernel", 11), tied_embeddings=True)
+    del config.model["attention"]  # random orders need dense attention, because the patterns are those of raster order
+    config.model.attention = sections.chosen_by(
+        config.model.get_oneway_ref("order"), {"raster": "sparse", "random": "full"}
+    )
     config.optimizer = section(OptimizerOptions, b2=0.96, weight_decay=4.5e-2, clip_norm=4.0)
     # The paper halves the step size five times on plateaus (appendix B.2).
     config.schedules = ConfigDict({"learning_rate": schedule("warmup_constant", value=4.5e-4, warmup_steps=5000)})

@@ -149,8 +149,8 @@ def prior(width: int, heads: int) -> tuple[Row, ...]:
         Row("weight of the text's loss (2.2)", "0.125", "model.text_weight"),
         Row("captions dropped for guidance", "0%", "model.caption_drop", show=percent),
         Row(
-            "additions of ours", "none", "model.anneal_start model.anneal_end model.codebook_init",
-            show=unless(0, 0, False),
+            "additions of ours", "none",
+            "model.raster_steps model.anneal_start model.anneal_end model.codebook_init", show=unless(0, 0, 0, False),
         ),
         Row("image size (2.1)", "256", "data.image_size"),
         Row(

@@ -215,6 +215,11 @@ def between(least: int, reference: FieldReference, largest: int) -> FieldReferen
     return (smaller + least + abs(smaller - least)) // 2
 
 
+def chosen_by(reference: FieldReference, values: Mapping[str, str]) -> FieldReference:
+    """Returns a reference to the entry of `values` under a reference's value."""
+    return reference._apply_op(lambda key: values.get(key, key))  # the public operators are arithmetic
+
+
 def keep_best(steps: FieldReference) -> Overrides:
     """Returns overrides that evaluate eight times and keep the best checkpoint, for sets soon learned by heart."""
     return {"cadence.eval": (steps + 7) // 8, "keep.best": 1}
@@ -262,5 +267,6 @@ SAMPLING_KEYS = {
     "sampling.temperature": "divides the logits; 0 takes the most likely token",
     "sampling.top_k": "keep the k most likely tokens; None: all",
     "sampling.top_p": "keep the most likely tokens up to this probability; None: all",
+    "sampling.steps": "number of decoding steps, MaskGIT or model.order=random; None: the model's default",
     "sampling.guidance": "weight of the caption (classifier-free guidance); 0: no guidance",
 }

@@ -112,9 +112,12 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
       The metrics, and the columns of the grid.
 
     Raises:
-      ConfigError: different tokenizers or different CLIPs, candidates without a CLIP, or more hosts than captions.
+      ConfigError: different tokenizers or different CLIPs, candidates without a CLIP, more hosts than captions, or
+        sampling parameters that a prior does not have.
       PretrainedError: Inception's weights cannot be read.
     """
+    for each in models.values():
+        each.model.prior.check_sampling(each.sampling)
     scorer = _shared_scorer(models)
     if options.candidates and scorer is None:
         raise ConfigError(

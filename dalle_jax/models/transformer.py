@@ -18,12 +18,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
-from dalle_jax.models.attention import kernels, splash
+from dalle_jax.models.attention import extension, kernels, splash
 from dalle_jax.models.attention.patterns import ATTENDED, HEADS, Pattern
 from dalle_jax.models.attention.xla import attend_reference, attend_step, dropped
 from dalle_jax.models.dense import Dense
@@ -312,6 +312,35 @@ class Attention(nn.Module):
         y = attend_step(q, keys, values, visible, *text)
         return self.out(y, decode_step=True), cache
 
+    def extend(
+        self,
+        x: Float[ArrayLike, "B P D"],
+        text: TextCache,
+        cache: ImageCache,
+        start: Int[ArrayLike, " B"],
+        visible: Bool[ArrayLike, "B P L"],
+        stored: int,
+    ) -> tuple[Float[Array, "B P D"], ImageCache]:
+        """Attends from several positions at once to the caption and a cache of L slots, under dense attention.
+
+        Args:
+          x: states of the positions, [C·n, P, D].
+          text: keys and values of the captions, from `prefill`.
+          cache: keys and values, each [C·n, H, L, K].
+          start: slot of each row's first position, int32 [C·n].
+          visible: whether a position attends to a slot, after storing, bool [C·n, P, L].
+          stored: how many of the positions, the first ones, are stored. Each of the others also attends to itself.
+
+        Returns:
+          States, [C·n, P, D], and the cache with the stored positions.
+        """
+        rows, count, width = x.shape
+        qkv = self.qkv(x.reshape(-1, width), decode_step=True)
+        q, k, v = self._split(qkv.reshape(rows, count, *qkv.shape[1:]), None)
+        cache = tuple(extension.store(c, y[:, :stored], start) for c, y in zip(cache, (k, v)))
+        y = extension.attend(q, k[:, stored:], v[:, stored:], *cache, visible, *text)
+        return self.out(y.reshape(-1, *y.shape[2:]), decode_step=True).reshape(x.shape), cache
+
 
 class MLP(nn.Module):
     """Two dense layers; the first one has a gate if the activation has one.
@@ -381,3 +410,18 @@ class Block(nn.Module):
         y, cache = self.attention.step(self.attention_norm(x), text, cache, position)
         x = x + y
         return x + self.mlp(self.mlp_norm(x), decode_step=True), cache
+
+    def extend(
+        self,
+        x: Float[ArrayLike, "B P D"],
+        text: TextCache,
+        cache: ImageCache,
+        start: Int[ArrayLike, " B"],
+        visible: Bool[ArrayLike, "B P L"],
+        stored: int,
+    ) -> tuple[Float[Array, "B P D"], ImageCache]:
+        """Runs over several positions at once."""
+        y, cache = self.attention.extend(self.attention_norm(x), text, cache, start, visible, stored)
+        x = x + y
+        flat = self.mlp_norm(x).reshape(-1, x.shape[-1])
+        return x + self.mlp(flat, decode_step=True).reshape(x.shape), cache

@@ -22,7 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from dalle_jax.models.attention.patterns import Pattern
 from dalle_jax.models.transformer import REMAT, Block, ImageCache, Norm, TextCache, TransformerOptions
@@ -84,7 +84,7 @@ class Trunk(nn.Module):
     Without `scan`, the parameters of layer i are `layer_i/...`. With `scan`, those of the repeated layers are
     `units/layer_j/...` with a leading axis of repeats. `unstack` converts them.
 
-    `init_cache`, `prefill`, `refine` and `step` need `scan=False`.
+    `init_cache`, `prefill`, `refine`, `step` and `extend` need `scan=False`.
 
     Attributes:
       options: options of the trunk.
@@ -166,6 +166,28 @@ class Trunk(nn.Module):
         new = []
         for layer, kv, cache in zip(self.layers, text, caches):
             x, cache = layer.step(x, kv, cache, position)
+            new.append(cache)
+        return self.final_norm(x), new
+
+    def init_slots(self, rows: int, slots: int) -> list[ImageCache]:
+        """Creates empty keys and values of L slots for each layer, each [B, H, L, K], for `extend`."""
+        o = self.options
+        new = lambda: jnp.zeros((rows, o.heads, slots, o.size_per_head), o.dtype)
+        return [(new(), new()) for _ in self.patterns]
+
+    def extend(
+        self,
+        x: Float[ArrayLike, "B P D"],
+        text: list[TextCache],
+        caches: list[ImageCache],
+        start: Int[ArrayLike, " B"],
+        visible: Bool[ArrayLike, "B P L"],
+        stored: int,
+    ) -> tuple[Float[Array, "B P D"], list[ImageCache]]:
+        """Runs over several positions at once, under dense attention; see `Attention.extend`."""
+        new = []
+        for layer, kv, cache in zip(self.layers, text, caches):
+            x, cache = layer.extend(x, kv, cache, start, visible, stored)
             new.append(cache)
         return self.final_norm(x), new
 

@@ -30,7 +30,7 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.models.attention.decode_cache import scan_in_stages
 from dalle_jax.models.dense import outputs_first
 from dalle_jax.models.trunk import for_decoding
-from dalle_jax.priors import orders, sampling
+from dalle_jax.priors import groups, orders, sampling
 from dalle_jax.priors.autoregressive_model import AutoregressiveModel, AutoregressiveOptions
 from dalle_jax.priors.embedding import start_from_codebook
 from dalle_jax.priors.losses import cross_entropy, drop_captions, mean_over
@@ -68,9 +68,10 @@ class AutoregressivePrior:
         o = self.options
         if o.order == "raster":
             return {}
-        if not o.anneal_end:
-            return {"random_orders": optax.constant_schedule(1.0)}
-        return {"random_orders": optax.linear_schedule(1.0, 0.0, max(o.anneal_end - o.anneal_start, 1), o.anneal_start)}
+        falling = optax.constant_schedule(1.0)
+        if o.anneal_end:
+            falling = optax.linear_schedule(1.0, 0.0, max(o.anneal_end - o.anneal_start, 1), o.anneal_start)
+        return {"random_orders": lambda step: jnp.where(step < o.raster_steps, 0.0, falling(step))}
 
     @property
     def model(self) -> AutoregressiveModel:
@@ -126,8 +127,8 @@ class AutoregressivePrior:
         return loss, {"text_nats": text_nats, "image_nats": image_nats}
 
     def decoding_steps(self, steps: int | None) -> int:
-        """See `TokenPrior.decoding_steps`: N, one step per token."""
-        return self.layout.image_length
+        """See `TokenPrior.decoding_steps`: N, one step per token, by default."""
+        return steps or self.layout.image_length
 
     def sample(
         self,
@@ -139,29 +140,47 @@ class AutoregressivePrior:
         negative: Int[ArrayLike, "_ T"] | None = None,
         **options,
     ) -> Int[Array, "B N"]:
-        """See `TokenPrior.sample`. Runs one jitted loop over the N positions.
+        """See `TokenPrior.sample`. Runs one jitted loop over the N positions, or over `steps` groups of them.
 
-        The option `order` is "raster", or "random" or "halton" for a prior that was trained with random orders. With
-        those two, known tokens come first, so that all other tokens depend on them.
+        The option `order` is "raster", or "random" or "halton" for a prior that was trained with random orders. Known
+        tokens of such a prior come first, so that all other tokens depend on them. With `steps`, which also needs such
+        a prior, `groups.decode` draws several tokens in a step.
 
         Raises:
           ValueError: B is not a multiple of C.
-          ConfigError: an option that the autoregressive prior does not have.
+          ConfigError: an option that the autoregressive prior does not have, or that this one was not trained for.
         """
         options = SamplingOptions(**options)
-        for name in ("steps", "choice_temperature"):
-            if getattr(options, name) is not None:
-                raise ConfigError(
-                    f"{name}={getattr(options, name)} is an option of the MaskGIT prior; the autoregressive prior "
-                    "draws one token per step. Leave it out."
-                )
-        order = options.order or ("raster" if self.options.anneal_end or not self.any_order else "random")
-        if order not in (orders.NAMES if self.any_order else ("raster",)):
-            expected = ", ".join(orders.NAMES) if self.any_order else "raster, the order of training"
-            raise ConfigError(f"order={order!r}; expected {expected}.")
-        return _decode(
-            self, order, params, text, keys, known, sampling.knobs(self.layout, text, keys, options, negative)
-        )
+        self.check_sampling(options)
+        order = options.order or self._default_order(options.steps)
+        knobs = sampling.knobs(self.layout, text, keys, options, negative)
+        if options.steps is None:
+            return _decode(self, order, params, text, keys, known, knobs)
+        return groups.decode(self.options, self.layout, order, options.steps, params, text, keys, known, knobs)
+
+    def check_sampling(self, options: SamplingOptions) -> None:
+        """See `TokenPrior.check_sampling`."""
+        if options.choice_temperature is not None:
+            raise ConfigError(
+                f"choice_temperature={options.choice_temperature} is an option of the MaskGIT prior; the "
+                "autoregressive prior draws each token once. Leave it out."
+            )
+        if options.steps is not None and not self.any_order:
+            raise ConfigError(
+                f"steps={options.steps} draws several tokens in a step, but this prior knows only raster order, one "
+                "token after another. Leave steps out, or train a prior with --config.model.order=random."
+            )
+        sampling.check_steps(options, self.layout)
+        names = orders.NAMES if self.any_order else ("raster",)
+        if options.order is not None and options.order not in names:
+            expected = ", ".join(names) if self.any_order else "raster, the order of training"
+            raise ConfigError(f"order={options.order!r}; expected {expected}.")
+
+    def _default_order(self, steps: int | None) -> str:
+        """Returns the order in which tokens are drawn by default."""
+        if steps is not None:
+            return "halton"  # tokens that are drawn together are far apart
+        return "raster" if self.options.anneal_end or not self.any_order else "random"
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

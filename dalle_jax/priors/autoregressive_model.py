@@ -10,7 +10,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
@@ -43,6 +43,8 @@ class AutoregressiveOptions:
       text_weight: weight of the text in the loss, 1/8 in the paper.
       caption_drop: share of captions that training replaces by the empty caption, for guidance.
       order: "raster" or "random". "random" needs "full" attention and learned positions.
+      raster_steps: number of first updates in raster order although `order` is "random"; 0 for none. A fixed order is
+        learned in far fewer updates, and the random orders then start from it.
       anneal_start: update at which the share of random orders begins to fall from 1.
       anneal_end: update at which the share reaches 0; 0 keeps it at 1.
     """
@@ -59,6 +61,7 @@ class AutoregressiveOptions:
     text_weight: float = 1 / 8
     caption_drop: float = 0.1
     order: str = "raster"
+    raster_steps: int = 0
     anneal_start: int = 0
     anneal_end: int = 0
 
@@ -67,13 +70,24 @@ class AutoregressiveOptions:
         shares = ["text_weight", "caption_drop"]
         check(
             self, "model", positive=["kernel"], odd=["kernel"], share=shares, choices=choices,
-            at_least_0=["embedding_scale", "head_scale", "anneal_start", "anneal_end"],
+            at_least_0=["embedding_scale", "head_scale", "raster_steps", "anneal_start", "anneal_end"],
             most={"kernel": 255, "embedding_scale": 1000, "head_scale": 1000},
         )  # fmt: skip
         if self.order == "random" and (self.attention != "full" or self.trunk.positions != "learned"):
             raise ConfigError(
                 f"config.model.order is 'random' with attention={self.attention!r} and trunk.positions="
-                f"{self.trunk.positions!r}; tokens in any order need attention='full' and positions='learned'."
+                f"{self.trunk.positions!r}; tokens in any order need --config.model.attention=full and "
+                "--config.model.trunk.positions=learned."
+            )
+        if self.raster_steps and self.order == "raster":
+            raise ConfigError(
+                f"config.model.raster_steps is {self.raster_steps} with order='raster', which all updates have. Set "
+                "--config.model.order=random, or raster_steps=0."
+            )
+        if self.anneal_end and self.raster_steps >= self.anneal_end:
+            raise ConfigError(
+                f"config.model.raster_steps is {self.raster_steps} and anneal_end {self.anneal_end}: no update would "
+                "have random orders. Set --config.model.raster_steps=0, for example."
             )
         if self.anneal_start > self.anneal_end:
             raise ConfigError(
@@ -209,3 +223,56 @@ class AutoregressiveModel(nn.Module):
             x = x + self.embedding.next_cell(following)
         x, caches = self.trunk.step(x, text, caches, index)
         return self.embedding.image_logits(x, decode_step=True), caches
+
+    def begin(self, text: Int[ArrayLike, "C _"]) -> tuple[Float[Array, "C D"], list[TextCache]]:
+        """Runs the model over all text positions but the last one, which is place 0 of `extend`.
+
+        Args:
+          text: padded captions, int32 [C, T].
+
+        Returns:
+          The embedding of the last text position without its next cell, [C, D], and the keys and values of the others.
+        """
+        x = self.embedding.text(text)
+        _, cache = self.trunk.prefill(x)  # the text is causal: no other position depends on the last one
+        return x[:, -1], [(k[:, :, :-1], v[:, :, :-1]) for k, v in cache]
+
+    def init_slots(self, rows: int, slots: int) -> list[ImageCache]:
+        """See `Trunk.init_slots`."""
+        return self.trunk.init_slots(rows, slots)
+
+    def extend(
+        self,
+        places: Int[ArrayLike, "B P"],
+        tokens: Int[ArrayLike, "B P"],
+        cells: Int[ArrayLike, "B P"],
+        following: Int[ArrayLike, "B P"],
+        last: Float[ArrayLike, "B D"],
+        text: list[TextCache],
+        caches: list[ImageCache],
+        start: Int[ArrayLike, " B"],
+        visible: Bool[ArrayLike, "B P L"],
+        stored: int,
+    ) -> tuple[Float[Array, "B _ V"], list[ImageCache]]:
+        """Runs over several places of each row's order, of a prior with random orders.
+
+        Place 0 is the last text position. Place p is the p-th image token of the order, counted from 1.
+
+        Args:
+          places: the places, int32 [B, P].
+          tokens: the image tokens there, int32 [B, P]; arbitrary at place 0.
+          cells: the cells of these tokens, int32 [B, P].
+          following: the cells that the places predict, int32 [B, P].
+          last: embedding of the last text position, [B, D], from `begin`.
+          text: keys and values of the text, from `begin`.
+          caches, start, visible, stored: see `Attention.extend`.
+
+        Returns:
+          Logits of the tokens at `following`, float32 [B, P - stored + 1, V], for the last stored place and those that
+          are not stored. The caches with the stored places.
+        """
+        x = jnp.where((places == 0)[..., None], last[:, None], self.embedding.image(tokens, cells=cells))
+        x, caches = self.trunk.extend(x + self.embedding.next_cell(following), text, caches, start, visible, stored)
+        x = x[:, stored - 1 :]
+        logits = self.embedding.image_logits(x.reshape(-1, x.shape[-1]), decode_step=True)
+        return logits.reshape(*x.shape[:2], -1), caches

@@ -200,6 +200,11 @@ class MaskGITPrior:
         knobs = sampling.knobs(self.layout, text, keys, options, negative)
         return _decode(self, self.decoding_steps(options.steps), order, params, text, keys, known, knobs)
 
+    def check_sampling(self, options: SamplingOptions) -> None:
+        """See `TokenPrior.check_sampling`."""
+        sampling.check_steps(options, self.layout)
+        masking.unmasking_order(options.order or self.options.order, self.layout, self.options.choice_temperature)
+
 
 def _scalars(
     logits: Float[ArrayLike, "B N V"],

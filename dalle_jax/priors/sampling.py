@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Shaped, UInt32
 
 from dalle_jax.configuration.options import check
+from dalle_jax.configuration.values import natural
 from dalle_jax.token_layout import LONGEST_STREAM, TokenLayout
 
 Knobs = dict[str, Array]
@@ -44,7 +45,7 @@ class SamplingOptions:
       top_k: keep the k most likely tokens; None for all.
       top_p: keep the smallest set of most likely tokens whose probability reaches p; None for all.
       guidance: s in (1 + s)·conditional - s·null logits; 0 for no guidance, which skips the null branch.
-      steps: number of decoding steps of a MaskGIT prior; None for the prior's default.
+      steps: number of decoding steps, in which several tokens are drawn together; None for the prior's default.
       order: order in which tokens are decided; None for the prior's default.
       choice_temperature: randomness in MaskGIT's selection of the tokens to keep; None for the prior's default.
     """
@@ -63,6 +64,12 @@ class SamplingOptions:
             self, None, positive=["top_k", "top_p", "steps"], share=["top_p"],
             at_least_0=["temperature", "final_temperature", "choice_temperature", "guidance"], most=_MOST,
         )  # fmt: skip
+
+
+def check_steps(options: SamplingOptions, layout: TokenLayout) -> None:
+    """Raises ConfigError if there are more steps than tokens."""
+    if options.steps is not None:
+        natural("steps", options.steps, 1, layout.image_length)
 
 
 def knobs(

@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
+from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
 
@@ -73,6 +74,13 @@ class TokenPrior(Protocol):
 
     def decoding_steps(self, steps: int | None) -> int:
         """Returns how often `sample` runs the model over the image when its option `steps` has this value."""
+
+    def check_sampling(self, options: SamplingOptions) -> None:
+        """Checks sampling parameters before anything is drawn.
+
+        Raises:
+          ConfigError: a parameter that this prior does not have, or has with other values.
+        """
 
     def sample(
         self,

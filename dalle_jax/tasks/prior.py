@@ -206,8 +206,19 @@ def check_config(config: ConfigDict) -> None:
     first = config.model.get("raster_steps")
     if first and config.steps and first >= config.steps:
         raise ConfigError(
-            f"config.model.raster_steps is {first} and config.steps {config.steps}: no update would mask random "
-            f"tokens, as drawing needs. Set --config.model.raster_steps={config.steps // 3}, for example."
+            f"config.model.raster_steps is {first} and config.steps {config.steps}: no update would mask tokens or "
+            f"have random orders, as drawing needs. Set --config.model.raster_steps={config.steps // 3}, for example."
+        )
+    last = config.model.get("anneal_end")
+    if last and config.model.order == "raster":
+        raise ConfigError(
+            f"config.model.anneal_end is {last} and config.model.order 'raster', so that no order is random. Set "
+            "--config.model.order=random, or --config.model.anneal_start=0 and --config.model.anneal_end=0."
+        )
+    if last and config.steps and last > config.steps:
+        raise ConfigError(
+            f"config.model.anneal_end is {last} and config.steps {config.steps}: the last updates would still have "
+            f"random orders. Set --config.model.anneal_end={config.steps}, for example."
         )
 
 
@@ -229,9 +240,9 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     task = _task(config, tokenizer, params, text_model.vocab_size, text_model)
     if first := config.model.get("raster_steps"):
         logging.info(
-            "The first %d of %d updates predict image tokens in raster order, and the others random masked tokens "
+            "The first %d of %d updates predict image tokens in raster order, and the others %s "
             "(model.raster_steps). Until then validation and previews are poor.",
-            first, config.steps,
+            first, config.steps, "random masked tokens" if config.prior == "maskgit" else "in random orders",
         )  # fmt: skip
     return make_job(task, config, options, rows, text_model, task.prior.layout, tokens=tokens)
 

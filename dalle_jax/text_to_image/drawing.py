@@ -195,9 +195,8 @@ def sample(
     negative: str | None,
     known: tuple[np.ndarray, np.ndarray] | None = None,
 ) -> jax.Array:
-    """Samples image tokens, int32 [B, N]; see `TokenPrior.sample`. More steps than tokens raise a `ConfigError`."""
-    if options.steps is not None:
-        natural("steps", options.steps, 1, model.prior.layout.image_length)
+    """Samples image tokens, int32 [B, N]; see `TokenPrior.sample` and `TokenPrior.check_sampling`."""
+    model.prior.check_sampling(options)
     away = None if negative is None else model.encode_text([negative])
     traced = ("final_temperature", "top_k", "top_p")
     static = [getattr(options, name) for name in ("steps", "order", "choice_temperature")]

@@ -163,7 +163,8 @@ def _check_any_order(model: Model, edit: str) -> None:
     """Raises ConfigError if the prior cannot draw a token given later ones."""
     if not model.prior.any_order:
         raise ConfigError(
-            f"{edit} needs a prior that can draw a token given later ones (configs/maskgit.py). "
+            f"{edit} needs a prior that can draw a token given later ones (configs/maskgit.py, or configs/prior.py "
+            "with --config.model.order=random). "
             f"{model.workdir or 'This model'} holds the {model.prior.name} prior in raster order, which sees only "
             "earlier tokens. Use complete() with it."
         )

@@ -67,6 +67,9 @@ class QuickPrior:
     layout: TokenLayout
     options = types.SimpleNamespace(trunk=types.SimpleNamespace(depth=1))
 
+    def check_sampling(self, options):
+        pass
+
     def sample(self, params, text, keys, **options):
         text = np.repeat(text, len(keys) // len(text), axis=0)
         return np.concatenate([text, jax.random.key_data(keys)], axis=1)
