@@ -100,11 +100,6 @@ def layout(options: VQGANOptions) -> dict[str, tuple[tuple[str, ...], tuple[int,
     return table
 
 
-def parameters_of(arrays: StateDict) -> dict[str, np.ndarray]:
-    """Returns the arrays of the tokenizer, without those of the losses."""
-    return {name: array for name, array in arrays.items() if not _NOT_PARAMETERS.fullmatch(name)}
-
-
 def options_of(arrays: StateDict, image_size: int = 256) -> VQGANOptions:
     """Derives the sizes of the model from the names and shapes of its arrays.
 
@@ -160,16 +155,21 @@ def convert(arrays: StateDict, options: VQGANOptions) -> PyTree:
     Raises:
       PretrainedError: arrays are missing, unexpected, of another shape, or damaged.
     """
-    arrays, table = parameters_of(arrays), layout(options)
-    state_dict.check_shapes(arrays, {name: shape for name, (_, shape) in table.items()})
+    _check_names(arrays, options)
     converted = {}
-    for name, (path, _) in table.items():
+    for name, (path, _) in layout(options).items():
         array = state_dict.as_float32(name, arrays[name])
         if path[-1] == "kernel":
             array = array.transpose(2, 3, 1, 0)  # OIHW to HWIO
             array = array[0, 0] if array.shape[:2] == (1, 1) else array
         converted[path] = np.ascontiguousarray(array)
     return traverse_util.unflatten_dict(converted)
+
+
+def _check_names(arrays: StateDict, options: VQGANOptions) -> None:
+    """Raises a `PretrainedError` unless the arrays, without those of the losses, are those of the options."""
+    parameters = {name: array for name, array in arrays.items() if not _NOT_PARAMETERS.fullmatch(name)}
+    state_dict.check_shapes(parameters, {name: shape for name, (_, shape) in layout(options).items()})
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -203,9 +203,10 @@ def load(
 
 
 def published_name(arrays: StateDict) -> str | None:
-    """Returns the importer of a VQGAN's arrays: a key of `PUBLISHED`, or `OWN`; None if they are no VQGAN's."""
+    """Returns the importer of a VQGAN's arrays: a key of `PUBLISHED`, or `OWN`; None if they are no whole VQGAN."""
     try:
         found = options_of(arrays)
+        _check_names(arrays, found)
     except PretrainedError:
         return None
     return next((name for name, options in PUBLISHED.items() if options == found), OWN)
@@ -221,14 +222,14 @@ def _run(name: str, files: Sequence[str | os.PathLike], output: str, settings: M
     return str(tokenizer.options)
 
 
-def _importer(name: str, title: str, parameters: int | None, source: str, files: str) -> Importer:
+def _importer(name: str, title: str, parameters: int | None, source: str) -> Importer:
     return Importer(
         name=name,
         title=title,
         parameters=parameters,
-        licence="MIT",
+        licence="MIT" if parameters else "yours",
         source=source,
-        files=(files,),
+        files=("last.ckpt",),
         use="--config.tokenizer_from",
         run=functools.partial(_run, name),
         claims=lambda arrays: published_name(arrays) == name,
@@ -236,34 +237,25 @@ def _importer(name: str, title: str, parameters: int | None, source: str, files:
     )
 
 
-_AUTHORS = "github.com/CompVis/taming-transformers, table of pretrained models: heibox.uni-heidelberg.de/d"
+_AUTHORS = "github.com/CompVis/taming-transformers (heibox.uni-heidelberg.de/d/{})"
 IMPORTERS = (
     _importer(
         "vqgan-f16-1024",
         "VQGAN of ImageNet, f = 16, 1,024 codes",
-        0,
-        f"{_AUTHORS}/8088892a516d4e3baf92",
-        "ckpts/last.ckpt",
+        72_141_699,
+        _AUTHORS.format("8088892a516d4e3baf92"),
     ),
     _importer(
         "vqgan-f16-16384",
         "VQGAN of ImageNet, f = 16, 16,384 codes",
-        0,
-        f"{_AUTHORS}/a7530b09fed84f80a887",
-        "ckpts/last.ckpt",
+        76_073_859,
+        _AUTHORS.format("a7530b09fed84f80a887"),
     ),
     _importer(
         "vqgan-gumbel-f8",
         "GumbelVQ of OpenImages, f = 8, 8,192 codes",
-        0,
-        f"{_AUTHORS}/2e5662443a6b4307b470",
-        "ckpts/last.ckpt",
+        68_995_971,
+        _AUTHORS.format("2e5662443a6b4307b470"),
     ),
-    _importer(
-        OWN,
-        "VQGAN or GumbelVQ of other sizes, trained with the code of taming transformers",
-        None,
-        "your own training",
-        "last.ckpt",
-    ),
+    _importer(OWN, "VQGAN or GumbelVQ of other sizes", None, "your own training with the code of taming transformers"),
 )
