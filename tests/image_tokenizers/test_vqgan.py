@@ -111,7 +111,7 @@ def test_flops_are_those_of_the_program(quantizer):
     look_up = 2 * 16**2 * 512 * 32 if quantizer == "gumbel" else 0  # in training, codes are relaxed
     assert 1 <= (found.decoder - look_up) / counted(made.decode, params, tokens) < 1.06
     assert found.training > 3 * found.decoder + 2 * found.encoder
-    assert abs(made.flops(128).encoder / found.encoder - 4) < 0.5
+    assert 4 < made.flops(128).encoder / found.encoder < 6  # attention grows faster
 
 
 def test_a_prior_is_planned_with_it():
@@ -119,9 +119,10 @@ def test_a_prior_is_planned_with_it():
     config = load_target("configs/maskgit.py", "batch_size=4,data.image_size=64,model.trunk.depth=2")
     made = VQGANTokenizer(dataclasses.replace(SMALL, image_size=64))
     task, batch = abstract(config, made)
-    dvae, _ = abstract(config)
-    counts = [model_flops.training(one, batch) - 4 * one.tokenizer.flops(64).encoding for one in (task, dvae)]
-    assert counts[0] > 0 and task.prior.layout.image_vocab == 24 != dvae.prior.layout.image_vocab
+    assert (task.prior.layout.image_vocab, task.prior.layout.image_length) == (24, 32 * 32)
+    with_encoder = model_flops.training(task, batch)
+    task.frozen["tokens"] = None  # encoded before the training
+    assert with_encoder - model_flops.training(task, batch) == 4 * made.flops(64).encoding
 
 
 # -- options ------------------------------------------------------------------------------------------------------
