@@ -56,7 +56,7 @@ _NAMED = 4  # arrays of a kind that a message names
 _OF_TRAININGS = re.compile(
     r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|hydra|argparse|taming|ldm|torch\.optim|typing|enum)\.[\w.]+"
     r"|pathlib\.\w*Path|collections\.(defaultdict|Counter)|_codecs\.encode|datetime\.\w+"
-    r"|copy_?reg\._reconstructor|(builtins|__builtin__)\.(int|float|complex|bool|str|bytes|list|tuple|dict|set|object)"
+    r"|copy_?reg\._reconstructor|(builtins|__builtin__)\.(int|long|float|complex|bool|str|unicode|bytes|list|tuple|dict|object)"
     r"|torch\.(Size|float16|float32|float64|bfloat16|int64)"
     r"|numpy\.(dtype|ndarray|(core|_core)\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer))"
 )
