@@ -1,4 +1,4 @@
-"""The VQGAN's options and invariants. tests/pretrained/test_vqgan.py compares it with the authors' code."""
+"""The VQGAN's options and invariants. tests/pretrained/test_import_vqgan.py compares it with the authors' code."""
 
 import dataclasses
 import json
