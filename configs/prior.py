@@ -14,7 +14,8 @@ once, at the beginning. `--config.steps=N`, `--config.text.vocab_size=N` and `--
 
 `coco` and `cub` learn the paper's evaluation sets with 64 text positions, because their captions are one sentence each.
 They keep the paper's 32x32 tokens and attention. `coco` sees its 82,783 images 77 times, `cub` its 5,994 images 213
-times.
+times. With 64 images in a batch `coco` needs about 42 GiB of memory (docs/speed.md). On a smaller card give
+`--config.model.trunk.remat=full`, which computes each layer twice, or `--config.optimizer.accumulate_steps=4`.
 
 `paper`, `5.6b` and `2.8b` are meant for TPU v5p. Parameters, average and optimizer are split over half of the chips,
 in two copies (`mesh.data=2`), because over the whole torus of a v5p the compiler gathers at twice the cost. Adam's
@@ -92,8 +93,7 @@ AS_IN_THE_PAPER = {
     "model.trunk.float32_logits": True,
     "optimizer.clip_variance": 5.0,
 }
-# Keep the products of dense layers and the results of attention; split everything else over the chips.
-POD = {"model.trunk.remat": "dots", "optimizer.first_moment": "bfloat16", **sections.split_over_chips(copies=2)}
+POD = {"optimizer.first_moment": "bfloat16", **sections.split_over_chips(copies=2)}
 
 VARIANTS = {
     "shapes": dict(
@@ -150,6 +150,7 @@ VARIANTS = {
 
 KEYS = sections.TRAINING_KEYS | {
     "tokenizer_from": "directory of a trained or imported image tokenizer to use instead of training one",
+    "data_tokens": "once, each_batch, or the workdir of configs/encode.py: where image tokens come from",
     "start_from": "workdir of another prior: start from its parameters and tokens",
     "model.trunk.width": "width of the transformer; depth and heads are next to it",
     "model.trunk.remat": "what is kept for the gradients: full (least memory), attended, attention, dots, none",
@@ -176,10 +177,11 @@ def get_config(variant: str | None = None) -> ConfigDict:
 
     config.data = section(DataOptions, **row["data"])
     sections.follow_data(config.tokenizer, config.data)
-    config.data_tokens = "each_batch"  # "once": encode the training split before training
+    config.data_tokens = "each_batch"  # "once": encode the training split first; or a folder of configs/encode.py
     config.text = sections.text(**row["text"])
     config.prior = "autoregressive"
-    trunk = section(TransformerOptions, **{"remat": "full", **row["trunk"]})
+    # Keep the products of dense layers and the results of attention; the backward pass computes the rest again.
+    trunk = section(TransformerOptions, **{"remat": "dots", **row["trunk"]})
     config.model = section(AutoregressiveOptions, trunk=trunk, kernel=row.get("kernel", 11), tied_embeddings=True)
     config.optimizer = section(OptimizerOptions, b2=0.96, weight_decay=4.5e-2, clip_norm=4.0)
     # The paper halves the step size five times on plateaus (appendix B.2).

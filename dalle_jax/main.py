@@ -48,6 +48,7 @@ JOBS = {
     "quickstart": "dalle_jax.jobs.quickstart",
     "compile": "dalle_jax.jobs.compile",
     "data": "dalle_jax.jobs.data",
+    "encode": "dalle_jax.jobs.encode",
 }
 _PACKAGE = pathlib.Path(__file__).parent
 

@@ -31,6 +31,7 @@ NOT_IN_PAPERS = {
     "model.trunk.remat",
     "model.trunk.scan",
     "model.trunk.attention_kernel",
+    "model.attention_kernel",
     "optimizer.accumulate_steps",
     "text.path",
 }

@@ -33,12 +33,12 @@ def training(task: Task, batch: Batch) -> float:
     Raises:
       ValueError: the type of the task is unknown.
     """
-    rows, side = batch["image"].shape[:2]
+    rows = next(iter(batch.values())).shape[0]
     if isinstance(task, PriorTask):
-        encoding = 0.0 if "tokens" in task.frozen else task.tokenizer.flops(side).encoding
+        encoding = task.tokenizer.flops(batch["image"].shape[1]).encoding if "image" in batch else 0.0
         return rows * (3 * prior(task.prior) + encoding)
     if isinstance(task, ReconstructionTask):
-        return rows * task.tokenizer.flops(side).training
+        return rows * task.tokenizer.flops(batch["image"].shape[1]).training
     if isinstance(task, CLIPTask):
         o = task.clip.options
         seen = 1 + task.negatives.spoiled

@@ -16,6 +16,7 @@ MODEL_SECTIONS = ("task", "model", "text", "data.image_size")
 # Exceptions: keys that only say how to compute.
 COMPUTE_KEYS = (
     "model.remat", "model.dtype", "model.trunk.remat", "model.trunk.dtype", "model.trunk.attention_kernel",
+    "model.attention_kernel",
     "model.trunk.float32_residual", "model.trunk.float32_logits",
     "model.image_positions",  # the initial size
 )  # fmt: skip

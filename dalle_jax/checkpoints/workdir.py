@@ -5,7 +5,7 @@
     <workdir>/text/sentencepiece.model           the text model
     <workdir>/image_tokenizer/options.json       options of the frozen image tokenizer
     <workdir>/image_tokenizer/params.msgpack     its parameters
-    <workdir>/tokens-….npy                       for training only: the image tokens of the training split
+    <workdir>/tokens-…/                          for training only: the image tokens of the training split
 
 Workdirs may be local or remote ("gs://…").
 """

@@ -23,12 +23,12 @@ Overrides = Mapping[str, Any]
 # The `data` sections of the known data sets: fields of `dalle_jax.data.sources.source.DataOptions`.
 SHAPES = dict(source="shapes_captions", image_size=32, cache=True, builder_kwargs={"num_train": 24_576})  # embedded
 EMOJI = dict(source="emoji_captions", image_size=32, cache=True, builder_kwargs={"image_size": 32})  # a font's
-FOLDER = dict(source="folder", workers=2)  # your own: name.png + name.txt, captions.jsonl or captions.csv
-TAR_SHARDS = dict(source="tar_shards", workers=2)  # your own, from img2dataset or WebDataset
+FOLDER = dict(source="folder", workers=None)  # your own: name.png + name.txt, captions.jsonl or captions.csv
+TAR_SHARDS = dict(source="tar_shards", workers=None)  # your own, from img2dataset or WebDataset
 OWN = dict(source="auto", image_size=32, cache=True)  # your own, small: folder or tar shards
-COCO = dict(source="coco_captions", image_size=256, caption_key="captions/text", workers=2)
+COCO = dict(source="coco_captions", image_size=256, caption_key="captions/text", workers=None)
 LARGER_TEXT = dict(max_vocab_size=4096, max_text_length=128)  # of `from_data`, for more than a small model
-CUB = dict(source="cub_captions", image_size=256, eval_split="test", workers=2)
+CUB = dict(source="cub_captions", image_size=256, eval_split="test", workers=None)
 
 
 def section(cls: type, *, without: Collection[str] = (), **values: Any) -> ConfigDict:

@@ -21,12 +21,16 @@ resize without it. CLIP's paper does not name its resize; its released preproces
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
+import math
 
 import numpy as np
 
 FITS = ("crop", "pad")
 KINDS = ("none", "dvae", "prior", "clip")
+_SMALL = 256  # pixels on the longer side
 
 
 def fit_square(image: np.ndarray, fit: str) -> np.ndarray:
@@ -130,6 +134,10 @@ def area_resize(image: np.ndarray, side: int, *, align_corners: bool = False) ->
     DALL-E's listings (TensorFlow 1, `ResizeMethod.AREA`). The last new pixel then begins where the last old one does.
     Beyond the edge the last old pixel repeats. The lower right of the image shifts by up to one new pixel.
 
+    Means of images of up to 256 pixels come from float64 sums, as in every version, so that trainings resume with the
+    same pixels. Those of larger images are exact and need less than half of the time. Both agree, except for means in
+    the middle of two levels, which sums in float64 may round to the odd level.
+
     Args:
       image: uint8 [H, W, C].
       side: height and width of the result, in pixels.
@@ -140,8 +148,10 @@ def area_resize(image: np.ndarray, side: int, *, align_corners: bool = False) ->
     """
     if image.shape[:2] == (side, side):
         return image
-    averaged = _average_rows(image, side, align_corners)
-    return np.rint(_average_rows(averaged.swapaxes(0, 1), side, align_corners).swapaxes(0, 1)).astype(np.uint8)
+    if max(image.shape[:2]) <= _SMALL:
+        averaged = _average_rows(image, side, align_corners)
+        return np.rint(_average_rows(averaged.swapaxes(0, 1), side, align_corners).swapaxes(0, 1)).astype(np.uint8)
+    return _exact_means(image, side, align_corners)
 
 
 def _average_rows(image: np.ndarray, count: int, align_corners: bool) -> np.ndarray:
@@ -164,3 +174,57 @@ def _running_sums(image: np.ndarray, rows: np.ndarray) -> np.ndarray:
     for place, (start, end) in enumerate(itertools.pairwise(rows), 1):
         sums[place] = sums[place - 1] + image[start:end].sum(axis=0, dtype=np.uint32)
     return sums.astype(np.float64)
+
+
+def _exact_means(image: np.ndarray, side: int, align_corners: bool) -> np.ndarray:
+    """Returns the means of `area_resize`, uint8 [side, side, C], from sums of integers."""
+    height, width, channels = image.shape
+    down, across = _overlaps(height, side, align_corners), _overlaps(width, side, align_corners)
+    area = down.total * across.total
+    # Sums of integers are exact: in int32 for images of up to about 2,900 pixels on a side, else in float64.
+    dtype = np.int32 if 255 * area <= np.iinfo(np.int32).max else np.float64
+    sums = _weighted_rows(image.reshape(height, -1), down, dtype)
+    sums = sums.reshape(side, width, channels).swapaxes(0, 1).reshape(width, -1)
+    means = _weighted_rows(sums, across, dtype) / area
+    means = np.rint(means, out=means).astype(np.uint8)
+    return np.ascontiguousarray(means.reshape(side, side, channels).swapaxes(0, 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Overlaps:
+    """How much of each old row lies in each of `count` equal intervals, in whole units.
+
+    Attributes:
+      rows: the old rows that meet an interval, int64 [count, most].
+      units: their share of it, int64 [count, most]; 0 for a row that does not meet it.
+      total: sum of the units of each interval.
+    """
+
+    rows: np.ndarray
+    units: np.ndarray
+    total: int
+
+
+@functools.lru_cache(maxsize=64)
+def _overlaps(length: int, count: int, align_corners: bool) -> _Overlaps:
+    """Returns the overlaps of `length` rows with `count` intervals; see `area_resize`."""
+    old, new = (length - 1, count - 1) if align_corners and min(length, count) > 1 else (length, count)
+    old, new = old // math.gcd(old, new), new // math.gcd(old, new)
+    # One row is `new` units long, and one interval is `old` units long.
+    starts = np.arange(count)[:, None] * old
+    ends = starts + old
+    first = starts // new
+    rows = first + np.arange(int(((ends - 1) // new - first).max()) + 1)
+    units = np.minimum(ends, (rows + 1) * new) - np.maximum(starts, rows * new)
+    return _Overlaps(np.minimum(rows, length - 1), np.maximum(units, 0), old)  # beyond the edge the last row repeats
+
+
+def _weighted_rows(rows: np.ndarray, overlaps: _Overlaps, dtype: type) -> np.ndarray:
+    """Sums the rows [length, n] that meet each interval, each times its units: [count, n]."""
+    units = overlaps.units.astype(dtype)
+    sums = np.zeros((len(units), rows.shape[1]), dtype)
+    for place, each in enumerate(overlaps.rows.T):
+        part = rows[each].astype(dtype, copy=False)
+        part *= units[:, place, None]
+        sums += part
+    return sums

@@ -10,7 +10,7 @@ later replaces an unreadable one (then the next, …), so hosts agree without co
 marked invalid.
 
     B global batch    b rows of it on this host    n examples
-    S image size      T text positions
+    S image size      T text positions      N image tokens
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import grain
 import jax
@@ -30,6 +31,7 @@ from dalle_jax.data.sources.source import DataOptions, Record, Source, Unreadabl
 from dalle_jax.data.spread import evenly
 from dalle_jax.data.tally import TRUNCATED, UNKNOWN_LETTERS, USED, Note
 from dalle_jax.data.text import TextModel
+from dalle_jax.data.token_store import TokensInMemory, TokenStore, token_dtype
 from dalle_jax.errors import DataError
 from dalle_jax.token_layout import TokenLayout
 
@@ -38,25 +40,31 @@ _MAX_SUBSTITUTES = 1000
 
 _HEADERS = 16  # read to estimate the memory for images that are kept at their full size
 
-# The image, and the record without it.
+_BYTES_OF_CAPTIONS = 1024  # of one example, an estimate
+
+# The image, or its tokens, and the record without it.
 _Decoded = tuple[np.ndarray, Record]
 
 # Decoded examples by source and image size, shared by the trainings of one process so that each decodes only once.
 _CACHES: dict[tuple, dict[int, _Decoded | UnreadableExample]] = {}
 
 
-def batch_shapes(image_size: int, layout: TokenLayout | None, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+def batch_shapes(
+    image_size: int, layout: TokenLayout | None, batch_size: int, *, tokens: bool = False
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes and dtypes of a global training batch of B rows, as `ExampleMaker` creates it.
 
     Args:
       image_size: S.
       layout: gives T; None for batches without "text".
       batch_size: B.
+      tokens: whether the images are encoded in advance, so that batches have "tokens" and no "image".
     """
-    shapes = {
-        "image": ((image_size, image_size, 3), np.uint8),
-        "index": ((), np.int32),
-    }
+    shapes: dict[str, tuple[tuple[int, ...], Any]] = {"index": ((), np.int32)}
+    if tokens:
+        shapes["tokens"] = ((layout.image_length,), token_dtype(layout.image_vocab))
+    else:
+        shapes["image"] = ((image_size, image_size, 3), np.uint8)
     if layout is not None:
         shapes["text"] = ((layout.text_length,), np.int32)
     return {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
@@ -76,9 +84,11 @@ class ExampleMaker:
         batch_size: int,
         seed: int,
         rows: Sequence[int],
+        tokens: TokenStore | TokensInMemory | None = None,
     ):
         """Accepts the arguments of `Pipeline`, which validates them."""
         self._source, self._options, self._text_model, self._layout = source, options, text_model, layout
+        self._tokens, self._workers = tokens, options.worker_count(images=tokens is None)
         self._train, self._seed, self._batch_size = train, seed, batch_size
         self._rows = tuple(int(row) for row in rows)
         order = grain.MapDataset.range(len(source))
@@ -95,12 +105,15 @@ class ExampleMaker:
         A part would help little, because each epoch reads all images.
         """
         options, count = self._options, len(self._source)
-        each = 3 * options.image_size**2 if self._resizes_at_once else self._bytes_of_decoded()
-        needed = count * each * max(1, options.workers)
+        if self._tokens is not None:
+            each = self._tokens.shape[1] * self._tokens.dtype.itemsize + _BYTES_OF_CAPTIONS
+        else:
+            each = 3 * options.image_size**2 if self._resizes_at_once else self._bytes_of_decoded()
+        needed = count * each * max(1, self._workers)
         if needed > options.cache_bytes and self._train:
             logging.log_first_n(
                 logging.INFO,
-                "%s: its images need about %s bytes of memory, so each epoch decodes them again. If there is memory "
+                "%s: its examples need about %s bytes of memory, so each epoch decodes them again. If there is memory "
                 "for them, give --config.data.cache_bytes=%d.",
                 1, self._source.description, f"{needed:,}", needed,
             )  # fmt: skip
@@ -121,7 +134,7 @@ class ExampleMaker:
     def _shared_cache(self) -> dict[int, _Decoded | UnreadableExample]:
         """Returns the cache of this source and image size, or a new cache if the source may change."""
         options = self._options
-        if self._source.identity is None:
+        if self._source.identity is None or self._tokens is not None:
             return {}
         kept = (options.image_key, options.caption_key, options.limits, options.fit, self._resizes_at_once)
         return _CACHES.setdefault((self._source.identity, *kept), {})
@@ -141,8 +154,9 @@ class ExampleMaker:
           step: k.
 
         Returns:
-          batch: "image" uint8 [b, S, S, 3] and "index" int32 [b] (the example's place in the source); with a text
-            model "text" int32 [b, T]; in evaluation "valid" bool [b].
+          batch: "image" uint8 [b, S, S, 3], or "tokens" [b, N] if the images are encoded in advance; "index" int32
+            [b] (the example's place in the source); with a text model "text" int32 [b, T]; in evaluation "valid"
+            bool [b].
           notes: skipped examples and truncated captions, to be counted.
 
         Raises:
@@ -150,7 +164,10 @@ class ExampleMaker:
         """
         size, notes = self._options.image_size, []
         count = len(self._rows)
-        images = np.zeros((count, size, size, 3), np.uint8)
+        if self._tokens is None:
+            images = np.zeros((count, size, size, 3), np.uint8)
+        else:
+            images = np.zeros((count, self._tokens.shape[1]), self._tokens.dtype)
         texts = None
         if self._text_model is not None:
             texts = np.tile(self._layout.null_text(), (count, 1))
@@ -165,7 +182,7 @@ class ExampleMaker:
                 indices[row], valid[row] = index, True
                 if texts is not None:
                     texts[row] = text
-        batch = {"image": images, "index": indices}
+        batch = {"image" if self._tokens is None else "tokens": images, "index": indices}
         if texts is not None:
             batch["text"] = texts
         if not self._train:
@@ -173,7 +190,7 @@ class ExampleMaker:
         return batch, tuple(notes)
 
     def _make(self, position: int, notes: list[Note]) -> tuple[int, np.ndarray, np.ndarray | None] | None:
-        """Returns (index, image, text) at a position, or a substitute; None for an unreadable evaluation example."""
+        """Returns (index, image or tokens, text) at a position, or a substitute; None in evaluation if unreadable."""
         count = len(self._source)
         epoch, place = divmod(position, count)
         for attempt in range(min(count, _MAX_SUBSTITUTES) + 1 if self._train else 1):
@@ -199,7 +216,9 @@ class ExampleMaker:
     def _example(self, index: int, epoch: int, notes: list[Note]) -> tuple[np.ndarray, np.ndarray | None]:
         image, record = self._decoded(index)
         options = self._options
-        if self._train and options.augment != "none":
+        if self._tokens is not None:
+            pass  # the image is used as it was encoded
+        elif self._train and options.augment != "none":
             generator = np.random.default_rng(self._entropy(epoch, index, "augment"))
             image = augment(image, options.image_size, options.augment, generator)
         elif image.shape[:2] != (options.image_size, options.image_size):
@@ -223,10 +242,10 @@ class ExampleMaker:
     def _decoded(self, index: int) -> _Decoded:
         """Returns one example, from the cache if there is one, with the image at the size at which it is used."""
         if self._cache is None:
-            return self._decode(self._source.record(index))
+            return self._decode(index)
         if index not in self._cache:
             try:
-                self._cache[index] = self._decode(self._source.record(index))
+                self._cache[index] = self._decode(index)
             except UnreadableExample as error:
                 self._cache[index] = error.with_traceback(None)
         found = self._cache[index]
@@ -235,7 +254,10 @@ class ExampleMaker:
             raise UnreadableExample(found.reason, found.name, found.detail)
         return found
 
-    def _decode(self, record: Record) -> _Decoded:
+    def _decode(self, index: int) -> _Decoded:
+        if self._tokens is not None:
+            return self._tokens.row(index), self._source.without_image(index)
+        record = self._source.record(index)
         image = fit_square(decode_image(record, self._options.limits), self._options.fit)
         if self._resizes_at_once:
             image = augment(image, self._options.image_size, "none", None)

@@ -1,40 +1,31 @@
 """Batches from a source: shuffled by seed, sharded over hosts, resumable at any batch.
 
-grain runs `ExampleMaker` in threads, or in processes if `workers` is set. Every batch is a pure function of its number
-(examples.py). The state of an iterator is therefore that number and a description of the run that counts it. It is
-equal on every host, and a run may resume with another number of hosts or workers.
+Every batch is a pure function of its number (examples.py). The iterator over them is in pipeline_iterator.py.
 
     B global batch    b rows of it on this host    S image size    T text positions
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-import grain
 import numpy as np
-from absl import flags, logging
 
-from dalle_jax.data import workers as worker_processes
 from dalle_jax.data.examples import ExampleMaker
+from dalle_jax.data.pipeline_iterator import LAST_BATCH, Chosen, Make, PipelineIterator
 from dalle_jax.data.sources.decoding import decode_image
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions, Source, UnreadableExample, decode_captions
 from dalle_jax.data.spread import Selected, evenly
 from dalle_jax.data.tally import Note, Tally
 from dalle_jax.data.text import TextModel
-from dalle_jax.errors import CheckpointError, ConfigError, DataChanged, DataError
-from dalle_jax.storage import json_files
+from dalle_jax.data.token_store import TokensInMemory, TokenStore
+from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.token_layout import TokenLayout
 
-_LAST_BATCH = sys.maxsize // 2**20  # "endless": the positions of every batch fit in 64 bits
 _TRIED_AT_START = 100
 _SPREAD = 64  # examples of `spread_batch`
 
@@ -63,6 +54,7 @@ class Pipeline:
         rows: Sequence[int] | None = None,
         source: Source | None = None,
         held_out: Source | None = None,
+        tokens: TokenStore | TokensInMemory | None = None,
     ):
         """Opens the source and checks that it holds a readable example.
 
@@ -79,6 +71,7 @@ class Pipeline:
           source: an open source to use instead of opening one.
           held_out: the evaluation split of a training. The state of an iterator describes it, so that a resumed
             training reports changes.
+          tokens: image tokens of the split in the order of its source. The batches then hold them and no images.
 
         Raises:
           ConfigError: if the arguments do not fit each other.
@@ -94,7 +87,9 @@ class Pipeline:
                 f"{layout.text_vocab if layout else 'none'}: give the text model that the prior was trained with."
             )
         self.source = open_source(options, split) if source is None else source
-        self._train, self._options, self._batch_size = train, options, batch_size
+        if tokens is not None and len(tokens) != len(self.source):
+            raise DataError(f"{self.source.description}: {len(self.source)} examples, and tokens of {len(tokens)}.")
+        self._train, self._options, self._batch_size, self._tokens = train, options, batch_size, tokens
         self._run = {
             "batch_size": batch_size,
             "seed": seed,
@@ -121,7 +116,7 @@ class Pipeline:
             seed=seed,
             rows=rows,
         )
-        self._make = self._maker(self.source)
+        self._make = self._maker(self.source, tokens=tokens)
 
     def __len__(self) -> int:
         """Returns the number of batches in one pass over the source, including the padded last one."""
@@ -138,14 +133,21 @@ class Pipeline:
           start: number of batches to leave out at the beginning.
 
         Returns:
-          An iterator over this host's rows of each batch, as numpy arrays: "image" uint8 [b, S, S, 3] and "index"
-          int32 [b] (the example's place in the source); with a text model "text" int32 [b, T]; in evaluation "valid"
-          bool [b], False for padding and unreadable examples.
+          An iterator over this host's rows of each batch, as numpy arrays: "image" uint8 [b, S, S, 3], or "tokens"
+          [b, N] if they are given; "index" int32 [b] (the example's place in the source); with a text model "text"
+          int32 [b, T]; in evaluation "valid" bool [b], False for padding and unreadable examples.
         """
-        last = _LAST_BATCH if self._train else len(self)
-        return PipelineIterator(
-            self._make, self._options.workers, last, self._run, self._tally, self.source.description, start
-        )
+        last = LAST_BATCH if self._train else len(self)
+        return self._iterator(self._make, last, start)
+
+    def chosen_batches(self, numbers: Sequence[int]) -> PipelineIterator:
+        """Returns an iterator over the batches with these numbers only; see `batches`."""
+        return self._iterator(Chosen(self._make, np.asarray(numbers, np.int64)), len(numbers))
+
+    def _iterator(self, make: Make, last: int, start: int = 0) -> PipelineIterator:
+        workers = self._options.worker_count(images=self._tokens is None)
+        workers = min(workers, max(last - start, 1))  # no process without a batch
+        return PipelineIterator(make, workers, last, self._run, self._tally, self.source.description, start)
 
     def spread_batch(self) -> dict[str, np.ndarray]:
         """Creates one evaluation batch of up to 64 examples that are spread evenly over the source.
@@ -188,8 +190,12 @@ class Pipeline:
         error = None
         for index in tried:
             try:
-                record = self.source.record(int(index))
-                decode_image(record, self._options.limits)
+                if self._tokens is None:
+                    record = self.source.record(int(index))
+                    decode_image(record, self._options.limits)
+                else:
+                    self._tokens.row(int(index))
+                    record = self.source.without_image(int(index))
                 if with_captions:
                     decode_captions(record)
                 return
@@ -206,146 +212,3 @@ class Pipeline:
 def _identity(name: str, source: Source) -> dict[str, str]:
     """Returns {name: a short hash of the source's identity}; {} if it has none."""
     return {} if source.identity is None else {name: hashlib.sha256(source.identity.encode()).hexdigest()[:16]}
-
-
-class PipelineIterator(Iterator[dict[str, np.ndarray]]):
-    """An iterator over batches whose state is the number of delivered batches.
-
-    `get_state` and `set_state` use bytes (JSON), so that grain's checkpoint handler accepts it too.
-    """
-
-    def __init__(
-        self,
-        make: ExampleMaker,
-        workers: int,
-        last: int,
-        run: Mapping[str, Any],
-        tally: Tally,
-        name: str = "the data",
-        start: int = 0,
-    ):
-        """Called by `Pipeline` only.
-
-        Args:
-          make: creates a batch from its number.
-          workers: number of worker processes; 0 for threads.
-          last: number of batches before the iterator ends.
-          run: the description of the run that `set_state` compares.
-          tally: counts what the batches' notes report.
-          name: the source, for messages.
-          start: number of batches to leave out at the beginning.
-        """
-        self._name = name
-        self._make, self._workers, self._last, self._run, self._tally = make, workers, last, dict(run), tally
-        self._delivered = start
-        self._batches: grain.DatasetIterator | None = None
-
-    def __next__(self) -> dict[str, np.ndarray]:
-        if self._delivered >= self._last:
-            self.close()
-            raise StopIteration
-        starting = self._batches is None
-        with worker_processes.signals_blocked() if starting and self._workers else contextlib.nullcontext():
-            if starting:
-                self._batches = iter(self._dataset(self._delivered))
-            batch, notes = next(self._batches)  # the first one starts the workers
-        self._delivered += 1
-        self._tally.add(notes, rows=int(batch["valid"].sum()) if "valid" in batch else len(batch["index"]))
-        if self._workers:  # The arrays lie in shared memory, which must be released before Python ends.
-            batch = {name: np.array(value) for name, value in batch.items()}
-        return batch
-
-    def _dataset(self, start: int) -> grain.IterDataset:
-        batches = grain.MapDataset.range(start, self._last).map(self._make)
-        if not self._workers:
-            # Two batches ahead: one may wait for the disk while the other decodes, because Pillow releases the
-            # interpreter lock.
-            return batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
-        if not flags.FLAGS.is_parsed():  # in a notebook or a test; grain reads its flags to start a process
-            flags.FLAGS.mark_as_parsed()
-        ahead = batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=1))
-        if self._last < _LAST_BATCH:  # Shared memory of a pass that ends is never released by grain: use pipes.
-            through_pipes = grain.experimental.DatasetOptions(min_shm_size=sys.maxsize)
-            ahead = grain.experimental.WithOptionsIterDataset(ahead, through_pipes)
-        options = grain.MultiprocessingOptions(num_workers=self._workers, per_worker_buffer_size=2)
-        return ahead.mp_prefetch(options, worker_init_fn=worker_processes.init_worker)
-
-    def get_state(self) -> bytes:
-        """Returns the place after the last delivered batch as JSON; equal on every host."""
-        return json.dumps({"batches": self._delivered, **self._run}).encode()
-
-    def set_state(self, state: bytes | str) -> None:
-        """Moves to a place given by `get_state`, also of a run with another number of hosts or workers.
-
-        Args:
-          state: the JSON of `get_state`.
-
-        Raises:
-          DataChanged: if the number of training examples changed.
-          CheckpointError: if the state counts other batches (another batch size or seed), or cannot be read.
-        """
-        try:
-            values = json_files.parse(state)
-            delivered = values.pop("batches")
-            if not isinstance(delivered, int) or delivered < 0:
-                raise ValueError(f"batches is {delivered!r}")
-        except (ValueError, KeyError) as error:
-            raise CheckpointError(f"The checkpoint's place in the data cannot be read: {repr(state)[:200]}.") from error
-        self._compare(values)
-        self.close()
-        self._delivered = delivered
-
-    def _compare(self, stored: Mapping[str, Any]) -> None:
-        """Compares the description of the run in a state with this run's. See `set_state` for the errors.
-
-        A change that leaves the order of the examples as it is gives a warning, and the training resumes. A state of an
-        earlier version may lack keys.
-        """
-        now = self._run
-        for key in ("batch_size", "seed"):
-            if stored.get(key) != now[key]:
-                raise CheckpointError(
-                    f"The checkpoint's place in the data counts batches of {key}={stored.get(key)}, but {key} is "
-                    f"{now[key]}. Give --config.{key}={stored.get(key)}, or start in another --workdir."
-                )
-        if stored.get("train") != now["train"]:
-            raise CheckpointError("The checkpoint's place in the data is not that of a training.")
-        if stored.get("examples") != now["examples"]:
-            raise DataChanged(
-                f"{self._name}: the training had {stored.get('examples')} examples when the checkpoint was written, "
-                f"and has {now['examples']} now."
-            )
-        changed = {key for key in now if key in stored and stored[key] != now[key]}
-        if "data" in changed:
-            logging.warning(
-                "%s: the files are not those of the checkpoint (edited, copied or moved). Their number is still %d, so "
-                "the training resumes with them.",
-                self._name, now["examples"],
-            )  # fmt: skip
-        if "held_out" in changed:
-            logging.warning(
-                "%s: %d examples were held out when the checkpoint was written, and %d are now. Validation metrics "
-                "before and after are not comparable.",
-                self._name, stored["held_out"], now["held_out"],
-            )  # fmt: skip
-        elif "held_out_data" in changed:
-            logging.warning(
-                "%s: the held-out files are not those of the checkpoint (edited, copied or moved). If they were "
-                "edited, validation metrics before and after are not comparable.",
-                self._name,
-            )  # fmt: skip
-
-    def start_prefetch(self) -> None:
-        """Does nothing: part of grain's checkpoint protocol. The workers start with the next batch."""
-
-    def close(self) -> None:
-        """Ends the workers. Asking for a further batch starts new ones."""
-        if self._batches is not None:
-            self._batches.close()
-            self._batches = None
-
-    def __enter__(self) -> PipelineIterator:
-        return self
-
-    def __exit__(self, *exception) -> None:
-        self.close()

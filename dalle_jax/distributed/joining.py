@@ -1,4 +1,4 @@
-"""Joins the processes of several hosts to one training.
+"""Joins the processes of several hosts to one training or evaluation.
 
 Every host runs the same command. It joins the others before it uses a device, if one of these asks for it:
 
@@ -34,6 +34,7 @@ CONNECT_SECONDS = 300  # default: how long to wait for all hosts at the start
 LOST_HOST_SECONDS = 60  # default: how long a host may be silent
 _METADATA_SECONDS = 5
 _FLAGS = ("coordinator_address", "num_processes", "process_id")
+_JOBS = ("train", "encode", "evaluate")  # those that several hosts share
 
 _lost_host_seconds = LOST_HOST_SECONDS
 
@@ -69,7 +70,7 @@ def start(
     """Joins the other hosts, or does nothing on a single host.
 
     Args:
-      job: `config.job`. Only "train" runs on several hosts.
+      job: `config.job`. Only those of `_JOBS` run on several hosts.
       coordinator_address: "HOST:PORT" of the first host, "auto", or "none". None: read from the environment.
       num_processes: number of processes.
       process_id: index of this process.
@@ -95,7 +96,7 @@ def start(
     values = {} if detected else _checked(given)
     if values.get("num_processes") == 1:
         return
-    if job != "train":
+    if job not in _JOBS:
         raise ConfigError(
             f"config.job={job!r} runs in one process, and "
             f"{'the cluster has' if detected else '--num_processes asks for'} several. Run it on one host with "
@@ -103,6 +104,8 @@ def start(
         )
     global _lost_host_seconds
     _lost_host_seconds = lost_host_seconds
+    # Only training answers to a signal that JAX has caught. Other jobs would ignore it.
+    jax.config.update("jax_enable_preemption_service", job == "train")
     began = time.monotonic()
     if values and values["process_id"] > 0:
         _wait_for(values["coordinator_address"], connect_seconds)

@@ -83,11 +83,12 @@ def platform() -> str:
     """Returns the platform that the current trace is for: "cpu", "gpu" or "tpu".
 
     It is the platform of the mesh of `on_mesh`, also if that mesh exists only for the compiler
-    (`jax.experimental.topologies`). Without a mesh it is the platform of the default device.
+    (`jax.experimental.topologies`). Without a mesh it is the platform of the default device (`jax.default_device`).
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
-        return jax.default_backend()
+        chosen = jax.config.jax_default_device
+        return getattr(chosen, "platform", chosen) or jax.default_backend()
     kind = device.device_kind.lower()  # not every version of JAX has the platform here
     return "tpu" if kind.startswith("tpu") else "cpu" if kind == "cpu" else "gpu"
 

@@ -32,6 +32,7 @@ from dalle_jax.evaluation.feature_extractors import FeatureExtractor
 from dalle_jax.evaluation.sections import (
     SHOWN,
     Metrics,
+    check_share,
     measure_candidates,
     measure_prior,
     measure_retrieval,
@@ -100,7 +101,7 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
     """Measures priors that share one image tokenizer.
 
     One CLIP ranks and scores all of them, so that their scores are comparable. All checks come before the first
-    measurement.
+    measurement. Several hosts share the images and captions; each of them must call it and gets the same metrics.
 
     Args:
       models: the priors, by their names in the report.
@@ -111,7 +112,7 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
       The metrics, and the columns of the grid.
 
     Raises:
-      ConfigError: different tokenizers or different CLIPs, or candidates without a CLIP.
+      ConfigError: different tokenizers or different CLIPs, candidates without a CLIP, or more hosts than captions.
       PretrainedError: Inception's weights cannot be read.
     """
     scorer = _shared_scorer(models)
@@ -125,6 +126,7 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
     first = next(iter(models.values())).model
     if len({fingerprint(each.model.tokenizer_params) for each in models.values()}) > 1:
         raise ConfigError("The priors have different image tokenizers: measure them one by one.")
+    check_share(tests, options.candidate_captions if options.candidates else None)
     extractors: list[FeatureExtractor] = []
     if options.inception:
         extractors.append(
@@ -139,10 +141,10 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
     metrics: Metrics = {} if scorer is None else {"clip": measure_retrieval(scorer, tests, real)}
     metrics["dvae"] = tokenized.metrics
     columns = [("real", shown), ("reconstructed", first.decode(tokenized.tokens[tests.owners[:SHOWN]]))]
-    sets, best_of = {}, {}
+    by_radius, best_of = {}, {}
     for name, each in models.items():
         drawn = measure_prior(each.model, each.sampling, tests, tokenized, extractors, options.seed)
-        sets[name], metrics[name] = drawn.images, drawn.metrics
+        by_radius[name], metrics[name] = drawn.blur, drawn.metrics
         columns.append((name, drawn.first))
         if options.candidates:
             best_of[name], best = measure_candidates(
@@ -153,10 +155,7 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
     if best_of:
         metrics["best_of"] = best_of
     if extractors:
-        metrics["blur"] = {
-            name: {f"{radius:g}": images.distances(real, radius) for radius in real.radii}
-            for name, images in {**sets, "reconstructed": tokenized.reconstructed}.items()
-        }
+        metrics["blur"] = by_radius | {"reconstructed": tokenized.blur}
     metrics["protocol"] = _protocol(models, tests, options, extractors)
     return Measured(metrics, columns)
 
@@ -198,5 +197,9 @@ def _protocol(
 
 
 def device(mesh: Mesh | None) -> str:
-    """Returns number and kind of the devices of a mesh, such as "1 x cpu". None means the default device."""
-    return f"{1 if mesh is None else mesh.size} x {jax.devices()[0].device_kind}"
+    """Returns number and kind of the devices of a mesh, such as "1 x cpu", or "2 hosts, each 1 x cpu".
+
+    None means the default device.
+    """
+    hosts = f"{jax.process_count()} hosts, each " if jax.process_count() > 1 else ""
+    return f"{hosts}{1 if mesh is None else mesh.size} x {jax.local_devices()[0].device_kind}"

@@ -1,5 +1,7 @@
 """The sections of an evaluation: image tokenizer, CLIP retrieval, prior, and the best of N.
 
+Several hosts share the images and captions (`exchange.share`). Afterwards each of them has the metrics of all.
+
 C captions    P real images    H, W their size    N candidates, or image tokens in `tokens`
 """
 
@@ -8,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +18,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.distributed.chunks import batches
+from dalle_jax.distributed.exchange import from_all_hosts, share
 from dalle_jax.distributed.rows import over_rows
+from dalle_jax.errors import ConfigError
 from dalle_jax.evaluation.feature_extractors import FeatureExtractor, ImageSet
 from dalle_jax.evaluation.test_sets import TestSet
 from dalle_jax.metrics import clip_score, codebook, image_quality, shapes
+from dalle_jax.metrics.image_quality import ImageQuality
 from dalle_jax.metrics.retrieval import retrieval
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
@@ -36,14 +41,15 @@ class Tokenized:
 
     Attributes:
       tokens: int32 [P, N].
-      real, reconstructed: statistics of both sets of images.
+      real: statistics of the real images.
       metrics: of the tokenizer, by name.
+      blur: FID and Inception score of the reconstructions, by blur radius.
     """
 
     tokens: np.ndarray
     real: ImageSet
-    reconstructed: ImageSet
     metrics: Metrics
+    blur: Mapping[str, Metrics]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +57,52 @@ class Drawn:
     """One drawn image per caption.
 
     Attributes:
-      images: statistics of the images.
       metrics: of the prior, by name.
+      blur: FID and Inception score, by blur radius.
       first: the first images, uint8 [up to 16, H, W, 3].
     """
 
-    images: ImageSet
     metrics: Metrics
+    blur: Mapping[str, Metrics]
     first: np.ndarray
+
+
+def check_share(tests: TestSet, candidate_captions: int | None) -> None:
+    """Checks that each host has an image and a caption to measure.
+
+    Args:
+      tests: the test set.
+      candidate_captions: number of captions of the best of N, or None without this section.
+
+    Raises:
+      ConfigError: more hosts than images or captions.
+    """
+    hosts, captions = jax.process_count(), len(tests.captions)
+    counts = {"config.count": min(captions, len(tests.indices))}
+    if candidate_captions is not None:
+        counts["config.metrics.candidate_captions"] = min(candidate_captions, captions)
+    for key, count in counts.items():
+        if count < hosts:
+            raise ConfigError(
+                f"{hosts} hosts for {count} captions or images ({key}): expected at least one for each host. Raise "
+                f"{key}, or use fewer hosts (--num_processes)."
+            )
+
+
+def _share(count: int, size: int) -> tuple[range, list[tuple[np.ndarray, np.ndarray]]]:
+    """Returns the rows of this host, and the batches of at most `size` rows in which it measures them.
+
+    Each batch has the places of its rows among all of them, and a mask of the rows that count, as in `batches`.
+    """
+    mine = share(count)
+    own = batches(len(mine), min(size, len(mine)))
+    return mine, [(mine.start + places, valid) for places, valid in own]
+
+
+def _of_all_hosts(**arrays: Any) -> dict[str, np.ndarray]:
+    """Concatenates arrays [rows, ...] of all hosts."""
+    parts = from_all_hosts(arrays)
+    return {name: np.concatenate([part[name] for part in parts]) for name in arrays}
 
 
 def measure_tokenizer(
@@ -73,10 +117,11 @@ def measure_tokenizer(
       radii: blur radii, pixels.
     """
     count = len(tests.indices)
-    real, reconstructed = (ImageSet(extractors, count, radii) for _ in range(2))
+    mine, shared = _share(count, model.rows_at_once)
+    real, reconstructed = (ImageSet(extractors, count, radii, mine) for _ in range(2))
     tokens, quality, right = [], image_quality.empty(), []
     scenes = None if tests.scenes is None else [tests.scenes[i] for i in _first_captions(tests)]
-    for places, valid in batches(count, min(model.rows_at_once, count)):
+    for places, valid in shared:
         images = tests.images(places)
         codes = model.encode(images)
         decoded = model.decode(codes)
@@ -86,18 +131,26 @@ def measure_tokenizer(
         tokens.append(codes[valid])
         if scenes is not None:
             right.append(shapes.right_captions(decoded[valid], [scenes[i] for i in places[valid]]))
-    tokens = np.concatenate(tokens)
-    used = codebook.count(jnp.asarray(tokens), model.tokenizer.vocab_size)
-    distances = reconstructed.distances(real)
+    real, reconstructed = real.of_all_hosts(), reconstructed.of_all_hosts()
+    whole = _of_all_hosts(tokens=np.concatenate(tokens), **({"right": np.concatenate(right)} if right else {}))
+    parts = from_all_hosts({name: np.asarray(value) for name, value in dataclasses.asdict(quality).items()})
+    qualities = (ImageQuality(**{name: value.item() for name, value in part.items()}) for part in parts)
+    used = codebook.count(jnp.asarray(whole["tokens"]), model.tokenizer.vocab_size)
+    by_radius = _by_radius(reconstructed, real)
     metrics = {
-        **image_quality.compute(quality),
+        **image_quality.compute(functools.reduce(image_quality.merge, qualities)),
         "codebook_perplexity": float(codebook.perplexity(used)),
         "codebook_usage": float(codebook.usage(used)),
-        **({"caption_accuracy": float(np.concatenate(right).mean())} if right else {}),
-        **{f"r{name}" if name.startswith("fid") else name: value for name, value in distances.items()},
+        **({"caption_accuracy": float(whole["right"].mean())} if right else {}),
+        **{f"r{name}" if name.startswith("fid") else name: value for name, value in by_radius["0"].items()},
         **reconstructed.precision_recall(real),
     }
-    return Tokenized(tokens, real, reconstructed, metrics)
+    return Tokenized(whole["tokens"], real, metrics, by_radius)
+
+
+def _by_radius(images: ImageSet, real: ImageSet) -> dict[str, Metrics]:
+    """Compares images with the real ones for each blur radius, such as "0"."""
+    return {f"{radius:g}": images.distances(real, radius) for radius in real.radii}
 
 
 def _first_captions(tests: TestSet) -> np.ndarray:
@@ -130,10 +183,11 @@ def measure_prior(
       seed: of the samples.
     """
     parameters, count = dataclasses.asdict(sampling), len(tests.captions)
-    drawn, text = ImageSet(extractors, count, tokenized.real.radii), model.encode_text(tests.captions)
+    mine, shared = _share(count, model.rows_at_once)
+    drawn, text = ImageSet(extractors, count, tokenized.real.radii, mine), model.encode_text(tests.captions)
     nats, seconds, kept = 0.0, 0.0, []
-    model.generate(tests.captions[:1] * min(count, model.rows_at_once), seed=seed, **parameters)  # compiles
-    for places, valid in batches(count, min(model.rows_at_once, count)):
+    model.generate(tests.captions[:1] * len(shared[0][0]), seed=seed, **parameters)  # compiles
+    for places, valid in shared:
         codes = tokenized.tokens[tests.owners[places]]
         loss = functools.partial(_nats, model.prior, model.params)
         nats += valid.sum() * float(over_rows(model.mesh, loss, text[places], codes, valid))
@@ -143,22 +197,26 @@ def measure_prior(
         drawn.add(images[valid])
         if tests.scenes is not None or not kept:
             kept.append(images[valid])
-    kept = np.concatenate(kept)
+    drawn = drawn.of_all_hosts()
+    sums = _of_all_hosts(nats=np.array([nats]), seconds=np.array([seconds]))
+    kept = [part["kept"] for part in from_all_hosts({"kept": np.concatenate(kept)})]
+    kept = kept[0] if tests.scenes is None else np.concatenate(kept)  # the first host has the first images
     whole, parts = {}, {}
     if tests.scenes is not None:
         parts = shapes.score(kept, tests.scenes)
         whole = {name: parts.pop(name) for name in ("caption_accuracy", "attribute_accuracy")}
+    by_radius = _by_radius(drawn, tokenized.real)
     metrics = {
         **whole,
-        "image_nats_per_token": nats / count,
+        "image_nats_per_token": float(sums["nats"].sum()) / count,
         **({} if model.scorer is None else _clip_score(model.scorer, drawn, tests)),
-        **drawn.distances(tokenized.real),
+        **by_radius["0"],
         **drawn.precision_recall(tokenized.real),
         "steps": model.prior.decoding_steps(sampling.steps),
-        "seconds_per_image": seconds / count,
+        "seconds_per_image": float(sums["seconds"].sum()) / count,
         **({"by_attribute": parts} if parts else {}),
     }
-    return Drawn(drawn, metrics, kept[:SHOWN])
+    return Drawn(metrics, by_radius, kept[:SHOWN])
 
 
 def _clip_score(scorer: ClipScorer, drawn: ImageSet, tests: TestSet) -> Metrics:
@@ -203,10 +261,11 @@ def measure_candidates(
     """
     parameters, count = dataclasses.asdict(sampling), min(captions, len(tests.captions))
     numbers = [2**i for i in range(n.bit_length()) if 2**i < n] + [n]
-    sets = {number: ImageSet(extractors, count) for number in numbers}
+    mine = share(count)
+    sets = {number: ImageSet(extractors, count, part=mine) for number in numbers}
     scores, right, shown = [], [], []
-    for start in range(0, count, per_call := max(1, model.rows_at_once // n)):
-        rows = range(start, min(start + per_call, count))
+    for start in range(0, len(mine), per_call := max(1, model.rows_at_once // n)):
+        rows = mine[start : start + per_call]
         ranked = model.best_of([tests.captions[i] for i in rows], n, keep=n, seed=seed, **parameters)
         for number, drawn in sets.items():
             drawn.add(ranked.best_of_first(number).images[:, 0])
@@ -217,17 +276,18 @@ def measure_candidates(
             images = ranked.images.reshape(-1, *ranked.images.shape[2:])
             verdicts = shapes.right_captions(images, [tests.scenes[i] for i in rows for _ in range(n)])
             right.append(np.take_along_axis(verdicts.reshape(ranked.scores.shape), drawn_order, axis=1))
-    scores = np.concatenate(scores)
+    verdicts = {"right": np.concatenate(right)} if right else {}
+    whole = _of_all_hosts(scores=np.concatenate(scores), shown=np.concatenate(shown)[:SHOWN], **verdicts)
     metrics = {}
     for number, drawn in sets.items():
-        best = _best_places(scores, number)
+        best = _best_places(whole["scores"], number)
         chosen = lambda x, best=best: np.take_along_axis(x, best, axis=1)
         metrics[str(number)] = {
-            **({"caption_accuracy": float(chosen(np.concatenate(right)).mean())} if right else {}),
-            **clip_score.compute(clip_score.add(clip_score.empty(), chosen(scores).reshape(-1))),
-            **drawn.distances(real),
+            **({"caption_accuracy": float(chosen(whole["right"]).mean())} if right else {}),
+            **clip_score.compute(clip_score.add(clip_score.empty(), chosen(whole["scores"]).reshape(-1))),
+            **drawn.of_all_hosts().distances(real),
         }
-    return metrics, np.concatenate(shown)[:SHOWN]
+    return metrics, whole["shown"][:SHOWN]
 
 
 def _best_places(scores: np.ndarray, number: int) -> np.ndarray:

@@ -16,8 +16,11 @@ images of the split. `TestSet.describe` gives the report what it takes to measur
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -28,11 +31,14 @@ from dalle_jax.data.augment import augment, fit_square
 from dalle_jax.data.builders.shapes_captions.scenes import Scene
 from dalle_jax.data.sources.decoding import Limits, decode_image
 from dalle_jax.data.sources.open import open_source
+from dalle_jax.data.sources.record import Record
 from dalle_jax.data.sources.source import DataOptions, Source, UnreadableExample, decode_captions
 from dalle_jax.data.text import CaptionEncoder, only_unknown
 from dalle_jax.errors import DataError
 
 CAPTIONS = ("first", "drawn", "unique")
+_WINDOW = 64  # examples that are read at once
+_MOST_THREADS = 32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +98,13 @@ class TestSet:
         Returns:
           uint8 [B, H, W, 3].
         """
-        shown = [decode_image(self.source.record(int(self.indices[place])), self.limits) for place in places]
-        return np.stack([augment(fit_square(image, self.fit), self.image_size, "none", None) for image in shown])
+
+        def prepared(record: Record) -> np.ndarray:
+            image = fit_square(decode_image(record, self.limits), self.fit)
+            return augment(image, self.image_size, "none", None)
+
+        records = [self.source.record(int(self.indices[place])) for place in places]
+        return np.stack(list(_threads().map(prepared, records)))
 
     def describe(self) -> dict[str, Any]:
         """Describes the test set for the report, so that another implementation can measure the same."""
@@ -135,12 +146,12 @@ def open_test_set(
     rng = np.random.default_rng(protocol.seed)
     order = rng.permutation(len(source)) if protocol.captions == "drawn" else range(len(source))
     captions, owners, indices, scenes = {}, [], [], []
-    for index in order:
+    for index, record in _read(source, order, options.limits):
         if protocol.captions != "unique" and len(indices) == protocol.count:
             break
         try:
-            record = source.record(int(index))
-            decode_image(record, options.limits)
+            if isinstance(record, UnreadableExample):
+                raise record
             found = [
                 caption
                 for caption in decode_captions(record)
@@ -162,7 +173,7 @@ def open_test_set(
                 owners.append(len(indices))
                 if "scene" in record.extra:
                     scenes.append(Scene.from_json(record.extra["scene"]))
-        indices.append(int(index))
+        indices.append(index)
     if not captions or len(captions) < (protocol.count or 0):
         raise DataError(
             f"{source.description} has {len(captions)} captions of readable images, but {protocol.count or 'some'} are "
@@ -172,3 +183,33 @@ def open_test_set(
         tuple(captions.values()), np.array(owners), np.array(indices), tuple(scenes) or None, source,
         options.image_size, protocol, options.limits, options.fit,
     )  # fmt: skip
+
+
+def _read(source: Source, order: Sequence[int], limits: Limits) -> Iterator[tuple[int, Record | UnreadableExample]]:
+    """Reads examples in order, and decodes the images of `_WINDOW` of them at once, to know whether that works.
+
+    Yields:
+      The index of each example, and its record, or the reason why it is unreadable.
+    """
+
+    def attempt(function: Callable[[], Record]) -> Record | UnreadableExample:
+        try:
+            return function()
+        except UnreadableExample as error:
+            return error
+
+    def decoded(record: Record | UnreadableExample) -> Record | UnreadableExample:
+        if not isinstance(record, UnreadableExample):
+            decode_image(record, limits)
+        return record
+
+    for start in range(0, len(order), _WINDOW):
+        window = [int(index) for index in order[start : start + _WINDOW]]
+        records = [attempt(functools.partial(source.record, index)) for index in window]
+        yield from zip(window, _threads().map(lambda record: attempt(lambda: decoded(record)), records))
+
+
+@functools.cache
+def _threads() -> ThreadPoolExecutor:
+    """Returns the threads that decode images. Pillow decodes outside of Python's lock."""
+    return ThreadPoolExecutor(min(os.cpu_count() or 1, _MOST_THREADS), "decode")

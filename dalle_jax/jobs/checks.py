@@ -37,6 +37,8 @@ from dalle_jax.jobs.tokenizers import has_tokenizer
 from dalle_jax.optim import optimizers
 from dalle_jax.storage.files import check_writable, expanded, is_regular_file
 from dalle_jax.tasks import registry
+from dalle_jax.tasks.encoded_split import check_tokenizer
+from dalle_jax.tasks.prior import EACH_BATCH, ONCE
 from dalle_jax.text_to_image.drawing import MOST_IMAGES
 from dalle_jax.text_to_image.folders import check_step
 from dalle_jax.training.step import make_init
@@ -78,6 +80,7 @@ def check_config(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) 
         with prefixed(prefix):
             validate(part)
             registry.check_config(part)
+    _check_tokens(config, workdir, ahead)
     for prefix, part in parts.items():
         with prefixed(prefix):
             _trace(part, None if prefix else tokenizer)
@@ -108,6 +111,17 @@ def _existing_tokenizer(config: ConfigDict, workdir: str, ahead: Collection[str]
     if config.tokenizer_from and config.tokenizer_from not in ahead:
         return tokenizers.of_training(workdirs.read_config(config.tokenizer_from))
     return None
+
+
+def _check_tokens(config: ConfigDict, workdir: str, ahead: Collection[str]) -> None:
+    """Checks that the tokens of `config.data_tokens` are those of the prior's image tokenizer, if it exists already."""
+    given = config.get("data_tokens")
+    if given in (None, ONCE, EACH_BATCH):
+        return
+    own = workdirs.has_tokenizer(workdir)
+    place = workdir if own else config.tokenizer_from
+    if place and place not in ahead:
+        check_tokenizer(given, *workdirs.load_tokenizer(place, None if own else config.get("tokenizer_step")))
 
 
 def check_drawing(config: ConfigDict) -> None:

@@ -11,6 +11,7 @@ from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.distributed.mesh import local_mesh
+from dalle_jax.distributed.turns import is_first
 from dalle_jax.errors import ConfigError
 from dalle_jax.evaluation.measure import Model, Options, measure
 from dalle_jax.evaluation.report import write
@@ -24,6 +25,8 @@ from dalle_jax.text_to_image.text_to_image import TextToImage
 
 def run(config: ConfigDict, workdir: str) -> Metrics:
     """Measures the priors of `config.model_workdir` and writes the report.
+
+    Several hosts share the images and captions. Each of them loads the whole models; the first one writes.
 
     Args:
       config: see `configs/evaluate.py`.
@@ -47,7 +50,8 @@ def run(config: ConfigDict, workdir: str) -> Metrics:
     measured.metrics["protocol"]["checkpoints"] = {
         name: f"{m.workdir}, step {m.step}" for name, m in zip(names, loaded)
     }
-    write(measured, tests, expanded(workdir), f"{', '.join(names)}: {tests.source.description}", config)
+    if is_first():
+        write(measured, tests, expanded(workdir), f"{', '.join(names)}: {tests.source.description}", config)
     return measured.metrics
 
 

@@ -8,8 +8,10 @@ from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.sections import EMOJI, SHAPES
+from dalle_jax.data import token_store
 from dalle_jax.data.sources.own import FOLDER, TAR_SHARDS, choose_source
 from dalle_jax.errors import ConfigError
+from dalle_jax.tasks.prior import EACH_BATCH, ONCE
 
 # Sources that draw their own images, with the arguments of their builder that variants set.
 _DRAWN = {row["source"]: row["builder_kwargs"] for row in (SHAPES, EMOJI)}
@@ -35,6 +37,7 @@ def prepare(config: ConfigDict) -> ConfigDict:
       ConfigError: the data sections contradict each other, their path or their source.
     """
     config = copy.deepcopy(config)  # keeps references, which `copy_and_resolve_references` would not
+    _follow_tokens(config)
     _follow_start(config)
     _choose_source(config, config)
     if "tokenizer" in config and not config.tokenizer_from:
@@ -71,6 +74,14 @@ def _choose_source(config: ConfigDict, outer: ConfigDict, prefix: str = "") -> N
         with config.unlocked():
             del data["builder_kwargs"]
             data.builder_kwargs = ConfigDict()
+
+
+def _follow_tokens(config: ConfigDict) -> None:
+    """Takes the image tokenizer from the folder of tokens that `data_tokens` names, unless it is set."""
+    given = config.get("data_tokens")
+    if given not in (None, "", ONCE, EACH_BATCH) and not config.tokenizer_from:
+        if token_store.exists(given) and workdirs.has_tokenizer(given):
+            config.tokenizer_from = given
 
 
 def _follow_start(config: ConfigDict) -> None:

@@ -17,6 +17,7 @@ complex, and exact up to rounding even with fewer images than features.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -26,23 +27,68 @@ from dalle_jax.metrics.rows import valid_rows
 
 INCEPTION = "inception"  # the pool features of `models/inception.py`
 INCEPTION_WIDTH = 2048
+BLOCK = 1024  # rows that are multiplied at once
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FeatureStatistics:
-    """Count, mean and scatter of the features of a set of images.
+class _Moments:
+    """Count, mean [D] and scatter [D, D] of features."""
 
-    Attributes:
-      features: name of the network: "inception", or another.
-      count: number of images.
-      mean: float64 [D].
-      scatter: float64 [D, D], sum of (x − mean)(x − mean)ᵀ.
-    """
-
-    features: str
     count: int
     mean: np.ndarray
     scatter: np.ndarray
+
+    def plus(self, other: _Moments) -> _Moments:
+        count = self.count + other.count
+        if not self.count or not other.count:
+            return self if self.count else other
+        delta = other.mean - self.mean
+        scatter = np.outer(delta, delta * (self.count * other.count / count))
+        scatter += self.scatter
+        scatter += other.scatter
+        return _Moments(count, self.mean + delta * (other.count / count), scatter)
+
+
+class FeatureStatistics:
+    """Count, mean and scatter of the features of a set of images.
+
+    Rows wait until there are `BLOCK` of them, because each product adds one matrix [D, D].
+
+    Attributes:
+      features: name of the network: "inception", or another.
+    """
+
+    def __init__(self, features: str, count: int, mean: np.ndarray, scatter: np.ndarray):
+        """
+        Args:
+          features: name of the network.
+          count: number of images.
+          mean: float64 [D].
+          scatter: float64 [D, D], sum of (x − mean)(x − mean)ᵀ.
+        """
+        self.features = features
+        self._moments = _Moments(count, mean, scatter)
+        self._waiting: tuple[np.ndarray, ...] = ()  # of [B, D]
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self._moments.mean.size
+
+    @property
+    def count(self) -> int:
+        """Number of images."""
+        return self._moments.count + sum(map(len, self._waiting))
+
+    @property
+    def mean(self) -> np.ndarray:
+        """Mean of the features, float64 [D]."""
+        return self._complete().mean
+
+    @property
+    def scatter(self) -> np.ndarray:
+        """Sum of (x − mean)(x − mean)ᵀ, float64 [D, D]."""
+        return self._complete().scatter
 
     @property
     def metric(self) -> str:
@@ -53,6 +99,31 @@ class FeatureStatistics:
     def covariance(self) -> np.ndarray:
         """The unbiased covariance (divided by count − 1, as in other implementations), float64 [D, D]."""
         return self.scatter / (self.count - 1)
+
+    @functools.cached_property
+    def factor(self) -> np.ndarray:
+        """L with L Lᵀ = covariance, float64 [D, R], without directions whose variance is only rounding error."""
+        values, vectors = np.linalg.eigh(self.covariance)
+        kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
+        return vectors[:, kept] * np.sqrt(values[kept])
+
+    def _complete(self) -> _Moments:
+        """Returns the moments of all rows. Afterwards none of them waits."""
+        if self._waiting:
+            rows = np.concatenate(self._waiting).astype(np.float64)
+            mean = rows.mean(0)
+            rows -= mean
+            self._moments = self._moments.plus(_Moments(len(rows), mean, rows.T @ rows))
+            self._waiting = ()
+        return self._moments
+
+    def _with(self, rows: np.ndarray) -> FeatureStatistics:
+        """Returns the statistics of these images and of more, [B, D]."""
+        found = FeatureStatistics(self.features, self._moments.count, self._moments.mean, self._moments.scatter)
+        found._waiting = (*self._waiting, rows)
+        if sum(map(len, found._waiting)) >= BLOCK:
+            found._complete()
+        return found
 
 
 def empty(width: int, features: str = INCEPTION) -> FeatureStatistics:
@@ -75,23 +146,21 @@ def add(stats: FeatureStatistics, features: Any, valid: Any = None) -> FeatureSt
 
     Args:
       stats: the statistics so far.
-      features: float [B, D], numpy or JAX, sharded or not. Each call also costs one D x D matrix, so that batches of
-        hundreds of rows are better than small ones.
+      features: float [B, D], numpy or JAX, sharded or not.
       valid: bool [B], rows that count, or None for all.
 
     Raises:
       ValueError: features of another width, or that are not finite.
     """
-    rows = valid_rows(features, valid).astype(np.float64)
-    if rows.ndim != 2 or rows.shape[1] != stats.mean.size:
-        raise ValueError(f"Features are {rows.shape}; expected [B, {stats.mean.size}].")
+    rows = valid_rows(features, valid)
+    if rows.ndim != 2 or rows.shape[1] != stats.width:
+        raise ValueError(f"Features are {rows.shape}; expected [B, {stats.width}].")
     if not np.isfinite(rows).all():
         raise ValueError(f"Some of the {stats.features!r} features are not finite.")
-    if not len(rows):
-        return stats
-    mean = rows.mean(0)
-    rows -= mean
-    return merge(stats, FeatureStatistics(stats.features, len(rows), mean, rows.T @ rows))
+    for start in range(0, len(rows), BLOCK):
+        # A copy, because the rows wait and the caller may reuse its array.
+        stats = stats._with(np.array(rows[start : start + BLOCK]))
+    return stats
 
 
 def merge(a: FeatureStatistics, b: FeatureStatistics) -> FeatureStatistics:
@@ -101,14 +170,10 @@ def merge(a: FeatureStatistics, b: FeatureStatistics) -> FeatureStatistics:
       ValueError: statistics of different features.
     """
     _check_alike(a, b)
-    count = a.count + b.count
     if not a.count or not b.count:
         return a if a.count else b
-    delta = b.mean - a.mean
-    scatter = np.outer(delta, delta * (a.count * b.count / count))
-    scatter += a.scatter
-    scatter += b.scatter
-    return FeatureStatistics(a.features, count, a.mean + delta * (b.count / count), scatter)
+    both = a._complete().plus(b._complete())
+    return FeatureStatistics(a.features, both.count, both.mean, both.scatter)
 
 
 def compute(a: FeatureStatistics, b: FeatureStatistics) -> dict[str, float]:
@@ -130,20 +195,13 @@ def distance(a: FeatureStatistics, b: FeatureStatistics) -> float:
     _check_alike(a, b)
     if min(a.count, b.count) < 2:
         raise DataError(f"A Fréchet distance needs at least two images in each set; given {a.count} and {b.count}.")
-    shared = np.linalg.svd(_factor(a.covariance).T @ _factor(b.covariance), compute_uv=False).sum()
+    shared = np.linalg.svd(a.factor.T @ b.factor, compute_uv=False).sum()
     spread = np.trace(a.covariance) + np.trace(b.covariance) - 2 * shared
     return max(0.0, float(np.square(a.mean - b.mean).sum() + spread))
 
 
-def _factor(covariance: np.ndarray) -> np.ndarray:
-    """Returns L with L Lᵀ = covariance, [D, R], without directions whose variance is only rounding error."""
-    values, vectors = np.linalg.eigh(covariance)
-    kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
-    return vectors[:, kept] * np.sqrt(values[kept])
-
-
 def _check_alike(a: FeatureStatistics, b: FeatureStatistics) -> None:
-    if (a.features, a.mean.size) != (b.features, b.mean.size):
+    if (a.features, a.width) != (b.features, b.width):
         raise ValueError(
-            f"The statistics are of different features: {a.mean.size} {a.features!r} and {b.mean.size} {b.features!r}."
+            f"The statistics are of different features: {a.width} {a.features!r} and {b.width} {b.features!r}."
         )

@@ -99,6 +99,24 @@ def add(stats: ScoreStatistics, logits: Any, places: Any, valid: Any = None) -> 
     )
 
 
+def merge(a: ScoreStatistics, b: ScoreStatistics) -> ScoreStatistics:
+    """Adds the sums over two disjoint parts of the N images.
+
+    Raises:
+      ValueError: sums of different N, splits or classes.
+    """
+    if (a.total, a.probabilities.shape) != (b.total, b.probabilities.shape):
+        raise ValueError(
+            f"The sums differ: {a.total} images {a.probabilities.shape} and {b.total} images {b.probabilities.shape}."
+        )
+    return ScoreStatistics(
+        a.total,
+        a.counts + b.counts,
+        a.probabilities + b.probabilities,
+        a.negative_entropies + b.negative_entropies,
+    )
+
+
 def compute(stats: ScoreStatistics) -> dict[str, float]:
     """Returns mean and standard deviation over the splits: "inception_score", 1 to C, and "inception_score_std".
 

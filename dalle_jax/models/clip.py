@@ -28,7 +28,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike, Float, Int, Key, Num
 from ml_collections import ConfigDict
 
@@ -36,7 +35,7 @@ from dalle_jax.configuration.options import check, from_config
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.resampling import space_to_depth
-from dalle_jax.models.attention.xla import attend_reference
+from dalle_jax.models.attention import kernels
 from dalle_jax.models.dense import Dense
 from dalle_jax.models.transformer import DTYPES, Norm
 from dalle_jax.pytree import PyTree
@@ -49,6 +48,7 @@ INITIAL_LOG_SCALE = math.log(1 / 0.07)
 MAX_LOG_SCALE = math.log(100)
 _MLP_RATIO = 4
 READOUTS = ("class_token", "patches")
+KERNELS = ("auto", "xla", "cudnn")
 _MOST = {  # no device holds more
     **{f"{tower}_{size}": most for tower in ("image", "text") for size, most in (("width", 2**16), ("depth", 1024))},
     "image_mlp": 2**18,
@@ -90,6 +90,7 @@ class CLIPOptions:
       end_id: id of the end token.
       activation: "quick_gelu" (OpenAI's) or "gelu" (exact).
       dtype: dtype of the activations. Parameters, norms, softmax, embeddings and losses are always float32.
+      attention_kernel: "xla", "cudnn" (NVIDIA GPUs, bfloat16), or "auto", which chooses by device, dtype and head size.
     """
 
     image_size: int = 224
@@ -109,10 +110,12 @@ class CLIPOptions:
     end_id: int = 49_407
     activation: str = "quick_gelu"
     dtype: str = "float32"
+    attention_kernel: str = "auto"
 
     def __post_init__(self):
         sizes = [f"{tower}_{size}" for tower in ("image", "text") for size in ("width", "heads")]
         choices = {"activation": ACTIVATIONS, "image_readout": READOUTS, "dtype": DTYPES}
+        choices |= {"attention_kernel": KERNELS}
         positive = [
             *sizes,
             "image_mlp",
@@ -135,6 +138,7 @@ class CLIPOptions:
                 raise ConfigError(
                     f"config.model.{tower}_width is {width}; expected a multiple of {tower}_heads={heads}."
                 )
+            kernels.check_cudnn(self.attention_kernel, self.dtype, width // heads, "model")
         if not 0 <= self.end_id < self.text_vocab:
             raise ConfigError(f"The end token {self.end_id} lies outside the vocabulary of {self.text_vocab}.")
 
@@ -205,6 +209,7 @@ class Block(nn.Module):
       activation: a key of `ACTIVATIONS`.
       causal: whether a position attends only to itself and earlier positions.
       dtype: dtype of the activations.
+      attention_kernel: see `CLIPOptions`.
     """
 
     width: int
@@ -214,6 +219,7 @@ class Block(nn.Module):
     activation: str
     causal: bool
     dtype: str
+    attention_kernel: str
 
     @nn.compact
     def __call__(self, x: Float[ArrayLike, "B S D"]) -> Float[Array, "B S D"]:
@@ -223,8 +229,8 @@ class Block(nn.Module):
         norm = lambda name: Norm("layernorm", self.dtype, name=name)
         qkv = Dense((d,), (3, *heads), ("embed", None, *names), self.dtype, (None, *names), name="qkv")
         q, k, v = jnp.moveaxis(qkv(norm("attention_norm")(x)), -3, 0)
-        mask = np.ones((x.shape[1],) * 2, bool)
-        y = attend_reference(q, k, v, np.tril(mask) if self.causal else mask)
+        kernel = kernels.chosen(self.attention_kernel, self.dtype, heads[1], "model")
+        y = kernels.attend_sequence(kernel, q, k, v, self.causal)
         x = x + Dense(heads, (d,), (*names, "embed"), self.dtype, (None,), 0.5 / self.depth, name="out")(y)
         y = Dense((d,), (hidden,), ("embed", "mlp"), self.dtype, ("mlp",), 0.5, name="up")(norm("mlp_norm")(x))
         y = ACTIVATIONS[self.activation](y)
@@ -259,7 +265,8 @@ class ImageTower(nn.Module):
         x = Norm("layernorm", o.dtype, name="norm_before")(x)
         hidden = o.image_mlp or _MLP_RATIO * d
         for i in range(o.image_depth):
-            x = Block(d, o.image_heads, hidden, o.image_depth, o.activation, False, o.dtype, name=f"block_{i}")(x)
+            sizes = d, o.image_heads, hidden, o.image_depth
+            x = Block(*sizes, o.activation, False, o.dtype, o.attention_kernel, name=f"block_{i}")(x)
         x = Norm("layernorm", "float32", name="norm_after")(x[:, :1] if with_class else x)
         x = x.reshape(b, -1)
         return Dense((x.shape[-1],), (o.embed_dim,), ("embed", None), "float32", name="projection")(x)
@@ -284,7 +291,8 @@ class TextTower(nn.Module):
         x = table("tokens", 0.02, ("text_vocab", "embed"), o.text_vocab)[text]
         x = (x + table("positions", 0.01, ("positions", "embed"), o.text_length)[None]).astype(o.dtype)
         for i in range(o.text_depth):
-            x = Block(d, o.text_heads, _MLP_RATIO * d, o.text_depth, o.activation, True, o.dtype, name=f"block_{i}")(x)
+            sizes = d, o.text_heads, _MLP_RATIO * d, o.text_depth
+            x = Block(*sizes, o.activation, True, o.dtype, o.attention_kernel, name=f"block_{i}")(x)
         end = jnp.argmax(text == o.end_id, axis=1)  # the first end token
         x = jnp.take_along_axis(x, end[:, None, None], axis=1)  # [B, 1, D]
         x = Norm("layernorm", "float32", name="norm_after")(x)

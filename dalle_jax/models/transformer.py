@@ -23,9 +23,9 @@ from jaxtyping import Array, ArrayLike, Float, Int
 from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
-from dalle_jax.models.attention import splash
+from dalle_jax.models.attention import kernels, splash
 from dalle_jax.models.attention.patterns import ATTENDED, HEADS, Pattern
-from dalle_jax.models.attention.xla import attend, attend_image, attend_reference, attend_step, dropped
+from dalle_jax.models.attention.xla import attend_reference, attend_step, dropped
 from dalle_jax.models.dense import Dense
 from dalle_jax.models.rotary import rotary_angles, rotate
 from dalle_jax.token_layout import TokenLayout
@@ -84,9 +84,10 @@ class TransformerOptions:
         "dots": all products of dense layers, and the output of attention.
         "none": all, nothing is recomputed.
       scan: whether repeated layers run as one scan.
-      attention_kernel: "xla" (`xla.attend`), "splash" (`splash.attend`), or "auto" for splash on TPUs.
+      attention_kernel: implementation of attention. "xla" runs everywhere, "splash" on TPUs and "cudnn" on NVIDIA GPUs.
+        "auto" chooses by device, dtype and head size (`kernels.chosen`).
       attention_dropout: dropout rate of the attention probabilities (`xla.dropped`). Training then runs `xla.attend` on
-        all devices, because the splash kernel never has the probabilities in memory.
+        all devices, because the other kernels never have the probabilities in memory.
     """
 
     width: int = 512
@@ -109,15 +110,16 @@ class TransformerOptions:
 
     def __post_init__(self):
         choices = {"norm": NORMS, "activation": ACTIVATIONS, "positions": POSITIONS, "remat": REMAT}
-        choices |= {"attention_kernel": splash.KERNELS, "dtype": DTYPES}
+        choices |= {"attention_kernel": kernels.KERNELS, "dtype": DTYPES}
         check(
             self, "model.trunk", positive=["width", "depth", "heads", "mlp_ratio"], at_least_0=["head_dim"],
             below_1=["dropout", "attention_dropout"], most=_MOST, choices=choices,
         )  # fmt: skip
-        if self.attention_dropout and self.attention_kernel == "splash":
+        if self.attention_dropout and self.attention_kernel in ("splash", "cudnn"):
             raise ConfigError(
-                f"config.model.trunk.attention_dropout is {self.attention_dropout} with attention_kernel='splash', "
-                "which has no dropout. Set --config.model.trunk.attention_kernel=auto or attention_dropout=0."
+                f"config.model.trunk.attention_dropout is {self.attention_dropout} with attention_kernel="
+                f"{self.attention_kernel!r}, which has no dropout. Set --config.model.trunk.attention_kernel=auto or "
+                "attention_dropout=0."
             )
         if self.hidden < 1:
             raise ConfigError(
@@ -132,6 +134,7 @@ class TransformerOptions:
         if self.positions == "rotary" and self.size_per_head % 4:
             size = self.size_per_head
             raise ConfigError(f"Rotary positions need a head size (width / heads) divisible by 4, not {size}.")
+        kernels.check_cudnn(self.attention_kernel, self.dtype, self.size_per_head, "model.trunk")
 
     @property
     def size_per_head(self) -> int:
@@ -228,6 +231,11 @@ class Attention(nn.Module):
         """Returns the rotary angles of some positions of the stream, or None without rotary positions."""
         return jnp.asarray(self.angles)[positions] if self.options.positions == "rotary" else None
 
+    def _kernel(self) -> str:
+        """Returns the implementation for the current trace: see `kernels.chosen`."""
+        o = self.options
+        return kernels.chosen(o.attention_kernel, o.dtype, o.size_per_head, "model.trunk")
+
     @property
     def pattern(self) -> Pattern:
         """The pattern, if there is exactly one."""
@@ -247,17 +255,17 @@ class Attention(nn.Module):
         Returns:
           [B, S, D].
         """
-        dropping, rate = {}, self.options.attention_dropout
+        kernel, dropping, rate = self._kernel(), {}, self.options.attention_dropout
         if train and rate:
+            kernel = "xla"
             dropping = {"drop": functools.partial(dropped, rate=rate, key=self.make_rng("dropout"))}
-        kernel = not dropping and splash.use_splash(self.options.attention_kernel)
+        attention = functools.partial(kernels.attend, kernel, layout=self.layout, **dropping)
         if len(self.patterns) > 1:
-            attention = splash.attend_raster if kernel else functools.partial(attend, **dropping)
-            ways = [functools.partial(attention, pattern=each, layout=self.layout) for each in self.patterns]
+            ways = [functools.partial(attention, pattern=each) for each in self.patterns]
             return self.out(jax.lax.switch(which, ways, *self._heads(x, self._angles(slice(None)))))
         how = self.pattern, self.layout
-        if not kernel:
-            return self.out(attend(*self._heads(x, self._angles(slice(None))), *how, **dropping))
+        if kernel != "splash":
+            return self.out(attention(*self._heads(x, self._angles(slice(None))), pattern=self.pattern))
         x = splash.ordered(x, *how)
         x = self.out(splash.attend(*self._heads(x, self._angles(splash.order(*how))), *how))
         return splash.restored(x, *how)
@@ -271,10 +279,11 @@ class Attention(nn.Module):
 
     def refine(self, x: Float[ArrayLike, "B N D"], text: TextCache) -> Float[Array, "B N D"]:
         """Attends from all image positions, [C·n, N, D], to each other and to the caption's keys and values."""
-        how, t = (self.pattern, self.layout), self.layout.text_length
-        text = [jnp.repeat(y.swapaxes(1, 2), x.shape[0] // y.shape[0], axis=0) for y in text]
-        if not splash.use_splash(self.options.attention_kernel):
-            return self.out(attend_image(*self._heads(x, self._angles(slice(t, None))), *text, *how))
+        how, t, kernel = (self.pattern, self.layout), self.layout.text_length, self._kernel()
+        text = [y.swapaxes(1, 2) for y in text]
+        if kernel != "splash":
+            return self.out(kernels.attend_image(kernel, *self._heads(x, self._angles(slice(t, None))), *text, *how))
+        text = [jnp.repeat(y, x.shape[0] // y.shape[0], axis=0) for y in text]
         q, *kv = self._heads(splash.ordered(x, *how), self._angles(splash.order(*how)[t:]))
         k, v = (jnp.concatenate(both, axis=1) for both in zip(text, kv))
         return splash.restored(self.out(splash.attend(q, k, v, *how)), *how)

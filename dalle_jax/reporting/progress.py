@@ -71,12 +71,15 @@ class Progress:
         seconds = (now - then) / max(step - since, 1)
         return {"seconds_per_step": seconds, "examples_per_second": self._batch_size / max(seconds, 1e-9)}
 
+    def is_due(self, step: int) -> bool:
+        """Returns whether `show` would print: this is the first host, and the last line is old enough."""
+        return self._active and step > self._start and self._elapsed() - self._shown >= self._interval
+
     def show(self, step: int, loss: float) -> None:
         """Prints the progress line, unless the last one is too recent."""
-        elapsed = self._elapsed()
-        if not self._active or step <= self._start or elapsed - self._shown < self._interval:
+        if not self.is_due(step):
             return
-        self._shown = elapsed
+        self._shown = elapsed = self._elapsed()
         left = (self._total - step) * elapsed / (step - self._start)
         text = f"{self._summary(step, elapsed)} · loss {loss:.4g} · {duration(left)} left"
         self._print(f"\r\x1b[2K{text}" if self._tty else f"{text}\n")

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 from dalle_jax import keys
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
+from dalle_jax.data import token_store
 from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions
@@ -33,13 +34,13 @@ from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
 from dalle_jax.reporting.images import to_uint8
 from dalle_jax.tasks import words
-from dalle_jax.tasks.encoded_split import tokens_of_split
+from dalle_jax.tasks.encoded_split import given_tokens, tokens_of_split
 from dalle_jax.tasks.preview import preview_grid, shown_rows
 from dalle_jax.tasks.task import Batch, Job, make_job, zeros_like
 from dalle_jax.token_layout import TokenLayout
 
-# A split that is encoded in advance has this many examples in `abstract`.
-_ABSTRACT_EXAMPLES = 65_536
+# Values of `config.data_tokens`. Any other one is a folder.
+ONCE, EACH_BATCH = "once", "each_batch"
 
 
 class PriorTask:
@@ -49,8 +50,7 @@ class PriorTask:
       schedules: the prior's schedules.
       best_metric: "image_nats", nats per image token on the evaluation split.
       title, studies: see `Task`.
-      frozen: "tokenizer", the parameters of the image tokenizer. If the training split was encoded in advance, also
-        "tokens", int32 [examples, N].
+      frozen: "tokenizer", the parameters of the image tokenizer.
     """
 
     best_metric = "image_nats"
@@ -62,7 +62,6 @@ class PriorTask:
         tokenizer: ImageTokenizer,
         tokenizer_params: PyTree,
         text_model: TextModel | None,
-        tokens: np.ndarray | None = None,
         preview_rows: int = 4,
     ):
         """Creates the task.
@@ -72,16 +71,12 @@ class PriorTask:
           tokenizer: encodes images to tokens.
           tokenizer_params: parameters of the tokenizer.
           text_model: decodes captions for the preview; None if no preview is drawn.
-          tokens: tokens of the training split, int32 [examples, N], in the order of its source. With None, each batch
-            is encoded when it is used.
           preview_rows: number of captions in the preview.
         """
         self.prior, self.tokenizer, self._text_model, self._preview_rows = prior, tokenizer, text_model, preview_rows
         self.title = f"{prior.name} prior"
         self.schedules = dict(prior.schedules)
         self.frozen = {"tokenizer": tokenizer_params}
-        if tokens is not None:
-            self.frozen["tokens"] = jnp.asarray(tokens, jnp.int32)
 
     def init(self, key: jax.Array) -> PyTree:
         """See `Task.init`."""
@@ -90,9 +85,12 @@ class PriorTask:
     def loss(
         self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """See `Task.loss`. The scalars are those of the prior."""
-        if "tokens" in frozen:
-            tokens = frozen["tokens"][batch["index"]]
+        """See `Task.loss`. The scalars are those of the prior.
+
+        A batch of a split that was encoded in advance has "tokens" and no "image".
+        """
+        if "tokens" in batch:
+            tokens = batch["tokens"].astype(jnp.int32)
         else:
             tokens = _encode(self.tokenizer, frozen["tokenizer"], batch["image"])
         return self.prior.loss(params, batch["text"], tokens, key, train=True, step=step)
@@ -168,24 +166,35 @@ def _task(
     params: PyTree,
     text_vocab: int,
     text_model: TextModel | None = None,
-    tokens: np.ndarray | None = None,
 ) -> PriorTask:
     """Builds the task of a configuration for a tokenizer and a text vocabulary."""
     height, width = tokenizer.grid(config.data.image_size)
     layout = TokenLayout(text_vocab, tokenizer.vocab_size, config.text.length, height, width)
-    return PriorTask(make(config.prior, config.model, layout), tokenizer, params, text_model, tokens)
+    return PriorTask(make(config.prior, config.model, layout), tokenizer, params, text_model)
 
 
-def _encodes_once(config: ConfigDict) -> bool:
-    """Returns whether the training split is encoded in advance (`config.data_tokens`)."""
-    if config.data_tokens not in ("once", "each_batch"):
-        raise ConfigError(f"config.data_tokens is {config.data_tokens!r}; expected 'once' or 'each_batch'.")
-    if config.data_tokens == "once" and config.data.augment != "none":
+def _check_data_tokens(config: ConfigDict) -> None:
+    """Checks `config.data_tokens`: "each_batch", "once", or a folder of tokens that were encoded in advance."""
+    given = config.data_tokens
+    if given == EACH_BATCH:
+        return
+    if given != ONCE:
+        if not given or not token_store.exists(given):
+            raise ConfigError(
+                f"config.data_tokens is {given!r}; expected 'once', 'each_batch', or the workdir of a run of "
+                "configs/encode.py."
+            )
+        found = token_store.read_description(given)
+        if found.image_size != config.data.image_size:
+            raise ConfigError(
+                f"config.data_tokens={given!r} holds the tokens of images of {found.image_size} pixels, and "
+                f"config.data.image_size is {config.data.image_size}. Give --config.data.image_size={found.image_size}."
+            )
+    if config.data.augment != "none":
         raise ConfigError(
-            f"config.data_tokens is 'once' but config.data.augment is {config.data.augment!r}. Augmented images have "
-            "other tokens in each epoch. Set data.augment to 'none' or data_tokens to 'each_batch'."
+            f"config.data_tokens is {given!r} but config.data.augment is {config.data.augment!r}. Augmented images "
+            "have other tokens in each epoch. Set data.augment to 'none' or data_tokens to 'each_batch'."
         )
-    return config.data_tokens == "once"
 
 
 def check_config(config: ConfigDict) -> None:
@@ -193,7 +202,7 @@ def check_config(config: ConfigDict) -> None:
     from_config(DataOptions, config.data, "data")
     from_config(options_of(config.prior), config.model, "model")
     workdirs.check_text_section(config.text)
-    _encodes_once(config)
+    _check_data_tokens(config)
     first = config.model.get("raster_steps")
     if first and config.steps and first >= config.steps:
         raise ConfigError(
@@ -212,28 +221,28 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     tokenizer, params = workdirs.load_tokenizer(workdir)
     text_model = workdirs.ensure_text_model(config.text, open_source(options, options.train_split).captions(), workdir)
     tokens = None
-    if _encodes_once(config):
+    if config.data_tokens == ONCE:
         folders = [workdir, *([config.start_from] if config.get("start_from") else [])]
         tokens = tokens_of_split(options, options.train_split, tokenizer, params, folders)
-    task = _task(config, tokenizer, params, text_model.vocab_size, text_model, tokens)
+    elif config.data_tokens != EACH_BATCH:
+        tokens = given_tokens(config.data_tokens, options, options.train_split, tokenizer, params)
+    task = _task(config, tokenizer, params, text_model.vocab_size, text_model)
     if first := config.model.get("raster_steps"):
         logging.info(
             "The first %d of %d updates predict image tokens in raster order, and the others random masked tokens "
             "(model.raster_steps). Until then validation and previews are poor.",
             first, config.steps,
         )  # fmt: skip
-    return make_job(task, config, options, rows, text_model, task.prior.layout)
+    return make_job(task, config, options, rows, text_model, task.prior.layout, tokens=tokens)
 
 
 def abstract(config: ConfigDict, tokenizer: ImageTokenizer | None = None) -> tuple[PriorTask, Batch]:
-    """See `registry.abstract`. A split that is encoded in advance has 65,536 examples here."""
+    """See `registry.abstract`."""
     tokenizer = tokenizer or tokenizers.of_training(config.tokenizer)
     params = zeros_like(tokenizer.init, jax.random.key(0))
-    tokens = None
-    if _encodes_once(config):
-        tokens = np.zeros((_ABSTRACT_EXAMPLES, np.prod(tokenizer.grid(config.data.image_size))), np.int32)
-    task = _task(config, tokenizer, params, config.text.vocab_size, tokens=tokens)
-    return task, batch_shapes(config.data.image_size, task.prior.layout, config.batch_size)
+    task = _task(config, tokenizer, params, config.text.vocab_size)
+    encoded = config.data_tokens != EACH_BATCH
+    return task, batch_shapes(config.data.image_size, task.prior.layout, config.batch_size, tokens=encoded)
 
 
 def options(config: Mapping[str, Any]) -> dict[str, type]:

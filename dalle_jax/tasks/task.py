@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources.source import DataOptions, Source
 from dalle_jax.data.text import TextModel
+from dalle_jax.data.token_store import TokensInMemory, TokenStore
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
 
@@ -137,6 +138,7 @@ def make_job(
     text_model: TextModel | None = None,
     layout: TokenLayout | None = None,
     held_out: Source | None = None,
+    tokens: TokenStore | TokensInMemory | None = None,
 ) -> Job:
     """Builds the job of a task, with the training and evaluation batches of a configuration.
 
@@ -148,13 +150,15 @@ def make_job(
       text_model: encodes the captions; None if the batches need no text.
       layout: pads the captions; None without a text model.
       held_out: the open source of the evaluation split; None opens it.
+      tokens: image tokens of the training split. Its batches then hold them and no images.
 
     Raises:
       DataError: the data cannot be opened.
     """
     pipeline = functools.partial(Pipeline, options, text_model, layout, batch_size=config.batch_size, rows=rows)
     evaluation = pipeline(split=options.eval_split, train=False, source=held_out)
-    training = pipeline(split=options.train_split, train=True, seed=config.seed, held_out=evaluation.source)
+    how = dict(train=True, seed=config.seed, held_out=evaluation.source, tokens=tokens)
+    training = pipeline(split=options.train_split, **how)
     return Job(
         task=task,
         train_batches=training.batches,

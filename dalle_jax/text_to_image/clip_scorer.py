@@ -38,6 +38,7 @@ from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.distributed.sharding import replicated
 from dalle_jax.errors import CheckpointError, DataError
 from dalle_jax.models import clip as models
+from dalle_jax.models.attention import kernels
 from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.pytree import PyTree, fingerprint, first_mismatch
 from dalle_jax.storage.files import expanded, write_errors
@@ -105,7 +106,8 @@ class ClipScorer:
             text_model = workdirs.load_text_model(folder)
             with Checkpoints(str(folder), best_metric="loss", read_only=True) as checkpoints:
                 config = checkpoints.config(step)  # it has a checksum; config.json has none
-                clip = CLIP(models.options_of_training(config, text_model.vocab_size))
+                here = {**config, "model": kernels.on_any_device(config["model"])}
+                clip = CLIP(models.options_of_training(here, text_model.vocab_size))
                 params = checkpoints.restore_params(step)
         _check_fit(clip, params, folder)
         mesh = mesh or local_mesh()
@@ -181,6 +183,10 @@ class ClipScorer:
             features[places] = self._in_chunks(_encode_image, np.stack([pixels[i] for i in places]))
         return features
 
+    def encode_images(self, images: jax.Array) -> jax.Array:
+        """Encodes a batch on the devices: uint8 [B, H, W, 3] to unit vectors, float32 [B, E]."""
+        return _encode_image(self.clip, self.params, images)
+
     def text_features(self, captions: Sequence[str]) -> np.ndarray:
         """Encodes captions to unit vectors.
 
@@ -247,7 +253,7 @@ def _load_frozen(folder: epath.Path) -> tuple[CLIP, PyTree, TextModel | BytePair
     kind = options.pop("text_model", None)
     if not isinstance(kind, str) or kind not in _TEXT_MODELS:
         raise CheckpointError(f"{folder}: text model of kind {kind!r}; expected one of {', '.join(_TEXT_MODELS)}.")
-    clip = CLIP(from_config(CLIPOptions, options, "", "options.json"))
+    clip = CLIP(from_config(CLIPOptions, kernels.on_any_device(options), "", "options.json"))
     return clip, params, _TEXT_MODELS[kind](folder / "text.model")
 
 

@@ -15,6 +15,7 @@ from dalle_jax.configuration.values import natural
 from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.distributed.sharding import replicated, shardings_of
 from dalle_jax.errors import CheckpointError, ConfigError
+from dalle_jax.models.attention import kernels
 from dalle_jax.priors.registry import make
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree, fingerprint, first_mismatch
@@ -46,7 +47,7 @@ def load(
         config = checkpoints.config(step)  # it has a checksum; config.json has none
         size, length = config["data"]["image_size"], config["text"]["length"]
         layout = TokenLayout(text_model.vocab_size, tokenizer.vocab_size, length, *tokenizer.grid(size))
-        prior = make(config["prior"], config["model"], layout)
+        prior = make(config["prior"], kernels.on_any_device(config["model"]), layout)
         layout_of = lambda stored: _layout(prior, stored, workdir, mesh)
         params = checkpoints.restore_params(step, layout=layout_of, frozen=fingerprint({"tokenizer": tokenizer_params}))
         step = checkpoints.resolve(step)

@@ -7,7 +7,8 @@ The loop repeats evaluate → save → next batch → step. A checkpoint therefo
 the same step, with the metrics of exactly that state.
 
 The host waits for the device in two places only. `Run.report` waits for step n while step n + 1 is already queued.
-Work at a cadence (evaluation, preview, checkpoint) first reports everything that is queued.
+Work at a cadence (evaluation, preview, checkpoint) first reports everything that is queued. The scalars of a step stay
+on the devices, as one array, until they are logged (`cadence.log`).
 """
 
 from __future__ import annotations

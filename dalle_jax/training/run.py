@@ -43,9 +43,11 @@ from dalle_jax.training.changed_data import explain_changed_data
 from dalle_jax.training.cleanup import close_at_exit
 from dalle_jax.training.evaluations import Evaluations
 from dalle_jax.training.profiling import StepClock, StepTrace
-from dalle_jax.training.step import TrainState, make_init, make_train_step
+from dalle_jax.training.step import Scalars, TrainState, make_init, make_train_step
 from dalle_jax.training.summary import finished, news_in_words, summary
 from dalle_jax.training.warm_start import warm_start
+
+_MOST_UNREAD = 100  # steps whose scalars wait on the devices
 
 
 class Run:
@@ -103,9 +105,7 @@ class Run:
         )
         close_at_exit(cleanup, self.checkpoints.close)
 
-        # Tokens that were encoded in advance follow from the other frozen arrays.
-        frozen = {name: tree for name, tree in task.frozen.items() if name != "tokens"}
-        self._frozen_mark = fingerprint(frozen) if frozen else None
+        self._frozen_mark = fingerprint(task.frozen) if task.frozen else None
 
         # The state is, in order of precedence:
         #   1. the latest checkpoint in workdir (state and data iterator), written on any mesh
@@ -135,7 +135,8 @@ class Run:
         self.progress = Progress(start, self.total, config.batch_size, out=out)
         cleanup.callback(self.progress.close)
         self.clock, self.mean = StepClock(start), Mean()
-        self._queued: list[tuple[int, dict[str, jax.Array]]] = []  # steps whose scalars were not fetched yet
+        self._queued: list[tuple[int, Scalars]] = []  # steps that may still be running
+        self._unread: list[tuple[int, Scalars]] = []  # steps that are done, and whose scalars were not fetched yet
         self._compile_seconds: dict[str, float] = {}  # until they are logged
         self._update: jax.stages.Compiled | None = None
         self._frozen = jax.device_put(task.frozen, everywhere)
@@ -175,22 +176,42 @@ class Run:
             self.progress.note(f"{self.workdir}: {advice}")
 
     def report(self, keep: int) -> None:
-        """Fetches and logs the scalars of all queued steps except the latest `keep`."""
+        """Waits for all queued steps except the latest `keep`.
+
+        Their scalars are fetched when they are logged or shown, and otherwise after `max_nonfinite` steps. A run whose
+        updates are skipped therefore ends at most that many steps late. With `keep` 0 they are fetched at once.
+        """
         while len(self._queued) > keep:
             step, scalars = self._queued.pop(0)
             with self.clock.part("device"):
-                values = {name: float(value) for name, value in jax.device_get(scalars).items()}
-            self.skipped_in_row = int(values["skipped_in_row"])
-            if self.skipped_in_row >= self.config.max_nonfinite:
-                raise self._not_finite(step)
-            del values["skipped_in_row"]
-            self.mean.add(values)
-            self.progress.show(step, values["loss"])
+                scalars.wait()
+            self._unread.append((step, scalars))
+            self.watchdog.progress()
+            logged = step % self.config.cadence.log == 0 or step == self.total
+            many = len(self._unread) >= min(self.config.max_nonfinite, _MOST_UNREAD)
+            if logged or many or self.progress.is_due(step):
+                self._read()
             if (seconds := self.progress.predict(step)) is not None:
                 self._advise(expectations.too_long(self.config, seconds))
-            self.watchdog.progress()
+        if not keep:
+            self._read()
+
+    def _read(self) -> None:
+        """Fetches and reports the scalars of the steps that are done."""
+        if not self._unread:
+            return
+        steps, scalars = [step for step, _ in self._unread], [scalars for _, scalars in self._unread]
+        self._unread.clear()
+        with self.clock.part("device"):
+            fetched = Scalars.fetch(scalars)
+        for step, values in zip(steps, fetched, strict=True):
+            self.skipped_in_row = int(values.pop("skipped_in_row"))
+            if self.skipped_in_row >= self.config.max_nonfinite:
+                raise self._not_finite(step)
+            self.mean.add(values)
             if step % self.config.cadence.log == 0 or step == self.total:
                 self._log(step, values)
+        self.progress.show(steps[-1], fetched[-1]["loss"])
 
     def check_parameters(self, step: int, metrics: Mapping[str, float]) -> None:
         """Raises NonFiniteError if the last update was skipped, and the evaluation finds no good parameters either."""
@@ -240,7 +261,7 @@ class Run:
         self._write(step, "eval", metrics)
         said = " · ".join(f"{name} {with_unit(name, value)}" for name, value in metrics.items())
         self.progress.note(f"eval · step {step}/{self.total} · {said}")
-        news = news_in_words(self.evaluations, self.job.task)
+        news = news_in_words(self.evaluations, self.job.task, self.config)
         if news and not self.ended_early:  # the summary says it too
             self.progress.note(news)
         return metrics
@@ -289,6 +310,7 @@ class Run:
         lines = summary(
             task,
             self.evaluations,
+            config,
             workdir=self.workdir,
             step=step,
             total=self.total,

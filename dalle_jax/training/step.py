@@ -5,7 +5,7 @@ The training loop runs this step. `dalle_jax.aot` lowers the same step from abst
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Self
 
 import flax.linen as nn
@@ -68,6 +68,39 @@ class TrainState:
     def from_items(cls, items: Mapping[str, PyTree]) -> Self:
         """Builds the state from what `items` returned."""
         return cls(params=items["params"], ema=items.get("ema"), **items["rest"])
+
+
+@flax.struct.dataclass
+class Scalars:
+    """The scalars of a step as one array, so that a single copy brings all of them to the host.
+
+    Attributes:
+      values: float32 [K], replicated on every device.
+      names: their K names.
+    """
+
+    values: jax.Array
+    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def of(cls, scalars: Mapping[str, jax.Array]) -> Self:
+        """Stacks scalars. Traced by jit."""
+        return cls(jnp.stack([jnp.asarray(value, jnp.float32) for value in scalars.values()]), tuple(scalars))
+
+    def __getitem__(self, name: str) -> jax.Array:
+        """Returns one scalar, on the devices."""
+        place = self.names.index(name)
+        return jax.lax.index_in_dim(self.values, place, keepdims=False)
+
+    def wait(self) -> None:
+        """Waits for the step. Copies nothing."""
+        self.values.block_until_ready()
+
+    @staticmethod
+    def fetch(steps: Sequence[Scalars]) -> list[dict[str, float]]:
+        """Copies the scalars of several steps to the host, and waits for them."""
+        arrays = jax.device_get([each.values for each in steps])
+        return [dict(zip(each.names, array.tolist(), strict=True)) for each, array in zip(steps, arrays, strict=True)]
 
 
 def make_init(
@@ -139,7 +172,7 @@ def make_train_step(
       overlap: compile with `OVERLAP` on TPUs.
 
     Returns:
-      A jitted function. Its scalars are float32 and replicated on every device.
+      A jitted function. Its scalars are `Scalars`.
     """
 
     def train_step(state: TrainState, frozen: PyTree, batch: PyTree, key: jax.Array):
@@ -179,7 +212,7 @@ def make_train_step(
             "skipped": new_state.skipped,
             "skipped_in_row": new_state.skipped_in_row,
         }
-        return new_state, jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), scalars)
+        return new_state, Scalars.of(scalars)
 
     shardings = jax.tree.map(lambda x: x.sharding, state)
     mesh = state.step.sharding.mesh
@@ -187,7 +220,7 @@ def make_train_step(
     return jax.jit(
         train_step,
         donate_argnums=(0,) if donates(mesh) else (),
-        out_shardings=(shardings, None),
+        out_shardings=(shardings, replicated(mesh)),
         compiler_options=asked,
     )
 

@@ -100,7 +100,14 @@ def report(folder: Path) -> str:
             (name, line.get("loss"), line.get("gradients"), line.get("equal_tokens"), line.get("pixels"), trouble(line))
             for name, line in phases["parity"].items()
         ]
-        header = ("Against the CPU", "loss, relative", "gradients, relative", "equal tokens", "pixels", "note")
+        header = (
+            "Against the CPU, or kernel against XLA",
+            "loss, relative",
+            "gradients, relative",
+            "equal tokens",
+            "pixels",
+            "note",
+        )
         lines += table(header, rows)
     if "images" in phases:
         rows = [

@@ -30,6 +30,7 @@ DERIVED = {
     "evaluate": {"metrics.seed"}
     | {f"data.{key}" for key in ("image_size", "augment", "train_split", "eval_split")}
     | {f"data.{key}" for key in ("cache", "cache_bytes", "workers", "bpe_dropout")},
+    "encode": {f"data.{key}" for key in ("augment", "cache", "cache_bytes", "bpe_dropout")},
     "data": {f"data.{key}" for key in ("augment", "cache", "cache_bytes", "workers", "bpe_dropout")},
 }
 # Values that differ from every default, as they stand on a command line, and as they arrive.
@@ -53,8 +54,8 @@ def options_of(config):
         found = {"": Protocol, "sampling": SamplingOptions, "metrics": Options}
         found |= {"data": DataOptions} if "data" in config else {}
         derived = DERIVED["evaluate"]
-    elif config.job == "data":
-        found, derived = {"data": DataOptions}, DERIVED["data"]
+    elif config.job in ("data", "encode"):
+        found, derived = {"data": DataOptions}, DERIVED[config.job]
     elif config.job == "quickstart":
         found, derived, inner = {"maskgit_sampling": SamplingOptions}, set(), ["prior", "maskgit", "clip", "evaluate"]
     else:

@@ -1,3 +1,5 @@
+import fractions
+
 import numpy as np
 import pytest
 
@@ -56,6 +58,43 @@ def test_area_resize_is_exact():
         height, width, side = generator.integers(1, 90, 3)
         image = generator.integers(0, 256, (height, width, 3)).astype(np.uint8)
         np.testing.assert_array_equal(area_resize(image, side), plain_running_sums(image, side))
+
+
+def exact_means(image, side, align_corners):
+    """The area average in whole numbers; see `area_resize`."""
+    sums, area = image.astype(object), 1
+    for _ in range(2):
+        length = len(sums)
+        old, new = (length - 1, side - 1) if align_corners else (length, side)
+        units = [[max(0, min((i + 1) * old, (r + 1) * new) - max(i * old, r * new)) for r in range(2 * length)]
+                 for i in range(side)]  # fmt: skip
+        weights = np.array(units, object)
+        weights[:, length - 1] = weights[:, length - 1 :].sum(1)  # the last row repeats
+        sums, area = np.tensordot(weights[:, :length], sums, 1).swapaxes(0, 1), area * old
+    nearest = lambda value: round(fractions.Fraction(value, area))  # ties to even
+    return np.vectorize(nearest)(sums).astype(np.uint8)
+
+
+@pytest.mark.parametrize("shape", [(384, 320), (260, 40), (31, 257)])
+@pytest.mark.parametrize("side", [5, 12])
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_large_images_have_exact_means(shape, side, align_corners):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 3)).astype(np.uint8)
+    resized = area_resize(image, side, align_corners=align_corners)
+    assert resized.flags.c_contiguous
+    np.testing.assert_array_equal(resized, exact_means(image, side, align_corners))
+
+
+@pytest.mark.parametrize("shape, side", [((480, 480), 256), ((427, 427), 272)])
+def test_large_images_differ_at_ties_only(shape, side):
+    image = np.random.default_rng(0).integers(0, 256, (*shape, 1), np.uint8)
+    difference = area_resize(image, side).astype(int) - plain_running_sums(image, side)
+    assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 0.002
+
+
+def test_sums_of_a_very_large_image_do_not_overflow():
+    """Its area times 255 is more than int32 holds."""
+    np.testing.assert_array_equal(area_resize(np.full((2903, 2909, 1), 255, np.uint8), 4), 255)
 
 
 def test_area_resize_keeps_what_fits():

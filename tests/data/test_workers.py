@@ -4,8 +4,15 @@ import os
 import signal
 import time
 
+import numpy as np
 import pytest
+from memory_source import SIZE, MemorySource
 from processes import finish, spawn
+
+from dalle_jax.data.pipeline import Pipeline
+from dalle_jax.data.sources import source as source_module
+from dalle_jax.data.sources.source import DataOptions
+from dalle_jax.data.token_store import TokensInMemory
 
 READER = """
 import multiprocessing, signal, sys, threading, time
@@ -85,3 +92,22 @@ def test_no_worker_is_left_behind(reader):
     while any(command_line(pid) for pid in workers):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+@pytest.mark.parametrize(
+    "cores, given, count", [(3, None, 3), (200, None, 32), (3, 0, 0), (3, 5, 5), (2, 64, 64)], ids=str
+)
+def test_as_many_processes_as_cores(monkeypatch, cores, given, count):
+    monkeypatch.setattr(source_module, "_available_cores", lambda: cores)
+    options = DataOptions(image_size=SIZE, workers=given)
+    make = lambda train, **how: Pipeline(
+        options, split="train", train=train, batch_size=8, source=MemorySource(), **how
+    )
+    assert iter(make(True))._workers == count
+    assert iter(make(False))._workers == min(count, 5)  # 37 examples are 5 batches
+    tokens = TokensInMemory(np.zeros((37, 4), np.uint16), {})
+    assert iter(make(True, tokens=tokens))._workers == (0 if given is None else count)  # nothing is decoded
+
+
+def test_the_cores_that_this_process_may_use():
+    assert source_module._available_cores() == len(os.sched_getaffinity(0))

@@ -117,7 +117,7 @@ def test_the_command_line_trains_tokenizer_and_prior_on_two_hosts(tmp_path):
     assert text == other
     options, others = (json.loads((prior / "image_tokenizer" / "options.json").read_text()) for prior in priors)
     assert {**options, "checksums": None} == {**others, "checksums": None}  # those of the parameters differ
-    assert len(list((tmp_path / "2" / "prior").glob("tokens-*.npy"))) == 1
+    assert len(list((tmp_path / "2" / "prior").glob("tokens-*/part-*.npy"))) == 1
     previews = [np.asarray(Image.open(tmp_path / hosts / "dvae" / "samples" / "preview_0000003.png")) for hosts in "12"]
     assert previews[0].shape == previews[1].shape and np.mean(previews[0] != previews[1]) < 0.01
     assert "training it first" in said[0][2] and "step 3/3" in said[0][1]
@@ -289,6 +289,15 @@ def test_other_jobs_run_alone(joined):
             start("generate", **flags, environment=environment)
         start("generate", coordinator_address="none", environment=environment)
     assert not joined
+
+
+@pytest.mark.parametrize("job", ["train", "evaluate"])
+def test_signals_end_every_job_but_training(joined, job):
+    """JAX catches SIGTERM for training, which then saves. An evaluation would never notice it."""
+    start(job, environment=OWN)
+    assert len(joined) == 1
+    assert jax.config.jax_enable_preemption_service == (job == "train")
+    start("train", environment=OWN)
 
 
 def test_a_cluster_that_jax_cannot_detect_is_an_error(monkeypatch):

@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from dalle_jax.distributed import mesh as mesh_module
 from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.distributed.rows import check_batch, to_mesh
-from dalle_jax.distributed.sharding import batch_sharding, constrain, on_mesh, partition_spec, shardings_of
+from dalle_jax.distributed.sharding import batch_sharding, constrain, on_mesh, partition_spec, platform, shardings_of
 from dalle_jax.errors import ConfigError, MeshError
 
 
@@ -130,6 +130,18 @@ def test_constrain_lays_out_activations():
     assert y.sharding.is_equivalent_to(NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "tensor")), 2)
     np.testing.assert_array_equal(y, 2 * x)
     np.testing.assert_array_equal(jax.jit(f)(x), 2 * x)  # without a mesh it does nothing
+
+
+def test_the_default_device_decides_the_platform_without_a_mesh(monkeypatch):
+    """A process with a GPU that computes on its CPU, by the device or by its name."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    found = []
+    function = jax.jit(lambda x: found.append(platform()) or x)
+    function(1)
+    for device in (jax.devices("cpu")[0], "cpu"):
+        with jax.default_device(device):
+            function(1)
+    assert found == ["gpu", "cpu", "cpu"]
 
 
 def test_batches_reach_the_mesh():

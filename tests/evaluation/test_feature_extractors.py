@@ -1,5 +1,6 @@
 """Sets of images under feature extractors."""
 
+import jax
 import numpy as np
 import pytest
 
@@ -18,11 +19,11 @@ def random_extractor(name, width, classes=None):
     rng = np.random.default_rng(width)
     features, logits = rng.normal(size=(432, width)), None if classes is None else rng.normal(size=(432, classes))
 
-    def extract(images):
-        flat = images.reshape(len(images), -1) / 255
+    def network(images):
+        flat = np.asarray(images).reshape(len(images), -1) / 255
         return np.tanh(flat @ features / 9).astype(np.float32), None if classes is None else flat @ logits
 
-    return FeatureExtractor(name, width, extract, {name: "random"})
+    return FeatureExtractor(name, width, network, {name: "random"})
 
 
 EXTRACTORS = [random_extractor("one", 5, classes=7), random_extractor("two", 4)]
@@ -63,18 +64,45 @@ def test_both_sides_are_blurred():
 
 
 def test_values_equal_those_of_the_metrics_modules():
-    stats = [frechet.add(frechet.empty(5, "one"), EXTRACTORS[0].extract(x)[0]) for x in (IMAGES, OTHERS)]
+    stats = [frechet.add(frechet.empty(5, "one"), EXTRACTORS[0].extract(x)[0][0]) for x in (IMAGES, OTHERS)]
     found = image_set(IMAGES).distances(image_set(OTHERS))
     assert found["fid_one"] == pytest.approx(frechet.distance(*stats), rel=1e-9)
-    score = inception_score.add(inception_score.empty(23, 10, 7), EXTRACTORS[0].extract(IMAGES)[1], np.arange(23))
+    score = inception_score.add(inception_score.empty(23, 10, 7), EXTRACTORS[0].extract(IMAGES)[0][1], np.arange(23))
     assert found["inception_score"] == pytest.approx(inception_score.compute(score)["inception_score"], rel=1e-9)
+
+
+@pytest.mark.parametrize("rows_at_once", [8, 23, 64])
+def test_images_travel_to_the_device_once(monkeypatch, rows_at_once):
+    """As uint8, whatever the number of radii. They are blurred there: the network never sees images of the host."""
+    blurred, seen, blur = [], [], feature_extractors.gaussian_blur
+
+    def on_device(images, radius):
+        assert isinstance(images, jax.Array) and images.dtype == np.uint8
+        blurred.append(images)
+        return blur(images, radius)
+
+    def network(images):
+        assert isinstance(images, jax.Array) and images.dtype == np.uint8
+        seen.append(len(images))
+        return images.reshape(len(images), -1)[:, :7].astype(np.float32), None
+
+    monkeypatch.setattr(feature_extractors, "gaussian_blur", on_device)
+    extractor = FeatureExtractor("test", 7, network, {}, rows_at_once)
+    radii = (0, 1, 2.5)
+    for radius, (features, logits) in zip(radii, extractor.extract(IMAGES, radii)):
+        expected = np.asarray(gaussian_blur(IMAGES, radius)).reshape(23, -1)[:, :7]
+        np.testing.assert_array_equal(features, expected)
+        assert logits is None
+    chunks = -(-23 // rows_at_once)
+    assert seen == [rows_at_once] * 3 * chunks
+    assert len({id(images) for images in blurred}) == chunks
 
 
 def test_the_example_in_the_module_docstring_runs():
     """It calls only functions and methods that exist."""
     lines = feature_extractors.__doc__.splitlines()
     example = "\n".join(line.strip() for line in lines if line.startswith("    "))
-    assert example.count("\n") == 4
+    assert example.count("\n") == 5
     names = {"ImageSet": ImageSet, "path": None, "scorer": None, "a": IMAGES, "b": OTHERS}
     exec(example, names | {"inception": lambda _: EXTRACTORS[0], "clip": lambda _: EXTRACTORS[1]})
 

@@ -5,58 +5,36 @@ import dataclasses
 import html
 import json
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-import random_model
 import yaml
 from flax import traverse_util
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 from PIL import Image
+from small_evaluation import COUNT, OPTIONS, SAMPLING, N, make_model, open_tests, write_images
 
-from dalle_jax.data.builders.shapes_captions.scenes import Object, Scene
 from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.distributed.sharding import replicated
 from dalle_jax.errors import ConfigError
-from dalle_jax.evaluation.measure import Model, Options, measure
+from dalle_jax.evaluation.measure import Model, measure
 from dalle_jax.evaluation.report import write
-from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.metrics import codebook, frechet, shapes
 from dalle_jax.metrics.retrieval import retrieval
-from dalle_jax.models.clip import CLIP, CLIPOptions
-from dalle_jax.priors.sampling import SamplingOptions
-from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.text_to_image.text_to_image import TextToImage
-
-COUNT, N = 5, 5
-WORDS = ["a red circle", "a blue square", "a green star", "a red circle above a blue square", "red"]
-SAMPLING = SamplingOptions(temperature=0.7)
-OPTIONS = Options(seed=3, blur=(0, 1), candidates=N, candidate_captions=4)
 
 
 @pytest.fixture(scope="module")
 def tests(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
-    for i, words in enumerate(WORDS):
-        pixels = np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(words)
-    data = {"source": "folder", "path": str(folder), "image_size": 16}
-    scenes = tuple(Scene((Object(color, None),)) for color in ("red", "green", "blue", "red", "blue"))
-    return dataclasses.replace(open_test_set(data, Protocol("all", "first", COUNT)), scenes=scenes)
+    write_images(folder)
+    return open_tests(folder)
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    """A model that draws two images at once, so that the last batch of five is filled up."""
-    model = random_model.text_to_image(tmp_path_factory.mktemp("text"))
-    sizes = dict(image_size=16, patch=8, image_width=8, image_depth=1, image_heads=1, text_width=8, text_depth=1)
-    end = model.text_model.vocab_size
-    clip = CLIP(CLIPOptions(**sizes, text_heads=1, embed_dim=6, text_length=9, text_vocab=end + 1, end_id=end))
-    scorer = ClipScorer(clip, nn.meta.unbox(clip.init(jax.random.key(0))), model.text_model, rows_at_once=2)
-    return dataclasses.replace(model, scorer=scorer)
+    return make_model(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")

@@ -85,6 +85,7 @@ TRUNK = [
     ("model.trunk.dtype", "float12"),
     ("model.trunk.dropout", 1.0),
     ("model.trunk.attention_kernel", "no"),
+    ("model.trunk.attention_kernel", "cudnn"),
     # The tokenizer that is trained first:
     ("tokenizer.steps", -3),
     ("tokenizer.seed", -1),
@@ -131,6 +132,8 @@ WRONG = {
         ("model.text_heads", 5),
         ("model.image_readout", "no"),
         ("model.dtype", "float12"),
+        ("model.attention_kernel", "splash"),
+        ("model.attention_kernel", "cudnn"),
     ],
     "dvae": COMMON + [
         ("model.code_dim", 0),
@@ -181,6 +184,15 @@ def test_nothing_is_trained(load, trained, name, key, value):
 @pytest.mark.parametrize("name", ["prior", "maskgit", "clip"])
 def test_enough_values_are_tried(name):
     assert len(WRONG[name]) >= 40
+
+
+@pytest.mark.parametrize("name, section", [("prior", "model.trunk"), ("clip", "model")])
+def test_a_kernel_of_another_device(load, trained, name, section):
+    config = load(f"{name}.py:small")
+    config.update_from_flattened_dict({f"{section}.dtype": "bfloat16", f"{section}.attention_kernel": "cudnn"})
+    with pytest.raises(UserError, match=f"{section}.attention_kernel=auto"):
+        train_job.run(config, config.workdir)
+    assert not trained
 
 
 @pytest.mark.parametrize("key", ["--workdir", "tokenizer.workdir"])

@@ -135,3 +135,41 @@ def test_invalid_inputs_are_rejected():
         frechet.add(stats, np.full((2, 4), np.nan))
     with pytest.raises(ValueError, match="valid"):
         frechet.add(stats, features(10, 4), np.ones(9, bool))
+
+
+# -- rows that wait for a product ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64, 101])
+def test_blocks_equal_one_product(monkeypatch, batch):
+    """Also if neither batches nor blocks divide the number of rows, and if one batch has several blocks."""
+    monkeypatch.setattr(frechet, "BLOCK", 16)
+    rows = features(101, 24, offset=10)
+    stats, halves = statistics(rows, batch=batch), frechet.merge(statistics(rows[:50], batch=7), statistics(rows[50:]))
+    for found in (stats, halves):
+        assert found.count == 101
+        np.testing.assert_allclose(found.mean, rows.mean(0, dtype=np.float64), rtol=1e-12)
+        np.testing.assert_allclose(found.covariance, np.cov(rows.astype(np.float64), rowvar=False), rtol=1e-9)
+
+
+def test_small_batches_share_a_product(monkeypatch):
+    """A product adds a matrix [D, D], which costs more than the rows of a small batch."""
+    merged, plus = [], frechet._Moments.plus
+    monkeypatch.setattr(frechet._Moments, "plus", lambda a, b: merged.append(b.count) or plus(a, b))
+    stats = statistics(features(2 * frechet.BLOCK + 100, 8), batch=16)
+    assert merged == [frechet.BLOCK] * 2
+    assert stats.scatter.shape == (8, 8) and merged == [frechet.BLOCK] * 2 + [100]
+
+
+def test_waiting_rows_belong_to_the_statistics():
+    """The caller may change its array, and statistics of which others were made stay as they are."""
+    rows, more = features(20, 6), features(5, 6, 1)
+    expected = statistics(np.concatenate([rows, more])).covariance
+    given = rows.copy()
+    start = frechet.add(frechet.empty(6, "test"), given)
+    given[:] = 0
+    one, other = frechet.add(start, more), frechet.add(start, more)
+    np.testing.assert_allclose(start.covariance, statistics(rows).covariance, rtol=1e-12)
+    for found in (one, other, frechet.add(start, more)):
+        assert found.count == 25
+        np.testing.assert_allclose(found.covariance, expected, rtol=1e-10)

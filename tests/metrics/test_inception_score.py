@@ -99,3 +99,11 @@ def test_invalid_inputs_are_rejected():
         inception_score.add(stats, np.full((1, CLASSES), np.inf), np.arange(1))
     with pytest.raises(DataError, match="9 images"):
         inception_score.empty(9)
+
+
+def test_parts_merged_equal_the_whole():
+    logits = random_logits()
+    one, other = added(logits[:23], np.arange(23)), added(logits[23:], np.arange(23, COUNT))
+    check(inception_score.merge(one, other), by_definition(logits))
+    with pytest.raises(ValueError, match="differ"):
+        inception_score.merge(one, inception_score.empty(COUNT + 1, SPLITS, CLASSES))

@@ -70,6 +70,79 @@ def test_parts_shards_and_filled_up_batches():
     np.testing.assert_array_equal(stats.values, real)
 
 
+# -- float32 with a bound of its error ----------------------------------------------------------------------------
+
+
+def clusters(scale=1.0):
+    """Returns sets whose distances are far below the rounding error of float32 products of their features."""
+    rng = np.random.default_rng(0)
+    centers = 1000 * np.sign(rng.normal(size=(3, 8)))
+    real, generated = (centers[np.arange(count) % 3] + 2.0**-6 * rng.integers(-9, 10, (count, 8)) for count in (53, 41))
+    return np.float32(real * scale), np.float32(generated * scale)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+@pytest.mark.parametrize("chunk", [1000, 16, 7])
+def test_distances_that_float32_cannot_tell_apart(k, chunk):
+    real, generated = clusters()
+    expected = by_hand(real, generated, k), by_hand(generated, real, k)
+    assert all(0.05 < value < 0.99 for value in expected) and expected[0] != expected[1]
+    measured = precision_recall.compute(reservoir(real), reservoir(generated), k, chunk)
+    assert measured == {"precision_test": expected[0], "recall_test": expected[1]}
+
+
+@pytest.mark.parametrize("exponent", [-90, 70])
+@pytest.mark.parametrize("draw", [sets, clusters])
+def test_features_whose_squares_are_outside_of_float32(draw, exponent):
+    """Scaling by a power of two is exact, so that it does not change the values."""
+    real, generated = draw()
+    expected = precision_recall.compute(reservoir(real), reservoir(generated), chunk=16)
+    scaled = [np.ldexp(rows, exponent) for rows in (real, generated)]
+    assert precision_recall.compute(*map(reservoir, scaled), chunk=16) == expected
+    assert 0 < expected["precision_test"] < 1
+
+
+@pytest.mark.parametrize("chunk", [1000, 16, 7])
+@pytest.mark.parametrize("count, k", [(70, 3), (70, 1), (9, 3), (4, 3), (2, 1)])
+def test_radii_equal_those_of_all_distances(count, k, chunk):
+    for rows in (sets()[0][:count], clusters()[0][:count], np.repeat(sets()[0], 20, axis=0)[:count]):
+        distances = np.square(rows[:, None].astype(np.float64) - rows).sum(2)
+        expected = np.sort(distances, axis=1)[:, k]
+        np.testing.assert_allclose(reservoir(rows).squared_radii(k, chunk), expected, rtol=1e-12, atol=1e-9)
+
+
+def test_most_distances_need_no_float64(monkeypatch):
+    """Otherwise the blocks in float32 would save nothing."""
+    pairs, exact = [], precision_recall._Points.exact
+    monkeypatch.setattr(precision_recall._Points, "exact_block", lambda *_: pytest.fail("a block in float64"))
+    monkeypatch.setattr(precision_recall._Points, "exact", lambda *a: pairs.append(len(a[1])) or exact(*a))
+    rng = np.random.default_rng(0)
+    real, generated = (rng.normal(size=(count, 64)).astype(np.float32) for count in (500, 300))
+    precision_recall.compute(reservoir(real), reservoir(generated), chunk=128)
+    candidates = 8 * (len(real) + len(generated))
+    assert candidates <= sum(pairs) < candidates + 100
+
+
+def test_the_radii_of_the_real_images_are_computed_once(monkeypatch):
+    calls, radii = [], precision_recall._squared_radii
+    monkeypatch.setattr(precision_recall, "_squared_radii", lambda *a: calls.append(len(a[0])) or radii(*a))
+    real, generated = map(reservoir, sets())
+    for _ in range(3):
+        precision_recall.compute(real, generated)
+    assert sorted(calls) == [45, 70]
+    precision_recall.compute(real, generated, neighbors=1)
+    assert sorted(calls) == [45, 45, 70, 70]
+
+
+def test_features_that_are_added_are_not_copied_again():
+    real, _ = sets()
+    stats = precision_recall.empty(5, "test", count=70)
+    for start in range(0, 70, 10):
+        earlier, stats = stats, precision_recall.add(stats, real[start : start + 10])
+        assert not start or np.shares_memory(earlier.values, stats.values)
+    np.testing.assert_array_equal(stats.values, real)
+
+
 def test_agrees_with_torch_fidelity():
     import_torchvision()
     pytest.importorskip("torch_fidelity", reason="needs torch-fidelity==0.4.0 (--no-deps)")

@@ -312,7 +312,7 @@ def test_attention_dropout_acts_in_training_only_and_is_recomputed_alike(params)
 
 def test_attention_dropout_acts_on_devices_with_the_splash_kernel(monkeypatch):
     """The kernel has no dropout, so training does without it."""
-    monkeypatch.setattr("dalle_jax.models.attention.splash.use_splash", lambda kernel: True)
+    monkeypatch.setattr("dalle_jax.models.attention.kernels.on_tpu", lambda: True)
     attention = Attention(dataclasses.replace(OPTIONS, attention_dropout=0.4), LAYOUT, (Row(),))
     p = made(attention, STATES)
     apply = jax.jit(lambda key: attention.apply({"params": p}, STATES, train=True, rngs={"dropout": key}))
@@ -328,7 +328,11 @@ def test_attention_dropout_acts_on_devices_with_the_splash_kernel(monkeypatch):
         ({"activation": "relu"}, "relu"),
         ({"positions": "none"}, "positions"),
         ({"remat": "some"}, "remat"),
+        ({"attention_dropout": 0.1, "attention_kernel": "cudnn"}, "attention_kernel"),
         ({"attention_kernel": "flash"}, "flash"),
+        ({"attention_kernel": "cudnn"}, "float32"),
+        ({"attention_kernel": "cudnn", "dtype": "bfloat16", "head_dim": 12}, "12"),
+        ({"attention_kernel": "cudnn", "dtype": "bfloat16", "head_dim": 136}, "136"),
         ({"heads": 3}, "heads"),
         ({"width": 0}, "width"),
         ({"heads": 0}, "heads"),

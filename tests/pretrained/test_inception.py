@@ -155,7 +155,7 @@ def test_devices_share_the_images(arrays, params, tmp_path):
     """`feature_extractors.inception` on a mesh, where each device has all weights and some of the images."""
     np.savez(tmp_path / "inception.npz", **arrays)
     extractor = feature_extractors.inception(tmp_path / "inception.npz", rows_at_once=2, mesh=make_mesh(data=2))
-    pool, logits = extractor.extract(IMAGES)
+    [(pool, logits)] = extractor.extract(IMAGES)
     expected = network.extract(params, IMAGES)
     np.testing.assert_allclose(pool, expected.pool, atol=1e-4)
     np.testing.assert_allclose(logits, expected.unbiased_logits, atol=1e-4)

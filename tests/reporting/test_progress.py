@@ -96,3 +96,12 @@ def test_durations():
     texts = {42: "42 s", 320: "5 min 20 s", 11_100: "3 h 5 min", 22_219_200: "257 days 4 h"}
     assert {seconds: duration(seconds) for seconds in texts} == texts
     assert until(60).startswith(", until") and until(1e12) == ""
+
+
+def test_a_line_is_due_when_it_would_be_printed(clock):
+    out = io.StringIO()
+    shown = Progress(5, 100, 4, interval=10, out=out)
+    for clock.now, step, due in ((11, 5, False), (9, 6, False), (11, 6, True), (12, 7, True)):
+        assert shown.is_due(step) == due
+    shown.show(7, 1.0)
+    assert out.getvalue() and not shown.is_due(8)

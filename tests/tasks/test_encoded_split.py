@@ -1,101 +1,145 @@
-"""Tests of the cache of image tokens: every harm to its file is found, and the file is written again."""
+"""Tests of a split that is encoded in advance: right tokens, only once, again where they are damaged or stale."""
 
+import os
+import pickle
+
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
+from dalle_jax.data import token_store
+from dalle_jax.data.pipeline import Pipeline
+from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions
+from dalle_jax.data.text import TextModel
+from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.tasks import encoded_split
-from dalle_jax.tasks.encoded_split import tokens_of_split
+from dalle_jax.tasks.encoded_split import encode_parts, given_tokens, tokens_of_split
+from dalle_jax.token_layout import TokenLayout
 
 TOKENIZER = DVAETokenizer(DVAEOptions(image_size=16, vocab_size=24, hidden=8, groups=1, blocks_per_group=1))
-SHAPE, VOCAB = (3, 4), 24  # of `pack`
+PIXELS = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), np.uint8)
+BROKEN = 3  # this file is no image
+
+
+@pytest.fixture(scope="module")
+def params():
+    shapes, rng = nn.meta.unbox(jax.eval_shape(TOKENIZER.init, jax.random.key(0))), np.random.default_rng(0)
+    return jax.tree.map(lambda x: rng.normal(size=x.shape).astype(x.dtype), shapes)
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch):
+    monkeypatch.setattr(encoded_split, "PART", 4)
+    monkeypatch.setattr(encoded_split, "BATCH", 2)
 
 
 @pytest.fixture
 def options(tmp_path):
     folder = tmp_path / "images"
     folder.mkdir()
-    for i in range(3):  # one is held out
-        Image.fromarray(np.full((16, 16, 3), 80 * i, np.uint8)).save(folder / f"{i}.png")
-    return DataOptions(source="folder", path=str(folder), image_size=16)
+    for i, pixels in enumerate(PIXELS):
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"image {i}")
+    (folder / f"{BROKEN}.png").write_bytes(b"no image")
+    return DataOptions(source="folder", path=str(folder), image_size=16, train_split="all", eval_split="all")
 
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """Counts the calls of `encode_split`, which returns fixed tokens of the right shape."""
-    calls = []
+    """The parts that were encoded, in order."""
+    parts = []
 
-    def encode_split(options, *_):
-        calls.append(options)
-        return np.arange(2 * 256, dtype=np.int32).reshape(2, 256) % VOCAB
+    def encode(*args):
+        for part, made in encode_parts(*args):
+            parts.append(part)
+            yield part, made
 
-    monkeypatch.setattr(encoded_split, "encode_split", encode_split)
-    monkeypatch.setattr(DVAETokenizer, "grid", lambda *_: (16, 16))
-    return calls
-
-
-HARMS = {
-    "flipped low bit": lambda content: content[:300] + bytes([content[300] ^ 1]) + content[301:],
-    "flipped high bit": lambda content: content[:301] + bytes([content[301] ^ 128]) + content[302:],
-    "flipped in the checksum": lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
-    "flipped in the shape": lambda content: content.replace(b"(2, 256)", b"(1, 256)"),
-    "half": lambda content: content[: len(content) // 2],
-    "empty": lambda content: b"",
-    "zeros": lambda content: bytes(len(content)),
-    "without a checksum": lambda content: content[: content.rindex(b'{"key"')],
-    "brackets": lambda content: content[: content.rindex(b'{"key"')] + b'{"key": ' + b"[" * 100_000,
-    "more": lambda content: content + b"more",
-    "two rows swapped": lambda content: content[:128] + content[1152:2176] + content[128:1152] + content[2176:],
-}
+    monkeypatch.setattr(encoded_split, "encode_parts", encode)
+    return parts
 
 
-@pytest.mark.parametrize("harm", HARMS.values(), ids=HARMS)
-def test_a_damaged_cache_is_written_again(options, encoded, tmp_path, caplog, harm):
-    params = {"w": np.zeros(1, np.float32)}
-    get = lambda: tokens_of_split(options, "train", TOKENIZER, params, [tmp_path])
-    expected = get()
-    (file,) = tmp_path.glob("tokens-*.npy")
+def test_tokens_are_those_of_the_images(options, params, tmp_path, encoded):
+    store = tokens_of_split(options, "all", TOKENIZER, params, [tmp_path])
+    expected = np.asarray(TOKENIZER.encode(params, PIXELS)).reshape(7, -1)
+    assert len(store) == 7 and store.dtype == np.uint16 and encoded == [0, 1]
+    for index in set(range(7)) - {BROKEN}:
+        np.testing.assert_array_equal(store.row(index), expected[index])
+    with pytest.raises(token_store.UnreadableExample, match="unreadable image"):
+        store.row(BROKEN)
+    tokens_of_split(options, "all", TOKENIZER, params, [tmp_path])
+    tokens_of_split(options, "all", TOKENIZER, params, [tmp_path / "new", tmp_path])
+    assert encoded == [0, 1]
+
+
+def test_batches_of_tokens_are_those_of_images(options, params, tmp_path):
+    """Also with an unreadable image: the same example replaces it, and it is counted under the same reason."""
+    model = TextModel.train([f"image {i}" for i in range(7)], vocab_size=60)
+    layout = TokenLayout(model.vocab_size, 24, 8, *TOKENIZER.grid(16))
+    how = dict(split="all", train=True, batch_size=4, seed=3)
+    images = iter(Pipeline(options, model, layout, **how))
+    ours = [next(images) for _ in range(6)]
+    store = tokens_of_split(options, "all", TOKENIZER, params, [tmp_path])
+    (tmp_path / "images" / "0.png").write_bytes(b"")  # no image is read any more
+    tokens = Pipeline(options, model, layout, tokens=store, **how)
+    make = pickle.loads(pickle.dumps(tokens._make))  # as a worker process gets it
+    for number, (batch, other) in enumerate(zip(ours, tokens.batches(), strict=False)):
+        assert set(other) == {"tokens", "index", "text"} and BROKEN not in other["index"]
+        np.testing.assert_array_equal(batch["index"], other["index"])
+        np.testing.assert_array_equal(batch["text"], other["text"])
+        np.testing.assert_array_equal(other["tokens"], [store.row(int(index)) for index in other["index"]])
+        np.testing.assert_array_equal(make(number)[0]["tokens"], other["tokens"])
+    assert tokens.skipped() == {"unreadable image": 1}
+
+
+def test_only_damaged_parts_are_encoded_again(options, params, tmp_path, encoded, caplog):
+    get = lambda: tokens_of_split(options, "all", TOKENIZER, params, [tmp_path])
+    (file,) = get().folder.glob("part-00001.npy")
     content = file.read_bytes()
-    assert harm(content) != content
-    file.write_bytes(harm(content))
-    np.testing.assert_array_equal(get(), expected)
-    assert len(encoded) == 2 and file.read_bytes() == content
-    assert sum(str(file) in record.getMessage() for record in caplog.records if record.levelname == "WARNING") == 1
+    file.write_bytes(content[:-30] + b"x" + content[-29:])
     get()
-    assert len(encoded) == 2
+    assert encoded == [0, 1, 1] and file.read_bytes() == content
+    assert sum("part 1" in record.getMessage() for record in caplog.records if record.levelname == "WARNING") == 1
+    file.unlink()
+    get()
+    assert encoded == [0, 1, 1, 1] and file.read_bytes() == content
 
 
-def test_a_cache_of_another_tokenizer_is_not_used(options, encoded, tmp_path):
-    get = lambda value: tokens_of_split(options, "train", TOKENIZER, {"w": np.full(1, value)}, [tmp_path])
-    get(0.0)
-    (first,) = tmp_path.glob("tokens-*.npy")
-    get(1.0)
-    (second,) = set(tmp_path.glob("tokens-*.npy")) - {first}
-    second.write_bytes(first.read_bytes())
-    get(1.0)
-    assert len(encoded) == 3 and second.read_bytes() != first.read_bytes()
+def test_other_images_or_another_tokenizer_are_encoded_again(options, params, tmp_path, encoded):
+    get = lambda params: tokens_of_split(options, "all", TOKENIZER, params, [tmp_path]).folder
+    first = get(params)
+    (tmp_path / "images" / "1.txt").write_text("another caption")
+    assert get(params) == first
+    second = get(jax.tree.map(lambda x: x + 1, params))
+    os.utime(tmp_path / "images" / "1.png", (0, 0))
+    assert len({first, second, get(params)}) == 3 and encoded == [0, 1] * 3
 
 
-@pytest.mark.parametrize(
-    "tokens, word",
-    [
-        (np.zeros((3, 5), np.int32), r"\[3, 5\]"),
-        (np.zeros(SHAPE, np.int64), "int64"),
-        (np.full(SHAPE, -1, np.int32), "24"),
-        (np.full(SHAPE, VOCAB, np.int32), "24"),
-    ],
-)
-def test_tokens_that_do_not_fit(tokens, word):
-    good = np.zeros(SHAPE, np.int32)
-    np.testing.assert_array_equal(encoded_split._unpacked(encoded_split._packed(good, "k"), "k", SHAPE, VOCAB), good)
-    with pytest.raises(ValueError, match=word):
-        encoded_split._unpacked(encoded_split._packed(tokens, "k"), "k", SHAPE, VOCAB)
+def test_images_that_may_change_unseen_are_not_stored(options, params, tmp_path, monkeypatch):
+    source = open_source(options, "all")
+    source.image_identity = None
+    monkeypatch.setattr(encoded_split, "open_source", lambda *_: source)
+    tokens = tokens_of_split(options, "all", TOKENIZER, params, [tmp_path])
+    np.testing.assert_array_equal(tokens.row(5), np.asarray(TOKENIZER.encode(params, PIXELS[5:6])).reshape(-1))
+    with pytest.raises(token_store.UnreadableExample):
+        tokens.row(BROKEN)
+    assert not list(tmp_path.glob("tokens-*"))
 
 
-def test_numpy_reads_a_cache(options, encoded, tmp_path):
-    tokens = tokens_of_split(options, "train", TOKENIZER, jax.numpy.zeros(1), [tmp_path])
-    (file,) = tmp_path.glob("tokens-*.npy")
-    np.testing.assert_array_equal(np.load(file), tokens)
+def test_given_tokens_must_be_those_of_the_training(options, params, tmp_path):
+    store = tokens_of_split(options, "all", TOKENIZER, params, [tmp_path])
+    given = lambda options=options, params=params: given_tokens(store.folder, options, "all", TOKENIZER, params)
+    np.testing.assert_array_equal(given().row(6), store.row(6))
+    with pytest.raises(ConfigError, match="data_tokens.*tokenizer"):
+        given(params=jax.tree.map(lambda x: x + 1, params))
+    with pytest.raises(ConfigError, match="data_tokens.*images"):
+        given(options=DataOptions(**{**vars(options), "image_size": 32}))
+    (store.folder / "part-00001.npy").unlink()
+    with pytest.raises(ConfigError, match="1 of 2 parts"):
+        given()
+    with pytest.raises(ConfigError, match="data_tokens.*images"):
+        os.utime(tmp_path / "images" / "1.png", (0, 0))
+        given()

@@ -28,7 +28,7 @@ from dalle_jax.jobs import train as train_job
 from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.tasks import encoded_split
-from dalle_jax.tasks.encoded_split import encode_split, tokens_of_split
+from dalle_jax.tasks.encoded_split import tokens_of_split
 from dalle_jax.tasks.prior import PriorTask
 from dalle_jax.tasks.registry import build
 from dalle_jax.text_to_image import drawing
@@ -72,6 +72,9 @@ class Trained:
     params: Any
 
 
+ON_A_GPU = {"attention_kernel": "cudnn", "dtype": "bfloat16"}
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """The prior, trained from scratch."""
@@ -113,6 +116,18 @@ def test_a_prior_trains_its_tokenizer_first(trained):
     assert next((pathlib.Path(workdir) / "samples").rglob("*.png"))
 
 
+def test_a_training_with_the_kernel_of_a_gpu_is_loaded_on_a_cpu(trained, monkeypatch):
+    stored = Checkpoints.config
+
+    def config(self, step):
+        found = stored(self, step)
+        return {**found, "model": {**found["model"], "trunk": found["model"]["trunk"] | ON_A_GPU}}
+
+    monkeypatch.setattr(Checkpoints, "config", config)
+    model = TextToImage.load(trained.workdir, rows_at_once=2, mesh=make_mesh(data=1))
+    assert model.prior.options.trunk.attention_kernel == "auto"
+
+
 def test_truncated_captions_are_in_the_metrics(trained):
     """Most captions are longer than 20 tokens of so small a vocabulary."""
     rows = [json.loads(line) for line in (pathlib.Path(trained.workdir) / "metrics.jsonl").read_text().splitlines()]
@@ -147,13 +162,18 @@ def test_the_tokens_of_the_training_split_are_computed_once(trained, tmp_path, m
     """A run that resumes, and one that starts from it, read them. Another tokenizer has other tokens."""
     options = from_config(DataOptions, trained.config.data, "data")
     tokenizer, params = workdirs.load_tokenizer(trained.workdir)
-    (file,) = pathlib.Path(trained.workdir).glob("tokens-*")
-    encode = encode_split
-    np.testing.assert_array_equal(np.load(file), encode(options, "train", tokenizer, params))
+    (file,) = pathlib.Path(trained.workdir).glob("tokens-*/part-*.npy")
+    encode = encoded_split.encode_parts
+    ((_, (rows, _)),) = encode(options, "train", tokenizer, params, [0])
+    np.testing.assert_array_equal(np.load(file), rows)
 
     encoded = []
-    monkeypatch.setattr(encoded_split, "encode_split", lambda *args: encoded.append(args) or encode(*args))
-    get = lambda params, options, *folders: tokens_of_split(options, "train", tokenizer, params, folders)
+    monkeypatch.setattr(encoded_split, "encode_parts", lambda *args: encoded.append(args) or encode(*args))
+
+    def get(params, options, *folders):
+        tokens = tokens_of_split(options, "train", tokenizer, params, folders)
+        return np.array([tokens.row(index) for index in range(len(tokens))])
+
     kept = get(params, options, tmp_path, trained.workdir)
     np.testing.assert_array_equal(kept, np.load(file))
     assert not encoded and not list(tmp_path.iterdir())

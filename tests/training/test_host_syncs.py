@@ -1,4 +1,4 @@
-"""In the steady state host and device synchronise in two places: `report` fetches scalars, `to_mesh` sends batches.
+"""In the steady state host and device synchronise in two places: `report` waits for steps, `to_mesh` sends batches.
 
 JAX's transfer guard allows explicit transfers (`device_get`, `device_put`) and raises at any other that it sees. On a
 CPU it sees transfers to the device only, because reading an array there copies nothing. These tests therefore also
@@ -73,9 +73,10 @@ def watch(monkeypatch):
     watch.switch(False)
 
 
-def run(workdir, watch, monkeypatch, extra=lambda state, scalars: None):
+def run(workdir, watch, monkeypatch, extra=lambda state, scalars: None, **changes):
     """Trains on eight devices and calls `extra` after each step."""
-    config = tiny_config(steps=12, mesh__data=2, mesh__fsdp=2, mesh__tensor=2, cadence__eval=0, cadence__checkpoint=0)
+    mesh = {"mesh__data": 2, "mesh__fsdp": 2, "mesh__tensor": 2}
+    config = tiny_config(steps=12, cadence__eval=0, cadence__checkpoint=0, **mesh, **changes)
     job = tiny_job(config)
     make = run_module.make_train_step
 
@@ -104,11 +105,14 @@ def run(workdir, watch, monkeypatch, extra=lambda state, scalars: None):
     train(config, str(workdir), dataclasses.replace(job, train_batches=lambda: Watched(job.train_batches(), watch)))
 
 
-def test_only_the_named_places(tmp_path, watch, monkeypatch):
-    run(tmp_path, watch, monkeypatch)
-    assert set(watch.explicit) == {("device_get", "Run.report"), ("device_put", "to_mesh")}
-    assert watch.explicit.count(("device_get", "Run.report")) == LAST - FIRST  # once a step
-    assert not watch.other
+@pytest.mark.parametrize("log, fetches", [(1, LAST - FIRST), (4, 1), (100, 0)])
+def test_only_the_named_places(tmp_path, watch, monkeypatch, log, fetches):
+    """Every step is waited for. Its scalars are copied when they are logged: those of four steps at once."""
+    run(tmp_path, watch, monkeypatch, cadence__log=log, max_nonfinite=200)
+    fetch = ("device_get", "Scalars.fetch")
+    assert set(watch.explicit) == {("device_put", "to_mesh")} | ({fetch} if fetches else set())
+    assert watch.explicit.count(fetch) == fetches
+    assert watch.other == [("wait", "Scalars.wait")] * (LAST - FIRST)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +126,8 @@ def test_only_the_named_places(tmp_path, watch, monkeypatch):
 )
 def test_another_place_is_noticed(tmp_path, watch, monkeypatch, extra):
     run(tmp_path, watch, monkeypatch, extra)
-    assert watch.other and all("<lambda>" in place or "Array" in place for _, place in watch.other)
+    places = {place for _, place in watch.other} - {"Scalars.wait"}
+    assert places and all("<lambda>" in place or "Array" in place for place in places)
 
 
 def test_another_transfer_is_rejected(tmp_path, watch, monkeypatch):

@@ -171,8 +171,11 @@ def test_keeps_the_best(tmp_path):
         assert checkpoints.steps == [4, 8] and checkpoints.best_step == 4
 
 
-def test_scalars_are_fetched_one_step_late(tmp_path, monkeypatch):
-    """In the steady state the host waits for a step only after queueing the next one, and copies nothing else."""
+def test_the_host_is_one_step_ahead(tmp_path, monkeypatch):
+    """In the steady state the host waits for a step only after queueing the next one, and copies nothing else.
+
+    It copies the scalars of several steps together, when they are logged.
+    """
     events = []
     original = run_module.make_train_step
 
@@ -192,15 +195,31 @@ def test_scalars_are_fetched_one_step_late(tmp_path, monkeypatch):
 
         return Lowered()
 
-    def fetch(tree, get=jax.device_get):
-        if "loss" in tree:
-            events.append("fetch")
-        return get(tree)
+    def wait(scalars, until=train_step.Scalars.wait):
+        events.append("wait")
+        until(scalars)
+
+    def fetch(steps, get=train_step.Scalars.fetch):
+        events.append(len(steps))
+        return get(steps)
 
     monkeypatch.setattr(run_module, "make_train_step", spied)
-    monkeypatch.setattr(jax, "device_get", fetch)
-    run(tmp_path, steps=5, cadence__eval=0, cadence__checkpoint=0)
-    assert events == ["queue", "queue", "fetch", "queue", "fetch", "queue", "fetch", "queue", "fetch", "fetch"]
+    monkeypatch.setattr(train_step.Scalars, "fetch", fetch)
+    monkeypatch.setattr(train_step.Scalars, "wait", wait)
+    changes = {"cadence__eval": 0, "cadence__checkpoint": 0, "cadence__log": 3, "max_nonfinite": 20}
+    run(tmp_path, steps=5, **changes)
+    assert events == ["queue", "queue", "wait", "queue", "wait", "queue", "wait", 3, "queue", "wait", "wait", 2]
+    metrics = series(tmp_path, "train/loss")
+    assert list(metrics) == [3, 5]
+
+
+def test_the_cadence_of_the_log_changes_no_number(tmp_path):
+    """Means over steps that were fetched together are those of steps that were fetched one by one."""
+    for log in (1, 4):
+        run(tmp_path / str(log), cadence__log=log, max_nonfinite=20)
+    each, together = (series(tmp_path / log, "train/loss") for log in "14")
+    for step in (4, 8):
+        assert together[step] == np.mean([each[i] for i in range(step - 3, step + 1)])
 
 
 @pytest.mark.parametrize("donated", [True, False])

@@ -113,6 +113,27 @@ def test_the_last_step(tmp_path):
     assert stored(tmp_path / "parameters") == [5]
 
 
+@pytest.mark.parametrize("log, latest", [(1, 8), (100, 9)])
+def test_a_run_ends_within_the_window(tmp_path, log, latest):
+    """Scalars that wait for the log are fetched after `max_nonfinite` steps: the end comes at most that much later."""
+    config = tiny_config(steps=50, cadence__log=log, cadence__checkpoint=100, cadence__eval=100, max_nonfinite=3)
+    job = job_with_poisoned_batches(config, range(4, 50))
+    read = []
+
+    class Counted:
+        def __init__(self):
+            self._batches = job.train_batches()
+            self.get_state = self._batches.get_state
+
+        def __next__(self):
+            read.append(1)
+            return next(self._batches)
+
+    with pytest.raises(NonFiniteError, match="steps 5 to 7"):
+        train(config, str(tmp_path), dataclasses.replace(job, train_batches=Counted))
+    assert len(read) - 2 <= latest + 1  # two batches wait on the devices, and one step was queued ahead
+
+
 def test_a_signal_among_skipped_updates(uninterrupted_by_poison, tmp_path):
     """Nothing is saved, the message says from where the run resumes, and it reaches the same end."""
     workdir, state = uninterrupted_by_poison

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import signal
 
 import jax
@@ -13,10 +14,12 @@ from tiny_job import tiny_config, tiny_job
 
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.checkpoints.workdir import is_complete, read_finished
+from dalle_jax.configuration import config_files
 from dalle_jax.errors import ConfigError, Preempted
 from dalle_jax.reporting.metric_writer import read_metrics
 from dalle_jax.training.evaluations import Evaluations
 from dalle_jax.training.loop import train
+from dalle_jax.training.summary import _delaying
 
 # One for each evaluation, which is every two steps. The third is the best, and three evaluations follow that are not.
 ERRORS = [3.0, 2.0, 1.0, 1.5, 1.5, 1.5, 0.5, 0.4]
@@ -191,6 +194,23 @@ def test_the_log_says_that_it_overfits_once(tmp_path, capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if "by heart" in line]
     assert "step 6" in lines[0] and "stop_after" in lines[0]
     assert len(lines) == 2 and "step 6 of 12" in lines[1]  # the second one is in the summary
+
+
+@pytest.mark.parametrize(
+    "target, changes, flags",
+    [
+        ("prior.py:small", {}, ["data.augment=prior", "data_tokens=each_batch", "model.trunk.dropout=0.15"]),
+        ("prior.py:small", {"data.augment": "prior", "data_tokens": "each_batch"}, ["model.trunk.dropout=0.15"]),
+        ("prior.py:folder", {"model.trunk.dropout": 0.1}, []),
+        ("dvae.py:small", {}, ["data.augment=dvae"]),
+        ("clip.py:small", {}, ["data.augment=clip"]),
+    ],
+)
+def test_it_names_what_delays_overfitting(target, changes, flags):
+    config = config_files.load(f"configs/{target}")
+    config.update_from_flattened_dict({"data.path": "."} | changes)
+    said = _delaying(config)
+    assert re.findall(r"--config\.(\S+)", said) == flags and bool(said) == bool(flags)
 
 
 def test_the_summary(tmp_path, capsys):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+import os
 import types
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -28,6 +29,7 @@ _MOST = {
     "max_file_bytes": 2**40,
     "cache_bytes": 2**40,
 }
+_MOST_CHOSEN_WORKERS = 32  # each holds a copy of the program: about 0.3 GB
 _CAPTION_LINES = ("all", "first")
 _CAPTION_FROM = ("files", "file_names", "folder_names", "paths")
 
@@ -57,7 +59,8 @@ class DataOptions:
       eval_split: the split to evaluate on.
       cache: keep prepared examples in memory, so that each is decoded once; with `workers` in each process.
       cache_bytes: the most memory for the images of one split, in all processes. A larger split is not kept at all.
-      workers: number of processes that create batches; 0 uses two threads of this process.
+      workers: number of processes that create batches; 0 uses two threads of this process. None: as many as this
+        process may use cores, at most 32, or 0 if the batches hold no images.
       bpe_dropout: the probability that a BPE merge is dropped, in training.
       max_pixels: larger images are skipped before they are decoded.
       max_file_bytes: larger image files and members of archives are skipped before they are read.
@@ -78,7 +81,7 @@ class DataOptions:
     eval_split: str = "validation"
     cache: bool = False
     cache_bytes: int = 2**30
-    workers: int = 0
+    workers: int | None = 0
     bpe_dropout: float = 0.0
     max_pixels: int = Limits.max_pixels
     max_file_bytes: int = Limits.max_file_bytes
@@ -101,10 +104,21 @@ class DataOptions:
                 f"config.data.source is {self.source!r}, which needs config.data.path: the folder of your {held}."
             )
 
+    def worker_count(self, *, images: bool = True) -> int:
+        """Returns the number of processes that create batches, with or without images."""
+        if self.workers is not None:
+            return self.workers
+        return min(_available_cores(), _MOST_CHOSEN_WORKERS) if images else 0
+
     @property
     def limits(self) -> Limits:
         """The largest images to decode, and the size of a batch's images."""
         return Limits(self.max_pixels, self.max_file_bytes, self.image_size)
+
+
+def _available_cores() -> int:
+    """Returns the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +168,8 @@ class Source(abc.ABC):
     Attributes:
       description: the source and its split, for messages.
       identity: a text that changes with the examples; None if changes cannot be seen.
+      image_identity: a text that changes with the images and their order, but not with captions and not when all are
+        moved; None if changes cannot be seen.
       left_out: examples that are known to be missing.
       other_files: number of files passed over, by ending in lower case ({".svg": 248}).
       captions_missing: why no example has a caption, and the remedy; None if some may have one.
@@ -162,6 +178,7 @@ class Source(abc.ABC):
 
     description: str
     identity: str | None = None
+    image_identity: str | None = None
     left_out: tuple[LeftOut, ...] = ()
     other_files: Mapping[str, int] = types.MappingProxyType({})
     captions_missing: str | None = None
@@ -181,6 +198,10 @@ class Source(abc.ABC):
         Raises:
           UnreadableExample: if it cannot be read.
         """
+
+    def without_image(self, index: int) -> Record:
+        """Returns the same as `record`, with the image b"". A source that can does not read the image."""
+        return dataclasses.replace(self.record(index), image=b"")
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Decodes one example in full.

@@ -72,6 +72,7 @@ class TfdsSource(Source):
             self._records = builder.as_data_source(split, decoders=decoders)
             sizes = {name: (part.num_bytes, part.shard_lengths) for name, part in builder.info.splits.items()}
             self.identity = f"{builder.data_path} {split} {sizes}"
+            self.image_identity = f"{builder.info.full_name} {split} {sizes}"
         except UserError:
             raise
         except (

@@ -38,13 +38,6 @@ from dalle_jax.distributed.sharding import on_tpu
 from dalle_jax.models.attention.patterns import ATTENDED, Pattern
 from dalle_jax.token_layout import TokenLayout
 
-KERNELS = ("auto", "xla", "splash")
-
-
-def use_splash(kernel: str) -> bool:
-    """Returns whether attention runs on this kernel, given `TransformerOptions.attention_kernel` and the platform."""
-    return kernel == "splash" or (kernel == "auto" and on_tpu())
-
 
 def ordered(x: Float[ArrayLike, "B P D"], pattern: Pattern, layout: TokenLayout) -> Float[ArrayLike, "B P D"]:
     """Sorts a stream, [B, S, D], or its image part, [B, N, D], into the order of the kernel."""

@@ -1,12 +1,13 @@
 """Attention under a pattern in plain XLA operations, for any device.
 
 `attend` serves training. Each group of queries attends to its image keys and the text, with one float32 softmax over
-both. The cost therefore follows the pattern and not S². `attend_step` serves decoding: one image position attends to
-its decode cache and its caption. `attend_reference` is the definition that both are tested against.
+both. The cost therefore follows the pattern and not S². If the scores of a group would fill the memory, its queries
+attend block by block, and the backward pass computes each block again. `attend_step` serves decoding: one image
+position attends to its decode cache and its caption. `attend_reference` is the definition that both are tested against.
 
-    B batch    S = T + N sequence    T text    N = h·w image tokens    H heads    K head size
+    B = C·n batch    C captions    n candidates of a caption
+    S = T + N sequence    T text    N = h·w image tokens    H heads    K head size    P queries
     G groups of queries    Q queries in a group    L image keys of a group or of a decode cache
-    C captions    n candidates of a caption    P queries
 """
 
 from __future__ import annotations
@@ -18,23 +19,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, ArrayLike, Bool, Float, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from dalle_jax.models.attention.patterns import ATTENDED, Pattern, group_mask
 from dalle_jax.token_layout import TokenLayout
 
 NEG = -1e30  # finite, so that a row without any key gives no NaN
-
+# Scores of a head and a group that are in memory at once: those of 1,024 image tokens and their text, but not of 4,096.
+MOST_SCORES = 2**21
+_BLOCK_SCORES = 2**20  # of a block of queries
 
 Stream = Float[ArrayLike, "B S H K"]
 Image = Float[Array, "B N H K"]
-Text = Float[Array, "B T H K"]
+Text = Float[Array, "C T H K"]
 
 
-Drop = Callable[[Array, int], Array]  # (probabilities, number of their block): `dropped`, given rate and key
+Number = int | Int[Array, ""]
+Drop = Callable[[Array, Number], Array]  # (probabilities, number of their block): `dropped`, given rate and key
 
 
-def dropped(weights: Float[ArrayLike, ...], block: int, *, rate: float, key: Key[Array, ""]) -> Float[Array, ...]:
+def dropped(weights: Float[ArrayLike, ...], block: Number, *, rate: float, key: Key[Array, ""]) -> Float[Array, ...]:
     """Applies dropout to attention probabilities. The heads of an example share one mask.
 
     A mask for each head would need H times as many random numbers. MaskGIT's reference has the attention of flax, which
@@ -54,14 +58,14 @@ def dropped(weights: Float[ArrayLike, ...], block: int, *, rate: float, key: Key
     return jnp.where(kept, weights / (1 - rate), 0)
 
 
-def _all(weights: Array, block: int) -> Array:
+def kept(weights: Array, block: Number) -> Array:
     """Is a `Drop` that drops nothing."""
     del block
     return weights
 
 
 def attend_reference(
-    q: Float[ArrayLike, "B P H K"], k: Stream, v: Stream, mask: Bool[ArrayLike, "P S"], drop: Drop = _all
+    q: Float[ArrayLike, "B P H K"], k: Stream, v: Stream, mask: Bool[ArrayLike, "P S"], drop: Drop = kept
 ) -> Float[Array, "B P H K"]:
     """Computes dense masked softmax attention, the reference for the faster paths.
 
@@ -81,7 +85,7 @@ def attend_reference(
 
 
 def attend(
-    q: Stream, k: Stream, v: Stream, pattern: Pattern, layout: TokenLayout, drop: Drop = _all
+    q: Stream, k: Stream, v: Stream, pattern: Pattern, layout: TokenLayout, drop: Drop = kept
 ) -> Float[Array, "B S H K"]:
     """Computes attention of the whole stream under a pattern.
 
@@ -105,31 +109,31 @@ def attend(
 
 
 def attend_image(
-    q: Image, k: Image, v: Image, text_k: Text, text_v: Text, pattern: Pattern, layout: TokenLayout, drop: Drop = _all
+    q: Image, k: Image, v: Image, text_k: Text, text_v: Text, pattern: Pattern, layout: TokenLayout, drop: Drop = kept
 ) -> Image:
     """Computes attention of the image positions under a pattern.
 
     Args:
-      q: queries of the image, [B, N, H, K].
-      k: keys of the image, [B, N, H, K].
-      v: values of the image, [B, N, H, K].
-      text_k: keys of the text, [B, T, H, K].
-      text_v: values of the text, [B, T, H, K].
+      q: queries of the image, [C·n, N, H, K]; the n candidates of a caption are adjacent rows.
+      k: keys of the image, [C·n, N, H, K].
+      v: values of the image, [C·n, N, H, K].
+      text_k: keys of the captions, [C, T, H, K], shared by the candidates.
+      text_v: values of the captions, [C, T, H, K].
       pattern: the attention pattern.
       layout: layout of the token stream.
       drop: dropout of the probabilities.
 
     Returns:
-      [B, N, H, K] in the dtype of v.
+      [C·n, N, H, K] in the dtype of v.
     """
     grid = lambda x: x.reshape(x.shape[0], layout.height, layout.width, *x.shape[2:])
     groups = functools.partial(pattern.group_keys, layout=layout)
     mask = group_mask(pattern, layout)
-    image = _attend_groups(pattern.group_queries(grid(q)), groups(grid(k)), groups(grid(v)), text_k, text_v, mask, drop)
-    return pattern.ungroup(image, layout)
+    given = pattern.group_queries(grid(q)), groups(grid(k)), groups(grid(v)), text_k, text_v
+    return pattern.ungroup(_attend_blocks(*given, mask, drop), layout)
 
 
-def _attend_groups(
+def _attend_blocks(
     q: Float[ArrayLike, "B G Q H K"],
     k: Float[ArrayLike, "B G L H K"],
     v: Float[ArrayLike, "B G L H K"],
@@ -138,17 +142,52 @@ def _attend_groups(
     mask: Bool[np.ndarray, "G Q L"],
     drop: Drop,
 ) -> Float[Array, "B G Q H K"]:
+    """Computes `_attend_groups` in blocks of queries, if all scores are too many for the memory."""
+    queries, keys = q.shape[2], k.shape[2] + text_k.shape[1]
+    if queries * keys <= MOST_SCORES:
+        return _attend_groups(q, k, v, text_k, text_v, mask, drop)
+    size = max(_BLOCK_SCORES // keys, 1)
+    count = -(-queries // size)
+    padding = (0, count * size - queries)  # queries whose results are cut off
+    blocks = jnp.pad(q, ((0, 0), (0, 0), padding, (0, 0), (0, 0)))
+    blocks = jnp.moveaxis(blocks.reshape(*q.shape[:2], count, size, *q.shape[3:]), 2, 0)
+    if mask.all():
+        masks = np.ones((count, 1, 1, 1), bool)
+    else:
+        masks = np.pad(mask, ((0, 0), padding, (0, 0))).reshape(len(mask), count, size, -1).swapaxes(0, 1)
+
+    @jax.checkpoint
+    def attend_block(block: tuple[Array, Array, Array]) -> Array:
+        q, mask, number = block
+        dropped = lambda weights, part: drop(weights, part + 2 * number)
+        return _attend_groups(q, k, v, text_k, text_v, mask, dropped)
+
+    out = jax.lax.map(attend_block, (blocks, jnp.asarray(masks), jnp.arange(count)))
+    return jnp.moveaxis(out, 0, 2).reshape(*q.shape[:2], count * size, *q.shape[3:])[:, :, :queries]
+
+
+def _attend_groups(
+    q: Float[ArrayLike, "B G Q H K"],
+    k: Float[ArrayLike, "B G L H K"],
+    v: Float[ArrayLike, "B G L H K"],
+    text_k: Text,
+    text_v: Text,
+    mask: Bool[ArrayLike, "#G #Q #L"],
+    drop: Drop,
+) -> Float[Array, "B G Q H K"]:
     """Computes attention of each group of queries to its image keys and the text."""
     q = q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
     dot = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)
+    candidates = lambda x: x.reshape(text_k.shape[0], -1, *x.shape[1:])
     image = jnp.where(mask[None, :, None], dot("bgqhk,bglhk->bghql", q, k), NEG)
-    text = dot("bgqhk,bthk->bghqt", q, text_k)
+    text = dot("cngqhk,cthk->cnghqt", candidates(q), text_k).reshape(*image.shape[:-1], -1)
     # One softmax over both parts, without a concatenation in memory.
     peak = jax.lax.stop_gradient(jnp.maximum(image.max(-1, keepdims=True), text.max(-1, keepdims=True)))
     image, text = jnp.exp(image - peak), jnp.exp(text - peak)
     total = (image.sum(-1) + text.sum(-1)).transpose(0, 1, 3, 2)[..., None]
     image, text = drop(image, 1), drop(text, 2)  # after the sum: the total is that of all probabilities
-    out = dot("bghql,bglhk->bgqhk", image.astype(v.dtype), v) + dot("bghqt,bthk->bgqhk", text.astype(v.dtype), text_v)
+    of_text = dot("cnghqt,cthk->cngqhk", candidates(text.astype(v.dtype)), text_v).reshape(q.shape)
+    out = dot("bghql,bglhk->bgqhk", image.astype(v.dtype), v) + of_text
     return (out / total).astype(v.dtype)
 
 

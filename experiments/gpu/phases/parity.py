@@ -1,7 +1,11 @@
-"""Differences between the accelerator and the CPU: losses, gradients, decoding, images, in float32 and bfloat16."""
+"""Differences between the accelerator and the CPU: losses, gradients, decoding, images, in float32 and bfloat16.
+
+Also between the accelerator's own attention kernel and attention in XLA, in bfloat16 on the accelerator.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -23,6 +27,8 @@ PRIORS = {
     "bidirectional": MaskGITPrior(LAYOUT, MaskGITOptions(trunk=TRUNK)),
 }
 ROWS = 4
+# 64 text tokens and 32x32 image tokens, with the heads of the measured models.
+LARGE = TokenLayout(text_vocab=128, image_vocab=256, text_length=64, height=32, width=32)
 
 
 def run(record: Recorder) -> None:
@@ -31,18 +37,53 @@ def run(record: Recorder) -> None:
         for dtype, precision in (("float32", "highest"), ("float32", "default"), ("bfloat16", "default")):
             one = models.with_dtype(prior, dtype)
             cases.append((f"{name}, {dtype}, {precision} precision", 5, functools.partial(_prior, one, precision)))
+    for name, prior in PRIORS.items():
+        for size in (64, 128):
+            large = _large(prior, size, record.tiny)
+            cases.append((f"{name}, heads of {size}, kernel against XLA", 5, functools.partial(_kernels, large)))
     for dtype in ("float32", "bfloat16"):
         cases.append((f"dVAE, {dtype}", 5, functools.partial(_dvae, dtype)))
     record.run(cases)
 
 
+def _large(prior, head_dim: int, tiny: bool):
+    """Returns a prior of another size in bfloat16."""
+    trunk = dataclasses.replace(TRUNK, width=4 * head_dim, heads=4, dtype="bfloat16")
+    options = dataclasses.replace(prior.options, trunk=trunk)
+    if isinstance(options, AutoregressiveOptions) and not tiny:
+        options = dataclasses.replace(options, kernel=11)
+    return type(prior)(LAYOUT if tiny else LARGE, options)
+
+
+def _kernels(prior) -> dict:
+    """Compares loss and gradients of the kernel "auto" with those of XLA, on the same device."""
+    text, tokens = models.random_text(prior, ROWS), models.random_tokens(prior, ROWS)
+    params, found = models.random_params(prior), []
+    for kernel in ("auto", "xla"):
+        trunk = dataclasses.replace(prior.options.trunk, attention_kernel=kernel)
+        one = type(prior)(prior.layout, dataclasses.replace(prior.options, trunk=trunk))
+        loss = functools.partial(_loss, one, text=text, tokens=tokens)
+        found.append(jax.device_get(jax.jit(jax.value_and_grad(loss))(params)))
+    return _differences(*found)
+
+
+def _loss(prior, params, text, tokens):
+    return prior.loss(params, text, tokens, jax.random.key(1), train=False)[0]
+
+
+def _differences(ours: tuple, theirs: tuple) -> dict:
+    """Returns the relative differences of a loss and of its gradients."""
+    leaves = zip(jax.tree.leaves(ours[1]), jax.tree.leaves(theirs[1]))
+    return {
+        "loss": abs(float(ours[0] - theirs[0])) / abs(float(theirs[0])),
+        "gradients": max(_difference(a, b) for a, b in leaves),
+    }
+
+
 def _prior(prior, precision: str) -> dict:
     text, tokens = models.random_text(prior, ROWS), models.random_tokens(prior, ROWS)
-    params = models.random_params(prior)
-    key, keys = jax.random.key(1), jax.random.split(jax.random.key(2), ROWS)
-
-    def loss(params):
-        return prior.loss(params, text, tokens, key, train=False)[0]
+    params, keys = models.random_params(prior), jax.random.split(jax.random.key(2), ROWS)
+    loss = functools.partial(_loss, prior, text=text, tokens=tokens)
 
     def values(params):
         value, gradients = jax.value_and_grad(loss)(params)
@@ -50,12 +91,7 @@ def _prior(prior, precision: str) -> dict:
 
     with jax.default_matmul_precision(precision):
         device, host = _both(values, params)
-    leaves = zip(jax.tree.leaves(device[1]), jax.tree.leaves(host[1]))
-    return {
-        "loss": abs(float(device[0] - host[0])) / abs(float(host[0])),
-        "gradients": max(_difference(a, b) for a, b in leaves),
-        "equal_tokens": float((device[2] == host[2]).mean()),
-    }
+    return _differences(device, host) | {"equal_tokens": float((device[2] == host[2]).mean())}
 
 
 def _dvae(dtype: str) -> dict:

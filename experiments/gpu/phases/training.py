@@ -25,6 +25,8 @@ def run(record: Recorder) -> None:
         ("autoregressive 1B", 25, lambda: _prior(models.autoregressive(tiny), rows(16))),
         ("maskgit 24x768, 16x16", 15, lambda: _prior(models.maskgit(tiny, 16), rows(128))),
         ("maskgit 24x768, 32x32", 15, lambda: _prior(models.maskgit(tiny, 32), rows(32))),
+        ("maskgit 24x768, 32x32, attention in XLA", 15,
+         lambda: _prior(models.maskgit(tiny, 32, attention_kernel="xla"), rows(32))),
         ("dvae paper, 256 pixels", 20, lambda: _dvae(tiny, rows(32))),
         ("clip ViT-B/32", 15, lambda: _clip(tiny, rows(512))),
         ("autoregressive 1B, dense", 25, lambda: _prior(models.autoregressive(tiny, attention="full"), rows(16))),

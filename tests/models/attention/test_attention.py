@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dalle_jax.models.attention import xla
 from dalle_jax.models.attention.patterns import (
     Bidirectional,
     Column,
@@ -17,12 +18,13 @@ from dalle_jax.models.attention.patterns import (
     group_mask,
     sparse_layers,
 )
-from dalle_jax.models.attention.xla import attend, attend_reference, dropped
+from dalle_jax.models.attention.xla import attend, attend_image, attend_reference, dropped
 from dalle_jax.token_layout import TokenLayout
 
 CAUSAL = [Full(), Row(), Column(), *(Convolutional(k, wrap) for k in (1, 3, 5, 11) for wrap in (True, False))]
 PATTERNS = [*CAUSAL, Bidirectional()]
 GRIDS = [(4, 4), (3, 5), (5, 3), (1, 6), (6, 1)]
+KEY = jax.random.key(0)
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
 
@@ -205,6 +207,64 @@ def test_dropped_probabilities_are_zero_and_the_others_scaled(pattern):
         assert lost[:, queries, :, keys][seen].mean() == pytest.approx(rate, abs=0.05), (queries, keys)
     assert len(np.unique(lost[:, :, 0].reshape(128, -1), axis=0)) == 128, "examples differ"
     np.testing.assert_array_equal(lost[:, :, 0], lost[:, :, 1])
+
+
+# -- memory -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Lets at most 150 scores of a head be in memory."""
+    monkeypatch.setattr(xla, "MOST_SCORES", 150)
+    monkeypatch.setattr(xla, "_BLOCK_SCORES", 90)
+
+
+@pytest.mark.parametrize("pattern", [Bidirectional(), Full()], ids=str)
+def test_blocks_of_queries_equal_the_reference_forward_and_backward(small_blocks, pattern):
+    """15 queries in blocks of 5, or of 4 with padding."""
+    for layout in (layout_of(3, 5), layout_of(3, 5, 6)):
+        q, k, v, cotangent = (jax.random.normal(key, (2, layout.length, 2, 8)) for key in jax.random.split(KEY, 4))
+        mask = pattern.mask(layout)
+
+        @jax.jit
+        def both(layout=layout, mask=mask, given=(q, k, v), cotangent=cotangent):
+            ways = (lambda *x: attend(*x, pattern, layout)), (lambda *x: attend_reference(*x, mask))
+            return [(out, *back(cotangent)) for out, back in (jax.vjp(way, *given) for way in ways)]
+
+        assert "while" in jax.jit(both).lower().as_text()
+        for name, a, b in zip(("out", "dq", "dk", "dv"), *both()):
+            np.testing.assert_allclose(a, b, atol=2e-5, err_msg=name)
+
+
+def test_each_block_drops_other_probabilities(small_blocks):
+    layout = layout_of(3, 5)
+    drop = functools.partial(dropped, rate=0.5, key=KEY)
+    shape = (1, layout.length, 1, layout.length)
+    v = jnp.eye(layout.length)[None, :, None]
+    out = jax.jit(lambda q: attend(q, q, v, Bidirectional(), layout, drop))(jnp.zeros(shape))[0, 3:, 0]
+    assert len(np.unique(np.asarray(out[:, 3:] > 0), axis=0)) == layout.image_length
+
+
+def test_memory_is_linear_in_the_tokens_of_a_large_grid():
+    """64x64 tokens, forward and backward, by XLA's analysis. All scores would be 64 MiB for each head."""
+    sizes = {}
+    for side in (64, 96):
+        layout = layout_of(side, side, 64)
+        x = jax.ShapeDtypeStruct((1, layout.length, 4, 16), jnp.float32)
+        loss = lambda *x, layout=layout: jnp.square(attend(*x, Bidirectional(), layout)).sum()
+        program = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(x, x, x).compile()
+        sizes[side] = program.memory_analysis().temp_size_in_bytes / 2**20
+    assert sizes[64] < 110 and sizes[96] < (96 / 64) ** 2 * sizes[64] * 1.2, sizes
+
+
+def test_candidates_of_a_caption_share_its_keys_in_memory():
+    """64 candidates of one caption need no 64 copies of its keys and values, each 2 MiB."""
+    layout = layout_of(2, 2, 2048)
+    image = jax.ShapeDtypeStruct((64, 4, 4, 64), jnp.float32)
+    text = jax.ShapeDtypeStruct((1, 2048, 4, 64), jnp.float32)
+    draw = jax.jit(lambda *x: attend_image(*x, Bidirectional(), layout))
+    program = draw.lower(image, image, image, text, text).compile()
+    assert program.memory_analysis().temp_size_in_bytes < 64 * 2**20
 
 
 # -- decoding: caches ---------------------------------------------------------------------------------------------

@@ -74,7 +74,9 @@ class FolderSource(Source):
                 f"{self.description} holds no images, but {root} holds {len(images)}. Add images, or set "
                 "data.train_split and data.eval_split to sub-folders or 'all'."
             )
-        self.identity = None if is_remote(root) else _identity(root, self._entries, files, self._first_line_only)
+        if not is_remote(root):
+            self.identity = _identity(root, self._entries, files, self._first_line_only)
+            self.image_identity = _image_identity(self._entries, files)
         if not any(entry.captions or entry.text for entry in self._entries):
             self.captions_missing = (
                 f"{self.description}: none of the {len(self._entries)} images has a caption. Write captions.csv with "
@@ -120,6 +122,11 @@ class FolderSource(Source):
     def record(self, index: int) -> Record:
         return self._read(self._entries[index])
 
+    def without_image(self, index: int) -> Record:
+        """See `Source.without_image`. The image is not read."""
+        entry = self._entries[index]
+        return Record(b"", self._captions_of(entry), entry.name, {})
+
     def captions(self) -> Iterator[str]:
         """See `Source.captions`. No image is read.
 
@@ -132,9 +139,8 @@ class FolderSource(Source):
 
     def captions_of(self, index: int) -> list[str]:
         """See `Source.captions_of`. The image is not read."""
-        entry = self._entries[index]
         try:
-            return decode_captions(Record(b"", self._captions_of(entry), entry.name, {}))
+            return decode_captions(self.without_image(index))
         except UnreadableExample:
             return []
 
@@ -202,3 +208,12 @@ def _identity(root: epath.Path, entries: Iterable[Entry], files: Mapping[str, Fi
         file, text = files[entry.name], files[entry.text] if entry.text else File()
         digest.update(repr((*entry, file.size, file.modified, text.size, text.modified)).encode())
     return f"folder {digest.hexdigest()}"
+
+
+def _image_identity(entries: Iterable[Entry], files: Mapping[str, File]) -> str:
+    """Returns a text that changes with the images: their order, names inside the folder, sizes and times of change."""
+    digest = hashlib.sha256()
+    for entry in entries:
+        file = files[entry.name]
+        digest.update(repr((entry.name, file.size, file.modified)).encode("utf-8", "surrogateescape"))
+    return f"images {digest.hexdigest()}"
