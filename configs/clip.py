@@ -14,7 +14,7 @@ weights but gains and biases decay, here and in `folder`, `coco` and `cub` (`opt
 of `vit_b32` is CLIP's random square crop (`data.augment=clip`). The other three see each image many times and rank
 images of a prior, so they have the prior's crops. `python experiments/papers.py` compares `vit_b32` with the paper.
 
-`python -m dalle_jax.pretrained.clip` imports published weights instead. `coco` and `cub` rank candidates for the
+`python -m dalle_jax.pretrained clip` imports published weights instead. `coco` and `cub` rank candidates for the
 paper's evaluation sets. They learn from the training splits alone, so they have seen far less than a published CLIP.
 
 The loss compares the whole batch, over all devices, so `optimizer.accumulate_steps` must stay 1. The table in

@@ -3,27 +3,24 @@
 A multiplication counts as two operations. Matrix products, convolutions and attention count; attention counts only the
 pairs of positions that the mask of its pattern allows. The backward pass costs twice the forward pass, but only once
 for the layer that reads the image, which needs no gradient. Extra work of a program does not count: recomputed
-activations, masked pairs that are computed anyway, metrics for the log.
+activations, masked pairs that are computed anyway, metrics for the log. Image tokenizers count themselves
+(`ImageTokenizer.flops`).
 
     B rows    T text    N image tokens    D width    H heads    K head size    F hidden width    V vocabulary
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 
-from dalle_jax.image_tokenizers.dvae import DVAEOptions
-from dalle_jax.image_tokenizers.vq import VQOptions
 from dalle_jax.models.clip import CLIPOptions
 from dalle_jax.models.transformer import ACTIVATIONS, TransformerOptions
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.tasks.clip import CLIPTask
-from dalle_jax.tasks.dvae import DVAETask
 from dalle_jax.tasks.prior import PriorTask
+from dalle_jax.tasks.reconstruction import ReconstructionTask
 from dalle_jax.tasks.task import Batch, Task
-from dalle_jax.tasks.vq import VQTask
 
 
 def training(task: Task, batch: Batch) -> float:
@@ -38,30 +35,16 @@ def training(task: Task, batch: Batch) -> float:
     """
     rows = next(iter(batch.values())).shape[0]
     if isinstance(task, PriorTask):
-        encoding = _frozen_encoder(task, batch["image"].shape[1]) if "image" in batch else 0.0
+        encoding = task.tokenizer.flops(batch["image"].shape[1]).encoding if "image" in batch else 0.0
         return rows * (3 * prior(task.prior) + encoding)
-    if isinstance(task, DVAETask):
-        o = task.tokenizer.options
-        return rows * (3 * (encoder(o) + decoder(o)) - first_layer(o))
-    if isinstance(task, VQTask):
-        o = task.tokenizer.options
-        first = 2 * o.tokens_per_side**2 * o.subpixels * (9 * o.hidden + o.code_dim)
-        return rows * (3 * (vq_encoder(o) + vq_decoder(o)) + vq_search(o) - first)
+    if isinstance(task, ReconstructionTask):
+        return rows * task.tokenizer.flops(batch["image"].shape[1]).training
     if isinstance(task, CLIPTask):
         o = task.clip.options
         seen = 1 + task.negatives.spoiled
         similarities = 2 * rows * (rows + task.negatives.spoiled) * o.embed_dim
         return rows * (3 * (seen * image_tower(o) + text_tower(o)) - seen * patches(o)) + 3 * similarities
     raise ValueError(f"The sizes of {type(task).__name__} are unknown.")
-
-
-def _frozen_encoder(task: PriorTask, side: int) -> float:
-    """Counts the encoding of one image of `side` pixels to tokens."""
-    o = task.tokenizer.options
-    if isinstance(o, VQOptions):
-        positions = (side // o.downsample / o.tokens_per_side) ** 2
-        return positions * (vq_encoder(o) + vq_search(o))
-    return encoder(dataclasses.replace(o, image_size=side))
 
 
 def sampling(prior_: TokenPrior, rows: int) -> float:
@@ -102,71 +85,6 @@ def _trunk(one: TokenPrior, positions: int, queries: slice) -> float:
     kernels = 2 if ACTIVATIONS[o.activation][1] else 1
     per_layer = 4 * o.width * o.heads * o.size_per_head + (kernels + 1) * o.width * o.hidden
     return 2 * positions * o.depth * per_layer + attention
-
-
-# -- the dVAE -----------------------------------------------------------------------------------------------------
-
-
-def first_layer(o: DVAEOptions) -> float:
-    """Counts the first convolution of the encoder for one image."""
-    side = o.image_size // o.stem_factor
-    return 2 * side**2 * o.in_kernel**2 * 3 * o.stem_factor**2 * o.hidden
-
-
-def _block(side: int, inputs: int, outputs: int, kernels: tuple[int, ...]) -> float:
-    widths = (inputs, *[outputs // 4] * 3, outputs)
-    residual = sum(k * k * a * b for k, a, b in zip(kernels, widths, widths[1:]))
-    return 2 * side**2 * (residual + (inputs * outputs if inputs != outputs else 0))
-
-
-def _blocks(o: DVAEOptions, widths: list[int], sides: list[int], before: int, kernels: tuple[int, ...]) -> float:
-    total = 0.0
-    for width, side in zip(widths, sides):
-        for _ in range(o.blocks_per_group):
-            total += _block(side, before, width, kernels)
-            before = width
-    return total
-
-
-def encoder(o: DVAEOptions) -> float:
-    """Counts the encoder for one image."""
-    side = o.image_size // o.stem_factor
-    widths, sides = [o.hidden * 2**g for g in range(o.groups)], [side // 2**g for g in range(o.groups)]
-    output = 2 * sides[-1] ** 2 * widths[-1] * o.vocab_size
-    return first_layer(o) + _blocks(o, widths, sides, o.hidden, (3, 3, 3, 1)) + output
-
-
-def decoder(o: DVAEOptions) -> float:
-    """Counts the decoder for one image from relaxed codes."""
-    side = o.image_size // o.stem_factor
-    widths = [o.hidden * 2**g for g in reversed(range(o.groups))]
-    sides = [side // 2**g for g in reversed(range(o.groups))]
-    codebook = 2 * sides[0] ** 2 * o.vocab_size * o.codebook_dim
-    output = 2 * side**2 * o.hidden * 6 * o.stem_factor**2
-    return codebook + _blocks(o, widths, sides, o.codebook_dim, (1, 3, 3, 3)) + output
-
-
-# -- the vector-quantised tokenizer -------------------------------------------------------------------------------
-
-
-def _vq_path(o: VQOptions, inputs: int, outputs: int, blocks: int) -> float:
-    per_position = inputs * (outputs + 9 * o.hidden) + blocks * 18 * o.hidden**2 + o.hidden * outputs
-    return 2 * o.tokens_per_side**2 * per_position
-
-
-def vq_encoder(o: VQOptions) -> float:
-    """Counts the encoder for one image, without the search for the nearest codes."""
-    return _vq_path(o, o.subpixels, o.code_dim, o.encoder_blocks)
-
-
-def vq_search(o: VQOptions) -> float:
-    """Counts the distances of one image's features to all codes."""
-    return 2 * o.tokens_per_side**2 * o.code_dim * o.vocab_size
-
-
-def vq_decoder(o: VQOptions) -> float:
-    """Counts the decoder for one image."""
-    return _vq_path(o, o.code_dim, o.subpixels, o.decoder_blocks)
 
 
 # -- CLIP ---------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from dalle_jax.image_tokenizers import logit_laplace
 from dalle_jax.image_tokenizers.dvae_network import DVAE, DVAEOptions
+from dalle_jax.image_tokenizers.flops import Flops, dvae_flops
 from dalle_jax.image_tokenizers.network_tokenizer import NetworkTokenizer
 from dalle_jax.pytree import PyTree
 
@@ -91,3 +92,7 @@ class DVAETokenizer(NetworkTokenizer):
     def codebook(self, params: PyTree) -> Float[ArrayLike, "V D"]:
         """Returns the vector of each token at the decoder's input, float32 [V, D]."""
         return params["codebook"]["kernel"]
+
+    def flops(self, image_size: int) -> Flops:
+        """See `ImageTokenizer.flops`."""
+        return dvae_flops(self.options, image_size)

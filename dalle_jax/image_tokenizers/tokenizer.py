@@ -15,10 +15,17 @@ from ml_collections import ConfigDict
 from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
+from dalle_jax.image_tokenizers.flops import Flops
 from dalle_jax.image_tokenizers.vq import VQOptions, VQTokenizer
+from dalle_jax.image_tokenizers.vqgan import VQGANOptions, VQGANTokenizer
 from dalle_jax.pytree import PyTree
 
-_KINDS = {DVAETokenizer.kind: (DVAETokenizer, DVAEOptions), VQTokenizer.kind: (VQTokenizer, VQOptions)}
+# kind → the tokenizer and its options
+_KINDS = {
+    DVAETokenizer.kind: (DVAETokenizer, DVAEOptions),
+    VQTokenizer.kind: (VQTokenizer, VQOptions),
+    VQGANTokenizer.kind: (VQGANTokenizer, VQGANOptions),
+}
 TASKS = tuple(_KINDS)  # the trainings of image tokenizers: `config.task` is the kind
 
 
@@ -60,6 +67,9 @@ class ImageTokenizer(Protocol):
 
     def codebook(self, params: PyTree) -> Float[ArrayLike, "V E"]:
         """Returns a vector for each token, float32 [V, E]. Tokens that decode to similar pixels have close vectors."""
+
+    def flops(self, image_size: int) -> Flops:
+        """Counts the operations for one image of `image_size` pixels a side."""
 
 
 def to_dict(tokenizer: ImageTokenizer) -> dict[str, Any]:

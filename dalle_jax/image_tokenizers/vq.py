@@ -10,20 +10,12 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
+from dalle_jax.image_tokenizers.flops import Flops, vq_flops
 from dalle_jax.image_tokenizers.network_tokenizer import NetworkTokenizer
+from dalle_jax.image_tokenizers.signed_pixels import from_signed, to_signed
 from dalle_jax.image_tokenizers.vector_quantizer import nearest
 from dalle_jax.image_tokenizers.vq_network import VQ, VQOptions
 from dalle_jax.pytree import PyTree
-
-
-def to_signed(images: UInt8[ArrayLike, "*axes"]) -> Float[ArrayLike, "*axes"]:
-    """Maps uint8 pixels [...] to float32 [...] in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
-
-
-def from_signed(pixels: Float[ArrayLike, "*axes"]) -> Float[Array, "*axes"]:
-    """Maps pixels of about [-1, 1] to [0, 1], and clips them."""
-    return jnp.clip(pixels / 2 + 0.5, 0.0, 1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,3 +80,7 @@ class VQTokenizer(NetworkTokenizer):
     def codebook(self, params: PyTree) -> Float[ArrayLike, "V D"]:
         """Returns the codes, float32 [V, D]."""
         return params["codes"]["vectors"]
+
+    def flops(self, image_size: int) -> Flops:
+        """See `ImageTokenizer.flops`."""
+        return vq_flops(self.options, image_size)

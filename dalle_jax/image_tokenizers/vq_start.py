@@ -15,7 +15,8 @@ from jaxtyping import Array, ArrayLike, Key, UInt8
 
 from dalle_jax.image_tokenizers.kmeans_init import kmeans
 from dalle_jax.image_tokenizers.resampling import space_to_depth
-from dalle_jax.image_tokenizers.vq import VQTokenizer, to_signed
+from dalle_jax.image_tokenizers.signed_pixels import to_signed
+from dalle_jax.image_tokenizers.vq import VQTokenizer
 from dalle_jax.pytree import PyTree
 
 _MAX_BLOCKS = 32_768  # for the clusters

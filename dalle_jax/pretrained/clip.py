@@ -1,6 +1,6 @@
 """Imports published CLIP weights from files of OpenAI, open_clip or Hugging Face.
 
-    python -m dalle_jax.pretrained.clip --weights=ViT-B-32.pt --vocabulary=bpe_simple_vocab_16e6.txt.gz \
+    python -m dalle_jax.pretrained clip --weights=ViT-B-32.pt --vocabulary=bpe_simple_vocab_16e6.txt.gz \
         --output=runs/openai-clip
 
 The output is a folder that `ClipScorer.load` reads. The weights may be safetensors, npz, or a file of `torch.save` or
@@ -20,7 +20,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from dalle_jax.data.byte_pairs import BytePairs
 from dalle_jax.errors import PretrainedError, UserError
 from dalle_jax.models.clip import ACTIVATIONS, CLIP, CLIPOptions
 from dalle_jax.pretrained import clip_settings, state_dict
+from dalle_jax.pretrained.importer import Importer, Setting
 from dalle_jax.pytree import PyTree
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 
@@ -286,25 +288,54 @@ def load_scorer(weights: str | os.PathLike, vocabulary: str | os.PathLike, *rest
     return ClipScorer(clip, params, text_model)
 
 
+def _run(files: Sequence[str | os.PathLike], output: str, settings: Mapping[str, Any]) -> str:
+    """Imports a CLIP with its vocabulary; see `Importer.run`."""
+    open_settings = [settings[name] for name in ("activation", "image_head_dim", "text_head_dim")]
+    scorer = load_scorer(files[0], settings["vocabulary"], *open_settings)
+    scorer.save(output)
+    return str(scorer.clip.options)
+
+
+IMPORTER = Importer(
+    name="clip",
+    title="CLIP with a vision transformer, of OpenAI, open_clip or Hugging Face",
+    parameters=None,
+    licence="MIT (OpenAI's)",
+    source="github.com/openai/CLIP, github.com/mlfoundations/open_clip, huggingface.co/openai",
+    files=("ViT-B-32.pt or another",),
+    use="--config.clip",
+    run=_run,
+    claims=lambda arrays: {"visual.conv1.weight", "vision_model.embeddings.class_embedding"} & arrays.keys() != set(),
+    settings=(
+        Setting("vocabulary", str, "File or folder of the vocabulary (bpe_simple_vocab_16e6.txt.gz).", required=True),
+        Setting("activation", str, "Default: as the files next to the weights say.", choices=tuple(ACTIVATIONS)),
+        Setting("image_head_dim", int, "Size of an attention head of the image tower. Default: as published."),
+        Setting("text_head_dim", int, "Size of an attention head of the text tower. Default: as published."),
+    ),
+)
+
+
 def main(argv: list[str]) -> None:
-    """Imports the files given by the flags."""
+    """Imports the files given by the flags: the command of earlier versions."""
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments {argv[1:]}.")
     values = flags.FLAGS
     try:
-        settings = values.activation, values.image_head_dim, values.text_head_dim
-        scorer = load_scorer(values.weights, values.vocabulary, *settings)
-        scorer.save(values.output)
+        settings = {setting.name: values[setting.name].value for setting in IMPORTER.settings}
+        found = _run([values.weights], values.output, settings)
     except UserError as error:
         raise SystemExit(f"{error}") from error
-    print(f"{values.output}: {scorer.clip.options}")
+    print(f"{values.output}: {found}")
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("weights", None, "File of the weights.", required=True)
-    flags.DEFINE_string("vocabulary", None, "File or folder of the vocabulary.", required=True)
     flags.DEFINE_string("output", None, "Folder to write the CLIP into.", required=True)
-    flags.DEFINE_enum("activation", None, list(ACTIVATIONS), "Default: what the files next to the weights say.")
-    flags.DEFINE_integer("image_head_dim", None, "Size of an attention head of the image tower. Default: as published.")
-    flags.DEFINE_integer("text_head_dim", None, "Size of an attention head of the text tower. Default: as published.")
+    for one in IMPORTER.settings:
+        if one.choices:
+            flags.DEFINE_enum(one.name, one.default, one.choices, one.help)
+        elif one.kind is int:
+            flags.DEFINE_integer(one.name, one.default, one.help)
+        else:
+            flags.DEFINE_string(one.name, one.default, one.help, required=one.required)
     app.run(main)

@@ -7,25 +7,33 @@ arrays of these names is accepted, as safetensors, npz, or from `torch.save` (to
     Mixed_5b.branch5x5_1.conv.weight                                       [out, in, height, width]
     Mixed_5b.branch5x5_1.bn.{weight,bias,running_mean,running_var}         [out]
     fc.{weight,bias}                                                       [1008, 2048], [1008]
+
+Evaluations read that file themselves. The command checks it before, and stores the converted parameters:
+
+    python -m dalle_jax.pretrained inception --weights=pt_inception-2015-12-05-6726825d.pth --output=runs/inception
 """
 
 from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 
+from dalle_jax.checkpoints import frozen
 from dalle_jax.errors import PretrainedError
 from dalle_jax.models.inception import SIZE, Inception
 from dalle_jax.pretrained import state_dict
+from dalle_jax.pretrained.importer import Importer
 from dalle_jax.pytree import PyTree
 
 FILE = "pt_inception-2015-12-05-6726825d.pth"
+_DESCRIPTION = {"kind": "inception"}  # options.json of the folder that the command writes
 _EPSILON = 1e-3  # of batch normalisation
 
 
@@ -33,7 +41,7 @@ def load(path: str | os.PathLike | None) -> PyTree:
     """Loads the parameters of `Inception` from a file.
 
     Args:
-      path: the file, or None if the user has given none.
+      path: the file, or the folder that the command wrote. None if the user has given none.
 
     Returns:
       Parameters of `Inception`, float32.
@@ -48,6 +56,11 @@ def load(path: str | os.PathLike | None) -> PyTree:
             "project pytorch-fid (github.com/mseitzer/pytorch-fid, release 'fid_weights') and set "
             "--config.metrics.inception=PATH."
         )
+    if os.path.isdir(path):
+        options, params = frozen.load(path, "Import it again (python -m dalle_jax.pretrained inception).")
+        if options != _DESCRIPTION:
+            raise PretrainedError(f"config.metrics.inception={os.fspath(path)!r} holds no Inception-v3: {options}.")
+        return params
     try:
         return jax.tree.map(jnp.asarray, convert(state_dict.read(path)))
     except PretrainedError as error:
@@ -103,3 +116,27 @@ def _kernels() -> dict[str, tuple[int, ...]]:
     variables = jax.eval_shape(Inception().init, jax.random.key(0), jnp.zeros((1, SIZE, SIZE, 3)))
     flat = traverse_util.flatten_dict(variables["params"], sep=".")
     return {name.removesuffix(".kernel"): leaf.shape for name, leaf in flat.items() if name.endswith(".kernel")}
+
+
+def _run(files: Sequence[str | os.PathLike], output: str, settings: Mapping[str, Any]) -> str:
+    """Converts the file; see `Importer.run`."""
+    del settings
+    try:
+        params = convert(state_dict.read(files[0]))
+    except PretrainedError as error:
+        raise PretrainedError(f"{files[0]} is not FID's Inception-v3: {error} Expected {FILE}.") from error
+    frozen.save(output, _DESCRIPTION, params)
+    return "Inception-v3 of FID"
+
+
+IMPORTER = Importer(
+    name="inception",
+    title="Inception-v3 that FID and the Inception score are defined by",
+    parameters=23_833_744,
+    licence="Apache-2.0",
+    source="github.com/mseitzer/pytorch-fid, release fid_weights",
+    files=(FILE,),
+    use="--config.metrics.inception",
+    run=_run,
+    claims=lambda arrays: "Mixed_5b.branch1x1.conv.weight" in arrays,
+)

@@ -1,6 +1,6 @@
 """Imports the published dVAE of DALL-E, or a dVAE of the same layout, as our parameters.
 
-    python -m dalle_jax.pretrained.openai_dvae --encoder=encoder.pkl --decoder=decoder.pkl --output=runs/openai-dvae
+    python -m dalle_jax.pretrained openai-dvae --weights=encoder.pkl --weights=decoder.pkl --output=runs/openai-dvae
 
 The output is a folder that `config.tokenizer_from` of a prior accepts. Files may be safetensors, npz, or written by
 `torch.save`: a state dict, or a pickled module as OpenAI published it. `restricted_pickle` reads the latter without
@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +26,7 @@ from dalle_jax.checkpoints import workdir
 from dalle_jax.errors import PretrainedError, UserError
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.pretrained import state_dict
+from dalle_jax.pretrained.importer import Importer, Setting
 from dalle_jax.pytree import PyTree
 
 StateDict = Mapping[str, np.ndarray]
@@ -145,17 +147,47 @@ def load(encoder: str | os.PathLike, decoder: str | os.PathLike, image_size: int
     return DVAETokenizer(options), jax.tree.map(jnp.asarray, convert(*arrays, options))
 
 
+def _run(files: Sequence[str | os.PathLike], output: str, settings: Mapping[str, Any]) -> str:
+    """Imports the encoder and the decoder, in any order; see `Importer.run`."""
+    first, second = files
+    if _is_decoder(first) and not _is_decoder(second):
+        first, second = second, first
+    tokenizer, params = load(first, second, settings["image_size"])
+    workdir.save_tokenizer(output, tokenizer, params)
+    return str(tokenizer.options)
+
+
+def _is_decoder(path: str | os.PathLike) -> bool:
+    """Whether the first convolution of a file reads codes: an encoder's reads the 3 channels of pixels."""
+    first = state_dict.read(path, _MODULE_CLASSES).get("blocks.input.w")
+    return first is not None and first.ndim == 4 and first.shape[1] != 3
+
+
+IMPORTER = Importer(
+    name="openai-dvae",
+    title="dVAE of DALL-E, f = 8, 8,192 codes",
+    parameters=97_616_006,
+    licence="modified MIT",
+    source="github.com/openai/DALL-E (cdn.openai.com/dall-e/encoder.pkl and decoder.pkl)",
+    files=("encoder.pkl", "decoder.pkl"),
+    use="--config.tokenizer_from",
+    run=_run,
+    claims=lambda arrays: any(name.startswith("blocks.group_") for name in arrays),
+    settings=(Setting("image_size", int, "Side of the images in pixels.", 256),),
+    module_classes=_MODULE_CLASSES,
+)
+
+
 def main(argv: list[str]) -> None:
-    """Imports the files given by the flags."""
+    """Imports the files given by the flags: the command of earlier versions."""
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments {argv[1:]}.")
     values = flags.FLAGS
     try:
-        tokenizer, params = load(values.encoder, values.decoder, values.image_size)
-        workdir.save_tokenizer(values.output, tokenizer, params)
+        found = _run([values.encoder, values.decoder], values.output, {"image_size": values.image_size})
     except UserError as error:
         raise SystemExit(f"{error}") from error
-    print(f"{values.output}: {tokenizer.options}")
+    print(f"{values.output}: {found}")
 
 
 if __name__ == "__main__":

@@ -41,6 +41,8 @@ class Machine:
       call: maps such an object and its arguments, a tuple, to a value.
       set_state: gives a value of `call` its state. Values of other origin have no state.
       persistent: maps a persistent reference of the file to a value.
+      key: returns the plain value that stands for the key of a dictionary or the member of a set.
+      drop_content: raises unless a value of `call` may be filled like a container. The content is dropped.
       long_integers: allows integers beyond 64 bits.
     """
 
@@ -51,9 +53,12 @@ class Machine:
         call: Callable[[Any, tuple[Any, ...]], Any],
         set_state: Callable[[Any, Any], None],
         persistent: Callable[[Any], Any],
+        key: Callable[[Any], Any],
+        drop_content: Callable[[Any], None],
         long_integers: bool = False,
     ):
         self._name, self._call, self._set_state, self._persistent = name, call, set_state, persistent
+        self._key, self._drop_content = key, drop_content
         self._long_integers = long_integers
 
     def run(self, file: BinaryIO) -> Any:
@@ -121,12 +126,18 @@ class Machine:
         return values
 
     def _container(self, kind: type) -> Any:
-        """Returns the container on top of the stack, which the file is filling."""
-        if type(self._top()) is not kind:
-            raise pickle.UnpicklingError(f"expected a {kind.__name__} to fill")
-        return self._stack[-1]
+        """Returns the container on top of the stack, which the file is filling, or one whose content is dropped."""
+        if type(self._top()) is kind:
+            return self._stack[-1]
+        self._drop_content(self._top())
+        return kind()
 
     # -- the operations --
+
+    def _pairs(self, values: list[Any]) -> Iterator[tuple[Any, Any]]:
+        if len(values) % 2:
+            raise pickle.UnpicklingError("a key without a value")
+        return zip(map(self._key, values[::2]), values[1::2], strict=True)
 
     def _pop_value(self, _: Any) -> None:
         if self._stack and self._stack[-1] is _MARK:
@@ -139,14 +150,14 @@ class Machine:
         self._stack += [value, value]
 
     def _make_dict(self, _: Any) -> None:
-        self._stack.append(dict(_pairs(self._pop_to_mark())))
+        self._stack.append(dict(self._pairs(self._pop_to_mark())))
 
     def _set_item(self, _: Any) -> None:
         value, key = self._pop(), self._pop()
-        self._container(dict)[plain_key(key)] = value
+        self._container(dict)[self._key(key)] = value
 
     def _set_items(self, _: Any) -> None:
-        pairs = list(_pairs(self._pop_to_mark()))
+        pairs = list(self._pairs(self._pop_to_mark()))
         self._container(dict).update(pairs)
 
     def _append(self, _: Any) -> None:
@@ -159,7 +170,7 @@ class Machine:
 
     def _add(self, _: Any) -> None:
         values = self._pop_to_mark()
-        self._container(set).update(map(plain_key, values))
+        self._container(set).update(map(self._key, values))
 
     def _load_name(self, asked: str) -> None:
         self._stack.append(self._name(asked.replace(" ", ".", 1)))
@@ -195,12 +206,6 @@ class _Bounded:
 
     def read(self, count: int) -> bytes:
         return self._file.read(min(count, self._size))
-
-
-def _pairs(values: list[Any]) -> Iterator[tuple[Any, Any]]:
-    if len(values) % 2:
-        raise pickle.UnpicklingError("a key without a value")
-    return zip(map(plain_key, values[::2]), values[1::2], strict=True)
 
 
 def plain_key(key: Any) -> Any:

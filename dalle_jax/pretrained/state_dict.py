@@ -12,7 +12,7 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
 
 import jax
@@ -23,7 +23,7 @@ from flax import traverse_util
 
 from dalle_jax.errors import PretrainedError
 from dalle_jax.pretrained import restricted_pickle
-from dalle_jax.pytree import PyTree, first_mismatch
+from dalle_jax.pytree import PyTree, by_path
 
 _SAFETENSORS_DTYPES = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -50,6 +50,16 @@ _SHARD = re.compile(r".*-(\d+)-of-(\d+)\.\w+")
 _WRAPPERS = re.compile(r"((module|model|_orig_mod|clip_model|clip)\.)+")  # data parallel, torch.compile, Lightning
 _TABLES = ("state_dict", "model_state_dict", "model", "module")  # where trainings keep the state dict
 _MAX_INFLATION, _FREE_BYTES = 20, 1 << 20  # of compressed arrays
+_NAMED = 4  # arrays of a kind that a message names
+# Objects that trainings store next to the weights: settings, callbacks, optimisers, random states. They become inert
+# records, and nothing reads them.
+_OF_TRAININGS = re.compile(
+    r"(pytorch_lightning|lightning|lightning_fabric|omegaconf|hydra|argparse|taming|ldm|torch\.optim|typing|enum)\.[\w.]+"
+    r"|pathlib\.\w*Path|collections\.(defaultdict|Counter)|_codecs\.encode|datetime\.\w+"
+    r"|copy_?reg\._reconstructor|(builtins|__builtin__)\.(int|long|float|complex|bool|str|unicode|bytes|list|tuple|dict|object)"
+    r"|torch\.(Size|float16|float32|float64|bfloat16|int64)"
+    r"|numpy\.(dtype|ndarray|(core|_core)\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer))"
+)
 _LARGEST_HEADER = 10 << 20  # bytes of the JSON header of safetensors
 
 
@@ -78,7 +88,9 @@ def read(path: str | os.PathLike, module_classes: frozenset[str] = frozenset()) 
     except Exception as error:  # a damaged or hostile file can make the readers fail in any way
         raise PretrainedError(f"{path} cannot be read as weights: {type(error).__name__}: {error}") from error
     try:
-        content = restricted_pickle.load(path, module_classes.__contains__)
+        content = restricted_pickle.load(
+            path, lambda name: name in module_classes or _OF_TRAININGS.fullmatch(name) is not None
+        )
     except PretrainedError as error:
         words = " ".join(head.decode("latin-1").split())
         if words.isascii() and words.isprintable():
@@ -182,10 +194,39 @@ def as_parameters(
       PretrainedError: an array is missing, unexpected, or has another shape.
     """
     params = traverse_util.unflatten_dict(arrays)
-    if mismatch := first_mismatch(params, nn.meta.unbox(jax.eval_shape(init, jax.random.key(0)))):
-        path, given, needed = mismatch
-        raise PretrainedError(f"The weights do not fit {options}: array {path} has shape {given}, expected {needed}.")
+    expected = by_path(nn.meta.unbox(jax.eval_shape(init, jax.random.key(0))))
+    try:
+        check_shapes(by_path(params), {path: leaf.shape for path, leaf in expected.items()})
+    except PretrainedError as error:
+        raise PretrainedError(f"The weights do not fit {options}: {error}") from error
     return params
+
+
+def check_shapes(arrays: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compares the names and shapes of arrays with those of a model.
+
+    Args:
+      arrays: arrays by name.
+      expected: shapes by name.
+
+    Raises:
+      PretrainedError: arrays are missing, unexpected, or have another shape. The message names the first of each.
+    """
+    missing = [name for name in expected if name not in arrays]
+    extra = [f"{name[:200]} {list(array.shape)}" for name, array in arrays.items() if name not in expected]
+    others = [
+        f"{name} {list(arrays[name].shape)} (expected {list(shape)})"
+        for name, shape in expected.items()
+        if name in arrays and arrays[name].shape != tuple(shape)
+    ]
+    kinds = ((missing, "missing"), (extra, "unexpected"), (others, "of another shape"))
+    if words := [f"{len(names)} of {len(expected)} arrays {kind}: {_some(names)}" for names, kind in kinds if names]:
+        raise PretrainedError(f"{'. '.join(words)}.")
+
+
+def _some(names: Sequence[str]) -> str:
+    rest = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + rest
 
 
 def _read_npz(path: str | os.PathLike) -> dict[str, np.ndarray]:

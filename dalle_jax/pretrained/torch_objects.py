@@ -46,7 +46,7 @@ class Record:
     Attributes:
       qualified_name: "module.Class" as in the file.
       arguments: what its class was called with.
-      state: attributes from the file.
+      state: attributes from the file, a dictionary, or a tuple for some classes.
     """
 
     __slots__ = ("arguments", "qualified_name", "state")
@@ -171,7 +171,7 @@ class PickleReader:
         """Reads one pickle; see `Machine.run`."""
         machine = Machine(
             name=self._named, call=self._call, set_state=self._set_state, persistent=self._persistent,
-            long_integers=long_integers,
+            key=self._key, drop_content=self._drop_content, long_integers=long_integers,
         )  # fmt: skip
         return machine.run(file)
 
@@ -198,9 +198,18 @@ class PickleReader:
     def _set_state(self, value: Any, state: Any) -> None:
         if type(value) is dict:
             return  # `_metadata` of a state dict, which nothing here reads
-        if type(value) is not Record or type(state) is not dict or value.state is not None:
+        if type(value) is not Record or type(state) not in (dict, tuple) or value.state is not None:
             raise pickle.UnpicklingError(f"a state for a {type(value).__name__}")
         value.state = state
+
+    def _key(self, key: Any) -> Any:
+        """Returns the key of a dictionary. Trainings store the states of their callbacks by class."""
+        return key.qualified_name if type(key) is _Class else plain_key(key)
+
+    def _drop_content(self, value: Any) -> None:
+        """Lets the items of a record go, whose class may be a kind of list or dictionary. Nothing reads them."""
+        if type(value) is not Record:
+            raise pickle.UnpicklingError(f"items for a {type(value).__name__}")
 
     def _persistent(self, pid: Any) -> Any:
         """Returns a storage, or in the older container a module class, whose source text is dropped."""

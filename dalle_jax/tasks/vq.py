@@ -29,8 +29,9 @@ from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions, Source
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
+from dalle_jax.image_tokenizers.signed_pixels import from_signed, to_signed
 from dalle_jax.image_tokenizers.vector_quantizer import quantize, renew
-from dalle_jax.image_tokenizers.vq import VQTokenizer, from_signed, to_signed
+from dalle_jax.image_tokenizers.vq import VQTokenizer
 from dalle_jax.image_tokenizers.vq_network import VQOptions
 from dalle_jax.image_tokenizers.vq_start import start_from_blocks
 from dalle_jax.metrics import codebook

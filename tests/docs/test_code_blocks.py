@@ -30,6 +30,7 @@ from dalle_jax.data.text import TextModel
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.pretrained import catalogue
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
@@ -105,8 +106,19 @@ def check_script(command):
 
 
 def check_module(command):
+    if command[2] == "dalle_jax.pretrained":
+        return check_importer(command[3], command[4:])
     file = ROOT / (command[2].replace(".", "/") + ".py")
     _check_source(file, command[3:], '"{}"')
+
+
+def check_importer(name, arguments):
+    if name == "--list":
+        return
+    one = catalogue.IMPORTERS[name]
+    written = [word.removeprefix("--").partition("=")[0] for word in arguments]
+    assert set(written) <= {"weights", "output", *(setting.name for setting in one.settings)}
+    assert written.count("weights") == len(one.files) and "output" in written
 
 
 def _check_source(file, arguments, written):

@@ -12,7 +12,8 @@ from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.distributed.sharding import on_mesh
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
-from dalle_jax.image_tokenizers.vq import VQTokenizer, from_signed, to_signed
+from dalle_jax.image_tokenizers.signed_pixels import from_signed, to_signed
+from dalle_jax.image_tokenizers.vq import VQTokenizer
 from dalle_jax.image_tokenizers.vq_network import VQOptions
 from dalle_jax.optim import schedules
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions, make_optimizer
