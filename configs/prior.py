@@ -41,7 +41,7 @@ from dalle_jax.configuration.config_files import choose
 from dalle_jax.configuration.sections import schedule, section
 from dalle_jax.configuration.size_rules import SizeRules
 from dalle_jax.data.sources.source import DataOptions
-from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.priors.autoregressive import AutoregressiveOptions
 

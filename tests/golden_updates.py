@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
-from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.optim import schedules
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
 from dalle_jax.priors.maskgit import MaskGITPrior

@@ -5,7 +5,7 @@ from flax import linen as nn
 
 from dalle_jax.data.text import TextModel
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
-from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.text_to_image.text_to_image import TextToImage

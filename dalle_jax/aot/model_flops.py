@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 
 from dalle_jax.models.clip import CLIPOptions
-from dalle_jax.models.transformer import ACTIVATIONS, TransformerOptions
+from dalle_jax.models.transformer_options import ACTIVATIONS, TransformerOptions
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.tasks.clip import CLIPTask

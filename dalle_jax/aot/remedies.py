@@ -14,7 +14,7 @@ from dalle_jax.aot.costs import bytes_per_chip
 from dalle_jax.aot.target import CompileOptions, Subject
 from dalle_jax.aot.topologies import GIB
 from dalle_jax.distributed.sharding import batch_shards
-from dalle_jax.models.transformer import REMAT
+from dalle_jax.models.transformer_options import REMAT
 from dalle_jax.pytree import PyTree
 
 _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}

@@ -9,7 +9,6 @@ needed in bfloat16 (footnote 12). Norm, activation, QK-norm and positions are op
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 
 import flax.linen as nn
@@ -20,141 +19,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
-from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
-from dalle_jax.errors import ConfigError
 from dalle_jax.models.attention import extension, kernels, splash
-from dalle_jax.models.attention.patterns import ATTENDED, HEADS, Pattern
+from dalle_jax.models.attention.patterns import HEADS, Pattern
 from dalle_jax.models.attention.xla import attend_reference, attend_step, dropped
 from dalle_jax.models.dense import Dense
 from dalle_jax.models.rotary import rotary_angles, rotate
+from dalle_jax.models.transformer_options import ACTIVATIONS, TransformerOptions
 from dalle_jax.token_layout import TokenLayout
 
-NORMS = ("layernorm", "rmsnorm")
-ACTIVATIONS = {
-    "gelu": (functools.partial(jax.nn.gelu, approximate=False), False),
-    "gelu_tanh": (functools.partial(jax.nn.gelu, approximate=True), False),
-    "geglu": (functools.partial(jax.nn.gelu, approximate=False), True),
-    "swiglu": (jax.nn.silu, True),
-}
-POSITIONS = ("learned", "rotary")
-DTYPES = ("float32", "bfloat16")
-_MOST = {"width": 2**16, "depth": 1024, "heads": 2**12, "head_dim": 2**12, "mlp_ratio": 2**10}  # no device holds more
 TextCache = tuple[Float[Array, "C H T K"], Float[Array, "C H T K"]]  # keys and values of a layer
 ImageCache = tuple[Float[Array, "..."], Float[Array, "..."]]  # the same of the image, shaped by the pattern
-_KEEP = jax.checkpoint_policies
-REMAT = {  # from least to most memory
-    "full": _KEEP.nothing_saveable,
-    "attended": _KEEP.save_only_these_names(ATTENDED),
-    "attention": _KEEP.save_only_these_names(HEADS, ATTENDED),
-    "dots": _KEEP.save_from_both_policies(
-        _KEEP.dots_with_no_batch_dims_saveable, _KEEP.save_only_these_names(ATTENDED)
-    ),
-    "none": None,
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class TransformerOptions:
-    """Hyper-parameters of the trunk.
-
-    Attributes:
-      width: D.
-      depth: number of layers.
-      heads: H.
-      head_dim: K; 0 for width / heads.
-      mlp_ratio: F / D.
-      norm: "layernorm" or "rmsnorm", before each branch.
-      activation: "gelu" (exact), "gelu_tanh" (its approximation), "geglu" or "swiglu". The last two have a gate, and so
-        two input matrices.
-      qk_norm: apply RMS norm with a learned gain to queries and keys.
-      positions: "learned" (text position; image row + column) or "rotary" (the same coordinates, as rotations of
-        queries and keys).
-      dropout: dropout rate on the embeddings and on the output of each branch.
-      dtype: dtype of products and activations. Parameters, norms, softmax and losses are always float32.
-      float32_residual: keep the residual stream in float32: the embeddings, and the sum of all branch outputs (DALL-E,
-        figure 4). The gradients along this path are then float32, too, because a gradient has the dtype of its value.
-        Each branch still reads and returns `dtype`.
-      float32_logits: compute logits from float32 states and float32 heads, with products in full precision (DALL-E,
-        appendix D.2). Otherwise both are cast to `dtype` first; sum and result are float32 in both cases.
-      remat: activations of each scanned unit that are kept for the backward pass, in addition to its input.
-        "full": none, all are recomputed.
-        "attended": the output of attention, so that the splash kernel does not run again.
-        "attention": also queries, keys and values.
-        "dots": all products of dense layers, and the output of attention.
-        "none": all, nothing is recomputed.
-      scan: whether repeated layers run as one scan.
-      attention_kernel: implementation of attention. "xla" runs everywhere, "splash" on TPUs and "cudnn" on NVIDIA GPUs.
-        "auto" chooses by device, dtype and head size (`kernels.chosen`).
-      attention_dropout: dropout rate of the attention probabilities (`xla.dropped`). Training then runs `xla.attend` on
-        all devices, because the other kernels never have the probabilities in memory.
-    """
-
-    width: int = 512
-    depth: int = 8
-    heads: int = 8
-    head_dim: int = 0
-    mlp_ratio: float = 4.0
-    norm: str = "layernorm"
-    activation: str = "gelu"
-    qk_norm: bool = False
-    positions: str = "learned"
-    dropout: float = 0.0
-    dtype: str = "bfloat16"
-    float32_residual: bool = False
-    float32_logits: bool = False
-    remat: str = "none"
-    scan: bool = True
-    attention_kernel: str = "auto"
-    attention_dropout: float = 0.0
-
-    def __post_init__(self):
-        choices = {"norm": NORMS, "activation": ACTIVATIONS, "positions": POSITIONS, "remat": REMAT}
-        choices |= {"attention_kernel": kernels.KERNELS, "dtype": DTYPES}
-        check(
-            self, "model.trunk", positive=["width", "depth", "heads", "mlp_ratio"], at_least_0=["head_dim"],
-            below_1=["dropout", "attention_dropout"], most=_MOST, choices=choices,
-        )  # fmt: skip
-        if self.attention_dropout and self.attention_kernel in ("splash", "cudnn"):
-            raise ConfigError(
-                f"config.model.trunk.attention_dropout is {self.attention_dropout} with attention_kernel="
-                f"{self.attention_kernel!r}, which has no dropout. Set --config.model.trunk.attention_kernel=auto or "
-                "attention_dropout=0."
-            )
-        if self.hidden < 1:
-            raise ConfigError(
-                f"config.model.trunk.mlp_ratio is {self.mlp_ratio}, which leaves no hidden unit at width {self.width}; "
-                "expected a positive number, such as 4."
-            )
-        if not self.head_dim and self.width % self.heads:
-            raise ConfigError(
-                f"config.model.trunk.width {self.width} is not a multiple of config.model.trunk.heads {self.heads}; "
-                f"change one of them: the width to {self.heads * max(round(self.width / self.heads), 1)}, for example."
-            )
-        if self.positions == "rotary" and self.size_per_head % 4:
-            size = self.size_per_head
-            raise ConfigError(f"Rotary positions need a head size (width / heads) divisible by 4, not {size}.")
-        kernels.check_cudnn(self.attention_kernel, self.dtype, self.size_per_head, "model.trunk")
-
-    @property
-    def size_per_head(self) -> int:
-        """K, the size of a head."""
-        return self.head_dim or self.width // self.heads
-
-    @property
-    def hidden(self) -> int:
-        """F, the hidden width of the MLP."""
-        return int(self.width * self.mlp_ratio)
-
-    @property
-    def stream_dtype(self) -> str:
-        """Dtype of the residual stream."""
-        return "float32" if self.float32_residual else self.dtype
-
-    @property
-    def states_dtype(self) -> str:
-        """Dtype of the states that the heads read: the output of the last norm."""
-        return "float32" if self.float32_logits else self.dtype
 
 
 # -- modules ------------------------------------------------------------------------------------------------------
@@ -164,7 +39,7 @@ class Norm(nn.Module):
     """Layer norm or RMS norm, computed in float32.
 
     Attributes:
-      kind: one of `NORMS`.
+      kind: one of `transformer_options.NORMS`.
       dtype: dtype of the output.
     """
 

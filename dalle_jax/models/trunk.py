@@ -25,7 +25,8 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from dalle_jax.models.attention.patterns import Pattern
-from dalle_jax.models.transformer import REMAT, Block, ImageCache, Norm, TextCache, TransformerOptions
+from dalle_jax.models.transformer import Block, ImageCache, Norm, TextCache
+from dalle_jax.models.transformer_options import REMAT, TransformerOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
 

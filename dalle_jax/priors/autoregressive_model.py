@@ -16,7 +16,8 @@ from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.attention.patterns import CausalPattern, full_layers, sparse_layers
-from dalle_jax.models.transformer import ImageCache, TextCache, TransformerOptions
+from dalle_jax.models.transformer import ImageCache, TextCache
+from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import Trunk
 from dalle_jax.priors.embedding import AutoregressiveEmbedding
 from dalle_jax.token_layout import TokenLayout

@@ -18,7 +18,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from dalle_jax.distributed.per_device import contract
 from dalle_jax.models.dense import rows_product
-from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
 

@@ -18,7 +18,8 @@ from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.attention.patterns import Bidirectional, Pattern, full_layers
 from dalle_jax.models.dense import Dense
-from dalle_jax.models.transformer import Norm, TextCache, TransformerOptions
+from dalle_jax.models.transformer import Norm, TextCache
+from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import Trunk
 from dalle_jax.priors import masking
 from dalle_jax.priors.embedding import MaskGITEmbedding

@@ -28,7 +28,7 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.metrics.mean import Mean, without_empty
-from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.priors.registry import make, options_of
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree

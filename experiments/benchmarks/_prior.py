@@ -6,7 +6,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions

@@ -20,7 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from dalle_jax.distributed.mesh import make_mesh
-from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.priors import sampling
 from dalle_jax.priors.decoding_weights import for_drawing
 from dalle_jax.priors.maskgit import MaskGITPrior

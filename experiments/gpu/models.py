@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
-from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions

@@ -19,7 +19,7 @@ from dalle_jax.evaluation.test_sets import Protocol
 from dalle_jax.image_tokenizers.dvae_network import DVAEOptions
 from dalle_jax.image_tokenizers.vq_network import VQOptions
 from dalle_jax.models.clip import CLIPOptions
-from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.optim import schedules
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.priors.autoregressive_model import AutoregressiveOptions

@@ -21,7 +21,7 @@ from dalle_jax.distributed.rows import to_mesh
 from dalle_jax.distributed.sharding import batch_sharding, on_mesh, replicated, shardings_of
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.models.clip import CLIP, CLIPOptions
-from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.optim import schedules
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
 from dalle_jax.priors.maskgit import MaskGITPrior

@@ -12,7 +12,8 @@ import pytest
 
 from dalle_jax.models.attention.patterns import Column, Convolutional, Row, full_layers, sparse_layers
 from dalle_jax.models.rotary import rotary_angles, rotate
-from dalle_jax.models.transformer import MLP, Attention, Norm, TransformerOptions
+from dalle_jax.models.transformer import MLP, Attention, Norm
+from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import Trunk, stacking, unstack
 from dalle_jax.token_layout import TokenLayout
 

@@ -11,7 +11,7 @@ import pytest
 from dalle_jax.data.text import TextModel
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.models.clip import CLIP, CLIPOptions
-from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.optim import schedules
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions

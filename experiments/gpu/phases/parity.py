@@ -13,7 +13,7 @@ import models
 import numpy as np
 from recorder import Recorder
 
-from dalle_jax.models.transformer import TransformerOptions
+from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions

@@ -19,7 +19,8 @@ from dalle_jax.distributed.sharding import RULES, abstract, batch_sharding, on_m
 from dalle_jax.models.attention import splash
 from dalle_jax.models.attention.patterns import Bidirectional, Column, Convolutional, Full, Row
 from dalle_jax.models.attention.xla import attend_reference
-from dalle_jax.models.transformer import Attention, TransformerOptions
+from dalle_jax.models.transformer import Attention
+from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import Trunk
 from dalle_jax.token_layout import TokenLayout
 
