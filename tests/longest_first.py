@@ -24,6 +24,9 @@ FILES = (  # comments: seconds of CPU time on a busy machine
     "distributed/test_factorisations.py",
     "models/test_transformer.py",  # 28
     "image_tokenizers/test_dvae.py",  # 25
+    "image_tokenizers/test_vqgan.py",
+    "pretrained/test_import_vqgan.py",
+    "pretrained/test_catalogue.py",
     "pretrained/test_inception.py",
     "text_to_image/test_clip_scorer.py",
     "experiments/test_tpu_vm.py",  # 18
