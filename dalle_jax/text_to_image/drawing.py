@@ -197,6 +197,8 @@ def sample(
 ) -> jax.Array:
     """Samples image tokens, int32 [B, N]; see `TokenPrior.sample` and `TokenPrior.check_sampling`."""
     model.prior.check_sampling(options)
+    if options.guidance and not model.prior.options.caption_drop:
+        _warn_of_guidance(model.prior)
     away = None if negative is None else model.encode_text([negative])
     traced = ("final_temperature", "top_k", "top_p")
     static = [getattr(options, name) for name in ("steps", "order", "choice_temperature")]
@@ -206,6 +208,16 @@ def sample(
         model.params, text, keys, known=known, negative=away, **dataclasses.asdict(options)
     )
     return over_rows(model.mesh, draw, text, keys, known)
+
+
+@functools.lru_cache(maxsize=1000)
+def _warn_of_guidance(prior: TokenPrior) -> None:
+    """Logs, once for each prior, that guidance needs a training that it did not have."""
+    del prior
+    logging.warning(
+        "Guidance leads away from the empty caption, which this prior has never seen (model.caption_drop=0). Images "
+        "may get worse. Set guidance to 0, or train with --config.model.caption_drop=0.1."
+    )
 
 
 @functools.lru_cache(maxsize=1000)

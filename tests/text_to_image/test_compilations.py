@@ -153,6 +153,17 @@ def test_the_compilation_is_announced_once(model, caplog):
         assert len(said()) == 2
 
 
+def test_guidance_of_a_prior_that_never_saw_the_empty_caption(model, caplog):
+    options = dataclasses.replace(model.prior.options, caption_drop=0.0)
+    never = dataclasses.replace(model, prior=dataclasses.replace(model.prior, options=options))
+    said = lambda: [record for record in caplog.records if "caption_drop=0" in record.getMessage()]
+    with caplog.at_level(logging.WARNING):
+        model.generate(CAPTION, guidance=1.0), never.generate(CAPTION)
+        assert not said()
+        never.generate(CAPTION, guidance=1.0), never.generate(CAPTION, guidance=2.0)
+        assert len(said()) == 1
+
+
 def test_repeated_calls_keep_no_arrays(model):
     model.generate(CAPTION)
     before = len(jax.live_arrays())
