@@ -18,12 +18,15 @@ from dalle_jax.configuration.sections import section
 from dalle_jax.data.sources.source import DataOptions
 
 VARIANTS = {
-    "folder": dict(doc="your own images or tar shards (data.path)", data=sections.OWN),
-    "tar_shards": dict(doc="your own tar shards (data.path), which are copied first", data=sections.TAR_SHARDS),
-    "shapes": dict(doc="drawn shapes", data=sections.SHAPES),
-    "emoji": dict(doc="the emoji of an installed font", data=sections.EMOJI),
-    "coco": dict(doc="MS-COCO", data=sections.COCO),
-    "cub": dict(doc="CUB-200-2011", data=sections.CUB),
+    "folder": dict(doc="your own images or tar shards (data.path); one GPU, not yet measured", data=sections.OWN),
+    "tar_shards": dict(
+        doc="your own tar shards (data.path), which are copied first; one GPU, not yet measured",
+        data=sections.TAR_SHARDS,
+    ),
+    "shapes": dict(doc="drawn shapes; a CPU, not yet measured", data=sections.SHAPES),
+    "emoji": dict(doc="the emoji of an installed font; a CPU, not yet measured", data=sections.EMOJI),
+    "coco": dict(doc="MS-COCO; one GPU, not yet measured", data=sections.COCO),
+    "cub": dict(doc="CUB-200-2011; one GPU, not yet measured", data=sections.CUB),
 }
 
 KEYS = {
