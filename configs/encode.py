@@ -18,17 +18,15 @@ from dalle_jax.configuration.sections import section
 from dalle_jax.data.sources.source import DataOptions
 
 VARIANTS = {
-    "folder": dict(
-        doc="your own images or tar shards (data.path); CPU, GPU or TPU, one pass over the images", data=sections.OWN
-    ),
+    "folder": dict(doc="your own images or tar shards (data.path); one GPU, not yet measured", data=sections.OWN),
     "tar_shards": dict(
-        doc="your own tar shards (data.path), which are copied first; CPU, GPU or TPU, one pass over the images",
+        doc="your own tar shards (data.path), which are copied first; one GPU, not yet measured",
         data=sections.TAR_SHARDS,
     ),
-    "shapes": dict(doc="drawn shapes; CPU, GPU or TPU, one pass over the images", data=sections.SHAPES),
-    "emoji": dict(doc="the emoji of an installed font; CPU, GPU or TPU, one pass over the images", data=sections.EMOJI),
-    "coco": dict(doc="MS-COCO; CPU, GPU or TPU, one pass over the images", data=sections.COCO),
-    "cub": dict(doc="CUB-200-2011; CPU, GPU or TPU, one pass over the images", data=sections.CUB),
+    "shapes": dict(doc="drawn shapes; a CPU, not yet measured", data=sections.SHAPES),
+    "emoji": dict(doc="the emoji of an installed font; a CPU, not yet measured", data=sections.EMOJI),
+    "coco": dict(doc="MS-COCO; one GPU, not yet measured", data=sections.COCO),
+    "cub": dict(doc="CUB-200-2011; one GPU, not yet measured", data=sections.CUB),
 }
 
 KEYS = {
