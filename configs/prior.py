@@ -150,7 +150,6 @@ VARIANTS = {
 
 KEYS = sections.TRAINING_KEYS | {
     "tokenizer_from": "directory of a trained or imported image tokenizer to use instead of training one",
-    "data_tokens": "once, each_batch, or the workdir of configs/encode.py: where image tokens come from",
     "start_from": "workdir of another prior: start from its parameters and tokens",
     "model.trunk.width": "width of the transformer; depth and heads are next to it",
     "model.trunk.remat": "what is kept for the gradients: full (least memory), attended, attention, dots, none",
