@@ -150,7 +150,6 @@ VARIANTS = {
 
 KEYS = sections.TRAINING_KEYS | {
     "tokenizer_from": "directory of a trained or imported image tokenizer to use instead of training one",
-    "data_tokens": "once, each_batch, or the workdir of configs/encode.py: where image tokens come from",
     "start_from": "workdir of another prior: start from its parameters and tokens",
     "model.trunk.width": "width of the transformer; depth and heads are next to it",
     "model.order": "raster; or random, so that sampling.steps can draw several tokens in a step",
