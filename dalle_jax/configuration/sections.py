@@ -216,8 +216,9 @@ def between(least: int, reference: FieldReference, largest: int) -> FieldReferen
 
 
 def chosen_by(reference: FieldReference, values: Mapping[str, str]) -> FieldReference:
-    """Returns a reference to the entry of `values` under a reference's value."""
-    return reference._apply_op(lambda key: values.get(key, key))  # the public operators are arithmetic
+    """Returns a reference to the entry of `values` under a reference's value, or to the first one if it has none."""
+    first = next(iter(values.values()))  # the options reject the unknown value itself
+    return reference._apply_op(lambda key: values.get(key, first))  # the public operators are arithmetic
 
 
 def keep_best(steps: FieldReference) -> Overrides:

@@ -28,6 +28,7 @@ from dalle_jax.models.dense import outputs_first
 from dalle_jax.models.trunk import for_decoding
 from dalle_jax.priors import orders, sampling
 from dalle_jax.priors.autoregressive_model import AutoregressiveModel, AutoregressiveOptions
+from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import LONGEST_STREAM, TokenLayout
 
 _WHOLE = 2**31 // (2 * LONGEST_STREAM)  # shares are multiples of 1 / _WHOLE: exact counts in int32 on every device
@@ -81,7 +82,7 @@ def decode(
     layout: TokenLayout,
     order: str,
     steps: int,
-    params,
+    params: PyTree,
     text: Int[ArrayLike, "C T"],
     keys: Key[Array, " B"],
     known: tuple[Int[ArrayLike, "B N"], Bool[ArrayLike, "B N"]] | None,

@@ -4,6 +4,7 @@ import importlib.util
 import json
 
 import jax
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
@@ -125,6 +126,7 @@ def test_abstract_batches_equal_those_of_the_pipeline(target, tmp_path, monkeypa
     _, batch = abstract(config)
     from dalle_jax.data.pipeline import Pipeline
     from dalle_jax.data.sources.source import DataOptions
+    from dalle_jax.data.token_store import TokensInMemory, token_dtype
     from dalle_jax.token_layout import TokenLayout
 
     class Ids:
@@ -138,7 +140,11 @@ def test_abstract_batches_equal_those_of_the_pipeline(target, tmp_path, monkeypa
 
     layout = TokenLayout(Ids.vocab_size, 1, config.text.length, 1, 1) if "text" in config else None
     options = from_config(DataOptions, config.data, "data")
-    real = next(iter(Pipeline(options, Ids() if layout else None, layout, split="train", train=True, batch_size=4)))
+    tokens = None
+    if "tokens" in batch:  # encoded once
+        tokens = TokensInMemory(np.zeros((512, 64), token_dtype(config.tokenizer.model.vocab_size)), {})
+    how = dict(split="train", train=True, batch_size=4, tokens=tokens)
+    real = next(iter(Pipeline(options, Ids() if layout else None, layout, **how)))
     assert {k: (x.shape, x.dtype) for k, x in batch.items()} == {k: (x.shape, x.dtype) for k, x in real.items()}
 
 

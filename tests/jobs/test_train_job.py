@@ -11,7 +11,7 @@ from dalle_jax.jobs import train as train_job
     [
         (MeshError, {"batch_size": 12}),
         (MeshError, {"mesh.data": 3}),
-        (ConfigError, {"model.order": "random"}),  # with attention="sparse"
+        (ConfigError, {"model.order": "random", "model.attention": "sparse"}),
         (ConfigError, {"data_tokens": "once"}),  # with an augmentation
     ],
 )
