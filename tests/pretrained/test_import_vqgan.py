@@ -68,7 +68,7 @@ def test_the_golden_file_is_what_the_authors_code_computes(name):
     options, arrays, images, expected = taming_originals.golden(name)
     found = taming_originals.outputs(taming_originals.original(options), arrays, images)
     for key, values in expected.items():
-        np.testing.assert_allclose(found[key], values, atol=1e-5, err_msg=key)
+        np.testing.assert_allclose(found[key], values, atol=1e-4, err_msg=key)
 
 
 @needs_package
