@@ -7,19 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int, UInt8
+from jaxtyping import ArrayLike, Float
 
 from dalle_jax.image_tokenizers.flops import Flops, vq_flops
-from dalle_jax.image_tokenizers.network_tokenizer import NetworkTokenizer
-from dalle_jax.image_tokenizers.signed_pixels import from_signed, to_signed
-from dalle_jax.image_tokenizers.vector_quantizer import nearest
+from dalle_jax.image_tokenizers.quantized_tokenizer import QuantizedTokenizer
 from dalle_jax.image_tokenizers.vq_network import VQ, VQOptions
 from dalle_jax.pytree import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class VQTokenizer(NetworkTokenizer):
+class VQTokenizer(QuantizedTokenizer):
     """The vector-quantised tokenizer. All methods are pure functions of the parameters.
 
     Attributes:
@@ -29,53 +26,6 @@ class VQTokenizer(NetworkTokenizer):
     options: VQOptions
     kind = "vq"
     network = VQ
-
-    def features(self, params: PyTree, images: UInt8[ArrayLike, "B H W 3"]) -> Float[Array, "B h w D"]:
-        """Computes the features that are quantised.
-
-        Args:
-          params: unboxed parameters.
-          images: uint8 [B, H, W, 3].
-
-        Returns:
-          float32 [B, h, w, D].
-
-        Raises:
-          ConfigError: H or W is not a multiple of `downsample`.
-        """
-        self.grid(images.shape[1])
-        self.grid(images.shape[2])
-        return self.module.apply({"params": params}, to_signed(images), method="encode")
-
-    def decode_vectors(self, params: PyTree, vectors: Float[ArrayLike, "B h w D"]) -> Float[Array, "B H W 3"]:
-        """Decodes codes, float32 [B, h, w, D], to pixels, float32 [B, H, W, 3], about [-1, 1] and not clipped."""
-        return self.module.apply({"params": params}, vectors, method="decode")
-
-    def encode(self, params: PyTree, images: UInt8[ArrayLike, "B H W 3"]) -> Int[Array, "B h w"]:
-        """Encodes images to tokens: the nearest code at each position.
-
-        Args:
-          params: unboxed parameters.
-          images: uint8 [B, H, W, 3].
-
-        Returns:
-          Tokens, int32 [B, h, w].
-        """
-        features = self.features(params, images)
-        tokens = nearest(features.reshape(-1, features.shape[-1]), params["codes"]["vectors"])
-        return tokens.reshape(features.shape[:-1])
-
-    def decode(self, params: PyTree, tokens: Int[ArrayLike, "B h w"]) -> Float[Array, "B H W 3"]:
-        """Decodes tokens to images.
-
-        Args:
-          params: unboxed parameters.
-          tokens: int32 [B, h, w].
-
-        Returns:
-          Images, float32 [B, H, W, 3] in [0, 1].
-        """
-        return from_signed(self.decode_vectors(params, jnp.take(params["codes"]["vectors"], tokens, axis=0)))
 
     def codebook(self, params: PyTree) -> Float[ArrayLike, "V D"]:
         """Returns the codes, float32 [V, D]."""

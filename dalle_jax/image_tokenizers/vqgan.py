@@ -11,15 +11,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from dalle_jax.image_tokenizers.flops import Flops, vqgan_flops
-from dalle_jax.image_tokenizers.network_tokenizer import NetworkTokenizer
-from dalle_jax.image_tokenizers.signed_pixels import from_signed, to_signed
-from dalle_jax.image_tokenizers.vector_quantizer import nearest
+from dalle_jax.image_tokenizers.quantized_tokenizer import QuantizedTokenizer
 from dalle_jax.image_tokenizers.vqgan_network import VQGAN, VQGANOptions
 from dalle_jax.pytree import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class VQGANTokenizer(NetworkTokenizer):
+class VQGANTokenizer(QuantizedTokenizer):
     """The VQGAN. All methods are pure functions of the parameters.
 
     Attributes:
@@ -30,30 +28,9 @@ class VQGANTokenizer(NetworkTokenizer):
     kind = "vqgan"
     network = VQGAN
 
-    def features(self, params: PyTree, images: UInt8[ArrayLike, "B H W 3"]) -> Float[Array, "B h w D"]:
-        """Computes the features that are quantised.
-
-        Args:
-          params: unboxed parameters.
-          images: uint8 [B, H, W, 3].
-
-        Returns:
-          float32 [B, h, w, D]. Of length 1 with `normalized_codes`.
-
-        Raises:
-          ConfigError: H or W is not a multiple of `downsample`.
-        """
-        self.grid(images.shape[1])
-        self.grid(images.shape[2])
-        return self.module.apply({"params": params}, to_signed(images), method="encode")
-
     def code_logits(self, params: PyTree, features: Float[ArrayLike, "B h w D"]) -> Float[Array, "B h w V"]:
         """Computes the logits of the codes from `features`, float32 [B, h, w, V]. Only with quantizer="gumbel"."""
         return self.module.apply({"params": params}, features, method="code_logits")
-
-    def decode_vectors(self, params: PyTree, vectors: Float[ArrayLike, "B h w D"]) -> Float[Array, "B H W 3"]:
-        """Decodes codes, float32 [B, h, w, D], to pixels, float32 [B, H, W, 3], about [-1, 1] and not clipped."""
-        return self.module.apply({"params": params}, vectors, method="decode")
 
     def encode(self, params: PyTree, images: UInt8[ArrayLike, "B H W 3"]) -> Int[Array, "B h w"]:
         """Encodes images to tokens: the nearest code at each position, or the most likely one (GumbelVQ).
@@ -65,23 +42,10 @@ class VQGANTokenizer(NetworkTokenizer):
         Returns:
           Tokens, int32 [B, h, w].
         """
-        features = self.features(params, images)
         if self.options.quantizer == "gumbel":
-            return jnp.argmax(self.code_logits(params, features), axis=-1).astype(jnp.int32)
-        tokens = nearest(features.reshape(-1, features.shape[-1]), self.codebook(params))
-        return tokens.reshape(features.shape[:-1])
-
-    def decode(self, params: PyTree, tokens: Int[ArrayLike, "B h w"]) -> Float[Array, "B H W 3"]:
-        """Decodes tokens to images.
-
-        Args:
-          params: unboxed parameters.
-          tokens: int32 [B, h, w].
-
-        Returns:
-          Images, float32 [B, H, W, 3] in [0, 1].
-        """
-        return from_signed(self.decode_vectors(params, jnp.take(self.codebook(params), tokens, axis=0)))
+            logits = self.code_logits(params, self.features(params, images))
+            return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        return super().encode(params, images)
 
     def codebook(self, params: PyTree) -> Float[ArrayLike, "V D"]:
         """Returns the codes as the decoder reads them, float32 [V, D]."""
