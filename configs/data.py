@@ -17,7 +17,7 @@ from dalle_jax.data.sources.source import DataOptions
 VARIANTS = {
     "folder": dict(doc="your own images or tar shards (data.path); a CPU, seconds", data=sections.OWN),
     "tar_shards": dict(
-        doc="your own tar shards (data.path), which are copied first; a CPU, minutes",
+        doc="your own tar shards (data.path), which are indexed first; a CPU, minutes",
         data=dict(sections.TAR_SHARDS, image_size=32),
     ),
     "shapes": dict(doc="drawn shapes; a CPU, seconds", data=sections.SHAPES),

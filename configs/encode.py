@@ -20,7 +20,7 @@ from dalle_jax.data.sources.source import DataOptions
 VARIANTS = {
     "folder": dict(doc="your own images or tar shards (data.path); one GPU, not yet measured", data=sections.OWN),
     "tar_shards": dict(
-        doc="your own tar shards (data.path), which are copied first; one GPU, not yet measured",
+        doc="your own tar shards (data.path), which are indexed first; one GPU, not yet measured",
         data=sections.TAR_SHARDS,
     ),
     "shapes": dict(doc="drawn shapes; a CPU, not yet measured", data=sections.SHAPES),

@@ -1,13 +1,13 @@
 """Times the preparation of training batches: reading, decoding and resizing images, without a model.
 
-| case                         | what is timed                                                                       |
-|------------------------------|-------------------------------------------------------------------------------------|
-| folder_640, array_record_640 | batches of JPEG 640x480 at 256 pixels, `augment="prior"`: files, TFDS's files       |
-| folder_256, array_record_256 | the same of JPEG 256x256                                                            |
-| folder_4000                  | the same of JPEG 4000x3000                                                          |
-| tokens_256                   | batches of TFDS's files whose images were encoded to 1,024 tokens: captions only    |
-| decode_640, resize_640       | parts of folder_640                                                                 |
-| tars_256                     | the copy of tar shards of JPEG 256x256 into TFDS's files, which takes place once    |
+| case                   | what is timed                                                                             |
+|------------------------|-------------------------------------------------------------------------------------------|
+| folder_640, tars_640   | batches of JPEG 640x480 at 256 pixels, `augment="prior"`: from a folder, from tar shards  |
+| folder_256, tars_256   | the same of JPEG 256x256                                                                  |
+| folder_4000            | the same of JPEG 4000x3000                                                                |
+| tokens_256             | batches of tar shards whose images were encoded to 1,024 tokens: captions only            |
+| decode_640, resize_640 | parts of folder_640                                                                       |
+| index_256              | the index of tar shards of JPEG 256x256, which is created once                            |
 
 The images are smooth noise with grain, so that a 640x480 JPEG of quality 90 has about 105,000 bytes. A line has
 `images_per_core_s`, images a second and core: batches are created in one thread, and its CPU time is measured, so that
@@ -99,7 +99,7 @@ def batches(source: str, pixels: int, tokens: int, runs: int, smoke: bool) -> di
     with tempfile.TemporaryDirectory() as place:
         root = pathlib.Path(place)
         write_files(root / "files", size, count)
-        if source == "array_record":
+        if source == "tars":
             write_shards(root / "tars", root / "files")
         options = DataOptions(
             source="folder" if source == "folder" else "tar_shards",
@@ -128,8 +128,8 @@ def part(name: str, runs: int, smoke: bool) -> dict:
     return line(seconds, times, 1, {"image": list(size), "to": side})
 
 
-def copy_tars(runs: int, smoke: bool) -> dict:
-    """Times the copy of tar shards into TFDS's files, which takes place once."""
+def index_tars(runs: int, smoke: bool) -> dict:
+    """Times the index of tar shards, which is created once."""
     size, count = ((32, 32), 8) if smoke else (SIZES[256], 1000)
     with tempfile.TemporaryDirectory() as place:
         root = pathlib.Path(place)
@@ -137,23 +137,23 @@ def copy_tars(runs: int, smoke: bool) -> dict:
         write_shards(root / "tars", root / "files")
         prepared = iter(range(10**6))
 
-        def copy():
+        def index():
             folder = str(root / f"prepared{next(prepared)}")
             options = DataOptions(source="tar_shards", path=str(root / "tars"), data_dir=folder)
             return len(Pipeline(options, split="train", train=False, batch_size=1).source)
 
-        seconds, times = cpu(copy, runs or 1)
+        seconds, times = cpu(index, runs or 5)
     return line(seconds, times, count, {"source": "tars", "image": list(size)})
 
 
 CASES = {
     **{f"{source}_{pixels}": functools.partial(batches, source, pixels, 0)
-       for source, pixels in (("folder", 640), ("array_record", 640), ("folder", 256), ("array_record", 256),
+       for source, pixels in (("folder", 640), ("tars", 640), ("folder", 256), ("tars", 256),
                               ("folder", 4000))},
-    "tokens_256": functools.partial(batches, "array_record", 256, 1024),
+    "tokens_256": functools.partial(batches, "tars", 256, 1024),
     "decode_640": functools.partial(part, "decode"),
     "resize_640": functools.partial(part, "resize"),
-    "tars_256": copy_tars,
+    "index_256": index_tars,
 }  # fmt: skip
 
 if __name__ == "__main__":

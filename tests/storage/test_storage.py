@@ -10,12 +10,15 @@ import textwrap
 import jax
 import numpy as np
 import pytest
+import tiny_copies
 from etils import epath
 from object_storage import emulated_bucket, names
 from tiny_job import tiny_config, tiny_job
 
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.checkpoints.workdir import read_config
+from dalle_jax.data.sources.open import open_source
+from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.errors import CheckpointError, ConfigError, UserError
 from dalle_jax.reporting.metric_writer import MetricWriter, read_metrics
 from dalle_jax.storage import mirror as mirror_module
@@ -28,6 +31,24 @@ from dalle_jax.training.loop import train
 def bucket():
     with emulated_bucket() as path:
         yield path
+
+
+# -- data ---------------------------------------------------------------------------------------------------------
+
+
+def test_tar_shards_in_a_bucket_are_read_in_place(bucket, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    local = tiny_copies.tar_shards(tmp_path / "shards", shards=2, samples=5)
+    (bucket / "shards").mkdir()
+    for shard in local.iterdir():
+        (bucket / "shards" / shard.name).write_bytes(shard.read_bytes())
+    images = []
+    for path in (local, bucket / "shards"):
+        options = DataOptions(source="tar_shards", path=str(path), data_dir=str(bucket / "data"))
+        source = open_source(options, "all")
+        images.append([(record.image, record.captions) for record in map(source.record, range(len(source)))])
+    assert images[0] == images[1] and len(images[0]) == 10
+    assert len(list((tmp_path / "home").rglob("index.json"))) == 2, "an index is local"
 
 
 # -- paths and files ----------------------------------------------------------------------------------------------

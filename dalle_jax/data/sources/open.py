@@ -8,6 +8,7 @@ from dalle_jax.data.sources.folder import FolderSource
 from dalle_jax.data.sources.once import once
 from dalle_jax.data.sources.own import AUTO, choose_source
 from dalle_jax.data.sources.source import DataOptions, Source
+from dalle_jax.data.sources.tar_shards.shards_source import ShardsSource
 from dalle_jax.data.sources.tfds import TfdsSource
 
 
@@ -35,6 +36,8 @@ def open_source(options: DataOptions, split: str) -> Source:
 def _open(options: DataOptions, split: str) -> Source:
     if options.source == "folder":
         source = FolderSource(options.path, split, options)
+    elif options.source == "tar_shards":
+        source = ShardsSource(options, split)
     else:
         source = TfdsSource(options, split)
     source.limits = dataclasses.replace(options.limits, image_size=None)

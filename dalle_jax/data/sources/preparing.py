@@ -22,7 +22,6 @@ from dalle_jax.data.builders.configured import ConfiguredBuilder
 from dalle_jax.data.builders.cub_captions import cub_captions_dataset_builder as cub
 from dalle_jax.data.builders.emoji_captions import Builder as EmojiBuilder
 from dalle_jax.data.builders.shapes_captions import Builder as ShapesBuilder
-from dalle_jax.data.builders.tar_shards import Builder as TarBuilder
 from dalle_jax.data.builders.turn import only_one_prepares
 from dalle_jax.data.sources.once import once
 from dalle_jax.data.sources.source import DataOptions
@@ -30,7 +29,7 @@ from dalle_jax.errors import ConfigError, DataError, UserError
 from dalle_jax.storage import json_files
 from dalle_jax.storage.files import expanded
 
-COCO, TAR_SHARDS = "coco_captions", "tar_shards"
+COCO = "coco_captions"
 _COCO_LOCAL = "coco_captions_local"
 _COCO_CONFIG = "2014"  # the only one that TFDS's coco_captions has
 _BUILDERS: dict[str, type[ConfiguredBuilder]] = {
@@ -38,11 +37,10 @@ _BUILDERS: dict[str, type[ConfiguredBuilder]] = {
     "emoji_captions": EmojiBuilder,
     "cub_captions": cub.Builder,
     _COCO_LOCAL: coco.Builder,
-    TAR_SHARDS: TarBuilder,
 }
 # Of the user's local copies: what they are made from, and the argument that selects the part of the name before that.
 _MADE_FROM: dict[str, Callable[..., str]] = {_COCO_LOCAL: coco.made_from, "cub_captions": cub.made_from}
-_FROM_OTHER_KEYS = ("path", "caption_key", "max_file_bytes", "made_from")  # not from builder_kwargs
+_FROM_OTHER_KEYS = ("made_from",)  # not from builder_kwargs
 _KNOWN = (NotImplementedError, OSError, ImportError, AssertionError, TypeError, ValueError)  # `tfds.py` explains them
 _PATH = "prepared_from"  # in the metadata of a copy
 
@@ -69,7 +67,7 @@ def prepare(options: DataOptions, data_dir: str) -> tfds.core.DatasetBuilder:
     with _damage_named(epath.Path(data_dir) / source):
         builder = make()
     if _is_prepared(builder):
-        if source == TAR_SHARDS or source in _MADE_FROM:
+        if source in _MADE_FROM:
             once(("reuse", str(builder.data_path)), lambda: _log_reuse(builder))
         return builder
     with only_one_prepares(builder.data_path, options.source):
@@ -117,9 +115,7 @@ def _maker(
             f"config.data.builder_kwargs holds {', '.join(unknown)}, which data.source={options.source} does not have"
             f"{closest(unknown[0], known)}. {expected}. To remove them, give --config.data.builder_kwargs='{{}}'."
         )
-    if source == TAR_SHARDS:
-        arguments |= {"path": path, "caption_key": options.caption_key, "max_file_bytes": options.max_file_bytes}
-    elif source in _MADE_FROM:
+    if source in _MADE_FROM:
         arguments["made_from"] = _made_from(source, path, data_dir, arguments)
     return functools.partial(kind, data_dir=data_dir, file_format="array_record", **arguments)
 
@@ -154,7 +150,7 @@ def _log_reuse(builder: tfds.core.DatasetBuilder) -> None:
 def _write(builder: tfds.core.DatasetBuilder, source: str, path: str | None) -> None:
     """Writes the data set. TFDS prints in bold and draws progress bars, which are no use in a log."""
     logging.info("Preparing the data set %s in %s.", source, builder.data_path)
-    if builder.name in _MADE_FROM or builder.name == TAR_SHARDS:
+    if builder.name in _MADE_FROM:
         builder.info.metadata[_PATH] = path
     tfds.disable_progress_bar()
     # TFDS would first look in its public bucket, over the network, which holds no data in this format.

@@ -10,10 +10,11 @@ under which the pipeline counts it, if anything cannot be read.
 from __future__ import annotations
 
 import abc
+import collections
 import dataclasses
 import os
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from dalle_jax.configuration.options import check
@@ -29,6 +30,7 @@ _MOST = {
     "max_file_bytes": 2**40,
     "cache_bytes": 2**40,
 }
+DEFAULT_DATA_DIR = "~/.cache/dalle_jax/data"
 _MOST_CHOSEN_WORKERS = 32  # each holds a copy of the program: about 0.3 GB
 _CAPTION_LINES = ("all", "first")
 _CAPTION_FROM = ("files", "file_names", "folder_names", "paths")
@@ -46,7 +48,8 @@ class DataOptions:
       augment: "none" (centre square, resized), "dvae", "prior" or "clip" (see augment.py); in training only.
       path: depends on source. "folder": the folder of images. "tar_shards": the folder of shards, or a glob.
         "coco_captions" and "cub_captions": your local copy of the data set (TFDS's `manual_dir`), until it is prepared.
-      data_dir: directory of TFDS's prepared data sets; None means $DALLE_JAX_DATA or ~/.cache/dalle_jax/data.
+      data_dir: directory of prepared data sets: TFDS's, and the indices of tar shards. None means $DALLE_JAX_DATA or
+        ~/.cache/dalle_jax/data.
       image_key: the TFDS feature that holds the image; "a/b" reads a nested feature.
       caption_key: the TFDS feature that holds the caption or captions, in the same notation.
         "folder": both keys are columns of the captions table. Their defaults stand for the usual names.
@@ -111,6 +114,12 @@ class DataOptions:
         return min(_available_cores(), _MOST_CHOSEN_WORKERS) if images else 0
 
     @property
+    def prepared_dir(self) -> str:
+        """The directory of prepared data sets, local or remote."""
+        data_dir = self.data_dir or os.environ.get("DALLE_JAX_DATA") or DEFAULT_DATA_DIR
+        return data_dir if "://" in data_dir else os.path.expanduser(data_dir)
+
+    @property
     def limits(self) -> Limits:
         """The largest images to decode, and the size of a batch's images."""
         return Limits(self.max_pixels, self.max_file_bytes, self.image_size)
@@ -134,6 +143,21 @@ class LeftOut:
     reason: str
     count: int
     names: tuple[str, ...]
+
+
+def sum_left_out(found: Mapping[str, Mapping[str, Any]], splits: Iterable[str]) -> tuple[LeftOut, ...]:
+    """Sums up what a prepared data set lacks over some splits.
+
+    Args:
+      found: by split and reason, {"count": number of examples, "names": the first of them}.
+      splits: the splits to sum over.
+    """
+    counts, names = collections.Counter(), collections.defaultdict(list)
+    for split in splits:
+        for reason, each in found.get(split, {}).items():
+            counts[reason] += each["count"]
+            names[reason] += each["names"]
+    return tuple(LeftOut(reason, counts[reason], tuple(names[reason])) for reason in sorted(counts))
 
 
 def decode_captions(record: Record) -> list[str]:
@@ -229,7 +253,7 @@ class Source(abc.ABC):
     def captions_of(self, index: int) -> list[str]:
         """Returns the readable captions of one example; [] if there are none. No image is decoded."""
         try:
-            return decode_captions(self.record(index))
+            return decode_captions(self.without_image(index))
         except UnreadableExample:
             return []
 

@@ -10,20 +10,16 @@
 
 from __future__ import annotations
 
-import collections
-import os
-from collections.abc import Collection
-
 import tensorflow_datasets as tfds
 
-from dalle_jax.data.sources.preparing import COCO, TAR_SHARDS, prepare
-from dalle_jax.data.sources.source import DataOptions, LeftOut, Record, Source, UnreadableExample
+from dalle_jax.data.sources.preparing import COCO, prepare
+from dalle_jax.data.sources.record import Record, UnreadableExample
+from dalle_jax.data.sources.source import DataOptions, Source, sum_left_out
 from dalle_jax.distributed.turns import first_host_first
 from dalle_jax.errors import DataError, UserError
 from dalle_jax.storage.reachable import check_reachable
 
 _COCO_VALIDATION = "val+test+restval"
-_VALIDATION = ("val", "valid", "dev", "test")  # other names of the folder with the validation split
 _NAME_KEYS = ("file", "image/filename", "name")  # features that name an example for people
 
 
@@ -40,16 +36,12 @@ class TfdsSource(Source):
         Raises:
           DataError: if it cannot be prepared or opened, or lacks the split or the features.
         """
-        data_dir = options.data_dir or os.environ.get("DALLE_JAX_DATA") or "~/.cache/dalle_jax/data"
+        data_dir = options.prepared_dir
         check_reachable(data_dir)
-        data_dir = data_dir if "://" in data_dir else os.path.expanduser(data_dir)
         self.description = f"{options.source} ({split})"
         try:
             with first_host_first(f"the data set {options.source}"):
                 builder = prepare(options, data_dir)
-            caption_key = options.caption_key
-            if builder.name == TAR_SHARDS:
-                split, caption_key = _split_of_shards(split, builder.info.splits), "caption"
             if builder.name == COCO and split == "validation":
                 split = _COCO_VALIDATION
             splits = [part.split("[")[0].strip() for part in split.split("+")]
@@ -61,7 +53,7 @@ class TfdsSource(Source):
                 if builder.info.splits[part.strip()].num_examples < 0:
                     raise DataError(f"{options.source}: the split {part.strip()!r} ends before it begins.")
             features = builder.info.features
-            for key in (options.image_key, caption_key):
+            for key in (options.image_key, options.caption_key):
                 _feature(features, key, options.source)
             # Images stay encoded here, so that the pipeline can count damaged ones instead of ending the run.
             decoders = None
@@ -90,11 +82,8 @@ class TfdsSource(Source):
                 f"{found}. "
                 "Give a TFDS name with an image and a caption feature, or 'folder' with data.path."
             ) from error
-        self._image_key, self._caption_key = options.image_key.split("/"), caption_key.split("/")
-        self.left_out = _left_out(builder.info.metadata, splits)
-        self.other_files = _other_files(builder.info.metadata, splits)
-        if builder.name == TAR_SHARDS:
-            self.captions_missing = _captions_missing(builder.info.metadata)
+        self._image_key, self._caption_key = options.image_key.split("/"), options.caption_key.split("/")
+        self.left_out = sum_left_out((builder.info.metadata or {}).get("left_out", {}), splits)
 
     def __len__(self) -> int:
         return len(self._records)
@@ -114,46 +103,6 @@ class TfdsSource(Source):
         if called := next((extra[key] for key in _NAME_KEYS if isinstance(extra.get(key), str)), ""):
             name = f"{name} ({called})"
         return Record(image, tuple(captions), name, extra)
-
-
-def _left_out(metadata, splits: list[str]) -> tuple[LeftOut, ...]:
-    """Sums up the examples that a builder left out (builders/local_copy.py) over these splits."""
-    counts, names = collections.Counter(), collections.defaultdict(list)
-    for split in splits:
-        for reason, found in (metadata or {}).get("left_out", {}).get(split, {}).items():
-            counts[reason] += found["count"]
-            names[reason] += found["names"]
-    return tuple(LeftOut(reason, counts[reason], tuple(names[reason])) for reason in sorted(counts))
-
-
-def _other_files(metadata, splits: list[str]) -> dict[str, int]:
-    """Sums up the files that a builder passed over, by ending, over these splits."""
-    counts = collections.Counter()
-    for split in splits:
-        counts.update((metadata or {}).get("other_files", {}).get(split, {}))
-    return dict(sorted(counts.items()))
-
-
-def _captions_missing(metadata) -> str | None:
-    """Returns why no sample of tar shards has a caption, or None if one has."""
-    if (metadata or {}).get("captions", 0):
-        return None
-    keys = ", ".join(metadata.get("metadata_keys", []))
-    found = (
-        f"the .json files have the keys {keys}: give one as --config.data.caption_key=KEY"
-        if keys
-        else ("there is neither a .txt nor a .json with a caption for any image")
-    )
-    return f"no sample of the shards has a caption; {found}."
-
-
-def _split_of_shards(split: str, splits: Collection[str]) -> str:
-    """Returns a split of tar shards: "validation" may be a folder of another name, and "all" means all of them."""
-    if split == "all":
-        return "+".join(splits)
-    if split == "validation" and split not in splits:
-        return next((name for name in _VALIDATION if name in splits), split)
-    return split
 
 
 def _feature(features, key: str, source: str):

@@ -12,9 +12,9 @@ import tiny_copies
 from absl import logging
 
 from dalle_jax.data.builders.turn import only_one_prepares
-from dalle_jax.data.sources import preparing
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions
+from dalle_jax.data.sources.tar_shards import shards_source
 
 HOLDS = """
 import pathlib, sys, time
@@ -71,8 +71,8 @@ def test_leftovers_of_other_configurations_are_removed_unless_they_are_being_wri
 
 def test_threads_take_turns_and_prepare_once(tmp_path, monkeypatch):
     tiny_copies.tar_shards(tmp_path / "shards", shards=1)
-    written, original, sizes = [], preparing._write, []
-    monkeypatch.setattr(preparing, "_write", lambda *args: (time.sleep(0.3), written.append(1), original(*args)))
+    written, original, sizes = [], shards_source._write, []
+    monkeypatch.setattr(shards_source, "_write", lambda *args: (time.sleep(0.3), written.append(1), original(*args)))
     options = DataOptions(source="tar_shards", path=str(tmp_path / "shards"), data_dir=str(tmp_path / "data"))
     threads = [threading.Thread(target=lambda: sizes.append(len(open_source(options, "all")))) for _ in range(3)]
     for thread in threads:

@@ -18,13 +18,13 @@ def prepared(tmp_path_factory):
     tiny_copies.tar_shards(root / "shards", shards=1)
     options = DataOptions(source="tar_shards", path=str(root / "shards"), data_dir=str(root / "data"))
     assert len(open_source(options, "all")) == 10
-    (info,) = pathlib.Path(root).rglob("dataset_info.json")
+    (info,) = pathlib.Path(root).rglob("index.json")
     return options, info.parent
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"null", b"7", b"{", b"\xff", b"[" * 100_000])
 def test_a_damaged_description(prepared, content):
-    (options, folder), name = prepared, "dataset_info.json"
+    (options, folder), name = prepared, "index.json"
     before = (folder / name).read_bytes()
     (folder / name).write_bytes(content)
     try:
@@ -37,10 +37,10 @@ def test_a_damaged_description(prepared, content):
 
 def test_a_description_of_another_kind(prepared):
     options, folder = prepared
-    before = (folder / "dataset_info.json").read_bytes()
-    (folder / "dataset_info.json").write_text('{"splits": {"a": [1]}, "unknown": 7}')
+    before = (folder / "index.json").read_bytes()
+    (folder / "index.json").write_text('{"splits": {"a": [1]}, "unknown": 7}')
     try:
         with pytest.raises(DataError, match=re.escape(str(options.data_dir))):
             open_source(options, "all")
     finally:
-        (folder / "dataset_info.json").write_bytes(before)
+        (folder / "index.json").write_bytes(before)

@@ -4,6 +4,8 @@ import gzip
 import io
 import json
 import os
+import pickle
+import random
 import sys
 import tarfile
 import tracemalloc
@@ -13,12 +15,12 @@ import pytest
 import tiny_copies
 from absl import logging
 
-from dalle_jax.data.builders.local_copy import ReadOnce
-from dalle_jax.data.builders.tar_shards import Builder
-from dalle_jax.data.builders.tar_shards.reading import DamagedShard, read_samples
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources.open import open_source
+from dalle_jax.data.sources.record import UnreadableExample
 from dalle_jax.data.sources.source import DataOptions
+from dalle_jax.data.sources.tar_shards import scanning
+from dalle_jax.data.sources.tar_shards.reading import DamagedShard, Place, read_samples
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.token_layout import TokenLayout
@@ -199,14 +201,11 @@ def test_globs(tmp_path):
 
 
 def test_other_shards_are_another_data_set(tmp_path):
-    folder = tiny_copies.tar_shards(tmp_path / "shards", shards=1)
-    places = {Builder(data_dir=tmp_path, path=str(folder)).data_path}
-    tiny_copies.tar_shards(folder, shards=2)
-    places.add(Builder(data_dir=tmp_path, path=str(folder)).data_path)
-    tiny_copies.tar_shards(folder, shards=2, samples=40)
-    places.add(Builder(data_dir=tmp_path, path=str(folder)).data_path)
-    assert len(places) == 3
-    assert Builder(data_dir=tmp_path, path=str(folder)).data_path in places
+    sizes, folder = [], tmp_path / "shards"
+    for arguments in ({"shards": 1}, {"shards": 2}, {"shards": 2, "samples": 40}, {"shards": 2, "samples": 40}):
+        tiny_copies.tar_shards(folder, **arguments)
+        sizes.append(len(open_source(options(tmp_path), "all")))
+    assert sizes == [10, 20, 80, 80]
 
 
 def test_errors(tmp_path):
@@ -220,7 +219,8 @@ def test_errors(tmp_path):
     (tmp_path / "shards" / "0.tar").write_bytes(b"garbage" * 1000)
     with pytest.raises(DataError, match="0.tar"):
         open_source(options(tmp_path), "train")
-    assert not list((tmp_path / "data").glob("tar_shards/*/2.0.0")), "a failed preparation leaves no files"
+    left = [path for path in (tmp_path / "data").glob("tar_shards/*/*") if path.name != ".preparing"]
+    assert not left, "a failed preparation leaves no files"
 
 
 def test_damage_is_skipped_counted_and_named(tmp_path, monkeypatch):
@@ -261,16 +261,6 @@ def test_damage_is_skipped_counted_and_named(tmp_path, monkeypatch):
     assert again.skipped()["damaged shard"] == 2, "the prepared data set remembers it"
 
 
-def test_images_are_released_when_written(tmp_path, monkeypatch):
-    """TFDS keeps the examples of a shard until it is written, which must not include the bytes of the images."""
-    tiny_copies.write_tar(tmp_path / "shards" / "0.tar", ((f"{i}.jpg", bytes([i]) * 500_000) for i in range(80)))
-    kept = []
-    original = ReadOnce.__init__
-    monkeypatch.setattr(ReadOnce, "__init__", lambda self, content: (original(self, content), kept.append(self))[0])
-    assert len(open_source(options(tmp_path), "train")) == 77
-    assert len(kept) == 80 and not any(each._content for each in kept)
-
-
 def test_images_without_captions_still_train_a_tokenizer(tmp_path):
     entries = [(f"{i}.png", tiny_copies.image(i, kind="PNG")) for i in range(5)]
     tiny_copies.write_tar(tmp_path / "shards" / "0.tar", entries)
@@ -278,6 +268,147 @@ def test_images_without_captions_still_train_a_tokenizer(tmp_path):
     with iter(pipeline) as batches:
         assert next(batches)["image"].shape == (4, 16, 16, 3)
     assert pipeline.skipped() == {}
+
+
+# -- the index ------------------------------------------------------------------------------------------------------
+
+
+def everything(source):
+    return [source.record(i) for i in range(len(source))]
+
+
+@pytest.mark.parametrize("mode", ["w", "w:gz"])
+def test_located_images_are_the_images_that_are_read(tmp_path, mode):
+    content = tar(
+        tmp_path, [*members(5), ("x.png", b""), ("y.txt", b"alone"), ("c/" + "z" * 200 + ".jpg", b"long")], mode
+    )
+    whole, places = read(content)[0], read(content, locate=True)[0]
+    assert [each.key for each in whole] == [each.key for each in places] and len(whole) == 8
+    for image, place in zip((each.image for each in whole), (each.image for each in places)):
+        if mode == "w" and image is not None:
+            assert isinstance(place, Place) and content[place.offset :][: place.size] == image
+        else:
+            assert place == image
+
+
+def test_a_located_image_beyond_the_end_is_damage(tmp_path):
+    """The caption stands before its image, so that the sample would look complete."""
+    whole = tar(tmp_path, [(f"{i}.{end}", bytes(2000)) for i in range(3) for end in ("txt", "jpg")])
+    found, damage = read(whole[: offsets(whole)["2.jpg"][0] + 900], locate=True)
+    assert [sample.key for sample in found] == ["0", "1"] and "2 samples before that" in damage
+
+
+def test_images_stay_in_their_shard(tmp_path):
+    noise = random.Random(0)
+    entries = [(f"{i}.jpg", noise.randbytes(20_000)) for i in range(40)]
+    tiny_copies.write_tar(tmp_path / "shards" / "0.tar", entries)
+    source = open_source(options(tmp_path), "all")
+    assert sorted(record.image for record in everything(source)) == sorted(content for _, content in entries)
+    assert all(source.without_image(i).image == b"" for i in range(40))
+    index = tmp_path / "data" / "tar_shards"
+    assert sum(path.stat().st_size for path in index.rglob("*") if path.is_file()) < 20_000
+
+
+def test_images_of_compressed_shards_are_copied(tmp_path):
+    entries = members(3)
+    tiny_copies.write_tar(tmp_path / "shards" / "0.tar.gz", entries, "w:gz")
+    tiny_copies.write_tar(tmp_path / "shards" / "1.tar", [("9" + name, content) for name, content in entries])
+    source = open_source(options(tmp_path), "all")
+    images = {record.extra["file"]: record.image for record in everything(source)}
+    assert len(images) == 6
+    for file, image in images.items():
+        assert image == tiny_copies.sample(int(file[-1]))["jpg"]
+    copied = [path.name for path in (tmp_path / "data").rglob("images/*")]
+    assert copied == ["0"]
+
+
+def test_processes_index_like_one_process(tmp_path, monkeypatch):
+    tiny_copies.tar_shards(tmp_path / "shards", shards=3)
+    tiny_copies.write_tar(tmp_path / "shards" / "1b.tgz", members(4), "w:gz")
+    (tmp_path / "shards" / "2b.tar").write_bytes(b"garbage" * 1000)
+    found = []
+    for workers, limit in ((0, 2**40), (2, 0)):
+        monkeypatch.setattr(scanning, "_WORTH_PROCESSES", limit)
+        there = options(tmp_path, data_dir=str(tmp_path / f"data{workers}"), workers=workers)
+        sources = [open_source(there, split) for split in ("train", "validation")]
+        names = [[record.extra["file"] for record in everything(source)] for source in sources]
+        found.append((names, [source.left_out for source in sources], [r.image for r in everything(sources[0])]))
+    assert found[0] == found[1]
+    assert [each.reason for each in found[0][1][0]] == ["damaged shard"]
+
+
+def test_a_source_can_be_pickled(tmp_path):
+    tiny_copies.tar_shards(tmp_path / "shards", shards=2)
+    source = open_source(options(tmp_path), "train")
+    content = pickle.dumps(source)
+    assert len(content) < 4000 and everything(pickle.loads(content)) == everything(source)
+
+
+@pytest.mark.parametrize(
+    "split, count", [("train[:50%]", 10), ("train[-3:]", 3), ("val+train", 25), ("all", 25), ("validation", 5)]
+)
+def test_parts_of_splits(tmp_path, split, count):
+    for folder, samples in (("train", 20), ("val", 5)):
+        tiny_copies.tar_shards(tmp_path / "shards" / folder, shards=1, samples=samples)
+    source = open_source(options(tmp_path), split)
+    assert len(everything(source)) == len(source) == count
+    with pytest.raises(DataError, match="train"):
+        open_source(options(tmp_path), "train[5:2]")
+
+
+@pytest.fixture(scope="module")
+def indexed(tmp_path_factory):
+    """The options of an indexed set, its records, and the folder of the index."""
+    root = tmp_path_factory.mktemp("indexed")
+    tiny_copies.tar_shards(root / "shards", shards=2)
+    found = everything(open_source(options(root), "all"))
+    (facts,) = (root / "data").rglob("index.json")
+    return options(root), found, facts.parent
+
+
+@pytest.mark.parametrize("column", ["places", "firsts", "ends", "strings", "sums"])
+def test_a_damaged_index_gives_no_wrong_example(indexed, column):
+    settings, right, folder = indexed
+    draw = random.Random(column)
+    path = folder / "train" / column
+    before = path.read_bytes()
+    missing = 0
+    for _ in range(30):
+        content = bytearray(before)
+        content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(content)
+        source = open_source(settings, "all")
+        for number, expected in enumerate(right):
+            try:
+                assert source.record(number) == expected
+            except UnreadableExample as error:
+                missing += 1
+                assert str(folder) in str(error)
+    path.write_bytes(before)
+    assert missing
+
+
+@pytest.mark.parametrize("harm", ["half", "gone"])
+def test_an_index_with_a_missing_part_names_the_folder(indexed, harm):
+    settings, _, folder = indexed
+    path = folder / "validation" / "strings"
+    before = path.read_bytes()
+    path.write_bytes(before[: len(before) // 2]) if harm == "half" else path.unlink()
+    with pytest.raises(DataError, match="index.json"):
+        open_source(settings, "train")
+    path.write_bytes(before)
+
+
+def test_a_shard_that_vanishes_is_counted(tmp_path):
+    tiny_copies.tar_shards(tmp_path / "shards", shards=1)
+    source = open_source(options(tmp_path), "train")
+    (tmp_path / "shards" / "00000.tar").write_bytes(b"short")
+    with pytest.raises(UnreadableExample, match="00000.tar"):
+        source.record(0)
+    (tmp_path / "shards" / "00000.tar").unlink()
+    with pytest.raises(UnreadableExample, match="00000.tar"):
+        source.record(0)
+    assert source.captions_of(0)
 
 
 # -- names, endings, keys -------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ Members of one sample follow each other. They share their name up to the first d
 `000000000.jpg`, `000000000.txt`, `000000000.json`. If no member of a name has a plain ending, the names themselves hold
 dots, and each ends at its last dot: `photo 1.5.jpg`, `photo 1.5.txt`, `photo 1.6.jpg`. Other endings are counted.
 
+An image can be located instead of read, so that only headers and texts are read. The shard must then be uncompressed.
+
 tarfile treats a damaged header as the end of the archive, which would silently lose everything after it. Here it is an
 error. An archive without its end mark, or with data after it, is an error too.
 """
@@ -12,10 +14,11 @@ from __future__ import annotations
 
 import dataclasses
 import lzma
+import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 from dalle_jax.data.sources.decoding import Limits
 from dalle_jax.storage import json_files
@@ -38,13 +41,20 @@ class DamagedShard(Exception):
     """A shard that cannot be read to its end. The message gives the reason and the number of samples before it."""
 
 
+class Place(NamedTuple):
+    """The bytes of a member in its shard."""
+
+    offset: int
+    size: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Sample:
     """One sample.
 
     Attributes:
       key: the name that its members share.
-      image: the encoded image, or None.
+      image: the encoded image, or its place in an uncompressed shard, or None.
       captions: the content of the `.txt`, `.caption` or `.cap`, else of the `.json` (a text or a list of texts); () if
         there is neither. Bytes that should be UTF-8.
       too_large: names of the members that exceed the limit and were not read.
@@ -53,7 +63,7 @@ class Sample:
     """
 
     key: str
-    image: bytes | None
+    image: bytes | Place | None
     captions: tuple[bytes, ...]
     too_large: tuple[str, ...] = ()
     other_endings: tuple[str, ...] = ()
@@ -62,11 +72,13 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class _Rules:
-    """Arguments of `read_samples`."""
+    """Arguments of `read_samples`, and the length of the shard in bytes."""
 
     wanted: Callable[[str], bool]
     caption_key: str
     max_bytes: int
+    locate: bool
+    length: int
 
 
 class _Header(tarfile.TarInfo):
@@ -95,6 +107,7 @@ def read_samples(
     wanted: Callable[[str], bool] = lambda key: True,
     caption_key: str = "caption",
     max_bytes: int = Limits.max_file_bytes,
+    locate: bool = False,
 ) -> Iterator[Sample]:
     """Reads a shard, compressed or not.
 
@@ -104,6 +117,7 @@ def read_samples(
       caption_key: the key of the `.json` that holds the caption ("a/b" for a nested one). "caption" means the text
         file, else the first of the usual keys. Any other key is preferred to the text file.
       max_bytes: the most bytes of a member; larger ones are not read.
+      locate: give the places of images instead of their bytes, unless the shard is compressed.
 
     Yields:
       The selected samples, in order.
@@ -111,9 +125,12 @@ def read_samples(
     Raises:
       DamagedShard: after the last complete sample, if the shard is damaged.
     """
-    rules, count, found = _Rules(wanted, caption_key, max_bytes), 0, _Undecided("")
+    count, found = 0, _Undecided("")
+    rules = _Rules(wanted, caption_key, max_bytes, locate, file.seek(0, os.SEEK_END) if locate else 0)
     try:
+        file.seek(0)
         with tarfile.open(fileobj=file, mode="r:*", tarinfo=_Header) as archive:
+            rules = dataclasses.replace(rules, locate=locate and archive.fileobj is file)
             while (member := archive.next()) is not None:
                 archive.members.clear()  # tarfile would keep every header
                 if not member.isfile():
@@ -160,7 +177,7 @@ class _Members:
     """The members of one sample that were read so far."""
 
     def __init__(self):
-        self.parts: dict[str, bytes] = {}
+        self.parts: dict[str, bytes | Place] = {}
         self.too_large: list[str] = []
         self.others: list[str] = []
 
@@ -195,7 +212,7 @@ class _Undecided:
                 members.parts.setdefault(last, b"")
                 members.too_large.append(member.name)
             else:
-                members.parts[last] = archive.extractfile(member).read()
+                members.parts[last] = _content(archive, member, rules, last)
         else:
             members.parts[last] = b""
 
@@ -231,6 +248,15 @@ class _Undecided:
                 yield _sample(key, members, rules)
         if others and rules.wanted(self.name):
             yield Sample(self.name, None, (), other_endings=tuple(others))
+
+
+def _content(archive: tarfile.TarFile, member: tarfile.TarInfo, rules: _Rules, ending: str) -> bytes | Place:
+    """Reads a member, or locates it. A sparse member is always read, because its bytes do not follow each other."""
+    if not rules.locate or ending not in IMAGE_ENDINGS or member.issparse():
+        return archive.extractfile(member).read()
+    if member.offset_data + member.size > rules.length:
+        raise tarfile.ReadError("unexpected end of data")
+    return Place(member.offset_data, member.size)
 
 
 def _sample(key: str, members: _Members, rules: _Rules) -> Sample:
