@@ -6,10 +6,9 @@ import pytest
 from ml_collections import ConfigDict
 
 from dalle_jax.configuration.options import from_config
-from dalle_jax.data.sources import tfds
 from dalle_jax.data.sources.folder import FolderSource
 from dalle_jax.data.sources.open import open_source
-from dalle_jax.data.sources.source import DataOptions, LeftOut, UnreadableExample
+from dalle_jax.data.sources.source import DataOptions, LeftOut, UnreadableExample, sum_left_out
 from dalle_jax.errors import ConfigError, DataError
 
 
@@ -83,8 +82,8 @@ def test_unknown_tfds_name(tmp_path):
 def test_examples_left_out_by_an_earlier_version_are_counted():
     """These keys are stored with every prepared data set."""
     stored = {"left_out": {"train": {"missing picture": {"count": 7, "names": ["a", "b"]}}, "test": {}}}
-    assert tfds._left_out(stored, ["train", "test"]) == (LeftOut("missing picture", 7, ("a", "b")),)
-    assert tfds._left_out(stored, ["test"]) == tfds._left_out(None, ["train"]) == ()
+    assert sum_left_out(stored["left_out"], ["train", "test"]) == (LeftOut("missing picture", 7, ("a", "b")),)
+    assert sum_left_out(stored["left_out"], ["test"]) == sum_left_out({}, ["train"]) == ()
 
 
 def test_unreadable_example_travels_between_processes():
