@@ -10,6 +10,7 @@ reconstruction from tokens, and the best images) and `DIR/known_words.json` (cap
 from __future__ import annotations
 
 import argparse
+import collections
 import re
 from collections.abc import Iterable
 
@@ -33,13 +34,14 @@ def words(caption: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\w+", normalize(caption)))
 
 
-def choose(held_out: TestSet, training: Iterable[str], count: int) -> list[int]:
+def choose(held_out: TestSet, training: Iterable[str], count: int, min_count: int = 1) -> list[int]:
     """Chooses captions that training has not seen, but whose every word it has. Images of a single colour show nothing.
 
     Args:
       held_out: the held-out split, with the first caption of each image.
       training: captions of the training split.
       count: the number of captions to choose, spread evenly over the split.
+      min_count: the number of training captions that each word must occur in.
 
     Returns:
       Ascending places in `held_out.captions`. Captions that are equal count once.
@@ -47,17 +49,21 @@ def choose(held_out: TestSet, training: Iterable[str], count: int) -> list[int]:
     Raises:
       DataError: no caption qualifies.
     """
-    seen, known = set(), set()
+    seen, uses = set(), collections.Counter()
     for caption in training:
         seen.add(words(caption))
-        known.update(words(caption))
+        uses.update(set(words(caption)))
+    known = {word for word, found in uses.items() if found >= min_count}
     chosen = {}
     for place, caption in enumerate(held_out.captions):
         found = words(caption)
         if found and known.issuperset(found) and found not in seen:
             chosen.setdefault(found, place)
     if not chosen:
-        raise DataError(f"{held_out.source.description}: no new caption consists of words of the training split.")
+        raise DataError(
+            f"{held_out.source.description}: no new caption consists of words that {min_count} captions of the "
+            "training split have."
+        )
     places = [place for place in chosen.values() if _shows_something(held_out, place)]
     return [places[i] for i in np.unique(np.linspace(0, len(places) - 1, min(count, len(places))).astype(int))]
 
@@ -73,6 +79,7 @@ def main() -> None:
     parser.add_argument("--clip", required=True, help="workdir of a CLIP that was trained on the same data")
     parser.add_argument("--output", required=True)
     parser.add_argument("--captions", type=int, default=24)
+    parser.add_argument("--min_count", type=int, default=1, help="training captions that each word must occur in")
     parser.add_argument("--candidates", type=int, default=16)
     parser.add_argument("--shown", type=int, default=4, help="images of each caption in the grid, best first")
     parser.add_argument("--seed", type=int, default=0)
@@ -84,7 +91,7 @@ def main() -> None:
     data = workdirs.read_config(args.workdir)["data"]
     options = from_config(DataOptions, data, "data")
     held_out = open_test_set(data, Protocol(options.eval_split))
-    places = choose(held_out, open_source(options, options.train_split).captions(), args.captions)
+    places = choose(held_out, open_source(options, options.train_split).captions(), args.captions, args.min_count)
     captions = [held_out.captions[place] for place in places]
     real = held_out.images([int(held_out.owners[place]) for place in places])
 
@@ -99,6 +106,7 @@ def main() -> None:
     settings = {
         "workdir": args.workdir,
         "step": model.step,
+        "min_count": args.min_count,
         "candidates": args.candidates,
         "seed": args.seed,
         **sampling,

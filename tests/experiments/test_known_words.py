@@ -53,3 +53,11 @@ def test_images_of_a_single_colour_are_passed_over(known_words):
 def test_no_such_caption_is_an_error(known_words):
     with pytest.raises(DataError, match="memory"):
         known_words.choose(held_out(["a horse"]), ["a cat"], 4)
+
+
+def test_words_can_be_demanded_in_several_captions(known_words):
+    training, captions = ["red dog dog", "red cat", "blue cat"], ["blue dog", "cat, red!", "red"]
+    assert known_words.choose(held_out(captions), training, 9) == [0, 1, 2]
+    assert known_words.choose(held_out(captions), training, 9, min_count=2) == [1, 2]
+    with pytest.raises(DataError, match="9 captions"):
+        known_words.choose(held_out(captions), training, 9, min_count=9)
