@@ -399,6 +399,18 @@ def test_an_index_with_a_missing_part_names_the_folder(indexed, harm):
     path.write_bytes(before)
 
 
+@pytest.mark.parametrize("change", [-1, 1])
+def test_an_index_with_another_number_of_rows_names_the_folder(indexed, change):
+    settings, _, folder = indexed
+    before = (folder / "index.json").read_text()
+    facts = json.loads(before)
+    facts["splits"]["train"] += change
+    (folder / "index.json").write_text(json.dumps(facts))
+    with pytest.raises(DataError, match="index.json"):
+        open_source(settings, "train")
+    (folder / "index.json").write_text(before)
+
+
 def test_a_shard_that_vanishes_is_counted(tmp_path):
     tiny_copies.tar_shards(tmp_path / "shards", shards=1)
     source = open_source(options(tmp_path), "train")
