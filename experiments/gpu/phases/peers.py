@@ -1,7 +1,7 @@
-"""Plain PyTorch on the same card, at the sizes of the phases `decoding` and `training`.
+"""Plain PyTorch (`plain_torch.py`) on the same card, at the sizes of the phases `decoding` and `training`.
 
-A pre-norm transformer with dense attention by `scaled_dot_product_attention`. Decoding has a key-value cache of fixed
-size and `torch.compile`. The autoregressive model has 20 layers of width 2,048, MaskGIT's has 24 of width 768.
+Decoding has a key-value cache of fixed size and `torch.compile`. The autoregressive model has 20 layers of width 2,048,
+MaskGIT's has 24 of width 768.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from recorder import Recorder
 
 try:
     import torch
-    from torch import nn
-    from torch.nn.functional import cross_entropy, gelu, scaled_dot_product_attention
+    from plain_torch import Model
+    from torch.nn.functional import cross_entropy
 except ImportError:  # the phase says so
     torch = None
 
@@ -33,47 +33,6 @@ def run(record: Recorder) -> None:
         ("autoregressive 1B", 12, functools.partial(_train, tiny, 2048, 20, 16, 1088, True, 2 if tiny else 16)),
         ("maskgit 24x768, 16x16", 8, functools.partial(_train, tiny, 768, 24, 12, 320, False, 2 if tiny else 128)),
     ])  # fmt: skip
-
-
-if torch is not None:
-
-    class Block(nn.Module):
-        """Attention and MLP on a stream [B, P, D]."""
-
-        def __init__(self, width: int, heads: int):
-            super().__init__()
-            self.heads = heads
-            self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
-            self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-            self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-        def forward(self, x, causal: bool = False, cache=None, position=None):
-            b, p, d = x.shape
-            q, k, v = self.qkv(self.norms[0](x)).view(b, p, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-            mask = None
-            if cache is not None:  # one position; the cache has room for all
-                cache[0].index_copy_(2, position, k)
-                cache[1].index_copy_(2, position, v)
-                k, v = cache
-                mask = (torch.arange(k.shape[2], device=x.device) <= position)[None, None, None]
-            mixed = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-            x = x + self.out(mixed.transpose(1, 2).reshape(b, p, d))
-            return x + self.down(gelu(self.up(self.norms[1](x))))
-
-    class Model(nn.Module):
-        """Embedding, blocks, and an output layer over 8,192 image tokens."""
-
-        def __init__(self, width: int, depth: int, heads: int, positions: int, vocab: int):
-            super().__init__()
-            self.embed, self.places = nn.Embedding(vocab, width), nn.Embedding(positions, width)
-            self.blocks = nn.ModuleList([Block(width, heads) for _ in range(depth)])
-            self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocab)
-
-        def forward(self, ids, positions, causal: bool = False, caches=None):
-            x = self.embed(ids) + self.places(positions)
-            for i, block in enumerate(self.blocks):
-                x = block(x, causal, caches[i] if caches else None, positions)
-            return self.head(self.norm(x))
 
 
 def _model(tiny: bool, width: int, depth: int, heads: int, positions: int):
@@ -129,11 +88,7 @@ def _tokens(tiny: bool, rows: int) -> dict:
     """Draws tokens one after the other. Some positions stand for all, because the cache has a fixed size."""
     model, positions, device = _model(tiny, 2048, 20, 16, 1088)
     model = model.to(torch.bfloat16).eval()
-    heads, size = model.blocks[0].heads, model.norm.normalized_shape[0] // model.blocks[0].heads
-    caches = [
-        tuple(torch.zeros(rows, heads, positions, size, dtype=torch.bfloat16, device=device) for _ in range(2))
-        for _ in model.blocks
-    ]
+    caches = model.caches(rows, positions)
     program, state = _compiled(model, tiny, "reduce-overhead"), [torch.zeros(rows, 1, dtype=torch.long, device=device)]
     place, last = torch.zeros(1, dtype=torch.long, device=device), positions - 1
 
