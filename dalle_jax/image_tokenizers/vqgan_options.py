@@ -53,7 +53,7 @@ class VQGANOptions:
       downsampling: how the encoder halves the resolution. "convolution" of stride 2, or "average" of 2 x 2 positions.
       block_bias: whether the convolutions of residual blocks and the first one of the encoder have biases.
       skip: what a residual block adds when its number of channels changes. "input": a 1x1 convolution of its input.
-        "branch": a 1x1 convolution of its own branch.
+        "branch": a 1x1 convolution of the branch.
       middle_attention: whether attention stands between the two middle blocks.
       decoder_blocks: number of residual blocks of a level of the decoder; None for one more than `blocks`.
       code_layers: whether 1x1 convolutions stand between encoder, codes and decoder. Without them the encoder ends in a
