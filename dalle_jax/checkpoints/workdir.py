@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import checksums, frozen
 from dalle_jax.checkpoints.checkpoints import Checkpoints
+from dalle_jax.checkpoints.compatibility import to_json
 from dalle_jax.configuration.values import natural
 from dalle_jax.data import text_models
 from dalle_jax.data.text import CaptionModel, TextModel
@@ -77,6 +78,11 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     if wrong := _first_wrong(config, _SECTIONS):
         raise CheckpointError(f"{path} is damaged: {wrong}. {remedy}")
     return config
+
+
+def save_config(workdir: epath.PathLike, config: ConfigDict | Mapping[str, Any]) -> None:
+    """Writes config.json and its checksum. A folder with this file is a workdir."""
+    checksummed.write_json(_path(workdir, "config.json"), to_json(config))
 
 
 def _first_wrong(found: Mapping[str, Any], sections: Mapping[str, Any], prefix: str = "") -> str | None:
