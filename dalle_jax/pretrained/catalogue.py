@@ -8,13 +8,16 @@ from typing import Any
 
 from dalle_jax.checkpoints import workdir
 from dalle_jax.errors import ConfigError, PretrainedError, UserError
-from dalle_jax.pretrained import clip, inception, llamagen, openai_dvae, state_dict, vqgan
+from dalle_jax.pretrained import clip, inception, llamagen, openai_dvae, rudalle, state_dict, vqgan
 from dalle_jax.pretrained.importer import Importer
 
 IMPORTERS: dict[str, Importer] = {
     one.name: one
-    for one in (*vqgan.IMPORTERS, *llamagen.IMPORTERS, openai_dvae.IMPORTER, clip.IMPORTER, inception.IMPORTER)
-}
+    for one in (
+        *vqgan.IMPORTERS, *llamagen.IMPORTERS, openai_dvae.IMPORTER, *rudalle.IMPORTERS, clip.IMPORTER,
+        inception.IMPORTER,
+    )
+}  # fmt: skip
 _MODULE_CLASSES = frozenset().union(*(one.module_classes for one in IMPORTERS.values()))
 
 
@@ -46,7 +49,7 @@ def import_files(name: str, files: Sequence[str | os.PathLike], output: str, set
         return one.run(files, output, {**defaults, **settings})
     except PretrainedError as error:
         for file in files:
-            if (other := importer_of(file)) not in (None, name):
+            if (other := importer_of(file, name)) not in (None, name, *one.parts):
                 raise PretrainedError(
                     f"{file} holds the weights of {other}, not of {name}: import it with "
                     f"`python -m dalle_jax.pretrained {other}`. ({error})"
@@ -54,10 +57,16 @@ def import_files(name: str, files: Sequence[str | os.PathLike], output: str, set
         raise
 
 
-def importer_of(file: str | os.PathLike) -> str | None:
-    """Returns the name of the importer that a file belongs to, by its arrays, or None if there is none."""
+def importer_of(file: str | os.PathLike, first: str | None = None) -> str | None:
+    """Returns the name of the importer that a file belongs to, by its arrays, or None if there is none.
+
+    Args:
+      file: the file.
+      first: name of the importer to return if the arrays may be of several. Some models have the same sizes.
+    """
     try:
         arrays = state_dict.read(file, _MODULE_CLASSES)
     except UserError:
         return None
-    return next((one.name for one in IMPORTERS.values() if one.claims(arrays)), None)
+    names = sorted(IMPORTERS, key=lambda name: name != first)
+    return next((name for name in names if IMPORTERS[name].claims(arrays)), None)
