@@ -105,10 +105,9 @@ def outputs(version):
 
 def golden():
     """Returns the stored outputs by version."""
+    names = ("logits", "loss", "drawn")
     with np.load(GOLDEN) as stored:
-        return {
-            version: {name: stored[f"{version}/{name}"] for name in ("logits", "loss", "drawn")} for version in CASES
-        }
+        return {version: {name: stored[f"{version}/{name}"] for name in names} for version in CASES}
 
 
 if __name__ == "__main__":

@@ -55,8 +55,8 @@ class YouTokenToMe:
                 raise ValueError("it has more numbers than its first line says")
         except (ValueError, StopIteration, KeyError, RuntimeError) as error:
             raise DataError(
-                f"{origin} cannot be read as a vocabulary of YouTokenToMe: {str(error) or 'it ends too early'}. Give the "
-                "file bpe.model of ru-DALL-E."
+                f"{origin} cannot be read as a vocabulary of YouTokenToMe: {str(error) or 'it ends too early'}. Give "
+                "the file bpe.model of ru-DALL-E."
             ) from error
 
     def _read(self, numbers: Iterator[int]) -> None:

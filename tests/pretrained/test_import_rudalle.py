@@ -92,9 +92,8 @@ def test_the_loss_of_version_2_is_that_of_the_original():
 def test_published_sizes(name):
     sizes, heads, version, _ = rudalle.PUBLISHED[name]
     prior = rudalle.prior_of(sizes, heads, version)
-    count = sum(
-        np.prod(leaf.shape, dtype=int) for leaf in jax.tree.leaves(jax.eval_shape(prior.init, jax.random.key(0)))
-    )
+    leaves = jax.tree.leaves(jax.eval_shape(prior.init, jax.random.key(0)))
+    count = sum(np.prod(leaf.shape, dtype=int) for leaf in leaves)
     theirs = sum(np.prod(shape, dtype=int) for shape in sizes.shapes().values())
     # Version 3 does not read the position of begin. Version 2 adds it to the id of begin.
     assert count == theirs - (0 if version == "v2" else sizes.width)
