@@ -47,7 +47,6 @@ class Importer:
         found, in one line. Raises a `PretrainedError`.
       claims: returns whether arrays, by name, are those of a file of this importer.
       settings: further options.
-      parts: importers whose files are among those of this one, such as its image tokenizer.
       module_classes: classes that a pickled module in its files contains, see `state_dict.read`.
     """
 
@@ -61,5 +60,4 @@ class Importer:
     run: Callable[[Sequence[str | os.PathLike], str, Mapping[str, Any]], str]
     claims: Callable[[Mapping[str, np.ndarray]], bool]
     settings: tuple[Setting, ...] = ()
-    parts: tuple[str, ...] = ()
     module_classes: frozenset[str] = frozenset()

@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from dalle_jax.checkpoints import workdir
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.checkpoints.compatibility import to_json
-from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.text import CaptionModel
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
@@ -64,7 +63,7 @@ def save(
     Raises:
       UserError: a file cannot be written.
     """
-    data = dataclasses.asdict(DataOptions(source="auto", image_size=tokenizer.image_size))
+    data = {"source": "auto", "image_size": tokenizer.image_size, "fit": "crop"}  # without a path
     text = {"vocab_size": text_model.vocab_size, "length": prior.layout.text_length, "path": ""}
     config = ConfigDict(
         to_json(

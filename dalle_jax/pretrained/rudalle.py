@@ -1,7 +1,7 @@
 """Imports ru-DALL-E's models (SberAI's Malevich, Emojich, Surrealist and Kandinsky) as workdirs of the prior.
 
     python -m dalle_jax.pretrained rudalle-malevich --weights=pytorch_model_v3.bin \\
-        --weights=vqgan.gumbelf8-sber.model.ckpt --weights=bpe.model --output=runs/malevich
+        --weights=vqgan.gumbelf8-sber.model.ckpt --vocabulary=bpe.model --output=runs/malevich
 
 They are autoregressive priors in DALL-E's attention patterns. Captions are Russian. The image tokenizer is a GumbelVQ
 with 32 x 32 tokens, see `vqgan`, and the text model is one of YouTokenToMe.
@@ -299,14 +299,9 @@ def load(
 def _run(name: str, files: Sequence[str | os.PathLike], output: str, settings: Mapping[str, Any]) -> str:
     """Imports transformer, image tokenizer and text model; see `Importer.run`."""
     prior_run.check_free(output)
-    weights, vae, vocabulary = files
+    weights, vae = files
     prior, params = load(weights, name, settings.get("heads"), settings.get("version", "v3"), settings["dtype"])
-    layout, text_model = prior.layout, _text_model(vocabulary)
-    if text_model.vocab_size != layout.text_vocab:
-        raise PretrainedError(
-            f"{vocabulary} has {text_model.vocab_size} ids, and {weights} has embeddings of {layout.text_vocab}. Both "
-            "files must be those of one model."
-        )
+    layout = prior.layout
     tokenizer, tokenizer_params = vqgan.load(vae, None if name == OWN else vqgan.PUBLISHED[_VAE])
     size = layout.height * tokenizer.options.downsample
     tokenizer = VQGANTokenizer(dataclasses.replace(tokenizer.options, image_size=size))
@@ -314,6 +309,12 @@ def _run(name: str, files: Sequence[str | os.PathLike], output: str, settings: M
         raise PretrainedError(
             f"{vae} has {tokenizer.vocab_size} codes, and {weights} has embeddings of {layout.image_vocab}. Both files "
             "must be those of one model."
+        )
+    text_model = _text_model(settings["vocabulary"])
+    if text_model.vocab_size != layout.text_vocab:
+        raise PretrainedError(
+            f"--vocabulary={settings['vocabulary']} has {text_model.vocab_size} ids, and {weights} has embeddings of "
+            f"{layout.text_vocab}. Both files must be those of one model."
         )
     prior_run.save(output, name, prior, params, tokenizer, tokenizer_params, text_model)
     return f"{size} pixels, {layout}, {prior.options.trunk}"
@@ -324,11 +325,13 @@ def _text_model(path: str | os.PathLike) -> YouTokenToMe:
     try:
         content = expanded(path).read_bytes()
     except OSError as error:
-        raise PretrainedError(f"{path} cannot be read: {error}. Give the file bpe.model of ru-DALL-E.") from error
+        raise PretrainedError(f"--vocabulary={path} cannot be read: {error}. Give the file bpe.model.") from error
     return YouTokenToMe(content, str(path))
 
 
 def _claims(name: str, arrays: Arrays) -> bool:
+    if "quantize.proj.weight" in arrays:
+        return vqgan.published_name(arrays) == (vqgan.OWN if name == OWN else _VAE)
     try:
         sizes = sizes_of(arrays)
         check(arrays, sizes)
@@ -342,7 +345,8 @@ def _claims(name: str, arrays: Arrays) -> bool:
 
 
 def _importer(name: str, title: str, parameters: int | None, source: str, licence: str) -> Importer:
-    settings = [Setting("dtype", str, prior_run.DTYPE_HELP, "float32", choices=prior_run.DTYPES)]
+    settings = [Setting("vocabulary", str, "File of the text model (bpe.model).", required=True)]
+    settings.append(Setting("dtype", str, prior_run.DTYPE_HELP, "float32", choices=prior_run.DTYPES))
     if name == OWN:
         settings.append(Setting("heads", int, "Number of heads, which the files do not determine.", required=True))
         settings.append(Setting("version", str, "Version of the stream.", "v3", choices=VERSIONS))
@@ -353,12 +357,11 @@ def _importer(name: str, title: str, parameters: int | None, source: str, licenc
         parameters=parameters,
         licence=licence,
         source=source,
-        files=(weights, "vqgan.gumbelf8-sber.model.ckpt", "bpe.model"),
+        files=(weights, "vqgan.gumbelf8-sber.model.ckpt"),
         use="--config.model_workdir",
         run=functools.partial(_run, name),
         claims=functools.partial(_claims, name),
         settings=tuple(settings),
-        parts=("vqgan", _VAE),
     )
 
 

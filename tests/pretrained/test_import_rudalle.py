@@ -117,15 +117,16 @@ def files(tmp_path):
     np.savez(tmp_path / "model.npz", **arrays)
     np.savez(tmp_path / "vae.npz", **vae)
     (tmp_path / "bpe.model").write_text(vocabulary_of())
-    return [tmp_path / "model.npz", tmp_path / "vae.npz", tmp_path / "bpe.model"]
+    return [tmp_path / "model.npz", tmp_path / "vae.npz"]
 
 
-SETTINGS = {"heads": 3, "version": "v2"}
+def settings_of(files):
+    return {"heads": 3, "version": "v2", "vocabulary": files[0].with_name("bpe.model")}
 
 
 def test_an_import_is_a_workdir_that_draws(tmp_path, files):
     run = str(tmp_path / "run")
-    catalogue.import_files("rudalle", files, run, SETTINGS)
+    catalogue.import_files("rudalle", files, run, settings_of(files))
     model = TextToImage.load(run)
     assert model.prior == rudalle.prior_of(*CASES["v2"], "v2") and model.image_size == 24
     assert model.text_model.encode("Аб вг", max_length=9)[0] == [2, 11, 13, 3]
@@ -137,7 +138,7 @@ def test_an_import_is_a_workdir_that_draws(tmp_path, files):
     assert kernel.dtype == np.float16 and model.params["embedding"]["text"].dtype == np.float32
     np.testing.assert_array_equal(kernel, expected)
     with pytest.raises(ConfigError, match="--output"):
-        catalogue.import_files("rudalle", files, run, SETTINGS)
+        catalogue.import_files("rudalle", files, run, settings_of(files))
 
 
 def test_half_precision_on_disk_computes_as_float32(files):
@@ -194,25 +195,23 @@ def test_wrong_weights(tmp_path, files, change, token):
     change(arrays)
     np.savez(files[0], **arrays)
     with pytest.raises(PretrainedError, match=rf"model\.npz.*{token}"):
-        catalogue.import_files("rudalle", files, str(tmp_path / "run"), SETTINGS)
+        catalogue.import_files("rudalle", files, str(tmp_path / "run"), settings_of(files))
     assert not Path(tmp_path, "run").exists()
 
 
 def test_files_that_do_not_belong_together(tmp_path, files):
-    run = str(tmp_path / "run")
-    files[2].write_text(vocabulary_of(MERGES[:-1]))
+    run, own = str(tmp_path / "run"), settings_of(files)
+    own["vocabulary"].write_text(vocabulary_of(MERGES[:-1]))
     with pytest.raises(PretrainedError, match=r"bpe\.model has 15"):
-        catalogue.import_files("rudalle", files, run, SETTINGS)
-    files[2].write_text(vocabulary_of())
-    with pytest.raises(PretrainedError, match="heads=5"):
-        catalogue.import_files("rudalle", files, run, {**SETTINGS, "heads": 5})
-    swapped = [files[1], files[0], files[2]]
-    with pytest.raises(PretrainedError, match="text_embeddings.weight"):
-        catalogue.import_files("rudalle", swapped, run, SETTINGS)
+        catalogue.import_files("rudalle", files, run, own)
     with pytest.raises(PretrainedError, match=r"missing\.model"):
-        catalogue.import_files("rudalle", [*files[:2], tmp_path / "missing.model"], run, SETTINGS)
+        catalogue.import_files("rudalle", files, run, {**own, "vocabulary": "missing.model"})
+    with pytest.raises(PretrainedError, match="heads=5"):
+        catalogue.import_files("rudalle", files, run, {**own, "heads": 5})
+    with pytest.raises(PretrainedError, match="text_embeddings.weight"):
+        catalogue.import_files("rudalle", files[::-1], run, own)
     with pytest.raises(PretrainedError, match="dalle_jax.pretrained rudalle`"):
-        catalogue.import_files("rudalle-malevich", files, run, {})
+        catalogue.import_files("rudalle-malevich", files, run, own)
     assert not workdir.has_config(run)
 
 
@@ -221,10 +220,9 @@ def test_models_of_one_size_are_not_taken_for_each_other(monkeypatch, files):
     sizes, heads = CASES["v2"]
     small = {name: (sizes, heads, "v2", "file") for name in ("rudalle-malevich", "rudalle-emojich")}
     monkeypatch.setattr(rudalle, "PUBLISHED", rudalle.PUBLISHED | small)
-    assert catalogue.importer_of(files[0]) == "rudalle-malevich"
-    assert catalogue.importer_of(files[0], "rudalle-emojich") == "rudalle-emojich"
+    assert catalogue.importers_of(files[0]) == list(small)
     arrays = dict(state_dict.read(files[0]))
     arrays["text_embeddings.weight"] = arrays["text_embeddings.weight"] * np.nan
     np.savez(files[0], **arrays)
     with pytest.raises(UserError, match="^(?!.*holds the weights of).*NaN"):
-        catalogue.import_files("rudalle-emojich", files, "run", {})
+        catalogue.import_files("rudalle-emojich", files, "run", settings_of(files))
