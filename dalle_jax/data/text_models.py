@@ -7,13 +7,14 @@ from etils import epath
 from dalle_jax.data.json_tokenizer import JsonTokenizer
 from dalle_jax.data.labels import Labels
 from dalle_jax.data.text import CaptionModel, TextModel
+from dalle_jax.data.youtokentome import YouTokenToMe
 from dalle_jax.errors import DataError
 from dalle_jax.storage import checksummed
 from dalle_jax.storage.files import expanded
 from dalle_jax.storage.json_files import parse
 
 _JSON_KINDS = (Labels, JsonTokenizer)
-FILE_NAMES = tuple(kind.file_name for kind in (TextModel, *_JSON_KINDS))  # in a workdir
+FILE_NAMES = tuple(kind.file_name for kind in (TextModel, YouTokenToMe, *_JSON_KINDS))  # in a workdir
 
 
 def load(path: str | epath.PathLike) -> CaptionModel:
@@ -40,4 +41,6 @@ def load(path: str | epath.PathLike) -> CaptionModel:
         for kind in _JSON_KINDS:
             if kind.recognises(document):
                 return kind.from_bytes(content, str(path))
+    if YouTokenToMe.recognises(content):
+        return YouTokenToMe(content, str(path))
     return TextModel(content, str(path))

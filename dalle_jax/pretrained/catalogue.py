@@ -8,12 +8,12 @@ from typing import Any
 
 from dalle_jax.checkpoints import workdir
 from dalle_jax.errors import ConfigError, PretrainedError, UserError
-from dalle_jax.pretrained import clip, inception, llamagen, maskgit, mindalle, openai_dvae, state_dict, vqgan
+from dalle_jax.pretrained import clip, inception, llamagen, maskgit, mindalle, openai_dvae, rudalle, state_dict, vqgan
 from dalle_jax.pretrained.importer import Importer
 
 _ALL = (
-    *vqgan.IMPORTERS, *llamagen.IMPORTERS, *maskgit.IMPORTERS, mindalle.IMPORTER, openai_dvae.IMPORTER, clip.IMPORTER,
-    inception.IMPORTER,
+    *vqgan.IMPORTERS, *llamagen.IMPORTERS, *rudalle.IMPORTERS, *maskgit.IMPORTERS, mindalle.IMPORTER,
+    openai_dvae.IMPORTER, clip.IMPORTER, inception.IMPORTER,
 )  # fmt: skip
 IMPORTERS: dict[str, Importer] = {one.name: one for one in _ALL}
 _MODULE_CLASSES = frozenset().union(*(one.module_classes for one in IMPORTERS.values()))

@@ -137,7 +137,7 @@ class AutoregressiveOptions:
         """Returns W, the number of classes of the text head."""
         return layout.text_ids if self.padding_classes else layout.text_vocab + 1
 
-    def text_targets(self, layout: TokenLayout, text: Int[ArrayLike, "B _"]) -> Int[Array, "B _"]:
+    def text_targets(self, layout: TokenLayout, text: Int[ArrayLike, "B _"]) -> Int[ArrayLike, "B _"]:
         """Converts text ids to classes of the text head, int32 [B, _] in [0, W)."""
         return text if self.padding_classes else layout.text_targets(text)
 
