@@ -184,8 +184,8 @@ def changed(name, shape):
 def test_arrays_of_the_transformer_that_do_not_fit_are_named(tmp_path, files, name, shape, tokens):
     given = [write(tmp_path / "partial", changed(name, shape)), files[1]]
     with pytest.raises(PretrainedError, match="partial.*" + ".*".join(tokens)) as caught:
-        catalogue.import_files(NAME, given, str(tmp_path / "run"), {})
-    assert OTHER not in str(caught.value) and not (tmp_path / "run").exists()
+        catalogue.import_files(OTHER, given, str(tmp_path / "run"), {})
+    assert NAME not in str(caught.value) and not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
