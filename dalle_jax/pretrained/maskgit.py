@@ -244,7 +244,7 @@ def _run(name: str, files: Sequence[str | os.PathLike], output: str, settings: M
     names, classes = settings["names"], prior.layout.text_vocab
     labels = read_names(names, classes) if names else Labels(classes)
     prior_run.save(output, name, prior, convert(arrays, prior), image_tokenizer, image_params, labels)
-    return f"{classes:,} classes, {image_tokenizer.image_size} pixels, {prior.options}"
+    return f"{classes:,} classes, {image_tokenizer.image_size} pixels, {prior_run.described(prior)}"
 
 
 def _claims(name: str, arrays: Arrays) -> bool:

@@ -210,7 +210,7 @@ def _run(files: Sequence[str | os.PathLike], output: str, settings: Mapping[str,
     except PretrainedError as error:
         raise PretrainedError(f"{second}: {error}") from error
     prior_run.save(output, NAME, prior, params, tokenizer, image_params, vocabulary)
-    return f"{image_size} pixels, {prior.options}"
+    return f"{image_size} pixels, {prior_run.described(prior)}"
 
 
 def _is_transformer(arrays: Arrays) -> bool:

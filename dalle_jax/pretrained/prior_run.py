@@ -40,6 +40,12 @@ def check_free(output: str) -> None:
         raise ConfigError(f"--output={output} holds checkpoints already. Give a new folder.")
 
 
+def described(prior: TokenPrior) -> str:
+    """Returns the sizes of a prior in words, for the last line of the command."""
+    trunk, layout = prior.options.trunk, prior.layout
+    return f"{layout.height} x {layout.width} tokens of {layout.image_vocab:,}, {trunk.depth} layers of width {trunk.width}"
+
+
 def save(
     output: str,
     name: str,
