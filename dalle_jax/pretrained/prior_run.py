@@ -43,7 +43,8 @@ def check_free(output: str) -> None:
 def described(prior: TokenPrior) -> str:
     """Returns the sizes of a prior in words, for the last line of the command."""
     trunk, layout = prior.options.trunk, prior.layout
-    return f"{layout.height} x {layout.width} tokens of {layout.image_vocab:,}, {trunk.depth} layers of width {trunk.width}"
+    tokens = f"{layout.height} x {layout.width} tokens of {layout.image_vocab:,}"
+    return f"{tokens}, {trunk.depth} layers of width {trunk.width}"
 
 
 def save(
