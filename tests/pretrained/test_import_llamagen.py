@@ -25,7 +25,7 @@ LARGER = dataclasses.replace(
 )
 
 
-@pytest.fixture(params=["small", "larger", "llamagen-vq-ds16"])
+@pytest.fixture(params=["small", "larger", pytest.param("llamagen-vq-ds16", marks=pytest.mark.slow)])
 def case(request):
     """Options, arrays, images, and the outputs of the plain module."""
     options = {"small": SMALL, "larger": LARGER}.get(request.param) or llamagen.PUBLISHED[request.param]

@@ -1,4 +1,7 @@
-"""The import of MaskGIT's published models: golden logits, the image tokenizer, drawing, and files that do not fit."""
+"""The import of MaskGIT's published models: golden logits, the image tokenizer, drawing, and files that do not fit.
+
+tests/golden/published holds random weights in the published layout, and what the authors' code computes from them.
+"""
 
 from pathlib import Path
 

@@ -1,4 +1,7 @@
-"""The import of minDALL-E: golden logits, cached decoding, drawing from captions, and files that do not fit."""
+"""The import of minDALL-E: golden logits, cached decoding, drawing from captions, and files that do not fit.
+
+tests/golden/published holds random weights in the published layout, and what the authors' code computes from them.
+"""
 
 import dataclasses
 from pathlib import Path
