@@ -381,5 +381,5 @@ IMPORTERS = (
             ("rudalle-kandinsky", "Kandinsky (12B)", 11_519_306_624 + _OF_VAE, "shonenkov-AI/Kandinsky"),
         )
     ),
-    _importer(OWN, "Another model in ru-DALL-E's layout, such as a training of your own", None, "yours", "yours"),
+    _importer(OWN, "Another model in ru-DALL-E's layout, such as your own training", None, "yours", "yours"),
 )

@@ -1,4 +1,4 @@
-"""The vocabularies of YouTokenToMe: the ids of its own code, dropout, and files that are none."""
+"""The vocabularies of YouTokenToMe: the ids of the original code, dropout, and files that are none."""
 
 import pickle
 
