@@ -25,7 +25,7 @@ CORE = [
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.9",
 ]
-CLIP = ["tokenizers"]  # the captions of published CLIP weights
+CLIP = ["tokenizers"]  # the captions of published CLIP weights, and of minDALL-E
 GCS = ["gcsfs>=2026.4"]  # workdirs on gs://
 NOTEBOOK = ["ipykernel", "nbclient", "nbformat"]  # to run experiments/notebooks
 TEST = [

@@ -35,9 +35,20 @@ PRIORS = {
     "any order": autoregressive(attention="full", order="random"),
     "start tokens": autoregressive(start_tokens=True, tied_embeddings=True),
     "any order, start tokens": autoregressive(attention="full", order="random", start_tokens=True),
+    "shifted": autoregressive(
+        dict(norm_placement="sandwich", final_norms=2, qkv_bias=True, activation="gelu_tanh"), wrap=False, torus=True,
+        shifted=True, head_bias=True, padding_classes=True,
+    ),
     "maskgit": maskgit(),
+    "maskgit, published": maskgit(
+        dict(
+            norm_placement="post", norm_epsilon=1e-12, embedding_norm=True, final_norms=0, qkv_bias=True,
+            positions="table", activation="gelu_tanh",
+        ),
+        head_activation="gelu_tanh", text_reads_image=True,
+    ),
     "maskgit, small data": maskgit(head="linear", tied_embeddings=False, neighbour_kernel=3),
-}
+}  # fmt: skip
 
 
 def changed(prior, trunk=None, **options):

@@ -63,5 +63,6 @@ def of_subject(calls: Mapping[str, int], subject: Subject, rows: int, sampling: 
     slices = 1 if sampling else subject.options.accumulate_steps
     heads = rows * prior.options.trunk.heads / mesh.size / slices
     layout = prior.stream
-    queries = layout.image_length if sampling else layout.length
+    over_all = not sampling or getattr(prior.options, "text_reads_image", False)
+    queries = layout.length if over_all else layout.image_length
     return seconds(calls, prior.options.patterns, layout, queries, heads, topologies.chip(mesh.devices.flat[0]))

@@ -54,16 +54,18 @@ def sampling(prior_: TokenPrior, rows: int) -> float:
     """
     lay = prior_.stream
     text = _trunk(prior_, lay.text_length, slice(0, lay.text_length))
-    steps = prior_.decoding_steps(None) if isinstance(prior_, MaskGITPrior) else 1
     image = _trunk(prior_, lay.image_length, slice(lay.text_length, None)) + _image_head(prior_)
-    return rows * (text + steps * image)
+    if not isinstance(prior_, MaskGITPrior):
+        return rows * (text + image)
+    steps = prior_.decoding_steps(None)
+    return rows * ((steps if prior_.options.text_reads_image else 1) * text + steps * image)
 
 
 def prior(one: TokenPrior) -> float:
     """Counts the forward pass of one row in training."""
     lay, text_head = one.layout, 0
     if not isinstance(one, MaskGITPrior):
-        text_head = 2 * one.options.predicted_text(lay) * _width(one) * (lay.text_vocab + 1)
+        text_head = 2 * one.options.predicted_text(lay) * _width(one) * one.options.text_classes(lay)
     return _trunk(one, one.stream.length, slice(None)) + text_head + _image_head(one)
 
 

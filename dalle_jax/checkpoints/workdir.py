@@ -2,7 +2,7 @@
 
     <workdir>/config.json, config.json.sha256    the configuration, and its checksum
     <workdir>/finished.json                      the end of a training: its last step, its best and last evaluation
-    <workdir>/text/sentencepiece.model           the text model
+    <workdir>/text/sentencepiece.model           the text model, or another kind of one (`data.text_models`)
     <workdir>/image_tokenizer/options.json       options of the frozen image tokenizer
     <workdir>/image_tokenizer/params.msgpack     its parameters
     <workdir>/tokens-…/                          for training only: the image tokens of the training split
@@ -22,8 +22,10 @@ from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import checksums, frozen
 from dalle_jax.checkpoints.checkpoints import Checkpoints
+from dalle_jax.checkpoints.compatibility import to_json
 from dalle_jax.configuration.values import natural
-from dalle_jax.data.text import TextModel
+from dalle_jax.data import text_models
+from dalle_jax.data.text import CaptionModel, TextModel
 from dalle_jax.distributed.turns import first_host_first
 from dalle_jax.errors import CheckpointError, ConfigError, DamagedError, UserError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
@@ -76,6 +78,11 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
     if wrong := _first_wrong(config, _SECTIONS):
         raise CheckpointError(f"{path} is damaged: {wrong}. {remedy}")
     return config
+
+
+def save_config(workdir: epath.PathLike, config: ConfigDict | Mapping[str, Any]) -> None:
+    """Writes config.json and its checksum. A folder with this file is a workdir."""
+    checksummed.write_json(_path(workdir, "config.json"), to_json(config))
 
 
 def _first_wrong(found: Mapping[str, Any], sections: Mapping[str, Any], prefix: str = "") -> str | None:
@@ -243,8 +250,14 @@ def _lost_checkpoint(workdir: epath.PathLike, step: int | None, steps: Sequence[
 
 
 def text_model_path(workdir: epath.PathLike) -> epath.Path:
-    """Returns the path of the workdir's text model."""
-    return _path(workdir, "text", "sentencepiece.model")
+    """Returns the path of the workdir's text model. Without one, it is the path of the one to train."""
+    found = [path for name in text_models.FILE_NAMES if (path := _path(workdir, "text", name)).exists()]
+    return found[0] if found else _path(workdir, "text", TextModel.file_name)
+
+
+def save_text_model(workdir: epath.PathLike, model: CaptionModel) -> None:
+    """Freezes a text model into `workdir`."""
+    model.save(_path(workdir, "text", model.file_name))
 
 
 def check_text_section(section: ConfigDict) -> None:
@@ -253,7 +266,7 @@ def check_text_section(section: ConfigDict) -> None:
     natural("config.text.length", section["length"], 1, LONGEST_STREAM)
 
 
-def ensure_text_model(section: ConfigDict, captions: Iterable[str], workdir: epath.PathLike) -> TextModel:
+def ensure_text_model(section: ConfigDict, captions: Iterable[str], workdir: epath.PathLike) -> CaptionModel:
     """Loads the workdir's text model, after copying it from `section.path` or training it if it does not exist yet.
 
     Args:
@@ -269,11 +282,11 @@ def ensure_text_model(section: ConfigDict, captions: Iterable[str], workdir: epa
     with first_host_first(f"the text model {path}"):
         if not path.exists():
             if section.path:
-                TextModel.load(section.path).save(path)
+                save_text_model(workdir, text_models.load(section.path))
             else:
                 logging.info("Training the text model (%s)", path)
                 TextModel.train(captions, section.vocab_size, path)
-    model = TextModel.load(path)
+    model = text_models.load(text_model_path(workdir))
     if model.vocab_size > section.vocab_size:
         raise ConfigError(
             f"The text model {path} has {model.vocab_size} ids but config.text.vocab_size is {section.vocab_size}: "
@@ -282,11 +295,11 @@ def ensure_text_model(section: ConfigDict, captions: Iterable[str], workdir: epa
     return model
 
 
-def load_text_model(workdir: epath.PathLike) -> TextModel:
+def load_text_model(workdir: epath.PathLike) -> CaptionModel:
     """Loads the text model of a prior's workdir.
 
     Raises:
       DataError: it is missing, or not a text model.
       DamagedError: it changed since the training wrote it.
     """
-    return TextModel.load(text_model_path(workdir))
+    return text_models.load(text_model_path(workdir))

@@ -50,7 +50,7 @@ class BytePairs:
             if path.is_dir() or path.suffix == ".gz":
                 self._tokenizer = _from_merges(*(_read_folder(path) if path.is_dir() else _read_merges(path)))
             else:
-                self._tokenizer = _package().Tokenizer.from_str(checksummed.read(path).decode())
+                self._tokenizer = tokenizers_package().Tokenizer.from_str(checksummed.read(path).decode())
         except UserError:
             raise
         except Exception as error:  # the package raises plain `Exception` for unreadable files
@@ -90,12 +90,13 @@ class BytePairs:
         return ""
 
 
-def _package() -> Any:
+def tokenizers_package() -> Any:
+    """Imports the package `tokenizers`; raises a `DataError` if it is not installed."""
     try:
         import tokenizers
     except ImportError as error:
         raise DataError(
-            "Captions of published CLIP weights need the package `tokenizers`: pip install -e '.[clip]'."
+            "Captions of published weights need the package `tokenizers`: pip install -e '.[clip]'."
         ) from error
     return tokenizers
 
@@ -120,7 +121,7 @@ def _read_merges(path: epath.Path) -> tuple[dict[str, int], list[tuple[str, str]
 
 def _from_merges(vocab: dict[str, int], pairs: list[tuple[str, str]]) -> Any:
     """Returns the tokenizer that CLIP's code describes."""
-    package = _package()
+    package = tokenizers_package()
     tokenizer = package.Tokenizer(package.models.BPE(vocab, pairs, end_of_word_suffix=_WORD_END))
     make, split = package.normalizers, package.pre_tokenizers
     tokenizer.normalizer = make.Sequence([make.NFC(), make.Replace(package.Regex(r"\s+"), " "), make.Lowercase()])

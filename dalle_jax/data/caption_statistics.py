@@ -10,7 +10,7 @@ import statistics
 import unicodedata
 from collections.abc import Sequence
 
-from dalle_jax.data.text import TextModel, normalize
+from dalle_jax.data.text import CaptionModel, TextModel, normalize
 
 _MOST_ENCODED = 5000  # captions to train and apply a text model on
 _SMALLEST_VOCABULARY = 1024
@@ -79,7 +79,7 @@ class CaptionStatistics:
 def measure_captions(
     captions: Sequence[Sequence[str]],
     text_length: int | None = None,
-    text_model: TextModel | None = None,
+    text_model: CaptionModel | None = None,
     vocab_size: int | None = None,
 ) -> CaptionStatistics | None:
     """Measures captions.
@@ -116,7 +116,7 @@ def measure_captions(
 
 
 def _tokens(
-    captions: Sequence[str], text_length: int | None, text_model: TextModel | None, vocab_size: int | None
+    captions: Sequence[str], text_length: int | None, text_model: CaptionModel | None, vocab_size: int | None
 ) -> TokenStatistics | None:
     step = -(-len(captions) // _MOST_ENCODED)
     sample = [caption for caption in map(normalize, captions[::step]) if caption]

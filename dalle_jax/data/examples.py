@@ -30,7 +30,7 @@ from dalle_jax.data.sources.decoding import decode_image, read_header
 from dalle_jax.data.sources.source import DataOptions, Record, Source, UnreadableExample, decode_captions
 from dalle_jax.data.spread import evenly
 from dalle_jax.data.tally import TRUNCATED, UNKNOWN_LETTERS, USED, Note
-from dalle_jax.data.text import TextModel
+from dalle_jax.data.text import CaptionModel
 from dalle_jax.data.token_store import TokensInMemory, TokenStore, token_dtype
 from dalle_jax.errors import DataError
 from dalle_jax.token_layout import TokenLayout
@@ -77,7 +77,7 @@ class ExampleMaker:
         self,
         source: Source,
         options: DataOptions,
-        text_model: TextModel | None,
+        text_model: CaptionModel | None,
         layout: TokenLayout | None,
         *,
         train: bool,

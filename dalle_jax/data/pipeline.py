@@ -21,7 +21,7 @@ from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions, Source, UnreadableExample, decode_captions
 from dalle_jax.data.spread import Selected, evenly
 from dalle_jax.data.tally import Note, Tally
-from dalle_jax.data.text import TextModel
+from dalle_jax.data.text import CaptionModel
 from dalle_jax.data.token_store import TokensInMemory, TokenStore
 from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.token_layout import TokenLayout
@@ -44,7 +44,7 @@ class Pipeline:
     def __init__(
         self,
         options: DataOptions,
-        text_model: TextModel | None = None,
+        text_model: CaptionModel | None = None,
         layout: TokenLayout | None = None,
         *,
         split: str,

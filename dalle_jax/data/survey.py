@@ -25,7 +25,7 @@ from dalle_jax.data.sources.own import choose_source
 from dalle_jax.data.sources.record import Record, UnreadableExample
 from dalle_jax.data.sources.source import DataOptions, Source, decode_captions
 from dalle_jax.data.spread import in_spread_order
-from dalle_jax.data.text import TextModel
+from dalle_jax.data.text import CaptionModel
 from dalle_jax.errors import DataError
 
 SPLITS = ("train", "validation")
@@ -139,7 +139,7 @@ def survey(
     sources: Mapping[str, Source] | None = None,
     *,
     text_length: int | None = None,
-    text_model: TextModel | None = None,
+    text_model: CaptionModel | None = None,
     vocab_size: int | None = None,
     captions: str = "counted",
     effort: Effort = THOROUGH,

@@ -18,7 +18,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Iterable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import sentencepiece
 from absl import logging
@@ -52,6 +52,35 @@ class CaptionEncoder(Protocol):
 
     def unknown_letters(self, text: str) -> str:
         """Returns the different letters of a caption that have no id."""
+
+
+@runtime_checkable
+class CaptionModel(Protocol):
+    """The text model of a prior: encodes captions as ids in [0, V), and decodes them.
+
+    Attributes:
+      vocab_size: V, without padding.
+      file_name: name of its file in a workdir.
+      takes_dropout: whether `encode` has BPE dropout.
+    """
+
+    vocab_size: int
+    file_name: str
+    takes_dropout: bool
+
+    def encode(
+        self, text: str, *, max_length: int, dropout: float = 0.0, seed: int | None = None
+    ) -> tuple[list[int], bool]:
+        """See `TextModel.encode`."""
+
+    def unknown_letters(self, text: str) -> str:
+        """See `TextModel.unknown_letters`."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """See `TextModel.decode`."""
+
+    def save(self, path: str | epath.PathLike) -> None:
+        """Writes the model and its checksum."""
 
 
 def normalize(text: str) -> str:
@@ -136,6 +165,9 @@ class TextModel:
     Attributes:
       vocab_size: V; ids lie in [0, V), and id 0 stands for characters that the vocabulary lacks.
     """
+
+    file_name = "sentencepiece.model"
+    takes_dropout = True
 
     def __init__(self, serialized: bytes, origin: str = "the given bytes"):
         """Wraps a serialized sentencepiece model.

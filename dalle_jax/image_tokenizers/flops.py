@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from dalle_jax.image_tokenizers.dvae_network import DVAEOptions
 from dalle_jax.image_tokenizers.vq_network import VQOptions
-from dalle_jax.image_tokenizers.vqgan_network import VQGANOptions
+from dalle_jax.image_tokenizers.vqgan_options import VQGANOptions
 
 
 class Flops(NamedTuple):
@@ -112,22 +112,26 @@ def vqgan_flops(options: VQGANOptions, image_size: int) -> Flops:
     sides = [image_size // 2**level for level in range(levels)]
     tokens, last = sides[-1] ** 2, widths[-1]
     first_layer = 2 * sides[0] ** 2 * 27 * o.hidden
-    middle = 2 * _vqgan_block(sides[-1], last, last) + _vqgan_attention(sides[-1], last)
+    middle = 2 * _vqgan_block(o, sides[-1], last, last)
+    middle += _vqgan_attention(sides[-1], last) if o.middle_attention else 0.0
     all_codes = 2 * tokens * o.code_dim * o.vocab_size
     relaxed = all_codes if o.quantizer == "gumbel" else 0.0
 
-    encoder = first_layer + middle + 2 * tokens * o.latent * (9 * last + o.code_dim) + relaxed
+    through_codes = 2 * tokens * o.latent * o.code_dim if o.code_layers else 0.0
+    out_kernel = 9 if o.code_layers else 1
+
+    encoder = first_layer + middle + 2 * tokens * o.latent * out_kernel * last + through_codes + relaxed
     before = o.hidden
     for level in range(levels):
         encoder += _vqgan_level(o, level, sides[level], before, o.blocks)
         before = widths[level]
-        if level < levels - 1:
+        if level < levels - 1 and o.downsampling == "convolution":
             encoder += 2 * sides[level + 1] ** 2 * 9 * before**2
 
-    decoder = relaxed + 2 * tokens * o.latent * (9 * last + o.code_dim) + middle
+    decoder = relaxed + through_codes + 2 * tokens * o.latent * 9 * last + middle
     before = last
     for level in reversed(range(levels)):
-        decoder += _vqgan_level(o, level, sides[level], before, o.blocks + 1)
+        decoder += _vqgan_level(o, level, sides[level], before, o.blocks_up)
         before = widths[level]
         if level:
             decoder += 2 * sides[level - 1] ** 2 * 9 * before**2
@@ -138,11 +142,11 @@ def vqgan_flops(options: VQGANOptions, image_size: int) -> Flops:
 def _vqgan_level(o: VQGANOptions, level: int, side: int, before: int, blocks: int) -> float:
     width = o.widths[level]
     attention = blocks * _vqgan_attention(side, width) if level in o.attention_levels else 0.0
-    return _vqgan_block(side, before, width) + (blocks - 1) * _vqgan_block(side, width, width) + attention
+    return _vqgan_block(o, side, before, width) + (blocks - 1) * _vqgan_block(o, side, width, width) + attention
 
 
-def _vqgan_block(side: int, inputs: int, outputs: int) -> float:
-    skip = inputs * outputs if inputs != outputs else 0
+def _vqgan_block(o: VQGANOptions, side: int, inputs: int, outputs: int) -> float:
+    skip = (inputs if o.skip == "input" else outputs) * outputs if inputs != outputs else 0
     return 2 * side**2 * (9 * outputs * (inputs + outputs) + skip)
 
 

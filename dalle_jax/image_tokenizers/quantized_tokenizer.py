@@ -39,10 +39,18 @@ class QuantizedTokenizer(NetworkTokenizer, abc.ABC):
         """
         self.grid(images.shape[1])
         self.grid(images.shape[2])
-        return self.module.apply({"params": params}, to_signed(images), method="encode")
+        return self.module.apply({"params": params}, self.scaled(images), method="encode")
+
+    def scaled(self, images: UInt8[ArrayLike, "*axes"]) -> Float[ArrayLike, "*axes"]:
+        """Maps uint8 pixels to the scale of the network, float32 in [-1, 1]."""
+        return to_signed(images)
+
+    def unscaled(self, pixels: Float[ArrayLike, "*axes"]) -> Float[Array, "*axes"]:
+        """Maps pixels in the scale of the network to [0, 1], and clips them."""
+        return from_signed(pixels)
 
     def decode_vectors(self, params: PyTree, vectors: Float[ArrayLike, "B h w D"]) -> Float[Array, "B H W 3"]:
-        """Decodes codes, float32 [B, h, w, D], to pixels, float32 [B, H, W, 3], about [-1, 1] and not clipped."""
+        """Decodes codes, float32 [B, h, w, D], to unclipped pixels in the network's scale, float32 [B, H, W, 3]."""
         return self.module.apply({"params": params}, vectors, method="decode")
 
     def encode(self, params: PyTree, images: UInt8[ArrayLike, "B H W 3"]) -> Int[Array, "B h w"]:
@@ -69,7 +77,7 @@ class QuantizedTokenizer(NetworkTokenizer, abc.ABC):
         Returns:
           Images, float32 [B, H, W, 3] in [0, 1].
         """
-        return from_signed(self.decode_vectors(params, jnp.take(self.codebook(params), tokens, axis=0)))
+        return self.unscaled(self.decode_vectors(params, jnp.take(self.codebook(params), tokens, axis=0)))
 
     @abc.abstractmethod
     def codebook(self, params: PyTree) -> Float[ArrayLike, "V D"]:

@@ -1,4 +1,4 @@
-"""Changes of resolution: grids of tokens, space to depth and back, max pooling, nearest-neighbour upsampling.
+"""Changes of resolution: grids of tokens, space to depth and back, pooling, nearest-neighbour upsampling.
 
 B batch    H, W image or grid    C channels    s factor
 """
@@ -47,6 +47,11 @@ def depth_to_space(x: Float[ArrayLike, "B h w _"], factor: int) -> Float[ArrayLi
 def max_pool(x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B _ _ C"]:
     """Computes the maximum of each 2 x 2 block: [B, H, W, C] to [B, H/2, W/2, C]."""
     return nn.max_pool(x, (2, 2), strides=(2, 2))
+
+
+def average_pool(x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B _ _ C"]:
+    """Computes the mean of each 2 x 2 block: [B, H, W, C] to [B, H/2, W/2, C]."""
+    return nn.avg_pool(x, (2, 2), strides=(2, 2))
 
 
 def upsample(x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B 2*H 2*W C"]:

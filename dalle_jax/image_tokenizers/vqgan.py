@@ -12,7 +12,8 @@ from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from dalle_jax.image_tokenizers.flops import Flops, vqgan_flops
 from dalle_jax.image_tokenizers.quantized_tokenizer import QuantizedTokenizer
-from dalle_jax.image_tokenizers.vqgan_network import VQGAN, VQGANOptions
+from dalle_jax.image_tokenizers.vqgan_network import VQGAN
+from dalle_jax.image_tokenizers.vqgan_options import VQGANOptions
 from dalle_jax.pytree import PyTree
 
 
@@ -27,6 +28,15 @@ class VQGANTokenizer(QuantizedTokenizer):
     options: VQGANOptions
     kind = "vqgan"
     network = VQGAN
+
+    def scaled(self, images: UInt8[ArrayLike, "*axes"]) -> Float[ArrayLike, "*axes"]:
+        """Maps uint8 pixels to the scale of the network, float32 in [-1, 1] or in [0, 1] (`pixel_range`)."""
+        unit = self.options.pixel_range == "unit"
+        return images.astype(jnp.float32) / 255 if unit else super().scaled(images)
+
+    def unscaled(self, pixels: Float[ArrayLike, "*axes"]) -> Float[Array, "*axes"]:
+        """See `QuantizedTokenizer.unscaled`."""
+        return jnp.clip(pixels, 0.0, 1.0) if self.options.pixel_range == "unit" else super().unscaled(pixels)
 
     def code_logits(self, params: PyTree, features: Float[ArrayLike, "B h w D"]) -> Float[Array, "B h w V"]:
         """Computes the logits of the codes from `features`, float32 [B, h, w, V]. Only with quantizer="gumbel"."""

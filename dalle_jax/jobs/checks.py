@@ -18,6 +18,7 @@ from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
 from dalle_jax.configuration.size_rules import rules_of, with_largest
 from dalle_jax.configuration.values import check_seed, natural
+from dalle_jax.data import text_models
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import (
     DataOptions,
@@ -239,7 +240,12 @@ def check_files(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -
     path = config.text.path if "text" in config else None
     if path and (expanded(path).exists() or not any(str(path).startswith(str(run)) for run in ahead)):
         check_text_model(path)
-        size, model = config.text.vocab_size, TextModel.load(path)
+        size, model = config.text.vocab_size, text_models.load(path)
+        if config.data.bpe_dropout and not model.takes_dropout:
+            raise ConfigError(
+                f"config.data.bpe_dropout is {config.data.bpe_dropout}, and the text model {path} has no BPE dropout: "
+                "give --config.data.bpe_dropout=0."
+            )
         if size is not None and model.vocab_size > size:
             raise ConfigError(
                 f"config.text.vocab_size is {size}, but the text model {path} has {model.vocab_size} ids: give at "

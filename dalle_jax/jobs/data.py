@@ -19,6 +19,7 @@ from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration.options import from_config
 from dalle_jax.configuration.values import natural
 from dalle_jax.data import survey as surveys
+from dalle_jax.data import text_models
 from dalle_jax.data.advice import advise
 from dalle_jax.data.augment import augment, fit_square
 from dalle_jax.data.sources.decoding import decode_image
@@ -28,7 +29,7 @@ from dalle_jax.data.sources.record import UnreadableExample
 from dalle_jax.data.sources.source import DataOptions, Source, decode_captions
 from dalle_jax.data.spread import in_spread_order
 from dalle_jax.data.survey import SplitSurvey, Survey
-from dalle_jax.data.text import TextModel
+from dalle_jax.data.text import CaptionModel
 from dalle_jax.distributed.turns import first_host_first, is_first
 from dalle_jax.errors import DataError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
@@ -147,11 +148,11 @@ def _effort(options: DataOptions, training: bool) -> surveys.Effort:
     return surveys.GLANCE if options.source in _DRAWN or is_remote(options.path) else surveys.QUICK
 
 
-def _text_model(text: Mapping[str, Any], workdir: str) -> TextModel | None:
+def _text_model(text: Mapping[str, Any], workdir: str) -> CaptionModel | None:
     """Returns the text model that a training in `workdir` uses, if it exists already."""
     for path in (workdirs.text_model_path(workdir), text.get("path")):
         if path and expanded(path).exists():
-            return TextModel.load(path)
+            return text_models.load(path)
     return None
 
 

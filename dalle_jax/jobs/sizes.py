@@ -21,9 +21,10 @@ from ml_collections import ConfigDict
 from dalle_jax.checkpoints.compatibility import flatten
 from dalle_jax.configuration.options import from_config
 from dalle_jax.configuration.size_rules import open_sizes, rules_of
+from dalle_jax.data import text_models
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions
-from dalle_jax.data.text import TextModel, normalize
+from dalle_jax.data.text import CaptionModel, TextModel, normalize
 from dalle_jax.distributed.turns import first_host_says, is_first
 from dalle_jax.jobs import earlier
 
@@ -112,14 +113,15 @@ def _measured(config: ConfigDict, keys: list[str]) -> dict[str, int]:
         sizes["steps"] = rules.steps(found.examples, config.batch_size)
     if "text.vocab_size" in keys:
         if config.text.path:
-            sizes["text.vocab_size"] = TextModel.load(config.text.path).vocab_size
+            sizes["text.vocab_size"] = text_models.load(config.text.path).vocab_size
         else:
             words = len({word for caption in found.sample for word in caption.split()})
             sizes["text.vocab_size"] = rules.vocab_size(found.captions, words, _letters(found.sample))
     if "text.length" in keys:
         vocab_size = sizes.get("text.vocab_size", config.text.vocab_size)
-        model = TextModel.load(config.text.path) if config.text.path else TextModel.train(found.sample, vocab_size)
-        sizes["text.length"] = rules.text_length(_tokens(model, found.sample, options.bpe_dropout))
+        model = text_models.load(config.text.path) if config.text.path else TextModel.train(found.sample, vocab_size)
+        dropout = options.bpe_dropout if model.takes_dropout else 0.0
+        sizes["text.length"] = rules.text_length(_tokens(model, found.sample, dropout))
     logging.info(
         "%s, from %s examples with %s captions in %s: %s (set a key to choose another value)",
         config.task, f"{found.examples:,}", f"{found.captions:,}", options.path or options.source,
@@ -138,7 +140,7 @@ def _letters(captions: tuple[str, ...]) -> int:
     return int(np.searchsorted(covered, _COVERED)) + 1
 
 
-def _tokens(model: TextModel, captions: tuple[str, ...], dropout: float) -> int:
+def _tokens(model: CaptionModel, captions: tuple[str, ...], dropout: float) -> int:
     """Returns a number of tokens that 99% of the captions do not exceed, with BPE dropout as in training."""
     most = max(map(len, captions)) + len(captions)
     lengths = [

@@ -1,7 +1,9 @@
 """One block of the transformer that both priors share, over the stream "text, then image grid".
 
-DALL-E, section 2.2, with pre-norm blocks. The paper does not describe its block. Its gradient scaling for fp16 is not
-needed in bfloat16 (footnote 12). Norm, activation, QK-norm and positions are options. `trunk.py` stacks the blocks.
+DALL-E, section 2.2. The paper does not describe its block. Its gradient scaling for fp16 is not needed in bfloat16
+(footnote 12), and neither is CogView's PB-relax (arXiv 2105.13290, section 2.4). That only keeps the scores of
+attention within the range of fp16 and changes no result. Norms and their places, activation, biases, QK-norm and
+positions are options. `trunk.py` stacks the blocks.
 
     B batch    C captions    n candidates of a caption    S = T + N sequence    T text    N image tokens
     D width    H heads    K head size    F hidden width of the MLP    P = S, T or N positions
@@ -41,10 +43,12 @@ class Norm(nn.Module):
     Attributes:
       kind: one of `transformer_options.NORMS`.
       dtype: dtype of the output.
+      epsilon: added to the variance; 0 for 1e-5 in layer norms and 1e-6 in RMS norms.
     """
 
     kind: str
     dtype: DTypeLike
+    epsilon: float = 0.0
 
     @nn.compact
     def __call__(self, x: Float[ArrayLike, "*axes D"]) -> Float[Array, "*axes D"]:
@@ -52,9 +56,9 @@ class Norm(nn.Module):
         ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
         if self.kind == "layernorm":
-            norm = nn.LayerNorm(epsilon=1e-5, dtype=jnp.float32, scale_init=ones, bias_init=zeros, name="norm")
+            norm = nn.LayerNorm(self.epsilon or 1e-5, dtype=jnp.float32, scale_init=ones, bias_init=zeros, name="norm")
         else:
-            norm = nn.RMSNorm(epsilon=1e-6, dtype=jnp.float32, scale_init=ones, name="norm")
+            norm = nn.RMSNorm(self.epsilon or 1e-6, dtype=jnp.float32, scale_init=ones, name="norm")
         return norm(x).astype(self.dtype)
 
 
@@ -78,7 +82,8 @@ class Attention(nn.Module):
     def setup(self):
         o = self.options
         heads = (o.heads, o.size_per_head)
-        self.qkv = Dense((o.width,), (3, *heads), ("embed", None, "heads", "kv"), o.dtype)
+        bias = (None, "heads", "kv") if o.qkv_bias else ()
+        self.qkv = Dense((o.width,), (3, *heads), ("embed", None, "heads", "kv"), o.dtype, bias)
         self.out = Dense(heads, (o.width,), ("heads", "kv", "embed"), o.dtype, (None,), 0.5 / o.depth)
         if o.qk_norm:
             self.q_norm, self.k_norm = Norm("rmsnorm", o.dtype, name="q_norm"), Norm("rmsnorm", o.dtype, name="k_norm")
@@ -240,7 +245,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm block: x + attention(norm(x)), then x + mlp(norm(x)). The methods are those of `Attention`.
+    """A branch of attention and a branch of MLP, each with its norms. The methods are those of `Attention`.
 
     Attributes:
       options: options of the trunk.
@@ -254,37 +259,60 @@ class Block(nn.Module):
 
     def setup(self):
         o = self.options
-        self.attention_norm, self.mlp_norm = Norm(o.norm, o.dtype), Norm(o.norm, o.dtype)
+        norm = functools.partial(Norm, o.norm, epsilon=o.norm_epsilon)
+        read = o.stream_dtype if o.norm_placement == "post" else o.dtype
+        self.attention_norm, self.mlp_norm = norm(read), norm(read)
+        if o.norm_placement == "sandwich":
+            self.attention_out_norm, self.mlp_out_norm = norm(o.stream_dtype), norm(o.stream_dtype)
         self.attention = Attention(o, self.layout, self.patterns)
         self.mlp = MLP(o)
         self.drop = nn.Dropout(o.dropout)
+
+    def _read(self, x: Float[ArrayLike, "*axes D"], branch: str) -> Float[ArrayLike, "*axes D"]:
+        """Returns the input of a branch, "attention" or "mlp"."""
+        return x if self.options.norm_placement == "post" else getattr(self, f"{branch}_norm")(x)
+
+    def _add(
+        self, x: Float[ArrayLike, "*axes D"], y: Float[ArrayLike, "*axes D"], branch: str, train: bool = False
+    ) -> Float[ArrayLike, "*axes D"]:
+        """Adds the output of a branch to the residual stream."""
+        placement, y = self.options.norm_placement, self.drop(y, deterministic=not train)
+        if placement == "sandwich":
+            y = getattr(self, f"{branch}_out_norm")(y)
+        return getattr(self, f"{branch}_norm")(x + y) if placement == "post" else x + y
+
+    def _add_mlp(
+        self, x: Float[ArrayLike, "*axes D"], train: bool = False, decode_step: bool = False
+    ) -> Float[ArrayLike, "*axes D"]:
+        """Runs the second branch; `decode_step` as in `Dense`."""
+        y = self._read(x, "mlp")
+        if decode_step:
+            y = y.reshape(-1, y.shape[-1])
+        return self._add(x, self.mlp(y, decode_step=decode_step).reshape(x.shape), "mlp", train)
 
     def __call__(
         self, x: Float[ArrayLike, "B S D"], train: bool, which: Int[ArrayLike, ""] | None = None
     ) -> Float[Array, "B S D"]:
         """Runs over the whole stream, with dropout if `train` is true."""
-        x = x + self.drop(self.attention(self.attention_norm(x), which, train), deterministic=not train)
-        x = x + self.drop(self.mlp(self.mlp_norm(x)), deterministic=not train)
-        return constrain(x, "batch", "length", "embed_act")
+        x = self._add(x, self.attention(self._read(x, "attention"), which, train), "attention", train)
+        return constrain(self._add_mlp(x, train), "batch", "length", "embed_act")
 
     def prefill(self, x: Float[ArrayLike, "C T D"]) -> tuple[Float[Array, "C T D"], TextCache]:
         """Runs over the text alone."""
-        y, kv = self.attention.prefill(self.attention_norm(x))
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x)), kv
+        y, kv = self.attention.prefill(self._read(x, "attention"))
+        return self._add_mlp(self._add(x, y, "attention")), kv
 
     def refine(self, x: Float[ArrayLike, "B N D"], text: TextCache) -> Float[Array, "B N D"]:
         """Runs over all image positions."""
-        x = x + self.attention.refine(self.attention_norm(x), text)
-        return x + self.mlp(self.mlp_norm(x))
+        y = self.attention.refine(self._read(x, "attention"), text)
+        return self._add_mlp(self._add(x, y, "attention"))
 
     def step(
         self, x: Float[ArrayLike, "B D"], text: TextCache, cache: ImageCache, position: Int[ArrayLike, ""]
     ) -> tuple[Float[Array, "B D"], ImageCache]:
         """Runs over one image position."""
-        y, cache = self.attention.step(self.attention_norm(x), text, cache, position)
-        x = x + y
-        return x + self.mlp(self.mlp_norm(x), decode_step=True), cache
+        y, cache = self.attention.step(self._read(x, "attention"), text, cache, position)
+        return self._add_mlp(self._add(x, y, "attention"), decode_step=True), cache
 
     def extend(
         self,
@@ -296,7 +324,5 @@ class Block(nn.Module):
         stored: int,
     ) -> tuple[Float[Array, "B P D"], ImageCache]:
         """Runs over several positions at once."""
-        y, cache = self.attention.extend(self.attention_norm(x), text, cache, start, visible, stored)
-        x = x + y
-        flat = self.mlp_norm(x).reshape(-1, x.shape[-1])
-        return x + self.mlp(flat, decode_step=True).reshape(x.shape), cache
+        y, cache = self.attention.extend(self._read(x, "attention"), text, cache, start, visible, stored)
+        return self._add_mlp(self._add(x, y, "attention"), decode_step=True), cache

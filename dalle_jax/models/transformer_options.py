@@ -16,15 +16,17 @@ from dalle_jax.models.attention import kernels
 from dalle_jax.models.attention.patterns import ATTENDED, HEADS
 
 NORMS = ("layernorm", "rmsnorm")
+NORM_PLACEMENTS = ("pre", "post", "sandwich")
 ACTIVATIONS = {
     "gelu": (functools.partial(jax.nn.gelu, approximate=False), False),
     "gelu_tanh": (functools.partial(jax.nn.gelu, approximate=True), False),
     "geglu": (functools.partial(jax.nn.gelu, approximate=False), True),
     "swiglu": (jax.nn.silu, True),
 }
-POSITIONS = ("learned", "rotary")
+POSITIONS = ("learned", "table", "rotary")
 DTYPES = ("float32", "bfloat16")
 _MOST = {"width": 2**16, "depth": 1024, "heads": 2**12, "head_dim": 2**12, "mlp_ratio": 2**10}  # no device holds more
+_MOST |= {"norm_epsilon": 1, "final_norms": 2}
 _KEEP = jax.checkpoint_policies
 REMAT = {  # from least to most memory
     "full": _KEEP.nothing_saveable,
@@ -47,12 +49,19 @@ class TransformerOptions:
       heads: H.
       head_dim: K; 0 for width / heads.
       mlp_ratio: F / D.
-      norm: "layernorm" or "rmsnorm", before each branch.
+      norm: "layernorm" or "rmsnorm".
+      norm_placement: norms of a branch f. "pre": x + f(norm(x)). "post": norm(x + f(x)), as in MaskGIT's reference.
+        "sandwich": x + norm(f(norm(x))), as in CogView (arXiv 2105.13290, section 2.4) and ru-DALL-E.
+      norm_epsilon: added to the variance in all norms but those of `qk_norm`; 0 for 1e-5 in layer norms and 1e-6 in RMS
+        norms.
+      embedding_norm: apply a norm to the sum of token and position embeddings, before dropout.
+      final_norms: number of norms after the last layer: 1, 0 as in MaskGIT's reference, or 2 as in ru-DALL-E.
       activation: "gelu" (exact), "gelu_tanh" (its approximation), "geglu" or "swiglu". The last two have a gate, and so
         two input matrices.
+      qkv_bias: whether queries, keys and values have biases.
       qk_norm: apply RMS norm with a learned gain to queries and keys.
-      positions: "learned" (text position; image row + column) or "rotary" (the same coordinates, as rotations of
-        queries and keys).
+      positions: "learned" (text position; image row + column), "table" (one vector for each position of text and image)
+        or "rotary" (the coordinates of "learned", as rotations of queries and keys).
       dropout: dropout rate on the embeddings and on the output of each branch.
       dtype: dtype of products and activations. Parameters, norms, softmax and losses are always float32.
       float32_residual: keep the residual stream in float32: the embeddings, and the sum of all branch outputs (DALL-E,
@@ -79,7 +88,12 @@ class TransformerOptions:
     head_dim: int = 0
     mlp_ratio: float = 4.0
     norm: str = "layernorm"
+    norm_placement: str = "pre"
+    norm_epsilon: float = 0.0
+    embedding_norm: bool = False
+    final_norms: int = 1
     activation: str = "gelu"
+    qkv_bias: bool = False
     qk_norm: bool = False
     positions: str = "learned"
     dropout: float = 0.0
@@ -93,9 +107,10 @@ class TransformerOptions:
 
     def __post_init__(self):
         choices = {"norm": NORMS, "activation": ACTIVATIONS, "positions": POSITIONS, "remat": REMAT}
-        choices |= {"attention_kernel": kernels.KERNELS, "dtype": DTYPES}
+        choices |= {"attention_kernel": kernels.KERNELS, "dtype": DTYPES, "norm_placement": NORM_PLACEMENTS}
         check(
-            self, "model.trunk", positive=["width", "depth", "heads", "mlp_ratio"], at_least_0=["head_dim"],
+            self, "model.trunk", positive=["width", "depth", "heads", "mlp_ratio"],
+            at_least_0=["head_dim", "norm_epsilon", "final_norms"],
             below_1=["dropout", "attention_dropout"], most=_MOST, choices=choices,
         )  # fmt: skip
         if self.attention_dropout and self.attention_kernel in ("splash", "cudnn"):

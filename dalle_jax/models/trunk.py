@@ -1,4 +1,4 @@
-"""The transformer trunk of both priors: all blocks, as a scan or one by one, and the last norm.
+"""The transformer trunk of both priors: all blocks, as a scan or one by one, and the final norms.
 
 Layers with a repeating order of patterns (row, column, row, row) run as one `nn.scan` over that unit. A scan compiles
 its body once, so that 64 layers compile as fast as four. It includes the last, convolutional layer: the last layer of
@@ -80,7 +80,7 @@ class Unit(nn.Module):
 
 
 class Trunk(nn.Module):
-    """All layers and the last norm.
+    """All layers and the final norms.
 
     Without `scan`, the parameters of layer i are `layer_i/...`. With `scan`, those of the repeated layers are
     `units/layer_j/...` with a leading axis of repeats. `unstack` converts them.
@@ -119,7 +119,14 @@ class Trunk(nn.Module):
         block = Block if remat is None else nn.remat(Block, policy=remat, static_argnums=(2,))
         left = range(self.scanned, o.depth)
         self.layers = [block(o, self.layout, (self.patterns[i],), name=f"layer_{i}") for i in left]
-        self.final_norm = Norm(o.norm, o.states_dtype)
+        names = ("final_norm", "second_final_norm")[: o.final_norms]
+        self.final = [Norm(o.norm, o.states_dtype, o.norm_epsilon, name=name) for name in names]
+
+    def _states(self, x: Float[ArrayLike, "*axes D"]) -> Float[Array, "*axes D"]:
+        """Applies the final norms to the residual stream, [..., D]."""
+        for norm in self.final:
+            x = norm(x)
+        return x.astype(self.options.states_dtype)
 
     def __call__(self, x: Float[ArrayLike, "B S D"], train: bool) -> Float[Array, "B S D"]:
         """Runs over the whole stream: [B, S, D] in the stream's dtype to [B, S, D] in that of the states."""
@@ -127,7 +134,7 @@ class Trunk(nn.Module):
             x, _ = self.units(x, train, jnp.asarray(self.which))
         for layer in self.layers:
             x = layer(x, train)
-        return self.final_norm(x)
+        return self._states(x)
 
     def init_cache(self, rows: int) -> list[ImageCache]:
         """Creates empty keys and values for each layer, as large as its pattern needs."""
@@ -142,13 +149,13 @@ class Trunk(nn.Module):
         for layer in self.layers:
             x, kv = layer.prefill(x)
             text.append(kv)
-        return self.final_norm(x), text
+        return self._states(x), text
 
     def refine(self, x: Float[ArrayLike, "B N D"], text: list[TextCache]) -> Float[Array, "B N D"]:
         """Runs over all image positions, [C·n, N, D], given the keys and values of `prefill`."""
         for layer, kv in zip(self.layers, text):
             x = layer.refine(x, kv)
-        return self.final_norm(x)
+        return self._states(x)
 
     def step(
         self, x: Float[ArrayLike, "B D"], text: list[TextCache], caches: list[ImageCache], position: Int[ArrayLike, ""]
@@ -168,7 +175,7 @@ class Trunk(nn.Module):
         for layer, kv, cache in zip(self.layers, text, caches):
             x, cache = layer.step(x, kv, cache, position)
             new.append(cache)
-        return self.final_norm(x), new
+        return self._states(x), new
 
     def init_slots(self, rows: int, slots: int) -> list[ImageCache]:
         """Creates empty keys and values of L slots for each layer, each [B, H, L, K], for `extend`."""
@@ -190,7 +197,7 @@ class Trunk(nn.Module):
         for layer, kv, cache in zip(self.layers, text, caches):
             x, cache = layer.extend(x, kv, cache, start, visible, stored)
             new.append(cache)
-        return self.final_norm(x), new
+        return self._states(x), new
 
 
 def unstack(params: PyTree) -> PyTree:

@@ -8,12 +8,14 @@ from typing import Any
 
 from dalle_jax.checkpoints import workdir
 from dalle_jax.errors import ConfigError, PretrainedError, UserError
-from dalle_jax.pretrained import clip, inception, openai_dvae, state_dict, vqgan
+from dalle_jax.pretrained import clip, inception, llamagen, maskgit, mindalle, openai_dvae, rudalle, state_dict, vqgan
 from dalle_jax.pretrained.importer import Importer
 
-IMPORTERS: dict[str, Importer] = {
-    one.name: one for one in (*vqgan.IMPORTERS, openai_dvae.IMPORTER, clip.IMPORTER, inception.IMPORTER)
-}
+_ALL = (
+    *vqgan.IMPORTERS, *llamagen.IMPORTERS, *rudalle.IMPORTERS, *maskgit.IMPORTERS, mindalle.IMPORTER,
+    openai_dvae.IMPORTER, clip.IMPORTER, inception.IMPORTER,
+)  # fmt: skip
+IMPORTERS: dict[str, Importer] = {one.name: one for one in _ALL}
 _MODULE_CLASSES = frozenset().union(*(one.module_classes for one in IMPORTERS.values()))
 
 
@@ -45,18 +47,19 @@ def import_files(name: str, files: Sequence[str | os.PathLike], output: str, set
         return one.run(files, output, {**defaults, **settings})
     except PretrainedError as error:
         for file in files:
-            if (other := importer_of(file)) not in (None, name):
+            others = importers_of(file)
+            if others and name not in others:
                 raise PretrainedError(
-                    f"{file} holds the weights of {other}, not of {name}: import it with "
-                    f"`python -m dalle_jax.pretrained {other}`. ({error})"
+                    f"{file} holds the weights of {others[0]}, not of {name}: import it with "
+                    f"`python -m dalle_jax.pretrained {others[0]}`. ({error})"
                 ) from error
         raise
 
 
-def importer_of(file: str | os.PathLike) -> str | None:
-    """Returns the name of the importer that a file belongs to, by its arrays, or None if there is none."""
+def importers_of(file: str | os.PathLike) -> list[str]:
+    """Returns the names of all importers that a file belongs to, by its arrays. Models can share a tokenizer."""
     try:
         arrays = state_dict.read(file, _MODULE_CLASSES)
     except UserError:
-        return None
-    return next((one.name for one in IMPORTERS.values() if one.claims(arrays)), None)
+        return []
+    return [one.name for one in IMPORTERS.values() if one.claims(arrays)]

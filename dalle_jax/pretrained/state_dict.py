@@ -1,7 +1,7 @@
 """Reads files of weights in the usual formats as arrays by name.
 
-The formats are safetensors, npz, `torch.save` (a state dict or a pickled module) and `torch.jit.save`. Torch is not
-needed, and no code in a file is executed, see `restricted_pickle`.
+The formats are safetensors, npz, `torch.save` (a state dict or a pickled module), `torch.jit.save` and Flax's msgpack.
+Torch is not needed, and no code in a file is executed, see `restricted_pickle`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flax import linen as nn
 from flax import traverse_util
 
 from dalle_jax.errors import PretrainedError
-from dalle_jax.pretrained import restricted_pickle
+from dalle_jax.pretrained import flax_msgpack, restricted_pickle
 from dalle_jax.pytree import PyTree, by_path
 
 _SAFETENSORS_DTYPES = {
@@ -67,8 +67,8 @@ def read(path: str | os.PathLike, module_classes: frozenset[str] = frozenset()) 
     """Reads the arrays of a file. Its format is detected from the content, not from the suffix.
 
     Args:
-      path: a safetensors or npz file, or a file of `torch.save` or `torch.jit.save`. It holds a state dict, alone or
-        under a key such as "state_dict", or a module.
+      path: a safetensors, npz or Flax msgpack file, or a file of `torch.save` or `torch.jit.save`. It holds a state
+        dict, alone or under a key such as "state_dict", or a module.
       module_classes: classes that a pickled module may contain, as "module.Class".
 
     Returns:
@@ -83,6 +83,8 @@ def read(path: str | os.PathLike, module_classes: frozenset[str] = frozenset()) 
             return _unwrapped(_read_npz(path), path)
         if head[8:9] == b"{":
             return _unwrapped(_read_safetensors(path), path)
+        if flax_msgpack.is_one(head):
+            return flax_msgpack.read(path)
     except PretrainedError:
         raise
     except Exception as error:  # a damaged or hostile file can make the readers fail in any way

@@ -22,20 +22,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-from flax import traverse_util
 
 from dalle_jax.checkpoints import workdir
 from dalle_jax.errors import PretrainedError
 from dalle_jax.image_tokenizers.vqgan import VQGANOptions, VQGANTokenizer
-from dalle_jax.pretrained import state_dict
+from dalle_jax.pretrained import state_dict, vqgan_layout
 from dalle_jax.pretrained.importer import Importer, Setting
+from dalle_jax.pretrained.vqgan_layout import Layout, StateDict
 from dalle_jax.pytree import PyTree
-
-StateDict = Mapping[str, np.ndarray]
 
 # The published models.
 PUBLISHED = {
@@ -51,20 +47,11 @@ _NOT_PARAMETERS = re.compile(r"loss\..*|colorize")
 
 # -- conversion of the layout -------------------------------------------------------------------------------------
 
-_PLACES = {
-    "input": "conv_in", "norm": "norm_out", "output": "conv_out", "norm_1": "norm1", "norm_2": "norm2",
-    "conv_1": "conv1", "conv_2": "conv2", "skip": "nin_shortcut",
-}  # fmt: skip
-_ATTENTION = {"norm": "norm", "query": "q", "key": "k", "value": "v", "out": "proj_out"}
 
-
-_AROUND_CODES = {"to_codes": "quant_conv", "from_codes": "post_quant_conv", "logits": "quantize.proj"}
-
-
-def _original_name(path: tuple[str, ...], quantizer: str) -> str:
+def original_name(path: tuple[str, ...], options: VQGANOptions) -> str:
     """Returns the name of an array in the original by its path in our tree."""
     if path[0] == "codes":
-        return _codes_name(quantizer)
+        return _CODES[options.quantizer]
     leaf = "bias" if path[-1] == "bias" else "weight"
     if path[0] in _AROUND_CODES:
         return f"{_AROUND_CODES[path[0]]}.{leaf}"
@@ -82,22 +69,18 @@ def _original_name(path: tuple[str, ...], quantizer: str) -> str:
     return f"{side}.{_PLACES[inner[0]]}.{leaf}"
 
 
-def _codes_name(quantizer: str) -> str:
-    return "quantize.embed.weight" if quantizer == "gumbel" else "quantize.embedding.weight"
+_PLACES = {
+    "input": "conv_in", "norm": "norm_out", "output": "conv_out", "norm_1": "norm1", "norm_2": "norm2",
+    "conv_1": "conv1", "conv_2": "conv2", "skip": "nin_shortcut",
+}  # fmt: skip
+_ATTENTION = {"norm": "norm", "query": "q", "key": "k", "value": "v", "out": "proj_out"}
+_CODES = {"gumbel": "quantize.embed.weight", "nearest": "quantize.embedding.weight"}
+_AROUND_CODES = {"to_codes": "quant_conv", "from_codes": "post_quant_conv", "logits": "quantize.proj"}
 
 
-@functools.cache
-def layout(options: VQGANOptions) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
+def layout(options: VQGANOptions) -> Layout:
     """Returns the path in our tree and the original shape of each array, by its original name."""
-    params = nn.meta.unbox(jax.eval_shape(VQGANTokenizer(options).init, jax.random.key(0)))
-    table = {}
-    for path, leaf in traverse_util.flatten_dict(params).items():
-        shape = leaf.shape
-        if path[-1] == "kernel":
-            *window, inputs, outputs = (1, 1, *shape) if len(shape) == 2 else shape
-            shape = (outputs, inputs, *window)
-        table[_original_name(path, options.quantizer)] = path, shape
-    return table
+    return vqgan_layout.torch_layout(options, original_name)
 
 
 def options_of(arrays: StateDict, image_size: int = 256) -> VQGANOptions:
@@ -123,7 +106,7 @@ def options_of(arrays: StateDict, image_size: int = 256) -> VQGANOptions:
         widths = [arrays[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
         if any(width % hidden for width in widths):
             raise ValueError(f"levels of {widths} channels")
-        vocab_size, code_dim = arrays[_codes_name(quantizer)].shape
+        vocab_size, code_dim = arrays[_CODES[quantizer]].shape
         return VQGANOptions(
             image_size=image_size,
             vocab_size=vocab_size,
@@ -155,21 +138,12 @@ def convert(arrays: StateDict, options: VQGANOptions) -> PyTree:
     Raises:
       PretrainedError: arrays are missing, unexpected, of another shape, or damaged.
     """
-    _check_names(arrays, options)
-    converted = {}
-    for name, (path, _) in layout(options).items():
-        array = state_dict.as_float32(name, arrays[name])
-        if path[-1] == "kernel":
-            array = array.transpose(2, 3, 1, 0)  # OIHW to HWIO
-            array = array[0, 0] if array.shape[:2] == (1, 1) else array
-        converted[path] = np.ascontiguousarray(array)
-    return traverse_util.unflatten_dict(converted)
+    return vqgan_layout.convert(_parameters(arrays), layout(options))
 
 
-def _check_names(arrays: StateDict, options: VQGANOptions) -> None:
-    """Raises a `PretrainedError` unless the arrays, without those of the losses, are those of the options."""
-    parameters = {name: array for name, array in arrays.items() if not _NOT_PARAMETERS.fullmatch(name)}
-    state_dict.check_shapes(parameters, {name: shape for name, (_, shape) in layout(options).items()})
+def _parameters(arrays: StateDict) -> StateDict:
+    """Returns the arrays without those of the losses."""
+    return {name: array for name, array in arrays.items() if not _NOT_PARAMETERS.fullmatch(name)}
 
 
 # -- files --------------------------------------------------------------------------------------------------------
@@ -206,7 +180,7 @@ def published_name(arrays: StateDict) -> str | None:
     """Returns the importer of a VQGAN's arrays: a key of `PUBLISHED`, or `OWN`; None if they are no whole VQGAN."""
     try:
         found = options_of(arrays)
-        _check_names(arrays, found)
+        vqgan_layout.check(_parameters(arrays), layout(found))
     except PretrainedError:
         return None
     return next((name for name, options in PUBLISHED.items() if options == found), OWN)

@@ -120,7 +120,7 @@ class AutoregressivePrior:
         predicted = self.options.predicted_text(self.layout)
         if not predicted:  # the only text token is given
             return image_nats, {"text_nats": jnp.float32(jnp.nan), "image_nats": image_nats}
-        text_rows = cross_entropy(text_logits, self.layout.text_targets(text[:, -predicted:])).mean(-1)
+        text_rows = cross_entropy(text_logits, self.options.text_targets(self.layout, text[:, -predicted:])).mean(-1)
         text_nats = mean_over(text_rows, counted * ~dropped)
         weight = self.options.text_weight
         loss = weight * text_nats + (1 - weight) * image_nats
@@ -213,22 +213,22 @@ def _decode(prior: AutoregressivePrior, order: str, params, text, keys, known, k
             token = jnp.where(mask, given.astype(jnp.int32), token)
         return token
 
-    logits, text_cache = bound(text, None if first is None else twice(first), method="prefill")
-    candidates = twice(keys).shape[0] // text.shape[0]
-    caches = bound(candidates * text.shape[0], method="init_cache")
+    all_rows = twice(keys).shape[0]
+    logits, text_cache, caches = bound(text, all_rows, None if first is None else twice(first), method="start")
     trunk, restore = outputs_first(params["trunk"], o.trunk.dtype)
 
-    def body(carry, index):
-        logits, caches = carry
+    shift = int(o.shifted)  # the image token at `index` stands at this many positions after it
+
+    def body(carry, position):
+        (logits, caches), index = carry, position - shift
         stored = {"params": params | {"trunk": restore(trunk)}}
         token = choose(logits, index)
         here, following = twice(cells[:, index]), twice(cells[:, index + 1])
         logits, caches = model.apply(stored, twice(token), index, here, following, text_cache, caches, method="step")
         return (logits, caches), token
 
-    start = (jnp.repeat(logits, candidates, axis=0), caches)
     stores = [pattern.cache(prior.stream) for pattern in o.patterns]
-    (logits, _), tokens = scan_in_stages(body, start, stores, length - 1)
+    (logits, _), tokens = scan_in_stages(body, (logits, caches), stores, length - 1 + shift, shift)
     last = choose(logits, jnp.int32(length - 1))
     tokens = jnp.concatenate([tokens.T, last[:, None]], axis=1)
     return orders.to_raster(tokens, cells) if prior.any_order else tokens

@@ -1,7 +1,7 @@
 """The model of the autoregressive prior: embeddings, trunk and heads (DALL-E, section 2.2).
 
 B rows    C captions    T text    N image tokens    D width    V image vocabulary    W text classes
-S = T + N stream, or 1 + T + 1 + N with start tokens    P predicted text tokens: T - 1, or T with start tokens
+S = T + N stream, or 1 + T + 1 + N with start tokens    P predicted text tokens: T - 1, or T with a start-of-text token
 """
 
 from __future__ import annotations
@@ -35,9 +35,15 @@ class AutoregressiveOptions:
       attention: "sparse" (the paper's row, column, row, row, …, convolutional) or "full" (dense causal).
       kernel: side of the convolutional layer's window.
       wrap: whether the convolutional window continues across row ends.
+      torus: whether it continues on the opposite side of the grid instead (ru-DALL-E v2).
+      shifted: whether the stream is start-of-text, T text tokens and the first N - 1 image tokens (ru-DALL-E v2). Each
+        position then has the attention pattern of the token that it predicts. The last text token has that of the first
+        image token, and so not every image token sees it.
       start_tokens: whether a start-of-text token precedes the text and a start-of-image token the image (section 2.2,
         figure 10). Then all text tokens are predicted. Otherwise the first text token is given.
       tied_embeddings: whether the heads are the transposed embeddings.
+      head_bias: whether the heads have a bias for each class.
+      padding_classes: whether each padding id is a class of the text head (ru-DALL-E). Otherwise all share one.
       embedding_scale: standard deviation of the embeddings at initialisation.
       head_scale: standard deviation of untied heads at initialisation.
       codebook_init: whether image embedding and head start as the tokenizer's codebook; see `start_from_codebook`.
@@ -54,8 +60,12 @@ class AutoregressiveOptions:
     attention: str = "sparse"
     kernel: int = 11
     wrap: bool = True
+    torus: bool = False
+    shifted: bool = False
     start_tokens: bool = False
     tied_embeddings: bool = False
+    head_bias: bool = False
+    padding_classes: bool = False
     embedding_scale: float = 0.02
     head_scale: float = 0.02
     codebook_init: bool = False
@@ -74,11 +84,22 @@ class AutoregressiveOptions:
             at_least_0=["embedding_scale", "head_scale", "raster_steps", "anneal_start", "anneal_end"],
             most={"kernel": 255, "embedding_scale": 1000, "head_scale": 1000},
         )  # fmt: skip
-        if self.order == "random" and (self.attention != "full" or self.trunk.positions != "learned"):
+        if self.order == "random" and (self.attention != "full" or self.trunk.positions == "rotary"):
             raise ConfigError(
                 f"config.model.order is 'random' with attention={self.attention!r} and trunk.positions="
                 f"{self.trunk.positions!r}; tokens in any order need --config.model.attention=full and "
                 "--config.model.trunk.positions=learned."
+            )
+        if self.shifted and (self.order == "random" or self.start_tokens):
+            raise ConfigError(
+                f"config.model.shifted is true with order={self.order!r} and start_tokens={self.start_tokens}; a "
+                "shifted stream is in raster order and has its own start-of-text token. Set "
+                "--config.model.shifted=false, or order=raster and start_tokens=false."
+            )
+        if self.torus and (self.wrap or self.attention == "full"):
+            raise ConfigError(
+                f"config.model.torus is true with wrap={self.wrap} and attention={self.attention!r}. Set "
+                "--config.model.wrap=false and --config.model.attention=sparse, or torus=false."
             )
         if self.raster_steps and self.order == "raster":
             raise ConfigError(
@@ -100,7 +121,9 @@ class AutoregressiveOptions:
     def patterns(self) -> tuple[CausalPattern, ...]:
         """The attention pattern of each layer."""
         depth = self.trunk.depth
-        return sparse_layers(depth, self.kernel, self.wrap) if self.attention == "sparse" else full_layers(depth)
+        if self.attention == "full":
+            return full_layers(depth)
+        return sparse_layers(depth, self.kernel, self.wrap, self.torus)
 
     def stream(self, layout: TokenLayout) -> TokenLayout:
         """Returns the layout of the positions that the trunk runs over, given the layout of the tokens."""
@@ -108,7 +131,15 @@ class AutoregressiveOptions:
 
     def predicted_text(self, layout: TokenLayout) -> int:
         """Returns P, the number of text tokens of a caption that are predicted: the last ones."""
-        return layout.text_length if self.start_tokens else layout.text_length - 1
+        return layout.text_length if self.start_tokens or self.shifted else layout.text_length - 1
+
+    def text_classes(self, layout: TokenLayout) -> int:
+        """Returns W, the number of classes of the text head."""
+        return layout.text_ids if self.padding_classes else layout.text_vocab + 1
+
+    def text_targets(self, layout: TokenLayout, text: Int[ArrayLike, "B _"]) -> Int[ArrayLike, "B _"]:
+        """Converts text ids to classes of the text head, int32 [B, _] in [0, W)."""
+        return text if self.padding_classes else layout.text_targets(text)
 
 
 class AutoregressiveModel(nn.Module):
@@ -125,8 +156,9 @@ class AutoregressiveModel(nn.Module):
     def setup(self):
         o, lay = self.options, self.layout
         self.embedding = AutoregressiveEmbedding(
-            o.trunk, lay, o.embedding_scale, o.head_scale, o.tied_embeddings, o.order == "random", o.start_tokens
-        )
+            o.trunk, lay, o.embedding_scale, o.head_scale, o.tied_embeddings, o.head_bias, o.text_classes(lay),
+            o.order == "random", o.start_tokens or o.shifted, o.start_tokens,
+        )  # fmt: skip
         self.stream = o.stream(lay)
         self.trunk = Trunk(o.trunk, self.stream, o.patterns)
 
@@ -149,7 +181,7 @@ class AutoregressiveModel(nn.Module):
           [B, S, D] in the dtype of the residual stream.
         """
         x = [self.embedding.text(text, train), self.embedding.image(tokens, train, cells)]
-        x = jnp.concatenate(x, axis=1)
+        x = jnp.concatenate(x, axis=1)[:, : self.stream.length]  # a shifted stream lacks the last image token
         if cells is not None:
             x = x + jnp.pad(self.embedding.next_cell(cells), ((0, 0), (self.stream.text_length - 1, 1), (0, 0)))
         return constrain(x, "batch", "length", "embed_act")
@@ -163,7 +195,9 @@ class AutoregressiveModel(nn.Module):
         """
         x = self.trunk(x, train)
         text = x[:, : self.options.predicted_text(self.layout)]
-        return self.embedding.text_logits(text), self.embedding.image_logits(x[:, self.stream.text_length - 1 : -1])
+        t = self.stream.text_length
+        image = x[:, t:] if self.options.shifted else x[:, t - 1 : -1]
+        return self.embedding.text_logits(text), self.embedding.image_logits(image)
 
     def __call__(
         self,
@@ -197,6 +231,28 @@ class AutoregressiveModel(nn.Module):
         """See `Trunk.init_cache`."""
         return self.trunk.init_cache(rows)
 
+    def start(
+        self, text: Int[ArrayLike, "C _"], rows: int, first: Int[ArrayLike, " C"] | None = None
+    ) -> tuple[Float[Array, "B V"], list[TextCache], list[ImageCache]]:
+        """Runs the model over captions, up to the first image token.
+
+        Args:
+          text: padded captions, int32 [C, T].
+          rows: B, a multiple of C.
+          first: see `prefill`.
+
+        Returns:
+          Logits of the first image token, float32 [B, V], the keys and values of the text, and the caches for `step`.
+        """
+        candidates = rows // len(text)
+        if not self.options.shifted:
+            logits, kv = self.prefill(text, first)
+            return jnp.repeat(logits, candidates, axis=0), kv, self.init_cache(rows)
+        x = self.embedding.text(text)
+        _, kv = self.trunk.prefill(x[:, :-1])
+        x, caches = self.trunk.step(jnp.repeat(x[:, -1], candidates, axis=0), kv, self.init_cache(rows), jnp.int32(0))
+        return self.embedding.image_logits(x, decode_step=True), kv, caches
+
     def step(
         self,
         tokens: Int[ArrayLike, " B"],
@@ -213,7 +269,7 @@ class AutoregressiveModel(nn.Module):
           index: place of the tokens in their order, int32 scalar.
           cells: cells of the tokens, int32 [B].
           following: cells of the next tokens, int32 [B].
-          text: keys and values of the text, from `prefill`.
+          text: keys and values of the text, from `start`.
           caches: keys and values of the image tokens before these.
 
         Returns:
@@ -222,7 +278,7 @@ class AutoregressiveModel(nn.Module):
         x = self.embedding.image_at(tokens, cells)
         if self.options.order == "random":
             x = x + self.embedding.next_cell(following)
-        x, caches = self.trunk.step(x, text, caches, index)
+        x, caches = self.trunk.step(x, text, caches, index + self.options.shifted)
         return self.embedding.image_logits(x, decode_step=True), caches
 
     def begin(self, text: Int[ArrayLike, "C _"]) -> tuple[Float[Array, "C D"], list[TextCache]]:

@@ -1,7 +1,8 @@
 """Embeddings of the stream "text, then image grid", and the heads, which are tables of the same width.
 
-A text position is embedded as token + position, an image position as token + row + column (DALL-E, section 2.2). The
-autoregressive prior may have start-of-text and start-of-image tokens, each with its own embedding (figure 10).
+A text position is embedded as token + position, an image position as token + row + column (DALL-E, section 2.2) or as
+token + cell. The autoregressive prior may have start-of-text and start-of-image tokens, each with its own embedding
+(figure 10).
 
     B rows    T text    N image tokens    P positions    D width    V image vocabulary    W text classes
     E codebook width
@@ -18,6 +19,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key
 
 from dalle_jax.distributed.per_device import contract
 from dalle_jax.models.dense import rows_product
+from dalle_jax.models.transformer import Norm
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
@@ -32,6 +34,7 @@ class StreamEmbedding(nn.Module):
       scale: standard deviation of the embeddings at initialisation.
       head_scale: standard deviation of untied heads at initialisation.
       tied: whether the image head is the transposed image embedding.
+      head_bias: whether logits have a bias for each class.
     """
 
     trunk: TransformerOptions
@@ -39,6 +42,7 @@ class StreamEmbedding(nn.Module):
     scale: float
     head_scale: float
     tied: bool
+    head_bias: bool
 
     def setup(self):
         lay = self.layout
@@ -46,10 +50,18 @@ class StreamEmbedding(nn.Module):
         self.image_table = self.table("image", lay.image_vocab)
         if not self.tied:
             self.image_head = self.table("image_head_kernel", lay.image_vocab, scale=self.head_scale)
-        if self.trunk.positions == "learned":
+        if self.head_bias:
+            self.image_bias = self.bias("image_head_bias", lay.image_vocab)
+        positions = self.trunk.positions
+        if positions != "rotary":
             self.text_positions = self.table("text_positions", lay.text_length, "positions")
+        if positions == "learned":
             self.rows = self.table("rows", lay.height, "positions")
             self.columns = self.table("columns", lay.width, "positions")
+        if positions == "table":
+            self.cells = self.table("cells", lay.image_length, "positions")
+        if self.trunk.embedding_norm:
+            self.norm = Norm(self.trunk.norm, "float32", self.trunk.norm_epsilon)
         self.drop = nn.Dropout(self.trunk.dropout)
 
     def table(
@@ -59,14 +71,21 @@ class StreamEmbedding(nn.Module):
         init = nn.initializers.normal(self.scale if scale is None else scale)
         return self.param(name, nn.with_logical_partitioning(init, (axis, "embed")), (rows, self.trunk.width))
 
+    def bias(self, name: str, classes: int) -> Float[ArrayLike, " classes"]:
+        """Creates the bias of a head, float32 [classes]."""
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
+        return self.param(name, zeros, (classes,))
+
     def cast(self, x: Float[ArrayLike, "B S D"], train: bool) -> Float[ArrayLike, "B S D"]:
-        """Applies dropout and casts embeddings to the dtype of the residual stream."""
+        """Applies norm and dropout, and casts embeddings to the dtype of the residual stream."""
+        if self.trunk.embedding_norm:
+            x = self.norm(x)
         return self.drop(x, deterministic=not train).astype(self.trunk.stream_dtype)
 
     def text(self, text: Int[ArrayLike, "B T"], train: bool = False) -> Float[ArrayLike, "B T D"]:
         """Embeds captions, int32 [B, T], to [B, T, D]."""
         x = self.text_table[text]
-        if self.trunk.positions == "learned":
+        if self.trunk.positions != "rotary":
             x = x + self.text_positions[None]
         return self.cast(x, train)
 
@@ -87,11 +106,13 @@ class StreamEmbedding(nn.Module):
         Returns:
           [B, N, D] in the dtype of the residual stream.
         """
-        x = self.image_tokens(tokens)
-        if self.trunk.positions == "learned" and cells is None:
+        x, positions = self.image_tokens(tokens), self.trunk.positions
+        if positions == "learned" and cells is None:
             x = x + (self.rows[:, None] + self.columns[None]).reshape(1, self.layout.image_length, -1)
-        elif self.trunk.positions == "learned":
+        elif positions == "learned":
             x = x + self.rows[cells // self.layout.width] + self.columns[cells % self.layout.width]
+        elif positions == "table":
+            x = x + (self.cells[None] if cells is None else self.cells[cells])
         return self.cast(x, train)
 
     def image_at(self, tokens: Int[ArrayLike, " B"], cells: Int[ArrayLike, " B"]) -> Float[ArrayLike, "B D"]:
@@ -100,7 +121,8 @@ class StreamEmbedding(nn.Module):
 
     def image_logits(self, x: Float[ArrayLike, "*axes D"], *, decode_step: bool = False) -> Float[Array, "*axes V"]:
         """Computes image logits, float32 [..., V], from states [..., D]; see `project`."""
-        return self.project(x, self.image_table if self.tied else self.image_head, decode_step=decode_step)
+        logits = self.project(x, self.image_table if self.tied else self.image_head, decode_step=decode_step)
+        return _with_bias(logits, self.image_bias) if self.head_bias else logits
 
     def project(
         self, x: Float[ArrayLike, "*axes D"], table: Float[ArrayLike, "V D"], *, decode_step: bool = False
@@ -113,31 +135,39 @@ class AutoregressiveEmbedding(StreamEmbedding):
     """Adds the text head, the start tokens, and the embedding of the cell that is predicted next.
 
     Attributes:
+      text_classes: W, number of classes of the text head: the text vocabulary and one class for all padding, or one
+        for each padding id.
       any_order: whether positions know which cell they predict.
-      start_tokens: whether a start-of-text token precedes the text and a start-of-image token the image.
+      start_of_text: whether a start-of-text token precedes the text.
+      start_of_image: whether a start-of-image token precedes the image.
     """
 
+    text_classes: int
     any_order: bool
-    start_tokens: bool
+    start_of_text: bool
+    start_of_image: bool
 
     def setup(self):
         super().setup()
         if not self.tied:
-            self.text_head = self.table("text_head_kernel", self.layout.text_vocab + 1, scale=self.head_scale)
+            self.text_head = self.table("text_head_kernel", self.text_classes, scale=self.head_scale)
+        if self.head_bias:
+            self.text_bias = self.bias("text_head_bias", self.text_classes)
         if self.any_order:
             self.next_rows = self.table("next_rows", self.layout.height, "positions")
             self.next_columns = self.table("next_columns", self.layout.width, "positions")
-        if self.start_tokens:
-            self.start_of_text = self.table("start_of_text", 1, "positions")
-            self.start_of_image = self.table("start_of_image", 1, "positions")
+        if self.start_of_text:
+            self.before_text = self.table("start_of_text", 1, "positions")
+        if self.start_of_image:
+            self.before_image = self.table("start_of_image", 1, "positions")
 
     def text(self, text: Int[ArrayLike, "B T"], train: bool = False) -> Float[ArrayLike, "B _ D"]:
-        """Embeds captions, int32 [B, T], to [B, T, D], or to [B, 1 + T + 1, D] with start tokens around them."""
+        """Embeds captions, int32 [B, T], to [B, T, D], or to [B, T + start tokens, D] with start tokens around them."""
         x = super().text(text, train)
-        if not self.start_tokens:
-            return x
         start = lambda table: self.cast(jnp.broadcast_to(table[None], (len(text), 1, table.shape[1])), train)
-        return jnp.concatenate([start(self.start_of_text), x, start(self.start_of_image)], axis=1)
+        before = [start(self.before_text)] if self.start_of_text else []
+        after = [start(self.before_image)] if self.start_of_image else []
+        return jnp.concatenate([*before, x, *after], axis=1) if before or after else x
 
     def next_cell(self, cells: Int[ArrayLike, "*axes"]) -> Float[ArrayLike, "*axes D"]:
         """Embeds the cells that are predicted next: int32 [...] to [..., D]."""
@@ -145,12 +175,14 @@ class AutoregressiveEmbedding(StreamEmbedding):
         return x.astype(self.trunk.stream_dtype)
 
     def text_logits(self, x: Float[ArrayLike, "B P D"]) -> Float[Array, "B P W"]:
-        """Computes text logits, float32 [..., W], W = text_vocab + 1, from states [..., D]."""
-        if not self.tied:
-            return self.project(x, self.text_head)
-        # Tied: the class of padding uses the mean padding embedding, so that its loss trains all of them.
-        words, padding = jnp.split(self.text_table, [self.layout.text_vocab])
-        return self.project(x, jnp.concatenate([words, padding.mean(0, keepdims=True)]))
+        """Computes text logits, float32 [..., W], from states [..., D]."""
+        table = self.text_table if self.tied else self.text_head
+        if len(table) > self.text_classes:
+            # Tied: the class of padding uses the mean padding embedding, so that its loss trains all of them.
+            words, padding = jnp.split(table, [self.layout.text_vocab])
+            table = jnp.concatenate([words, padding.mean(0, keepdims=True)])
+        logits = self.project(x, table)
+        return _with_bias(logits, self.text_bias) if self.head_bias else logits
 
 
 class MaskGITEmbedding(StreamEmbedding):
@@ -222,6 +254,10 @@ def project(
     if decode_step:
         return rows_product(x.astype(table.dtype), table, **how)
     return contract(functools.partial(_logits, **how), x.astype(table.dtype), table, ("vocab", "embed"), (1,))
+
+
+def _with_bias(logits: Float[ArrayLike, "*axes V"], bias: Float[ArrayLike, " V"]) -> Float[Array, "*axes V"]:
+    return logits + bias.reshape((1,) * (logits.ndim - 1) + bias.shape)
 
 
 def _logits(x: ArrayLike, table: ArrayLike, **how) -> Array:

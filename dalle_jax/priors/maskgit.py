@@ -7,14 +7,15 @@ a bias per token.
 
 Deviations from the paper and from its reference code (google-research/maskgit):
 
-* The blocks are pre-norm with a final norm, as in the autoregressive prior. The reference is a post-norm BERT, which
-  also normalises its embeddings. Its epsilon is 1e-12, ours 1e-5. Its queries, keys and values have biases.
-* The condition is a caption, not a class. Text positions do not attend to the image, so the text is computed once. In
-  the reference the class is one more token, which attends to the image.
-* Image positions are row + column embeddings, those of the reference a free table. The reference has one table for
-  tokens, classes and the mask, and its loss spreads label smoothing over all of them. Here logits and smoothing are
-  over the image tokens alone.
-* The head's GELU is exact. The reference's is the tanh approximation.
+* By default the blocks are pre-norm with a final norm, as in the autoregressive prior. The reference is a post-norm
+  BERT (`trunk.norm_placement`, `final_norms`), which also normalises its embeddings (`embedding_norm`). Its epsilon is
+  1e-12 (`norm_epsilon`), ours 1e-5. Its queries, keys and values have biases (`qkv_bias`).
+* The condition is a caption, not a class. By default text positions do not attend to the image, so the text is computed
+  once. In the reference the class is one more token, which attends to the image (`text_reads_image`).
+* By default image positions are row + column embeddings, those of the reference a free table (`trunk.positions`). The
+  reference has one table for tokens, classes and the mask, and its loss spreads label smoothing over all of them. Here
+  logits and smoothing are over the image tokens alone.
+* By default the head's GELU is exact. The reference's is the tanh approximation (`head_activation`).
 * Masks have ⌊N·γ(r)⌋ tokens as in the reference code; the paper has ⌈N·γ(r)⌉. The released configuration also has
   `min_masking_rate=0.5`. The paper does not, and no released code reads it.
 * `codebook_init`, `neighbour_kernel` and the head "linear" are options. On few images they learn much faster than the

@@ -19,7 +19,7 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.models.attention.patterns import Bidirectional, Pattern, full_layers
 from dalle_jax.models.dense import Dense
 from dalle_jax.models.transformer import Norm, TextCache
-from dalle_jax.models.transformer_options import TransformerOptions
+from dalle_jax.models.transformer_options import ACTIVATIONS, TransformerOptions
 from dalle_jax.models.trunk import Trunk
 from dalle_jax.priors import masking
 from dalle_jax.priors.embedding import MaskGITEmbedding
@@ -27,6 +27,7 @@ from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import LONGEST_STREAM, TokenLayout
 
 HEADS = ("mlm", "linear")
+HEAD_ACTIVATIONS = ("gelu", "gelu_tanh")
 LOSS_AVERAGES = ("tokens", "images")
 _MOST = {
     "steps": LONGEST_STREAM,
@@ -37,6 +38,9 @@ _MOST = {
     "init_scale": 1000,
 }
 
+# Keys and values of the text in each layer, or its embeddings, [C, T, D], if the text reads the image.
+CaptionStates = list[TextCache] | Float[Array, "C T D"]
+
 
 @dataclasses.dataclass(frozen=True)
 class MaskGITOptions:
@@ -45,6 +49,9 @@ class MaskGITOptions:
     Attributes:
       trunk: options of the transformer.
       head: "mlm" (the paper's) or "linear" (only the last product and the bias).
+      head_activation: "gelu" (exact) or "gelu_tanh" (its approximation) in the head "mlm".
+      text_reads_image: whether text positions attend to the image, as the class of the reference does. Each decoding
+        step then runs over the text, too. The updates in raster order stay causal.
       tied_embeddings: whether the head's last product is with the transposed image embedding.
       embedding_scale: standard deviation of the embeddings at initialisation.
       head_scale: standard deviation of untied heads at initialisation.
@@ -69,6 +76,8 @@ class MaskGITOptions:
 
     trunk: TransformerOptions = TransformerOptions()
     head: str = "mlm"
+    head_activation: str = "gelu"
+    text_reads_image: bool = False
     tied_embeddings: bool = True
     embedding_scale: float = 0.02
     head_scale: float = 0.02
@@ -87,6 +96,7 @@ class MaskGITOptions:
 
     def __post_init__(self):
         choices = {"order": masking.ORDERS, "head": HEADS, "loss_average": LOSS_AVERAGES}
+        choices |= {"head_activation": HEAD_ACTIVATIONS}
         shares = ["label_smoothing", "unmasked_weight", "caption_drop"]
         kernel = ["neighbour_kernel"]
         at_least_0 = [*kernel, "raster_steps", "choice_temperature", "embedding_scale", "head_scale", "init_scale"]
@@ -105,7 +115,7 @@ class MaskGITOptions:
     @property
     def patterns(self) -> tuple[Pattern, ...]:
         """The attention pattern of each layer."""
-        return (Bidirectional(),) * self.trunk.depth
+        return (Bidirectional(self.text_reads_image),) * self.trunk.depth
 
 
 class MaskGITModel(nn.Module):
@@ -125,19 +135,21 @@ class MaskGITModel(nn.Module):
     def setup(self):
         o, trunk = self.options, self.options.trunk
         self.embedding = MaskGITEmbedding(
-            trunk, self.layout, o.embedding_scale, o.head_scale, o.tied_embeddings, o.neighbour_kernel, self.raster
-        )
+            trunk, self.layout, o.embedding_scale, o.head_scale, o.tied_embeddings, False, o.neighbour_kernel,
+            self.raster,
+        )  # fmt: skip
         self.trunk = Trunk(trunk, self.layout, full_layers(trunk.depth) if self.raster else o.patterns)
         if o.head == "mlm":
             self.head = Dense((trunk.width,), (trunk.width,), ("embed", None), trunk.dtype, (None,))
-            self.head_norm = Norm(trunk.norm, trunk.states_dtype)
+            self.head_norm = Norm(trunk.norm, trunk.states_dtype, trunk.norm_epsilon)
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
         self.image_bias = self.param("image_bias", zeros, (self.layout.image_vocab,))
 
     def logits(self, x: Float[ArrayLike, "B P D"]) -> Float[Array, "B P V"]:
         """Computes logits, float32 [B, P, V], from states of some image positions, [B, P, D]."""
         if self.options.head == "mlm":
-            x = self.head_norm(jax.nn.gelu(self.head(x), approximate=False))
+            activation, _ = ACTIVATIONS[self.options.head_activation]
+            x = self.head_norm(activation(self.head(x)))
         return self.embedding.image_logits(x) + self.image_bias[None, None]
 
     def __call__(
@@ -157,15 +169,20 @@ class MaskGITModel(nn.Module):
         x = self.trunk(constrain(x, "batch", "length", "embed_act"), train)
         return self.logits(x[:, self.layout.text_length :])
 
-    def prefill(self, text: Int[ArrayLike, "C T"]) -> list[TextCache]:
-        """Computes the keys and values of captions, int32 [C, T], in each layer."""
-        return self.trunk.prefill(self.embedding.text(text))[1]
+    def prefill(self, text: Int[ArrayLike, "C T"]) -> CaptionStates:
+        """Computes what of the captions, int32 [C, T], stays the same in all decoding steps."""
+        x = self.embedding.text(text)
+        return x if self.options.text_reads_image else self.trunk.prefill(x)[1]
 
-    def states(self, ids: Int[ArrayLike, "B N"], text: list[TextCache]) -> Float[Array, "B N D"]:
+    def states(self, ids: Int[ArrayLike, "B N"], text: CaptionStates) -> Float[Array, "B N D"]:
         """Computes the states that `logits` reads, given the captions of `prefill`: int32 [C·n, N] to [C·n, N, D]."""
-        return self.trunk.refine(self.embedding.image(ids), text)
+        image = self.embedding.image(ids)
+        if not self.options.text_reads_image:
+            return self.trunk.refine(image, text)
+        text = jnp.repeat(text, len(ids) // len(text), axis=0)
+        return self.trunk(jnp.concatenate([text, image], axis=1), False)[:, text.shape[1] :]
 
-    def refine(self, ids: Int[ArrayLike, "B N"], text: list[TextCache]) -> Float[Array, "B N V"]:
+    def refine(self, ids: Int[ArrayLike, "B N"], text: CaptionStates) -> Float[Array, "B N V"]:
         """Computes image logits given the captions of `prefill`: ids, int32 [C·n, N], to float32 [C·n, N, V]."""
         return self.logits(self.states(ids, text))
 

@@ -31,7 +31,7 @@ from dalle_jax.configuration.options import from_config
 from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions
-from dalle_jax.data.text import TextModel
+from dalle_jax.data.text import CaptionModel
 from dalle_jax.distributed.rows import to_host
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
@@ -109,7 +109,7 @@ class CLIPTask:
     title, studies = "CLIP", "captions"
     frozen: PyTree = {}
 
-    def __init__(self, clip: CLIP, text_model: TextModel | None, negatives: NegativeOptions | None = None):
+    def __init__(self, clip: CLIP, text_model: CaptionModel | None, negatives: NegativeOptions | None = None):
         """Creates the task.
 
         Args:
@@ -215,7 +215,7 @@ def _features(clip: CLIP, params: PyTree, batch: Batch) -> tuple[jax.Array, ...]
     return tuple(constrain(x, *[None] * x.ndim) for x in whole)
 
 
-def _task(config: ConfigDict, text_vocab: int, text_model: TextModel | None) -> tuple[CLIPTask, TokenLayout]:
+def _task(config: ConfigDict, text_vocab: int, text_model: CaptionModel | None) -> tuple[CLIPTask, TokenLayout]:
     """Builds the task of a configuration, and the layout that pads its captions."""
     if (steps := config.optimizer.accumulate_steps) > 1:
         raise ConfigError(

@@ -22,7 +22,7 @@ from dalle_jax.data import token_store
 from dalle_jax.data.examples import batch_shapes
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions
-from dalle_jax.data.text import TextModel
+from dalle_jax.data.text import CaptionModel
 from dalle_jax.distributed.rows import to_host
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
@@ -61,7 +61,7 @@ class PriorTask:
         prior: TokenPrior,
         tokenizer: ImageTokenizer,
         tokenizer_params: PyTree,
-        text_model: TextModel | None,
+        text_model: CaptionModel | None,
         preview_rows: int = 4,
     ):
         """Creates the task.
@@ -165,7 +165,7 @@ def _task(
     tokenizer: ImageTokenizer,
     params: PyTree,
     text_vocab: int,
-    text_model: TextModel | None = None,
+    text_model: CaptionModel | None = None,
 ) -> PriorTask:
     """Builds the task of a configuration for a tokenizer and a text vocabulary."""
     height, width = tokenizer.grid(config.data.image_size)

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.data.pipeline import Pipeline
 from dalle_jax.data.sources.source import DataOptions, Source
-from dalle_jax.data.text import TextModel
+from dalle_jax.data.text import CaptionModel
 from dalle_jax.data.token_store import TokensInMemory, TokenStore
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
@@ -135,7 +135,7 @@ def make_job(
     config: ConfigDict,
     options: DataOptions,
     rows: Sequence[int] | None,
-    text_model: TextModel | None = None,
+    text_model: CaptionModel | None = None,
     layout: TokenLayout | None = None,
     held_out: Source | None = None,
     tokens: TokenStore | TokensInMemory | None = None,

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.configuration.options import defaults_of
 from dalle_jax.data.sources.source import DataOptions
-from dalle_jax.data.text import TextModel
+from dalle_jax.data.text import CaptionModel
 from dalle_jax.reporting.units import with_unit
 
 # Lower bounds of the peak signal-to-noise ratio in dB, and how such reconstructions look.
@@ -88,7 +88,9 @@ def retrieval_in_words(metrics: Mapping[str, float]) -> list[str]:
     return [f"CLIP finds the right partner among {among} in {found} of all cases (guessing: {1 / among:.3g})."]
 
 
-def example_captions(text_model: TextModel | None, text_vocab: int, batch: Mapping[str, Any], count: int) -> list[str]:
+def example_captions(
+    text_model: CaptionModel | None, text_vocab: int, batch: Mapping[str, Any], count: int
+) -> list[str]:
     """Decodes captions of a batch that can be typed as a prompt.
 
     Args:

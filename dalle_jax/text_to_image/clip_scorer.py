@@ -32,7 +32,7 @@ from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.configuration.options import from_config
 from dalle_jax.configuration.values import natural
 from dalle_jax.data.byte_pairs import BytePairs
-from dalle_jax.data.text import TextModel, encode_captions
+from dalle_jax.data.text import CaptionModel, TextModel, encode_captions
 from dalle_jax.distributed.chunks import in_chunks
 from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.distributed.sharding import replicated
@@ -62,7 +62,7 @@ class ClipScorer:
 
     clip: CLIP
     params: PyTree
-    text_model: TextModel | BytePairs
+    text_model: CaptionModel | BytePairs
     rows_at_once: int = 64
     mesh: Mesh | None = None
 
@@ -248,7 +248,7 @@ def parameter_count(params: PyTree) -> str:
     return f"{sum(leaf.size for leaf in jax.tree.leaves(params)):,} parameters"
 
 
-def _load_frozen(folder: epath.Path) -> tuple[CLIP, PyTree, TextModel | BytePairs]:
+def _load_frozen(folder: epath.Path) -> tuple[CLIP, PyTree, CaptionModel | BytePairs]:
     options, params = frozen.load(folder, "Delete it, and freeze the CLIP again (ClipScorer.save, or its importer).")
     kind = options.pop("text_model", None)
     if not isinstance(kind, str) or kind not in _TEXT_MODELS:

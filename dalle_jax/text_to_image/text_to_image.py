@@ -22,7 +22,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dalle_jax.configuration.values import natural, shown
-from dalle_jax.data.text import TextModel, encode_captions
+from dalle_jax.data.text import CaptionModel, encode_captions
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.priors.token_prior import TokenPrior
@@ -54,7 +54,7 @@ class TextToImage:
     params: PyTree
     tokenizer: ImageTokenizer
     tokenizer_params: PyTree
-    text_model: TextModel
+    text_model: CaptionModel
     image_size: int
     workdir: str = ""
     step: int = 0

@@ -7,8 +7,11 @@ import json
 import jax
 import numpy as np
 import pytest
+import rudalle_originals
 import taming_originals
 import test_import_clip
+import test_import_maskgit
+import test_import_mindalle
 import test_openai_dvae
 
 from dalle_jax.checkpoints import workdir
@@ -16,7 +19,7 @@ from dalle_jax.errors import ConfigError, PretrainedError
 from dalle_jax.image_tokenizers.dvae import DVAETokenizer
 from dalle_jax.image_tokenizers.vqgan import VQGANOptions, VQGANTokenizer
 from dalle_jax.pretrained import __main__ as command
-from dalle_jax.pretrained import catalogue, inception, vqgan
+from dalle_jax.pretrained import catalogue, inception, llamagen, maskgit, mindalle, rudalle, state_dict, vqgan
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 
 VQGANS = ("vqgan-f16-1024", "vqgan-f16-16384", "vqgan-gumbel-f8", "vqgan")
@@ -32,17 +35,41 @@ TINY = {
     "vqgan-f16-16384": tiny_vqgan(vocab_size=11),
     "vqgan-gumbel-f8": tiny_vqgan(quantizer="gumbel"),
 }
+LLAMAGEN = {
+    "llamagen-vq-ds16": tiny_vqgan(normalized_codes=True),
+    "llamagen-vq-ds8": tiny_vqgan(normalized_codes=True, vocab_size=11),
+}
+RUDALLE = {  # sizes, heads, version, file
+    name: (rudalle.Sizes(2, 8, text_ids=9, text_length=3, image_vocab=4 + number, side=3), 2, "v3", "file")
+    for number, name in enumerate(rudalle.PUBLISHED)
+}
+MASKGIT = {"maskgit-imagenet256": (4, 2), "maskgit-imagenet512": (3, 2)}  # grid and decoding steps
+
+
+def random_of(layout):
+    return taming_originals.random_arrays({name: shape for name, (_, shape) in layout.items()})
 
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """Writes one file of each importer, two for the dVAE, and returns their paths. "Published" VQGANs are tiny here."""
+    """Writes one file of each importer, two for the dVAE, and returns their paths. "Published" sizes are tiny here."""
     monkeypatch.setattr(vqgan, "PUBLISHED", TINY)
+    monkeypatch.setattr(llamagen, "PUBLISHED", LLAMAGEN)
+    monkeypatch.setattr(maskgit, "PUBLISHED", MASKGIT)
+    monkeypatch.setattr(rudalle, "PUBLISHED", RUDALLE)
+    transformer = state_dict.read(test_import_maskgit.TRANSFORMER)
+    positions = "Embed_0/position_embeddings/embedding"
     encoder, decoder, _ = test_openai_dvae.random_arrays()
     stored = {
-        name: taming_originals.random_arrays({key: shape for key, (_, shape) in vqgan.layout(options).items()})
+        name: random_of(vqgan.layout(options))
         for name, options in {**TINY, "vqgan": tiny_vqgan(attention_levels=(1,))}.items()
     } | {
+        **{name: random_of(llamagen.layout(options)) for name, options in LLAMAGEN.items()},
+        **{name: rudalle_originals.random_arrays(sizes) for name, (sizes, *_) in RUDALLE.items()},
+        "rudalle": rudalle_originals.random_arrays(rudalle_originals.CASES["v3"][0]),
+        "maskgit-imagenet256": transformer,
+        "maskgit-imagenet512": transformer | {positions: transformer[positions][:10]},
+        "mindalle": state_dict.read(test_import_mindalle.STAGE2),
         "openai-dvae": encoder,
         "decoder": decoder,
         "clip": test_import_clip.random_arrays(),
@@ -63,11 +90,16 @@ CLIP_SETTINGS = {"activation": "quick_gelu", "image_head_dim": 16, "text_head_di
 
 
 def settings_of(name, vocabulary):
-    return {**CLIP_SETTINGS, "vocabulary": vocabulary} if name == "clip" else {}
+    known = {"clip": {**CLIP_SETTINGS, "vocabulary": vocabulary}, "mindalle": {"vocabulary": vocabulary}}
+    known |= {name: {"vocabulary": vocabulary} for name in RUDALLE}
+    known |= {"rudalle": {"vocabulary": vocabulary, "heads": 2}}
+    return known.get(name, {})
 
 
 def test_each_importer_rejects_the_files_of_all_others_by_name(tmp_path, files, vocabulary):
     for name, other in itertools.permutations(catalogue.IMPORTERS, 2):
+        if (name, other) == ("mindalle", "vqgan-f16-16384") or (name in RUDALLE and other == "vqgan-gumbel-f8"):
+            continue  # their own image tokenizers have this layout
         given = [files[other]] * len(catalogue.IMPORTERS[name].files)
         with pytest.raises(PretrainedError, match=rf"{other}\.npz holds the weights of {other}, not of {name}"):
             catalogue.import_files(name, given, str(tmp_path / "run"), settings_of(name, vocabulary))
@@ -125,6 +157,9 @@ def test_the_list_names_all_that_is_needed(capsys):
 def test_the_sizes_in_the_list_are_those_of_the_models():
     count = lambda options: sum(np.prod(shape, dtype=int) for _, shape in vqgan.layout(options).values())
     sizes = {name: count(options) for name, options in vqgan.PUBLISHED.items()}
+    sizes |= {name: count(options) for name, options in llamagen.PUBLISHED.items()}
+    for one in (*maskgit.IMPORTERS, mindalle.IMPORTER, *rudalle.IMPORTERS[:-1]):  # tests/pretrained/test_import_*.py
+        sizes[one.name] = one.parameters
     sizes["openai-dvae"] = 53_786_240 + 43_829_766  # tests/image_tokenizers/test_dvae.py
     sizes["inception"] = sum(np.prod(shape, dtype=int) + shape[-1] for shape in inception._kernels().values())
     assert sizes == {name: one.parameters for name, one in catalogue.IMPORTERS.items() if one.parameters}
@@ -142,6 +177,7 @@ def test_the_command_imports(tmp_path, files, capsys):
     [
         (["vqgan-f16-1042"], 2, "vqgan-f16-1024"),
         (["vqgan", "--weights={vqgan}", "--weights={vqgan}", "--output={run}"], 2, "2 files"),
+        (["maskgit-imagenet256", "--weights={vqgan}", "--output={run}"], 2, "tokenizer_imagenet256_checkpoint"),
         (["openai-dvae", "--weights={decoder}", "--output={run}"], 2, "encoder.pkl"),
         (["vqgan", "--weights={clip}", "--output={run}"], 1, "dalle_jax.pretrained clip"),
         (["vqgan", "--weights=nothing.ckpt", "--output={run}"], 1, "nothing.ckpt"),
@@ -160,6 +196,8 @@ def test_wrong_commands(tmp_path, files, capsys, arguments, status, token):
     ("arguments", "token"),
     [
         (["clip", "--weights=a", "--output=b"], "--vocabulary"),
+        (["mindalle", "--weights=a", "--weights=b", "--output=c"], "--vocabulary"),
+        (["maskgit-imagenet256", "--weights=a", "--weights=b", "--output=c", "--dtype=float16"], "--dtype"),
         (["vqgan", "--weights=a", "--output=b", "--image=64"], "--image=64"),
         (["vqgan", "--output=b"], "--weights"),
     ],

@@ -96,8 +96,9 @@ def scan_in_stages(
     start: tuple[PyTree, Caches],
     stores: Sequence[RingCache | ColumnCache],
     positions: int,
+    first: int = 0,
 ) -> tuple[tuple[PyTree, Caches], PyTree]:
-    """Runs a decode loop as `jax.lax.scan` does, over the positions 0, 1, 2, …, with long caches that grow.
+    """Runs a decode loop as `jax.lax.scan` does, over the positions first, first + 1, …, with long caches that grow.
 
     A cache grows if it has more than 256 slots, one for each position. The loop is then split into four. The caches of
     the first loop have a fourth of the slots, and those of the last one have all. This reads 63% of the slots.
@@ -105,24 +106,25 @@ def scan_in_stages(
     Args:
       body: maps ((state, caches), position) to ((state, caches), outputs). It accepts caches with fewer slots, as long
         as they have one for the position.
-      start: the state, and empty caches with all slots.
+      start: the state, and caches with all slots, which are empty from the first position on.
       stores: how each layer's cache is stored.
-      positions: number of positions.
+      positions: the end of the positions.
+      first: the first position, in the first fourth of the slots.
 
     Returns:
       The state and the caches after the last position, and the outputs of all positions, stacked.
     """
     growing = [isinstance(each, RingCache) and each.slots > max(_SHORT, positions - 1) for each in stores]
     if not any(growing):
-        return jax.lax.scan(body, start, jnp.arange(positions))
+        return jax.lax.scan(body, start, jnp.arange(first, positions))
     slots = max(each.slots for each, grows in zip(stores, growing) if grows)
     ends = [-(-slots * (stage + 1) // _STAGES) for stage in range(_STAGES)]
     (state, caches), outputs = start, []
-    for first, end in itertools.pairwise([0, *ends]):
+    for begin, end in itertools.pairwise([first, *ends]):
         caches = [
             tuple(_with_slots(x, end) for x in cache) if grows else cache for cache, grows in zip(caches, growing)
         ]
-        (state, caches), found = jax.lax.scan(body, (state, caches), jnp.arange(first, min(end, positions)))
+        (state, caches), found = jax.lax.scan(body, (state, caches), jnp.arange(begin, min(end, positions)))
         outputs.append(found)
     return (state, caches), jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
 

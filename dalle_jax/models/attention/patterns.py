@@ -9,7 +9,7 @@ are derived from the mask and tested against it:
   the last w+1 positions, convolutional layers their window. Column layers keep the grid, and a step reads one column.
 
 The masks are those of the paper. Figure 11 does not show how the convolutional window behaves at row ends, and no
-public code does. `Convolutional.wrap` selects the behaviour.
+public code of the authors does. `Convolutional.wrap` and `Toroidal` are the possible behaviours.
 
     B batch    S = T + N sequence    T text    N = h·w image tokens    h, w grid    H heads    K head size
     G groups of queries    Q queries in a group    L image keys of a group
@@ -128,6 +128,11 @@ def _ring(pattern: Pattern, layout: TokenLayout, reach: int) -> RingCache:
     return RingCache(slots, allowed)
 
 
+def _check_kernel(kernel: int) -> None:
+    if kernel < 1 or kernel % 2 == 0:
+        raise ValueError(f"A convolutional pattern's kernel is {kernel}; it must be odd and positive.")
+
+
 class _OneGroup:
     """One group with the whole image, for dense patterns. A group per row would repeat the keys h times."""
 
@@ -157,15 +162,47 @@ class Full(_OneGroup):
 
 
 @dataclasses.dataclass(frozen=True)
-class Bidirectional(_OneGroup):
-    """Dense attention of the image to everything and of the text to the text, for MaskGIT.
+class Toroidal(_OneGroup):
+    """A convolutional window that continues on the opposite side of the grid, without later positions (ru-DALL-E v2).
 
-    The states of the text do not depend on the image, so decoding computes them once.
+    Attributes:
+      kernel: side of the window, odd.
     """
+
+    kernel: int = 11
+
+    def __post_init__(self):
+        _check_kernel(self.kernel)
+
+    def mask(self, layout: TokenLayout) -> Mask:
+        half = self.kernel // 2
+        row, column = np.divmod(np.arange(layout.image_length), layout.width)
+
+        def near(place: np.ndarray, size: int) -> np.ndarray:
+            distance = (place[:, None] - place) % size
+            return np.minimum(distance, size - distance) <= half
+
+        image = near(row, layout.height) & near(column, layout.width) & (_offsets(layout) >= 0)
+        return _causal_stream(layout, image)
+
+    def cache(self, layout: TokenLayout) -> RingCache:
+        return _ring(self, layout, layout.image_length - 1)
+
+
+@dataclasses.dataclass(frozen=True)
+class Bidirectional(_OneGroup):
+    """Dense attention of the image to everything, for MaskGIT.
+
+    Attributes:
+      text_reads_image: whether the text attends to the image, too. If not, its states do not depend on the image, so
+        that decoding computes them once.
+    """
+
+    text_reads_image: bool = False
 
     def mask(self, layout: TokenLayout) -> Mask:
         mask = np.ones((layout.length, layout.length), bool)
-        mask[: layout.text_length, layout.text_length :] = False
+        mask[: layout.text_length, layout.text_length :] = self.text_reads_image
         return mask
 
 
@@ -197,8 +234,7 @@ class Convolutional(_RasterGroups):
     wrap: bool = True
 
     def __post_init__(self):
-        if self.kernel < 1 or self.kernel % 2 == 0:
-            raise ValueError(f"A convolutional pattern's kernel is {self.kernel}; it must be odd and positive.")
+        _check_kernel(self.kernel)
 
     def mask(self, layout: TokenLayout) -> Mask:
         half = self.kernel // 2
@@ -249,7 +285,7 @@ def group_mask(pattern: Pattern, layout: TokenLayout) -> Bool[np.ndarray, "G Q L
     return image[queries[:, :, None], keys[:, None, :]] & (keys[:, None, :] >= 0)
 
 
-def sparse_layers(depth: int, kernel: int = 11, wrap: bool = True) -> tuple[Pattern, ...]:
+def sparse_layers(depth: int, kernel: int = 11, wrap: bool = True, torus: bool = False) -> tuple[Pattern, ...]:
     """Returns the paper's order of patterns: row, column, row, row, and so on, and at last convolutional.
 
     Layer i, counted from 1, is a column layer if (i-2) mod 4 = 0.
@@ -258,9 +294,10 @@ def sparse_layers(depth: int, kernel: int = 11, wrap: bool = True) -> tuple[Patt
       depth: number of layers.
       kernel: see `Convolutional`.
       wrap: see `Convolutional`.
+      torus: whether the last pattern is `Toroidal` instead.
     """
     body = [Column() if i % 4 == 1 else Row() for i in range(depth - 1)]
-    return (*body, Convolutional(kernel, wrap))
+    return (*body, Toroidal(kernel) if torus else Convolutional(kernel, wrap))
 
 
 def full_layers(depth: int) -> tuple[Pattern, ...]:

@@ -101,9 +101,9 @@ def attend(
       [B, S, H, K] in the dtype of v.
     """
     t = layout.text_length
-    text_mask = pattern.mask(layout)[:t, :t]
-    text = attend_reference(q[:, :t], k[:, :t], v[:, :t], text_mask, drop)
-
+    text_mask = pattern.mask(layout)[:t]
+    seen = slice(None) if text_mask[:, t:].any() else slice(t)  # the keys that some text position attends to
+    text = attend_reference(q[:, :t], k[:, seen], v[:, seen], text_mask[:, seen], drop)
     image = attend_image(q[:, t:], k[:, t:], v[:, t:], k[:, :t], v[:, :t], pattern, layout, drop)
     return checkpoint_name(jnp.concatenate([text, image], axis=1), ATTENDED)
 

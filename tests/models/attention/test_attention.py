@@ -14,6 +14,7 @@ from dalle_jax.models.attention.patterns import (
     Convolutional,
     Full,
     Row,
+    Toroidal,
     full_layers,
     group_mask,
     sparse_layers,
@@ -22,7 +23,8 @@ from dalle_jax.models.attention.xla import attend, attend_image, attend_referenc
 from dalle_jax.token_layout import TokenLayout
 
 CAUSAL = [Full(), Row(), Column(), *(Convolutional(k, wrap) for k in (1, 3, 5, 11) for wrap in (True, False))]
-PATTERNS = [*CAUSAL, Bidirectional()]
+CAUSAL += [Toroidal(3), Toroidal(5)]
+PATTERNS = [*CAUSAL, Bidirectional(), Bidirectional(text_reads_image=True)]
 GRIDS = [(4, 4), (3, 5), (5, 3), (1, 6), (6, 1)]
 KEY = jax.random.key(0)
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -45,6 +47,9 @@ def readable(pattern, query, height, width):
     if isinstance(pattern, Column):  # itself and the positions above it
         return {r * width + column for r in range(row + 1)}
     half, found = pattern.kernel // 2, set()
+    if isinstance(pattern, Toroidal):
+        around = [(row + r, column + c) for r in range(-half, half + 1) for c in range(-half, half + 1)]
+        return {key for r, c in around if (key := r % height * width + c % width) <= query}
     for r in range(row - half, row + 1):
         for c in range(column - half, column + half + 1):
             inside = 0 <= c < width
@@ -58,6 +63,7 @@ def brute_force(pattern, layout):
     t, mask = layout.text_length, np.zeros((layout.length, layout.length), bool)
     for query in range(t):
         mask[query, : t if isinstance(pattern, Bidirectional) else query + 1] = True
+        mask[query, t:] = pattern == Bidirectional(text_reads_image=True)
     for query in range(layout.image_length):
         mask[t + query, :t] = True
         for key in readable(pattern, query, layout.height, layout.width):

@@ -17,14 +17,15 @@ from dalle_jax.aot.program import Program
 from dalle_jax.distributed.mesh import MESH_AXES, make_mesh
 from dalle_jax.distributed.sharding import RULES, abstract, batch_sharding, on_mesh, partition_spec, shardings_of
 from dalle_jax.models.attention import splash
-from dalle_jax.models.attention.patterns import Bidirectional, Column, Convolutional, Full, Row
+from dalle_jax.models.attention.patterns import Bidirectional, Column, Convolutional, Full, Row, Toroidal
 from dalle_jax.models.attention.xla import attend_reference
 from dalle_jax.models.transformer import Attention
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import Trunk
 from dalle_jax.token_layout import TokenLayout
 
-PATTERNS = [Full(), Bidirectional(), Row(), Column(), Convolutional(5), Convolutional(3, wrap=False)]
+PATTERNS = [Full(), Row(), Column(), Convolutional(5), Convolutional(3, wrap=False), Toroidal(3)]
+PATTERNS += [Bidirectional(), Bidirectional(text_reads_image=True)]
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
 PAPER = TokenLayout(text_vocab=16_384, image_vocab=8192, text_length=256, height=32, width=32)
 HEADS = ("batch", "length", "heads", "kv")

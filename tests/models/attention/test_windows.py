@@ -26,7 +26,7 @@ from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import Trunk
 from dalle_jax.token_layout import TokenLayout
 
-PATTERNS = [Full(), Row(), Column(), *map(Convolutional, (1, 3, 5, 11)), Bidirectional()]
+PATTERNS = [Full(), Row(), Column(), *map(Convolutional, (1, 3, 5, 11)), Bidirectional(), Bidirectional(True)]
 NAMES = ("batch", "length", "heads", "kv")
 
 
