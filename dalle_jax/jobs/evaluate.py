@@ -43,7 +43,7 @@ def run(config: ConfigDict, workdir: str) -> Metrics:
     loaded = [TextToImage.load(folder, config.step, config.rows_at_once, config.clip, mesh) for folder in folders]
     kinds = [model.prior.name for model in loaded]
     names = kinds if len(set(kinds)) == len(kinds) else folders
-    data = config.get("data") or workdirs.read_config(folders[0])["data"]
+    data = config.get("data") or workdirs.read_config(loaded[0].workdir)["data"]
     tests = open_test_set(data, protocol, loaded[0].image_size, [model.text_model for model in loaded])
     models = {name: Model(model, sampling) for name, model in zip(names, loaded)}
     measured = measure(models, tests, options)

@@ -7,6 +7,7 @@ import copy
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.checkpoints.downloaded import local
 from dalle_jax.configuration.sections import EMOJI, SHAPES
 from dalle_jax.data import token_store
 from dalle_jax.data.sources.own import FOLDER, TAR_SHARDS, choose_source
@@ -37,6 +38,9 @@ def prepare(config: ConfigDict) -> ConfigDict:
       ConfigError: the data sections contradict each other, their path or their source.
     """
     config = copy.deepcopy(config)  # keeps references, which `copy_and_resolve_references` would not
+    for key in ("start_from", "tokenizer_from"):
+        if config.get(key):
+            config[key] = local(config[key])
     _follow_tokens(config)
     _follow_start(config)
     _choose_source(config, config)

@@ -4,7 +4,7 @@
     python -m dalle_jax.pretrained NAME --weights=FILE [--weights=FILE] --output=RUN
     python -m dalle_jax.pretrained NAME --help                                       # further options of NAME
 
-Users download the files themselves. Nothing in them is executed, and torch is not needed.
+Users download the files themselves, or give their address on a hub: --weights=hf://OWNER/NAME/FILE. Nothing in them is executed, and torch is not needed.
 
 | exit status | meaning                                                              |
 |-------------|----------------------------------------------------------------------|
@@ -51,7 +51,11 @@ def _parser(one: Importer) -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--weights", action="append", required=True, metavar="FILE", help=f"In this order: {', '.join(one.files)}."
+        "--weights",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help=f"In this order: {', '.join(one.files)}. Files, or hf://OWNER/NAME/FILE.",
     )
     parser.add_argument("--output", required=True, metavar="RUN", help="Folder to write.")
     for setting in one.settings:

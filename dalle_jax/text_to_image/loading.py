@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 
 from dalle_jax import compilation_cache
 from dalle_jax.checkpoints import workdir as workdirs
-from dalle_jax.checkpoints.checkpoints import Checkpoints
+from dalle_jax.checkpoints.downloaded import local
+from dalle_jax.checkpoints.runs import open_run
 from dalle_jax.configuration.values import natural
 from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.distributed.sharding import replicated, shardings_of
@@ -33,6 +34,7 @@ def load(
     step, rows_at_once = check_step(step), natural("rows_at_once", rows_at_once, 1, MOST_IMAGES)
     check_mesh(mesh)
     check_path("workdir", workdir)
+    workdir, clip = local(workdir), local(clip)
     check_workdir(workdir)
     compilation_cache.enable()
     config = workdirs.read_config(workdir)
@@ -44,7 +46,7 @@ def load(
     tokenizer, tokenizer_params = workdirs.load_tokenizer(workdir)
     text_model = workdirs.load_text_model(workdir)
     mesh = mesh or local_mesh()
-    with Checkpoints(workdir, best_metric="image_nats", read_only=True) as checkpoints:
+    with open_run(workdir, best_metric="image_nats") as checkpoints:
         config = checkpoints.config(step)  # it has a checksum; config.json has none
         size, length = config["data"]["image_size"], config["text"]["length"]
         layout = TokenLayout(text_model.vocab_size, tokenizer.vocab_size, length, *tokenizer.grid(size))

@@ -76,7 +76,8 @@ class TextToImage:
         """Loads a prior from its workdir.
 
         Args:
-          workdir: workdir of a finished or running training of a prior, local or "gs://…".
+          workdir: workdir of a finished or running training of a prior, or an exported folder, local or "gs://…"; or the
+            export of a hub, "hf://owner/name" or "hf://owner/name@revision".
           step: step of a checkpoint, "best", or None for the latest.
           rows_at_once: largest number of images drawn at once, over all devices.
           clip: folder of a CLIP, as for `ClipScorer.load`. None uses the CLIP frozen into `workdir`, if any.
@@ -91,6 +92,7 @@ class TextToImage:
             image tokenizer in the workdir. For a folder around several workdirs, the message lists them.
           ConfigError: the workdir is not that of a prior, or `step` or `rows_at_once` is no such number.
           MeshError: the prior cannot be split over the mesh.
+          HubError: an export on a hub cannot be downloaded.
         """
         return cls(**loading.load(workdir, step, rows_at_once, clip, mesh))
 

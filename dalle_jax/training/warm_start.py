@@ -19,7 +19,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from dalle_jax.checkpoints.checkpoints import Checkpoints
+from dalle_jax.checkpoints.runs import open_run
 from dalle_jax.checkpoints.workdir import latest_step, read_config
 from dalle_jax.errors import CheckpointError, ConfigError
 from dalle_jax.models.trunk import unstack
@@ -41,7 +41,7 @@ def warm_start(state: TrainState, workdir: str) -> TrainState:
       ConfigError: no parameter agrees.
       CheckpointError: there is no checkpoint.
     """
-    with Checkpoints(str(workdir), read_only=True) as checkpoints, _named(workdir):
+    with _named(workdir), open_run(workdir) as checkpoints:
         given = by_path(_unstacked(jax.device_get(checkpoints.restore_params())))
     own = by_path(state.params)
     unit = len(state.params.get("trunk", {}).get("units", ()))
