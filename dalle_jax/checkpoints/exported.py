@@ -283,9 +283,7 @@ def parse(found: dict[str, Any], where: str) -> dict[str, Any]:
     """
     number = found.get("format")
     if type(number) is int and number > FORMAT:
-        raise CheckpointError(
-            f"{where} has format {number}; this version of dalle_jax reads up to {FORMAT}: update it."
-        )
+        raise CheckpointError(f"{where} has format {number}, and this version reads up to {FORMAT}: update dalle_jax.")
     content = {key: value for key, value in found.items() if key != "checksum"}
     wrong = [
         key for key, kind in _FIELDS.items()

@@ -84,10 +84,8 @@ def load(folder: epath.PathLike, remedy: str) -> tuple[dict[str, Any], PyTree]:
         if sums is not None and sums[name] != checksum(content):
             raise ValueError(f"{name} changed since it was written")
         if name == SAFETENSORS:
-            arrays = tensor_file.decode(content)
-            params = nested(
-                {path: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x for path, x in arrays.items()}
-            )
+            wide = lambda x: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x
+            params = nested({path: wide(x) for path, x in tensor_file.decode(content).items()})
         else:
             params = flax.serialization.msgpack_restore(content)
     except MemoryError:

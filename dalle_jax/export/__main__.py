@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=DTYPES,
         default="float32",
-        help="Of the kernels of layers. float32: the same to the last bit.",
+        help="Of the kernels of layers. float32 rounds nothing.",
     )
     add("--step", help='Step of the checkpoint, or "best"; the latest by default.')
     add("--clip", metavar="DIR", help="CLIP to include with a prior; the one in its workdir by default, if any.")

@@ -1,4 +1,4 @@
-"""The model card of an export: README.md with the data, the metrics and their protocol, the licence, and how to draw."""
+"""The model card of an export, README.md: data, metrics with their protocol, licence, and how to draw."""
 
 from __future__ import annotations
 
@@ -177,7 +177,5 @@ def _metrics(about: About) -> list[str]:
 
 def _table(rows: Mapping[str, Any]) -> str:
     """Formats rows as a Markdown table; values that are None are left out."""
-    lines = [
-        f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items() if value is not None
-    ]
-    return "\n".join(["| | |", "|---|---|", *lines])
+    cells = {key: str(value).replace("|", r"\|").replace("\n", " ") for key, value in rows.items() if value is not None}
+    return "\n".join(["| | |", "|---|---|", *(f"| {key} | {value} |" for key, value in cells.items())])

@@ -1,7 +1,7 @@
 """Files of repositories on a hub, by default huggingface.co: "hf://owner/name", "hf://owner/name@revision/file".
 
-The package huggingface_hub (`pip install -e '.[hub]'`) downloads. It keeps files in its cache, resumes a connection that
-breaks, and reads the usual variables: HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE. A slash in the name of a
+The package huggingface_hub (`pip install -e '.[hub]'`) downloads. It keeps files in its cache and resumes connections
+that break. It reads the usual variables: HF_ENDPOINT, HF_TOKEN, HF_HOME and HF_HUB_OFFLINE. A slash in the name of a
 revision is written %2F.
 """
 
@@ -69,7 +69,7 @@ def parse(path: str) -> Address:
     found = _ADDRESS.fullmatch(path)
     if found is None or any(part in ("", ".", "..") for part in (found["file"] or "x").split("/")):
         raise ConfigError(
-            f"{path!r} cannot be read; expected hf://OWNER/NAME, hf://OWNER/NAME@REVISION or either/FILE."
+            f"{path!r} cannot be read; expected hf://OWNER/NAME, hf://OWNER/NAME@REVISION, or one with /FILE."
         )
     revision = found["revision"] and urllib.parse.unquote(found["revision"])
     return Address(f"{found['owner']}/{found['name']}", revision, found["file"])
@@ -179,6 +179,8 @@ def _endpoint() -> str | None:
 def _package() -> Any:
     try:
         import huggingface_hub
+        import huggingface_hub.constants
+        import huggingface_hub.errors  # not loaded by the first line
     except ImportError as error:
         raise HubError(
             "Addresses of a hub (hf://…) and --push need the package huggingface_hub: pip install -e '.[hub]'."
@@ -208,8 +210,8 @@ def _errors(package: Any, address: Address) -> Iterator[None]:
         raise HubError(f"{address.repo} has no revision {address.revision!r}: give another @REVISION.") from error
     except kinds.LocalEntryNotFoundError as error:
         raise HubError(
-            f"{address} is not in the cache ({package.constants.HF_HUB_CACHE}), and the hub cannot be reached: check the "
-            "network and HF_HUB_OFFLINE, or download the file elsewhere and give its path."
+            f"{address} is not in the cache ({package.constants.HF_HUB_CACHE}), and the hub cannot be reached: check "
+            "the network and HF_HUB_OFFLINE, or download the file elsewhere and give its path."
         ) from error
     except kinds.EntryNotFoundError as error:
         raise MissingFile(f"{whole} has no file {address.file!r}. {listing(whole)}") from error

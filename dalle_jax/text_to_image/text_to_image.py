@@ -76,8 +76,8 @@ class TextToImage:
         """Loads a prior from its workdir.
 
         Args:
-          workdir: workdir of a finished or running training of a prior, or an exported folder, local or "gs://…"; or the
-            export of a hub, "hf://owner/name" or "hf://owner/name@revision".
+          workdir: workdir of a finished or running training of a prior, or an exported folder, local or "gs://…". Or an
+            export on a hub, "hf://owner/name" or "hf://owner/name@revision".
           step: step of a checkpoint, "best", or None for the latest.
           rows_at_once: largest number of images drawn at once, over all devices.
           clip: folder of a CLIP, as for `ClipScorer.load`. None uses the CLIP frozen into `workdir`, if any.

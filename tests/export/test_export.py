@@ -72,7 +72,7 @@ def test_an_export_draws_the_images_of_its_run(run, folder):
     assert load(str(folder)).fingerprint() == load(run).fingerprint()
 
 
-@pytest.mark.parametrize("scan", [True, False])
+@pytest.mark.parametrize("scan", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_bfloat16_is_the_bfloat16_that_the_run_loads_as(tmp_path, scan):
     run = untrained_run.prior(tmp_path / "run", "maskgit.py:shapes", dtype="bfloat16", scan=scan, depth=4)
     folder = export(run, tmp_path / "export", "--dtype=bfloat16")
@@ -109,13 +109,12 @@ def test_large_parameters_are_several_files(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_an_image_tokenizer(tmp_path, dtype):
-    run = untrained_run.image_tokenizer(tmp_path / "run", dtype=dtype)
+    run = untrained_run.image_tokenizer(tmp_path / "run")
     folder = export(run, tmp_path / "export", f"--dtype={dtype}")
     (first, params), (second, read) = workdirs.load_tokenizer(run), workdirs.load_tokenizer(str(folder))
     assert first == second
-    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
-    both = jax.jit(lambda p: first.decode(p, first.encode(p, pixels)))
-    np.testing.assert_array_equal(both(params), both(read))
+    expected = jax.tree.map(lambda x: x.astype(np.float32), exported.rounded(params, dtype))
+    jax.tree.map(np.testing.assert_array_equal, read, expected)
     assert workdirs.latest_step(str(folder)) == untrained_run.STEP
     restored = Exported(folder).restore_params()
     assert jax.tree.structure(restored) == jax.tree.structure(params)
@@ -150,7 +149,7 @@ def test_the_model_card(folder):
     for said in (
         "shapes_captions",
         "1.25 nats per image token",
-        "split 'validation'",
+        "'validation'",
         f"| updates | {untrained_run.STEP}",
     ):
         assert said in body, said
@@ -251,8 +250,8 @@ def vars_of(copy):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\x80\x04.", b"\xff" * 64, tensor_file.encode({"trunk": np.ones(3)}), tensor_file.encode({"a/" * 9999: np.ones(3)}),
-     tensor_file.encode({"a": np.ones(3), "a/b": np.ones(3)})],
+    [b"", b"\x80\x04.", b"\xff" * 64, tensor_file.encode({"trunk": np.ones(3)}),
+     tensor_file.encode({"a/" * 9999: np.ones(3)}), tensor_file.encode({"a": np.ones(3), "a/b": np.ones(3)})],
 )  # fmt: skip
 def test_hostile_parameters(copy, content):
     with_file(copy, "model.safetensors", content)
