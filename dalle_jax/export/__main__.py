@@ -45,6 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--license", help="Identifier for the model card, such as apache-2.0 or cc-by-4.0.")
     add("--report", metavar="DIR", help="Workdir of an evaluation, whose metrics the model card shows.")
     add("--caption", help="Example caption of the model card.")
+    add("--adapters", action="store_true", help="Export the adapters (LoRA) of a run alone, without their base.")
+    add("--base", metavar="NAME", help="Name of the base of --adapters, such as hf://OWNER/NAME.")
     add("--push", metavar="OWNER/NAME", help="Upload the folder to this repository of a hub. It is created if needed.")
     add("--private", action="store_true", help="Create the repository as a private one.")
     return parser
@@ -65,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
             hub.check_repo(given.push, "--push")
         options = Options(
             given.dtype, check_step(given.step, "--step"), given.clip, given.license, given.report, given.caption,
-            given.push,
+            given.push, given.adapters, given.base,
         )  # fmt: skip
         found = export(given.workdir, given.output, options)
         print(f"{given.output}: {found}")

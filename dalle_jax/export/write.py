@@ -5,6 +5,7 @@
 | training of a prior                                 | the prior, its image tokenizer, text model and CLIP |
 | training or import of an image tokenizer            | the tokenizer                                       |
 | training or import of a CLIP                        | the CLIP and its text model                         |
+| training of adapters (LoRA) with `adapters`         | the adapters and the text model                     |
 | exported folder                                     | the same model, in another dtype for instance       |
 """
 
@@ -20,12 +21,15 @@ from etils import epath
 
 from dalle_jax.checkpoints import exported, frozen
 from dalle_jax.checkpoints import workdir as workdirs
-from dalle_jax.checkpoints.exported import CLIP, PRIOR, TOKENIZER
+from dalle_jax.checkpoints.exported import ADAPTERS, CLIP, PRIOR, TOKENIZER
 from dalle_jax.checkpoints.runs import open_run
 from dalle_jax.errors import CheckpointError, ConfigError
 from dalle_jax.export import card
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
+from dalle_jax.priors import trained
+from dalle_jax.priors.trained import lora_of
 from dalle_jax.pytree import PyTree, fingerprint
+from dalle_jax.storage import hub
 from dalle_jax.storage.files import expanded, full_path, write_errors, write_file, write_json
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
 from dalle_jax.text_to_image.folders import check_workdir
@@ -47,6 +51,8 @@ class Options:
       report: folder of an evaluation, whose metrics the card shows; None for those of the training alone.
       caption: example caption in the card; None for a known one of the data set.
       repo: "owner/name" on a hub, under which the card says how to draw; None for the folder's name.
+      adapters: export the adapters (LoRA) of a run alone. Otherwise they are merged into their base.
+      base: name of the base of exported adapters; None for the run that they were trained from.
     """
 
     dtype: str = "float32"
@@ -56,11 +62,15 @@ class Options:
     report: str | None = None
     caption: str | None = None
     repo: str | None = None
+    adapters: bool = False
+    base: str | None = None
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ConfigError(f"--dtype={self.dtype} is unknown; expected one of {', '.join(DTYPES)}.")
         card.check_license(self.license)
+        if self.base and not self.adapters:
+            raise ConfigError(f"--base={self.base} is for --adapters alone.")
 
 
 def kind_of(workdir: str) -> str:
@@ -100,33 +110,69 @@ def export(workdir: str, output: str, options: Options) -> str:
     if str(full_path(workdir)) == str(full_path(output)):
         raise ConfigError(f"--output={output} is the run itself: give another folder.")
     kind = kind_of(workdir)
-    write = {PRIOR: _prior, TOKENIZER: _tokenizer, CLIP: _clip}[kind]
+    write = {PRIOR: _prior, TOKENIZER: _tokenizer, CLIP: _clip, ADAPTERS: _adapters}
+    base = _check_adapters(workdir, options) if options.adapters else None
+    kind = ADAPTERS if options.adapters else kind
     exported.begin(output)
-    found = write(workdir, expanded(output), options)
+    found = write[kind](workdir, expanded(output), options)
     config = None
     if workdirs.has_config(workdir):
         with open_run(workdir) as run:
             config = run.config(found.step)
+        if kind != ADAPTERS and "lora" in config:
+            config["lora"]["rank"] = 0  # they are merged
         write_json(expanded(output) / "config.json", without_paths(config))
     about = card.About(
         kind, options.dtype, found.step, found.parameters, found.summary, config, options.license,
         card.evaluation(workdir, found.step), card.report(options.report), options.caption,
-        options.repo, os.path.basename(str(output).rstrip("/")),
+        options.repo, os.path.basename(str(output).rstrip("/")), base,
     )  # fmt: skip
     write_file(expanded(output) / "README.md", card.text(about))
-    description = {"kind": kind, "dtype": options.dtype, "step": found.step, "frozen": found.frozen, "base": None}
+    description = {"kind": kind, "dtype": options.dtype, "step": found.step, "frozen": found.frozen}
+    description["base"] = None if base is None else {"name": base, "fingerprint": found.base}
     exported.finish(output, description)
     return f"{kind}, {found.parameters:,} parameters, {options.dtype}: {found.summary}"
 
 
 @dataclasses.dataclass(frozen=True)
 class _Written:
-    """What was written: the step, the number of parameters, a summary, and the mark of the frozen tokenizer."""
+    """What was written: step, number of parameters, a summary, and the hashes of frozen modules and of a base."""
 
     step: int | None
     parameters: int
     summary: str
     frozen: str | None = None
+    base: str | None = None
+
+
+def _check_adapters(workdir: str, options: Options) -> str:
+    """Returns the name of the base of a run's adapters.
+
+    Raises:
+      ConfigError: the run has no adapters, or they would be published with a base that is on this machine alone.
+    """
+    if kind_of(workdir) != PRIOR or not lora_of(workdirs.read_config(workdir)).rank:
+        raise ConfigError(f"--adapters: {workdir} was not trained with adapters (config.lora.rank). Leave it out.")
+    base = options.base or trained.load_base(workdir)[1]
+    if options.repo and not base.startswith(hub.SCHEME):
+        raise ConfigError(
+            f"--push={options.repo}: the base of the adapters is {base}, a folder of this machine. Push an export of it, "
+            "and give its address: --base=hf://OWNER/NAME."
+        )
+    return base
+
+
+def _adapters(workdir: str, output: epath.Path, options: Options) -> _Written:
+    _, tokenizer_params = workdirs.load_tokenizer(workdir)
+    base, _ = trained.load_base(workdir)
+    mark = fingerprint({"tokenizer": tokenizer_params, "base": base})
+    with open_run(workdir, best_metric="image_nats") as run:
+        step = run.resolve(options.step)
+        params, config = run.restore_params(step, frozen=mark), run.config(step)
+    exported.write_params(output, jax.device_get(params))
+    _copy(expanded(workdir) / "text", output / "text")
+    summary = f"Adapters of rank {lora_of(config).rank} for a prior of {_count(base):,} parameters"
+    return _Written(step, _count(params), summary, mark, fingerprint(base))
 
 
 def _prior(workdir: str, output: epath.Path, options: Options) -> _Written:
@@ -135,7 +181,7 @@ def _prior(workdir: str, output: epath.Path, options: Options) -> _Written:
     mark = fingerprint({"tokenizer": tokenizer_params})
     with open_run(workdir, best_metric="image_nats") as run:
         step = run.resolve(options.step)
-        params = run.restore_params(step, frozen=mark)
+        params = trained.restore(run, workdir, step, tokenizer_params=tokenizer_params)
         config = run.config(step)
     exported.write_params(output, exported.rounded(params, options.dtype))
     description = tokenizers.to_dict(tokenizer)

@@ -44,32 +44,36 @@ class Vocabularies:
         return np.asarray(given, int), np.asarray(own, int)
 
 
-def match(
-    own: PyTree, given: PyTree, vocabularies: Vocabularies | None = None
-) -> tuple[dict[str, np.ndarray | None], list[str]]:
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """Rows of a table that are taken over: `values`, [n, …], for the rows `places`, int [n]."""
+
+    places: np.ndarray
+    values: np.ndarray
+
+
+def match(own: PyTree, given: PyTree, vocabularies: Vocabularies | None = None) -> dict[str, np.ndarray | Rows | None]:
     """Finds an array for each parameter.
 
     Args:
       own: parameters of the new model, or their shapes.
       given: parameters of the other model, on the host.
-      vocabularies: the text vocabularies if they differ. Rows of a spelling that both have are then taken over, and the
-        other rows are those of `own`, which must be arrays.
+      vocabularies: the text vocabularies if they differ. Only the rows of spellings that both have, and those of
+        paddings, are then taken over.
 
     Returns:
-      The array for each path, or None where name and shape do not agree; and the paths of which some rows are fresh.
+      The array for each path, or `Rows` of a text table, or None where name and shape do not agree.
     """
     flat = by_path({**given, "trunk": unstack(given["trunk"])} if "trunk" in given else given)
     unit = len(own.get("trunk", {}).get("units", ()))
-    found, mixed = {}, []
+    found: dict[str, np.ndarray | Rows | None] = {}
     for name, x in by_path(own).items():
         if vocabularies is not None and _TEXT_TABLES.fullmatch(name):
-            found[name] = _rows(x, flat.get(name), vocabularies)
-            if found[name] is not None:
-                mixed.append(name)
+            found[name] = _rows(x.shape, flat.get(name), vocabularies)
         else:
             array = _find(name, x.shape, flat, unit)
             found[name] = None if array is None or array.shape != x.shape else array
-    return found, mixed
+    return found
 
 
 def _find(name: str, shape: tuple[int, ...], given: Mapping[str, np.ndarray], unit: int) -> np.ndarray | None:
@@ -86,13 +90,11 @@ def _find(name: str, shape: tuple[int, ...], given: Mapping[str, np.ndarray], un
     return np.stack(layers)
 
 
-def _rows(own: np.ndarray, given: np.ndarray | None, vocabularies: Vocabularies) -> np.ndarray | None:
-    """Returns a text table with the given rows of shared spellings and of paddings; None for another width."""
-    if given is None or given.shape[1:] != own.shape[1:]:
+def _rows(shape: tuple[int, ...], given: np.ndarray | None, vocabularies: Vocabularies) -> Rows | None:
+    """Returns the given rows of shared spellings and of paddings for a text table; None for another width."""
+    if given is None or given.shape[1:] != shape[1:]:
         return None
-    table, (old, new) = np.array(own), vocabularies.rows()
-    table[new] = given[old]
-    paddings = min(len(own) - vocabularies.own_size, len(given) - vocabularies.given_size)
-    last = slice(vocabularies.own_size, vocabularies.own_size + paddings)
-    table[last] = given[vocabularies.given_size : vocabularies.given_size + paddings]
-    return table
+    old, new = vocabularies.rows()
+    paddings = np.arange(min(shape[0] - vocabularies.own_size, len(given) - vocabularies.given_size))
+    old = np.concatenate([old, vocabularies.given_size + paddings])
+    return Rows(np.concatenate([new, vocabularies.own_size + paddings]), given[old])

@@ -1,6 +1,6 @@
 """Reads the parameters of a trained prior, with its adapters merged if it was trained with some.
 
-    <workdir>/base/    the frozen base of a training with adapters: options.json and params.msgpack
+<workdir>/base/    the frozen base of a training with adapters: options.json and params.msgpack
 """
 
 from __future__ import annotations
@@ -14,10 +14,13 @@ from etils import epath
 from dalle_jax.checkpoints import frozen
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.checkpoints.exported import Exported
+from dalle_jax.checkpoints.runs import open_run
 from dalle_jax.configuration.options import from_config
+from dalle_jax.errors import CheckpointError
 from dalle_jax.priors import lora
 from dalle_jax.priors.lora import LoRAOptions
-from dalle_jax.pytree import PyTree, fingerprint
+from dalle_jax.priors.matching import match
+from dalle_jax.pytree import PyTree, fingerprint, first_mismatch
 from dalle_jax.storage.files import expanded
 
 Run = Checkpoints | Exported
@@ -85,3 +88,33 @@ def place(params: PyTree, layout: Callable[[PyTree], PyTree] | None) -> PyTree:
         return params
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     return jax.tree.map(jax.device_put, params, layout(shapes))
+
+
+def restore_adapters(run: Exported, folder: str, shapes: PyTree, tokenizer_params: PyTree) -> PyTree:
+    """Reads exported adapters and merges them into the prior that they belong to.
+
+    Args:
+      run: the export.
+      folder: workdir or export of the base.
+      shapes: of the parameters of the prior.
+      tokenizer_params: those of the base's image tokenizer.
+
+    Returns:
+      The parameters of the prior.
+
+    Raises:
+      CheckpointError: the base is another one than that of the training, or the adapters do not fit it.
+    """
+    options, mismatch = lora_of(run.config()), f"{folder} is not the base of the adapters in {run.folder}"
+    with open_run(folder) as opened:
+        found = match(shapes, jax.device_get(restore(opened, folder, tokenizer_params=tokenizer_params)))
+    if lacking := [name for name, array in found.items() if array is None]:
+        raise CheckpointError(f"{mismatch}: its parameter {lacking[0]} is missing or has another shape.")
+    base = jax.tree.unflatten(jax.tree.structure(shapes), found.values())
+    if run.base is None or fingerprint(base) != run.base.get("fingerprint"):
+        raise CheckpointError(f"{mismatch}: it has other parameters. Give the base of the training, in float32.")
+    adapters = run.restore_params(frozen=fingerprint({"tokenizer": tokenizer_params, "base": base}))
+    expected = jax.eval_shape(lambda key: lora.init(key, shapes, options), jax.random.key(0))
+    if wrong := first_mismatch(adapters, expected):
+        raise CheckpointError(f"{run.folder}: the adapter {wrong[0]} is {wrong[1]}, and its base needs {wrong[2]}.")
+    return lora.merge(base, adapters, options)

@@ -72,6 +72,7 @@ class TextToImage:
         rows_at_once: int = 64,
         clip: str | None = None,
         mesh: Mesh | None = None,
+        base: str | None = None,
     ) -> TextToImage:
         """Loads a prior from its workdir.
 
@@ -83,6 +84,8 @@ class TextToImage:
           clip: folder of a CLIP, as for `ClipScorer.load`. None uses the CLIP frozen into `workdir`, if any.
           mesh: a mesh from `make_mesh`. Its axes `fsdp` and `tensor` split a prior that one device cannot hold. None
             uses all devices of this host along `data`.
+          base: of exported adapters (LoRA), the workdir or export that they were trained from. None for the one that
+            the export names, and for whole models.
 
         Returns:
           A model with `generate`, `best_of`, `complete`, `inpaint`, `outpaint` and `vary`.
@@ -94,7 +97,7 @@ class TextToImage:
           MeshError: the prior cannot be split over the mesh.
           HubError: an export on a hub cannot be downloaded.
         """
-        return cls(**loading.load(workdir, step, rows_at_once, clip, mesh))
+        return cls(**loading.load(workdir, step, rows_at_once, clip, mesh, base))
 
     def __repr__(self) -> str:
         layout = self.prior.layout

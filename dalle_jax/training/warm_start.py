@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
@@ -19,11 +20,11 @@ from dalle_jax.checkpoints.runs import open_run
 from dalle_jax.checkpoints.workdir import latest_step, load_text_model, read_config, text_model_path
 from dalle_jax.errors import CheckpointError, ConfigError
 from dalle_jax.priors import trained
-from dalle_jax.priors.matching import Vocabularies, match
+from dalle_jax.priors.matching import Rows, Vocabularies, match
 from dalle_jax.training.step import TrainState
 
 
-def warm_start(state: TrainState, start_from: str, workdir: str) -> TrainState:
+def warm_start(state: TrainState, start_from: str, workdir: str | None = None) -> TrainState:
     """Replaces parameters by those of another run's latest checkpoint where name and shape agree.
 
     If the text models differ, the embeddings of the pieces that both have are taken over.
@@ -31,7 +32,7 @@ def warm_start(state: TrainState, start_from: str, workdir: str) -> TrainState:
     Args:
       state: a fresh state on its mesh. Its average, if it keeps one, starts at the new parameters.
       start_from: workdir or export of the other run. Its average is read if it has one. Every host reads all of it.
-      workdir: of this run, which holds its text model.
+      workdir: of this run, which holds its text model; None for a task without text.
 
     Returns:
       The new state.
@@ -42,8 +43,7 @@ def warm_start(state: TrainState, start_from: str, workdir: str) -> TrainState:
     """
     with _named(start_from), open_run(start_from) as run:
         given = jax.device_get(trained.restore(run, start_from))
-    own = jax.device_get(state.params)
-    found, mixed = match(own, given, vocabularies(start_from, workdir))
+    found = match(state.params, given, vocabularies(start_from, workdir) if workdir else None)
     fresh, total = [name for name, array in found.items() if array is None], len(found)
     if len(fresh) == total:
         raise ConfigError(
@@ -51,14 +51,24 @@ def warm_start(state: TrainState, start_from: str, workdir: str) -> TrainState:
             "Give the workdir of a training of the same task with the same model sizes (for priors model.trunk.width "
             "and heads), or leave start_from out."
         )
-    leaves = zip(jax.tree.leaves(state.params), found.values(), strict=True)
-    chosen = [x if new is None else jax.device_put(new.astype(x.dtype), x.sharding) for x, new in leaves]
+    chosen = [_replaced(x, new) for x, new in zip(jax.tree.leaves(state.params), found.values(), strict=True)]
     params = jax.tree.unflatten(jax.tree.structure(state.params), chosen)
     logging.info(
-        "%d of %d parameters from %s; fresh: %s; of text that both vocabularies have: %s",
-        total - len(fresh), total, start_from, ", ".join(fresh) or "none", ", ".join(mixed) or "none",
+        "%d of %d parameters from %s; fresh: %s; rows of common text alone: %s",
+        total - len(fresh), total, start_from, ", ".join(fresh) or "none",
+        ", ".join(name for name, array in found.items() if isinstance(array, Rows)) or "none",
     )  # fmt: skip
     return state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
+
+
+def _replaced(x: jax.Array, new: np.ndarray | Rows | None) -> jax.Array:
+    """Returns a parameter with the values that `match` found for it, on the devices of the old one."""
+    if new is None:
+        return x
+    if isinstance(new, Rows):
+        values = new.values.astype(x.dtype)
+        return jax.jit(lambda table: table.at[new.places].set(values), out_shardings=x.sharding)(x)
+    return jax.device_put(new.astype(x.dtype), x.sharding)
 
 
 def vocabularies(start_from: str, workdir: str) -> Vocabularies | None:

@@ -132,7 +132,7 @@ def test_a_clip_alone_and_with_a_prior(run, tmp_path):
     scorer.save(tmp_path / "clip")
     folder = export(tmp_path / "clip", tmp_path / "export")
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
-    expected = scorer.score(pixels, CAPTION)
+    expected = ClipScorer.load(tmp_path / "clip").score(pixels, CAPTION)
     np.testing.assert_array_equal(ClipScorer.load(folder).score(pixels, CAPTION), expected)
     both = export(run, tmp_path / "both", f"--clip={folder}")
     np.testing.assert_array_equal(load(str(both)).scorer.score(pixels, CAPTION), expected)
