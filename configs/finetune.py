@@ -28,8 +28,8 @@ from dalle_jax.priors.autoregressive import AutoregressiveOptions
 from dalle_jax.priors.lora import LoRAOptions
 
 VARIANTS = {
-    "all": dict(doc="all parameters; the machine and the time per update of RUN", rank=0, share=0.2),
-    "lora": dict(doc="adapters of the trunk alone; the machine of RUN, three quarters of its time", rank=8, share=1.0),
+    "all": dict(doc="all parameters; the machine of start_from, its time per update", rank=0, share=0.2),
+    "lora": dict(doc="adapters of the trunk; the machine of start_from, a bit faster than all", rank=8, share=1.0),
 }
 
 KEYS = sections.TRAINING_KEYS | {

@@ -156,8 +156,8 @@ def _check_adapters(workdir: str, options: Options) -> str:
     base = options.base or trained.load_base(workdir)[1]
     if options.repo and not base.startswith(hub.SCHEME):
         raise ConfigError(
-            f"--push={options.repo}: the base of the adapters is {base}, a folder of this machine. Push an export of it, "
-            "and give its address: --base=hf://OWNER/NAME."
+            f"--push={options.repo}: the base of the adapters is {base}, a folder of this machine. Push an export of "
+            "it, and give its address: --base=hf://OWNER/NAME."
         )
     return base
 

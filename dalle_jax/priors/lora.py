@@ -10,6 +10,7 @@ the loss and once at loading, so that models know nothing of them and drawing co
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,7 +80,7 @@ def merge(base: PyTree, adapters: PyTree, options: LoRAOptions) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(base), leaves.values())
 
 
-def _kernels(params: PyTree) -> dict[str, jax.Array]:
+def _kernels(params: PyTree) -> dict[str, Any]:
     """Returns the dense kernels of the trunk by path."""
     return {p: x for p, x in by_path(params).items() if p.startswith(_TRUNK) and p.endswith(_KERNEL)}
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from etils import epath
+from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import frozen
 from dalle_jax.checkpoints.checkpoints import Checkpoints
@@ -27,7 +28,7 @@ Run = Checkpoints | Exported
 _REMEDY = "Put back the folder base/ of the training, or train again in another --workdir."
 
 
-def lora_of(config: Mapping[str, Any]) -> LoRAOptions:
+def lora_of(config: Mapping[str, Any] | ConfigDict) -> LoRAOptions:
     """Returns the options of the adapters of a configuration. Earlier versions had none."""
     return from_config(LoRAOptions, config.get("lora") or {}, "lora")
 
