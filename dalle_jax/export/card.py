@@ -112,7 +112,7 @@ def text(about: About) -> str:
 
 def _use(about: About) -> str:
     where = f"hf://{about.repo}" if about.repo else about.folder
-    install = "pip install 'dalle_jax[hub]'" if about.repo else "pip install dalle_jax"
+    install = f"pip install -e {'.[hub]' if about.repo else '.'}  # in a clone of dalle_jax"
     if about.kind == TOKENIZER:
         train = "python -m dalle_jax.main --config=configs/prior.py:small --config.data.path=DIR \\\n  "
         return f"## How to use\n\n```sh\n{install}\n{train}--config.tokenizer_from={where}\n```"

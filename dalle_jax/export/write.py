@@ -116,12 +116,13 @@ def export(workdir: str, output: str, options: Options) -> str:
     exported.begin(output)
     found = write[kind](workdir, expanded(output), options)
     config = None
-    if workdirs.has_config(workdir):
+    if workdirs.has_config(workdir):  # not for an imported tokenizer or CLIP
         with open_run(workdir) as run:
             config = run.config(found.step)
         if kind != ADAPTERS and "lora" in config:
             config["lora"]["rank"] = 0  # they are merged
-        write_json(expanded(output) / "config.json", without_paths(config))
+        config = without_paths(config)
+        write_json(expanded(output) / "config.json", config)
     about = card.About(
         kind, options.dtype, found.step, found.parameters, found.summary, config, options.license,
         card.evaluation(workdir, found.step), card.report(options.report), options.caption,
@@ -243,8 +244,9 @@ def without_paths(config: Mapping[str, Any]) -> dict[str, Any]:
     for key, value in config.items():
         if isinstance(value, Mapping):
             found[key] = without_paths(value)
-        elif key in _PATHS and isinstance(value, str) and "/" in value and not value.startswith("hf://"):
-            found[key] = os.path.basename(value.rstrip("/")) if key in ("path", "workdir") else None
+        elif key in _PATHS and isinstance(value, str) and "/" in (name := hub.name_of(value)):
+            last = os.path.basename(name.rstrip("/")) if key in ("path", "workdir") else None
+            found[key] = name if hub.is_hub(name) else last
         else:
             found[key] = value
     return found

@@ -167,6 +167,8 @@ def test_the_card_of_an_evaluated_model_names_the_protocol(run, tmp_path):
 
 def test_a_published_configuration_names_no_folder_of_this_machine():
     config = {"workdir": "/home/a/runs/x", "data": {"path": "/home/a/photos/", "source": "folder"}, "start_from": "a/b"}
+    cached = "/home/a/.cache/hub/models--owner--name/snapshots/c0ffee"
+    assert without_paths({"start_from": cached}) == {"start_from": "hf://owner/name@c0ffee"}
     found = without_paths({**config, "text": {"path": "/home/a/text", "length": 3}, "base": "hf://a/b"})
     assert "home" not in json.dumps(found) and found["data"] == {"path": "photos", "source": "folder"}
     assert found["text"]["length"] == 3 and found["base"] == "hf://a/b" and found["start_from"] is None

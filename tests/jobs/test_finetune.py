@@ -105,14 +105,15 @@ def test_exports_of_adapters_and_of_the_merged_model_draw_the_same(base, tuned, 
         images_of(whole, base=base[0])
 
 
-def test_adapters_need_their_base(base, tuned, tmp_path):
-    adapters = export(tuned[0], tmp_path / "adapters", "--adapters")
-    other = untrained_run.prior(tmp_path / "other", "maskgit.py:shapes", seed=9)
-    rounded = export(base[0], tmp_path / "rounded", "--dtype=bfloat16")
-    wider = untrained_run.prior(tmp_path / "wider", "maskgit.py:shapes", width=32)
-    for wrong in (other, rounded, wider):
-        with pytest.raises(CheckpointError, match=str(wrong)):
-            images_of(adapters, base=str(wrong))
+@pytest.mark.parametrize("how", ["rounded", *(pytest.param(x, marks=pytest.mark.slow) for x in ("other", "wider"))])
+def test_adapters_need_their_base(base, tuned, tmp_path, how):
+    adapters, wrong = export(tuned[0], tmp_path / "adapters", "--adapters"), str(tmp_path / how)
+    if how == "rounded":
+        export(base[0], wrong, "--dtype=bfloat16")
+    else:
+        untrained_run.prior(wrong, "maskgit.py:shapes", seed=9, width=32 if how == "wider" else 16)
+    with pytest.raises(CheckpointError, match=wrong):
+        images_of(adapters, base=wrong)
     with pytest.raises(ConfigError, match="base=DIR"):
         images_of(adapters, base=str(tmp_path / "nowhere"))
 
