@@ -29,7 +29,7 @@ _SAMPLED = "one image per caption"
 
 @dataclasses.dataclass(frozen=True)
 class About:
-    """What the card says.
+    """The content of a card.
 
     Attributes:
       kind: one of `exported.KINDS`.

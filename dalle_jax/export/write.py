@@ -41,7 +41,7 @@ _PATHS = ("workdir", "start_from", "tokenizer_from", "data_tokens", "path", "dat
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """What is exported, and what its model card says.
+    """Options of an export and of its model card.
 
     Attributes:
       dtype: "float32" or "bfloat16"; see `exported.rounded`. Modules inside a prior stay float32.
@@ -137,7 +137,7 @@ def export(workdir: str, output: str, options: Options) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Written:
-    """What was written: step, number of parameters, a summary, and the hashes of frozen modules and of a base."""
+    """A written export: step, number of parameters, a summary, and the hashes of frozen modules and of a base."""
 
     step: int | None
     parameters: int

@@ -135,7 +135,8 @@ def test_a_clip_alone_and_with_a_prior(run, tmp_path):
     expected = ClipScorer.load(tmp_path / "clip").score(pixels, CAPTION)
     np.testing.assert_array_equal(ClipScorer.load(folder).score(pixels, CAPTION), expected)
     both = export(run, tmp_path / "both", f"--clip={folder}")
-    np.testing.assert_array_equal(load(str(both)).scorer.score(pixels, CAPTION), expected)
+    # Another number of devices, so that sums differ in their last bit.
+    np.testing.assert_allclose(load(str(both)).scorer.score(pixels, CAPTION), expected, atol=1e-6)
 
 
 # -- the model card -----------------------------------------------------------------------------------------------
