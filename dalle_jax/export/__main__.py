@@ -20,9 +20,10 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from dalle_jax.errors import UserError
+from dalle_jax.errors import ConfigError, UserError
 from dalle_jax.export.write import DTYPES, Options, export
 from dalle_jax.storage import hub
+from dalle_jax.storage.files import is_remote
 from dalle_jax.text_to_image.folders import check_step
 
 
@@ -65,6 +66,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         if given.push:
             hub.check_repo(given.push, "--push")
+            if is_remote(given.output):
+                raise ConfigError(f"--output={given.output} cannot be pushed: give a local folder.")
         options = Options(
             given.dtype, check_step(given.step, "--step"), given.clip, given.license, given.report, given.caption,
             given.push, given.adapters, given.base,

@@ -14,7 +14,7 @@ from dalle_jax.checkpoints.exported import ADAPTERS, CLIP, PRIOR, TOKENIZER
 from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.reporting.metric_writer import read_metrics
 from dalle_jax.reporting.units import with_unit
-from dalle_jax.storage import json_files
+from dalle_jax.storage import hub, json_files
 from dalle_jax.storage.files import expanded
 
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.+-]{0,49}")
@@ -95,7 +95,7 @@ def text(about: About) -> str:
     head = {
         "library_name": "dalle_jax", "pipeline_tag": _TAGS[about.kind], "tags": ["dalle_jax", "jax", about.kind],
         **({"license": about.license} if about.license else {}),
-        **({"base_model": about.base} if about.base and about.base.count("/") == 1 and about.base[0] != "/" else {}),
+        **({"base_model": hub.parse(about.base).repo} if hub.is_hub(about.base) else {}),
     }  # fmt: skip
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",

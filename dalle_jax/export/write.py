@@ -21,6 +21,7 @@ from etils import epath
 
 from dalle_jax.checkpoints import exported, frozen
 from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.checkpoints.downloaded import local
 from dalle_jax.checkpoints.exported import ADAPTERS, CLIP, PRIOR, TOKENIZER
 from dalle_jax.checkpoints.runs import open_run
 from dalle_jax.errors import CheckpointError, ConfigError
@@ -95,7 +96,7 @@ def export(workdir: str, output: str, options: Options) -> str:
     """Writes the model of a run into a folder.
 
     Args:
-      workdir: workdir of a training, folder of an importer, or exported folder; local or "gs://…".
+      workdir: workdir of a training, folder of an importer, or exported folder; local, "gs://…" or "hf://owner/name".
       output: the folder to write, new or an earlier export; local or "gs://…".
       options: see `Options`.
 
@@ -107,12 +108,16 @@ def export(workdir: str, output: str, options: Options) -> str:
       CheckpointError: the run holds no model, or it is damaged.
       UserError: a file cannot be written.
     """
+    workdir, options = local(workdir), dataclasses.replace(options, clip=local(options.clip))
     if str(full_path(workdir)) == str(full_path(output)):
         raise ConfigError(f"--output={output} is the run itself: give another folder.")
     kind = kind_of(workdir)
     write = {PRIOR: _prior, TOKENIZER: _tokenizer, CLIP: _clip, ADAPTERS: _adapters}
     base = _check_adapters(workdir, options) if options.adapters else None
-    kind = ADAPTERS if options.adapters else kind
+    kind, report = ADAPTERS if options.adapters else kind, card.report(options.report)
+    if workdirs.has_config(workdir):
+        with open_run(workdir) as run:
+            run.resolve(options.step)  # an error must not cost an earlier export
     exported.begin(output)
     found = write[kind](workdir, expanded(output), options)
     config = None
@@ -125,7 +130,7 @@ def export(workdir: str, output: str, options: Options) -> str:
         write_json(expanded(output) / "config.json", config)
     about = card.About(
         kind, options.dtype, found.step, found.parameters, found.summary, config, options.license,
-        card.evaluation(workdir, found.step), card.report(options.report), options.caption,
+        card.evaluation(workdir, found.step), report, options.caption,
         options.repo, os.path.basename(str(output).rstrip("/")), base,
     )  # fmt: skip
     write_file(expanded(output) / "README.md", card.text(about))
@@ -223,6 +228,8 @@ def _clip(workdir: str, output: epath.Path, options: Options) -> _Written:
             step = run.resolve(options.step)
     scorer = ClipScorer.load(workdir, step)
     scorer.save(output, options.dtype)
+    if (expanded(workdir) / "text").is_dir():
+        _copy(expanded(workdir) / "text", output / "text")  # for trainings that start from the export
     return _Written(step, _count(scorer.params), repr(scorer))
 
 

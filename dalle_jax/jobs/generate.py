@@ -46,7 +46,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     captions, options, mesh = check(config, workdir)
     sampling = {"negative": config.negative or None, **dataclasses.asdict(options)}
     out = expanded(workdir)
-    model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once, config.clip, mesh)
+    model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once, config.clip, mesh, config.base)
     if config.candidates:
         ranked = model.best_of(captions, config.candidates, config.n, config.seed, **sampling)
     else:

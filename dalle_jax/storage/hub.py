@@ -75,6 +75,12 @@ def parse(path: str) -> Address:
     return Address(f"{found['owner']}/{found['name']}", revision, found["file"])
 
 
+def is_repository(path: str) -> bool:
+    """Returns whether a path is "hf://owner/name" or "hf://owner/name@revision"."""
+    found = _ADDRESS.fullmatch(path)
+    return found is not None and found["file"] is None
+
+
 def name_of(path: str) -> str:
     """Returns the address, with its commit, of a folder in the cache; other paths are returned unchanged."""
     found = _CACHED.search(path.replace(os.sep, "/"))

@@ -13,8 +13,10 @@ from dalle_jax.checkpoints import downloaded
 from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.errors import ConfigError, DamagedError, HubError
 from dalle_jax.export.__main__ import main
+from dalle_jax.jobs import evaluate
 from dalle_jax.pretrained.__main__ import main as import_weights
 from dalle_jax.storage import hub as module
+from dalle_jax.storage.files import expanded
 
 constants = pytest.importorskip("huggingface_hub.constants", reason="the package huggingface_hub is not installed")
 
@@ -157,6 +159,13 @@ def test_an_export_is_pushed_and_loaded(hub, folder, tmp_path, monkeypatch, caps
     downloaded._download.cache_clear()
     np.testing.assert_array_equal(images("hf://owner/shapes"), drawn)
     assert len(hub.requests) == count
+
+
+def test_where_an_address_is_possible():
+    names = "hf://owner/name,runs/a,hf://o/n@v1"
+    assert evaluate.split_folders(names) == ["hf://owner/name", "runs/a", "hf://o/n@v1"]
+    with pytest.raises(ConfigError, match="hf://owner/name"):
+        expanded("hf://owner/name")
 
 
 def test_a_repository_that_is_no_export(hub):
