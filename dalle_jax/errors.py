@@ -79,6 +79,10 @@ class PretrainedError(UserError, RuntimeError):
     """Pretrained weights are missing, damaged or of a different architecture."""
 
 
+class HubError(UserError, RuntimeError):
+    """A repository on a hub cannot be reached, or does not hold what was asked for."""
+
+
 class Preempted(SystemExit):
     """Training was stopped by SIGTERM or Ctrl-C and has saved its state. Ends the process with status 0.
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 PyTree = Any
+_DEEPEST = 64
 
 
 def leaf_path(path: tuple[Any, ...]) -> str:
@@ -19,6 +21,28 @@ def leaf_path(path: tuple[Any, ...]) -> str:
 def by_path(tree: PyTree) -> dict[str, Any]:
     """Returns the leaves of a tree by path, in tree order."""
     return {leaf_path(path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns nested dicts of leaves by path: the inverse of `by_path` for a tree of dicts.
+
+    Raises:
+      ValueError: a path leads through a leaf, or has more than 64 parts.
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
+        if len(parents) >= _DEEPEST:  # deeper trees could overflow the stack
+            raise ValueError(f"{path[:200]!r} has {len(parents) + 1} parts")
+        place = tree
+        for name in parents:
+            place = place.setdefault(name, {})
+            if not isinstance(place, dict):
+                raise ValueError(f"{path[:200]!r} leads through an array")
+        if last in place:
+            raise ValueError(f"{path[:200]!r} stands twice, or leads to other arrays")
+        place[last] = leaf
+    return tree
 
 
 def first_mismatch(given: PyTree, expected: PyTree) -> tuple[str, Any, Any] | None:

@@ -71,6 +71,8 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
         "dvae": ["dvae.py", *STEPS, *PATCHES, *FEW_SHAPES],
         "prior": ["prior.py", *STEPS, *SHALLOW_TRUNK, *FEW_SHAPES, f"tokenizer_from={work}/dvae"],
         "maskgit": ["maskgit.py", *STEPS, *SHALLOW_TRUNK, *FEW_SHAPES, f"tokenizer_from={work}/dvae"],
+        "finetune": ["finetune.py", *STEPS, f"start_from={work}/maskgit", f"data.path={folder}", "text.path=new"],
+        "finetune:lora": ["finetune.py:lora", *STEPS, f"start_from={work}/prior", f"data.path={folder}"],
         "generate:maskgit": ["generate.py", f"model_workdir={work}/maskgit", "prompts=a star", "sampling.steps=3"],
         "generate": ["generate.py", f"model_workdir={work}/prior", "prompts=a red circle|two shapes", "n=2"],
         "clip": ["clip.py", *STEPS, *SMALL_CLIP, *FEW_SHAPES],

@@ -34,6 +34,9 @@ FILES = (  # comments: seconds of CPU time on a busy machine
     "text_to_image/test_editing.py",  # 15
     "pretrained/test_import_clip.py",  # 14
     "data/test_pipeline.py",  # 14
+    "jobs/test_finetune.py",
+    "export/test_export.py",
+    "export/test_hub.py",
     "models/test_clip.py",  # 13
     "pretrained/test_openai_dvae.py",
     "training/test_profiling.py",  # 11

@@ -20,7 +20,7 @@ LEVELS = (
     ("main",),
     ("jobs",),
     ("evaluation", "aot"),
-    ("pretrained", "training"),
+    ("pretrained", "training", "export"),
     ("tasks", "text_to_image"),
     ("priors",),
     ("metrics", "checkpoints", "models"),

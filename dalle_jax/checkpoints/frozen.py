@@ -1,7 +1,8 @@
-"""Saves and loads a trained module: options.json and params.msgpack.
+"""Saves and loads a trained module: options.json and its parameters.
 
-    options.json      with the checksums of both files; written last: if it exists, the module is complete
-    params.msgpack
+    options.json         with the checksums of both files; written last: if it exists, the module is complete
+    params.msgpack       or, in an exported folder,
+    model.safetensors
 
 Earlier versions wrote no checksums. Their modules are read unchecked. Folders may be local or remote ("gs://…").
 """
@@ -15,15 +16,18 @@ from typing import Any
 import flax.serialization
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from dalle_jax.errors import CheckpointError, DamagedError
-from dalle_jax.pytree import PyTree
-from dalle_jax.storage import json_files
+from dalle_jax.pytree import PyTree, by_path, nested
+from dalle_jax.storage import json_files, tensor_file
 from dalle_jax.storage.checksummed import checksum, say_unchecked
 from dalle_jax.storage.errors import storage_cause
 from dalle_jax.storage.files import expanded, write_atomically, write_errors, write_json
 from dalle_jax.storage.reachable import check_reachable
+
+MSGPACK, SAFETENSORS = "params.msgpack", "model.safetensors"
 
 
 def exists(folder: epath.PathLike) -> bool:
@@ -32,22 +36,24 @@ def exists(folder: epath.PathLike) -> bool:
     return (expanded(folder) / "options.json").exists()
 
 
-def save(folder: epath.PathLike, options: Mapping[str, Any], params: PyTree) -> None:
+def save(folder: epath.PathLike, options: Mapping[str, Any], params: PyTree, name: str = MSGPACK) -> None:
     """Writes both files.
 
     Args:
       folder: created if it does not exist.
       options: JSON values that describe the module.
       params: tree of arrays.
+      name: `MSGPACK` or `SAFETENSORS`, the file of the parameters.
 
     Raises:
       UserError: a file cannot be written.
     """
     folder = expanded(folder)
-    content = flax.serialization.msgpack_serialize(jax.device_get(params))
-    sums = {"params.msgpack": checksum(content), "options": _of_json(options)}
+    given = jax.device_get(params)
+    content = tensor_file.encode(by_path(given)) if name == SAFETENSORS else flax.serialization.msgpack_serialize(given)
+    sums = {name: checksum(content), "options": _of_json(options)}
     with write_errors(folder):
-        write_atomically(folder / "params.msgpack", content)
+        write_atomically(folder / name, content)
     write_json(folder / "options.json", {**options, "checksums": sums})
 
 
@@ -59,7 +65,7 @@ def load(folder: epath.PathLike, remedy: str) -> tuple[dict[str, Any], PyTree]:
       remedy: what to do about damage, for the message.
 
     Returns:
-      The options, and the parameters as JAX arrays.
+      The options, and the parameters as JAX arrays. Those that an export stored in bfloat16 are float32 again.
 
     Raises:
       DamagedError: a file is missing, or changed since it was written.
@@ -73,10 +79,15 @@ def load(folder: epath.PathLike, remedy: str) -> tuple[dict[str, Any], PyTree]:
             say_unchecked(str(folder))
         elif sums["options"] != _of_json(options):
             raise ValueError("options.json changed since it was written")
-        content = (folder / "params.msgpack").read_bytes()
-        if sums is not None and sums["params.msgpack"] != checksum(content):
-            raise ValueError("params.msgpack changed since it was written")
-        params = flax.serialization.msgpack_restore(content)
+        name = SAFETENSORS if sums is not None and SAFETENSORS in sums else MSGPACK
+        content = (folder / name).read_bytes()
+        if sums is not None and sums[name] != checksum(content):
+            raise ValueError(f"{name} changed since it was written")
+        if name == SAFETENSORS:
+            wide = lambda x: x.astype(np.float32) if x.dtype == jnp.bfloat16 else x
+            params = nested({path: wide(x) for path, x in tensor_file.decode(content).items()})
+        else:
+            params = flax.serialization.msgpack_restore(content)
     except MemoryError:
         raise
     except Exception as error:  # without checksums, msgpack raises many types for damaged content

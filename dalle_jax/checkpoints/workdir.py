@@ -20,9 +20,10 @@ from absl import logging
 from etils import epath
 from ml_collections import ConfigDict
 
-from dalle_jax.checkpoints import checksums, frozen
+from dalle_jax.checkpoints import checksums, exported, frozen
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.checkpoints.compatibility import to_json
+from dalle_jax.checkpoints.exported import Exported
 from dalle_jax.configuration.values import natural
 from dalle_jax.data import text_models
 from dalle_jax.data.text import CaptionModel, TextModel
@@ -73,8 +74,11 @@ def read_config(workdir: epath.PathLike) -> dict[str, Any]:
         )
     if replacement := _if_changed(workdir, path):
         return replacement
-    remedy = "Start the training again: it writes this file at its beginning."
-    config = json_files.read(path, dict, CheckpointError, remedy)
+    if exported.exists(workdir):
+        remedy, config = exported.REMEDY, Exported(workdir).config()
+    else:
+        remedy = "Start the training again: it writes this file at its beginning."
+        config = json_files.read(path, dict, CheckpointError, remedy)
     if wrong := _first_wrong(config, _SECTIONS):
         raise CheckpointError(f"{path} is damaged: {wrong}. {remedy}")
     return config
@@ -129,7 +133,12 @@ def has_config(workdir: epath.PathLike) -> bool:
 
 
 def steps_of(workdir: epath.PathLike) -> Sequence[int]:
-    """Returns the steps of the checkpoints of the training in `workdir`, ascending; () without one."""
+    """Returns the steps of the checkpoints of the training in `workdir`, ascending; () without one.
+
+    An exported folder has the step that was exported.
+    """
+    if exported.exists(workdir):
+        return Exported(workdir).steps
     if not _path(workdir, "checkpoints").exists():
         return ()
     with Checkpoints(str(workdir), read_only=True) as checkpoints:

@@ -316,6 +316,10 @@ class TextModel:
         """
         return "".join(dict.fromkeys(x for x in self._as_known(normalize(text)) if x not in self._letters))
 
+    def pieces(self) -> list[str]:
+        """Returns the spelling of each id."""
+        return [self._processor.id_to_piece(i) for i in range(self.vocab_size)]
+
     def _as_known(self, text: str) -> str:
         """Replaces signs that the vocabulary lacks by another spelling that it holds ("’" by "'", or back)."""
         for letter in set(text) - self._letters:

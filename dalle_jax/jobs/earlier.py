@@ -15,6 +15,7 @@ from typing import Any
 from absl import logging
 from ml_collections import ConfigDict
 
+from dalle_jax.checkpoints import exported
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.compatibility import COMPUTE_KEYS, differences, flatten, to_json
 from dalle_jax.errors import ConfigError
@@ -79,6 +80,11 @@ def check_resumes(config: ConfigDict, workdir: str) -> None:
     Raises:
       ConfigError: it was not. The message names the keys, and the workdir to give instead.
     """
+    if exported.exists(workdir):
+        raise ConfigError(
+            f"--workdir={workdir} is an exported model. Give another --workdir, and --config.start_from={workdir} to "
+            "start from its parameters."
+        )
     stored = read(workdir)
     if stored is None or not begun(workdir):
         return

@@ -19,6 +19,7 @@ from dalle_jax.evaluation.sections import Metrics
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.jobs.checks import check_drawing
 from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.storage import hub
 from dalle_jax.storage.files import check_writable, expanded, is_regular_file
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
@@ -43,7 +44,7 @@ def run(config: ConfigDict, workdir: str) -> Metrics:
     loaded = [TextToImage.load(folder, config.step, config.rows_at_once, config.clip, mesh) for folder in folders]
     kinds = [model.prior.name for model in loaded]
     names = kinds if len(set(kinds)) == len(kinds) else folders
-    data = config.get("data") or workdirs.read_config(folders[0])["data"]
+    data = config.get("data") or workdirs.read_config(loaded[0].workdir)["data"]
     tests = open_test_set(data, protocol, loaded[0].image_size, [model.text_model for model in loaded])
     models = {name: Model(model, sampling) for name, model in zip(names, loaded)}
     measured = measure(models, tests, options)
@@ -84,7 +85,11 @@ def check(config: ConfigDict, workdir: str) -> tuple[Protocol, Options, Sampling
     return protocol, options, sampling, mesh
 
 
-def split_folders(text: str, is_workdir: Callable[[str], bool] = workdirs.has_config) -> list[str]:
+def _is_workdir(name: str) -> bool:
+    return hub.is_repository(name) or workdirs.has_config(name)
+
+
+def split_folders(text: str, is_workdir: Callable[[str], bool] = _is_workdir) -> list[str]:
     """Splits names at commas, but not at those in the name of an existing workdir: the longest name counts."""
     parts, folders = text.split(","), []
     while parts:

@@ -16,6 +16,7 @@ from absl import logging
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from dalle_jax.checkpoints.downloaded import local
 from dalle_jax.configuration.options import from_config
 from dalle_jax.configuration.values import natural
 from dalle_jax.distributed.mesh import local_mesh
@@ -45,7 +46,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     captions, options, mesh = check(config, workdir)
     sampling = {"negative": config.negative or None, **dataclasses.asdict(options)}
     out = expanded(workdir)
-    model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once, config.clip, mesh)
+    model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once, config.clip, mesh, config.base)
     if config.candidates:
         ranked = model.best_of(captions, config.candidates, config.n, config.seed, **sampling)
     else:
@@ -59,7 +60,7 @@ def run(config: ConfigDict, workdir: str) -> None:
         write_file(out / name, content)
     shown = min(config.n, 8)
     save_png(out / "grid.png", image_grid([(c, ranked.images[i, :shown]) for i, c in enumerate(captions[:16])]))
-    clip = (config.clip or model.workdir) if config.candidates else None
+    clip = (local(config.clip) or model.workdir) if config.candidates else None
     manifest = {
         **manifests.describe_model(model, out, clip),
         "seed": config.seed, "sampling": dataclasses.asdict(options), "negative": config.negative or None,

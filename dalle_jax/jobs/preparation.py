@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
-from dalle_jax.configuration.sections import EMOJI, SHAPES
+from dalle_jax.checkpoints.compatibility import flatten, to_json
+from dalle_jax.checkpoints.downloaded import local
+from dalle_jax.configuration.sections import EMOJI, SHAPES, section
 from dalle_jax.data import token_store
 from dalle_jax.data.sources.own import FOLDER, TAR_SHARDS, choose_source
 from dalle_jax.errors import ConfigError
+from dalle_jax.priors.autoregressive import AutoregressiveOptions
 from dalle_jax.tasks.prior import EACH_BATCH, ONCE
 
 # Sources that draw their own images, with the arguments of their builder that variants set.
@@ -22,6 +27,9 @@ _FILES = {
     "autoregressive": "prior",
     "maskgit": "maskgit",
 }  # → config file
+
+NEW = "new"  # as `config.text.path`: train a text model although `start_from` has one
+_USUAL_PEAK = 4.5e-4  # of configs/finetune.py, for a prior whose step size is unknown
 
 
 def prepare(config: ConfigDict) -> ConfigDict:
@@ -37,6 +45,9 @@ def prepare(config: ConfigDict) -> ConfigDict:
       ConfigError: the data sections contradict each other, their path or their source.
     """
     config = copy.deepcopy(config)  # keeps references, which `copy_and_resolve_references` would not
+    for key in ("start_from", "tokenizer_from"):
+        if config.get(key):
+            config[key] = local(config[key])
     _follow_tokens(config)
     _follow_start(config)
     _choose_source(config, config)
@@ -85,13 +96,47 @@ def _follow_tokens(config: ConfigDict) -> None:
 
 
 def _follow_start(config: ConfigDict) -> None:
-    """Takes tokenizer, text model and text length from the run that `start_from` names, unless they are set."""
-    start = config.get("start_from")
+    """Takes tokenizer, text model and text length from the run that `start_from` names, unless they are set.
+
+    With `follow_start`, everything else that describes the model comes from there, too.
+    """
+    start, own_text = config.get("start_from"), "text" in config and config.text.path == NEW
+    if own_text:
+        config.text.path = None
     if not start:
+        if config.get("follow_start"):
+            raise ConfigError(
+                "config.start_from is not set: fine-tuning needs the workdir or the export of a prior, such as "
+                "--config.start_from=runs/prior-shapes."
+            )
         return
+    stored = workdirs.read_config(start) if workdirs.has_config(start) else None
     if "tokenizer" in config:
         config.tokenizer_from = config.tokenizer_from or start
     if "text" in config:
-        config.text.path = config.text.path or str(workdirs.text_model_path(start))
-        if config.text.length is None and workdirs.has_config(start):
-            config.text.length = workdirs.read_config(start)["text"]["length"]
+        if not own_text:
+            config.text.path = config.text.path or str(workdirs.text_model_path(start))
+        if config.text.length is None and stored is not None:
+            config.text.length = stored["text"]["length"]
+    if config.get("follow_start") and stored is not None and stored["task"] == "prior":
+        _follow_model(config, stored)
+
+
+def _follow_model(config: ConfigDict, stored: Mapping[str, Any]) -> None:
+    """Replaces image size, prior and model by those of another run, except the model's keys that are set.
+
+    The largest step size becomes the share `follow_start` of that of the other run, unless it is set.
+    """
+    usual = flatten(to_json(section(AutoregressiveOptions)))
+    given = {key: value for key, value in flatten(to_json(config.model)).items() if value != usual.get(key)}
+    with config.unlocked():
+        del config["model"], config["prior"]
+        config.model, config.prior = ConfigDict(stored["model"]), stored["prior"]
+        config.model.update_from_flattened_dict(given)
+    config.data.image_size = stored["data"]["image_size"]
+    config.data.bpe_dropout = float(stored["data"].get("bpe_dropout", 0.0))
+    rate, share = config.schedules.learning_rate, config.follow_start
+    earlier = stored.get("schedules", {}).get("learning_rate", {})
+    peak = earlier.get("peak", earlier.get("value"))
+    if peak is not None and rate.get("peak") == _USUAL_PEAK * share:
+        rate.peak = float(peak) * share

@@ -4,7 +4,8 @@
     python -m dalle_jax.pretrained NAME --weights=FILE [--weights=FILE] --output=RUN
     python -m dalle_jax.pretrained NAME --help                                       # further options of NAME
 
-Users download the files themselves. Nothing in them is executed, and torch is not needed.
+Users download the files themselves, or give their address on a hub (hf://OWNER/NAME/FILE). Nothing in them is executed,
+and torch is not needed.
 
 | exit status | meaning                                                              |
 |-------------|----------------------------------------------------------------------|
@@ -50,9 +51,8 @@ def _parser(one: Importer) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--weights", action="append", required=True, metavar="FILE", help=f"In this order: {', '.join(one.files)}."
-    )
+    expected = f"Files or addresses (hf://OWNER/NAME/FILE), in this order: {', '.join(one.files)}."
+    parser.add_argument("--weights", action="append", required=True, metavar="FILE", help=expected)
     parser.add_argument("--output", required=True, metavar="RUN", help="Folder to write.")
     for setting in one.settings:
         parser.add_argument(

@@ -10,6 +10,7 @@ from dalle_jax.checkpoints import workdir
 from dalle_jax.errors import ConfigError, PretrainedError, UserError
 from dalle_jax.pretrained import clip, inception, llamagen, maskgit, mindalle, openai_dvae, rudalle, state_dict, vqgan
 from dalle_jax.pretrained.importer import Importer
+from dalle_jax.storage import hub
 
 _ALL = (
     *vqgan.IMPORTERS, *llamagen.IMPORTERS, *rudalle.IMPORTERS, *maskgit.IMPORTERS, mindalle.IMPORTER,
@@ -24,7 +25,7 @@ def import_files(name: str, files: Sequence[str | os.PathLike], output: str, set
 
     Args:
       name: a key of `IMPORTERS`.
-      files: the files of the weights, as `Importer.files` says.
+      files: the files of the weights, as `Importer.files` says; local, or on a hub ("hf://owner/name/file").
       output: folder to write.
       settings: values of `Importer.settings` by name. The default stands for an absent one.
 
@@ -37,6 +38,7 @@ def import_files(name: str, files: Sequence[str | os.PathLike], output: str, set
         importer, if there is one.
     """
     one = IMPORTERS[name]
+    files = [hub.download_checked(file) if hub.is_hub(file) else file for file in files]
     if len(files) != len(one.files):
         expected = " ".join(f"--weights={file}" for file in one.files)
         raise ConfigError(f"{len(files)} files were given. {name} needs {len(one.files)}: {expected}.")

@@ -6,11 +6,9 @@ Torch is not needed, and no code in a file is executed, see `restricted_pickle`.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-import struct
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, BinaryIO
@@ -24,11 +22,8 @@ from flax import traverse_util
 from dalle_jax.errors import PretrainedError
 from dalle_jax.pretrained import flax_msgpack, restricted_pickle
 from dalle_jax.pytree import PyTree, by_path
+from dalle_jax.storage import tensor_file
 
-_SAFETENSORS_DTYPES = {
-    "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8, "U8": np.uint8, "BOOL": np.bool_,
-}  # fmt: skip
 # Files that are often given in place of weights, by their first bytes in lower case.
 _NOT_WEIGHTS = {
     b"version https://git-lfs": "a pointer of git-lfs and not the weights: run `git lfs pull`, or download the file",
@@ -60,7 +55,6 @@ _OF_TRAININGS = re.compile(
     r"|torch\.(Size|float16|float32|float64|bfloat16|int64)"
     r"|numpy\.(dtype|ndarray|(core|_core)\.(multiarray\.(scalar|_reconstruct)|numeric\._frombuffer))"
 )
-_LARGEST_HEADER = 10 << 20  # bytes of the JSON header of safetensors
 
 
 def read(path: str | os.PathLike, module_classes: frozenset[str] = frozenset()) -> dict[str, np.ndarray]:
@@ -259,27 +253,5 @@ def _read_npy_header(file: BinaryIO) -> tuple[tuple[int, ...], bool, np.dtype]:
 
 
 def _read_safetensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Reads a safetensors file: a length, a JSON header and the bytes of the arrays."""
     with open(path, "rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        if length > min(os.path.getsize(path), _LARGEST_HEADER):
-            raise ValueError("it ends too early, or its header is too long")
-        header = json.loads(file.read(length))
-        data = file.read()
-    arrays, total = {}, 0
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        start, end = entry["data_offsets"]
-        if not 0 <= start <= end <= len(data):
-            raise ValueError(f"the array {name[:200]!r} lies outside of the file, which ends too early or is damaged")
-        total += end - start
-        if total > len(data):
-            raise ValueError("its arrays overlap")
-        if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            raise ValueError(f"the array {name[:200]!r} has the dtype {entry['dtype']!r}, which is not supported")
-        shape = entry["shape"]
-        if type(shape) is not list or any(type(n) is not int or n < 0 for n in shape):
-            raise ValueError(f"the array {name[:200]!r} has the shape {str(shape)[:200]}")
-        arrays[name] = np.frombuffer(data[start:end], _SAFETENSORS_DTYPES[entry["dtype"]]).reshape(shape)
-    return arrays
+        return tensor_file.decode(file.read())

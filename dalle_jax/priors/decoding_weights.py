@@ -10,6 +10,7 @@ float32 copy is of no use for drawing. The converted model gives the same tokens
 | gains, biases and embedding tables | float32, because the model uses them in float32               |
 
 A tied head is an embedding table. Float32 models are not converted, so that their draws stay the same to the last bit.
+Parameters that an export rounded to bfloat16 become float32 where the model needs float32.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
@@ -43,7 +45,7 @@ def for_drawing(prior: TokenPrior, params: PyTree, mesh: Mesh | None) -> tuple[T
     """
     trunk = prior.options.trunk
     if trunk.dtype == "float32":
-        return prior, params
+        return prior, jax.tree.map(lambda x: x.astype(jnp.float32), params)
     for part in ("trunk", "head"):
         _cast(params.get(part, {}), ("kernel",), trunk.dtype)
     _cast(params["embedding"], _HEADS, trunk.states_dtype)

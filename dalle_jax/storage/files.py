@@ -48,6 +48,11 @@ def expanded(path: epath.PathLike) -> epath.Path:
     Every path that a user gives passes through here before its file system is opened, see `disable_listings_cache`.
     """
     text = os.fspath(path)
+    if text.startswith("hf://"):  # fsspec would read it file by file over the network
+        raise ConfigError(
+            f"{text!r} cannot be opened here: give a directory, or gs://BUCKET/DIR. Addresses of a hub stand for "
+            "exported models (model_workdir, clip, start_from, tokenizer_from) and for --weights."
+        )
     if text.startswith("file://"):
         path = urllib.parse.unquote(text.removeprefix("file://").removeprefix("localhost"))
     try:

@@ -6,7 +6,7 @@ B rows    T text    N = h·w image tokens
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -29,11 +29,14 @@ from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.metrics.mean import Mean, without_empty
 from dalle_jax.models.transformer_options import TransformerOptions
+from dalle_jax.priors import lora, trained
+from dalle_jax.priors.lora import LoRAOptions
 from dalle_jax.priors.registry import make, options_of
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
 from dalle_jax.reporting.images import to_uint8
 from dalle_jax.tasks import words
+from dalle_jax.tasks.adapters import base_of, check_adapters
 from dalle_jax.tasks.encoded_split import given_tokens, tokens_of_split
 from dalle_jax.tasks.preview import preview_grid, shown_rows
 from dalle_jax.tasks.task import Batch, Job, make_job, zeros_like
@@ -50,7 +53,7 @@ class PriorTask:
       schedules: the prior's schedules.
       best_metric: "image_nats", nats per image token on the evaluation split.
       title, studies: see `Task`.
-      frozen: "tokenizer", the parameters of the image tokenizer.
+      frozen: "tokenizer", the parameters of the image tokenizer; and "base", those of the prior under adapters.
     """
 
     best_metric = "image_nats"
@@ -63,6 +66,8 @@ class PriorTask:
         tokenizer_params: PyTree,
         text_model: CaptionModel | None,
         preview_rows: int = 4,
+        adapters: LoRAOptions | None = None,
+        base: PyTree | None = None,
     ):
         """Creates the task.
 
@@ -72,14 +77,19 @@ class PriorTask:
           tokenizer_params: parameters of the tokenizer.
           text_model: decodes captions for the preview; None if no preview is drawn.
           preview_rows: number of captions in the preview.
+          adapters: options of adapters, which are then the only trained parameters; None to train all parameters.
+          base: frozen parameters of the prior that adapters are added to.
         """
+        self._adapters = adapters
         self.prior, self.tokenizer, self._text_model, self._preview_rows = prior, tokenizer, text_model, preview_rows
         self.title = f"{prior.name} prior"
         self.schedules = dict(prior.schedules)
-        self.frozen = {"tokenizer": tokenizer_params}
+        self.frozen = {"tokenizer": tokenizer_params} | ({} if adapters is None else {"base": base})
 
     def init(self, key: jax.Array) -> PyTree:
         """See `Task.init`."""
+        if self._adapters is not None:
+            return lora.init(key, self.frozen["base"], self._adapters)
         return self.prior.init(key, self.tokenizer.codebook(self.frozen["tokenizer"]))
 
     def loss(
@@ -93,14 +103,18 @@ class PriorTask:
             tokens = batch["tokens"].astype(jnp.int32)
         else:
             tokens = _encode(self.tokenizer, frozen["tokenizer"], batch["image"])
-        return self.prior.loss(params, batch["text"], tokens, key, train=True, step=step)
+        return self.prior.loss(self._whole(params, frozen), batch["text"], tokens, key, train=True, step=step)
+
+    def _whole(self, params: PyTree, frozen: PyTree) -> PyTree:
+        """Returns the parameters of the prior: those that are trained, or the base with the trained adapters."""
+        return params if self._adapters is None else lora.merge(frozen["base"], params, self._adapters)
 
     def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
         """See `Task.evaluate`. Returns means of the prior's metrics over the valid rows.
 
         A metric without a value is left out, such as that of a range of mask ratios without an example.
         """
-        mean = Mean()
+        mean, params = Mean(), self._whole(params, frozen)
         for i, batch in enumerate(batches):
             batch_key = keys.stream(key, "batch", i)
             scalars = to_host(_measure(self.prior, self.tokenizer, params, frozen["tokenizer"], batch, batch_key))
@@ -113,7 +127,7 @@ class PriorTask:
         text, real, valid = to_host((batch["text"], batch["image"], batch["valid"]))
         rows = shown_rows(valid, self._preview_rows)
         count, text, real = len(rows), text[rows], real[rows]
-        drawn = self.prior.sample(params, jnp.asarray(text), jax.random.split(key, 2 * count))
+        drawn = self.prior.sample(self._whole(params, frozen), jnp.asarray(text), jax.random.split(key, 2 * count))
         images = to_uint8(to_host(_decode(self.tokenizer, frozen["tokenizer"], jnp.asarray(real), drawn)))
         vocab = self.prior.layout.text_vocab
         captions = [self._text_model.decode([i for i in row if i < vocab]) for row in text.tolist()]
@@ -166,11 +180,16 @@ def _task(
     params: PyTree,
     text_vocab: int,
     text_model: CaptionModel | None = None,
+    base: Callable[[TokenPrior], PyTree] | None = None,
 ) -> PriorTask:
-    """Builds the task of a configuration for a tokenizer and a text vocabulary."""
+    """Builds the task of a configuration for a tokenizer and a text vocabulary. `base` returns that of adapters."""
     height, width = tokenizer.grid(config.data.image_size)
     layout = TokenLayout(text_vocab, tokenizer.vocab_size, config.text.length, height, width)
-    return PriorTask(make(config.prior, config.model, layout), tokenizer, params, text_model)
+    prior, options = make(config.prior, config.model, layout), trained.lora_of(config)
+    if not options.rank:
+        return PriorTask(prior, tokenizer, params, text_model)
+    frozen = base(prior) if base else zeros_like(prior.init, jax.random.key(0))
+    return PriorTask(prior, tokenizer, params, text_model, adapters=options, base=frozen)
 
 
 def _check_data_tokens(config: ConfigDict) -> None:
@@ -202,6 +221,7 @@ def check_config(config: ConfigDict) -> None:
     from_config(DataOptions, config.data, "data")
     from_config(options_of(config.prior), config.model, "model")
     workdirs.check_text_section(config.text)
+    check_adapters(config)
     _check_data_tokens(config)
     first = config.model.get("raster_steps")
     if first and config.steps and first >= config.steps:
@@ -237,7 +257,8 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
         tokens = tokens_of_split(options, options.train_split, tokenizer, params, folders)
     elif config.data_tokens != EACH_BATCH:
         tokens = given_tokens(config.data_tokens, options, options.train_split, tokenizer, params)
-    task = _task(config, tokenizer, params, text_model.vocab_size, text_model)
+    base = lambda prior: base_of(config, workdir, prior)
+    task = _task(config, tokenizer, params, text_model.vocab_size, text_model, base)
     if first := config.model.get("raster_steps"):
         logging.info(
             "The first %d of %d updates predict image tokens in raster order, and the others %s "
@@ -258,4 +279,4 @@ def abstract(config: ConfigDict, tokenizer: ImageTokenizer | None = None) -> tup
 
 def options(config: Mapping[str, Any]) -> dict[str, type]:
     """See `tasks.options`."""
-    return {"model": options_of(config["prior"]), "model.trunk": TransformerOptions}
+    return {"model": options_of(config["prior"]), "model.trunk": TransformerOptions, "lora": LoRAOptions}

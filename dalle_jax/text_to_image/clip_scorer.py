@@ -6,7 +6,7 @@
 
 `save` freezes a scorer into any folder, such as the workdir of a prior:
 
-    <folder>/clip/params.msgpack        the parameters
+    <folder>/clip/params.msgpack        the parameters; in an exported folder model.safetensors
     <folder>/clip/text.model            the text model: a sentencepiece file, or a tokenizer.json
     <folder>/clip/options.json          the sizes
 
@@ -26,9 +26,10 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from dalle_jax.checkpoints import frozen
+from dalle_jax.checkpoints import exported, frozen
 from dalle_jax.checkpoints import workdir as workdirs
-from dalle_jax.checkpoints.checkpoints import Checkpoints
+from dalle_jax.checkpoints.downloaded import local
+from dalle_jax.checkpoints.runs import open_run
 from dalle_jax.configuration.options import from_config
 from dalle_jax.configuration.values import natural
 from dalle_jax.data.byte_pairs import BytePairs
@@ -77,7 +78,8 @@ class ClipScorer:
         """Loads a CLIP from a folder, local or "gs://…".
 
         Args:
-          folder: a folder that `save` or an importer of `dalle_jax.pretrained` wrote, or the workdir of a training.
+          folder: a folder that `save`, an importer of `dalle_jax.pretrained` or an export wrote, the workdir of a
+            training, or the export of a hub, "hf://owner/name".
           step: step of a checkpoint in a workdir, "best", or None for the latest.
           rows_at_once: images or captions that pass through a tower at once.
           mesh: devices that share these rows. None uses all devices of this host.
@@ -93,6 +95,7 @@ class ClipScorer:
         step, rows_at_once = check_step(step), natural("rows_at_once", rows_at_once, 1, MOST_IMAGES)
         check_mesh(mesh)
         check_path("clip", folder)
+        folder = local(folder)
         if has_clip(folder):
             clip, params, text_model = _load_frozen(expanded(folder) / "clip")
         else:
@@ -104,7 +107,7 @@ class ClipScorer:
                     "(python -m dalle_jax.main --config=configs/clip.py) or import one (dalle_jax.pretrained.clip)."
                 )
             text_model = workdirs.load_text_model(folder)
-            with Checkpoints(str(folder), best_metric="loss", read_only=True) as checkpoints:
+            with open_run(folder, best_metric="loss") as checkpoints:
                 config = checkpoints.config(step)  # it has a checksum; config.json has none
                 here = {**config, "model": kernels.on_any_device(config["model"])}
                 clip = CLIP(models.options_of_training(here, text_model.vocab_size))
@@ -113,11 +116,12 @@ class ClipScorer:
         mesh = mesh or local_mesh()
         return cls(clip, jax.device_put(params, replicated(mesh)), text_model, rows_at_once, mesh)
 
-    def save(self, folder: str | epath.PathLike) -> None:
+    def save(self, folder: str | epath.PathLike, dtype: str | None = None) -> None:
         """Freezes the CLIP into `<folder>/clip`, where `load` finds it.
 
         Args:
           folder: the folder, local or "gs://…". A CLIP that is already there is replaced.
+          dtype: None for the format of workdirs. "float32" or "bfloat16" for safetensors, see `exported.rounded`.
 
         Raises:
           UserError: the folder cannot be written.
@@ -128,7 +132,10 @@ class ClipScorer:
             self.text_model.save(target / "text.model")
         kind = "byte_pairs" if isinstance(self.text_model, BytePairs) else "sentencepiece"
         options = {"text_model": kind, **dataclasses.asdict(self.clip.options)}
-        frozen.save(target, options, self.params)
+        if dtype is None:
+            frozen.save(target, options, self.params)
+        else:
+            frozen.save(target, options, exported.rounded(self.params, dtype), frozen.SAFETENSORS)
 
     def __repr__(self) -> str:
         options = self.clip.options

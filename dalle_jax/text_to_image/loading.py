@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -11,11 +12,16 @@ from jax.sharding import Mesh
 from dalle_jax import compilation_cache
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.checkpoints import Checkpoints
+from dalle_jax.checkpoints.downloaded import local
+from dalle_jax.checkpoints.exported import ADAPTERS, Exported
+from dalle_jax.checkpoints.runs import open_run
 from dalle_jax.configuration.values import natural
 from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.distributed.sharding import replicated, shardings_of
 from dalle_jax.errors import CheckpointError, ConfigError
+from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.models.attention import kernels
+from dalle_jax.priors import trained
 from dalle_jax.priors.decoding_weights import for_drawing
 from dalle_jax.priors.registry import make
 from dalle_jax.priors.token_prior import TokenPrior
@@ -27,12 +33,13 @@ from dalle_jax.token_layout import TokenLayout
 
 
 def load(
-    workdir: str, step: int | str | None, rows_at_once: int, clip: str | None, mesh: Mesh | None
+    workdir: str, step: int | str | None, rows_at_once: int, clip: str | None, mesh: Mesh | None, base: str | None
 ) -> dict[str, Any]:
     """Returns the fields of a `TextToImage`. `TextToImage.load` explains arguments and errors."""
     step, rows_at_once = check_step(step), natural("rows_at_once", rows_at_once, 1, MOST_IMAGES)
     check_mesh(mesh)
     check_path("workdir", workdir)
+    workdir, clip = local(workdir), local(clip)
     check_workdir(workdir)
     compilation_cache.enable()
     config = workdirs.read_config(workdir)
@@ -41,23 +48,28 @@ def load(
             f"{workdir} holds a training of task {config.get('task')!r}. Images are drawn from the workdir of a "
             "prior (python -m dalle_jax.main --config=configs/prior.py)."
         )
-    tokenizer, tokenizer_params = workdirs.load_tokenizer(workdir)
-    text_model = workdirs.load_text_model(workdir)
     mesh = mesh or local_mesh()
-    with Checkpoints(workdir, best_metric="image_nats", read_only=True) as checkpoints:
-        config = checkpoints.config(step)  # it has a checksum; config.json has none
-        size, length = config["data"]["image_size"], config["text"]["length"]
-        layout = TokenLayout(text_model.vocab_size, tokenizer.vocab_size, length, *tokenizer.grid(size))
+    with open_run(workdir, best_metric="image_nats") as run:
+        folder = _base(run, base) or workdir
+        tokenizer, tokenizer_params = workdirs.load_tokenizer(folder)
+        text_model = workdirs.load_text_model(folder)
+        config = run.config(step)  # it has a checksum; config.json has none
+        size = config["data"]["image_size"]
+        layout = _token_layout(workdir, config, text_model.vocab_size, tokenizer)
         prior = make(config["prior"], kernels.on_any_device(config["model"]), layout)
         layout_of = lambda stored: _layout(prior, stored, workdir, mesh)
-        params = checkpoints.restore_params(step, layout=layout_of, frozen=fingerprint({"tokenizer": tokenizer_params}))
-        step = checkpoints.resolve(step)
+        if folder == workdir:
+            params = trained.restore(run, workdir, step, layout=layout_of, tokenizer_params=tokenizer_params)
+        else:
+            shapes = nn.meta.unbox(jax.eval_shape(prior.init, jax.random.key(0)))
+            params = trained.place(trained.restore_adapters(run, folder, shapes, tokenizer_params), layout_of)
+        step = run.resolve(step)
     # The stored parameters identify the model, and a conversion would change the hash of those in memory.
     stored = "" if prior.options.trunk.dtype == "float32" else fingerprint(params)
     prior, params = for_drawing(prior, params, mesh)
     tokenizer_params = jax.device_put(tokenizer_params, replicated(mesh))
-    folder = clip or (workdir if has_clip(workdir) else None)
-    scorer = ClipScorer.load(folder, rows_at_once=rows_at_once, mesh=mesh) if folder else None
+    place = clip or next((one for one in (workdir, folder) if has_clip(one)), None)
+    scorer = ClipScorer.load(place, rows_at_once=rows_at_once, mesh=mesh) if place else None
     return {
         "prior": prior,
         "params": params,
@@ -73,6 +85,34 @@ def load(
         "fit": config["data"].get("fit", "crop"),
         "stored_fingerprint": stored,
     }
+
+
+def _base(run: Checkpoints | Exported, base: str | None) -> str | None:
+    """Returns the folder of the base of exported adapters, or None for a whole model.
+
+    Raises:
+      ConfigError: a base for a whole model, or none for adapters whose own base is not on this machine.
+    """
+    if not isinstance(run, Exported) or run.kind != ADAPTERS:
+        if base is not None:
+            raise ConfigError(f"base is {base!r}, but the model needs none: it holds no adapters. Leave out base.")
+        return None
+    folder = local(base or str((run.base or {}).get("name", "")))
+    if not folder or not workdirs.has_config(folder):
+        raise ConfigError(
+            f"{run.folder} holds adapters (LoRA) of a prior, and its base {folder!r} is no run: give base=DIR, the "
+            "workdir or export that the adapters were trained from."
+        )
+    return folder
+
+
+def _token_layout(workdir: str, config: Mapping[str, Any], text_vocab: int, tokenizer: ImageTokenizer) -> TokenLayout:
+    """Returns the layout of a run's token stream; raises a `CheckpointError` for sizes that no model has."""
+    try:
+        grid = tokenizer.grid(config["data"]["image_size"])
+        return TokenLayout(text_vocab, tokenizer.vocab_size, config["text"]["length"], *grid)
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{workdir}: its configuration does not fit its models: {error}.") from error
 
 
 def _layout(prior: TokenPrior, stored: PyTree, workdir: str, mesh: Mesh) -> PyTree:

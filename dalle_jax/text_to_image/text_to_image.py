@@ -72,16 +72,20 @@ class TextToImage:
         rows_at_once: int = 64,
         clip: str | None = None,
         mesh: Mesh | None = None,
+        base: str | None = None,
     ) -> TextToImage:
         """Loads a prior from its workdir.
 
         Args:
-          workdir: workdir of a finished or running training of a prior, local or "gs://…".
+          workdir: workdir of a finished or running training of a prior, or an exported folder, local or "gs://…". Or an
+            export on a hub, "hf://owner/name" or "hf://owner/name@revision".
           step: step of a checkpoint, "best", or None for the latest.
           rows_at_once: largest number of images drawn at once, over all devices.
           clip: folder of a CLIP, as for `ClipScorer.load`. None uses the CLIP frozen into `workdir`, if any.
           mesh: a mesh from `make_mesh`. Its axes `fsdp` and `tensor` split a prior that one device cannot hold. None
             uses all devices of this host along `data`.
+          base: of exported adapters (LoRA), the workdir or export that they were trained from. None for the one that
+            the export names, and for whole models.
 
         Returns:
           A model with `generate`, `best_of`, `complete`, `inpaint`, `outpaint` and `vary`.
@@ -91,8 +95,9 @@ class TextToImage:
             image tokenizer in the workdir. For a folder around several workdirs, the message lists them.
           ConfigError: the workdir is not that of a prior, or `step` or `rows_at_once` is no such number.
           MeshError: the prior cannot be split over the mesh.
+          HubError: an export on a hub cannot be downloaded.
         """
-        return cls(**loading.load(workdir, step, rows_at_once, clip, mesh))
+        return cls(**loading.load(workdir, step, rows_at_once, clip, mesh, base))
 
     def __repr__(self) -> str:
         layout = self.prior.layout

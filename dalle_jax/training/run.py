@@ -117,8 +117,8 @@ class Run:
             self.state = TrainState.from_items(items)
         else:
             self.state = init()
-            if config.get("start_from"):
-                self.state = warm_start(self.state, config.start_from)
+            if config.get("start_from") and "base" not in task.frozen:  # adapters: it is their frozen base
+                self.state = warm_start(self.state, config.start_from, workdir)
         start = self.start = int(self.state.step)
         self.skipped_in_row = int(self.state.skipped_in_row)
         if is_first() and (start <= self.total or not has_config(workdir)):  # else keep the longer training's file

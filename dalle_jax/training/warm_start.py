@@ -1,16 +1,13 @@
 """Initialisation of a training from the parameters of another run.
 
-Every task can start from a run of the same task, for instance after its data set changed.
-
-The two priors share the names and shapes of their trunk and embeddings (`priors/`). A MaskGIT prior that starts from
-an autoregressive one therefore already reads captions and knows which tokens are similar. Scans stack the layers by
-their attention patterns, which differ between the priors, so layers are compared one by one.
+Every task can start from a run of the same task, for instance after its data set changed. The run may be an exported
+folder. `priors.matching` says which parameters agree. A MaskGIT prior that starts from an autoregressive one therefore
+already reads captions and knows which tokens are similar.
 """
 
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Iterator
 
 import jax
@@ -19,20 +16,23 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
-from dalle_jax.checkpoints.checkpoints import Checkpoints
-from dalle_jax.checkpoints.workdir import latest_step, read_config
+from dalle_jax.checkpoints.runs import open_run
+from dalle_jax.checkpoints.workdir import latest_step, load_text_model, read_config, text_model_path
 from dalle_jax.errors import CheckpointError, ConfigError
-from dalle_jax.models.trunk import unstack
-from dalle_jax.pytree import PyTree, by_path
+from dalle_jax.priors import trained
+from dalle_jax.priors.matching import Rows, Vocabularies, match
 from dalle_jax.training.step import TrainState
 
 
-def warm_start(state: TrainState, workdir: str) -> TrainState:
+def warm_start(state: TrainState, start_from: str, workdir: str | None = None) -> TrainState:
     """Replaces parameters by those of another run's latest checkpoint where name and shape agree.
+
+    If the text models differ, the embeddings of the pieces that both have are taken over.
 
     Args:
       state: a fresh state on its mesh. Its average, if it keeps one, starts at the new parameters.
-      workdir: of the other run. Its average is read if it has one. Every host reads all of it.
+      start_from: workdir or export of the other run. Its average is read if it has one. Every host reads all of it.
+      workdir: of this run, which holds its text model; None for a task without text.
 
     Returns:
       The new state.
@@ -41,26 +41,44 @@ def warm_start(state: TrainState, workdir: str) -> TrainState:
       ConfigError: no parameter agrees.
       CheckpointError: there is no checkpoint.
     """
-    with Checkpoints(str(workdir), read_only=True) as checkpoints, _named(workdir):
-        given = by_path(_unstacked(jax.device_get(checkpoints.restore_params())))
-    own = by_path(state.params)
-    unit = len(state.params.get("trunk", {}).get("units", ()))
-    found = {name: _find(name, x.shape, given, unit) for name, x in own.items()}
-    fresh = [name for name, x in own.items() if found[name] is None or found[name].shape != x.shape]
-    chosen = [
-        x if name in fresh else jax.device_put(found[name].astype(x.dtype), x.sharding) for name, x in own.items()
-    ]
-    params, total = jax.tree.unflatten(jax.tree.structure(state.params), chosen), len(chosen)
+    with _named(start_from), open_run(start_from) as run:
+        given = jax.device_get(trained.restore(run, start_from))
+    found = match(state.params, given, vocabularies(start_from, workdir) if workdir else None)
+    fresh, total = [name for name, array in found.items() if array is None], len(found)
     if len(fresh) == total:
         raise ConfigError(
-            f"config.start_from={workdir!r}: none of its parameters has the name and shape of one of this model's. "
+            f"config.start_from={start_from!r}: none of its parameters has the name and shape of one of this model's. "
             "Give the workdir of a training of the same task with the same model sizes (for priors model.trunk.width "
             "and heads), or leave start_from out."
         )
+    chosen = [_replaced(x, new) for x, new in zip(jax.tree.leaves(state.params), found.values(), strict=True)]
+    params = jax.tree.unflatten(jax.tree.structure(state.params), chosen)
     logging.info(
-        "%d of %d parameters from %s; fresh: %s", total - len(fresh), total, workdir, ", ".join(fresh) or "none"
-    )
+        "%d of %d parameters from %s; fresh: %s; rows of common text alone: %s",
+        total - len(fresh), total, start_from, ", ".join(fresh) or "none",
+        ", ".join(name for name, array in found.items() if isinstance(array, Rows)) or "none",
+    )  # fmt: skip
     return state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
+
+
+def _replaced(x: jax.Array, new: np.ndarray | Rows | None) -> jax.Array:
+    """Returns a parameter with the values that `match` found for it, on the devices of the old one."""
+    if new is None:
+        return x
+    if isinstance(new, Rows):
+        values = new.values.astype(x.dtype)
+        return jax.jit(lambda table: table.at[new.places].set(values), out_shardings=x.sharding)(x)
+    return jax.device_put(new.astype(x.dtype), x.sharding)
+
+
+def vocabularies(start_from: str, workdir: str) -> Vocabularies | None:
+    """Returns the text vocabularies of two runs of priors if their text models differ, else None."""
+    paths = [text_model_path(folder) for folder in (start_from, workdir)]
+    if not all(path.exists() for path in paths) or paths[0].read_bytes() == paths[1].read_bytes():
+        return None
+    given, own = (load_text_model(folder) for folder in (start_from, workdir))
+    listed = [model.pieces() if hasattr(model, "pieces") else None for model in (given, own)]
+    return Vocabularies(*listed, given.vocab_size, own.vocab_size)
 
 
 def check_start_from(config: ConfigDict, workdir: str) -> None:
@@ -91,22 +109,3 @@ def _named(workdir: str) -> Iterator[None]:
         yield
     except CheckpointError as error:
         raise CheckpointError(f"config.start_from={workdir!r}: {error}") from error
-
-
-def _unstacked(params: PyTree) -> PyTree:
-    """Separates the stacked layers of a prior's trunk. Other parameters stay as they are."""
-    return {**params, "trunk": unstack(params["trunk"])} if "trunk" in params else params
-
-
-def _find(name: str, shape: tuple[int, ...], given: dict[str, np.ndarray], unit: int) -> np.ndarray | None:
-    """Finds the given array for a parameter, or None.
-
-    For a parameter of a scan, whose repeats are units of `unit` layers, it stacks the arrays of the single layers.
-    """
-    place = re.fullmatch(r"trunk/units/layer_(\d+)/(.*)", name)
-    if place is None:
-        return given.get(name)
-    layers = [given.get(f"trunk/layer_{r * unit + int(place[1])}/{place[2]}") for r in range(shape[0])]
-    if any(layer is None or layer.shape != shape[1:] for layer in layers):
-        return None
-    return np.stack(layers)

@@ -23,6 +23,7 @@ from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.optim import schedules
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.priors.autoregressive_model import AutoregressiveOptions
+from dalle_jax.priors.lora import LoRAOptions
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.tasks.corrupted_negatives import NegativeOptions
@@ -31,7 +32,8 @@ from dalle_jax.tasks.vq import VQObjectiveOptions
 
 NAN, INFINITY = float("nan"), float("inf")
 CLASSES = [
-    AutoregressiveOptions, AverageOptions, CLIPOptions, CompileOptions, DVAEOptions, DataOptions, MaskGITOptions,
+    AutoregressiveOptions, AverageOptions, CLIPOptions, CompileOptions, DVAEOptions, DataOptions, LoRAOptions,
+    MaskGITOptions,
     NegativeOptions, ObjectiveOptions, OptimizerOptions, Options, Protocol, SamplingOptions, SizeRules,
     TransformerOptions, VQObjectiveOptions, VQOptions,
 ]  # fmt: skip

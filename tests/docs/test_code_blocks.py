@@ -108,8 +108,10 @@ def check_script(command):
 def check_module(command):
     if command[2] == "dalle_jax.pretrained":
         return check_importer(command[3], command[4:])
-    file = ROOT / (command[2].replace(".", "/") + ".py")
-    _check_source(file, command[3:], '"{}"')
+    file = ROOT / command[2].replace(".", "/")
+    if file.is_dir():
+        return _check_source(file / "__main__.py", command[3:], '"--{}"')
+    _check_source(file.with_suffix(".py"), command[3:], '"{}"')
 
 
 def check_importer(name, arguments):
@@ -295,6 +297,7 @@ def _tiny(command):
         "prior": [*prior, *data, *under("tokenizer.", dvae + data)],
         "maskgit": [*prior, *data, *under("tokenizer.", dvae + data)],
         "clip": [*_CLIP, *data, *([] if small else ["data.image_size=64", "data.workers=0"])],
+        "finetune": short_runs.STEPS,
         "data": [],
         "generate": ["rows_at_once=4"],
         "evaluate": ["count=8", "rows_at_once=8", "metrics.candidates=2", "metrics.candidate_captions=2"],
