@@ -8,11 +8,11 @@ from typing import Any
 
 from dalle_jax.checkpoints import workdir
 from dalle_jax.errors import ConfigError, PretrainedError, UserError
-from dalle_jax.pretrained import clip, inception, openai_dvae, state_dict, vqgan
+from dalle_jax.pretrained import clip, inception, lpips, openai_dvae, state_dict, vqgan
 from dalle_jax.pretrained.importer import Importer
 
 IMPORTERS: dict[str, Importer] = {
-    one.name: one for one in (*vqgan.IMPORTERS, openai_dvae.IMPORTER, clip.IMPORTER, inception.IMPORTER)
+    one.name: one for one in (*vqgan.IMPORTERS, openai_dvae.IMPORTER, clip.IMPORTER, inception.IMPORTER, lpips.IMPORTER)
 }
 _MODULE_CLASSES = frozenset().union(*(one.module_classes for one in IMPORTERS.values()))
 
