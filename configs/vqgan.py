@@ -3,7 +3,9 @@
     python -m dalle_jax.main --config=configs/vqgan.py                  # shapes: embedded data, a laptop's CPU
     python -m dalle_jax.main --config=configs/vqgan.py:small --config.data.path=DIR   # your own images, 32 pixels
     python -m dalle_jax.main --config=configs/vqgan.py:folder --config.data.path=DIR  # the same, 128 pixels, a GPU
-    python -m dalle_jax.main --config=configs/prior.py:small --config.data.path=DIR --config.tokenizer_from=runs/vqgan-small
+    python -m dalle_jax.main --config=configs/vqgan.py --help           # all variants, and the keys that people set
+
+A prior then takes `--config.tokenizer_from=runs/vqgan-small`.
 
 The discriminator starts late: `schedules.discriminator_weight` and `adversarial_weight` wait for `wait_steps` updates.
 The generator's weight then rises for `warmup_steps`. The log has both sides.
