@@ -154,7 +154,10 @@ def test_both_players_of_an_update(originals, disc_loss, step):
     options = VQGANOptions(**OPTIONS)
     on = Constant(float(step >= 5))
     objective = VQGANObjectiveOptions(
-        perceptual_weight=0.0, adversarial=disc_loss, codebook=0.25, commitment=1.0  # as their `legacy` has it
+        perceptual_weight=0.0,
+        adversarial=disc_loss,
+        codebook=0.25,
+        commitment=1.0,  # as their `legacy` has it
     )
     task = VQGANTask(
         VQGANTokenizer(options), objective, DiscriminatorOptions(layers=2, filters=8),
