@@ -55,7 +55,7 @@ def batch(rows=8):
     return {"image": draw_images(rows), "valid": np.ones(rows, bool)}
 
 
-# The weights of the generator's and the discriminator's losses at steps 0, 1, 2 and 3, so that one program has them all.
+# Steps with other weights of the generator's and the discriminator's losses, so that one program has them all.
 BOTH, NEITHER, DISCRIMINATOR_ONLY, GENERATOR_ONLY = range(4)
 STEPS = (lambda step: jnp.array([0.5, 0.0, 0.0, 0.5])[step], lambda step: jnp.array([1.0, 0.0, 1.0, 0.0])[step])
 
