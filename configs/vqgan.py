@@ -7,8 +7,8 @@
 
 A prior then takes `--config.tokenizer_from=runs/vqgan-small`.
 
-The discriminator starts late: `schedules.discriminator_weight` and `adversarial_weight` wait for `wait_steps` updates.
-The generator's weight then rises for `warmup_steps`. The log has both sides.
+The discriminator starts late, after `schedules.adversarial_weight.wait_steps` updates. The weight of its verdict then
+rises for `warmup_steps`. The log has both sides.
 
 `shapes`, `small` and `folder` are small networks of ours. Their codes are running averages that start as clusters, and
 unused codes are moved. They need no weights of LPIPS. `small` has model.downsample 4: 8 x 8 tokens at 32 pixels. At 64
@@ -147,7 +147,7 @@ KEYS = sections.TRAINING_KEYS | {
     "objective.perceptual_weight": "weight of LPIPS; 0: none",
     "objective.lpips": "folder of its weights, see python -m dalle_jax.pretrained --list",
     "schedules.adversarial_weight.value": "weight of the adversarial loss after its start",
-    "schedules.adversarial_weight.wait_steps": "updates before it starts; set it for discriminator_weight, too",
+    "schedules.adversarial_weight.wait_steps": "updates before it, and the discriminator, start",
 }
 
 
@@ -180,4 +180,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.ema = section(AverageOptions)
     sections.training_loop(config, row["batch_size"], every=5000)
     sections.override(config, *row["overrides"])
+    # Both players start together, unless the discriminator's start is set.
+    start = config.schedules.adversarial_weight.get_oneway_ref("wait_steps")
+    sections.override(config, {"schedules.discriminator_weight.wait_steps": start})
     return config

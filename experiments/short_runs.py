@@ -31,7 +31,6 @@ FEW_SHAPES = ["data.builder_kwargs.num_train=512"]
 SMALL_DVAE = ["model.vocab_size=32", "model.hidden=8", "model.codebook_dim=8", "model.blocks_per_group=1"]
 SMALL_VQ = ["model.vocab_size=32", "model.hidden=8", "model.code_dim=8"]
 SMALL_VQGAN = ["model.vocab_size=32", "model.hidden=32", "model.code_dim=8", "discriminator.filters=8"]
-ALL_IN_GAME = [f"schedules.{name}_weight.wait_steps=1" for name in ("adversarial", "discriminator")]
 PATCHES = [*SMALL_DVAE, "model.hidden=96", "model.codebook_dim=96"]  # k-means initialisation needs the width
 SMALL_CLIP = [
     *(f"model.{tower}_{size}" for tower in ("image", "text") for size in ("width=16", "depth=1", "heads=2")),
@@ -69,7 +68,7 @@ def make_folder(path: Path, size: int, count: int = 24) -> Path:
 def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
     """Returns chains of runs: name → config and overrides. A run may use the workdirs of earlier runs of its chain."""
     folder, big = make_folder(work / "folder", 64), make_folder(work / "big", 256)
-    vqgan = [*STEPS, *SMALL_VQGAN, *ALL_IN_GAME]
+    vqgan = [*STEPS, *SMALL_VQGAN, "schedules.adversarial_weight.wait_steps=1"]
     shapes = {
         "dvae": ["dvae.py", *STEPS, *PATCHES, *FEW_SHAPES],
         "prior": ["prior.py", *STEPS, *SHALLOW_TRUNK, *FEW_SHAPES, f"tokenizer_from={work}/dvae"],

@@ -78,6 +78,20 @@ class DiscriminatorOptions:
         return tuple(self.filters * min(2**layer, _WIDEST) for layer in range(self.layers + 1))
 
 
+def discriminator_flops(options: DiscriminatorOptions, image_size: int) -> float:
+    """Counts what both players compute with it for an image and its reconstruction; a multiplication counts as two.
+
+    The forward passes of both, the gradients of the discriminator for both, and that of the reconstruction. R1 is not
+    counted.
+    """
+    side, inputs, layers = image_size, 3, []
+    for layer, width in enumerate((*options.widths(), 1)):
+        side = side // 2 if layer < options.layers else side - 1
+        layers.append(2 * side**2 * 16 * inputs * width)
+        inputs = width
+    return 7 * sum(layers) - 2 * layers[0]
+
+
 class BatchNorm(nn.Module):
     """Normalises each channel by the mean and variance over the batch and all positions, in float32."""
 

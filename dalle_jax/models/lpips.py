@@ -10,6 +10,8 @@ The weights are the users' own files (`pretrained/lpips.py`). Nothing of it is t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -29,17 +31,27 @@ class LPIPS(nn.Module):
     @nn.compact
     def __call__(self, first: Float[ArrayLike, "B H W 3"], second: Float[ArrayLike, "B H W 3"]) -> Float[Array, " B"]:
         """Computes the distance of each image to its counterpart, float32 [B], from pixels in [-1, 1]."""
-        pixels = jnp.concatenate([first, second])
-        x = (pixels - jnp.array(_SHIFT)[None, None, None]) / jnp.array(_SCALE)[None, None, None]
+        layers = [
+            [nn.Conv(width, (3, 3), name=f"stage_{stage}_conv_{i}") for i, width in enumerate(widths)]
+            for stage, widths in enumerate(STAGES)
+        ]
         total = jnp.zeros(len(first))
-        for stage, widths in enumerate(STAGES):
-            x = nn.max_pool(x, (2, 2), (2, 2)) if stage else x
-            for i, width in enumerate(widths):
-                x = nn.relu(nn.Conv(width, (3, 3), name=f"stage_{stage}_conv_{i}")(x))
-            a, b = jnp.split(_unit(x), 2)
-            weights = self.param(f"weights_{stage}", nn.initializers.ones, (widths[-1],))
+        # Each image apart, because one of the two needs no gradient in a training.
+        for stage, (a, b) in enumerate(zip(_features(layers, first), _features(layers, second))):
+            weights = self.param(f"weights_{stage}", nn.initializers.ones, (STAGES[stage][-1],))
             total += jnp.mean((a - b) ** 2 @ weights, axis=(1, 2))
         return total
+
+
+def _features(layers: Sequence[Sequence[nn.Module]], pixels: Float[ArrayLike, "B H W 3"]) -> list[jax.Array]:
+    """Returns the features of each stage with length 1 at each position, float32 [B, H', W', C]."""
+    x, found = (pixels - jnp.array(_SHIFT)[None, None, None]) / jnp.array(_SCALE)[None, None, None], []
+    for stage, convolutions in enumerate(layers):
+        x = nn.max_pool(x, (2, 2), (2, 2)) if stage else x
+        for convolution in convolutions:
+            x = nn.relu(convolution(x))
+        found.append(_unit(x))
+    return found
 
 
 def _unit(x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B H W C"]:
@@ -49,6 +61,18 @@ def _unit(x: Float[ArrayLike, "B H W C"]) -> Float[Array, "B H W C"]:
     return jnp.where(squares > 0, x / (jnp.sqrt(safe) + _SMALLEST_LENGTH), 0.0)
 
 
-def distance(params: PyTree, first: jax.Array, second: jax.Array) -> Float[Array, " B"]:
+def distance(
+    params: PyTree, first: Float[ArrayLike, "B H W 3"], second: Float[ArrayLike, "B H W 3"]
+) -> Float[Array, " B"]:
     """Computes LPIPS of pixels in [-1, 1]: float32 [B, H, W, 3] twice to float32 [B]."""
     return LPIPS().apply({"params": params}, first, second)
+
+
+def flops(image_size: int) -> float:
+    """Counts the forward pass of one square image, a multiplication as two. Its gradient costs as much again."""
+    total, inputs = 0.0, 3
+    for stage, widths in enumerate(STAGES):
+        for width in widths:
+            total += 2 * (image_size // 2**stage) ** 2 * 9 * inputs * width
+            inputs = width
+    return total

@@ -75,6 +75,10 @@ class ReconstructionTask:
             captions = [_caption(self._held_out, index) for index in to_host({"index": batch["index"]})["index"][rows]]
         return preview_grid(captions, [("real", images[rows]), ("reconstructed", shown)])
 
+    def training_flops(self, image_size: int) -> float:
+        """Counts the operations of an update for one image; see `aot/model_flops.py`."""
+        return self.tokenizer.flops(image_size).training
+
     def in_words(self, metrics: Mapping[str, float], examples: int) -> list[str]:
         """See `Task.in_words`."""
         tokens = examples * math.prod(self.tokenizer.grid(self.tokenizer.image_size))

@@ -38,7 +38,7 @@ from dalle_jax.data.sources.source import DataOptions, Source
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.adversarial import adaptive_weight, with_gradient
-from dalle_jax.image_tokenizers.discriminator import Discriminator, DiscriminatorOptions
+from dalle_jax.image_tokenizers.discriminator import Discriminator, DiscriminatorOptions, discriminator_flops
 from dalle_jax.image_tokenizers.kmeans_init import kmeans
 from dalle_jax.image_tokenizers.signed_pixels import from_signed, to_signed
 from dalle_jax.image_tokenizers.vector_quantizer import averages, move_dead, renew
@@ -213,6 +213,12 @@ class VQGANTask(ReconstructionTask):
         players = {"real": game.real, "fake": game.fake, "playing": playing.astype(jnp.float32)}
         scalars = jax.lax.stop_gradient({**scalars, "statistics": {**coded.statistics, **players}})
         return generator + coded.loss + discriminator - jax.lax.stop_gradient(discriminator), scalars
+
+    def training_flops(self, image_size: int) -> float:
+        """See `ReconstructionTask.training_flops`. The discriminator counts as if it had started."""
+        game = discriminator_flops(self._discriminator.options, image_size)
+        distances = 3 * lpips.flops(image_size) if self.frozen else 0.0  # both images, and the gradient of one
+        return super().training_flops(image_size) + game + distances
 
     def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
         """See `ReconstructionTask.evaluate`. With LPIPS, "lpips" is its mean over images."""

@@ -213,7 +213,7 @@ def play(
     """
 
     def play(discriminator: PyTree) -> Game:
-        opponent = jax.lax.stop_gradient(discriminator)
+        opponent = jax.lax.stop_gradient(discriminator)  # else the branch keeps values for a second derivative
         scored = lambda x: generator_loss(o.adversarial, logits(opponent, x))
         generator, gradient = jax.value_and_grad(scored)(fake)
         of_real, of_fake = logits(discriminator, pixels), logits(discriminator, fake)

@@ -12,11 +12,12 @@ from dalle_jax.jobs import train as train_job
 
 SHORT = dict(steps=2, eval_batches=1, cadence__eval=2, cadence__preview=2, cadence__checkpoint=1)
 TINY = {key.replace(".", "__"): value for key, value in TINY_PRIOR.items()}
-IN_GAME = {f"schedules__{name}_weight__wait_steps": 1 for name in ("adversarial", "discriminator")}
+SMALL = dict(data__image_size=16, model__multipliers=(1, 2), discriminator__layers=1)
+IN_GAME = dict(schedules__adversarial_weight__wait_steps=1)
 
 
 def test_a_training_its_resumption_and_a_prior(load, tmp_path):
-    config = load("vqgan.py:small", **SHORT, **IN_GAME)
+    config = load("vqgan.py:small", **SHORT, **SMALL, **IN_GAME)
     train_job.run(config, "run")
     with Checkpoints("run", read_only=True) as checkpoints:
         stored = {step: checkpoints.restore_params(step) for step in checkpoints.steps}
@@ -24,16 +25,16 @@ def test_a_training_its_resumption_and_a_prior(load, tmp_path):
     tokenizer, params = workdirs.load_tokenizer("run")
     assert set(stored[2]) - set(params) == {"discriminator", "running"}
     jax.tree.map(np.testing.assert_array_equal, params, {name: stored[2][name] for name in params})
-    tokens = jax.jit(tokenizer.encode)(params, np.zeros((1, 32, 32, 3), np.uint8))
+    tokens = jax.jit(tokenizer.encode)(params, np.zeros((1, 16, 16, 3), np.uint8))
     assert (tokenizer.kind, tokens.shape) == ("vqgan", (1, 8, 8))
 
     with pytest.raises(ConfigMismatch, match=r"discriminator\.filters"):
-        train_job.run(load("vqgan.py:small", **SHORT, **IN_GAME, discriminator__filters=4), "run")
+        train_job.run(load("vqgan.py:small", **SHORT, **SMALL, **IN_GAME, discriminator__filters=4), "run")
     config.steps = 3
     train_job.run(config, "run")
     assert workdirs.latest_step("run") == 3
 
-    prior = load("prior.py:small", **SHORT, tokenizer_from="run", **TINY)
+    prior = load("prior.py:small", **SHORT, tokenizer_from="run", data__image_size=16, **TINY)
     train_job.run(prior, "prior")
     frozen, copied = workdirs.load_tokenizer("prior")
     assert frozen == tokenizer and "discriminator" not in copied
