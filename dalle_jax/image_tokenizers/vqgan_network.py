@@ -290,7 +290,7 @@ class Codes(nn.Module):
     options: VQGANOptions
 
     @nn.compact
-    def __call__(self) -> Float[Array, "V D"]:
+    def __call__(self) -> Float[ArrayLike, "V D"]:
         """Returns the codes, float32 [V, D]."""
         o = self.options
         # As the authors' code: U(±1/V) for the nearest code, N(0, 1) for GumbelVQ. Normalised codes need directions.
@@ -330,7 +330,7 @@ class VQGAN(nn.Module):
         """Computes the logits of the codes from features. Only with quantizer="gumbel"."""
         return self.logits(features)
 
-    def vectors(self) -> Float[Array, "V D"]:
+    def vectors(self) -> Float[ArrayLike, "V D"]:
         """Returns the codes as the decoder reads them."""
         return self.codes()
 

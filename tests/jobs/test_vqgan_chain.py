@@ -12,11 +12,11 @@ from dalle_jax.jobs import train as train_job
 
 SHORT = dict(steps=2, eval_batches=1, cadence__eval=2, cadence__preview=2, cadence__checkpoint=1)
 TINY = {key.replace(".", "__"): value for key, value in TINY_PRIOR.items()}
-SMALL = dict(data__image_size=16, model__multipliers=(1, 2), discriminator__layers=1)
+SMALL = dict(data__image_size=16, model__multipliers=(1, 2), discriminator__layers=1, objective__init="random")
 IN_GAME = dict(schedules__adversarial_weight__wait_steps=1)
 
 
-def test_a_training_its_resumption_and_a_prior(load, tmp_path):
+def test_a_training_and_its_resumption(load):
     config = load("vqgan.py:small", **SHORT, **SMALL, **IN_GAME)
     train_job.run(config, "run")
     with Checkpoints("run", read_only=True) as checkpoints:
@@ -34,9 +34,13 @@ def test_a_training_its_resumption_and_a_prior(load, tmp_path):
     train_job.run(config, "run")
     assert workdirs.latest_step("run") == 3
 
+
+@pytest.mark.slow
+def test_a_prior_trains_on_its_tokens(load):
+    train_job.run(load("vqgan.py:small", **SHORT, **SMALL), "run")
     prior = load("prior.py:small", **SHORT, tokenizer_from="run", data__image_size=16, **TINY)
     train_job.run(prior, "prior")
-    frozen, copied = workdirs.load_tokenizer("prior")
+    (tokenizer, _), (frozen, copied) = (workdirs.load_tokenizer(name) for name in ("run", "prior"))
     assert frozen == tokenizer and "discriminator" not in copied
     assert workdirs.latest_step("prior") == 2
 
