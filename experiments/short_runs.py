@@ -30,6 +30,7 @@ STEPS = ["steps=2", "cadence.eval=2", "cadence.preview=2", "cadence.checkpoint=2
 FEW_SHAPES = ["data.builder_kwargs.num_train=512"]
 SMALL_DVAE = ["model.vocab_size=32", "model.hidden=8", "model.codebook_dim=8", "model.blocks_per_group=1"]
 SMALL_VQ = ["model.vocab_size=32", "model.hidden=8", "model.code_dim=8"]
+SMALL_VQGAN = ["model.vocab_size=32", "model.hidden=32", "model.code_dim=8", "discriminator.filters=8"]
 PATCHES = [*SMALL_DVAE, "model.hidden=96", "model.codebook_dim=96"]  # k-means initialisation needs the width
 SMALL_CLIP = [
     *(f"model.{tower}_{size}" for tower in ("image", "text") for size in ("width=16", "depth=1", "heads=2")),
@@ -67,6 +68,7 @@ def make_folder(path: Path, size: int, count: int = 24) -> Path:
 def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
     """Returns chains of runs: name → config and overrides. A run may use the workdirs of earlier runs of its chain."""
     folder, big = make_folder(work / "folder", 64), make_folder(work / "big", 256)
+    vqgan = [*STEPS, *SMALL_VQGAN, "schedules.adversarial_weight.wait_steps=1"]
     shapes = {
         "dvae": ["dvae.py", *STEPS, *PATCHES, *FEW_SHAPES],
         "prior": ["prior.py", *STEPS, *SHALLOW_TRUNK, *FEW_SHAPES, f"tokenizer_from={work}/dvae"],
@@ -79,6 +81,9 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
         "evaluate": [
             "evaluate.py", f"model_workdir={work}/prior,{work}/maskgit", "count=8", "rows_at_once=4",
         ],
+        "vqgan": ["vqgan.py", *vqgan, *FEW_SHAPES],
+        "prior:vqgan": ["prior.py", *STEPS, *SHALLOW_TRUNK, *FEW_SHAPES, f"tokenizer_from={work}/vqgan"],
+        "generate:vqgan": ["generate.py", f"model_workdir={work}/prior:vqgan", "prompts=a red circle", "n=2"],
         "quickstart": [
             "quickstart.py", *under("prior.tokenizer.", STEPS + PATCHES + FEW_SHAPES),
             *under("prior.", STEPS + SHALLOW_TRUNK + FEW_SHAPES),
@@ -94,6 +99,10 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
         ],
         "maskgit:small": [
             "maskgit.py:small", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:small", f"data.path={folder}",
+        ],
+        "vqgan:small": ["vqgan.py:small", *vqgan, f"data.path={folder}"],
+        "vqgan:folder": [
+            "vqgan.py:folder", *vqgan, f"data.path={folder}", "data.image_size=64", "data.workers=0",
         ],
         "clip:small": ["clip.py:small", *STEPS, *SMALL_CLIP, f"data.path={folder}"],
         "dvae:folder": [
@@ -115,6 +124,11 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
             "dvae.py:paper", *STEPS, *SMALL_DVAE, f"data.path={big}", "data.image_size=64", "data.workers=0",
         ],
     }  # fmt: skip
+    for name in ("taming_f16", "maskgit", "llamagen_f16"):
+        published[f"vqgan:{name}"] = [
+            f"vqgan.py:{name}", *vqgan, f"data.path={big}", "data.image_size=64", "data.workers=0",
+            "objective.perceptual_weight=0",
+        ]  # fmt: skip
     for name in ("prior:2.8b", "prior:5.6b", "prior:paper", "maskgit:paper", "maskgit:3b"):
         published[name] = [
             name.replace(":", ".py:"), *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:paper", f"data.path={big}",

@@ -20,6 +20,14 @@ TINY_DVAE = {
     "batch_size": 8,
 }
 TINY_VQ = {"model.vocab_size": 16, "model.hidden": 8, "model.code_dim": 4, "model.decoder_blocks": 1, "batch_size": 8}
+TINY_VQGAN = {
+    "model.vocab_size": 16,
+    "model.hidden": 8,
+    "model.code_dim": 4,
+    "model.latent": 8,
+    "discriminator.filters": 8,
+    "batch_size": 8,
+}
 TINY_PRIOR = {"model.trunk.width": 16, "model.trunk.depth": 1, "model.trunk.heads": 2}
 TINY_CLIP = {f"model.{tower}_{size}": n for tower in ("image", "text") for size, n in
              (("width", 16), ("depth", 1), ("heads", 2))} | {"batch_size": 8}  # fmt: skip

@@ -38,7 +38,7 @@ def training(task: Task, batch: Batch) -> float:
         encoding = task.tokenizer.flops(batch["image"].shape[1]).encoding if "image" in batch else 0.0
         return rows * (3 * prior(task.prior) + encoding)
     if isinstance(task, ReconstructionTask):
-        return rows * task.tokenizer.flops(batch["image"].shape[1]).training
+        return rows * task.training_flops(batch["image"].shape[1])
     if isinstance(task, CLIPTask):
         o = task.clip.options
         seen = 1 + task.negatives.spoiled

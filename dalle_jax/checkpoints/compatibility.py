@@ -12,12 +12,13 @@ from ml_collections import ConfigDict
 from dalle_jax.errors import ConfigMismatch
 
 # Sections of the configuration that describe the parameters. They must not change between a checkpoint and its reader.
-MODEL_SECTIONS = ("task", "model", "text", "data.image_size", "lora")
+MODEL_SECTIONS = ("task", "model", "text", "data.image_size", "lora", "discriminator")
 # Exceptions: keys that only say how to compute.
 COMPUTE_KEYS = (
     "model.remat", "model.dtype", "model.trunk.remat", "model.trunk.dtype", "model.trunk.attention_kernel",
     "model.attention_kernel",
     "model.trunk.float32_residual", "model.trunk.float32_logits",
+    "discriminator.dtype",
     "model.image_positions",  # the initial size
 )  # fmt: skip
 

@@ -216,7 +216,8 @@ def load_tokenizer(workdir: epath.PathLike, step: int | None = None) -> tuple[Im
     chosen = tokenizer_step(workdir) if step is None else step
     with Checkpoints(str(workdir), read_only=True) as checkpoints:
         try:
-            return tokenizers.of_training(checkpoints.config(chosen)), checkpoints.restore_params(chosen)
+            tokenizer = tokenizers.of_training(checkpoints.config(chosen))
+            return tokenizer, tokenizers.own_params(tokenizer, checkpoints.restore_params(chosen))
         except DamagedError as error:
             raise _lost_checkpoint(workdir, chosen, checkpoints.steps, "is damaged") from error
 

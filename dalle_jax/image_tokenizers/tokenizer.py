@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
+import jax
 from jaxtyping import Array, ArrayLike, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 
@@ -89,6 +90,11 @@ def from_dict(description: Mapping[str, Any]) -> ImageTokenizer:
         raise ConfigError(f"Image tokenizer of kind {kind!r}: expected one of {sorted(_KINDS)}.")
     tokenizer, options = _KINDS[kind]
     return tokenizer(from_config(options, fields, "", "options.json"))
+
+
+def own_params(tokenizer: ImageTokenizer, params: PyTree) -> PyTree:
+    """Returns a tokenizer's own parameters among those of its training, which may hold a discriminator as well."""
+    return {name: params[name] for name in jax.eval_shape(tokenizer.init, jax.random.key(0))}
 
 
 def of_training(config: Mapping[str, Any] | ConfigDict) -> ImageTokenizer:

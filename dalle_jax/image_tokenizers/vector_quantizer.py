@@ -92,12 +92,28 @@ def renew(
       The new codes, a dict like `codes`. A moved code counts as having 2 * dead_below uses, so that it has time to
       find features.
     """
-    parent_key, noise_key = jax.random.split(key)
-    uses = decay * codes["uses"] + (1 - decay) * statistics["uses"]
-    errors = decay * codes["errors"] + (1 - decay) * statistics["errors"]
+    uses, errors = averages(codes, statistics, decay)
     sums = decay * codes["uses"][:, None] * codes["vectors"] + (1 - decay) * statistics["sums"]
     vectors = jnp.where(uses[:, None] > 0, sums / jnp.maximum(uses, 1e-9)[:, None], codes["vectors"])
+    return move_dead(vectors, uses, errors, key, dead_below)
 
+
+def averages(codes: PyTree, statistics: PyTree, decay: float) -> tuple[Float[Array, " V"], Float[Array, " V"]]:
+    """Returns the running averages of uses and errors after a batch, float32 [V] each. Arguments as in `renew`."""
+    uses = decay * codes["uses"] + (1 - decay) * statistics["uses"]
+    errors = decay * codes["errors"] + (1 - decay) * statistics["errors"]
+    return uses, errors
+
+
+def move_dead(
+    vectors: Float[ArrayLike, "V D"],
+    uses: Float[ArrayLike, " V"],
+    errors: Float[ArrayLike, " V"],
+    key: Key[Array, ""],
+    dead_below: float,
+) -> dict[str, Float[Array, ...]]:
+    """Moves each code with fewer than `dead_below` uses next to a code with a large error. See `renew`."""
+    parent_key, noise_key = jax.random.split(key)
     dead = uses < dead_below
     count, width = vectors.shape
     steps = jnp.cumsum(jnp.where(dead, 0.0, errors))
@@ -111,3 +127,37 @@ def renew(
         "uses": jnp.where(dead, 2 * dead_below, uses),
         "errors": jnp.where(dead, 0.0, errors / (1 + children)),
     }
+
+
+def codebook_loss(
+    features: Float[ArrayLike, "N D"], codes: Float[ArrayLike, "V D"], tokens: Int[ArrayLike, " N"]
+) -> Float[Array, ""]:
+    """Computes mean ‖sg(z) − e‖², which trains codes by their gradient (VQ-VAE, equation 3).
+
+    Args:
+      features: z, float32 [N, D]; they receive no gradient.
+      codes: float32 [V, D].
+      tokens: index of the code of each feature, int32 [N].
+    """
+    return jnp.mean((jax.lax.stop_gradient(features) - codes[tokens]) ** 2)
+
+
+def entropy_loss(
+    features: Float[ArrayLike, "N D"], codes: Float[ArrayLike, "V D"], temperature: float
+) -> Float[Array, ""]:
+    """Computes the mean entropy of the features' choices minus the entropy of their mean, as MaskGIT's code.
+
+    A small value means that each feature is sure of its code, and that all codes are in use. Choices are softmax
+    (−‖z − e‖² / temperature).
+
+    Args:
+      features: z, float32 [N, D].
+      codes: e, float32 [V, D].
+      temperature: divides the distances.
+    """
+    squares = jnp.sum(features**2, axis=1)[:, None] + jnp.sum(codes**2, axis=1)[None]
+    logits = (2 * features @ codes.T - squares) / temperature
+    log_choice = jax.nn.log_softmax(logits, axis=1)
+    choice = jnp.exp(log_choice)
+    mean = jnp.mean(choice, axis=0)
+    return jnp.sum(mean * jnp.log(mean + 1e-5)) - jnp.mean(jnp.sum(choice * log_choice, axis=1))

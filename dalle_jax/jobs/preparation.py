@@ -23,6 +23,7 @@ _DRAWN = {row["source"]: row["builder_kwargs"] for row in (SHAPES, EMOJI)}
 _FILES = {
     "dvae": "dvae",
     "vq": "dvae",
+    "vqgan": "vqgan",
     "clip": "clip",
     "autoregressive": "prior",
     "maskgit": "maskgit",

@@ -14,6 +14,7 @@ run resumes.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +26,8 @@ from dalle_jax.configuration.options import check
 from dalle_jax.configuration.values import finite
 from dalle_jax.errors import ConfigError
 from dalle_jax.pytree import PyTree
+
+_OF_PARTS = {"b1": 1.0, "b2": 1.0, "clip_norm": math.inf}  # keys of `parts`, and the number that each stays below
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +48,9 @@ class OptimizerOptions:
       clip_variance: largest value of Adam's second moment, which is clipped before it is stored and used, or 0 for no
         clipping. DALL-E clips it at 5 (appendix B.2).
       scales: factors of the learning rate by first name of a parameter's path, such as {"encoder": 0.02}. Default: 1.
+      parts: own values of b1, b2 and clip_norm, by first name of a parameter's path, such as {"discriminator": {"b1":
+        0.0}}. Gradients of a part that stands here, also with an empty mapping, are clipped by their own norm, and do
+        not count in that of the others.
     """
 
     b1: float = 0.9
@@ -57,6 +63,7 @@ class OptimizerOptions:
     first_moment: str = "float32"
     clip_variance: float = 0.0
     scales: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    parts: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         choices = {"decay": ("kernels", "weights", "all"), "first_moment": ("float32", "bfloat16")}
@@ -67,16 +74,52 @@ class OptimizerOptions:
         )  # fmt: skip
         for name, scale in self.scales.items():
             finite(f"config.optimizer.scales.{name}", scale, 0)
+        for name, values in self.parts.items():
+            for key, value in values.items():
+                if key not in _OF_PARTS:
+                    raise ConfigError(
+                        f"config.optimizer.parts.{name} has the key {key!r}; expected some of {', '.join(_OF_PARTS)}."
+                    )
+                finite(f"config.optimizer.parts.{name}.{key}", value, 0, below=_OF_PARTS[key])
 
 
 def make_optimizer(options: OptimizerOptions) -> optax.GradientTransformation:
     """Builds the transformation from gradients to the AdamW direction, without the factor -learning_rate."""
     return optax.chain(
-        optax.clip_by_global_norm(options.clip_norm) if options.clip_norm else optax.identity(),
+        optax.stateless(lambda gradients, _: _by_part(_clipped, options, gradients)),
         _scale_by_adam(options),
         optax.add_decayed_weights(options.weight_decay, mask=lambda params: decay_mask(params, options)),
         optax.stateless(lambda updates, _: _scaled(updates, options.scales)),
     )
+
+
+def _by_part(compute: Callable[..., PyTree], options: OptimizerOptions, *trees: PyTree) -> PyTree:
+    """Computes a tree from trees of the parameters' structure, one part after the other.
+
+    Args:
+      compute: maps options, and the same part of each tree, to a tree like this part.
+      options: options of the parts without an entry in `options.parts`, which are computed together.
+      *trees: the trees.
+
+    Raises:
+      ConfigError: the model has no part of a name in `options.parts`.
+    """
+    if not options.parts:
+        return compute(options, *trees)
+    if unknown := sorted(set(options.parts) - set(trees[0])):
+        raise ConfigError(f"optimizer.parts names {unknown[0]!r}; the model's parts are {', '.join(trees[0])}.")
+    found = compute(options, *({name: x for name, x in tree.items() if name not in options.parts} for tree in trees))
+    for name, values in options.parts.items():
+        own = dataclasses.replace(options, parts={}, **values)
+        found[name] = compute(own, *(tree[name] for tree in trees))
+    return found
+
+
+def _clipped(options: OptimizerOptions, gradients: PyTree) -> PyTree:
+    """Scales gradients down to a global norm of at most `clip_norm`, unless that is 0."""
+    if not options.clip_norm:
+        return gradients
+    return optax.clip_by_global_norm(options.clip_norm).update(gradients, optax.EmptyState())[0]
 
 
 def _scale_by_adam(options: OptimizerOptions) -> optax.GradientTransformation:
@@ -98,13 +141,14 @@ def _scale_by_adam(options: OptimizerOptions) -> optax.GradientTransformation:
     ) -> tuple[PyTree, optax.ScaleByAdamState]:
         del params
         count = optax.safe_increment(state.count)
-        mu = optax.tree.update_moment(gradients, optax.tree.cast(state.mu, jnp.float32), options.b1, 1)
-        nu = optax.tree.update_moment_per_elem_norm(gradients, state.nu, options.b2, 2)
+        first = lambda own, gradients, mu: optax.tree.update_moment(gradients, mu, own.b1, 1)
+        second = lambda own, gradients, nu: optax.tree.update_moment_per_elem_norm(gradients, nu, own.b2, 2)
+        mu = _by_part(first, options, gradients, optax.tree.cast(state.mu, jnp.float32))
+        nu = _by_part(second, options, gradients, state.nu)
         if options.clip_variance:
             nu = jax.tree.map(lambda x: jnp.minimum(x, options.clip_variance), nu)
-        means, variances = (
-            optax.tree.bias_correction(moments, decay, count) for moments, decay in ((mu, options.b1), (nu, options.b2))
-        )
+        means = _by_part(lambda own, mu: optax.tree.bias_correction(mu, own.b1, count), options, mu)
+        variances = _by_part(lambda own, nu: optax.tree.bias_correction(nu, own.b2, count), options, nu)
         updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + options.eps), means, variances)
         return updates, optax.ScaleByAdamState(count, stored(mu), nu)
 

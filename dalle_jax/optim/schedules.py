@@ -80,6 +80,22 @@ class WarmupConstant:
 
 
 @dataclasses.dataclass(frozen=True)
+class Delayed:
+    """0 for `wait_steps` updates, then a linear rise to `value` in `warmup_steps` updates, then constant.
+
+    With warmup_steps=0, it is a step. The adversarial loss of a VQGAN starts like this.
+    """
+
+    value: float
+    wait_steps: int
+    warmup_steps: int = 0
+
+    def __call__(self, step: jax.Array | int) -> jax.Array:
+        since = jnp.asarray(step, jnp.float32) - self.wait_steps
+        return self.value * jnp.clip((since + 1) / (self.warmup_steps + 1), 0.0, 1.0)
+
+
+@dataclasses.dataclass(frozen=True)
 class WarmupCosine:
     """A linear rise from 0 to `peak` in `warmup_steps` updates, then half a cosine to `end` at update `steps`.
 
@@ -103,6 +119,7 @@ _KINDS = {
     "linear": Linear,
     "cosine": Cosine,
     "warmup_constant": WarmupConstant,
+    "delayed": Delayed,
     "warmup_cosine": WarmupCosine,
 }
 
@@ -111,7 +128,8 @@ def make(section: Mapping[str, Any], name: str = "schedule") -> optax.Schedule:
     """Builds a schedule from its section of a configuration.
 
     Args:
-      section: mapping with "kind" (constant, linear, cosine, warmup_constant, warmup_cosine) and that kind's fields.
+      section: mapping with "kind" (constant, linear, cosine, warmup_constant, delayed, warmup_cosine) and that kind's
+        fields.
       name: name of the schedule, for messages.
 
     Returns:

@@ -31,7 +31,7 @@ _START_IMAGES = 1024  # for the clusters that codes start from
 
 
 class ReconstructionTask:
-    """Base of the `Task` of an image tokenizer. Subclasses add `schedules`, `title`, `init`, `loss` and `evaluate`.
+    """Base of the `Task` of an image tokenizer. Subclasses add `schedules`, `title`, `init` and `loss`.
 
     Attributes:
       best_metric: "psnr" of images decoded from tokens; higher is better.
@@ -53,6 +53,17 @@ class ReconstructionTask:
         """
         self.tokenizer, self._held_out = tokenizer, held_out
 
+    def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
+        """See `Task.evaluate`. All metrics are of images decoded from tokens, because sampling decodes tokens.
+
+        The metrics are:
+          mse: mean squared error of pixels in [0, 1].
+          psnr: of the mean squared error over all images, dB.
+          codebook_perplexity, codebook_usage: of the tokens of all batches together.
+        """
+        del frozen, key
+        return mean_metrics(_measure(self.tokenizer, params, batch) for batch in batches)
+
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
         """Draws up to 16 images, each with its reconstruction from tokens and, if it has one, its caption."""
         del frozen, key
@@ -63,6 +74,10 @@ class ReconstructionTask:
         if self._held_out is not None:
             captions = [_caption(self._held_out, index) for index in to_host({"index": batch["index"]})["index"][rows]]
         return preview_grid(captions, [("real", images[rows]), ("reconstructed", shown)])
+
+    def training_flops(self, image_size: int) -> float:
+        """Counts the operations of an update for one image; see `aot/model_flops.py`."""
+        return self.tokenizer.flops(image_size).training
 
     def in_words(self, metrics: Mapping[str, float], examples: int) -> list[str]:
         """See `Task.in_words`."""
@@ -93,6 +108,16 @@ def _caption(source: Source, index: int) -> str:
 def _reconstruct(tokenizer: ImageTokenizer, params: PyTree, images: jax.Array) -> jax.Array:
     """Encodes uint8 images [B, H, W, 3] and decodes their tokens: float32 [B, H, W, 3]."""
     return tokenizer.decode(params, tokenizer.encode(params, images))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _measure(tokenizer: ImageTokenizer, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
+    """Returns sums over the valid rows of a batch: scalars, and the counts of the codes, float32 [V]."""
+    images, valid = batch["image"], batch["valid"]
+    tokens = tokenizer.encode(params, images)
+    error = tokenizer.decode(params, tokens) - images.astype(jnp.float32) / 255
+    sums = row_sums({"mse": jnp.mean(error**2, axis=(1, 2, 3))}, valid)
+    return {**sums, "counts": codebook.count(tokens, tokenizer.vocab_size, valid)}
 
 
 def decibels(mean_squared_error: jax.Array) -> jax.Array:

@@ -12,8 +12,7 @@ relaxation.
 from __future__ import annotations
 
 import dataclasses
-import functools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -36,7 +35,7 @@ from dalle_jax.image_tokenizers.vq_network import VQOptions
 from dalle_jax.image_tokenizers.vq_start import start_from_blocks
 from dalle_jax.metrics import codebook
 from dalle_jax.pytree import PyTree
-from dalle_jax.tasks.reconstruction import ReconstructionTask, decibels, first_images, mean_metrics, row_sums
+from dalle_jax.tasks.reconstruction import ReconstructionTask, decibels, first_images
 from dalle_jax.tasks.task import Batch, Job, make_job
 
 
@@ -135,27 +134,6 @@ class VQTask(ReconstructionTask):
         o = self.objective
         codes = renew(params["codes"], statistics, key, decay=o.code_decay, dead_below=o.dead_below)
         return {**params, "codes": codes}
-
-    def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
-        """See `Task.evaluate`. All metrics are of images decoded from tokens.
-
-        The metrics are:
-          mse: mean squared error of pixels in [0, 1].
-          psnr: of the mean squared error over all images, dB.
-          codebook_perplexity, codebook_usage: of the tokens of all batches together.
-        """
-        del frozen, key
-        return mean_metrics(_measure(self.tokenizer, params, batch) for batch in batches)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _measure(tokenizer: VQTokenizer, params: PyTree, batch: Batch) -> dict[str, jax.Array]:
-    """Returns sums over the valid rows of a batch: scalars, and the counts of the codes, float32 [V]."""
-    images, valid = batch["image"], batch["valid"]
-    tokens = tokenizer.encode(params, images)
-    error = tokenizer.decode(params, tokens) - images.astype(jnp.float32) / 255
-    sums = row_sums({"mse": jnp.mean(error**2, axis=(1, 2, 3))}, valid)
-    return {**sums, "counts": codebook.count(tokens, tokenizer.vocab_size, valid)}
 
 
 def check_config(config: ConfigDict) -> None:

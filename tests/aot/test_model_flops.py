@@ -11,6 +11,7 @@ from dalle_jax.tasks.registry import abstract
 from dalle_jax.tasks.task import zeros_like
 
 SMALL = "model.trunk.depth=3,model.trunk.scan=False,model.trunk.remat=none,batch_size=4"
+TINY_VQGAN = "model.hidden=16,model.vocab_size=64"
 SIZES = "steps=10,text.vocab_size=300,text.length=16"  # those that follow the data set
 
 
@@ -51,6 +52,8 @@ def counted(lowered):
         ("configs/dvae.py", "batch_size=8", 0.1, 0.1),  # every eighth row is decoded again for the log
         ("configs/dvae.py:folder", "batch_size=8,data.image_size=64,model.hidden=16,steps=10", 0.1, 0.1),
         ("configs/dvae.py:small", "batch_size=8,data.source=folder,data.path=.,steps=10", 0.0, 0.25),
+        ("configs/vqgan.py", f"batch_size=2,{TINY_VQGAN}", 0.05, 0.2),
+        ("configs/vqgan.py", f"batch_size=2,{TINY_VQGAN},objective.perceptual_weight=1", 0.05, 0.2),
     ],
 )
 def test_against_the_program(target, overrides, less, more):

@@ -28,7 +28,14 @@ from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.token_layout import TokenLayout
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-TRAININGS = {"dvae": "dvae", "prior": "prior", "maskgit": "prior", "clip": "clip"}  # config file: its task
+TRAININGS = {
+    "dvae": "dvae",
+    "vqgan": "vqgan",
+    "prior": "prior",
+    "maskgit": "prior",
+    "clip": "clip",
+}  # config file: its task
+TOKENIZERS = ("dvae", "vqgan")
 
 
 def load(name):
@@ -73,9 +80,9 @@ def test_trainings(name, variant):
         assert (recipe == (1.0, "class_token", 0)) == (variant != "shapes"), "OpenAI's"
         jax.eval_shape(clip.CLIP(sizes).init, jax.random.key(0))
         return
-    images = tokenizer.of_training(config if name == "dvae" else config.tokenizer)
+    images = tokenizer.of_training(config if name in TOKENIZERS else config.tokenizer)
     grid = images.grid(options.image_size)
-    if name != "dvae":
+    if name not in TOKENIZERS:
         inner = check_training(config.tokenizer, "dvae")
         assert inner.image_size == options.image_size, "the tokenizer is trained at the prior's image size"
         layout = TokenLayout(config.text.vocab_size, images.vocab_size, config.text.length, *grid)
@@ -104,7 +111,10 @@ def test_schedules_follow_the_length_of_the_training(name, variant):
     rate = "schedules/learning_rate"
     if variant in ("shapes", "emoji", "small", "folder"):
         expected = {f"{rate}/steps", "cadence/eval", "cadence/preview", "cadence/checkpoint"}
-        expected |= {"schedules/temperature/steps"} if config.task == "dvae" else set()
+        expected |= {"schedules/temperature/steps"} if config.task in TOKENIZERS else set()
+        if name == "vqgan":
+            expected |= {f"schedules/adversarial_weight/{key}" for key in ("wait_steps", "warmup_steps")}
+            expected |= {"schedules/discriminator_weight/wait_steps"}
         expected |= {f"{rate}/warmup_steps"} if name in ("prior", "maskgit") else set()
         if variant == "folder":
             expected |= {"dvae": {"schedules/kl_weight/steps"}, "clip": {f"{rate}/warmup_steps"}}.get(name, set())
@@ -112,13 +122,18 @@ def test_schedules_follow_the_length_of_the_training(name, variant):
         expected = {f"{rate}/steps"} if name == "clip" else set()
         if name == "dvae" and variant != "paper":
             expected = {f"{rate}/steps", "schedules/temperature/steps"}
+        if name == "vqgan":
+            expected = {"schedules/temperature/steps"}
     assert follow == expected
-    for key in follow:
+    for key in sorted(follow, reverse=True):  # a start that follows another one is set before it
         assert after[key] == pytest.approx(3 * before[key], abs=3)
         part, value = config[key.partition("/")[0]], key.partition("/")[2].replace("/", ".")
         part.update_from_flattened_dict({value: 5})  # alone
-        assert numbers_of(config) == after | {key: 5}
-        after[key] = 5
+        changed = {key: 5}
+        if key == "schedules/adversarial_weight/wait_steps":  # both players start together
+            changed["schedules/discriminator_weight/wait_steps"] = 5
+        assert numbers_of(config) == after | changed
+        after |= changed
 
 
 @pytest.mark.parametrize("name", TRAININGS)
@@ -127,7 +142,7 @@ def test_sizes_that_follow_the_data(name, variant):
     """They are open, and so is every number that depends on them, until they are set."""
     config = load(name).get_config(variant)
     config.lock()
-    sizes = ["steps"] + ([] if name == "dvae" else ["text.vocab_size", "text.length"])
+    sizes = ["steps"] + ([] if name in TOKENIZERS else ["text.vocab_size", "text.length"])
     assert open_sizes(config) == sizes
     numbers = numbers_of(config)
     assert numbers["schedules/learning_rate/steps"] is None and numbers["cadence/eval"] is None
@@ -182,6 +197,27 @@ def test_the_papers_numbers():
     assert float(schedules.make(prior.schedules.learning_rate, "learning_rate")(5000)) == pytest.approx(4.5e-4)
 
 
+def test_the_published_numbers_of_vqgans():
+    """taming transformers, MaskGIT's first stage, LlamaGen: optimiser, losses, and the start of the discriminator."""
+    taming, maskgit, llamagen = (load("vqgan").get_config(name) for name in ("taming_f16", "maskgit", "llamagen_f16"))
+    betas = [(config.optimizer.b1, config.optimizer.b2) for config in (taming, maskgit, llamagen)]
+    assert betas == [(0.5, 0.9), (0.0, 0.99), (0.9, 0.95)]
+    rates = [float(schedules.make(config.schedules.learning_rate)(9)) for config in (taming, maskgit, llamagen)]
+    assert rates == pytest.approx([4.5e-6 * taming.batch_size, 1e-4, 1e-4])
+    for config, start, weight in ((taming, 250_001, 0.8), (maskgit, 0, 0.1), (llamagen, 20_000, 0.5)):
+        for name, value in (("adversarial_weight", weight), ("discriminator_weight", 0.5 if weight == 0.5 else 1.0)):
+            schedule = schedules.make(config.schedules[name], name)
+            assert float(schedule(start)) == pytest.approx(value) and (start == 0 or float(schedule(start - 1)) == 0)
+        assert config.data.image_size == 256 and config.model.multipliers == (1, 1, 2, 2, 4)
+    codes = [(config.model.vocab_size, config.model.code_dim) for config in (taming, maskgit, llamagen)]
+    assert codes == [(1024, 256), (1024, 256), (16_384, 8)] and llamagen.model.normalized_codes
+    assert (taming.objective.pixel_loss, taming.objective.adaptive, taming.discriminator.norm) == ("l1", True, "batch")
+    assert (maskgit.objective.r1, maskgit.objective.entropy, maskgit.objective.adversarial) == (
+        10.0, 0.1, "non_saturating",
+    )  # fmt: skip
+    assert (llamagen.objective.pixel_loss, llamagen.objective.adaptive) == ("l2", False)
+
+
 def test_vit_b32_decays_all_weights_but_gains_and_biases():
     """CLIP, section 2.5. A tower of width D and 12 blocks has 12 * 13 D gains and biases in them."""
     config = load("clip").get_config("vit_b32")
@@ -221,8 +257,8 @@ def test_quickstart_is_the_default_priors_and_their_evaluation():
 
 @pytest.mark.parametrize("name", TRAININGS)
 def test_unknown_variants(name):
-    with pytest.raises(ConfigError, match='did you mean "emoji"'):
-        load(name).get_config("emojis")
+    with pytest.raises(ConfigError, match='did you mean "folder"'):
+        load(name).get_config("folders")
     assert load(name).get_config().variant == "shapes", "the first one is the default"
 
 
@@ -256,7 +292,7 @@ def test_the_papers_data_sets():
         options = from_config(DataOptions, section(DataOptions, **data), "data")
         assert (options.source, options.image_size, options.caption_key) == (source, image_size, caption_key)
         assert (options.train_split, options.eval_split) == splits
-    for name in TRAININGS:
+    for name in set(TRAININGS) - {"vqgan"}:
         for variant in ("coco", "cub"):
             assert load(name).get_config(variant).data.image_size == (224 if name == "clip" else 256)
 

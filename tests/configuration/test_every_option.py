@@ -16,8 +16,10 @@ from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.errors import ConfigError
 from dalle_jax.evaluation.measure import Options
 from dalle_jax.evaluation.test_sets import Protocol
+from dalle_jax.image_tokenizers.discriminator import DiscriminatorOptions
 from dalle_jax.image_tokenizers.dvae_network import DVAEOptions
 from dalle_jax.image_tokenizers.vq_network import VQOptions
+from dalle_jax.image_tokenizers.vqgan_network import VQGANOptions
 from dalle_jax.models.clip import CLIPOptions
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.optim import schedules
@@ -29,13 +31,14 @@ from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.tasks.corrupted_negatives import NegativeOptions
 from dalle_jax.tasks.dvae import ObjectiveOptions
 from dalle_jax.tasks.vq import VQObjectiveOptions
+from dalle_jax.tasks.vqgan_losses import VQGANObjectiveOptions
 
 NAN, INFINITY = float("nan"), float("inf")
 CLASSES = [
-    AutoregressiveOptions, AverageOptions, CLIPOptions, CompileOptions, DVAEOptions, DataOptions, LoRAOptions,
-    MaskGITOptions,
+    AutoregressiveOptions, AverageOptions, CLIPOptions, CompileOptions, DVAEOptions, DataOptions,
+    DiscriminatorOptions, LoRAOptions, MaskGITOptions,
     NegativeOptions, ObjectiveOptions, OptimizerOptions, Options, Protocol, SamplingOptions, SizeRules,
-    TransformerOptions, VQObjectiveOptions, VQOptions,
+    TransformerOptions, VQGANObjectiveOptions, VQGANOptions, VQObjectiveOptions, VQOptions,
 ]  # fmt: skip
 REQUIRED = {CompileOptions: {"target": "a.py", "topology": "v5e:2x2"}, Protocol: {"split": "validation"}}
 # By type. No field has a use for any of them.

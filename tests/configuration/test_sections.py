@@ -24,6 +24,7 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 DERIVED = {
     "dvae": {"model.image_size"},
     "vq": {"model.image_size"},
+    "vqgan": {"model.image_size"},
     "prior": set(),
     "clip": {"model.image_size", "model.text_length", "model.text_vocab", "model.end_id"},
     # Real images are used as they are, at the model's size.

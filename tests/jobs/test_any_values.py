@@ -9,7 +9,7 @@ import types
 
 import pytest
 from absl import flags
-from own_images import TINY_CLIP, TINY_DVAE, TINY_PRIOR, TINY_VQ
+from own_images import TINY_CLIP, TINY_DVAE, TINY_PRIOR, TINY_VQ, TINY_VQGAN
 
 from dalle_jax import main as main_module
 from dalle_jax.configuration import config_files
@@ -31,6 +31,7 @@ CONFIGS = {
     "clip.py:shapes": {**TINY_CLIP, **_SHAPES},
     "dvae.py:small": {"data.path": "PATH", **TINY_VQ},
     "dvae.py:folder": {"data.path": "PATH", "data.image_size": 32, **TINY_DVAE},
+    "vqgan.py:small": {"data.path": "PATH", **TINY_VQGAN},
     "data.py:folder": {"data.path": "PATH"},
     "data.py:shapes": _SHAPES,
     "encode.py:folder": {"data.path": "PATH", "tokenizer_workdir": "no-tokenizer"},
@@ -73,6 +74,9 @@ CHOSEN = [
     ("clip.py:shapes", "data.train_split", "train[5:2]"),
     ("clip.py:small", "negatives.spoiled", str(10**9)),
     ("dvae.py:folder", "model.groups", str(10**9)),
+    ("vqgan.py:small", "discriminator.layers", str(10**9)),
+    ("vqgan.py:small", "objective.lpips", "gs://no-such-bucket/x"),
+    ("vqgan.py:small", "objective.perceptual_weight", "1"),
     ("generate.py", "sampling.guidance", "nan"),
     ("generate.py", "sampling.temperature", "nan"),
     ("generate.py", "sampling.steps", "2.5"),

@@ -19,7 +19,17 @@ from dalle_jax.errors import ConfigError, PretrainedError
 from dalle_jax.image_tokenizers.dvae import DVAETokenizer
 from dalle_jax.image_tokenizers.vqgan import VQGANOptions, VQGANTokenizer
 from dalle_jax.pretrained import __main__ as command
-from dalle_jax.pretrained import catalogue, inception, llamagen, maskgit, mindalle, rudalle, state_dict, vqgan
+from dalle_jax.pretrained import (
+    catalogue,
+    inception,
+    llamagen,
+    lpips,
+    maskgit,
+    mindalle,
+    rudalle,
+    state_dict,
+    vqgan,
+)
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 
 VQGANS = ("vqgan-f16-1024", "vqgan-f16-16384", "vqgan-gumbel-f8", "vqgan")
@@ -74,6 +84,7 @@ def files(tmp_path, monkeypatch):
         "decoder": decoder,
         "clip": test_import_clip.random_arrays(),
         "inception": {"Mixed_5b.branch1x1.conv.weight": np.zeros((64, 192, 1, 1), np.float32)},
+        "lpips": {"features.0.weight": np.zeros((64, 3, 3, 3), np.float32)},
     }
     for name, arrays in stored.items():
         np.savez(tmp_path / f"{name}.npz", **arrays)
@@ -162,6 +173,7 @@ def test_the_sizes_in_the_list_are_those_of_the_models():
         sizes[one.name] = one.parameters
     sizes["openai-dvae"] = 53_786_240 + 43_829_766  # tests/image_tokenizers/test_dvae.py
     sizes["inception"] = sum(np.prod(shape, dtype=int) + shape[-1] for shape in inception._kernels().values())
+    sizes["lpips"] = sum(np.prod(shape, dtype=int) for _, shape in lpips._layout().values())
     assert sizes == {name: one.parameters for name, one in catalogue.IMPORTERS.items() if one.parameters}
 
 

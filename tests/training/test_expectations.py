@@ -14,7 +14,7 @@ from dalle_jax.training.loop import train
 GIB = 2**30
 
 
-@pytest.mark.parametrize("file", ["dvae.py", "prior.py", "maskgit.py", "clip.py"])
+@pytest.mark.parametrize("file", ["dvae.py", "prior.py", "maskgit.py", "clip.py", "vqgan.py"])
 def test_a_long_training_on_a_cpu(file):
     config = load(f"configs/{file}:shapes")
     assert too_long(config, 80_000.0) is None

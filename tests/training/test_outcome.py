@@ -203,6 +203,7 @@ def test_the_log_says_that_it_overfits_once(tmp_path, capsys):
         ("prior.py:small", {"data.augment": "prior", "data_tokens": "each_batch"}, ["model.trunk.dropout=0.15"]),
         ("prior.py:folder", {"model.trunk.dropout": 0.1}, []),
         ("dvae.py:small", {}, ["data.augment=dvae"]),
+        ("vqgan.py:small", {}, ["data.augment=dvae"]),
         ("clip.py:small", {}, ["data.augment=clip"]),
     ],
 )
