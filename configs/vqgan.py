@@ -18,9 +18,9 @@ The other three have the numbers of published trainings, with these differences.
 are yours, with the dVAE's augmentation.
 - `taming_f16`: the batch is 96 (12 on each of 8 devices), and the length is ours. As in the authors' code, the weight
   0.25 is that of the codebook and not of the commitment.
-- `maskgit`: taming's encoder and decoder without attention in the levels; a PatchGAN with group normalisation in place
-  of StyleGAN's discriminator, whose score for R1 is a mean over patches. Pixels have 0.25 of the weight, because they
-  lie in [-1, 1] here. The perceptual loss is off, as in the released configuration.
+- `maskgit`: a PatchGAN with group normalisation in place of StyleGAN's discriminator, whose score for R1 is a mean over
+  patches. Pixels have 0.25 of the weight, because losses see them in [-1, 1]. The perceptual loss is off, as in the
+  released configuration.
 - `llamagen_f16`: Adam without weight decay, as in the authors' code.
 
 Not yet measured: all variants' quality.
@@ -35,7 +35,7 @@ from dalle_jax.configuration.sections import schedule, section
 from dalle_jax.configuration.size_rules import SizeRules
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.image_tokenizers.discriminator import DiscriminatorOptions
-from dalle_jax.image_tokenizers.vqgan_network import VQGANOptions
+from dalle_jax.image_tokenizers.vqgan_options import VQGANOptions
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.tasks.vqgan_losses import VQGANObjectiveOptions
 
@@ -125,7 +125,11 @@ VARIANTS = {
     ),
     "maskgit": dict(
         doc="MaskGIT's first stage, your own images (data.path), 256 pixels; TPU pod slice, not yet measured",
-        data=PUBLISHED, model=dict(attention_levels=(), dtype="bfloat16"),
+        data=PUBLISHED,
+        model=dict(
+            attention_levels=(), middle_attention=False, decoder_blocks=2, downsampling="average", block_bias=False,
+            skip="branch", code_layers=False, pixel_range="unit", dtype="bfloat16",
+        ),
         objective=dict(
             pixel_loss="l2", pixel_weight=0.25, perceptual_weight=0.0, adversarial="non_saturating", adaptive=False,
             r1=10.0, entropy=0.1,

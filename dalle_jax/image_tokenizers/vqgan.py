@@ -38,6 +38,10 @@ class VQGANTokenizer(QuantizedTokenizer):
         """See `QuantizedTokenizer.unscaled`."""
         return jnp.clip(pixels, 0.0, 1.0) if self.options.pixel_range == "unit" else super().unscaled(pixels)
 
+    def signed(self, pixels: Float[ArrayLike, "*axes"]) -> Float[ArrayLike, "*axes"]:
+        """Maps pixels in the scale of the network to that of losses: white is 1, black -1. Clips nothing."""
+        return 2 * pixels - 1 if self.options.pixel_range == "unit" else pixels
+
     def code_logits(self, params: PyTree, features: Float[ArrayLike, "B h w D"]) -> Float[Array, "B h w V"]:
         """Computes the logits of the codes from `features`, float32 [B, h, w, V]. Only with quantizer="gumbel"."""
         return self.module.apply({"params": params}, features, method="code_logits")

@@ -43,7 +43,7 @@ from dalle_jax.image_tokenizers.kmeans_init import kmeans
 from dalle_jax.image_tokenizers.signed_pixels import from_signed, to_signed
 from dalle_jax.image_tokenizers.vector_quantizer import averages, move_dead, renew
 from dalle_jax.image_tokenizers.vqgan import VQGANTokenizer
-from dalle_jax.image_tokenizers.vqgan_network import VQGANOptions
+from dalle_jax.image_tokenizers.vqgan_options import VQGANOptions
 from dalle_jax.metrics import codebook
 from dalle_jax.models import lpips
 from dalle_jax.optim import schedules
@@ -178,7 +178,9 @@ class VQGANTask(ReconstructionTask):
         else:
             coded = relaxed(self.tokenizer, params, images, key, *(self.schedules[name](step) for name in _OF_GUMBEL))
         # The pullback gives gradients for the last kernel only, from gradients for the reconstruction.
-        decode = lambda kernel: self.tokenizer.decode_vectors(_with_last(params, kernel), coded.vectors)
+        decode = lambda kernel: self.tokenizer.signed(
+            self.tokenizer.decode_vectors(_with_last(params, kernel), coded.vectors)
+        )
         reconstruction, for_last = jax.vjp(decode, _last(params))
         fixed = jax.lax.stop_gradient(reconstruction)
 

@@ -19,7 +19,7 @@ from dalle_jax.evaluation.test_sets import Protocol
 from dalle_jax.image_tokenizers.discriminator import DiscriminatorOptions
 from dalle_jax.image_tokenizers.dvae_network import DVAEOptions
 from dalle_jax.image_tokenizers.vq_network import VQOptions
-from dalle_jax.image_tokenizers.vqgan_network import VQGANOptions
+from dalle_jax.image_tokenizers.vqgan_options import VQGANOptions
 from dalle_jax.models.clip import CLIPOptions
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.optim import schedules

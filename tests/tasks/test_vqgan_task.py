@@ -22,7 +22,7 @@ from dalle_jax.image_tokenizers.adversarial import lecam_penalty, r1_penalty, wi
 from dalle_jax.image_tokenizers.discriminator import Discriminator, DiscriminatorOptions
 from dalle_jax.image_tokenizers.vector_quantizer import entropy_loss, move_dead
 from dalle_jax.image_tokenizers.vqgan import VQGANTokenizer
-from dalle_jax.image_tokenizers.vqgan_network import VQGANOptions
+from dalle_jax.image_tokenizers.vqgan_options import VQGANOptions
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions, make_optimizer
 from dalle_jax.optim.schedules import Constant, Delayed
 from dalle_jax.tasks.vqgan import VQGANTask
@@ -150,6 +150,25 @@ def test_the_gradients_are_those_of_plain_losses(params):
     loss, _, found, _ = gradients(params, adaptive=False)
     assert loss == pytest.approx(float(expected), rel=1e-5)
     same(found, grads, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("pixel_range", ["signed", "unit"])
+def test_losses_see_the_same_pixels_as_the_evaluation(pixel_range):
+    """The squared error of the loss is that of decoded tokens, whatever the scale of the network."""
+    options = dataclasses.replace(OPTIONS, pixel_range=pixel_range)
+    task = make_task(options, weights=(0.0, 0.0), pixel_loss="l2")
+    params = new_params(task)
+    _, scalars = jax.jit(task.loss)(params, {}, batch(), jax.random.key(0), jnp.int32(0))
+    unclipped = task.tokenizer.signed(task.tokenizer.decode_vectors(params, _codes_of(task, params)))
+    pixels = batch()["image"] / 127.5 - 1
+    np.testing.assert_allclose(scalars["pixel_loss"], np.mean((unclipped - pixels) ** 2), rtol=1e-5)
+    assert float(scalars["psnr"]) == pytest.approx(
+        task.evaluate(params, {}, [batch()], jax.random.key(0))["psnr"], rel=1e-4
+    )
+
+
+def _codes_of(task, params):
+    return task.tokenizer.codebook(params)[task.tokenizer.encode(params, batch()["image"])]
 
 
 def test_the_discriminator_starts_with_its_schedule():
