@@ -317,7 +317,7 @@ def _run(name: str, files: Sequence[str | os.PathLike], output: str, settings: M
             f"{layout.text_vocab}. Both files must be those of one model."
         )
     prior_run.save(output, name, prior, params, tokenizer, tokenizer_params, text_model)
-    return f"{size} pixels, {layout}, {prior.options.trunk}"
+    return f"captions of {layout.text_length} tokens, {size} pixels, {prior_run.described(prior)}"
 
 
 def _text_model(path: str | os.PathLike) -> YouTokenToMe:
