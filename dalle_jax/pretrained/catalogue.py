@@ -38,7 +38,7 @@ def import_files(name: str, files: Sequence[str | os.PathLike], output: str, set
       name: a key of `IMPORTERS`.
       files: the files of the weights, as `Importer.files` says; local, or on a hub ("hf://owner/name/file").
       output: folder to write.
-      settings: values of `Importer.settings` by name. The default stands for an absent one.
+      settings: values of `Importer.settings` by name. The default stands for an absent one. Files may be on a hub, too.
 
     Returns:
       What was found, in one line.
@@ -49,13 +49,17 @@ def import_files(name: str, files: Sequence[str | os.PathLike], output: str, set
         importer, if there is one.
     """
     one = IMPORTERS[name]
-    files = [hub.download_checked(file) if hub.is_hub(file) else file for file in files]
     if len(files) != len(one.files):
         expected = " ".join(f"--weights={file}" for file in one.files)
         raise ConfigError(f"{len(files)} files were given. {name} needs {len(one.files)}: {expected}.")
     if workdir.has_config(output):
         raise ConfigError(f"--output={output} is the workdir of a training. Give a new folder.")
+    files = [hub.download_checked(file) if hub.is_hub(file) else file for file in files]
     defaults = {setting.name: setting.default for setting in one.settings}
+    settings = {
+        key: hub.download_checked(value) if isinstance(value, str) and hub.is_hub(value) else value
+        for key, value in settings.items()
+    }
     try:
         return one.run(files, output, {**defaults, **settings})
     except PretrainedError as error:

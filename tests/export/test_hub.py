@@ -1,5 +1,6 @@
 """Addresses of a hub, against one that is simulated on loopback."""
 
+import dataclasses
 import pathlib
 import sys
 
@@ -14,6 +15,7 @@ from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.errors import ConfigError, DamagedError, HubError
 from dalle_jax.export.__main__ import main
 from dalle_jax.jobs import evaluate
+from dalle_jax.pretrained import catalogue
 from dalle_jax.pretrained.__main__ import main as import_weights
 from dalle_jax.storage import hub as module
 from dalle_jax.storage.files import expanded
@@ -186,3 +188,17 @@ def test_published_weights_from_a_hub(hub, tmp_path, capsys):
     assert "JSON" in capsys.readouterr().err
     assert import_weights(["vqgan", "--weights=hf://owner/weights/nothing.bin", f"--output={tmp_path}/run"]) == 1
     assert "notes.txt" in capsys.readouterr().err
+
+
+def test_a_vocabulary_from_a_hub(hub, tmp_path, monkeypatch):
+    hub.files["owner/weights"] |= {"model.bin": b"weights", "bpe.model": b"words"}
+    read = []
+
+    def run(files, output, settings):
+        read.extend(pathlib.Path(file).read_bytes() for file in (*files, settings["vocabulary"]))
+
+    one = dataclasses.replace(catalogue.IMPORTERS["rudalle-malevich"], run=run)
+    monkeypatch.setitem(catalogue.IMPORTERS, one.name, one)
+    files, settings = ["hf://owner/weights/model.bin"] * 2, {"vocabulary": "hf://owner/weights/bpe.model"}
+    catalogue.import_files(one.name, files, f"{tmp_path}/run", settings)
+    assert read == [b"weights", b"weights", b"words"]
