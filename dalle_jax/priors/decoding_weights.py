@@ -10,7 +10,8 @@ float32 copy is of no use for drawing. The converted model gives the same tokens
 | gains, biases and embedding tables | float32, because the model uses them in float32               |
 
 A tied head is an embedding table. Float32 models are not converted, so that their draws stay the same to the last bit.
-Parameters that an export rounded to bfloat16 become float32 where the model needs float32.
+Kernels of dense layers that a file stores in 16 bits stay so in memory, because their layers cast them exactly. Other
+parameters in 16 bits become float32.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ def for_drawing(prior: TokenPrior, params: PyTree, mesh: Mesh | None) -> tuple[T
     """
     trunk = prior.options.trunk
     if trunk.dtype == "float32":
-        return prior, jax.tree.map(lambda x: x.astype(jnp.float32), params)
+        return prior, _widened(params)
     for part in ("trunk", "head"):
         _cast(params.get(part, {}), ("kernel",), trunk.dtype)
     _cast(params["embedding"], _HEADS, trunk.states_dtype)
@@ -55,6 +56,17 @@ def for_drawing(prior: TokenPrior, params: PyTree, mesh: Mesh | None) -> tuple[T
         layout = None if mesh is None else shardings_of(boxed, mesh)
         params["trunk"] = jax.jit(unstack, out_shardings=layout)(params["trunk"])
     return prior, params
+
+
+def _widened(tree: PyTree) -> PyTree:
+    """Returns the tree with float32 in place of 16 bits, except in the kernels of dense layers."""
+    found = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            found[name] = _widened(value)
+        else:
+            found[name] = value if name == "kernel" or value.dtype == jnp.float32 else value.astype(jnp.float32)
+    return found
 
 
 def _cast(tree: PyTree, names: tuple[str, ...], dtype: DTypeLike) -> None:

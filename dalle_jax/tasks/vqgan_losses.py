@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Key, UInt8
 
 from dalle_jax.configuration.options import check
+from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.adversarial import (
     LOSSES,
     discriminator_loss,
@@ -78,6 +79,11 @@ class VQGANObjectiveOptions:
             self, "objective", positive=["entropy_temperature"], at_least_0=weights,
             below_1=["code_decay", "dead_below"], choices=choices,
         )  # fmt: skip
+        if self.lpips is not None and not self.perceptual_weight:
+            raise ConfigError(
+                f"config.objective.lpips is {self.lpips!r}, and config.objective.perceptual_weight is 0, so that it "
+                "would not be used. Set --config.objective.perceptual_weight=1."
+            )
 
 
 class Coded(NamedTuple):
