@@ -127,7 +127,7 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
     for name in ("taming_f16", "maskgit", "llamagen_f16"):
         published[f"vqgan:{name}"] = [
             f"vqgan.py:{name}", *vqgan, f"data.path={big}", "data.image_size=64", "data.workers=0",
-            "objective.perceptual_weight=0",
+            "objective.perceptual_weight=0", "model.blocks=1",
         ]  # fmt: skip
     for name in ("prior:2.8b", "prior:5.6b", "prior:paper", "maskgit:paper", "maskgit:3b"):
         published[name] = [
