@@ -30,7 +30,13 @@ STEPS = ["steps=2", "cadence.eval=2", "cadence.preview=2", "cadence.checkpoint=2
 FEW_SHAPES = ["data.builder_kwargs.num_train=512"]
 SMALL_DVAE = ["model.vocab_size=32", "model.hidden=8", "model.codebook_dim=8", "model.blocks_per_group=1"]
 SMALL_VQ = ["model.vocab_size=32", "model.hidden=8", "model.code_dim=8"]
-SMALL_VQGAN = ["model.vocab_size=32", "model.hidden=32", "model.code_dim=8", "discriminator.filters=8"]
+SMALL_VQGAN = [
+    "model.vocab_size=32",
+    "model.hidden=32",
+    "model.code_dim=8",
+    "model.latent=8",
+    "discriminator.filters=8",
+]
 PATCHES = [*SMALL_DVAE, "model.hidden=96", "model.codebook_dim=96"]  # k-means initialisation needs the width
 SMALL_CLIP = [
     *(f"model.{tower}_{size}" for tower in ("image", "text") for size in ("width=16", "depth=1", "heads=2")),
