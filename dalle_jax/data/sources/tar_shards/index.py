@@ -28,12 +28,11 @@ from typing import Any
 import numpy as np
 
 from dalle_jax.data.sources.tar_shards.reading import Place
-from dalle_jax.data.sources.tar_shards.scanning import Row, Scan
+from dalle_jax.data.sources.tar_shards.scanning import MAX_KEYS, NAMED, Row, Scan
 from dalle_jax.errors import DataError
 from dalle_jax.storage import json_files
 
 _COLUMNS = {"places": "<i8", "firsts": "<i8", "ends": "<i8", "strings": "u1", "sums": "<u4"}
-_NAMED = 5  # names kept for each reason
 _REMEDY = "Delete its folder: the shards are then indexed again."
 
 
@@ -122,7 +121,7 @@ def write(folder: pathlib.Path, scans: Iterable[tuple[int, Scan]], **facts: Any)
             for reason, (missing, names) in found.left_out.items():
                 one = left_out.setdefault(split, {}).setdefault(reason, {"count": 0, "names": []})
                 one["count"] += missing
-                one["names"] = (one["names"] + names)[:_NAMED]
+                one["names"] = (one["names"] + names)[:NAMED]
     for writer in columns.values():
         writer.close()
     for split, writer in columns.items():
@@ -135,7 +134,7 @@ def write(folder: pathlib.Path, scans: Iterable[tuple[int, Scan]], **facts: Any)
         left_out=left_out,
         other_files={split: dict(found) for split, found in other_files.items()},
         captions=captions,
-        metadata_keys=sorted(keys)[:50],
+        metadata_keys=sorted(keys)[:MAX_KEYS],
         sizes={path.relative_to(folder).as_posix(): path.stat().st_size for path in files},
         **facts,
     )

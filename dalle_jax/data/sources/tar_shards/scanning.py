@@ -24,9 +24,9 @@ from dalle_jax.errors import DataError
 
 _VALIDATION_SHARE = 20
 _TRIED = 100  # samples that are read before the caption key counts as absent
-_MAX_KEYS = 50  # of .json files, for messages
+MAX_KEYS = 50  # of .json files, for messages
 _WORTH_PROCESSES = 2**28  # bytes of shards, below which starting processes takes longer than scanning
-_NAMED = 5  # names kept for each reason
+NAMED = 5  # names kept for each reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Found:
     def leave_out(self, reason: str, name: str) -> None:
         """Counts a missing sample under a reason, a few words."""
         count, names = self.left_out.get(reason, (0, []))
-        self.left_out[reason] = count + 1, [*names, name][:_NAMED]
+        self.left_out[reason] = count + 1, [*names, name][:NAMED]
 
 
 @dataclasses.dataclass
@@ -200,7 +200,7 @@ def _add(scan: Scan, sample: reading.Sample, shard: str, splits: tuple[str, ...]
         copied = isinstance(sample.image, bytes)
         row = Row(key, sample.captions, copied, copies.add(sample.image) if copied else sample.image)
         scan.captions += len(sample.captions)
-        if not sample.captions and len(scan.metadata_keys) < _MAX_KEYS:
+        if not sample.captions and len(scan.metadata_keys) < MAX_KEYS:
             scan.metadata_keys.update(sample.metadata_keys)
     for found in map(scan.splits.__getitem__, splits):
         found.other_files.update(sample.other_endings)

@@ -58,11 +58,12 @@ class ShardsSource(Source):
         facts = index.read_facts(folder)
         self.description = f"{_NAME} ({split})"
         self._root, self._shards, self._folder = facts.root, facts.shards, folder
-        self._parts = [(index.Columns(folder / name), part) for name, part in _parts(split, facts.splits)]
+        parts = _parts(split, facts.splits)
+        self._parts = [(index.Columns(folder / name), part) for name, part in parts]
         self._ends = list(itertools.accumulate(len(part) for _, part in self._parts))
         self.identity = f"{folder} {split} {facts.splits}"
         self.image_identity = f"{folder.parent.name} {split} {facts.splits}"
-        names = dict.fromkeys(name for name, _ in _parts(split, facts.splits))
+        names = dict.fromkeys(name for name, _ in parts)
         self.left_out = sum_left_out(facts.left_out, names)
         other_files = collections.Counter()
         for name in names:
