@@ -78,7 +78,7 @@ def main() -> int:
             noisy.append(task)
         print(
             f"| {task} | {name} | {statistics.median(ours) / 1e3:.3g} | {statistics.median(others) / 1e3:.3g} "
-            f"| {statistics.median(ratios):.2f} | {aim} | {min(ratios):.2f} to {max(ratios):.2f} |",
+            f"| {statistics.median(ratios):.3g} | {aim} | {min(ratios):.3g} to {max(ratios):.3g} |",
             flush=True,
         )
     for task in noisy:
