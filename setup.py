@@ -25,6 +25,7 @@ CORE = [
     "sentencepiece>=0.2",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.9",
+    "tqdm",  # the progress bar of many images
 ]
 CLIP = ["tokenizers"]  # the captions of published CLIP weights, and of minDALL-E
 GCS = ["gcsfs>=2026.4"]  # workdirs on gs://

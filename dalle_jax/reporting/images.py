@@ -50,10 +50,11 @@ def wrap(text: str, typeface: Typeface, width: int, max_lines: int) -> list[str]
 
 
 def resized(pixels: np.ndarray, side: int) -> Image.Image:
-    """Returns an image, uint8 [H, W, 3], with `side` rows and columns. A smaller one is enlarged without smoothing."""
+    """Returns an image, uint8 [H, W, 3], whose longer side is `side`. A smaller one is enlarged without smoothing."""
     image = Image.fromarray(np.asarray(pixels, np.uint8))
-    smaller = image.width < side
-    return image.resize((side, side), Image.Resampling.NEAREST if smaller else Image.Resampling.BOX)
+    longer = max(image.size)
+    width, height = (max(1, round(length * side / longer)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.NEAREST if longer < side else Image.Resampling.BOX)
 
 
 def image_grid(
