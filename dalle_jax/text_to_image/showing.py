@@ -78,7 +78,7 @@ def save(images: Any, folder: str | epath.PathLike, captions: str | Sequence[str
       The paths of the images, in order.
 
     Raises:
-      DataError: something else than images, or another number of captions.
+      DataError: no image, something else than images, or another number of captions.
       UserError: a file cannot be written.
     """
     out, paths = expanded(folder), []
@@ -88,6 +88,8 @@ def save(images: Any, folder: str | epath.PathLike, captions: str | Sequence[str
         if caption:
             write_file(path.with_suffix(".txt"), f"{caption}\n")
         paths.append(str(path))
+    if not paths:
+        raise DataError("No image was given; expected at least one.")
     return paths
 
 

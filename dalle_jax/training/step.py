@@ -55,7 +55,9 @@ class TrainState:
 
     def __repr__(self) -> str:  # the arrays would fill pages
         size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
-        return f"TrainState(step={self.step}, {size:,} parameters, average {'kept' if self.ema else 'not kept'})"
+        return (
+            f"TrainState(step={self.step}, {size:,} parameters, average {'not kept' if self.ema is None else 'kept'})"
+        )
 
     @property
     def eval_params(self) -> PyTree:
