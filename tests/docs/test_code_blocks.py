@@ -26,6 +26,7 @@ from ml_collections import config_flags
 
 import dalle_jax.main  # noqa: F401 (defines the command line's flags)
 from dalle_jax import TextToImage
+from dalle_jax.configuration import shipped
 from dalle_jax.data.text import TextModel
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.models.clip import CLIP, CLIPOptions
@@ -83,7 +84,7 @@ def _kind(command):
 
 def _load(arguments):
     """Parses `--config=…` and `--config.key=value` as the command line does; raises if one does not exist."""
-    values, line = flags.FlagValues(), ["main", *arguments]
+    values, line = flags.FlagValues(), shipped.with_located(["main", *arguments])
     config = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=line)
     values(line)
     return config.value
