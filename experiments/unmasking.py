@@ -12,54 +12,15 @@ from __future__ import annotations
 import argparse
 import io
 
-import numpy as np
 from etils import epath
 from PIL import Image
 
 from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.evaluation.showcase import EDITS, edits, unmasking
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.reporting.images import image_grid, save_png
 from dalle_jax.storage.files import write_file
-from dalle_jax.text_to_image.drawing import row_keys
-from dalle_jax.text_to_image.editing import pixels_of
 from dalle_jax.text_to_image.text_to_image import TextToImage
-
-GREY = 190
-
-
-def trajectory(model: TextToImage, captions: list[str], seed: int, steps: int) -> np.ndarray:
-    """Draws images after each decoding step, masked cells grey: uint8 [steps, C, H, W, 3]."""
-    layout = model.prior.layout
-    text = model.encode_text(captions)
-    keys = row_keys(seed, text, np.zeros(len(captions)))
-    _, tokens = model.prior.trajectory(model.params, text, keys, steps=steps, temperature=0.5)
-    tokens = np.asarray(tokens)
-    masked = (tokens == layout.mask_id).reshape(*tokens.shape[:2], layout.height, layout.width)
-    images = model.decode(np.where(tokens == layout.mask_id, 0, tokens).reshape(-1, layout.image_length))
-    grey = pixels_of(masked, model.image_size)[..., None]
-    return np.where(grey, GREY, images.reshape(*tokens.shape[:2], *images.shape[1:])).astype(np.uint8)
-
-
-def edits(model: TextToImage, images: np.ndarray, captions: list[str], seed: int) -> list[tuple[str, list[np.ndarray]]]:
-    """Returns rows of a grid: the real image and its edits."""
-    size = model.image_size
-    right = np.zeros((size, size), bool)
-    right[:, size // 2 :] = True
-    sampling = {"seed": seed, "temperature": 0.5}
-    rows = []
-    for i, (image, caption) in enumerate(zip(images, captions)):
-        other = captions[(i + 1) % len(captions)]
-        wide = model.outpaint(image, (0, 0, 0, size // 2), caption, **sampling)[0]
-        square = np.full((wide.shape[1],) * 2 + (3,), 255, np.uint8)
-        top = (square.shape[0] - size) // 2
-        square[top : top + size] = wide
-        half, varied = (
-            model.inpaint(image, right, caption, **sampling)[0],
-            model.vary(image, 1 / 3, caption, **sampling)[0],
-        )
-        swapped = model.inpaint(image, np.ones((size, size), bool), other, **sampling)[0]
-        rows.append((f"{caption}; the other: {other}", [image, half, square, varied, swapped]))
-    return rows
 
 
 def main() -> None:
@@ -75,7 +36,7 @@ def main() -> None:
     tests = open_test_set(workdirs.read_config(args.workdir)["data"], Protocol("heldout", "first", args.rows))
     images = tests.images(range(args.rows))
     out = epath.Path(args.output)
-    frames = trajectory(model, tests.captions, args.seed, args.steps)
+    frames = unmasking(model, tests.captions, args.seed, steps=args.steps, temperature=0.5)
     names = [f"step {t + 1}" for t in range(args.steps)]
     strip = [(caption, list(frames[:, i])) for i, caption in enumerate(tests.captions)]
     save_png(out / "strip.png", image_grid(strip, names, cell_size=96))
@@ -86,9 +47,8 @@ def main() -> None:
     film, durations = io.BytesIO(), [300] * (len(sheets) - 1) + [1500]
     sheets[0].save(film, format="GIF", save_all=True, append_images=sheets[1:], duration=durations, loop=0)
     write_file(out / "unmasking.gif", film.getvalue())
-    columns = ("real", "right half inpainted", "extended to the right", "a third varied", "the other caption")
-    rows = edits(model, images, tests.captions, args.seed)
-    save_png(out / "edits.png", image_grid(rows, columns, cell_size=128))
+    rows = edits(model, images, tests.captions, args.seed, temperature=0.5)
+    save_png(out / "edits.png", image_grid(rows, EDITS, cell_size=128))
     print(f"Wrote strip.png, unmasking.gif and edits.png to {out}")
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax.reporting.html import details, heading, image, page, paragraph, plot, table
+from dalle_jax.reporting.html import details, heading, image, page, paragraph, table
+from dalle_jax.reporting.line_chart import plot
 
 
 class Outline(html.parser.HTMLParser):
