@@ -77,6 +77,10 @@ def paragraph(text: str) -> str:
     return f"<p>{html.escape(text)}</p>"
 
 
+def progress_bar(done: float, total: float) -> str:
+    return f'<progress value="{done:g}" max="{max(total, 1):g}"></progress>'
+
+
 def code(text: str) -> str:
     """Returns code to copy."""
     return f'<pre class="code">{html.escape(text)}</pre>'

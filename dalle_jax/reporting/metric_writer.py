@@ -1,4 +1,4 @@
-"""Reports of a training run on disk: metrics.jsonl, TensorBoard's event files and sample images.
+"""Reports of a training run on disk: metrics.jsonl, TensorBoard's event files, sample images and a page.
 
 Only the first host writes; on the others every method does nothing. On object storage all files are copied there from
 a local folder: once a minute, at every `flush`, and at the end.
@@ -89,6 +89,30 @@ class MetricWriter:
             height, width, _ = image.shape
             event = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
             self._events.write(step, [Summary.Value(tag=name, image=event)])
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Returns the lines of `metrics.jsonl`, as `read_metrics`; [] on other hosts than the first one."""
+        return read_metrics(str(self._mirror.folder)) if self._active else []
+
+    def samples(self, name: str) -> dict[int, epath.Path]:
+        """Returns the PNG files of an image that was written at several steps, by step in rising order."""
+        if not self._active:
+            return {}
+        found: dict[int, epath.Path] = {}
+        with write_errors(self._name):
+            for folder in (epath.Path(os.path.dirname(self._name)), epath.Path(self._mirror.folder)):
+                folder = folder / "samples"
+                for path in folder.glob(f"{name}_*.png") if folder.exists() else ():
+                    if (step := path.stem.removeprefix(f"{name}_")).isdecimal() and not is_other_than_file(path):
+                        found[int(step)] = path
+        return dict(sorted(found.items()))
+
+    def page(self, text: str) -> None:
+        """Writes `index.html`."""
+        if self._active:
+            path = self._mirror.folder / "index.html"
+            with write_errors(path):
+                write_atomically(path, text.encode())
 
     def flush(self) -> None:
         """Flushes everything to disk and to object storage."""

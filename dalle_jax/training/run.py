@@ -43,6 +43,7 @@ from dalle_jax.training.changed_data import explain_changed_data
 from dalle_jax.training.cleanup import close_at_exit
 from dalle_jax.training.evaluations import Evaluations
 from dalle_jax.training.profiling import StepClock, StepTrace
+from dalle_jax.training.run_page import RunPage
 from dalle_jax.training.step import Scalars, TrainState, make_init, make_train_step
 from dalle_jax.training.summary import finished, news_in_words, summary
 from dalle_jax.training.warm_start import warm_start
@@ -62,6 +63,7 @@ class Run:
       batches: the training iterator.
       checkpoints, writer, trace: of the workdir.
       progress, clock, mean: of the steps since the last report.
+      page: `index.html` of the workdir.
       watchdog: is notified of progress.
       evaluations: all of the run, also those before an interruption.
     """
@@ -134,6 +136,7 @@ class Run:
         close_at_exit(cleanup, self.trace.close)
         self.progress = Progress(start, self.total, config.batch_size, out=out)
         cleanup.callback(self.progress.close)
+        self.page = RunPage(config, workdir, job, self.writer, self.progress)
         self.clock, self.mean = StepClock(start), Mean()
         self._queued: list[tuple[int, Scalars]] = []  # steps that may still be running
         self._unread: list[tuple[int, Scalars]] = []  # steps that are done, and whose scalars were not fetched yet
@@ -322,3 +325,4 @@ class Run:
             next_steps=task.next_steps(config, self.workdir, batch, flags),
         )
         self.progress.note(lines)
+        self.page.write(step, lines)
