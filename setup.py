@@ -64,5 +64,13 @@ setup(
     cmdclass={"build_py": BuildWithConfigs},
     packages=find_packages(include=["dalle_jax", "dalle_jax.*"]),
     install_requires=CORE,
-    extras_require={"test": TEST, "clip": CLIP, "gcs": GCS, "hub": HUB, "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},
+    extras_require={
+        "test": TEST,
+        "clip": CLIP,
+        "gcs": GCS,
+        "hub": HUB,
+        "wandb": ["wandb>=0.19"],
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+    },
 )

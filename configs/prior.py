@@ -194,5 +194,6 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.schedules = ConfigDict({"learning_rate": schedule("warmup_constant", value=4.5e-4, warmup_steps=5000)})
     config.ema = section(AverageOptions, decay=0.99, every=25)
     sections.training_loop(config, row["batch_size"], every=5000)
+    config.preview = ConfigDict({"captions": ""})  # your own, "a red circle|a green star"; "": held-out examples
     sections.override(config, *row.get("overrides", []))
     return config

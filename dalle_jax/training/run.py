@@ -31,7 +31,7 @@ from dalle_jax.metrics.mean import Mean, without_empty
 from dalle_jax.optim import optimizers, schedules
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.pytree import fingerprint
-from dalle_jax.reporting.metric_writer import MetricWriter, read_metrics
+from dalle_jax.reporting.metric_writer import TENSORBOARD, MetricWriter, read_metrics
 from dalle_jax.reporting.progress import Progress
 from dalle_jax.reporting.units import with_unit
 from dalle_jax.storage import checksummed
@@ -130,7 +130,8 @@ class Run:
         evaluations = Evaluations.read(task.best_metric, lines, until=start).to_json()
         evaluations = first_host_says("evaluations", evaluations)
         self.evaluations = Evaluations.from_json(task.best_metric, evaluations)
-        self.writer = MetricWriter(workdir, start=start)
+        writers = config.get("metric_writers", TENSORBOARD)
+        self.writer = MetricWriter(workdir, start=start, writers=writers, config=to_json(config))
         close_at_exit(cleanup, self.writer.close)
         self.trace = StepTrace(workdir, start=start, total=self.total, count=config.profile_steps)
         close_at_exit(cleanup, self.trace.close)

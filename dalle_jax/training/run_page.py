@@ -1,6 +1,6 @@
 """A training's own page, `<workdir>/index.html`: progress, curves, previews over time, data and configuration.
 
-It is written at each evaluation and preview, and at the end. It loads nothing from outside, and a browser reads it again
+It is written at each evaluation and preview, and at the end. It loads nothing from outside. A browser reads it again
 every minute while the training runs.
 """
 
