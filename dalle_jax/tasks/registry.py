@@ -18,8 +18,6 @@ from dalle_jax.tasks.task import Batch, Job, Task
 
 # config.task → the module with its `build` and `abstract`.
 TASKS = {"clip": clip, "dvae": dvae, "prior": prior, "vq": vq, "vqgan": vqgan}
-# config.task → the metric that selects the best checkpoint, by its usual name.
-BEST_METRICS = {"clip": "loss", "dvae": "psnr", "prior": "image_nats", "vq": "psnr", "vqgan": "psnr"}
 
 
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
