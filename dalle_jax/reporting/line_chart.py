@@ -19,7 +19,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 44  # margins
 _COLORS = ("#1a73e8", "#d93025", "#188038", "#9334e6", "#e37400", "#12b5cb")
 _MOST_POINTS = 400  # of a line; a longer one is thinned out
 _MOST_MARKERS = 40  # points of a line with a marker at each
-_TICKS = 5  # about so many on an axis
+_TICKS = 5  # about this many on an axis
 _WIDE = 20.0  # values whose largest is this many times their smallest have a logarithmic axis, if all are positive
 
 
@@ -58,7 +58,7 @@ def plot(series: Mapping[str, Points], x: str, y: str, caption: str, powers: boo
     for name, points in lines.items():
         parts += _line(name, points, colors[name], place)
     key = "".join(
-        f'<span><i style="background:{color}"></i>{html.escape(name)}</span>' for name, color in colors.items()
+        f'<span><em style="background:{color}"></em>{html.escape(name)}</span>' for name, color in colors.items()
     )
     svg = (
         f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(caption)}" font-size="12">'

@@ -69,12 +69,13 @@ class Edits:
         """
         check_output(output)
         n, seed = drawing.check_count(n, seed)
+        caption, lead = _with_axes(caption, n)
         layout = self.prior.layout
         rows = natural("rows", rows, most=layout.height)
         image = inputs.image(image, self.image_size, self.fit)
         cells = np.zeros((layout.height, layout.width), bool)
         cells[rows:] = True
-        return converted(_redraw(self, image, cells[None], cells[None], caption, n, seed, sampling), output)
+        return converted(_redraw(self, image, cells[None], cells[None], caption, lead, seed, sampling), output)
 
     @by_name
     def inpaint(
@@ -114,6 +115,7 @@ class Edits:
         _check_any_order(self, "inpaint")
         check_output(output)
         n, seed = drawing.check_count(n, seed)
+        caption, lead = _with_axes(caption, n)
         layout = self.prior.layout
         dilate = min(natural("dilate", dilate), max(layout.height, layout.width))
         given = inputs.one(image)
@@ -122,7 +124,7 @@ class Edits:
         if not mask.any():
             raise DataError("The mask marks nothing: set it to True where the image should be drawn again.")
         cells = dilated(marked_cells(mask, layout.height, layout.width), dilate)
-        return converted(_redraw(self, image, cells[None], cells[None], caption, n, seed, sampling), output)
+        return converted(_redraw(self, image, cells[None], cells[None], caption, lead, seed, sampling), output)
 
     @by_name
     def vary(
@@ -158,6 +160,7 @@ class Edits:
         _check_any_order(self, "vary")
         check_output(output)
         n, seed = drawing.check_count(n, seed)
+        caption, lead = (None, (n,)) if caption is None else _with_axes(caption, n)
         strength = finite("strength", strength, above=0, high=1)
         image = inputs.image(image, self.image_size, self.fit)
         layout = self.prior.layout
@@ -165,7 +168,7 @@ class Edits:
         order = np.stack([np.random.default_rng((seed, i)).permutation(layout.image_length) for i in range(n)])
         cells = (order < count).reshape(n, layout.height, layout.width)
         changed = np.stack([dilated(c, 1) for c in cells])
-        return converted(_redraw(self, image, cells, changed, caption, n, seed, sampling), output)
+        return converted(_redraw(self, image, cells, changed, caption, lead, seed, sampling), output)
 
     @by_name
     def outpaint(
@@ -205,12 +208,12 @@ class Edits:
         _check_any_order(self, "outpaint")
         check_output(output)
         n, seed = drawing.check_count(n, seed)
+        caption, lead = _with_axes(caption, n)
         layout, f = self.prior.layout, self.image_size // self.prior.layout.height
         pad = _padding(pad, f, self.image_size)
         image = inputs.image(image, self.image_size, self.fit)
         top, bottom, left, right = (side // f for side in pad)
         h, w = layout.height, layout.width
-        caption, lead = _with_axes(caption, n)
         tokens = np.zeros((*lead, h + top + bottom, w + left + right), np.int32)
         known = np.zeros(tokens.shape[-2:], bool)
         tokens[..., top : top + h, left : left + w] = self.encode(image[None]).reshape(h, w)
@@ -229,11 +232,13 @@ class Edits:
         return converted(canvas.reshape(*lead, *canvas.shape[1:]), output)
 
 
-def _with_axes(caption: Any, n: int) -> tuple[str | list[str] | None, tuple[int, ...]]:
-    """Returns captions as a list, but one caption or None as it is; and the axes of its images: (C, n) or (n,)."""
-    if caption is None or isinstance(caption, str):
+def _with_axes(caption: str | Sequence[str], n: int) -> tuple[str | list[str], tuple[int, ...]]:
+    """Returns one caption as it is and several as a list, and the axes of their images: (n,) or (C, n)."""
+    if isinstance(caption, str):
         return caption, (n,)
     captions = inputs.captions(caption)
+    if not captions:
+        raise DataError("No caption was given; expected at least one.")
     return captions, (len(captions), n)
 
 
@@ -260,13 +265,15 @@ def _check_any_order(model: Edits, edit: str) -> None:
         )
 
 
-def _redraw(model: Edits, image, cells, changed, caption, n, seed, sampling) -> np.ndarray:
-    """Draws `cells` again and keeps the given pixels outside `changed`, both bool [n or 1, h, w]."""
-    caption, lead = _with_axes(caption, n)
+def _redraw(model: Edits, image, cells, changed, caption, lead, seed, sampling) -> np.ndarray:
+    """Draws `cells` again and keeps the given pixels outside `changed`, both bool [n or 1, h, w].
+
+    `lead` are the axes of the images of `caption`; n is the last one.
+    """
     given = model.encode(image[None])
     rows = np.broadcast_to(~cells.reshape(len(cells), -1), (*lead, given.shape[1]))
     known = (np.broadcast_to(given, rows.shape), rows)
-    tokens = model.draw_tokens(caption, n, seed, known, **sampling)
+    tokens = model.draw_tokens(caption, lead[-1], seed, known, **sampling)
     drawn = model.decode(tokens.reshape(-1, given.shape[1])).reshape(*lead, *image.shape)
     return np.where(pixels_of(changed, model.image_size)[..., None], drawn, image)
 

@@ -34,7 +34,7 @@ def test_every_spelling_from_another_folder(tmp_path, monkeypatch, given):
     assert shipped.with_located(["main", "--config", given])[2] == f"{ROOT}/configs/prior.py:emoji"
 
 
-def test_a_file_of_your_own_comes_first(tmp_path, monkeypatch):
+def test_your_own_file_comes_first(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").mkdir()
     (tmp_path / "configs" / "prior.py").write_text("def get_config():\n    return {'mine': 1}\n")

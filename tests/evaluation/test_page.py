@@ -90,7 +90,7 @@ def test_an_image_enlarges_without_a_script():
 
 def test_rows_explain_their_metrics():
     text = table({"a": {"psnr": 20.0, "kl_nats": 1.0, "own": 2.0}}, explain=True)
-    assert "<b>Higher is better.</b> Likeness" in text and text.count("<small>") == 2
+    assert "<strong>Higher is better.</strong> Likeness" in text and text.count("<small>") == 2
     assert "<small>" not in table({"a": {"psnr": 20.0}})
 
 

@@ -30,7 +30,7 @@ def test_names(monkeypatch):
     assert writers_of(" tensorboard , wandb ") == ["tensorboard", "wandb"]
 
 
-# In a process of its own, because wandb starts a service and changes settings.
+# In a separate process, because wandb starts a service and changes settings.
 RUN = """
 import sys
 import numpy as np
