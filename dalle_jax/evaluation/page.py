@@ -26,6 +26,8 @@ from dalle_jax.reporting.html import (
 from dalle_jax.reporting.line_chart import plot
 
 _APART = ("best_of", "blur", "protocol", "run")  # sections of the metrics that the first table leaves out
+_OTHERS = {"dvae": "Metrics of the image tokenizer", "clip": "Metrics of CLIP"}
+_ROWS = 6  # captions that are shown unfolded
 _USUAL = dataclasses.asdict(SamplingOptions())
 
 
@@ -45,18 +47,18 @@ def evaluation(
       config: the configuration as text; the page shows it folded.
       losses: lines of the `metrics.jsonl` of each training, by its name.
     """
-    metrics = measured.metrics
+    metrics, rows = measured.metrics, _rows(captions, measured.columns)
     protocol = metrics["protocol"]
     parts = [
         paragraph(
             f"Captions: {protocol['captions']}. Data: {protocol['data']}. One sample per caption. Device: "
             f"{protocol['device']}."
         ),
-        heading("Metrics"),
-        table({name: section for name, section in metrics.items() if name not in _APART}, explain=True),
         heading("The first captions"),
         paragraph("The real image, its reconstruction, and the images that the priors drew. Click to enlarge."),
-        gallery(_rows(captions, measured.columns)),
+        gallery(rows[:_ROWS]),
+        *([folded(f"{len(rows) - _ROWS} more captions", gallery(rows[_ROWS:]))] if len(rows) > _ROWS else []),
+        *_metrics(measured),
         *_showcases(measured),
         *_code(measured, captions[0]),
     ]
@@ -84,6 +86,18 @@ def evaluation(
     settings = _without_none({**protocol, **metrics.get("run", {})})
     parts += [heading("Protocol"), table({"": settings}), details("Configuration", config)]
     return page(title, parts)
+
+
+def _metrics(measured: Measured) -> list[str]:
+    """Returns the tables of metrics: the priors together, then the image tokenizer and CLIP."""
+    sections = {name: section for name, section in measured.metrics.items() if name not in _APART}
+    parts = []
+    if priors := {name: section for name, section in sections.items() if name not in _OTHERS}:
+        parts += [heading("Metrics of the drawn images"), table(priors, explain=True)]
+    for name, title in _OTHERS.items():
+        if name in sections:
+            parts += [heading(title), table({name: sections[name]}, explain=True)]
+    return parts
 
 
 def _rows(
@@ -133,7 +147,7 @@ def _code(measured: Measured, caption: str) -> list[str]:
         command = "python -m dalle_jax.main --config=generate " + " ".join(
             f"--{key}={shlex.quote(str(value))}" for key, value in flags.items()
         )
-        parts += [folded(f"Draw with {name}", code(program) + paragraph("Or in a shell:") + code(command))]
+        parts += [heading(f"With {name}", 3), code(program), code(command)]
     return [heading("Draw your own"), *parts] if parts else []
 
 

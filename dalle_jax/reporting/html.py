@@ -21,14 +21,14 @@ from dalle_jax.reporting.meanings import meaning
 _SMALL = 128  # pixels; a smaller image is enlarged without smoothing
 _STYLE = """
 * { box-sizing: border-box; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #202124; max-width: 72em; margin: 0 auto 4em; padding: 0 1.25em; }
+body { font: 16px/1.5 system-ui, sans-serif; color: #202124; max-width: 74em; margin: 0 auto 4em; padding: 0 1.25em; }
 h1 { font-size: 1.8em; line-height: 1.25; overflow-wrap: anywhere; } h2 { font-size: 1.3em; margin: 2em 0 .5em; }
 h3 { font-size: 1.05em; margin: 1.5em 0 .25em; }
 p { max-width: 46em; } p, pre, figcaption { overflow-wrap: anywhere; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; margin: .5em 0 1em; }
 th, td { padding: .3em 1.2em .3em 0; text-align: left; vertical-align: top; border-bottom: 1px solid #e8eaed;
   font-weight: normal; }
-td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; } tr:first-child th { color: #5f6368; }
+td { font-variant-numeric: tabular-nums; overflow-wrap: break-word; } tr:first-child th { color: #5f6368; }
 small { display: block; color: #5f6368; font-size: .82em; line-height: 1.35; max-width: 34em; }
 small strong { font-weight: 600; color: #3c4043; }
 figure { margin: 0; }
@@ -40,7 +40,10 @@ img, svg { display: block; max-width: 100%; height: auto; } img.sharp { image-re
 .rows > section { border-top: 1px solid #e8eaed; padding: .8em 0; } .rows h3 { margin: 0 0 .5em; font-weight: 500; }
 .images { display: flex; flex-wrap: wrap; gap: .8em; } .images > * { width: 8em; }
 .images img { width: 8em; box-shadow: 0 0 0 1px #dadce0; }
-@media (max-width: 40em) { .images { gap: .5em; } .images > *, .images img { width: 6.2em; } }
+@media (max-width: 40em) {
+  .images { gap: .5em; } .images > *, .images img { width: 6.2em; } .images figcaption { font-size: .75em; }
+  th, td { padding-right: .6em; } table { font-size: .85em; }
+}
 label { cursor: zoom-in; } label input { position: absolute; opacity: 0; }
 input:focus-visible + img { outline: 3px solid #1a73e8; }
 input:checked + img { position: fixed; inset: 0; width: 100%; height: 100%; max-width: none; object-fit: contain;
@@ -114,8 +117,9 @@ def table(columns: Mapping[str, Mapping[str, Any]], names_down: bool = False, ex
     if names_down:
         flat, names, columns = {name: {of: flat[of].get(name, "") for of in flat} for name in names}, list(flat), names
     head = "".join(f"<th>{html.escape(name)}</th>" for name in ("", *columns))
+    explained = _explanations(names) if explain else {}
     rows = [
-        f"<tr><th>{html.escape(name)}{_explanation(name) if explain else ''}</th>"
+        f"<tr><th>{html.escape(name)}{explained.get(name, '')}</th>"
         + "".join(f"<td>{html.escape(metrics.get(name, ''))}</td>" for metrics in flat.values())
         + "</tr>"
         for name in names
@@ -123,12 +127,17 @@ def table(columns: Mapping[str, Mapping[str, Any]], names_down: bool = False, ex
     return f'<div class="wide"><table>\n<tr>{head}</tr>\n' + "\n".join(rows) + "\n</table></div>"
 
 
-def _explanation(name: str) -> str:
-    found = meaning(name)
-    if found is None:
-        return ""
-    direction = f"<strong>{found.direction[0].upper()}{found.direction[1:]}.</strong> " if found.direction else ""
-    return f"<small>{direction}{html.escape(found.sentence)}</small>"
+def _explanations(names: Sequence[str]) -> dict[str, str]:
+    """Returns the meaning of metrics as HTML. Of metrics with equal meanings the first one has it."""
+    found, said = {}, set()
+    for name in names:
+        means = meaning(name)
+        if means is not None and means not in said:
+            said.add(means)
+            direction = means.direction[:1].upper() + means.direction[1:]
+            direction = f"<strong>{direction}.</strong> " if direction else ""
+            found[name] = f"<small>{direction}{html.escape(means.sentence)}</small>"
+    return found
 
 
 def image(pixels: np.ndarray | bytes, caption: str) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 Points = Sequence[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 480, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 62, 14, 12, 44  # margins
+_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 18, 12, 50  # margins
 _COLORS = ("#1a73e8", "#d93025", "#188038", "#9334e6", "#e37400", "#12b5cb")
 _MOST_POINTS = 400  # of a line; a longer one is thinned out
 _MOST_MARKERS = 40  # points of a line with a marker at each
@@ -61,7 +61,7 @@ def plot(series: Mapping[str, Points], x: str, y: str, caption: str, powers: boo
         f'<span><em style="background:{color}"></em>{html.escape(name)}</span>' for name, color in colors.items()
     )
     svg = (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(caption)}" font-size="12">'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(caption)}" font-size="14">'
         f"{''.join(parts)}</svg>"
     )
     below = f'<div class="key">{key}</div><figcaption>{html.escape(caption)}</figcaption>'
@@ -113,9 +113,11 @@ def _round_ticks(low: float, high: float, inside: bool = False) -> list[float]:
 def _logarithmic(low: float, high: float) -> _Axis:
     """Returns an axis of base 10 with ticks at powers of ten, and at 2 and 5 times them if these are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    factors = (1, 2, 5) if last - first <= 2 else (1,)
-    ticks = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
-    inside = [tick for tick in ticks if low / 1.5 <= tick <= high * 1.5]
+    for factors in ((1,), (1, 2, 5)):
+        ticks = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
+        inside = [tick for tick in ticks if low / 1.1 <= tick <= high * 1.1]
+        if len(inside) >= 3:
+            break
     return _Axis(min([low, *inside]), max([high, *inside]), inside, math.log10)
 
 
@@ -129,7 +131,7 @@ def _grid(horizontal: _Axis, vertical: _Axis, place: Callable[[tuple[float, floa
         x, _ = place((tick, vertical.low))
         parts.append(f'<path d="M{x:.1f} {_HEIGHT - _BOTTOM}v4" stroke="#5f6368" />')
         parts.append(
-            f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 17}" text-anchor="middle" fill="#5f6368">{_number(tick)}</text>'
+            f'<text x="{x:.1f}" y="{_HEIGHT - _BOTTOM + 19}" text-anchor="middle" fill="#5f6368">{_number(tick)}</text>'
         )
     return parts
 
