@@ -282,7 +282,7 @@ _CLIP = [*short_runs.STEPS, *short_runs.SMALL_CLIP]
 
 def _tiny(command):
     """The overrides that shrink a command of `dalle_jax.main`; `DIR` becomes a folder of a few images."""
-    file, variant = re.search(r"configs/(\w+)\.py:?([\w.]*)", " ".join(command)).groups()
+    file, variant = re.search(r"--config=(?:configs/)?(\w+)(?:\.py)?:?([\w.]*)", " ".join(command)).groups()
     under, few = short_runs.under, short_runs.FEW_SHAPES
     small = variant in ("", "shapes", "emoji", "small")
     dvae, prior = (_DVAE, _PRIOR) if small else (_LARGE_DVAE, _LARGE_PRIOR)
@@ -321,7 +321,7 @@ def run_nothing(command, workspace):
     """Packages are installed already; `test_commands_exist` checks the extras."""
 
 
-RUNNERS = {"main": run_main, "script": _start, "pip": run_nothing}
+RUNNERS = {"main": run_main, "module": _start, "script": _start, "pip": run_nothing}
 
 
 @pytest.mark.slow

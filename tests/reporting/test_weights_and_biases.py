@@ -78,14 +78,27 @@ def test_the_sweep_names_keys_that_exist(sweep):
     assert sweep["metric"] == {"name": "eval/image_nats", "goal": "minimize"}
 
 
+def _agents_command(sweep):
+    """The command of a run in which each parameter is 0.001."""
+    arguments = [f"--{name}=0.001" for name in sweep["parameters"]]
+    return [word for part in sweep["command"] for word in (arguments if part == "${args}" else [part])]
+
+
+@installed
+def test_wandb_writes_the_command_in_this_way(sweep):
+    from wandb.sdk.launch.sweeps import utils
+
+    given = utils.create_sweep_command_args({"args": {name: {"value": 0.001} for name in sweep["parameters"]}})
+    parts = utils.create_sweep_command(list(sweep["command"]))
+    assert [word for part in parts for word in (given["args"] if part == "${args}" else [part])] == _agents_command(
+        sweep
+    )
+
+
 def test_the_sweeps_command_runs(sweep, tmp_path):
     """As an agent runs it: `${args}` becomes one argument for each parameter. `--help` ends it after the flags."""
-    values = {name: 0.001 for name in sweep["parameters"]}
-    arguments = [f"--{name}={value}" for name, value in values.items()]
-    command = []
-    for part in sweep["command"]:
-        command += arguments if part == "${args}" else [part]
-    command = [part.replace("exec python", f"exec {sys.executable}") for part in command] + ["--help=all"]
+    command = [*_agents_command(sweep), "--help=all"]
+    command = [part.replace("exec python", f"exec {sys.executable}") for part in command]
     command = [part.replace("tensorboard,wandb", "tensorboard") for part in command]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "WANDB_RUN_ID": "abc", "JAX_PLATFORMS": "cpu"}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
