@@ -118,7 +118,7 @@ def _showcases(measured: Measured) -> list[str]:
     for name, shown in measured.showcases.items():
         parts += [
             heading(f"How {name} draws"),
-            paragraph("The image after each decoding step. Tokens that are still masked are grey."),
+            paragraph("The image after each decoding step. Tokens that are still masked are light grey."),
             gallery(shown.unmasking),
             heading(f"How {name} edits"),
             paragraph("Real images and four edits of each. The caption above a row describes its real image."),

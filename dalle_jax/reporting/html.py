@@ -38,10 +38,10 @@ img, svg { display: block; max-width: 100%; height: auto; } img.sharp { image-re
 .plot svg { width: 100%; } .key span { margin-right: 1.2em; font-size: .88em; white-space: nowrap; }
 .key em { display: inline-block; width: 1em; height: .25em; margin: 0 .4em .2em 0; }
 .rows > section { border-top: 1px solid #e8eaed; padding: .8em 0; } .rows h3 { margin: 0 0 .5em; font-weight: 500; }
-.images { display: flex; flex-wrap: wrap; gap: .8em; } .images > * { width: 8em; }
-.images img { width: 8em; box-shadow: 0 0 0 1px #dadce0; }
+.images { display: flex; flex-wrap: wrap; gap: .8em; --side: 8em; }
+.images > *, .images img { width: calc(var(--side) * var(--ratio, 1)); } .images img { box-shadow: 0 0 0 1px #dadce0; }
 @media (max-width: 40em) {
-  .images { gap: .5em; } .images > *, .images img { width: 6.2em; } .images figcaption { font-size: .75em; }
+  .images { gap: .5em; --side: 6.2em; } .images figcaption { font-size: .75em; }
   th, td { padding-right: .6em; } table { font-size: .85em; }
 }
 label { cursor: zoom-in; } label input { position: absolute; opacity: 0; }
@@ -147,15 +147,17 @@ def image(pixels: np.ndarray | bytes, caption: str) -> str:
       pixels: uint8 [H, W, 3], or the bytes of a PNG or JPEG file.
       caption: text below the image.
     """
-    sharp, kind = ' class="sharp"', "png"
+    sharp, kind, ratio = ' class="sharp"', "png", ""
     if isinstance(pixels, bytes):
         sharp, kind = "", "jpeg" if pixels[:2] == b"\xff\xd8" else "png"
-    elif max(pixels.shape[:2]) > _SMALL:
-        sharp = ""
+    else:
+        height, width = pixels.shape[:2]
+        sharp = sharp if max(height, width) <= _SMALL else ""
+        ratio = f' style="--ratio:{width / height:.3g}"' if width != height else ""
     data = base64.b64encode(pixels if isinstance(pixels, bytes) else png(pixels)).decode()
     caption = html.escape(caption)
     return (
-        '<figure><label><input type="checkbox" autocomplete="off" aria-label="enlarge" />'
+        f'<figure{ratio}><label><input type="checkbox" autocomplete="off" aria-label="enlarge" />'
         f'<img{sharp} src="data:image/{kind};base64,{data}" alt="{caption}"></label>'
         f"<figcaption>{caption}</figcaption></figure>"
     )
