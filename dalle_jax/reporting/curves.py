@@ -39,7 +39,7 @@ def curve(lines: Lines, metric: str, caption: str = "") -> str:
     }
     if not caption:
         found = meaning(metric)
-        caption = metric if found is None else f"{found.direction}. {found.sentence}".lstrip(". ")
+        caption = metric if found is None else f"{found.direction_as_sentence()} {found.sentence}".lstrip()
     label = f"{metric} ({unit(metric)})" if unit(metric) not in ("", "%") else metric
     return plot(series, "step", label, caption)
 

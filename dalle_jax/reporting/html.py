@@ -35,6 +35,7 @@ figure { margin: 0; }
 figcaption { color: #5f6368; font-size: .88em; }
 img, svg { display: block; max-width: 100%; height: auto; } img.sharp { image-rendering: pixelated; }
 .plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 21em), 1fr)); gap: 1.5em; }
+.pairs { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 32em), 1fr)); gap: 1em; }
 .plot svg { width: 100%; } .key span { margin-right: 1.2em; font-size: .88em; white-space: nowrap; }
 .key em { display: inline-block; width: 1em; height: .25em; margin: 0 .4em .2em 0; }
 .rows > section { border-top: 1px solid #e8eaed; padding: .8em 0; } .rows h3 { margin: 0 0 .5em; font-weight: 500; }
@@ -99,9 +100,9 @@ def folded(summary: str, content: str) -> str:
     return f"<details><summary>{html.escape(summary)}</summary>{content}</details>"
 
 
-def side_by_side(plots: Sequence[str]) -> str:
-    """Returns plots next to each other, as many as fit. Empty ones are left out."""
-    return f'<div class="plots">{"".join(plots)}</div>' if any(plots) else ""
+def side_by_side(parts: Sequence[str], wide: bool = False) -> str:
+    """Returns pieces of HTML next to each other: two if they are `wide`, else as many as fit. "" without any."""
+    return f'<div class="{"pairs" if wide else "plots"}">{"".join(parts)}</div>' if any(parts) else ""
 
 
 def table(columns: Mapping[str, Mapping[str, Any]], names_down: bool = False, explain: bool = False) -> str:
@@ -134,8 +135,7 @@ def _explanations(names: Sequence[str]) -> dict[str, str]:
         means = meaning(name)
         if means is not None and means not in said:
             said.add(means)
-            direction = means.direction[:1].upper() + means.direction[1:]
-            direction = f"<strong>{direction}.</strong> " if direction else ""
+            direction = f"<strong>{means.direction_as_sentence()}</strong> " if means.direction else ""
             found[name] = f"<small>{direction}{html.escape(means.sentence)}</small>"
     return found
 

@@ -81,7 +81,7 @@ class _Sizes:
 
 
 _LEFT = _Sizes(15, 13, 20, left=190, above=0, heading_height=24, title_height=34, between=0)
-_ABOVE = _Sizes(24, 19, 34, left=0, above=40, heading_height=30, title_height=54, between=24)
+_ABOVE = _Sizes(22, 19, 34, left=0, above=38, heading_height=30, title_height=54, between=24)
 
 
 def image_grid(

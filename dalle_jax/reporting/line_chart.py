@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 Points = Sequence[tuple[float, float]]
 
 _WIDTH, _HEIGHT = 480, 300
-_LEFT, _RIGHT, _TOP, _BOTTOM = 72, 18, 12, 50  # margins
+_LEFT, _RIGHT, _TOP, _BOTTOM = 84, 18, 12, 50  # margins
 _COLORS = ("#1a73e8", "#d93025", "#188038", "#9334e6", "#e37400", "#12b5cb")
 _MOST_POINTS = 400  # of a line; a longer one is thinned out
 _MOST_MARKERS = 40  # points of a line with a marker at each

@@ -82,6 +82,10 @@ class Meaning:
     direction: str
     sentence: str
 
+    def direction_as_sentence(self) -> str:
+        """Returns "Higher is better.", "Lower is better." or ""."""
+        return f"{self.direction[0].upper()}{self.direction[1:]}." if self.direction else ""
+
 
 def meaning(name: str) -> Meaning | None:
     """Returns the meaning of a metric, or None if it is not known.

@@ -79,7 +79,7 @@ class RunPage:
             parts += [
                 heading("Previews"),
                 paragraph("The same captions or images each time, the latest first. Click to enlarge."),
-                *[image(content, f"step {number:,}") for number, content in reversed(shown)],
+                side_by_side([image(content, f"step {number:,}") for number, content in reversed(shown)], wide=True),
             ]
         parts += [heading("Data"), table({"": self._data(step)}), *self._examples()]
         parts += [details("Configuration", plain_text(to_json(self._config)))]
