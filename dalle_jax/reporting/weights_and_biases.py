@@ -38,17 +38,26 @@ class WeightsAndBiases:
           workdir: of the run, local or remote; decides which run it is, unless WANDB_RUN_ID does.
           folder: a local folder for wandb's files.
           config: the configuration.
+
+        Raises:
+          ConfigError: nobody is logged in, or the service does not answer.
         """
         wandb = importlib.import_module("wandb")  # an optional package, which takes a second
         self._wandb = wandb
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", PROJECT),
-            id=os.environ.get("WANDB_RUN_ID", hashlib.sha256(workdir.encode()).hexdigest()[:16]),
-            name=os.environ.get("WANDB_NAME", workdir.rstrip("/").rpartition("/")[2]),
-            dir=str(folder),
-            config=dict(config),
-            resume="allow",
-        )
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", PROJECT),
+                id=os.environ.get("WANDB_RUN_ID", hashlib.sha256(workdir.encode()).hexdigest()[:16]),
+                name=os.environ.get("WANDB_NAME", workdir.rstrip("/").rpartition("/")[2]),
+                dir=str(folder),
+                config=dict(config),
+                resume="allow",
+            )
+        except wandb.errors.Error as error:
+            raise ConfigError(
+                f"Weights & Biases cannot be used: {str(error).splitlines()[0]} Log in (wandb login), set "
+                "WANDB_MODE=offline, or give --config.metric_writers=tensorboard."
+            ) from error
         self._run.define_metric("*", step_metric="step")
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:

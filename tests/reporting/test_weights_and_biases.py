@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import types
 
 import pytest
 import yaml
@@ -12,7 +13,7 @@ from tiny_job import tiny_config
 
 from dalle_jax.configuration import config_files
 from dalle_jax.errors import ConfigError
-from dalle_jax.reporting.metric_writer import read_metrics, writers_of
+from dalle_jax.reporting.metric_writer import MetricWriter, read_metrics, writers_of
 from dalle_jax.training.validation import check_values
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -61,6 +62,23 @@ def test_an_offline_run(tmp_path):
     content = files[0].read_bytes()
     assert all(name in content for name in (b"train/loss", b"eval/psnr", b"preview", b"my-run", b"width"))
     assert [line["step"] for line in read_metrics(str(workdir))] == [1, 2, 3, 4]
+
+
+def test_a_service_that_cannot_be_used(tmp_path, monkeypatch):
+    """It is one sentence with the remedy, before anything is trained."""
+
+    class Error(Exception):
+        pass
+
+    def init(**_):
+        raise Error("No API key configured.\nSee the documentation.")
+
+    monkeypatch.setitem(
+        sys.modules, "wandb", types.SimpleNamespace(init=init, errors=types.SimpleNamespace(Error=Error))
+    )
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(ConfigError, match="WANDB_MODE=offline"):
+        MetricWriter(str(tmp_path), writers="wandb")
 
 
 @pytest.fixture
