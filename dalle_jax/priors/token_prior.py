@@ -7,7 +7,7 @@ Samplers draw B = C·n rows. The n candidates of a caption are adjacent rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Protocol, runtime_checkable
 
 import optax
@@ -105,4 +105,24 @@ class TokenPrior(Protocol):
 
         Returns:
           Tokens, int32 [B, N], in [0, V).
+        """
+
+    def watch(
+        self,
+        params: PyTree,
+        text: Int[ArrayLike, "C T"],
+        keys: Key[Array, " B"],
+        *,
+        known: tuple[Int[ArrayLike, "B N"], Bool[ArrayLike, "B N"]] | None = None,
+        negative: Int[ArrayLike, "_ T"] | None = None,
+        **options,
+    ) -> Iterator[tuple[Array, float]]:
+        """Draws image tokens as `sample` does, and yields them while they are drawn.
+
+        The loop runs in pieces, so that its caller can decode the tokens between them, or stop. The tokens stay on the
+        devices until they are read. Arguments and errors as in `sample`.
+
+        Yields:
+          Tokens, int32 [B, N], with `layout.mask_id` where none is drawn yet, and the share of the steps that are
+          done, in (0, 1]. The last tokens are those of `sample`.
         """

@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,9 @@ class TextToImage:
       mesh: devices that share the rows, or None for the default device.
       fit: how a given image that is not square becomes one, `data.fit` of the training.
       stored_fingerprint: hash of the checkpoint's parameters if `load` converted them, else "".
+      on_frame: called with a `drawing.Frame` after each decoding step, or row of tokens, of all images that are drawn.
+        An exception that it raises stops the drawing. The results are the same as with None. Set it by
+        `dataclasses.replace(model, on_frame=…)`.
     """
 
     prior: TokenPrior
@@ -63,6 +66,7 @@ class TextToImage:
     mesh: Mesh | None = None
     fit: str = "crop"
     stored_fingerprint: str = ""
+    on_frame: Callable[[drawing.Frame], None] | None = None
 
     @classmethod
     def load(
@@ -448,6 +452,6 @@ class TextToImage:
             captions, numbers = part.rows()
             given = tuple(x[numbers] for x in known)
             keys = drawing.row_keys(seed, text[captions], numbers, window)
-            rows = drawing.sample(self, text[captions], keys, options, negative, given)
+            rows = drawing.sample(self, text[captions], keys, options, negative, given, part)
             parts.append(part.images(np.asarray(rows))[0])
         return np.concatenate(parts)
