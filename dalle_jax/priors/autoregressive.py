@@ -30,8 +30,13 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.attention.decode_cache import (
-    Caches, ColumnCache, RingCache, for_stage, scan_in_stages, stages,
-)  # fmt: skip
+    Caches,
+    ColumnCache,
+    RingCache,
+    for_stage,
+    scan_in_stages,
+    stages,
+)
 from dalle_jax.models.dense import outputs_first
 from dalle_jax.models.trunk import for_decoding
 from dalle_jax.priors import groups, orders, sampling

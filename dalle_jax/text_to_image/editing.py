@@ -9,6 +9,7 @@ other tokens. The given pixels are then put back outside the cells that changed.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
@@ -140,11 +141,6 @@ def outpaint(
     tokens[:, top : top + h, left : left + w] = model.encode(image[None]).reshape(1, h, w)
     known[top : top + h, left : left + w] = True
     on_frame, model = model.on_frame, dataclasses.replace(model, on_frame=None)  # a frame for each window
-
-    def pasted(canvas):
-        canvas[:, pad[0] : pad[0] + model.image_size, pad[2] : pad[2] + model.image_size] = image
-        return canvas
-
     for number, (y, x) in enumerate(windows(known.shape, (h, w), (top, left))):
         place = (slice(y, y + h), slice(x, x + w))
         if known[place].all():
@@ -154,10 +150,22 @@ def outpaint(
         tokens[(slice(None), *place)] = drawn.reshape(n, h, w)
         known[place] = True
         if on_frame and not known.all():
-            visible = known.repeat(f, axis=0).repeat(f, axis=1)[..., None]
-            images = lambda: pasted(np.where(visible, model.decode_grid(tokens), drawing.GREY).astype(np.uint8))[None]  # noqa: B023
-            on_frame(drawing.Frame(0, 0, float(known.mean()), images))
-    return pasted(model.decode_grid(tokens))
+            images = functools.partial(_canvas, model, tokens, known, image, (top, left))
+            on_frame(drawing.Frame(0, 0, float(known.mean()), images).changed(lambda canvas: canvas[None]))
+    return _canvas(model, tokens, known, image, (top, left))
+
+
+def _canvas(model: Model, tokens: np.ndarray, known: np.ndarray, image: np.ndarray, start: tuple[int, int]):
+    """Decodes a canvas, int32 [n, h', w'], and puts the given image into it: uint8 [n, f·h', f·w', 3].
+
+    Cells that are not known, bool [h', w'], are grey. `start` is the first cell of the given image.
+    """
+    size, f = model.image_size, model.image_size // model.prior.layout.height
+    visible = known.repeat(f, axis=0).repeat(f, axis=1)[..., None]
+    canvas = np.where(visible, model.decode_grid(tokens), np.uint8(drawing.GREY))
+    y, x = (f * cell for cell in start)
+    canvas[:, y : y + size, x : x + size] = image
+    return canvas
 
 
 def _padding(pad: Any, f: int, size: int) -> tuple[int, int, int, int]:
