@@ -18,6 +18,7 @@ PACKAGE = "dalle_jax"
 # From top to bottom: each package may import every package of the levels below it, but no other package of its level.
 LEVELS = (
     ("main",),
+    ("demo",),
     ("jobs",),
     ("evaluation", "aot"),
     ("pretrained", "training", "export"),

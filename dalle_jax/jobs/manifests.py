@@ -31,8 +31,14 @@ _IMAGE = re.compile(r"[0-9]{4,}-[0-9]{3,}\.png")
 _FIELDS: dict[str, tuple[type, ...]] = {
     "workdir": (str,), "step": (int, str), "seed": (int,), "n": (int,), "rows_at_once": (int,), "sampling": (dict,),
     "negative": (str, type(None)), "captions": (list,), "samples": (list,), "mesh": (dict,), "fingerprints": (dict,),
+    "edit": (dict, type(None)),
 }  # fmt: skip
-_LATER_FIELDS = {"negative": None, "mesh": {"data": 1}, "fingerprints": {}}  # earlier versions did not write them
+_LATER_FIELDS = {
+    "negative": None,
+    "mesh": {"data": 1},
+    "fingerprints": {},
+    "edit": None,
+}  # earlier versions did not write them
 _SAMPLE = {"file": str, "caption_index": int, "index": int}
 _AXES = {"data", "fsdp", "tensor"}
 
