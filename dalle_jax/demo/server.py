@@ -44,8 +44,8 @@ def require_gradio() -> ModuleType:
         return importlib.import_module("gradio")
     except ImportError as error:
         raise ConfigError(
-            f"The page needs gradio, which cannot be imported ({error}). Install it with pip install 'dalle_jax[demo]', "
-            "or in a clone with pip install -e '.[demo]'."
+            f"The page needs gradio, which cannot be imported ({error}). Install it with "
+            "pip install 'dalle_jax[demo]', or in a clone with pip install -e '.[demo]'."
         ) from error
 
 

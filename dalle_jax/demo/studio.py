@@ -171,8 +171,8 @@ def draw(model: TextToImage, request: Request) -> Ranked:
     count = request.candidates or request.n
     if request.candidates and request.candidates < request.n:
         raise ConfigError(
-            f"n is {request.n}, but candidates is {request.candidates}: CLIP keeps n of the candidates. Give candidates="
-            f"{request.n} or more, or 0 to draw n images without CLIP."
+            f"n is {request.n}, but candidates is {request.candidates}: CLIP keeps n of the candidates. Give "
+            f"candidates={request.n} or more, or 0 to draw n images without CLIP."
         )
     if request.method == "generate" and request.candidates:
         return model.best_of(request.caption, request.candidates, request.n, request.seed, **sampling)
