@@ -4,7 +4,8 @@ An event is a JSON object with the key "kind":
 
     run       a run begins: run
     note      a message of the library, such as that it compiles once: run, text
-    frame     images while they are drawn: run, first (number of the first image), progress, images
+    frame     images while they are drawn: run, first (number of the first image), count (images that are drawn
+              together), progress, images (at most those that are shown)
     images    the result of a run: run, images, numbers, scores, seconds, drawn, steps, compiled
     error     a run, or the whole request, failed: run or None, text
     end       the last event
@@ -67,7 +68,7 @@ class Studio:
     def describe(self) -> dict[str, Any]:
         """Returns all that the page shows before anything is drawn."""
         devices = jax.local_devices()
-        kind = devices[0].device_kind
+        kind = "CPU" if devices[0].platform == "cpu" else devices[0].device_kind
         return {
             "device": f"{len(devices)} × {kind}" if len(devices) > 1 else kind,
             "runs": [_described(name, model) for name, model in self.models.items()],
@@ -134,16 +135,12 @@ class Studio:
             nonlocal last
             small = model.image_size <= _SMALL
             if frame.progress < 1 and (small or time.monotonic() - last >= _FRAME_SECONDS):
-                images = [_data_url(image, lossless=small) for image in frame.images()[0][: request.n]]
-                send(
-                    {
-                        "kind": "frame",
-                        "run": name,
-                        "first": frame.candidate,
-                        "progress": frame.progress,
-                        "images": images,
-                    }
-                )
+                drawn = frame.images()[0]
+                send({
+                    "kind": "frame", "run": name, "first": frame.candidate, "count": len(drawn),
+                    "progress": frame.progress,
+                    "images": [_data_url(image, lossless=small) for image in drawn[: request.n]],
+                })  # fmt: skip
                 last = time.monotonic()
 
         began = time.monotonic()
@@ -206,7 +203,9 @@ def _described(name: str, model: TextToImage) -> dict[str, Any]:
         "name": name, "prior": model.prior.name, "size": model.image_size, "grid": [layout.height, layout.width],
         "edits": [method for method in METHODS if model.prior.any_order or method == "complete"],
         "takesSteps": model.prior.any_order, "steps": model.prior.decoding_steps(None), "fit": model.fit,
-        "clip": model.scorer is not None, "guidance": bool(model.prior.options.caption_drop), "about": repr(model),
+        "clip": model.scorer is not None, "guidance": bool(model.prior.options.caption_drop),
+        "about": f"{model.prior.name} prior, {model.image_size} × {model.image_size} pixels as {layout.height} × "
+        f"{layout.width} tokens, step {model.step}",
     }  # fmt: skip
 
 

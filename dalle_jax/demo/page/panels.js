@@ -34,12 +34,12 @@ export class Panel {
     note.hidden = !text;
   }
 
-  async frame({ images, progress, first }, candidates) {
+  async frame({ images, progress, first, count }, candidates) {
     const wait = this.shown + PACE - performance.now();
     if (wait > 0 && !still.matches) await new Promise((done) => setTimeout(done, wait));
     this.shown = performance.now();
-    if (candidates) this.meta(`candidates from ${first + 1} of ${candidates}`);
-    this.progress(candidates ? (first + images.length * progress) / candidates : progress);
+    if (candidates) this.meta(`candidates ${first + 1} to ${first + count} of ${candidates}`);
+    this.progress(candidates ? (first + count * progress) / candidates : progress);
     await this.put(images);
   }
 
@@ -64,7 +64,7 @@ export class Panel {
   async done(event, caption) {
     Object.assign(this, { images: event.images, numbers: event.numbers, scores: event.scores });
     await this.frame({ images: event.images, progress: 1, first: 0 }, 0);
-    this.note("");
+    if (event.compiled) this.note("");
     this.root.classList.add("done");
     this.tiles.forEach((tile, place) => {
       const image = tile.querySelector("img");
