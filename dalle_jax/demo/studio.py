@@ -107,7 +107,7 @@ class Studio:
 
     def _draw_all(self, given: Any, send: Callable[[Event], None]) -> None:
         """Draws with one run after the other. An error of one run does not stop the next one."""
-        try:
+        with contextlib.suppress(Stopped):
             try:
                 request = requests.parse(given, list(self.models))
                 for name in request.runs:
@@ -124,32 +124,31 @@ class Studio:
                 absl_logging.exception("The page could not draw.")
                 send({"kind": "error", "run": None, "text": f"{type(error).__name__}: see the log of the server."})
             send({"kind": "end"})
-        except Stopped:
-            absl_logging.info("A visitor left before the end of a drawing.")
 
     def _draw_one(self, name: str, request: Request, send: Callable[[Event], None]) -> Event:
         """Draws with one run, and returns its event of kind "images"."""
-        model, last = self.models[name], 0.0
+        model, last, away = self.models[name], 0.0, 0.0  # away: seconds of encoding and sending
 
         def on_frame(frame: Frame) -> None:
-            nonlocal last
+            nonlocal last, away
             small = model.image_size <= _SMALL
-            if frame.progress < 1 and (small or time.monotonic() - last >= _FRAME_SECONDS):
-                drawn = frame.images()[0]
-                send({
-                    "kind": "frame", "run": name, "first": frame.candidate, "count": len(drawn),
-                    "progress": frame.progress,
-                    "images": [_data_url(image, lossless=small) for image in drawn[: request.n]],
-                })  # fmt: skip
-                last = time.monotonic()
+            if frame.progress == 1 or not (small or time.monotonic() - last >= _FRAME_SECONDS):
+                return
+            drawn, begun = frame.images()[0], time.monotonic()
+            images = [_data_url(image, lossless=small) for image in drawn[: request.n]]
+            counts = {"first": frame.candidate, "count": len(drawn), "progress": frame.progress}
+            send({"kind": "frame", "run": name, "images": images, **counts})
+            last = time.monotonic()
+            away += last - begun
 
         began = time.monotonic()
         with _notes(lambda text: send({"kind": "note", "run": name, "text": text})) as notes:
             ranked = draw(dataclasses.replace(model, on_frame=on_frame), request)
+        seconds = time.monotonic() - began - away
         scores = None if ranked.scores is None else [round(float(score), 3) for score in ranked.scores[0]]
         return {
             "kind": "images", "run": name, "images": [_data_url(image) for image in ranked.images[0]],
-            "numbers": ranked.numbers[0].tolist(), "scores": scores, "seconds": time.monotonic() - began,
+            "numbers": ranked.numbers[0].tolist(), "scores": scores, "seconds": seconds,
             "drawn": request.candidates or request.n, "compiled": any("ompiling" in note for note in notes),
             "steps": model.prior.decoding_steps(sampling_of(model, request).get("steps")),
         }  # fmt: skip
