@@ -27,7 +27,7 @@ MOST_CHARACTERS = 1000  # of a caption
 MOST_BYTES = 8 * 2**20  # of an uploaded image file
 _MOST_PIXELS = 32_000_000
 _MOST_CELLS = 256  # of a side of a mask
-SAMPLING = ("temperature", "top_k", "top_p", "guidance", "steps")
+SAMPLING = ("temperature", "top_k", "top_p", "guidance", "steps", "choice_temperature")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -190,10 +190,12 @@ def draw(model: TextToImage, request: Request) -> Ranked:
 def sampling_of(model: TextToImage, request: Request) -> dict[str, Any]:
     """Returns the sampling parameters of a request for one model.
 
-    A prior in raster order draws one token after another. It is left without `steps`, so that it can stand next to a
-    MaskGIT prior on the page.
+    Parameters that the prior does not have are left out, so that an autoregressive prior can stand next to a MaskGIT
+    prior on the page.
     """
-    return {name: value for name, value in request.sampling.items() if name != "steps" or model.prior.any_order}
+    without = set() if model.prior.any_order else {"steps"}
+    without |= set() if model.prior.name == "maskgit" else {"choice_temperature"}
+    return {name: value for name, value in request.sampling.items() if name not in without}
 
 
 def _described(name: str, model: TextToImage) -> dict[str, Any]:
@@ -203,6 +205,7 @@ def _described(name: str, model: TextToImage) -> dict[str, Any]:
         "edits": [method for method in METHODS if model.prior.any_order or method == "complete"],
         "takesSteps": model.prior.any_order, "steps": model.prior.decoding_steps(None), "fit": model.fit,
         "clip": model.scorer is not None, "guidance": bool(model.prior.options.caption_drop),
+        "choice": getattr(model.prior.options, "choice_temperature", None),
         "about": f"{model.prior.name} prior, {model.image_size} × {model.image_size} pixels as {layout.height} × "
         f"{layout.width} tokens, step {model.step}",
     }  # fmt: skip

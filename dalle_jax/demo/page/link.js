@@ -3,8 +3,9 @@
 // An image that was edited is not in the link. The link has the steps that made it (`step`, one query string each, with
 // `pick=RUN:PLACE`), and the page draws them again. An uploaded image cannot be repeated: `upload=1` says so.
 
-const NUMBERS = ["n", "seed", "candidates", "temperature", "top_k", "top_p", "guidance", "steps"];
-const DEFAULTS = { n: 4, seed: 0, candidates: 0, temperature: 1, top_k: null, top_p: null, guidance: 0, steps: null };
+const NUMBERS = ["n", "seed", "candidates", "temperature", "top_k", "top_p", "guidance", "steps", "choice_temperature"];
+const DEFAULTS = { n: 4, seed: 0, candidates: 0, temperature: 1, top_k: null, top_p: null, guidance: 0, steps: null,
+  choice_temperature: null };
 
 // One drawing: caption, negative, runs, the numbers above, method, and what the method needs.
 export function toParams(drawing) {

@@ -8,6 +8,7 @@ import { Panel } from "./panels.js";
 const $ = (id) => document.getElementById(id);
 const SLIDERS = ["n", "temperature", "guidance", "top_p", "strength", "rows"];
 const MOST_SEED = 2 ** 32;
+const narrow = window.matchMedia("(max-width: 860px)"); // as in page.css
 
 let about; // the server's description of itself
 let editor;
@@ -27,7 +28,7 @@ function readForm() {
   return {
     caption: $("caption").value, negative: $("negative").value, n: number("n"), seed: number("seed"), candidates: number("candidates"),
     temperature: number("temperature"), top_k: number("top_k"), top_p: number("top_p") >= 1 ? null : number("top_p"),
-    guidance: number("guidance"), steps: number("steps"), runs: (able.length ? able.map((run) => run.name) : chosenRuns()), method,
+    guidance: number("guidance"), steps: number("steps"), choice_temperature: number("choice_temperature"), runs: (able.length ? able.map((run) => run.name) : chosenRuns()), method,
     mask: editor.mask, pad: editor.pad, strength: number("strength"), rows: number("rows"),
   };
 }
@@ -36,7 +37,7 @@ function writeForm(drawing) {
   $("caption").value = drawing.caption;
   $("negative").value = drawing.negative;
   for (const name of ["n", "seed", "temperature", "guidance"]) $(name).value = drawing[name];
-  for (const name of ["top_k", "steps"]) $(name).value = drawing[name] ?? "";
+  for (const name of ["top_k", "steps", "choice_temperature"]) $(name).value = drawing[name] ?? "";
   $("top_p").value = drawing.top_p ?? 1;
   $("candidates").value = String(drawing.candidates);
   if ($("candidates").selectedIndex < 0) {
@@ -60,9 +61,10 @@ function showValues() {
 // Turns a drawing of link.js into the request of the server.
 function toRequest(drawing, image) {
   const { caption, negative, n, seed, candidates, runs, method, mask, pad, strength, rows } = drawing;
-  const { temperature, top_k, top_p, guidance, steps } = drawing;
+  const { temperature, top_k, top_p, guidance, steps, choice_temperature } = drawing;
   return {
-    caption, negative, n, seed, candidates, runs, method, mask, pad, strength, rows, sampling: { temperature, top_k, top_p, guidance, steps },
+    caption, negative, n, seed, candidates, runs, method, mask, pad, strength, rows, 
+    sampling: { temperature, top_k, top_p, guidance, steps, choice_temperature },
     image: method === "generate" ? null : image,
   };
 }
@@ -90,6 +92,7 @@ async function draw(drawing) {
   document.body.dataset.state = "drawing";
   history.replaceState(null, "", `?${toQuery(made)}`);
   $("link").hidden = false;
+  if (narrow.matches) $("results").scrollIntoView({ behavior: "smooth" });
   try {
     for await (const event of values("draw", request, mine.signal)) {
       if (mine.signal.aborted) return;
@@ -151,10 +154,9 @@ function chooseMethod(wanted) {
   editor.choose(method);
   $("draw").textContent = source ? { inpaint: "Draw again", outpaint: "Extend", vary: "Vary", complete: "Complete" }[method] : "Draw";
   const unable = runs.filter((run) => !run.edits.includes(method)).map((run) => run.name);
-  $("hint").textContent = unable.length
-    ? `${unable.join(", ")} draws from top to bottom, so it can only keep the top.`
-    : { inpaint: "Paint what to draw again. The caption describes the whole image.", outpaint: "The caption describes the whole canvas.",
-        vary: "Random parts are drawn again.", complete: "The shaded part is drawn again." }[method];
+  const hint = { inpaint: "Paint what to draw again. The caption describes the whole image.", outpaint: "The caption describes the whole canvas.",
+    vary: "A random share of the image is drawn again.", complete: "The shaded part is drawn again." }[method];
+  $("hint").textContent = unable.length ? `${hint} ${unable.join(", ")} draws from top to bottom and cannot do this.` : hint;
   showValues();
 }
 
@@ -216,6 +218,7 @@ async function openLink() {
   writeForm(drawing);
   chooseMethod(drawing.method === "generate" ? editor.method : drawing.method);
   if (!drawing.caption || !location.search) return;
+  drawing.runs = chosenRuns();
   if (upload) return alertOf("This link began with an uploaded image. Upload it to repeat the edit.");
   if (drawing.method !== "generate") {
     setSource({ url: await replay(steps), steps, upload: false });
@@ -262,11 +265,14 @@ async function start() {
   addChips();
   const facts = [
     about.runs.some((run) => run.clip) ? "“Best of” draws candidates, and CLIP keeps the ones that fit the caption." : "No CLIP was loaded, so candidates cannot be ranked.",
-    about.runs.every((run) => run.takesSteps) ? "" : "Steps count for MaskGIT; an autoregressive prior draws one token after another.",
+    about.runs.every((run) => run.takesSteps) ? "" : "Steps and choice are for MaskGIT. An autoregressive prior draws one token after another.",
   ];
   $("notes").textContent = facts.filter(Boolean).join(" ");
   const takes = about.runs.find((run) => run.takesSteps);
   $("steps").disabled = !takes;
+  const maskgit = about.runs.find((run) => run.choice !== null);
+  $("choice_temperature").disabled = !maskgit;
+  $("choice_temperature").placeholder = maskgit ? `default, ${maskgit.choice}` : "of MaskGIT";
   $("steps").placeholder = takes ? `default, ${takes.steps}` : "one for each token";
 
   editor = new Editor(() => {});
@@ -302,7 +308,7 @@ async function start() {
     $("link").textContent = "Copied";
     setTimeout(() => ($("link").textContent = "Copy link"), 1500);
   });
-  if (window.innerWidth <= 860) $("settings").open = false;
+  if (narrow.matches) $("settings").open = false;
   document.body.dataset.state = "idle";
   await openLink();
 }
