@@ -1,6 +1,6 @@
 """The page in a browser, as a visitor uses it: type, draw, brush, extend, vary, save, and open a link again.
 
-The server runs as a user starts it, with two runs of random weights. `DEMO_SCREENSHOTS=DIR` keeps screenshots.
+The server runs as a user starts it, with two runs of random weights. `experiments/demo/screenshots.py` takes screenshots.
 """
 
 import base64
@@ -52,7 +52,7 @@ def address(tmp_path_factory):
         assert lines[-1], "".join(lines)
     yield f"http://127.0.0.1:{port}/"
     process.terminate()
-    process.wait(30)
+    process.communicate(timeout=30)
 
 
 @pytest.fixture(scope="module")
@@ -105,11 +105,6 @@ def pixels(url):
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))))
 
 
-def keep(page, name):
-    if folder := os.environ.get("DEMO_SCREENSHOTS"):
-        page.screenshot(path=f"{folder}/{name}.png")
-
-
 def test_type_and_draw(page):
     assert page.input_value("#caption") == CAPTION, "an example is filled in"
     draw(page)
@@ -118,7 +113,6 @@ def test_type_and_draw(page):
     assert {pixels(url).shape for url in maskgit + prior} == {(16, 16, 3)}
     meta = page.inner_text('.panel[data-run="prior"] .meta')
     assert re.search(r"4 images in [\d.]+ m?s", meta) and "16 steps" in meta
-    keep(page, "draw")
 
 
 def test_images_appear_as_they_are_drawn(page):
@@ -183,7 +177,6 @@ def test_brush(page):
     assert changed[:12, :8].any() and not changed[12:].any() and not changed[:, 8:].any(), (
         "the cells and their neighbours"
     )
-    keep(page, "brush")
 
 
 def test_extend(page):
@@ -200,7 +193,6 @@ def test_extend(page):
     page.mouse.move(box["x"] + 13 + 1.1 * cell, box["y"] + 13, steps=3)
     page.mouse.up()
     page.locator('.handle[data-side="top"]').press("ArrowUp")
-    keep(page, "extend")
     draw(page)
     after = pixels(shown(page, "maskgit")[0])
     assert after.shape == (20, 20, 3)
@@ -316,7 +308,6 @@ def test_a_phone(browser, address):
     tap.tap(position={"x": 20, "y": 20})
     draw(page)
     assert len(shown(page, "maskgit")) == 4
-    keep(page, "phone")
     context.close()
 
 
