@@ -40,9 +40,8 @@ def drawn(page: Any) -> None:
 
 
 def saved(page: Any, path: pathlib.Path, **options: Any) -> None:
-    """Writes a screenshot as a PNG of 256 colours."""
-    image = Image.open(io.BytesIO(page.screenshot(**options))).convert("RGB")
-    image.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
+    """Writes a screenshot as a small PNG."""
+    Image.open(io.BytesIO(page.screenshot(**options))).convert("RGB").save(path, optimize=True)
     print(path, path.stat().st_size)
 
 

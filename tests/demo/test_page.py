@@ -1,6 +1,6 @@
 """The page in a browser, as a visitor uses it: type, draw, brush, extend, vary, save, and open a link again.
 
-The server runs as a user starts it, with two runs of random weights. `experiments/demo/screenshots.py` takes screenshots.
+The server runs as a user starts it, with two runs of random weights.
 """
 
 import base64

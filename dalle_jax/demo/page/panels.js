@@ -69,7 +69,7 @@ export class Panel {
     this.tiles.forEach((tile, place) => {
       const image = tile.querySelector("img");
       image.alt = caption;
-      if (image.naturalWidth) tile.style.aspectRatio = `${image.naturalWidth} / ${image.naturalHeight}`;
+      if (image.naturalWidth) image.parentElement.style.aspectRatio = `${image.naturalWidth} / ${image.naturalHeight}`;
       tile.querySelector(".score").textContent = event.scores ? event.scores[place].toFixed(2) : "";
     });
     const all = `${event.drawn} ${event.drawn === 1 ? "image" : "images"} in ${seconds(event.seconds)}`;
