@@ -338,7 +338,7 @@ def test_a_body_that_is_too_large(address):
 
 
 def test_the_queue_is_bounded(address):
-    """One drawing runs, two wait, and another one is told so."""
+    """One drawing runs, two wait, and another one gets an error."""
     request = {"caption": CAPTION, "runs": ["maskgit"], "n": 16, "candidates": 0, "sampling": {"steps": 16}}
     body = json.dumps({"data": [request]}).encode()
     codes = []
