@@ -32,7 +32,6 @@ from dalle_jax.data.survey import SplitSurvey, Survey
 from dalle_jax.data.text import CaptionModel
 from dalle_jax.distributed.turns import first_host_first, is_first
 from dalle_jax.errors import DataError
-from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.jobs.checks import check_text_model
 from dalle_jax.reporting.contact_sheet import Shown, contact_sheet
 from dalle_jax.reporting.images import save_png
@@ -47,7 +46,6 @@ _DRAWN = ("shapes_captions", "emoji_captions")  # drawn by this package: nothing
 _NAMED_ENDINGS = 6
 # Reasons that the log says in other words.
 _IN_WORDS = {"empty caption": "without caption", "too many pixels": "above data.max_pixels"}
-_TASKS_WITHOUT_CAPTIONS = tokenizers.TASKS
 
 
 def run(config: ConfigDict, workdir: str) -> Survey | None:
@@ -113,7 +111,7 @@ def _look_at(config: ConfigDict, options: DataOptions, workdir: str) -> Survey |
         return None
     drawn = options.source in _DRAWN
     text = config.get("text") or {}
-    captions = "counted" if not training else "ignored" if config.task in _TASKS_WITHOUT_CAPTIONS else "required"
+    captions = "counted" if not training else "required" if "text" in config else "ignored"
     found = surveys.survey(
         options,
         sources,

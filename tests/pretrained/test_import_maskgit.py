@@ -71,7 +71,7 @@ def test_sizes_at_the_published_size():
         shapes = [*sizes.shapes().values(), *plain_maskgit.shapes(1024, 256, 128, (1, 1, 2, 2, 4)).values()]
         assert one.parameters == sum(np.prod(shape, dtype=int) for shape in shapes)
         prior = maskgit.prior_of(sizes, 1024, 8)
-        assert (prior.layout.text_vocab, prior.options.trunk.hidden) == (1000, 3072)
+        assert (prior.layout.condition.vocab, prior.options.trunk.hidden) == (1000, 3072)
     layout = maskgit_tokenizer.layout(maskgit_tokenizer.options())
     assert sum(np.prod(shape, dtype=int) for _, shape in layout.values()) == 54_515_587
 
