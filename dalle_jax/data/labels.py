@@ -178,9 +178,16 @@ class Labels:
         )
 
     def unknown_letters(self, text: str) -> str:
-        """Returns "": `encode` rejects a caption that is no class."""
-        del text
+        """Returns the letters of a caption that names no class, and "" if it names one."""
+        try:
+            self.encode(text, max_length=1)
+        except DataError:
+            return "".join(dict.fromkeys(normalize(text)))
         return ""
+
+    def pieces(self) -> list[str]:
+        """Returns the name of each class, so that a training may start from a prior of some of the same classes."""
+        return [self.decode([i]) for i in range(self.vocab_size)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the names of ids in [0, V), or "class: ID" without names."""

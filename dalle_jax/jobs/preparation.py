@@ -121,11 +121,11 @@ def _follow_start(config: ConfigDict) -> None:
     stored = workdirs.read_config(start) if workdirs.has_config(start) else None
     if config.get("follow_start") and stored is not None:
         config.data.condition = kind_of(stored).name
-    same = stored is None or "prior" not in config or kind_of(stored) is kind_of(config)
+    fits = stored is None or "prior" not in config or issubclass(kind_of(stored), kind_of(config))
     if "tokenizer" in config:
         config.tokenizer_from = config.tokenizer_from or start
     if "text" in config:
-        if not own_text and same:
+        if not own_text and fits:
             config.text.path = config.text.path or str(workdirs.text_model_path(start))
         if config.text.length is None and stored is not None and "text" in stored:
             config.text.length = stored["text"]["length"]

@@ -37,7 +37,7 @@ NewTable = Callable[[str, int], Float[ArrayLike, "_ D"]]
 
 
 class Condition(abc.ABC):
-    """What precedes the image in the stream of a prior. It is immutable and hashable, and holds sizes alone.
+    """The part of a prior's stream before the image. It is immutable and hashable, and holds sizes alone.
 
     Attributes:
       name: its name in configurations.
