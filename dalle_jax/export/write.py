@@ -27,13 +27,14 @@ from dalle_jax.checkpoints.runs import open_run
 from dalle_jax.errors import CheckpointError, ConfigError
 from dalle_jax.export import card
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
-from dalle_jax.priors import condition as conditions
 from dalle_jax.priors import trained
+from dalle_jax.priors.frozen_clip import has_clip
+from dalle_jax.priors.registry import condition_of
 from dalle_jax.priors.trained import lora_of
 from dalle_jax.pytree import PyTree, fingerprint
 from dalle_jax.storage import hub
 from dalle_jax.storage.files import expanded, full_path, write_errors, write_file, write_json
-from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
+from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.text_to_image.folders import check_workdir
 
 DTYPES = ("float32", "bfloat16")
@@ -189,7 +190,7 @@ def _prior(workdir: str, output: epath.Path, options: Options) -> _Written:
         step = run.resolve(options.step)
         params = trained.restore(run, workdir, step, tokenizer_params=tokenizer_params)
         config = run.config(step)
-    condition, text_model = conditions.kind_of(config).load(config, workdir)
+    condition, text_model = condition_of(config).load(config, workdir)
     exported.write_params(output, exported.rounded(params, options.dtype))
     description = tokenizers.to_dict(tokenizer)
     frozen.save(output / TOKENIZER, description, tokenizer_params, frozen.SAFETENSORS)

@@ -34,7 +34,7 @@ from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.jobs import earlier
 from dalle_jax.jobs.tokenizers import has_tokenizer
 from dalle_jax.optim import optimizers
-from dalle_jax.priors.condition import kind_of
+from dalle_jax.priors.registry import condition_of
 from dalle_jax.storage.files import check_writable, expanded, is_regular_file
 from dalle_jax.tasks import registry
 from dalle_jax.tasks.encoded_split import check_tokenizer
@@ -181,7 +181,7 @@ def check_data(config: ConfigDict) -> None:
     for split in dict.fromkeys((options.train_split, options.eval_split)):
         captions = _look(open_source(options, split), with_text)
         if with_text and split == options.train_split and not config.text.path and config.text.vocab_size is not None:
-            kind_of(config).train(captions, config.text.vocab_size)  # an error if the vocabulary is too small
+            condition_of(config).train(captions, config.text.vocab_size)  # an error if the vocabulary is too small
     check_tokenizer_data(config)
 
 
@@ -241,7 +241,7 @@ def check_files(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -
     path = config.text.path if "text" in config else None
     if path and (expanded(path).exists() or not any(str(path).startswith(str(run)) for run in ahead)):
         check_text_model(path)
-        size, model = config.text.vocab_size, kind_of(config).read(path)
+        size, model = config.text.vocab_size, condition_of(config).read(path)
         if config.data.bpe_dropout and not model.takes_dropout:
             raise ConfigError(
                 f"config.data.bpe_dropout is {config.data.bpe_dropout}, and the text model {path} has no BPE dropout: "

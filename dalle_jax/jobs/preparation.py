@@ -16,7 +16,7 @@ from dalle_jax.data import token_store
 from dalle_jax.data.sources.own import FOLDER, TAR_SHARDS, choose_source
 from dalle_jax.errors import ConfigError
 from dalle_jax.priors.autoregressive import AutoregressiveOptions
-from dalle_jax.priors.condition import kind_of
+from dalle_jax.priors.registry import condition_of
 from dalle_jax.tasks.prior import EACH_BATCH, ONCE
 
 # Sources that draw their own images, with the arguments of their builder that variants set.
@@ -53,7 +53,7 @@ def prepare(config: ConfigDict) -> ConfigDict:
     _follow_tokens(config)
     _follow_start(config)
     if "prior" in config:
-        kind_of(config).complete(config)
+        condition_of(config).complete(config)
     _choose_source(config, config)
     if "tokenizer" in config and not config.tokenizer_from:
         _choose_source(config.tokenizer, config, "tokenizer.")
@@ -120,8 +120,8 @@ def _follow_start(config: ConfigDict) -> None:
         return
     stored = workdirs.read_config(start) if workdirs.has_config(start) else None
     if config.get("follow_start") and stored is not None:
-        config.data.condition = kind_of(stored).name
-    fits = stored is None or "prior" not in config or issubclass(kind_of(stored), kind_of(config))
+        config.data.condition = condition_of(stored).name
+    fits = stored is None or "prior" not in config or issubclass(condition_of(stored), condition_of(config))
     if "tokenizer" in config:
         config.tokenizer_from = config.tokenizer_from or start
     if "text" in config:

@@ -23,9 +23,10 @@ from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.jobs import evaluate
 from dalle_jax.jobs import train as train_job
 from dalle_jax.jobs.checks import prefixed
+from dalle_jax.priors.frozen_clip import has_clip
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.storage.files import check_writable, expanded
-from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
+from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
 _STAGES = ("dvae", "prior", "maskgit", "clip")  # folders in the workdir

@@ -4,8 +4,8 @@ A condition is one class. It says how many positions it has before the image, wh
 form is, how it is embedded, whether it is predicted as well, and how a user's requests become it. The priors, the
 training and `TextToImage` ask it, and know no kind of condition by name.
 
-To add one, write a subclass of `Condition`, add it to `CONDITIONS`, and set `data=dict(condition=NAME, …)` in a variant
-of a config file.
+To add one, write a subclass of `Condition`, add it to `CONDITIONS` in `registry.py`, and set `data=dict(condition=NAME)`
+in a variant of a config file.
 
     B rows    C requests    T positions    D width    W classes of a head
 """
@@ -20,16 +20,17 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped, UInt8
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.data import text_models
 from dalle_jax.data.labels import Labels
 from dalle_jax.data.text import CaptionModel, TextModel, encode_captions
-from dalle_jax.errors import ConfigError, DataError
+from dalle_jax.errors import DataError
 from dalle_jax.token_layout import PaddedIds
 
+KEY = "condition"  # of conditions that are computed from images, in a batch
 MOST_CLASSES = 1000  # of a configuration that sets no number
 Tables = tuple[Float[ArrayLike, "_ D"], ...]
 # Creates a parameter, given its name and its number of rows. See `StreamEmbedding.table`.
@@ -43,11 +44,13 @@ class Condition(abc.ABC):
       name: its name in configurations.
       length: T, number of positions. It is at least 1, because the first image token is predicted from a position.
       captions: the ids of captions that a batch holds under "text", or None if the condition reads no captions.
+      from_images: whether a batch holds rows of `of_images` under `KEY`.
     """
 
     name: ClassVar[str]
     length: int
     captions: PaddedIds | None = None
+    from_images: ClassVar[bool] = False
 
     # -- a training and its workdir -------------------------------------------------------------------------------
 
@@ -65,7 +68,7 @@ class Condition(abc.ABC):
     @abc.abstractmethod
     def prepare(
         cls, config: Mapping[str, Any] | ConfigDict, captions: Iterable[str], workdir: epath.PathLike
-    ) -> tuple[Condition, CaptionModel | None]:
+    ) -> tuple[Condition, Any]:
         """Writes into a new workdir whatever `encode` needs, and returns the same as `load`.
 
         Args:
@@ -76,10 +79,8 @@ class Condition(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def load(
-        cls, config: Mapping[str, Any] | ConfigDict, workdir: epath.PathLike
-    ) -> tuple[Condition, CaptionModel | None]:
-        """Returns the condition of a workdir, and its model of captions or None."""
+    def load(cls, config: Mapping[str, Any] | ConfigDict, workdir: epath.PathLike) -> tuple[Condition, Any]:
+        """Returns the condition of a workdir, and the model that reads requests, or None if it needs none."""
 
     # -- rows -----------------------------------------------------------------------------------------------------
 
@@ -87,23 +88,27 @@ class Condition(abc.ABC):
     def empty(self) -> Shaped[np.ndarray, "*row"]:
         """Returns the empty condition, one row. Guidance and dropped conditions use it."""
 
-    @abc.abstractmethod
     def of_batch(self, batch: Mapping[str, Any]) -> Shaped[ArrayLike, "B ..."]:
         """Returns the conditions of a batch."""
+        return batch[KEY]
+
+    def of_images(self, images: UInt8[ArrayLike, "B H W 3"], model: Any) -> Shaped[np.ndarray, "B ..."]:
+        """Computes the conditions of images. Arguments as in `encode`."""
+        raise NotImplementedError(f"{type(self).__name__} is not computed from images.")
 
     @abc.abstractmethod
-    def encode(self, requests: Sequence[str], model: CaptionModel | None) -> Shaped[np.ndarray, "C ..."]:
+    def encode(self, requests: Sequence[str], model: Any) -> Shaped[np.ndarray, "C ..."]:
         """Converts a user's requests to conditions.
 
         Args:
           requests: captions, or names of classes.
-          model: the model of captions that `load` returned.
+          model: the model that `load` returned.
 
         Raises:
           DataError: no request, or one that the condition cannot express.
         """
 
-    def decode(self, row: Shaped[ArrayLike, "*row"], model: CaptionModel | None) -> str:
+    def decode(self, row: Shaped[ArrayLike, "*row"], model: Any) -> str:
         """Returns one row as a request; "" if there are no words for it or without a model."""
         del row, model
         return ""
@@ -297,22 +302,6 @@ class Nothing(Condition):
     def embed(self, tables: Tables, rows: Int[ArrayLike, "B 0"]) -> Float[ArrayLike, "B T D"]:
         """See `Condition.embed`."""
         return jnp.broadcast_to(tables[0][None], (len(rows), *tables[0].shape))
-
-
-# config.data.condition → the condition.
-CONDITIONS: dict[str, type[Condition]] = {kind.name: kind for kind in (Text, Label, Nothing)}
-
-
-def kind_of(config: Mapping[str, Any] | ConfigDict) -> type[Condition]:
-    """Returns the condition that a training configuration names. Earlier versions had captions alone.
-
-    Raises:
-      ConfigError: there is no such condition.
-    """
-    name = config["data"].get("condition", Text.name)
-    if name not in CONDITIONS:
-        raise ConfigError(f"config.data.condition is {name!r}; expected one of {', '.join(CONDITIONS)}.")
-    return CONDITIONS[name]
 
 
 def blank(condition: Condition) -> Shaped[Array, "1 ..."]:

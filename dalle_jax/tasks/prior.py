@@ -30,15 +30,16 @@ from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.metrics.mean import Mean, without_empty
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.priors import lora, trained
-from dalle_jax.priors.condition import Condition, kind_of
+from dalle_jax.priors.condition import KEY, Condition
 from dalle_jax.priors.lora import LoRAOptions
-from dalle_jax.priors.registry import make, options_of
+from dalle_jax.priors.registry import condition_of, make, options_of
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
 from dalle_jax.reporting.images import to_uint8
 from dalle_jax.tasks import words
 from dalle_jax.tasks.adapters import base_of, check_adapters
 from dalle_jax.tasks.encoded_split import given_tokens, tokens_of_split
+from dalle_jax.tasks.image_conditions import with_conditions
 from dalle_jax.tasks.preview import preview_grid, shown_rows
 from dalle_jax.tasks.task import Batch, Job, make_job, zeros_like
 from dalle_jax.token_layout import TokenLayout
@@ -256,7 +257,7 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     options = from_config(DataOptions, config.data, "data")
     tokenizer, params = workdirs.load_tokenizer(workdir)
     captions = open_source(options, options.train_split).captions()
-    condition, text_model = kind_of(config).prepare(config, captions, workdir)
+    condition, text_model = condition_of(config).prepare(config, captions, workdir)
     tokens = None
     if config.data_tokens == ONCE:
         folders = [workdir, *([config.start_from] if config.get("start_from") else [])]
@@ -271,17 +272,23 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
             "(model.raster_steps). Until then validation and previews are poor.",
             first, config.steps, "random masked tokens" if config.prior == "maskgit" else "in random orders",
         )  # fmt: skip
-    return make_job(task, config, options, rows, text_model, condition.captions, tokens=tokens)
+    captions = condition.captions
+    job = make_job(task, config, options, rows, text_model if captions else None, captions, tokens=tokens)
+    return with_conditions(job, options, condition, text_model, workdir) if condition.from_images else job
 
 
 def abstract(config: ConfigDict, tokenizer: ImageTokenizer | None = None) -> tuple[PriorTask, Batch]:
     """See `registry.abstract`."""
     tokenizer = tokenizer or tokenizers.of_training(config.tokenizer)
     params = zeros_like(tokenizer.init, jax.random.key(0))
-    condition = kind_of(config).of_config(config)
+    condition = condition_of(config).of_config(config)
     task = _task(config, tokenizer, params, condition)
     tokens = None if config.data_tokens == EACH_BATCH else task.prior.layout
-    return task, batch_shapes(config.data.image_size, condition.captions, config.batch_size, tokens=tokens)
+    batch = batch_shapes(config.data.image_size, condition.captions, config.batch_size, tokens=tokens)
+    if condition.from_images:
+        empty = condition.empty()
+        batch[KEY] = jax.ShapeDtypeStruct((config.batch_size, *empty.shape), empty.dtype)
+    return task, batch
 
 
 def options(config: Mapping[str, Any]) -> dict[str, type]:

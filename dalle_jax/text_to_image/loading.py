@@ -23,12 +23,12 @@ from dalle_jax.errors import CheckpointError, ConfigError, UserError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.models.attention import kernels
 from dalle_jax.priors import trained
-from dalle_jax.priors.condition import kind_of
 from dalle_jax.priors.decoding_weights import for_drawing
-from dalle_jax.priors.registry import make
+from dalle_jax.priors.frozen_clip import has_clip
+from dalle_jax.priors.registry import condition_of, make
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree, fingerprint, first_mismatch
-from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
+from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.text_to_image.drawing import MOST_IMAGES
 from dalle_jax.text_to_image.folders import check_mesh, check_path, check_step, check_workdir
 from dalle_jax.token_layout import TokenLayout
@@ -116,7 +116,7 @@ def _token_layout(
       CheckpointError: sizes that no model has.
     """
     try:
-        condition, text_model = kind_of(config).load(config, folder)
+        condition, text_model = condition_of(config).load(config, folder)
         return TokenLayout(condition, tokenizer.vocab_size, *tokenizer.grid(config["data"]["image_size"])), text_model
     except UserError:
         raise

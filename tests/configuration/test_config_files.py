@@ -23,8 +23,7 @@ from dalle_jax.evaluation.test_sets import Protocol
 from dalle_jax.image_tokenizers import tokenizer
 from dalle_jax.models import clip
 from dalle_jax.optim import optimizers, schedules
-from dalle_jax.priors.condition import kind_of
-from dalle_jax.priors.registry import make
+from dalle_jax.priors.registry import condition_of, make
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.token_layout import TokenLayout
 
@@ -86,7 +85,7 @@ def test_trainings(name, variant):
     if name not in TOKENIZERS:
         inner = check_training(config.tokenizer, "dvae")
         assert inner.image_size == options.image_size, "the tokenizer is trained at the prior's image size"
-        layout = TokenLayout(kind_of(config).of_config(config), images.vocab_size, *grid)
+        layout = TokenLayout(condition_of(config).of_config(config), images.vocab_size, *grid)
         prior = make(config.prior, config.model, layout)
         if config.model.trunk.depth <= 24:  # tests/priors/test_autoregressive.py counts the large ones
             jax.eval_shape(prior.init, jax.random.key(0))

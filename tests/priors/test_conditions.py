@@ -15,7 +15,7 @@ from dalle_jax.distributed.rows import over_rows
 from dalle_jax.distributed.sharding import batch_sharding, on_mesh, shardings_of
 from dalle_jax.priors import sampling
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
-from dalle_jax.priors.condition import CONDITIONS, Label, Nothing, Text, blank, with_empty
+from dalle_jax.priors.condition import Label, Nothing, Text, blank, with_empty
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.token_layout import TokenLayout

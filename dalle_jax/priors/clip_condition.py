@@ -1,0 +1,94 @@
+"""The condition of CLIP-GEN: CLIP's embedding of the image in training, and of a caption in drawing.
+
+A prior therefore learns text-to-image from images without captions (CLIP-GEN, arXiv 2203.00386). The unit vector and one
+linear map to the width are the only position before the image.
+
+Deviations from the paper: guidance leads away from a zero vector, which replaces a share of the embeddings in training.
+CLIP's embeddings of images and of captions lie in different places (arXiv 2203.02053). `noise` moves the embeddings of
+training, so that those of captions are less strange to the prior.
+
+    B rows    C captions    E embedding    D width
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from etils import epath
+from jaxtyping import ArrayLike, Float, UInt8
+from ml_collections import ConfigDict
+
+from dalle_jax.errors import ConfigError
+from dalle_jax.priors import frozen_clip
+from dalle_jax.priors.condition import Condition, NewTable, Tables
+from dalle_jax.priors.frozen_clip import FrozenClip
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipEmbedding(Condition):
+    """A unit vector of CLIP.
+
+    Attributes:
+      width: E.
+    """
+
+    width: int
+    name: ClassVar[str] = "clip"
+    length: ClassVar[int] = 1
+    from_images: ClassVar[bool] = True
+
+    @classmethod
+    def complete(cls, config: ConfigDict) -> None:
+        """See `Condition.complete`. There is no text of the prior's."""
+        with config.unlocked():
+            config.pop("text", None)
+
+    @classmethod
+    def of_config(cls, config: Mapping[str, Any] | ConfigDict) -> ClipEmbedding:
+        """See `Condition.of_config`."""
+        if not config.get("clip_from"):
+            raise ConfigError(
+                "config.data.condition is 'clip', and config.clip_from is not set: give the workdir or folder of a "
+                "CLIP, such as --config.clip_from=runs/clip-shapes (configs/clip.py trains one)."
+            )
+        return cls(frozen_clip.embed_dim_of(config["clip_from"]))
+
+    @classmethod
+    def prepare(
+        cls, config: Mapping[str, Any] | ConfigDict, captions: Iterable[str], workdir: epath.PathLike
+    ) -> tuple[ClipEmbedding, FrozenClip]:
+        """See `Condition.prepare`. Freezes the CLIP of `config.clip_from` into the workdir."""
+        del captions
+        if not frozen_clip.has_clip(workdir):
+            frozen_clip.save(workdir, frozen_clip.load(config["clip_from"]))
+        return cls.load(config, workdir)
+
+    @classmethod
+    def load(cls, config: Mapping[str, Any] | ConfigDict, workdir: epath.PathLike) -> tuple[ClipEmbedding, FrozenClip]:
+        """See `Condition.load`."""
+        del config
+        clip = frozen_clip.load(workdir)
+        return cls(clip.clip.options.embed_dim), clip
+
+    def empty(self) -> Float[np.ndarray, " E"]:
+        """See `Condition.empty`: zeros, which no unit vector is."""
+        return np.zeros(self.width, np.float32)
+
+    def of_images(self, images: UInt8[ArrayLike, "B H W 3"], model: FrozenClip) -> Float[np.ndarray, "B E"]:
+        """See `Condition.of_images`."""
+        return model.image_features(images)
+
+    def encode(self, requests: Sequence[str], model: FrozenClip) -> Float[np.ndarray, "C E"]:
+        """See `Condition.encode`: embeddings of captions."""
+        return model.text_features(requests)
+
+    def tables(self, new: NewTable) -> Tables:
+        """See `Condition.tables`: the linear map."""
+        return (new("clip_kernel", self.width),)
+
+    def embed(self, tables: Tables, rows: Float[ArrayLike, "B E"]) -> Float[ArrayLike, "B T D"]:
+        """See `Condition.embed`."""
+        return (rows @ tables[0])[:, None]
