@@ -142,6 +142,12 @@ VARIANTS = {
         steps=None, from_data=dict(passes=60, min_steps=4200, max_steps=20_000),
         overrides=[cpu, small, sections.keep_best],
     ),
+    "clipgen": dict(
+        doc="your own images without captions (data.path), and a CLIP (clip_from); a laptop, time by their number",
+        prior="clipgen", trunk=dict(width=192, depth=6, heads=6), batch_size=4,
+        steps=None, from_data=dict(passes=60, min_steps=4200, max_steps=20_000),
+        overrides=[cpu, small, sections.keep_best],
+    ),
     "folder": dict(
         doc="your own images (data.path), 128 pixels; one GPU, not yet measured",
         prior="folder", trunk=dict(width=512, depth=12, heads=8, dropout=0.1), batch_size=64,

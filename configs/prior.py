@@ -34,6 +34,9 @@ With `--config.data.condition=label` a caption names a class, which becomes one 
 training split is a class, in alphabetical order. `--config.text.path=FILE` gives the classes instead, one a line. With
 `--config.data.condition=none` the prior is unconditional and reads no captions.
 
+`clipgen` draws captions although it is trained without any (CLIP-GEN, arXiv 2203.00386): from CLIP's embedding of the
+image in training, and of the caption in drawing. `--config.clip_from=DIR` is the CLIP, which the workdir then holds.
+
 `imagenet` has LlamaGen-B's numbers (arXiv 2406.06525, section 3.1): 12 layers of 768 over 16x16 tokens, 300 epochs, a
 tenth of the labels dropped. Its own codes come from `python -m dalle_jax.pretrained llamagen-vq-ds16` and
 `--config.tokenizer_from=DIR`. Our guidance of 1 is that paper's 2. The augmentation is ours.
@@ -147,6 +150,12 @@ VARIANTS = {
         trunk=dict(width=192, depth=6, heads=6), kernel=3, batch_size=4,
         steps=None, from_data=dict(passes=40, min_steps=1500, max_steps=20_000), overrides=[cpu, sections.keep_best],
     ),
+    "clipgen": dict(
+        doc="your own images without captions (data.path), and a CLIP (clip_from); a laptop, time by their number",
+        tokenizer="small", data=dict(sections.OWN, condition="clip"), text=dict(vocab_size=None, length=None),
+        trunk=dict(width=192, depth=6, heads=6), kernel=3, batch_size=4,
+        steps=None, from_data=dict(passes=40, min_steps=1500, max_steps=20_000), overrides=[cpu, sections.keep_best],
+    ),
     "folder": dict(
         doc="your own images (data.path), 128 pixels; one GPU, not yet measured",
         tokenizer="folder", data=dict(sections.FOLDER, image_size=128, **AUGMENTED),
@@ -222,6 +231,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.tokenizer_from = placeholder(str)
     config.tokenizer_step = placeholder(int)
     config.start_from = placeholder(str)
+    config.clip_from = placeholder(str)  # workdir or folder of the CLIP of data.condition=clip
 
     config.data = section(DataOptions, **row["data"])
     set_tokenizer(config, row["tokenizer"])

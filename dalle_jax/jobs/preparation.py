@@ -47,7 +47,7 @@ def prepare(config: ConfigDict) -> ConfigDict:
       ConfigError: the data sections contradict each other, their path or their source.
     """
     config = copy.deepcopy(config)  # keeps references, which `copy_and_resolve_references` would not
-    for key in ("start_from", "tokenizer_from"):
+    for key in ("start_from", "tokenizer_from", "clip_from"):
         if config.get(key):
             config[key] = local(config[key])
     _follow_tokens(config)

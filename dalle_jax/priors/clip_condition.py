@@ -1,11 +1,8 @@
 """The condition of CLIP-GEN: CLIP's embedding of the image in training, and of a caption in drawing.
 
-A prior therefore learns text-to-image from images without captions (CLIP-GEN, arXiv 2203.00386). The unit vector and one
-linear map to the width are the only position before the image.
-
-Deviations from the paper: guidance leads away from a zero vector, which replaces a share of the embeddings in training.
-CLIP's embeddings of images and of captions lie in different places (arXiv 2203.02053). `noise` moves the embeddings of
-training, so that those of captions are less strange to the prior.
+A prior therefore learns to draw captions from images without captions (CLIP-GEN, arXiv 2203.00386). The only position
+before the image is a linear map of the unit vector. Unlike in the paper, training replaces a share of the vectors by
+zeros, so that drawing can be guided.
 
     B rows    C captions    E embedding    D width
 """

@@ -4,8 +4,8 @@ A condition is one class. It says how many positions it has before the image, wh
 form is, how it is embedded, whether it is predicted as well, and how a user's requests become it. The priors, the
 training and `TextToImage` ask it, and know no kind of condition by name.
 
-To add one, write a subclass of `Condition`, add it to `CONDITIONS` in `registry.py`, and set `data=dict(condition=NAME)`
-in a variant of a config file.
+To add one, write a subclass of `Condition`, add it to `CONDITIONS` in `registry.py`, and give a variant of a config
+file `data=dict(condition=NAME)`.
 
     B rows    C requests    T positions    D width    W classes of a head
 """

@@ -23,6 +23,7 @@ from dalle_jax.evaluation.test_sets import Protocol
 from dalle_jax.image_tokenizers import tokenizer
 from dalle_jax.models import clip
 from dalle_jax.optim import optimizers, schedules
+from dalle_jax.priors.clip_condition import ClipEmbedding
 from dalle_jax.priors.registry import condition_of, make
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.token_layout import TokenLayout
@@ -83,9 +84,11 @@ def test_trainings(name, variant):
     images = tokenizer.of_training(config if name in TOKENIZERS else config.tokenizer)
     grid = images.grid(options.image_size)
     if name not in TOKENIZERS:
-        inner = check_training(config.tokenizer, "dvae")
+        inner = check_training(config.tokenizer, "vqgan" if config.tokenizer.task == "vqgan" else "dvae")
         assert inner.image_size == options.image_size, "the tokenizer is trained at the prior's image size"
-        layout = TokenLayout(condition_of(config).of_config(config), images.vocab_size, *grid)
+        kind = condition_of(config)
+        condition = ClipEmbedding(8) if kind is ClipEmbedding else kind.of_config(config)
+        layout = TokenLayout(condition, images.vocab_size, *grid)
         prior = make(config.prior, config.model, layout)
         if config.model.trunk.depth <= 24:  # tests/priors/test_autoregressive.py counts the large ones
             jax.eval_shape(prior.init, jax.random.key(0))
@@ -109,7 +112,7 @@ def test_schedules_follow_the_length_of_the_training(name, variant):
     after = numbers_of(config)
     follow = {key for key in after if after[key] != before[key]} - {"steps", "cadence/log"}
     rate = "schedules/learning_rate"
-    if variant in ("shapes", "emoji", "small", "folder"):
+    if variant in ("shapes", "emoji", "small", "folder", "shape_classes", "classes", "clipgen"):
         expected = {f"{rate}/steps", "cadence/eval", "cadence/preview", "cadence/checkpoint"}
         expected |= {"schedules/temperature/steps"} if config.task in TOKENIZERS else set()
         if name == "vqgan":

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
@@ -12,9 +13,14 @@ from PIL import Image
 from dalle_jax import TextToImage
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration import config_files
+from dalle_jax.configuration.options import from_config
+from dalle_jax.data.sources.decoding import decode_image
+from dalle_jax.data.sources.open import open_source
+from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.export.__main__ import main as export
 from dalle_jax.jobs import evaluate, generate, train
+from dalle_jax.priors.clip_condition import ClipEmbedding
 from dalle_jax.priors.condition import Label, Nothing, Text
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -144,6 +150,30 @@ def test_an_unconditional_prior(name, folder, tokenizer, tmp_path):
     assert (image != other).any()
     assert export([f"--workdir={workdir}", f"--output={tmp_path / 'export'}"]) == 0
     np.testing.assert_array_equal(TextToImage.load(str(tmp_path / "export")).generate("image", n=2)[0], image)
+
+
+@pytest.mark.parametrize("name", ["prior.py:clipgen", "maskgit.py:clipgen"])
+def test_captions_without_captions(name, folder, tokenizer, tmp_path):
+    """CLIP's embeddings of images train the prior, and its embeddings of captions draw. The workdir holds the CLIP."""
+    clip = untrained_run.clip()
+    clip.save(tmp_path / "clip")
+    changes = dict(clip_from=str(tmp_path / "clip"), steps=2)
+    changes |= dict(model__raster_steps=1) if name.startswith("maskgit") else {}
+    workdir = str(tmp_path / "run")
+    with pytest.raises(ConfigError, match="clip_from"):
+        train.run(configured(name, folder, tokenizer, steps=2), workdir)
+    state = train.run(configured(name, folder, tokenizer, **changes), workdir)
+    assert state.params["embedding"]["clip_kernel"].shape == (8, 16)
+    first, second = sorted(pathlib.Path(workdir).glob("conditions-*.npy"), key=lambda path: path.stat().st_size)
+    source = open_source(from_config(DataOptions, workdirs.read_config(workdir)["data"], "data"), "train")
+    images = np.stack([decode_image(source.record(i)) for i in range(len(source))])
+    np.testing.assert_allclose(np.load(second), clip.image_features(images), atol=1e-5)
+    assert len(np.load(first)) == 6 and len(images) == 9
+    shutil.rmtree(tmp_path / "clip")
+    model = TextToImage.load(workdir)
+    assert model.prior.layout.condition == ClipEmbedding(8)
+    np.testing.assert_allclose(model.encode_text(["a star"]), clip.text_features(["a star"]), atol=1e-6)
+    assert (model.generate("a red circle", n=4) != model.generate("a green star", n=4)).any()
 
 
 def test_earlier_runs_have_captions(tokenizer):

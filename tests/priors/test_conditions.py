@@ -15,12 +15,14 @@ from dalle_jax.distributed.rows import over_rows
 from dalle_jax.distributed.sharding import batch_sharding, on_mesh, shardings_of
 from dalle_jax.priors import sampling
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
-from dalle_jax.priors.condition import Label, Nothing, Text, blank, with_empty
+from dalle_jax.priors.clip_condition import ClipEmbedding
+from dalle_jax.priors.condition import KEY, Label, Nothing, Text, blank, with_empty
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
+from dalle_jax.priors.registry import CONDITIONS
 from dalle_jax.token_layout import TokenLayout
 
-SIZES = {Text: Text(10, 4), Label: Label(7), Nothing: Nothing()}
+SIZES = {Text: Text(10, 4), Label: Label(7), Nothing: Nothing(), ClipEmbedding: ClipEmbedding(6)}
 KINDS = {
     "autoregressive": lambda layout: AutoregressivePrior(layout, AutoregressiveOptions(trunk_of(), kernel=3)),
     "start tokens": lambda layout: AutoregressivePrior(
@@ -58,6 +60,9 @@ def rows(condition, count, seed=0):
     rng, given = np.random.default_rng(seed), SIZES[condition]
     if condition is Nothing:
         return np.tile(given.empty(), (count, 1))
+    if condition is ClipEmbedding:
+        vectors = rng.normal(size=(count, given.width))
+        return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     if condition is Label:
         return rng.permutation(given.vocab)[np.arange(count) % given.vocab][:, None].astype(np.int32)
     return np.stack([given.pad(rng.integers(0, given.vocab, 1 + i % given.length)) for i in range(count)])
@@ -75,7 +80,7 @@ def test_every_condition_is_tested():
 def test_rows(condition):
     """The empty row, a blank one, and rows of a batch have one shape and dtype; the empty one is no other row."""
     given = SIZES[condition]
-    batch = {"text": rows(condition, 3), "index": np.arange(3, dtype=np.int32)}
+    batch = {"text": rows(condition, 3), "index": np.arange(3, dtype=np.int32), KEY: rows(condition, 3)}
     found, empty = np.asarray(given.of_batch(batch)), given.empty()
     assert found.shape[1:] == empty.shape == blank(given).shape[1:] and found.dtype == empty.dtype
     mixed = np.asarray(with_empty(given, found, np.array([True, False, True])))

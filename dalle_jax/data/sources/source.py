@@ -54,8 +54,8 @@ class DataOptions:
       caption_key: the TFDS feature that holds the caption or captions, in the same notation. The caption of a class
         label is its name.
         "folder": both keys are columns of the captions table. Their defaults stand for the usual names.
-      condition: what a prior draws an image from, a key of `priors.condition.CONDITIONS`: "text" (its caption), "label"
-        (its class, which its caption names) or "none".
+      condition: what a prior draws an image from, a key of `priors.registry.CONDITIONS`: "text" (its caption), "label"
+        (its class, which its caption names), "clip" (its CLIP embedding) or "none".
       caption_lines: "folder": which lines of a caption's text file are captions, "all" or the "first" one.
       caption_from: "folder": captions come from "files" (text files or a table), or are made from "file_names"
         (`big_red-dog_01.png` becomes "big red dog"), "folder_names" (the name of the image's folder) or "paths"
