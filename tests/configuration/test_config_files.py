@@ -339,3 +339,18 @@ def test_config_files_of_one_package_import_each_other_from_any_directory(tmp_pa
 )
 def test_the_config_file_of_a_command_line(argv, path):
     assert config_files.given(["main", *argv]) == path
+
+
+def test_llamagens_numbers():
+    """arXiv 2406.06525: 111 million parameters, 16 x 16 tokens of 16,384 codes, 300 epochs."""
+    config = load("prior").get_config("imagenet")
+    images = tokenizer.of_training(config.tokenizer)
+    layout = TokenLayout(condition_of(config).of_config(config), images.vocab_size, *images.grid(256))
+    assert (layout.condition.vocab, layout.image_vocab, layout.image_length) == (1000, 16_384, 256)
+    prior = make(config.prior, config.model, layout)
+    shapes = jax.eval_shape(prior.init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == pytest.approx(111e6, rel=0.01)
+    assert prior.options.caption_drop == prior.options.trunk.dropout == 0.1 and prior.stream.prefix_length == 1
+    assert config.steps * config.batch_size / 1_281_167 == pytest.approx(300, abs=0.1)
+    optimizer = config.optimizer
+    assert (optimizer.b2, optimizer.weight_decay, optimizer.clip_norm, optimizer.decay) == (0.95, 0.05, 1.0, "weights")
