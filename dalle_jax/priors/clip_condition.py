@@ -18,10 +18,10 @@ from etils import epath
 from jaxtyping import ArrayLike, Float, UInt8
 from ml_collections import ConfigDict
 
+from dalle_jax.clip import stored
+from dalle_jax.clip.encoder import ClipEncoder
 from dalle_jax.errors import ConfigError
-from dalle_jax.priors import frozen_clip
 from dalle_jax.priors.condition import Condition, NewTable, Tables
-from dalle_jax.priors.frozen_clip import FrozenClip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,34 +51,34 @@ class ClipEmbedding(Condition):
                 "config.data.condition is 'clip', and config.clip_from is not set: give the workdir or folder of a "
                 "CLIP, such as --config.clip_from=runs/clip-shapes (configs/clip.py trains one)."
             )
-        return cls(frozen_clip.embed_dim_of(config["clip_from"]))
+        return cls(ClipEncoder.load(config["clip_from"]).width)
 
     @classmethod
     def prepare(
         cls, config: Mapping[str, Any] | ConfigDict, captions: Iterable[str], workdir: epath.PathLike
-    ) -> tuple[ClipEmbedding, FrozenClip]:
+    ) -> tuple[ClipEmbedding, ClipEncoder]:
         """See `Condition.prepare`. Freezes the CLIP of `config.clip_from` into the workdir."""
         del captions
-        if not frozen_clip.has_clip(workdir):
-            frozen_clip.save(workdir, frozen_clip.load(config["clip_from"]))
+        if not stored.has_clip(workdir):
+            stored.save(workdir, stored.load(config["clip_from"]))
         return cls.load(config, workdir)
 
     @classmethod
-    def load(cls, config: Mapping[str, Any] | ConfigDict, workdir: epath.PathLike) -> tuple[ClipEmbedding, FrozenClip]:
+    def load(cls, config: Mapping[str, Any] | ConfigDict, workdir: epath.PathLike) -> tuple[ClipEmbedding, ClipEncoder]:
         """See `Condition.load`."""
         del config
-        clip = frozen_clip.load(workdir)
-        return cls(clip.clip.options.embed_dim), clip
+        encoder = ClipEncoder.load(workdir)
+        return cls(encoder.width), encoder
 
     def empty(self) -> Float[np.ndarray, " E"]:
         """See `Condition.empty`: zeros, which no unit vector is."""
         return np.zeros(self.width, np.float32)
 
-    def of_images(self, images: UInt8[ArrayLike, "B H W 3"], model: FrozenClip) -> Float[np.ndarray, "B E"]:
+    def of_images(self, images: UInt8[ArrayLike, "B H W 3"], model: ClipEncoder) -> Float[np.ndarray, "B E"]:
         """See `Condition.of_images`."""
         return model.image_features(images)
 
-    def encode(self, requests: Sequence[str], model: FrozenClip) -> Float[np.ndarray, "C E"]:
+    def encode(self, requests: Sequence[str], model: ClipEncoder) -> Float[np.ndarray, "C E"]:
         """See `Condition.encode`: embeddings of captions."""
         return model.text_features(requests)
 

@@ -4,7 +4,7 @@
     scorer = ClipScorer.load("runs/clip-shapes")
     scores = scorer.score(images, captions)     # float32 [B], cosines: higher is better
 
-`save` freezes a scorer into any folder, such as the workdir of a prior (`priors/frozen_clip.py` says how).
+`save` freezes a scorer into any folder, such as the workdir of a prior; `clip/stored.py` says what it writes.
 
     B images    C captions    T text positions    E embedding
 """
@@ -21,7 +21,9 @@ import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
-from dalle_jax.checkpoints.downloaded import local
+from dalle_jax.checkpoints.folders import check_mesh, check_path, check_step
+from dalle_jax.clip import stored
+from dalle_jax.clip.encoder import encode_images, encode_texts, ids_of
 from dalle_jax.configuration.values import natural
 from dalle_jax.data.byte_pairs import BytePairs
 from dalle_jax.data.text import CaptionModel
@@ -30,12 +32,9 @@ from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.distributed.sharding import replicated
 from dalle_jax.errors import DataError
 from dalle_jax.models.clip import CLIP
-from dalle_jax.priors import frozen_clip
-from dalle_jax.priors.frozen_clip import FrozenClip, encode_images, encode_texts, has_clip
 from dalle_jax.pytree import PyTree, fingerprint
 from dalle_jax.text_to_image import inputs
 from dalle_jax.text_to_image.drawing import MOST_IMAGES
-from dalle_jax.text_to_image.folders import check_mesh, check_path, check_step, check_workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +82,9 @@ class ClipScorer:
         step, rows_at_once = check_step(step), natural("rows_at_once", rows_at_once, 1, MOST_IMAGES)
         check_mesh(mesh)
         check_path("clip", folder)
-        folder = local(folder)
-        if not has_clip(folder):
-            check_workdir(folder)
-        found, mesh = frozen_clip.load(folder, step), mesh or local_mesh()
-        return cls(found.clip, jax.device_put(found.params, replicated(mesh)), found.text_model, rows_at_once, mesh)
+        clip, params, text_model = stored.load(folder, step)
+        mesh = mesh or local_mesh()
+        return cls(clip, jax.device_put(params, replicated(mesh)), text_model, rows_at_once, mesh)
 
     def save(self, folder: str | epath.PathLike, dtype: str | None = None) -> None:
         """Freezes the CLIP into `<folder>/clip`, where `load` finds it.
@@ -100,7 +97,7 @@ class ClipScorer:
           UserError: the folder cannot be written.
         """
         check_path("folder", folder)
-        frozen_clip.save(folder, FrozenClip(self.clip, self.params, self.text_model), dtype)
+        stored.save(folder, stored.StoredClip(self.clip, self.params, self.text_model), dtype)
 
     def __repr__(self) -> str:
         options = self.clip.options
@@ -185,7 +182,7 @@ class ClipScorer:
         Raises:
           DataError: no caption, or an empty one.
         """
-        return frozen_clip.ids_of(self.clip, self.text_model, inputs.captions(captions))
+        return ids_of(self.clip, self.text_model, inputs.captions(captions))
 
     def fingerprint(self) -> str:
         """Hashes the parameters: 16 hexadecimal digits that differ between different CLIPs."""

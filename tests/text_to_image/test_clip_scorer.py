@@ -9,8 +9,8 @@ import tiny_job
 from best_checkpoint import with_a_worse_checkpoint
 from PIL import Image
 
+from dalle_jax.clip.stored import has_clip
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
-from dalle_jax.priors.frozen_clip import has_clip
 from dalle_jax.tasks.clip import CLIPTask
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.training.loop import train
