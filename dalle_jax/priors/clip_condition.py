@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from dalle_jax.clip import stored
 from dalle_jax.clip.encoder import ClipEncoder
 from dalle_jax.errors import ConfigError
-from dalle_jax.priors.condition import Condition, NewTable, Tables
+from dalle_jax.priors.condition import Condition, NewTable, Tables, without_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +39,8 @@ class ClipEmbedding(Condition):
 
     @classmethod
     def complete(cls, config: ConfigDict) -> None:
-        """See `Condition.complete`. There is no text of the prior's."""
-        with config.unlocked():
-            config.pop("text", None)
+        """See `Condition.complete`. The text model is that of the CLIP."""
+        without_text(config)
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any] | ConfigDict) -> ClipEmbedding:

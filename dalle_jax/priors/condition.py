@@ -257,8 +257,7 @@ class Nothing(Condition):
     @classmethod
     def complete(cls, config: ConfigDict) -> None:
         """See `Condition.complete`. There is no text."""
-        with config.unlocked():
-            config.pop("text", None)
+        without_text(config)
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any] | ConfigDict) -> Nothing:
@@ -302,6 +301,13 @@ class Nothing(Condition):
     def embed(self, tables: Tables, rows: Int[ArrayLike, "B 0"]) -> Float[ArrayLike, "B T D"]:
         """See `Condition.embed`."""
         return jnp.broadcast_to(tables[0][None], (len(rows), *tables[0].shape))
+
+
+def without_text(config: ConfigDict) -> None:
+    """Removes the section `text` of a configuration, if it has one."""
+    if "text" in config:
+        with config.unlocked():
+            del config["text"]
 
 
 def blank(condition: Condition) -> Shaped[Array, "1 ..."]:

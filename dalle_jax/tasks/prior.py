@@ -226,7 +226,8 @@ def check_config(config: ConfigDict) -> None:
     """See `registry.check_config`."""
     from_config(DataOptions, config.data, "data")
     from_config(options_of(config.prior), config.model, "model")
-    workdirs.check_text_section(config.text)
+    if "text" in config:
+        workdirs.check_text_section(config.text)
     check_adapters(config)
     _check_data_tokens(config)
     first = config.model.get("raster_steps")

@@ -45,14 +45,22 @@ def make(kind, condition):
     return prior, drawn(prior)
 
 
-every = pytest.mark.parametrize(
-    "kind, condition",
-    [
-        pytest.param(kind, condition, id=f"{kind}-{condition.name}", marks=[pytest.mark.slow] * (kind in SLOW))
-        for kind in KINDS
-        for condition in CONDITIONS.values()
-    ],
-)
+def parametrized(fast):
+    """Every prior with every condition; the pairs that are not of `fast` conditions, or repeat others, are slow."""
+    return pytest.mark.parametrize(
+        "kind, condition",
+        [
+            pytest.param(
+                kind, each, id=f"{kind}-{each.name}", marks=[pytest.mark.slow] * (kind in SLOW or each not in fast)
+            )
+            for kind in KINDS
+            for each in CONDITIONS.values()
+        ],
+    )
+
+
+every = parametrized((Label, ClipEmbedding, Nothing))  # other tests of priors have captions
+every_but_slow = parametrized((Label,))
 
 
 def rows(condition, count, seed=0):
@@ -137,13 +145,13 @@ def test_cached_decoding_equals_the_full_forward(kind, condition):
     each = given.repeat(2, axis=0)
     if prior.name == "maskgit":
         masked = np.where(np.random.default_rng(1).random((8, N)) < 0.5, prior.layout.mask_id, tokens)
-        bound = functools.partial(prior.model.apply, {"params": params})
-        refined = jax.jit(lambda: bound(masked, bound(given, method="prefill"), method="refine"))()
-        expected = jax.jit(lambda: bound(each, masked))()
+        bound = lambda params, *args, **how: prior.model.apply({"params": params}, *args, **how)
+        refined = jax.jit(lambda p: bound(p, masked, bound(p, given, method="prefill"), method="refine"))(params)
+        expected = jax.jit(lambda p: bound(p, each, masked))(params)
     else:
         cells = np.tile(np.arange(N, dtype=np.int32), (8, 1)) if kind == "any order" else None
         refined = cached_logits(prior, params, given, tokens)
-        expected = jax.jit(lambda: prior.model.apply({"params": params}, each, tokens, cells=cells))()[1]
+        expected = jax.jit(lambda p: prior.model.apply({"params": p}, each, tokens, cells=cells))(params)[1]
     np.testing.assert_allclose(refined, expected, atol=2e-4)
     differ = np.abs(np.asarray(expected)[0] - np.asarray(expected)[-1]).max()
     assert differ > 1e-3, "other tokens have other logits"
@@ -162,7 +170,7 @@ def test_guidance_leads_away_from_the_empty_condition(kind, condition):
     assert (draw(guidance=2.0) != draw()).any() == (condition is not Nothing)
 
 
-@every
+@every_but_slow
 @pytest.mark.parametrize("rate", [0.0, 0.25, 1.0])
 def test_dropping_rates(kind, condition, rate):
     """The loss of training is that of conditions of which this share is empty; evaluation drops none."""
@@ -178,7 +186,7 @@ def test_dropping_rates(kind, condition, rate):
     assert (measured[0] != measured[1]) == (condition is not Nothing)
 
 
-@every
+@every_but_slow
 def test_a_sample_depends_on_its_own_key_only(kind, condition):
     """Tokens are equal at batch 1, at batch 8 and on eight devices, with sharded parameters."""
     prior, params = make(kind, condition)
@@ -193,7 +201,7 @@ def test_a_sample_depends_on_its_own_key_only(kind, condition):
     assert len(np.unique(together, axis=0)) == 8 and 0 <= together.min() and together.max() < V
 
 
-@every
+@every_but_slow
 def test_sharded_loss_equals_the_loss_on_one_device(kind, condition):
     prior, params = make(kind, condition)
     given, tokens, key = rows(condition, 8), tokens_of(8), jax.random.key(0)
@@ -222,7 +230,7 @@ def test_only_captions_are_predicted(kind, condition):
     assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(embedding)), "no parameter is unused"
 
 
-@every
+@every_but_slow
 def test_a_condition_is_learned(kind, condition):
     """Greedy samples are the images of their conditions after a short training, or one of them without conditions."""
     prior = changed(make(kind, condition)[0], {"width": 32}, caption_drop=0.0)
