@@ -10,7 +10,7 @@ zeros, so that drawing can be guided.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.clip import stored
 from dalle_jax.clip.encoder import ClipEncoder
+from dalle_jax.data.sources.source import Source
 from dalle_jax.errors import ConfigError
 from dalle_jax.priors.condition import Condition, NewTable, Tables, without_text
 
@@ -54,10 +55,10 @@ class ClipEmbedding(Condition):
 
     @classmethod
     def prepare(
-        cls, config: Mapping[str, Any] | ConfigDict, captions: Iterable[str], workdir: epath.PathLike
+        cls, config: Mapping[str, Any] | ConfigDict, source: Source, workdir: epath.PathLike
     ) -> tuple[ClipEmbedding, ClipEncoder]:
         """See `Condition.prepare`. Freezes the CLIP of `config.clip_from` into the workdir."""
-        del captions
+        del source
         if not stored.has_clip(workdir):
             stored.save(workdir, stored.load(config["clip_from"]))
         return cls.load(config, workdir)

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.data import text_models
 from dalle_jax.data.labels import Labels
+from dalle_jax.data.sources.source import Source
 from dalle_jax.data.text import CaptionModel, TextModel, encode_captions
 from dalle_jax.errors import DataError
 from dalle_jax.token_layout import PaddedIds
@@ -67,13 +68,13 @@ class Condition(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def prepare(
-        cls, config: Mapping[str, Any] | ConfigDict, captions: Iterable[str], workdir: epath.PathLike
+        cls, config: Mapping[str, Any] | ConfigDict, source: Source, workdir: epath.PathLike
     ) -> tuple[Condition, Any]:
         """Writes into a new workdir whatever `encode` needs, and returns the same as `load`.
 
         Args:
           config: the training configuration.
-          captions: of the training split. They are read only if they are needed.
+          source: the training split. Its captions are read only if they are needed.
           workdir: directory of the run.
         """
 
@@ -173,10 +174,10 @@ class Text(PaddedIds, Condition):
 
     @classmethod
     def prepare(
-        cls, config: Mapping[str, Any] | ConfigDict, captions: Iterable[str], workdir: epath.PathLike
+        cls, config: Mapping[str, Any] | ConfigDict, source: Source, workdir: epath.PathLike
     ) -> tuple[Text, CaptionModel]:
         """See `Condition.prepare`. Trains the model of captions, or copies that of `config.text.path`."""
-        model = workdirs.ensure_text_model(config["text"], captions, workdir, cls.read, cls.train)
+        model = workdirs.ensure_text_model(config["text"], source.captions(), workdir, cls.read, cls.train)
         return cls(model.vocab_size, config["text"]["length"]), model
 
     @classmethod
@@ -267,10 +268,10 @@ class Nothing(Condition):
 
     @classmethod
     def prepare(
-        cls, config: Mapping[str, Any] | ConfigDict, captions: Iterable[str], workdir: epath.PathLike
+        cls, config: Mapping[str, Any] | ConfigDict, source: Source, workdir: epath.PathLike
     ) -> tuple[Nothing, None]:
         """See `Condition.prepare`."""
-        del captions
+        del source
         return cls.load(config, workdir)
 
     @classmethod

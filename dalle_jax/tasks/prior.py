@@ -257,8 +257,8 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     """
     options = from_config(DataOptions, config.data, "data")
     tokenizer, params = workdirs.load_tokenizer(workdir)
-    captions = open_source(options, options.train_split).captions()
-    condition, text_model = condition_of(config).prepare(config, captions, workdir)
+    source = open_source(options, options.train_split)
+    condition, text_model = condition_of(config).prepare(config, source, workdir)
     tokens = None
     if config.data_tokens == ONCE:
         folders = [workdir, *([config.start_from] if config.get("start_from") else [])]
