@@ -24,6 +24,7 @@ LEVELS = (
     ("pretrained", "training", "export"),
     ("tasks", "text_to_image"),
     ("priors",),
+    ("clip",),
     ("metrics", "checkpoints", "models"),
     ("image_tokenizers", "data", "reporting", "optim"),
     ("storage", "distributed", "configuration"),

@@ -145,12 +145,10 @@ def describe_model(model: TextToImage, out: epath.Path, clip: str | None) -> dic
 
 
 def fingerprints(model: TextToImage) -> dict[str, str]:
-    """Hashes all that decides an image: the prior, the image tokenizer and the text model."""
-    return {
-        "prior": model.fingerprint(),
-        "image_tokenizer": fingerprint(model.tokenizer_params),
-        "text_model": checksum(workdirs.text_model_path(model.workdir).read_bytes())[:16],
-    }
+    """Hashes all that decides an image: the prior, the image tokenizer and the text model, if there is one."""
+    path = workdirs.text_model_path(model.workdir)
+    text = {} if model.text_model is None else {"text_model": checksum(path.read_bytes())[:16]}
+    return {"prior": model.fingerprint(), "image_tokenizer": fingerprint(model.tokenizer_params), **text}
 
 
 def workdir_of(record: Mapping[str, Any], manifest: epath.PathLike) -> str:

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Shaped
 
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.attention.decode_cache import (
@@ -41,8 +41,9 @@ from dalle_jax.models.dense import outputs_first
 from dalle_jax.models.trunk import for_decoding
 from dalle_jax.priors import groups, orders, sampling
 from dalle_jax.priors.autoregressive_model import AutoregressiveModel, AutoregressiveOptions
+from dalle_jax.priors.condition import blank
 from dalle_jax.priors.embedding import start_from_codebook
-from dalle_jax.priors.losses import cross_entropy, drop_captions, mean_over
+from dalle_jax.priors.losses import cross_entropy, drop_conditions, mean_over
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
@@ -89,7 +90,7 @@ class AutoregressivePrior:
 
     def init(self, key: Key[Array, ""], codebook: Float[ArrayLike, "V E"] | None = None) -> PyTree:
         """See `TokenPrior.init`."""
-        text = jnp.zeros((1, self.layout.text_length), jnp.int32)
+        text = blank(self.layout.condition)
         tokens = jnp.zeros((1, self.layout.image_length), jnp.int32)
         cells = tokens if self.any_order else None
         params = self.model.init(key, text, tokens, cells=cells)["params"]
@@ -99,7 +100,7 @@ class AutoregressivePrior:
     def loss(
         self,
         params: PyTree,
-        text: Int[ArrayLike, "B T"],
+        text: Shaped[ArrayLike, "B ..."],
         tokens: Int[ArrayLike, "B N"],
         key: Key[Array, ""],
         *,
@@ -113,7 +114,9 @@ class AutoregressivePrior:
         """
         rows = text.shape[0]
         drop_key, dropout_key = jax.random.split(key)
-        given, dropped = drop_captions(drop_key, text, self.options.caption_drop if train else 0.0, self.layout)
+        given, dropped = drop_conditions(
+            drop_key, text, self.options.caption_drop if train else 0.0, self.layout.condition
+        )
         cells = None
         if self.any_order:
             share = 0.0 if self.options.anneal_end else 1.0
@@ -127,6 +130,8 @@ class AutoregressivePrior:
         counted = jnp.ones(rows) if valid is None else valid.astype(jnp.float32)
         image_nats = mean_over(cross_entropy(image_logits, tokens).mean(-1), counted)
         predicted = self.options.predicted_text(self.layout)
+        if text_logits is None:
+            return image_nats, {"image_nats": image_nats}
         if not predicted:  # the only text token is given
             return image_nats, {"text_nats": jnp.float32(jnp.nan), "image_nats": image_nats}
         text_rows = cross_entropy(text_logits, self.options.text_targets(self.layout, text[:, -predicted:])).mean(-1)
@@ -142,11 +147,11 @@ class AutoregressivePrior:
     def sample(
         self,
         params: PyTree,
-        text: Int[ArrayLike, "C T"],
+        text: Shaped[ArrayLike, "C ..."],
         keys: Key[Array, " B"],
         *,
         known: tuple[Int[ArrayLike, "B N"], Bool[ArrayLike, "B N"]] | None = None,
-        negative: Int[ArrayLike, "_ T"] | None = None,
+        negative: Shaped[ArrayLike, "_ ..."] | None = None,
         **options,
     ) -> Int[Array, "B N"]:
         """See `TokenPrior.sample`. Runs one jitted loop over the N positions, or over `steps` groups of them.

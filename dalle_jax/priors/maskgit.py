@@ -37,13 +37,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Shaped
 
 from dalle_jax.models.trunk import for_decoding
 from dalle_jax.priors import masking, sampling
 from dalle_jax.priors.alternatives import one_of
+from dalle_jax.priors.condition import blank
 from dalle_jax.priors.embedding import start_from_codebook
-from dalle_jax.priors.losses import cross_entropy, drop_captions, mean_over, uniform_cross_entropy
+from dalle_jax.priors.losses import cross_entropy, drop_conditions, mean_over, uniform_cross_entropy
 from dalle_jax.priors.maskgit_model import MaskGITModel, MaskGITOptions, truncated_start
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.pytree import PyTree
@@ -84,7 +85,7 @@ class MaskGITPrior:
 
     def init(self, key: Key[Array, ""], codebook: Float[ArrayLike, "V E"] | None = None) -> PyTree:
         """See `TokenPrior.init`."""
-        text = jnp.zeros((1, self.layout.text_length), jnp.int32)
+        text = blank(self.layout.condition)
         tokens = jnp.zeros((1, self.layout.image_length), jnp.int32)
         params = self.model.init(key, text, tokens)["params"]
         if self.options.init_scale:
@@ -110,7 +111,7 @@ class MaskGITPrior:
     def loss(
         self,
         params: PyTree,
-        text: Int[ArrayLike, "B T"],
+        text: Shaped[ArrayLike, "B ..."],
         tokens: Int[ArrayLike, "B N"],
         key: Key[Array, ""],
         *,
@@ -131,7 +132,7 @@ class MaskGITPrior:
     def _raster_loss(self, params, key, text, tokens, valid):
         """Implements `loss` in training with raster order: every token given the caption and the tokens before it."""
         drop_key, dropout_key = jax.random.split(key)
-        given, _ = drop_captions(drop_key, text, self.options.caption_drop, self.layout)
+        given, _ = drop_conditions(drop_key, text, self.options.caption_drop, self.layout.condition)
         model = MaskGITModel(self.options, self.layout, raster=True)
         logits = model.apply({"params": params}, given, tokens, True, rngs={"dropout": dropout_key})
         counted = jnp.ones(len(tokens)) if valid is None else valid.astype(jnp.float32)
@@ -143,7 +144,7 @@ class MaskGITPrior:
         """Implements `loss` with random masks (arXiv 2202.04200, section 3.1)."""
         o, lay, rows = self.options, self.layout, text.shape[0]
         drop_key, dropout_key, ratio_key, mask_key = jax.random.split(key, 4)
-        given, _ = drop_captions(drop_key, text, o.caption_drop if train else 0.0, lay)
+        given, _ = drop_conditions(drop_key, text, o.caption_drop if train else 0.0, lay.condition)
         counts = masking.training_counts(
             o.mask_schedule, self.mask_ratios(ratio_key, rows, train=train, valid=valid), lay.image_length
         )
@@ -172,11 +173,11 @@ class MaskGITPrior:
     def sample(
         self,
         params: PyTree,
-        text: Int[ArrayLike, "C T"],
+        text: Shaped[ArrayLike, "C ..."],
         keys: Key[Array, " B"],
         *,
         known: tuple[Int[ArrayLike, "B N"], Bool[ArrayLike, "B N"]] | None = None,
-        negative: Int[ArrayLike, "_ T"] | None = None,
+        negative: Shaped[ArrayLike, "_ ..."] | None = None,
         **options,
     ) -> Int[Array, "B N"]:
         """See `TokenPrior.sample`."""
@@ -185,11 +186,11 @@ class MaskGITPrior:
     def trajectory(
         self,
         params: PyTree,
-        text: Int[ArrayLike, "C T"],
+        text: Shaped[ArrayLike, "C ..."],
         keys: Key[Array, " B"],
         *,
         known: tuple[Int[ArrayLike, "B N"], Bool[ArrayLike, "B N"]] | None = None,
-        negative: Int[ArrayLike, "_ T"] | None = None,
+        negative: Shaped[ArrayLike, "_ ..."] | None = None,
         **options,
     ) -> tuple[Int[Array, "B N"], Int[Array, "steps B N"]]:
         """Draws image tokens and returns the tokens after each step. Arguments as in `TokenPrior.sample`.

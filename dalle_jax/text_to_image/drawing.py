@@ -50,7 +50,7 @@ class Drawer(Protocol):
     on_frame: Callable[[Frame], None] | None
 
     def encode_text(self, captions: list[str]) -> np.ndarray:
-        """Encodes captions to padded ids, int32 [C, T]."""
+        """Encodes captions to conditions, such as padded ids, int32 [C, T]."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,11 +192,11 @@ def draw(
 ) -> np.ndarray:
     """Draws one chunk.
 
-    Text ids go to the devices and pixels come back. The tokens between them stay on the devices.
+    Conditions go to the devices and pixels come back. The tokens between them stay on the devices.
 
     Args:
       model: draws the rows.
-      text: int32 [C, T], padded captions.
+      text: conditions of all captions, [C, ...].
       part: one of `chunks`.
       seed, options, negative: as in `TextToImage.generate`.
 
@@ -294,7 +294,7 @@ def row_keys(seed: int, text: np.ndarray, numbers: np.ndarray, window: int = 0) 
 
     Args:
       seed: the seed of the call.
-      text: int32 [C, T], padded captions.
+      text: conditions, [C, ...], such as padded captions.
       numbers: ints [B], B a multiple of C: candidate numbers, grouped by caption.
       window: number of the window on a canvas.
 
@@ -302,7 +302,7 @@ def row_keys(seed: int, text: np.ndarray, numbers: np.ndarray, window: int = 0) 
       Keys [B].
     """
     key = keys.stream(jax.random.key(seed), "sample", window)
-    captions = [zlib.crc32(np.asarray(row, np.int32).tobytes()) for row in text]
+    captions = [zlib.crc32(np.ascontiguousarray(row).tobytes()) for row in text]
     return _fold_in(key, np.repeat(np.uint32(captions), len(numbers) // len(text)), np.asarray(numbers, np.uint32))
 
 
