@@ -12,11 +12,8 @@ from typing import Any
 import numpy as np
 
 from dalle_jax.priors.maskgit import MaskGITPrior
-from dalle_jax.text_to_image.drawing import row_keys
-from dalle_jax.text_to_image.editing import pixels_of
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
-GREY = 190  # of a masked cell
 EDITS = ("real", "right half inpainted", "extended to the right", "a third varied", "drawn under the next caption")
 
 Row = tuple[str, list[tuple[str, np.ndarray]]]  # heading, and images uint8 [H, W, 3] with their captions
@@ -65,17 +62,12 @@ def unmasking(model: TextToImage, captions: Sequence[str], seed: int, **sampling
       model: a MaskGIT prior.
       captions: C captions.
       seed: as in `generate`.
-      **sampling: the sampling parameters, without a negative caption.
+      **sampling: the sampling parameters.
     """
-    layout = model.prior.layout
-    text = model.encode_text(captions)
-    keys = row_keys(seed, text, np.zeros(len(captions), int))
-    _, tokens = model.prior.trajectory(model.params, text, keys, **sampling)
-    tokens = np.asarray(tokens)
-    masked = (tokens == layout.mask_id).reshape(*tokens.shape[:2], layout.height, layout.width)
-    images = model.decode(np.where(tokens == layout.mask_id, 0, tokens).reshape(-1, layout.image_length))
-    grey = pixels_of(masked, model.image_size)[..., None]
-    return np.where(grey, GREY, images.reshape(*tokens.shape[:2], *images.shape[1:])).astype(np.uint8)
+    seen: dict[int, list[np.ndarray]] = {}
+    on_frame = lambda frame: seen.setdefault(frame.caption, []).append(frame.images()[:, 0])
+    dataclasses.replace(model, on_frame=on_frame).generate(captions, seed=seed, **sampling)
+    return np.concatenate([np.stack(frames) for frames in seen.values()], axis=1)
 
 
 def edits(

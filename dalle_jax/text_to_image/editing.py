@@ -8,7 +8,9 @@ other tokens. The given pixels are then put back outside the cells that changed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,12 +33,14 @@ class Edits:
       image_size: H = W, pixels.
       workdir: the workdir that the model was loaded from, for messages.
       fit: how a given image that is not square becomes one.
+      on_frame: called with the images while they are drawn, or None.
     """
 
     prior: TokenPrior
     image_size: int
     workdir: str
     fit: str
+    on_frame: Callable[[drawing.Frame], None] | None
 
     @by_name
     def complete(
@@ -218,18 +222,34 @@ class Edits:
         known = np.zeros(tokens.shape[-2:], bool)
         tokens[..., top : top + h, left : left + w] = self.encode(image[None]).reshape(h, w)
         known[top : top + h, left : left + w] = True
+        model = dataclasses.replace(self, on_frame=None)  # a frame for each window
+        canvas = functools.partial(_canvas, model, tokens, known, image, (top, left))
         for number, (y, x) in enumerate(windows(known.shape, (h, w), (top, left))):
             place = (..., slice(y, y + h), slice(x, x + w))
             if known[place].all():
                 continue
             given = tokens[place].reshape(*lead, -1)
             given = (given, np.broadcast_to(known[place].reshape(-1), given.shape))
-            drawn = self.draw_tokens(caption, n, seed, given, window=number, **sampling)
+            drawn = model.draw_tokens(caption, n, seed, given, window=number, **sampling)
             tokens[place] = drawn.reshape(*lead, h, w)
             known[place] = True
-        canvas = self.decode_grid(tokens.reshape(-1, *known.shape))
-        canvas[:, pad[0] : pad[0] + self.image_size, pad[2] : pad[2] + self.image_size] = image
-        return converted(canvas.reshape(*lead, *canvas.shape[1:]), output)
+            if self.on_frame and not known.all():
+                of_captions = lambda images: images if images.ndim == 5 else images[None]
+                self.on_frame(drawing.Frame(0, 0, float(known.mean()), canvas).changed(of_captions))
+        return converted(canvas(), output)
+
+
+def _canvas(model: Edits, tokens: np.ndarray, known: np.ndarray, image: np.ndarray, start: tuple[int, int]):
+    """Decodes canvases, int32 [..., h', w'], and puts the given image into each: uint8 [..., f·h', f·w', 3].
+
+    Cells that are not known, bool [h', w'], are grey. `start` is the first cell of the given image.
+    """
+    size, f = model.image_size, model.image_size // model.prior.layout.height
+    visible = known.repeat(f, axis=0).repeat(f, axis=1)[..., None]
+    canvas = np.where(visible, model.decode_grid(tokens.reshape(-1, *known.shape)), np.uint8(drawing.GREY))
+    y, x = (f * cell for cell in start)
+    canvas[:, y : y + size, x : x + size] = image
+    return canvas.reshape(*tokens.shape[:-2], *canvas.shape[1:])
 
 
 def _with_axes(caption: str | Sequence[str], n: int) -> tuple[str | list[str], tuple[int, ...]]:
@@ -273,9 +293,13 @@ def _redraw(model: Edits, image, cells, changed, caption, lead, seed, sampling) 
     given = model.encode(image[None])
     rows = np.broadcast_to(~cells.reshape(len(cells), -1), (*lead, given.shape[1]))
     known = (np.broadcast_to(given, rows.shape), rows)
+    drawn = np.broadcast_to(pixels_of(changed, model.image_size)[..., None], (lead[-1], *image.shape[:2], 1))
+    compose = lambda images, first=0: np.where(drawn[first : first + images.shape[-4]], images, image)
+    if on_frame := model.on_frame:
+        composed = lambda frame: frame.changed(lambda images: compose(images, frame.candidate))
+        model = dataclasses.replace(model, on_frame=lambda frame: on_frame(composed(frame)))
     tokens = model.draw_tokens(caption, lead[-1], seed, known, **sampling)
-    drawn = model.decode(tokens.reshape(-1, given.shape[1])).reshape(*lead, *image.shape)
-    return np.where(pixels_of(changed, model.image_size)[..., None], drawn, image)
+    return compose(model.decode(tokens.reshape(-1, given.shape[1])).reshape(*lead, *image.shape))
 
 
 def marked_cells(mask: np.ndarray, height: int, width: int) -> np.ndarray:

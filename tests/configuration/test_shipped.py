@@ -105,7 +105,9 @@ print(config_files.load("maskgit:small").workdir, config_files.load("configs/qui
 
 
 def test_a_wheel_holds_the_configs(installed, tmp_path):
-    """Every spelling works outside of a checkout, and only `dalle_jax` is installed."""
+    """Every spelling works outside of a checkout. All files of the package are there, and nothing else is installed."""
+    held = {path.relative_to(ROOT) for path in (ROOT / "dalle_jax").rglob("*.*") if "__pycache__" not in path.parts}
+    assert [str(path) for path in held if path.is_file() and not (installed / path).exists()] == []
     assert [path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")] == ["dalle_jax"]
     done = python(installed, tmp_path, "-c", LOAD)
     assert done.stdout.splitlines() == [

@@ -7,8 +7,9 @@ import pytest
 import random_model
 from random_model import SIDE, SIZE, TRUNK
 
-from dalle_jax.evaluation.showcase import EDITS, GREY, edits, showcase, unmasking
+from dalle_jax.evaluation.showcase import EDITS, edits, showcase, unmasking
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.text_to_image.drawing import GREY
 
 CAPTIONS = ["a red circle", "a green star"]
 CELL = SIZE // SIDE
