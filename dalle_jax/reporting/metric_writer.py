@@ -75,8 +75,11 @@ class MetricWriter:
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        self._mirror = Mirror(workdir)
-        path = self._mirror.folder / "metrics.jsonl"
+        self._mirror, names = Mirror(workdir), writers_of(writers)
+        folder = self._mirror.folder
+        path = folder / "metrics.jsonl"
+        # The only writer that may be out of reach comes first.
+        self._wandb = weights_and_biases.WeightsAndBiases(workdir, folder, config or {}) if WANDB in names else None
         self._name = os.path.join(workdir, path.name)
         with write_errors(self._name):
             self._mirror.fetch(path.name)
@@ -87,10 +90,7 @@ class MetricWriter:
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._jsonl = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close())
             make_folder(self._mirror.folder / "samples")
-        names, folder = writers_of(writers), self._mirror.folder
-        with write_errors(self._name):
             self._events = TensorBoard(folder / "tensorboard", start) if TENSORBOARD in names else None
-        self._wandb = weights_and_biases.WeightsAndBiases(workdir, folder, config or {}) if WANDB in names else None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes scalars of one step."""
