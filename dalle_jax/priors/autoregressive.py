@@ -175,11 +175,11 @@ class AutoregressivePrior:
     def watch(
         self,
         params: PyTree,
-        text: Int[ArrayLike, "C T"],
+        text: Shaped[ArrayLike, "C ..."],
         keys: Key[Array, " B"],
         *,
         known: tuple[Int[ArrayLike, "B N"], Bool[ArrayLike, "B N"]] | None = None,
-        negative: Int[ArrayLike, "_ T"] | None = None,
+        negative: Shaped[ArrayLike, "_ ..."] | None = None,
         **options,
     ) -> Iterator[tuple[Array, float]]:
         """See `TokenPrior.watch`: yields after every w tokens, which are a row of the grid in raster order.
