@@ -19,15 +19,19 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.checkpoints.runs import open_run
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
+from dalle_jax.models import beit as beits
 from dalle_jax.models import clip as clips
 from dalle_jax.models import transformer
+from dalle_jax.models.beit import BEiT
 from dalle_jax.models.clip import CLIP
 from dalle_jax.models.trunk import for_decoding
 from dalle_jax.priors.embedding import StreamEmbedding
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
+from dalle_jax.tasks import beit as beit_task
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
@@ -53,7 +57,7 @@ def open_model(workdir: str, step: int | str | None = None, untrained: bool = Fa
     """Opens a trained model.
 
     Args:
-      workdir: workdir or export of a prior, or folder of a CLIP.
+      workdir: workdir or export of a prior, workdir of a BEiT, or folder of a CLIP.
       step: step of its checkpoint, "best", or None for the latest.
       untrained: use new random parameters instead of the trained ones, for comparison. An image tokenizer stays.
 
@@ -72,7 +76,14 @@ def open_model(workdir: str, step: int | str | None = None, untrained: bool = Fa
         scorer = ClipScorer.load(workdir, step)
         params = _initial(scorer.clip, untrained) or scorer.params
         return LayerFeatures("CLIP", scorer.clip.options.image_size, functools.partial(_of_clip, scorer.clip, params))
-    raise ConfigError(f"{workdir} holds a training of task {task!r}; expected a prior or a CLIP.")
+    if task == "beit":
+        with open_run(workdir, best_metric="loss") as run:
+            config, params = run.config(step), run.restore_params(step)
+        beit = beit_task.of_params(config, params)
+        params, options = for_decoding(_initial(beit, untrained) or params, beit.options)
+        beit = dataclasses.replace(beit, options=options)
+        return LayerFeatures("BEiT", beit.image_size, functools.partial(_of_beit, beit, params))
+    raise ConfigError(f"{workdir} holds a training of task {task!r}; expected a prior, a BEiT or a CLIP.")
 
 
 def _initial(model: Any, untrained: bool) -> PyTree | None:
@@ -86,6 +97,11 @@ def _of_prior(
 ) -> Float[Array, "B L D"]:
     tokens = tokenizer.encode(tokenizer_params, images).reshape(len(images), -1)
     return _averaged(prior_states(prior, params, tokens))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _of_beit(beit: BEiT, params: PyTree, images: Array) -> Float[Array, "B L D"]:
+    return _averaged(beit_states(beit, params, images))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -108,12 +124,29 @@ def prior_states(prior: TokenPrior, params: PyTree, tokens: Int[ArrayLike, "B N"
     """
     rows, length = tokens.shape
     text = jnp.tile(jnp.asarray(prior.layout.null_text())[None], (rows, 1))
-    arguments = [text, tokens]
+    arguments: list = [text, tokens]
     if prior.name == "autoregressive" and prior.any_order:
         arguments += [False, jnp.tile(jnp.arange(length)[None], (rows, 1))]
     found = _captured(prior.model, params, arguments, [(StreamEmbedding, "image"), (transformer.Block, "__call__")])
-    layers = [found["trunk"][f"layer_{i}"]["__call__"][0] for i in range(prior.options.trunk.depth)]
-    return [found["embedding"]["image"][0], *(x[:, prior.stream.text_length :] for x in layers)]
+    return [found["embedding"]["image"][0], *_of_trunk(found, prior.options.trunk.depth, prior.stream.text_length)]
+
+
+def beit_states(beit: BEiT, params: PyTree, images: UInt8[ArrayLike, "B H W 3"]) -> States:
+    """Returns the states of a BEiT at the patches, none of them masked: its embeddings, and after each layer.
+
+    Args:
+      beit: the model, with `trunk.scan=False`.
+      params: its unboxed parameters.
+      images: uint8 [B, H, W, 3] of the model's image size.
+    """
+    kept = [(beits.BEiTNetwork, "embed"), (transformer.Block, "__call__")]
+    found = _captured(beit.network, params, [images], kept)
+    return [found["embed"][0][:, 1:], *_of_trunk(found, beit.options.trunk.depth, 1)]
+
+
+def _of_trunk(found: PyTree, depth: int, first: int) -> States:
+    """Returns the captured output of each block from position `first` on."""
+    return [found["trunk"][f"layer_{i}"]["__call__"][0][:, first:] for i in range(depth)]
 
 
 def clip_states(clip: CLIP, params: PyTree, images: UInt8[ArrayLike, "B H W 3"]) -> States:

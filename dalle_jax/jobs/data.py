@@ -47,7 +47,7 @@ _DRAWN = ("shapes_captions", "emoji_captions")  # drawn by this package: nothing
 _NAMED_ENDINGS = 6
 # Reasons that the log says in other words.
 _IN_WORDS = {"empty caption": "without caption", "too many pixels": "above data.max_pixels"}
-_TASKS_WITHOUT_CAPTIONS = tokenizers.TASKS
+_TASKS_WITHOUT_CAPTIONS = (*tokenizers.TASKS, "beit")
 
 
 def run(config: ConfigDict, workdir: str) -> Survey | None:
