@@ -77,7 +77,8 @@ def open_model(workdir: str, step: int | str | None = None, untrained: bool = Fa
         params = _initial(scorer.clip, untrained) or scorer.params
         return LayerFeatures("CLIP", scorer.clip.options.image_size, functools.partial(_of_clip, scorer.clip, params))
     if task == "beit":
-        with open_run(workdir, best_metric="loss") as run:
+        metric = beit_task.best_metric_of(workdirs.read_config(workdir))
+        with open_run(workdir, best_metric=metric) as run:
             config, params = run.config(step), run.restore_params(step)
         beit = beit_task.of_params(config, params)
         params, options = for_decoding(_initial(beit, untrained) or params, beit.options)

@@ -61,8 +61,8 @@ class TransformerOptions:
       qkv_bias: whether queries, keys and values have biases.
       qk_norm: apply RMS norm with a learned gain to queries and keys.
       positions: "learned" (text position; image row + column), "table" (one vector for each position of text and image)
-        or "rotary" (the coordinates of "learned", as rotations of queries and keys). Or "relative": biases of the scores
-        of attention, see `relative_positions.py`. Priors cannot have it, because decoding has no such biases.
+        or "rotary" (the coordinates of "learned", as rotations of queries and keys). Or "relative": biases of
+        attention, see `relative_positions.py`. Priors cannot have it, because decoding has no such biases.
       dropout: dropout rate on the embeddings and on the output of each branch.
       drop_path: rate at which training leaves out a whole branch for an example (stochastic depth, arXiv 1603.09382):
         0 in the first layer, rising linearly to this rate in the last one.

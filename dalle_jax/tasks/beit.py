@@ -234,6 +234,12 @@ def of_params(config: Mapping[str, Any], params: PyTree) -> BEiT:
     return make(here, params[f"head_{config['model']['target']}"]["kernel"].shape[-1])
 
 
+def best_metric_of(config: Mapping[str, Any]) -> str:
+    """Returns the metric that selects the best checkpoint of a training; see `Task.best_metric`."""
+    labels = config["model"]["target"] == LABELS
+    return beit_labels.LabelTask.best_metric if labels else BEiTTask.best_metric
+
+
 def needs_tokenizer(config: Mapping[str, Any] | ConfigDict) -> bool:
     """Returns whether a training predicts the tokens of an image tokenizer."""
     return config["model"]["target"] == TOKENS
