@@ -27,7 +27,7 @@ BEIT = (
     ),
     Row("norm of the embeddings", "no", "model.trunk.embedding_norm"),
     Row("norm of queries and keys", "no", "model.trunk.qk_norm"),
-    Row("biases of queries, keys, values (released)", "queries and values", "model.trunk.qkv_bias", "one option for all"),
+    Row("biases (released)", "of queries and values", "model.trunk.qkv_bias", "one option for these and the keys"),
     Row("activation (released)", "gelu", "model.trunk.activation"),
     Row("positions (released)", "relative", "model.trunk.positions"),
     Row("LayerScale (released)", "0.1", "model.trunk.layer_scale"),

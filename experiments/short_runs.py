@@ -108,7 +108,9 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
         "maskgit:small": [
             "maskgit.py:small", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:small", f"data.path={folder}",
         ],
-        "beit:small": ["beit.py:small", *STEPS, *SMALL_BEIT, f"tokenizer_from={work}/dvae:small", f"data.path={folder}"],
+        "beit:small": [
+            "beit.py:small", *STEPS, *SMALL_BEIT, f"tokenizer_from={work}/dvae:small", f"data.path={folder}",
+        ],
         "beit:folder": [
             "beit.py:folder", *STEPS, *SMALL_BEIT, f"data.path={folder}", "data.image_size=64", "data.workers=0",
             "model.target=pixels",

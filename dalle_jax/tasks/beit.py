@@ -93,6 +93,12 @@ class BEiTTask:
         measure = functools.partial(_measure, self.beit, self._tokenizer, params, frozen)
         return row_means(measure(batch, keys.stream(key, "batch", i)) for i, batch in enumerate(batches))
 
+    def encoding_flops(self) -> float:
+        """Counts the operations of the tokenizer for one image; see `aot/model_flops.py`."""
+        if self._tokenizer is None:
+            return 0.0
+        return self._tokenizer.flops(self.beit.layout.height * self._tokenizer.downsample).encoding
+
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
         """Draws images, each with its masked patches in grey and the prediction of these patches."""
         images, valid = to_host((batch["image"], batch["valid"]))
