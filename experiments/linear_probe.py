@@ -191,7 +191,9 @@ def main() -> None:
     parser.add_argument("--fit", default="crop", choices=("crop", "pad"), help="of the images of --path")
     parser.add_argument("--train", type=int, default=4096, help="images that train the classifiers")
     parser.add_argument("--test", type=int, default=2048, help="images that test them")
-    parser.add_argument("--step", help="step of the checkpoints, or best")
+    parser.add_argument(
+        "--step", type=lambda step: step if step == "best" else int(step), help="of the checkpoints, or best"
+    )
     parser.add_argument("--untrained", action="store_true", help="also probe each model with random parameters")
     args = parser.parse_args()
 

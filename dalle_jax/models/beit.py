@@ -196,7 +196,7 @@ class BEiT:
         return self.network.apply({"params": params}, images, masked, key is not None, rngs=rngs)
 
 
-def pixel_targets(images: UInt8[ArrayLike, "B H W 3"], patch: int, normalized: bool) -> Float[Array, "B N V"]:
+def pixel_targets(images: UInt8[ArrayLike, "B H W 3"], patch: int, normalized: bool) -> Float[ArrayLike, "B N V"]:
     """Returns the subpixels of each patch in [-1, 1], or normalized by the mean and deviation of the patch.
 
     Args:

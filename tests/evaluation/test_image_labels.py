@@ -28,8 +28,8 @@ def test_shapes_have_what_their_caption_states():
 def test_emoji_have_kinds():
     def of(sequence, name):
         item = names.parse(sequence, name)
-        keys = ("name", "sequence", "role", "gender", "tone")
-        return labels_of(record(**{key: getattr(item, key) for key in keys}), NONE)
+        extra = {key: getattr(item, key) for key in ("name", "sequence", "role", "gender", "tone")}
+        return labels_of(Record(np.zeros((1, 1, 3), np.uint8), (), "", extra), NONE)
 
     assert of("\U0001f1e7\U0001f1f7", ":Brazil:")["kind"] == "flag"
     assert of("x", ":keycap_7:")["kind"] == "keycap"

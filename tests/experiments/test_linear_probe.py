@@ -66,4 +66,5 @@ def test_a_workdir_and_class_folders_give_a_table_and_a_plot(linear_probe, tmp_p
     assert "| class | 0.500 | 1.000 |" in capsys.readouterr().out
     found = json.loads((tmp_path / "out" / "probes.json").read_text())
     assert [model["untrained"] for model in found["models"].values()] == [False, True]
-    assert Image.open(tmp_path / "out" / "probes.png").width > 300
+    with Image.open(tmp_path / "out" / "probes.png") as drawn:
+        assert drawn.width > 300
