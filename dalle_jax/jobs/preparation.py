@@ -96,8 +96,8 @@ def _drop_tokenizer(config: ConfigDict) -> None:
     """Removes the tokenizer of a BEiT that predicts pixels or labels, so that none is trained for it."""
     if config.task == "beit" and not beit.needs_tokenizer(config):
         with config.unlocked():
-            for key in ("tokenizer", "tokenizer_from", "tokenizer_step"):
-                config.pop(key, None)
+            for key in {"tokenizer", "tokenizer_from", "tokenizer_step"} & set(config):
+                del config[key]
 
 
 def _follow_tokens(config: ConfigDict) -> None:

@@ -11,7 +11,7 @@ from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.evaluation import layer_features
 from dalle_jax.jobs import train as train_job
 
-SHORT = dict(steps=2, eval_batches=1, cadence__eval=2, cadence__preview=2, cadence__checkpoint=2, batch_size=4)
+SHORT = dict(steps=2, eval_batches=1, cadence__eval=2, cadence__preview=2, cadence__checkpoint=2, batch_size=8)
 TOKENIZER = {f"tokenizer__{key.replace('.', '__')}": value for key, value in TINY_VQ.items()}
 TOKENIZER |= {f"tokenizer__{key}": value for key, value in SHORT.items()}
 
@@ -56,7 +56,7 @@ def test_pixels_need_no_tokenizer(load):
         ({"model__patch": 7}, r"model\.patch"),
         ({"model__target": "colours"}, r"model\.target"),
         ({"model__trunk__attention_kernel": "splash"}, "attention_kernel"),
-        ({"tokenizer__data__source": "shapes_captions"}, r"tokenizer\.data\.source"),
+        ({"tokenizer__data__source": "tar_shards"}, r"tokenizer\.data\.source"),
     ],
 )
 def test_rejected_before_the_training(load, trained, changes, token):
