@@ -42,6 +42,10 @@ from dalle_jax.storage.files import write_file
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
+from matplotlib.ticker import MaxNLocator  # noqa: E402
+
+UNTRAINED = ", untrained"
+_COLUMNS = 4  # panels in a row
 
 Curves = dict[str, dict[str, Any]]  # by attribute: "chance", "accuracy" and "penalty" of each layer
 
@@ -144,24 +148,32 @@ def text_table(curves: Curves) -> str:
 
 def plot(models: Mapping[str, Curves], path: epath.Path) -> None:
     """Plots one panel for each model with a line for each attribute, and a panel with the means of all models."""
+    count = len(models) + 1
+    columns = min(count, _COLUMNS)
+    rows = -(-count // columns)
     figure, axes = plt.subplots(
-        1, len(models) + 1, figsize=(4 * len(models) + 4, 3.4), layout="constrained", sharey=True
+        rows, columns, figsize=(4 * columns, 3.2 * rows), layout="constrained", sharey=True, squeeze=False
     )
-    for axis, (title, curves) in zip(axes, models.items()):
+    of_models, means = axes.ravel()[: count - 1], axes.ravel()[count - 1]
+    for axis, (title, curves) in zip(of_models, models.items()):
         for number, (name, row) in enumerate(curves.items()):
             axis.plot(row["accuracy"], color=f"C{number}", marker=".", label=name)
             axis.axhline(row["chance"], color=f"C{number}", linestyle=":", linewidth=0.8)
-        axis.set(title=title, xlabel="layer")
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("accuracy (dotted: chance)")
-    axes[0].legend(frameon=False, fontsize=7)
+        axis.set(title=title)
     for title, curves in models.items():
-        axes[-1].plot(mean_curve(curves), marker=".", label=title)
-    axes[-1].set(title="mean of all attributes", xlabel="layer")
-    axes[-1].grid(alpha=0.3)
-    axes[-1].legend(frameon=False, fontsize=7)
+        means.plot(mean_curve(curves), marker=".", linestyle="--" if UNTRAINED in title else "-", label=title)
+    means.set(title="mean of all attributes")
+    for axis in axes.ravel()[:count]:
+        axis.set_xlabel("layer")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.grid(alpha=0.3)
+    for axis in axes.ravel()[count:]:
+        axis.remove()
+    for axis in (of_models[0], means):
+        axis.legend(frameon=False, fontsize=7)
+    axes[0, 0].set_ylabel("accuracy (dotted: chance)")
     drawn = io.BytesIO()
-    figure.savefig(drawn, format="png", dpi=90)
+    figure.savefig(drawn, format="png", dpi=70)
     plt.close(figure)
     write_file(path, drawn.getvalue())
 
@@ -203,7 +215,7 @@ def main() -> None:
         data = own or {"source": "folder", "path": args.path, "fit": args.fit}
         for untrained in (False, True)[: 1 + args.untrained]:
             model = open_model(workdir, args.step, untrained)
-            title = f"{epath.Path(workdir).name}{', untrained' if untrained else ''} ({model.title})"
+            title = f"{epath.Path(workdir).name}{UNTRAINED if untrained else ''} ({model.title})"
             models[title] = measure(model, data, args.train, args.test)
             found[title] = {"workdir": workdir, "untrained": untrained, "attributes": models[title]}
             print(f"{title}\n\n{text_table(models[title])}\n", flush=True)

@@ -18,6 +18,8 @@ from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints.runs import open_run
 from dalle_jax.checkpoints.workdir import latest_step, load_text_model, read_config, text_model_path
+from dalle_jax.distributed.mesh import make_mesh
+from dalle_jax.distributed.sharding import on_mesh
 from dalle_jax.errors import CheckpointError, ConfigError
 from dalle_jax.priors import trained
 from dalle_jax.priors.matching import Rows, Vocabularies, match
@@ -41,7 +43,9 @@ def warm_start(state: TrainState, start_from: str, workdir: str | None = None) -
       ConfigError: no parameter agrees.
       CheckpointError: there is no checkpoint.
     """
-    with _named(start_from), open_run(start_from) as run:
+    # The arrays are read to one device. The programs that check them must not run on the mesh of the training.
+    reading = make_mesh(data=1, devices=jax.local_devices()[:1])
+    with _named(start_from), open_run(start_from) as run, on_mesh(reading):
         given = jax.device_get(trained.restore(run, start_from))
     found = match(state.params, given, vocabularies(start_from, workdir) if workdir else None)
     fresh, total = [name for name, array in found.items() if array is None], len(found)
