@@ -22,7 +22,7 @@ LEVELS = (
     ("evaluation", "aot"),
     ("pretrained", "training", "export"),
     ("tasks", "text_to_image"),
-    ("priors",),
+    ("priors", "clip"),
     ("metrics", "checkpoints", "models"),
     ("image_tokenizers", "data", "reporting", "optim"),
     ("storage", "distributed", "configuration"),

@@ -11,11 +11,10 @@ activations, masked pairs that are computed anyway, metrics for the log. Image t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+from dalle_jax.clip.flops import image_tower, patches, text_tower
 from dalle_jax.models.beit import LABELS, BEiT
-from dalle_jax.models.clip import CLIPOptions
 from dalle_jax.models.transformer_options import ACTIVATIONS, TransformerOptions
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.token_prior import TokenPrior
@@ -115,29 +114,3 @@ def beit(one: BEiT) -> float:
     read = 1 if one.options.target == LABELS else one.layout.image_length
     layers = _layers(o, length, [length**2] * o.depth)
     return beit_patches(one) + layers + 2 * read * o.width * one.outputs
-
-
-# -- CLIP ---------------------------------------------------------------------------------------------------------
-
-
-def patches(o: CLIPOptions) -> float:
-    """Counts the patch embedding of one image."""
-    return 2 * o.patches * 3 * o.patch**2 * o.image_width
-
-
-def image_tower(o: CLIPOptions) -> float:
-    """Counts the image tower for one image."""
-    with_class = o.image_readout == "class_token"
-    seen, read = o.patches + with_class, 1 if with_class else o.patches
-    projection = 2 * read * o.image_width * o.embed_dim
-    return patches(o) + _tower(seen, seen**2, o.image_width, o.image_depth, o.image_mlp) + projection
-
-
-def text_tower(o: CLIPOptions) -> float:
-    """Counts the text tower for one caption."""
-    projection = 2 * o.text_width * o.embed_dim
-    return _tower(o.text_length, math.comb(o.text_length + 1, 2), o.text_width, o.text_depth) + projection
-
-
-def _tower(positions: int, pairs: int, width: int, depth: int, hidden: int | None = None) -> float:
-    return depth * (2 * positions * (4 * width**2 + 2 * width * (hidden or 4 * width)) + 4 * width * pairs)

@@ -20,6 +20,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, UInt8
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.runs import open_run
+from dalle_jax.clip.stored import has_clip
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.models import beit as beits
@@ -32,7 +33,7 @@ from dalle_jax.priors.embedding import StreamEmbedding
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
 from dalle_jax.tasks import beit as beit_task
-from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
+from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
 States = list[Float[Array, "B N D"]]  # of the embeddings, then of each layer

@@ -23,7 +23,9 @@ from dalle_jax.checkpoints import exported, frozen
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.downloaded import local
 from dalle_jax.checkpoints.exported import ADAPTERS, CLIP, PRIOR, TOKENIZER
+from dalle_jax.checkpoints.folders import check_workdir
 from dalle_jax.checkpoints.runs import open_run
+from dalle_jax.clip.stored import has_clip
 from dalle_jax.errors import CheckpointError, ConfigError
 from dalle_jax.export import card
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
@@ -32,8 +34,7 @@ from dalle_jax.priors.trained import lora_of
 from dalle_jax.pytree import PyTree, fingerprint
 from dalle_jax.storage import hub
 from dalle_jax.storage.files import expanded, full_path, write_errors, write_file, write_json
-from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
-from dalle_jax.text_to_image.folders import check_workdir
+from dalle_jax.text_to_image.clip_scorer import ClipScorer
 
 DTYPES = ("float32", "bfloat16")
 # Keys whose values are paths on this machine. Of `data.path` the last part stays, the name of the data set.

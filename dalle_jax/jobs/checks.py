@@ -15,6 +15,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.checkpoints.folders import check_step
 from dalle_jax.configuration.options import from_config
 from dalle_jax.configuration.size_rules import rules_of, with_largest
 from dalle_jax.configuration.values import check_seed, natural
@@ -41,7 +42,6 @@ from dalle_jax.tasks import registry
 from dalle_jax.tasks.encoded_split import check_tokenizer
 from dalle_jax.tasks.prior import EACH_BATCH, ONCE
 from dalle_jax.text_to_image.drawing import MOST_IMAGES
-from dalle_jax.text_to_image.folders import check_step
 from dalle_jax.training.step import make_init
 from dalle_jax.training.validation import check_duration, mesh_and_options, validate
 from dalle_jax.training.warm_start import check_start_from

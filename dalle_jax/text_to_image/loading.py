@@ -14,7 +14,9 @@ from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.checkpoints.downloaded import local
 from dalle_jax.checkpoints.exported import ADAPTERS, Exported
+from dalle_jax.checkpoints.folders import check_mesh, check_path, check_step, check_workdir
 from dalle_jax.checkpoints.runs import open_run
+from dalle_jax.clip.stored import has_clip
 from dalle_jax.configuration.values import natural
 from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.distributed.sharding import replicated, shardings_of
@@ -26,9 +28,8 @@ from dalle_jax.priors.decoding_weights import for_drawing
 from dalle_jax.priors.registry import make
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree, fingerprint, first_mismatch
-from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
+from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.text_to_image.drawing import MOST_IMAGES
-from dalle_jax.text_to_image.folders import check_mesh, check_path, check_step, check_workdir
 from dalle_jax.token_layout import TokenLayout
 
 

@@ -27,7 +27,7 @@ class PrecomputedTokens:
         return self.prior.loss(params, batch["text"], batch["tokens"], key, train=True)
 
 
-def build(*, smoke: bool, attention: str = "sparse", kind: str = "autoregressive", side: int = 32):
+def build(*, smoke: bool, attention: str = "sparse", kind: str = "autoregressive", side: int = 32, scan: bool = False):
     """Builds the prior in float32.
 
     Args:
@@ -35,6 +35,7 @@ def build(*, smoke: bool, attention: str = "sparse", kind: str = "autoregressive
       attention: "sparse" or "full".
       kind: "autoregressive" or "maskgit".
       side: side of the token grid.
+      scan: stack the layers. Our variants for CPUs do not, because a scan copies what it stacks.
     """
     if smoke:
         layout = TokenLayout(text_vocab=64, image_vocab=128, text_length=8, height=4, width=4)
@@ -42,7 +43,7 @@ def build(*, smoke: bool, attention: str = "sparse", kind: str = "autoregressive
     else:
         layout = TokenLayout(text_vocab=4096, image_vocab=8192, text_length=64, height=side, width=side)
         sizes = dict(width=512, depth=8, heads=8)
-    trunk = TransformerOptions(activation="geglu", dtype="float32", **sizes)
+    trunk = TransformerOptions(activation="geglu", dtype="float32", scan=scan, **sizes)
     if kind == "maskgit":
         return MaskGITPrior(layout, MaskGITOptions(trunk=trunk))
     return AutoregressivePrior(layout, AutoregressiveOptions(trunk=trunk, attention=attention))

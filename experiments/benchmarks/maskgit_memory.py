@@ -30,7 +30,7 @@ from dalle_jax.token_layout import TokenLayout
 
 def run(vocab: int, flat: bool, smoke: bool) -> dict:
     rows, side = (4, 4) if smoke else (64, 16)
-    options = _prior.build(smoke=smoke, kind="maskgit").options
+    options = _prior.build(smoke=smoke, kind="maskgit", scan=True).options
     prior = MaskGITPrior(TokenLayout(4096, vocab, 64, side, side), options)
     if flat:
         sampling.SMALL_VOCABULARY = vocab

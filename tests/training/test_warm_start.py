@@ -33,7 +33,7 @@ def started(monkeypatch, own, given):
     monkeypatch.setattr(module, "open_run", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(module.trained, "restore", lambda *_: given)
     zero = jnp.zeros((), jnp.int32)
-    return module.warm_start(TrainState(zero, own, None, (), zero, zero), "elsewhere").params
+    return module.warm_start(TrainState(zero, own, None, (), zero, zero), "elsewhere", "here", "prior").params
 
 
 @pytest.mark.parametrize("scans", [(True, True), (True, False), (False, True)])
