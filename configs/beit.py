@@ -69,10 +69,10 @@ def one_gpu(steps):
 
 VARIANTS = {
     "shapes": dict(
-        doc="drawn shapes, embedded; two CPU cores, 2 minutes",
+        doc="drawn shapes, embedded; one CPU core, 2 minutes",
         tokenizer="shapes", data=sections.SHAPES, pixels_per_token_pixel=1,
         trunk=dict(width=96, depth=4, heads=4), patch=4, smallest_block=4,
-        batch_size=32, steps=800, overrides=[cpu],
+        batch_size=16, steps=750, overrides=[cpu],
     ),
     "small": dict(
         doc="your own images (data.path), 64 pixels, no captions; a laptop or small GPU, time by their number",
