@@ -45,7 +45,7 @@ from dalle_jax.tasks.vqgan_losses import VQGANObjectiveOptions
 SMALL_MODEL = dict(
     hidden=32, multipliers=(1, 2, 2), blocks=1, attention_levels=(), latent=64, code_dim=32, norm_groups=8
 )
-OWN_CODES = dict(codes="average", init="clusters", dead_below=0.03, perceptual_weight=0.0)
+OWN_CODES = dict(codes="average", init="clusters", dead_below=0.3, perceptual_weight=0.0)
 SMALL_DISCRIMINATOR = dict(layers=2, filters=32, norm="group")
 PUBLISHED = dict(sections.FOLDER, image_size=256, augment="dvae")
 

@@ -59,8 +59,8 @@ def sampling(prior_: TokenPrior, rows: int) -> float:
     An autoregressive prior computes each position once, MaskGIT computes all image positions at each step.
     """
     lay = prior_.stream
-    text = _trunk(prior_, lay.text_length, slice(0, lay.text_length))
-    image = _trunk(prior_, lay.image_length, slice(lay.text_length, None)) + _image_head(prior_)
+    text = _trunk(prior_, lay.prefix_length, slice(0, lay.prefix_length))
+    image = _trunk(prior_, lay.image_length, slice(lay.prefix_length, None)) + _image_head(prior_)
     if not isinstance(prior_, MaskGITPrior):
         return rows * (text + image)
     steps = prior_.decoding_steps(None)

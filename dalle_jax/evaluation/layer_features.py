@@ -1,7 +1,7 @@
 """Features of every layer of a trained model: its hidden states, averaged over the positions of the image.
 
 iGPT (Chen et al. 2020, section 3.3) probes its layers this way. A prior reads all tokens of the image, none of them
-masked, after the empty caption, so that no label reaches it through the text.
+masked, after the empty condition, so that no label reaches it that way.
 
     B images    L layers    D width    N image positions
 """
@@ -16,7 +16,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int, UInt8
+from jaxtyping import Array, ArrayLike, Float, Int, Shaped, UInt8
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.runs import open_run
@@ -125,12 +125,17 @@ def prior_states(prior: TokenPrior, params: PyTree, tokens: Int[ArrayLike, "B N"
       tokens: image tokens in raster order, int32 [B, N].
     """
     rows, length = tokens.shape
-    text = jnp.tile(jnp.asarray(prior.layout.null_text())[None], (rows, 1))
-    arguments: list = [text, tokens]
+    arguments: list = [_empty(prior, rows), tokens]
     if prior.name == "autoregressive" and prior.any_order:
         arguments += [False, jnp.tile(jnp.arange(length)[None], (rows, 1))]
     found = _captured(prior.model, params, arguments, [(StreamEmbedding, "image"), (transformer.Block, "__call__")])
-    return [found["embedding"]["image"][0], *_of_trunk(found, prior.options.trunk.depth, prior.stream.text_length)]
+    return [found["embedding"]["image"][0], *_of_trunk(found, prior.options.trunk.depth, prior.stream.prefix_length)]
+
+
+def _empty(prior: TokenPrior, rows: int) -> Shaped[Array, "B ..."]:
+    """Returns the empty condition of a prior for each row."""
+    empty = jnp.asarray(prior.layout.condition.empty())
+    return jnp.broadcast_to(empty[None], (rows, *empty.shape))
 
 
 def beit_states(beit: BEiT, params: PyTree, images: UInt8[ArrayLike, "B H W 3"]) -> States:

@@ -31,8 +31,14 @@ _IMAGE = re.compile(r"[0-9]{4,}-[0-9]{3,}\.png")
 _FIELDS: dict[str, tuple[type, ...]] = {
     "workdir": (str,), "step": (int, str), "seed": (int,), "n": (int,), "rows_at_once": (int,), "sampling": (dict,),
     "negative": (str, type(None)), "captions": (list,), "samples": (list,), "mesh": (dict,), "fingerprints": (dict,),
+    "edit": (dict, type(None)),
 }  # fmt: skip
-_LATER_FIELDS = {"negative": None, "mesh": {"data": 1}, "fingerprints": {}}  # earlier versions did not write them
+_LATER_FIELDS = {
+    "negative": None,
+    "mesh": {"data": 1},
+    "fingerprints": {},
+    "edit": None,
+}  # earlier versions did not write them
 _SAMPLE = {"file": str, "caption_index": int, "index": int}
 _AXES = {"data", "fsdp", "tensor"}
 
@@ -139,12 +145,10 @@ def describe_model(model: TextToImage, out: epath.Path, clip: str | None) -> dic
 
 
 def fingerprints(model: TextToImage) -> dict[str, str]:
-    """Hashes all that decides an image: the prior, the image tokenizer and the text model."""
-    return {
-        "prior": model.fingerprint(),
-        "image_tokenizer": fingerprint(model.tokenizer_params),
-        "text_model": checksum(workdirs.text_model_path(model.workdir).read_bytes())[:16],
-    }
+    """Hashes all that decides an image: the prior, the image tokenizer and the text model, if there is one."""
+    path = workdirs.text_model_path(model.workdir)
+    text = {} if model.text_model is None else {"text_model": checksum(path.read_bytes())[:16]}
+    return {"prior": model.fingerprint(), "image_tokenizer": fingerprint(model.tokenizer_params), **text}
 
 
 def workdir_of(record: Mapping[str, Any], manifest: epath.PathLike) -> str:

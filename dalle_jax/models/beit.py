@@ -6,7 +6,7 @@ is SimMIM's (arXiv 2111.09886): the pixels there, by their absolute error. "norm
 fine-tuning: the class of the whole image, from the mean over the patches.
 
 MAE's encoder leaves out the masked patches, and a second transformer decodes. This network sees them as masked, as BEiT
-and SimMIM do. A class token stands in the single text position of the stream, as in BEiT.
+and SimMIM do. A class token stands in the single position before the image, as in BEiT.
 
     B batch    H, W image    P side of a patch    N = h·w patches    S = 1 + N    D width    V targets of a position
 """
@@ -31,7 +31,7 @@ from dalle_jax.models.patch_masks import MASKS
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import Trunk
 from dalle_jax.pytree import PyTree
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.token_layout import PaddedIds, TokenLayout
 
 TOKENS, PIXELS, NORMALIZED_PIXELS, LABELS = TARGETS = ("tokens", "pixels", "normalized_pixels", "labels")
 _HEAD_SCALE = 0.02  # standard deviation of the mask, the class token, the positions and the heads at the start
@@ -89,7 +89,7 @@ class BEiTNetwork(nn.Module):
 
     Attributes:
       options: options of the model.
-      layout: layout of the stream: one text position, the class token, and the grid of patches.
+      layout: layout of the stream: one position for the class token, then the grid of patches.
       outputs: V: number of tokens, of subpixels in a patch, or of classes.
     """
 
@@ -171,7 +171,7 @@ class BEiT:
     def layout(self) -> TokenLayout:
         """The layout of the stream: the class token, then the patches. Its vocabularies have no meaning."""
         side = self.options.side(self.image_size)
-        return TokenLayout(1, 1, 1, side, side)
+        return TokenLayout(PaddedIds(1, 1), 1, side, side)
 
     @property
     def network(self) -> BEiTNetwork:

@@ -3,7 +3,7 @@
 BEiT (arXiv 2106.08254, section 2.1 and appendix) has one table for all layers in pre-training, and so has this module.
 Its reference fine-tunes with a copy of the table for each layer, which is not done here.
 
-    S = T + N stream    T text    h, w grid    H heads
+    S = P + N stream    P prefix    h, w grid    H heads
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from dalle_jax.token_layout import TokenLayout
 def relative_index(layout: TokenLayout) -> Int[np.ndarray, "S S"]:
     """Returns the row of the table for each query and key.
 
-    The first (2h - 1)(2w - 1) rows are the displacements on the grid. The last three are text to image, image to text,
-    and text to text, wherever in the text (BEiT: its class token).
+    The first (2h - 1)(2w - 1) rows are the displacements on the grid. The last three are prefix to image, image to
+    prefix, and prefix to prefix, wherever in the prefix (BEiT: its class token).
     """
-    t, rows, columns = layout.text_length, *np.divmod(np.arange(layout.image_length), layout.width)
+    t, rows, columns = layout.prefix_length, *np.divmod(np.arange(layout.image_length), layout.width)
     down, right = rows[:, None] - rows[None] + layout.height - 1, columns[:, None] - columns[None] + layout.width - 1
     cells = (2 * layout.height - 1) * (2 * layout.width - 1)
     index = np.full((layout.length, layout.length), cells + 2, np.int32)

@@ -270,8 +270,8 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     if config.model.target == LABELS:
         labels, *sources = beit_labels.labelled_splits(options, workdir)
         task = beit_labels.LabelTask(make(config, labels.vocab_size), labels)
-        layout = beit_labels.layout_of(labels.vocab_size)
-        return make_job(task, config, options, rows, labels, layout, held_out=sources[1], source=sources[0])
+        captions = beit_labels.ids_of(labels.vocab_size)
+        return make_job(task, config, options, rows, labels, captions, held_out=sources[1], source=sources[0])
     if not needs_tokenizer(config):
         return make_job(BEiTTask(make(config, 0)), config, options, rows)
     tokenizer, params = workdirs.load_tokenizer(workdir)
@@ -282,9 +282,9 @@ def abstract(config: ConfigDict, tokenizer: ImageTokenizer | None = None) -> tup
     """See `registry.abstract`. Labels are of 1,000 classes."""
     size, batch_size = config.data.image_size, config.batch_size
     if config.model.target == LABELS:
-        layout = beit_labels.layout_of(beit_labels.ASSUMED_CLASSES)
+        captions = beit_labels.ids_of(beit_labels.ASSUMED_CLASSES)
         task = beit_labels.LabelTask(make(config, beit_labels.ASSUMED_CLASSES), None)
-        return task, batch_shapes(size, layout, batch_size)
+        return task, batch_shapes(size, captions, batch_size)
     if not needs_tokenizer(config):
         return BEiTTask(make(config, 0)), batch_shapes(size, None, batch_size)
     tokenizer = tokenizer or tokenizers.of_training(config.tokenizer)

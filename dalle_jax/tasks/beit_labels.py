@@ -33,7 +33,7 @@ from dalle_jax.pytree import PyTree
 from dalle_jax.tasks.preview import preview_grid, shown_rows
 from dalle_jax.tasks.reconstruction import row_means, row_sums
 from dalle_jax.tasks.task import Batch
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.token_layout import PaddedIds
 
 ASSUMED_CLASSES = 1000  # before the data is read
 _PREVIEW_ROWS = 16
@@ -136,9 +136,9 @@ def check_data(options: DataOptions) -> None:
         )
 
 
-def layout_of(classes: int) -> TokenLayout:
-    """Returns the layout of a "caption" that is a class: one text id."""
-    return TokenLayout(classes, 1, 1, 1, 1)
+def ids_of(classes: int) -> PaddedIds:
+    """Returns the ids of a "caption" that is a class: one of them in each row."""
+    return PaddedIds(classes, 1)
 
 
 def labelled_splits(options: DataOptions, workdir: str) -> tuple[Labels, Labelled, Labelled]:

@@ -23,9 +23,10 @@ from jax.sharding import Mesh
 
 from dalle_jax.checkpoints.folders import check_mesh, check_path, check_step
 from dalle_jax.clip import stored
+from dalle_jax.clip.encoder import encode_images, encode_texts, ids_of
 from dalle_jax.configuration.values import natural
 from dalle_jax.data.byte_pairs import BytePairs
-from dalle_jax.data.text import CaptionModel, encode_captions
+from dalle_jax.data.text import CaptionModel
 from dalle_jax.distributed.chunks import in_chunks
 from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.distributed.sharding import replicated
@@ -148,12 +149,12 @@ class ClipScorer:
         sizes = [image.shape for image in pixels]
         for size in dict.fromkeys(sizes):
             places = [i for i, other in enumerate(sizes) if other == size]
-            features[places] = self._in_chunks(_encode_image, np.stack([pixels[i] for i in places]))
+            features[places] = self._in_chunks(encode_images, np.stack([pixels[i] for i in places]))
         return features
 
     def encode_images(self, images: jax.Array) -> jax.Array:
         """Encodes a batch on the devices: uint8 [B, H, W, 3] to unit vectors, float32 [B, E]."""
-        return _encode_image(self.clip, self.params, images)
+        return encode_images(self.clip, self.params, images)
 
     def text_features(self, captions: Sequence[str]) -> np.ndarray:
         """Encodes captions to unit vectors.
@@ -167,7 +168,7 @@ class ClipScorer:
         Raises:
           DataError: no caption, or an empty one.
         """
-        return self._in_chunks(_encode_text, self.encode_text(captions))
+        return self._in_chunks(encode_texts, self.encode_text(captions))
 
     def encode_text(self, captions: Sequence[str]) -> np.ndarray:
         """Encodes captions to ids.
@@ -181,12 +182,7 @@ class ClipScorer:
         Raises:
           DataError: no caption, or an empty one.
         """
-        options, captions = self.clip.options, inputs.captions(captions)
-        encoded = encode_captions(self.text_model, captions, options.text_length - 1)
-        rows = np.full((len(captions), options.text_length), options.end_id, np.int32)
-        for row, ids in zip(rows, encoded):
-            row[: len(ids)] = ids
-        return rows
+        return ids_of(self.clip, self.text_model, inputs.captions(captions))
 
     def fingerprint(self) -> str:
         """Hashes the parameters: 16 hexadecimal digits that differ between different CLIPs."""
@@ -194,16 +190,6 @@ class ClipScorer:
 
     def _in_chunks(self, encode: Callable[..., jax.Array], rows: np.ndarray) -> np.ndarray:
         return in_chunks(functools.partial(encode, self.clip, self.params), rows, self.rows_at_once, self.mesh)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode_image(clip: CLIP, params: PyTree, images: jax.Array) -> jax.Array:
-    return clip.encode_image(params, images)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _encode_text(clip: CLIP, params: PyTree, text: jax.Array) -> jax.Array:
-    return clip.encode_text(params, text)
 
 
 def parameter_count(params: PyTree) -> str:

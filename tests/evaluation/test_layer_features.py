@@ -20,7 +20,7 @@ STATES = jax.jit(layer_features.prior_states, static_argnums=0)
 
 def stream(prior, params, tokens):
     """The embedded stream of the empty caption and an image, in raster order."""
-    text = jnp.tile(prior.layout.null_text()[None], (len(tokens), 1))
+    text = jnp.tile(prior.layout.condition.empty()[None], (len(tokens), 1))
     model, bound = prior.model, {"params": params}
     if prior.name == "maskgit":
         both = lambda m: jnp.concatenate([m.embedding.text(text), m.embedding.image(tokens)], axis=1)
@@ -34,7 +34,7 @@ def test_states_are_those_of_the_blocks_one_by_one(name):
     prior = PRIORS[name]
     params, (_, tokens) = params_of(prior), rows(2)
     states = STATES(prior, params, tokens)
-    x, t = stream(prior, params, tokens), prior.stream.text_length
+    x, t = stream(prior, params, tokens), prior.stream.prefix_length
     options = prior.options.trunk
     for i, pattern in enumerate(prior.options.patterns):
         block = transformer.Block(options, prior.stream, (pattern,))
@@ -50,7 +50,7 @@ def test_the_last_state_and_the_final_norm_give_the_trunks_output():
     expected = jax.jit(trunk.apply, static_argnums=2)({"params": params["trunk"]}, stream(prior, params, tokens), False)
     norm = transformer.Norm(prior.options.trunk.norm, "float32")
     found = norm.apply({"params": params["trunk"]["final_norm"]}, STATES(prior, params, tokens)[-1])
-    np.testing.assert_allclose(found, expected[:, prior.layout.text_length :], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, expected[:, prior.layout.prefix_length :], rtol=1e-5, atol=1e-5)
 
 
 def test_scanned_layers_have_the_same_states():

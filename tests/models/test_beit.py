@@ -17,12 +17,12 @@ from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import Trunk, unstack
 from dalle_jax.priors.autoregressive_model import AutoregressiveOptions
 from dalle_jax.priors.maskgit_model import MaskGITOptions
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.token_layout import PaddedIds, TokenLayout
 
 TRUNK = TransformerOptions(width=16, depth=2, heads=2, dtype="float32", positions="relative", scan=False)
 OPTIONS = BEiTOptions(TRUNK, patch=4, smallest_block=2)
 SIDE, SIZE = 3, 12
-LAYOUT = TokenLayout(1, 1, 1, SIDE, SIDE)
+LAYOUT = TokenLayout(PaddedIds(1, 1), 1, SIDE, SIDE)
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
 MASKED = np.zeros((2, SIDE * SIDE), bool)
