@@ -85,4 +85,17 @@ NOTES = {
         ),
         ("resize (2.3)", "not said; released: bicubic", "area average in training", "one resize for all trainings"),
     ),
+    "beit.py:paper": (
+        ("tokenizer (2.1)", "DALL-E's public dVAE", "our dVAE", "give DALL-E's as tokenizer_from=DIR"),
+        ("image of the tokenizer (released)", "Lanczos", "linear, antialiased", "inside the compiled update"),
+        ("last block of a mask (algorithm 1)", "may be a few patches less", "cut", "every image has the same number"),
+        (
+            "initial weights (2.5)",
+            "0.02, divided by √(2 · layer) at the outputs",
+            "by the number of inputs, outputs divided by √(2 · depth)",
+            "those of our priors",
+        ),
+        ("relative positions in fine-tuning (released)", "a table for each layer", "one table", "one option for both"),
+        ("step size in fine-tuning (released)", "falls from layer to layer", "one", "optimizer.scales can name parts"),
+    ),
 }

@@ -17,11 +17,14 @@ from typing import Any
 
 from ml_collections import ConfigDict
 from paper_notes import NOTES
-from paper_rows import TABLES, Row
+from paper_rows import TABLES as OF_GENERATORS
+from paper_rows import Row
+from paper_rows_beit import TABLES as OF_BEIT
 
 from dalle_jax.configuration import config_files
 
 ROOT = Path(__file__).resolve().parent.parent
+TABLES = OF_GENERATORS | OF_BEIT
 WRITTEN = ROOT / "experiments" / "results" / "papers.md"
 
 # Sections of a configuration that a paper could speak of. Of `data`, these are image_size, augment and bpe_dropout.

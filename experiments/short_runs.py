@@ -49,6 +49,7 @@ SMALL_TRUNK = [
     "text.length=16",
     "text.vocab_size=300",
 ]
+SMALL_BEIT = SMALL_TRUNK[:3]
 SHALLOW_TRUNK = [
     *SMALL_TRUNK,
     "model.trunk.depth=3",
@@ -87,6 +88,7 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
         "evaluate": [
             "evaluate.py", f"model_workdir={work}/prior,{work}/maskgit", "count=8", "rows_at_once=4",
         ],
+        "beit": ["beit.py", *STEPS, *SMALL_BEIT, *FEW_SHAPES, f"tokenizer_from={work}/dvae"],
         "vqgan": ["vqgan.py", *vqgan, *FEW_SHAPES],
         "prior:vqgan": ["prior.py", *STEPS, *SHALLOW_TRUNK, *FEW_SHAPES, f"tokenizer_from={work}/vqgan"],
         "generate:vqgan": ["generate.py", f"model_workdir={work}/prior:vqgan", "prompts=a red circle", "n=2"],
@@ -105,6 +107,13 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
         ],
         "maskgit:small": [
             "maskgit.py:small", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:small", f"data.path={folder}",
+        ],
+        "beit:small": [
+            "beit.py:small", *STEPS, *SMALL_BEIT, f"tokenizer_from={work}/dvae:small", f"data.path={folder}",
+        ],
+        "beit:folder": [
+            "beit.py:folder", *STEPS, *SMALL_BEIT, f"data.path={folder}", "data.image_size=64", "data.workers=0",
+            "model.target=pixels",
         ],
         "vqgan:small": ["vqgan.py:small", *vqgan, f"data.path={folder}"],
         "vqgan:folder": [
@@ -140,6 +149,10 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
             name.replace(":", ".py:"), *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:paper", f"data.path={big}",
             "data.workers=0", "data.image_size=64", "ema.every=1", "mesh.data=1",
         ]  # fmt: skip
+    published["beit:paper"] = [
+        "beit.py:paper", *STEPS, *SMALL_BEIT, f"tokenizer_from={work}/dvae:paper", f"data.path={big}", "data.workers=0",
+        "data.image_size=64",
+    ]  # fmt: skip
     own_images["maskgit:folder"] = ["maskgit.py:folder", *own_images["prior:folder"][1:]]
     chains = [shapes, published, own_images, on_own_copy("coco", work), on_own_copy("cub", work)]
     if emoji:

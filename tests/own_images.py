@@ -28,7 +28,7 @@ TINY_VQGAN = {
     "discriminator.filters": 8,
     "batch_size": 8,
 }
-TINY_PRIOR = {"model.trunk.width": 16, "model.trunk.depth": 1, "model.trunk.heads": 2}
+TINY_BEIT = TINY_PRIOR = {"model.trunk.width": 16, "model.trunk.depth": 1, "model.trunk.heads": 2}
 TINY_CLIP = {f"model.{tower}_{size}": n for tower in ("image", "text") for size, n in
              (("width", 16), ("depth", 1), ("heads", 2))} | {"batch_size": 8}  # fmt: skip
 

@@ -11,10 +11,15 @@ activations, masked pairs that are computed anyway, metrics for the log. Image t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from dalle_jax.clip.flops import image_tower, patches, text_tower
+from dalle_jax.models.beit import LABELS, BEiT
 from dalle_jax.models.transformer_options import ACTIVATIONS, TransformerOptions
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.token_prior import TokenPrior
+from dalle_jax.tasks.beit import BEiTTask
+from dalle_jax.tasks.beit_labels import LabelTask
 from dalle_jax.tasks.clip import CLIPTask
 from dalle_jax.tasks.prior import PriorTask
 from dalle_jax.tasks.reconstruction import ReconstructionTask
@@ -37,6 +42,9 @@ def training(task: Task, batch: Batch) -> float:
         return rows * (3 * prior(task.prior) + encoding)
     if isinstance(task, ReconstructionTask):
         return rows * task.training_flops(batch["image"].shape[1])
+    if isinstance(task, (BEiTTask, LabelTask)):
+        encoding = task.encoding_flops() if isinstance(task, BEiTTask) else 0.0
+        return rows * (3 * beit(task.beit) - beit_patches(task.beit) + encoding)
     if isinstance(task, CLIPTask):
         o = task.clip.options
         seen = 1 + task.negatives.spoiled
@@ -81,7 +89,28 @@ def _trunk(one: TokenPrior, positions: int, queries: slice) -> float:
     """Counts all layers at `positions` positions, with the mask rows `queries`."""
     o: TransformerOptions = one.options.trunk
     pairs = {pattern: int(pattern.mask(one.stream)[queries].sum()) for pattern in set(one.options.patterns)}
-    attention = sum(4 * o.heads * o.size_per_head * pairs[pattern] for pattern in one.options.patterns)
+    return _layers(o, positions, [pairs[pattern] for pattern in one.options.patterns])
+
+
+def _layers(o: TransformerOptions, positions: int, pairs: Sequence[int]) -> float:
+    """Counts layers at `positions` positions, with these numbers of pairs of query and key."""
+    attention = 4 * o.heads * o.size_per_head * sum(pairs)
     kernels = 2 if ACTIVATIONS[o.activation][1] else 1
     per_layer = 4 * o.width * o.heads * o.size_per_head + (kernels + 1) * o.width * o.hidden
     return 2 * positions * o.depth * per_layer + attention
+
+
+# -- BEiT ---------------------------------------------------------------------------------------------------------
+
+
+def beit_patches(one: BEiT) -> float:
+    """Counts the patch embedding of one image."""
+    return 2 * one.layout.image_length * 3 * one.options.patch**2 * one.options.trunk.width
+
+
+def beit(one: BEiT) -> float:
+    """Counts the forward pass of one image."""
+    o, length = one.options.trunk, one.layout.length
+    read = 1 if one.options.target == LABELS else one.layout.image_length
+    layers = _layers(o, length, [length**2] * o.depth)
+    return beit_patches(one) + layers + 2 * read * o.width * one.outputs

@@ -134,6 +134,11 @@ class Labels:
         """Returns whether a JSON document is one that `save` wrote."""
         return isinstance(document, dict) and document.get("kind") == _KIND
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of each class, class 0 first, or () if they are unknown."""
+        return self._names
+
     def __reduce__(self):  # worker processes receive the names
         return Labels, (self.vocab_size, self._names)
 

@@ -80,11 +80,16 @@ def kind_of(workdir: str) -> str:
     """Returns the kind of model in a folder: "prior", "image_tokenizer" or "clip".
 
     Raises:
-      CheckpointError: it holds no model.
+      CheckpointError: it holds no model, or one that cannot be exported.
     """
     if workdirs.has_config(workdir):
         task = workdirs.read_config(workdir)["task"]
-        return TOKENIZER if task in tokenizers.TASKS else task
+        kind = TOKENIZER if task in tokenizers.TASKS else task
+        if kind not in (PRIOR, TOKENIZER, CLIP):
+            raise CheckpointError(
+                f"{workdir} holds a training of task {task!r}; only priors, image tokenizers and CLIPs can be exported."
+            )
+        return kind
     if workdirs.has_tokenizer(workdir):
         return TOKENIZER
     if has_clip(workdir):

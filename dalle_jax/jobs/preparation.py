@@ -17,6 +17,7 @@ from dalle_jax.data.sources.own import FOLDER, TAR_SHARDS, choose_source
 from dalle_jax.errors import ConfigError
 from dalle_jax.priors.autoregressive import AutoregressiveOptions
 from dalle_jax.priors.registry import condition_of
+from dalle_jax.tasks import beit
 from dalle_jax.tasks.prior import EACH_BATCH, ONCE
 
 # Sources that draw their own images, with the arguments of their builder that variants set.
@@ -25,6 +26,7 @@ _FILES = {
     "dvae": "dvae",
     "vq": "dvae",
     "vqgan": "vqgan",
+    "beit": "beit",
     "clip": "clip",
     "autoregressive": "prior",
     "maskgit": "maskgit",
@@ -50,6 +52,7 @@ def prepare(config: ConfigDict) -> ConfigDict:
     for key in ("start_from", "tokenizer_from", "clip_from"):
         if config.get(key):
             config[key] = local(config[key])
+    _drop_tokenizer(config)
     _follow_tokens(config)
     _follow_start(config)
     if "prior" in config:
@@ -57,7 +60,8 @@ def prepare(config: ConfigDict) -> ConfigDict:
     _choose_source(config, config)
     if "tokenizer" in config and not config.tokenizer_from:
         _choose_source(config.tokenizer, config, "tokenizer.")
-        for key in ("source", "image_size"):
+        # BEiT's tokenizer reads smaller images, so that one token stands for one patch.
+        for key in ("source",) if config.task == "beit" else ("source", "image_size"):
             inner, outer = config.tokenizer.data[key], config.data[key]
             if inner != outer:
                 name = f"config.tokenizer.data.{key}"
@@ -93,6 +97,14 @@ def _choose_source(config: ConfigDict, outer: ConfigDict, prefix: str = "") -> N
         with config.unlocked():
             del data["builder_kwargs"]
             data.builder_kwargs = ConfigDict()
+
+
+def _drop_tokenizer(config: ConfigDict) -> None:
+    """Removes the tokenizer of a BEiT that predicts pixels or labels, so that none is trained for it."""
+    if config.task == "beit" and not beit.needs_tokenizer(config):
+        with config.unlocked():
+            for key in {"tokenizer", "tokenizer_from", "tokenizer_step"} & set(config):
+                del config[key]
 
 
 def _follow_tokens(config: ConfigDict) -> None:

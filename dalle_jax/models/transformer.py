@@ -1,4 +1,4 @@
-"""One block of the transformer that both priors share, over the stream "text, then image grid".
+"""One block of the transformer that both priors and BEiT share, over the stream "text, then image grid".
 
 DALL-E, section 2.2. The paper does not describe its block. Its gradient scaling for fp16 is not needed in bfloat16
 (footnote 12), and neither is CogView's PB-relax (arXiv 2105.13290, section 2.4). That only keeps the scores of
@@ -123,7 +123,11 @@ class Attention(nn.Module):
         return pattern
 
     def __call__(
-        self, x: Float[ArrayLike, "B S D"], which: Int[ArrayLike, ""] | None = None, train: bool = False
+        self,
+        x: Float[ArrayLike, "B S D"],
+        which: Int[ArrayLike, ""] | None = None,
+        train: bool = False,
+        bias: Float[ArrayLike, "H S S"] | None = None,
     ) -> Float[Array, "B S D"]:
         """Attends over the whole stream.
 
@@ -131,15 +135,18 @@ class Attention(nn.Module):
           x: states, [B, S, D].
           which: index into `patterns`, int32 scalar; None if there is one pattern.
           train: whether dropout applies.
+          bias: added to the scores, float32 [H, S, S]; None for none.
 
         Returns:
           [B, S, D].
         """
-        kernel, dropping, rate = self._kernel(), {}, self.options.attention_dropout
+        kernel, more, rate = self._kernel(), {}, self.options.attention_dropout
         if train and rate:
             kernel = "xla"
-            dropping = {"drop": functools.partial(dropped, rate=rate, key=self.make_rng("dropout"))}
-        attention = functools.partial(kernels.attend, kernel, layout=self.layout, **dropping)
+            more = {"drop": functools.partial(dropped, rate=rate, key=self.make_rng("dropout"))}
+        if bias is not None:
+            kernel, more = "xla", {**more, "bias": bias}
+        attention = functools.partial(kernels.attend, kernel, layout=self.layout, **more)
         if len(self.patterns) > 1:
             ways = [functools.partial(attention, pattern=each) for each in self.patterns]
             return self.out(jax.lax.switch(which, ways, *self._heads(x, self._angles(slice(None)))))
@@ -267,35 +274,73 @@ class Block(nn.Module):
         self.attention = Attention(o, self.layout, self.patterns)
         self.mlp = MLP(o)
         self.drop = nn.Dropout(o.dropout)
+        if o.layer_scale:
+            gain = nn.with_logical_partitioning(nn.initializers.constant(o.layer_scale), (None,))
+            self.attention_scale, self.mlp_scale = (
+                self.param(f"{branch}_scale", gain, (o.width,)) for branch in ("attention", "mlp")
+            )
 
     def _read(self, x: Float[ArrayLike, "*axes D"], branch: str) -> Float[ArrayLike, "*axes D"]:
         """Returns the input of a branch, "attention" or "mlp"."""
         return x if self.options.norm_placement == "post" else getattr(self, f"{branch}_norm")(x)
 
     def _add(
-        self, x: Float[ArrayLike, "*axes D"], y: Float[ArrayLike, "*axes D"], branch: str, train: bool = False
+        self,
+        x: Float[ArrayLike, "*axes D"],
+        y: Float[ArrayLike, "*axes D"],
+        branch: str,
+        train: bool = False,
+        drop_rate: Float[ArrayLike, ""] | None = None,
     ) -> Float[ArrayLike, "*axes D"]:
-        """Adds the output of a branch to the residual stream."""
+        """Adds the output of a branch to the residual stream. Training leaves it out for a share of the examples."""
         placement, y = self.options.norm_placement, self.drop(y, deterministic=not train)
         if placement == "sandwich":
             y = getattr(self, f"{branch}_out_norm")(y)
+        if self.options.layer_scale:
+            gain = getattr(self, f"{branch}_scale").astype(y.dtype)
+            y = y * gain.reshape((1,) * (y.ndim - 1) + gain.shape)
+        if train and drop_rate is not None:
+            shape = (y.shape[0], *(1,) * (y.ndim - 1))
+            kept = jax.random.bernoulli(self.make_rng("dropout"), 1 - drop_rate, shape)
+            y = jnp.where(kept, y / jnp.asarray(1 - drop_rate, y.dtype), 0)
         return getattr(self, f"{branch}_norm")(x + y) if placement == "post" else x + y
 
     def _add_mlp(
-        self, x: Float[ArrayLike, "*axes D"], train: bool = False, decode_step: bool = False
+        self,
+        x: Float[ArrayLike, "*axes D"],
+        train: bool = False,
+        decode_step: bool = False,
+        drop_rate: Float[ArrayLike, ""] | None = None,
     ) -> Float[ArrayLike, "*axes D"]:
         """Runs the second branch; `decode_step` as in `Dense`."""
         y = self._read(x, "mlp")
         if decode_step:
             y = y.reshape(-1, y.shape[-1])
-        return self._add(x, self.mlp(y, decode_step=decode_step).reshape(x.shape), "mlp", train)
+        return self._add(x, self.mlp(y, decode_step=decode_step).reshape(x.shape), "mlp", train, drop_rate)
 
     def __call__(
-        self, x: Float[ArrayLike, "B S D"], train: bool, which: Int[ArrayLike, ""] | None = None
+        self,
+        x: Float[ArrayLike, "B S D"],
+        train: bool,
+        which: Int[ArrayLike, ""] | None = None,
+        drop_rate: Float[ArrayLike, ""] | None = None,
+        bias: Float[ArrayLike, "H S S"] | None = None,
     ) -> Float[Array, "B S D"]:
-        """Runs over the whole stream, with dropout if `train` is true."""
-        x = self._add(x, self.attention(self._read(x, "attention"), which, train), "attention", train)
-        return constrain(self._add_mlp(x, train), "batch", "length", "embed_act")
+        """Runs over the whole stream.
+
+        Args:
+          x: states, [B, S, D].
+          train: whether dropout applies, and `drop_rate`.
+          which: see `Attention`.
+          drop_rate: share of the examples for which each branch is left out, scalar; None for 0.
+          bias: see `Attention`.
+
+        Returns:
+          [B, S, D].
+        """
+        y = self.attention(self._read(x, "attention"), which, train, bias)
+        x = self._add(x, y, "attention", train, drop_rate)
+        return constrain(self._add_mlp(x, train, drop_rate=drop_rate), "batch", "length", "embed_act")
 
     def prefill(self, x: Float[ArrayLike, "C T D"]) -> tuple[Float[Array, "C T D"], TextCache]:
         """Runs over the text alone."""

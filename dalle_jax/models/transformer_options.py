@@ -1,4 +1,4 @@
-"""Options of the transformer that both priors share.
+"""Options of the transformer that both priors and BEiT share.
 
 D width    H heads    K head size    F hidden width of the MLP
 """
@@ -23,10 +23,10 @@ ACTIVATIONS = {
     "geglu": (functools.partial(jax.nn.gelu, approximate=False), True),
     "swiglu": (jax.nn.silu, True),
 }
-POSITIONS = ("learned", "table", "rotary")
+POSITIONS = ("learned", "table", "rotary", "relative")
 DTYPES = ("float32", "bfloat16")
 _MOST = {"width": 2**16, "depth": 1024, "heads": 2**12, "head_dim": 2**12, "mlp_ratio": 2**10}  # no device holds more
-_MOST |= {"norm_epsilon": 1, "final_norms": 2}
+_MOST |= {"norm_epsilon": 1, "final_norms": 2, "layer_scale": 1000}
 _KEEP = jax.checkpoint_policies
 REMAT = {  # from least to most memory
     "full": _KEEP.nothing_saveable,
@@ -61,8 +61,13 @@ class TransformerOptions:
       qkv_bias: whether queries, keys and values have biases.
       qk_norm: apply RMS norm with a learned gain to queries and keys.
       positions: "learned" (text position; image row + column), "table" (one vector for each position of text and image)
-        or "rotary" (the coordinates of "learned", as rotations of queries and keys).
+        or "rotary" (the coordinates of "learned", as rotations of queries and keys). Or "relative": biases of
+        attention, see `relative_positions.py`. Priors cannot have it, because decoding has no such biases.
       dropout: dropout rate on the embeddings and on the output of each branch.
+      drop_path: rate at which training leaves out a whole branch for an example (stochastic depth, arXiv 1603.09382):
+        0 in the first layer, rising linearly to this rate in the last one.
+      layer_scale: initial value of a learned gain for each channel of a branch's output (LayerScale, arXiv 2103.17239);
+        0 for no gain.
       dtype: dtype of products and activations. Parameters, norms, softmax and losses are always float32.
       float32_residual: keep the residual stream in float32: the embeddings, and the sum of all branch outputs (DALL-E,
         figure 4). The gradients along this path are then float32, too, because a gradient has the dtype of its value.
@@ -97,6 +102,8 @@ class TransformerOptions:
     qk_norm: bool = False
     positions: str = "learned"
     dropout: float = 0.0
+    drop_path: float = 0.0
+    layer_scale: float = 0.0
     dtype: str = "bfloat16"
     float32_residual: bool = False
     float32_logits: bool = False
@@ -110,14 +117,19 @@ class TransformerOptions:
         choices |= {"attention_kernel": kernels.KERNELS, "dtype": DTYPES, "norm_placement": NORM_PLACEMENTS}
         check(
             self, "model.trunk", positive=["width", "depth", "heads", "mlp_ratio"],
-            at_least_0=["head_dim", "norm_epsilon", "final_norms"],
-            below_1=["dropout", "attention_dropout"], most=_MOST, choices=choices,
+            at_least_0=["head_dim", "norm_epsilon", "final_norms", "layer_scale"],
+            below_1=["dropout", "drop_path", "attention_dropout"], most=_MOST, choices=choices,
         )  # fmt: skip
         if self.attention_dropout and self.attention_kernel in ("splash", "cudnn"):
             raise ConfigError(
                 f"config.model.trunk.attention_dropout is {self.attention_dropout} with attention_kernel="
                 f"{self.attention_kernel!r}, which has no dropout. Set --config.model.trunk.attention_kernel=auto or "
                 "attention_dropout=0."
+            )
+        if self.positions == "relative" and self.attention_kernel in ("splash", "cudnn"):
+            raise ConfigError(
+                f"config.model.trunk.positions is 'relative' with attention_kernel={self.attention_kernel!r}, which "
+                "has no biases. Set --config.model.trunk.attention_kernel=auto or positions=learned."
             )
         if self.hidden < 1:
             raise ConfigError(
@@ -133,6 +145,14 @@ class TransformerOptions:
             size = self.size_per_head
             raise ConfigError(f"Rotary positions need a head size (width / heads) divisible by 4, not {size}.")
         kernels.check_cudnn(self.attention_kernel, self.dtype, self.size_per_head, "model.trunk")
+
+    def check_decoding(self) -> None:
+        """Checks that a prior can decode with these options; raises a `ConfigError`."""
+        if self.positions == "relative":
+            raise ConfigError(
+                "config.model.trunk.positions is 'relative', which no prior can decode with. Set "
+                "--config.model.trunk.positions=learned, table or rotary."
+            )
 
     @property
     def size_per_head(self) -> int:

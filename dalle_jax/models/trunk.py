@@ -1,4 +1,4 @@
-"""The transformer trunk of both priors: all blocks, as a scan or one by one, and the final norms.
+"""The transformer trunk of both priors and of BEiT: all blocks, as a scan or one by one, and the final norms.
 
 Layers with a repeating order of patterns (row, column, row, row) run as one `nn.scan` over that unit. A scan compiles
 its body once, so that 64 layers compile as fast as four. It includes the last, convolutional layer: the last layer of
@@ -25,6 +25,7 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from dalle_jax.models.attention.patterns import Pattern
+from dalle_jax.models.relative_positions import RelativePositions
 from dalle_jax.models.transformer import Block, ImageCache, Norm, TextCache
 from dalle_jax.models.transformer_options import REMAT, TransformerOptions
 from dalle_jax.pytree import PyTree
@@ -71,11 +72,20 @@ class Unit(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[ArrayLike, "B S D"], train: bool, which: Int[ArrayLike, " unit"]
+        self,
+        x: Float[ArrayLike, "B S D"],
+        train: bool,
+        which: Int[ArrayLike, " unit"],
+        drop_rates: Float[ArrayLike, " unit"] | None,
+        bias: Float[ArrayLike, "H S S"] | None,
     ) -> tuple[Float[Array, "B S D"], None]:
-        """Runs over the whole stream; `which` has the index of each layer's pattern. Returns the scan's carry."""
+        """Runs over the whole stream and returns the scan's carry.
+
+        `which` has the index of each layer's pattern, and `drop_rates` its rate; see `Block`.
+        """
         for i, patterns in enumerate(self.patterns):
-            x = Block(self.options, self.layout, patterns, name=f"layer_{i}")(x, train, which[i])
+            rate = None if drop_rates is None else drop_rates[i]
+            x = Block(self.options, self.layout, patterns, name=f"layer_{i}")(x, train, which[i], rate, bias)
         return x, None
 
 
@@ -103,6 +113,8 @@ class Trunk(nn.Module):
             raise ValueError(
                 f"There are {len(self.patterns)} attention patterns for {o.depth} layers; expected one per layer."
             )
+        if o.positions == "relative":
+            self.relative_positions = RelativePositions(o.heads, self.layout)
         unit, repeats = stacking(self.patterns) if o.scan else (0, 0)
         remat = REMAT[o.remat]
         self.scanned = unit * repeats
@@ -114,7 +126,7 @@ class Trunk(nn.Module):
             self.which = np.asarray(which, np.int32).T  # [repeats, unit]
             self.units = nn.scan(
                 cell, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=repeats,
-                in_axes=(nn.broadcast, 0), metadata_params={nn.PARTITION_NAME: "layers"},
+                in_axes=(nn.broadcast, 0, 0, nn.broadcast), metadata_params={nn.PARTITION_NAME: "layers"},
             )(o, self.layout, tuple(known))  # fmt: skip
         block = Block if remat is None else nn.remat(Block, policy=remat, static_argnums=(2,))
         left = range(self.scanned, o.depth)
@@ -130,10 +142,14 @@ class Trunk(nn.Module):
 
     def __call__(self, x: Float[ArrayLike, "B S D"], train: bool) -> Float[Array, "B S D"]:
         """Runs over the whole stream: [B, S, D] in the stream's dtype to [B, S, D] in that of the states."""
+        o = self.options
+        bias = self.relative_positions() if o.positions == "relative" else None
+        rates = jnp.linspace(0.0, o.drop_path, o.depth) if o.drop_path else None
         if self.scanned:
-            x, _ = self.units(x, train, jnp.asarray(self.which))
-        for layer in self.layers:
-            x = layer(x, train)
+            scanned = None if rates is None else rates[: self.scanned].reshape(self.which.shape)
+            x, _ = self.units(x, train, jnp.asarray(self.which), scanned, bias)
+        for i, layer in enumerate(self.layers, self.scanned):
+            x = layer(x, train, None, None if rates is None else rates[i], bias)
         return self._states(x)
 
     def init_cache(self, rows: int) -> list[ImageCache]:

@@ -84,6 +84,7 @@ class AutoregressiveOptions:
             at_least_0=["embedding_scale", "head_scale", "raster_steps", "anneal_start", "anneal_end"],
             most={"kernel": 255, "embedding_scale": 1000, "head_scale": 1000},
         )  # fmt: skip
+        self.trunk.check_decoding()
         if self.order == "random" and (self.attention != "full" or self.trunk.positions == "rotary"):
             raise ConfigError(
                 f"config.model.order is 'random' with attention={self.attention!r} and trunk.positions="

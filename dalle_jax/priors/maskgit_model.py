@@ -104,6 +104,7 @@ class MaskGITOptions:
             self, "model", positive=["steps"], at_least_0=at_least_0, odd=kernel, share=shares,
             most=_MOST, choices=choices,
         )  # fmt: skip
+        self.trunk.check_decoding()
         masking.check_schedule(self.mask_schedule)
         if self.raster_steps and self.neighbour_kernel < 3:
             raise ConfigError(

@@ -131,6 +131,14 @@ def row_sums(per_row: Mapping[str, jax.Array], valid: jax.Array) -> dict[str, ja
     return {name: jnp.sum(jnp.where(valid, value, 0.0)) for name, value in values.items()}
 
 
+def row_means(measured: Iterable[Mapping[str, jax.Array]]) -> dict[str, float]:
+    """Computes means per row from the sums of `row_sums` over batches."""
+    sums = [to_host(each) for each in measured]
+    total = {name: float(np.sum([each[name] for each in sums], dtype=np.float64)) for name in sums[0]}
+    rows = max(total.pop("rows"), 1.0)
+    return {name: value / rows for name, value in total.items()}
+
+
 def mean_metrics(measured: Iterable[Mapping[str, jax.Array]]) -> dict[str, float]:
     """Adds up the sums of batches and computes the metrics of all rows together.
 

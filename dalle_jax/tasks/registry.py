@@ -13,11 +13,11 @@ from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
-from dalle_jax.tasks import clip, dvae, prior, vq, vqgan
+from dalle_jax.tasks import beit, clip, dvae, prior, vq, vqgan
 from dalle_jax.tasks.task import Batch, Job, Task
 
 # config.task → the module with its `build` and `abstract`.
-TASKS = {"clip": clip, "dvae": dvae, "prior": prior, "vq": vq, "vqgan": vqgan}
+TASKS = {"beit": beit, "clip": clip, "dvae": dvae, "prior": prior, "vq": vq, "vqgan": vqgan}
 
 
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:

@@ -139,6 +139,7 @@ def make_job(
     captions: PaddedIds | None = None,
     held_out: Source | None = None,
     tokens: TokenStore | TokensInMemory | None = None,
+    source: Source | None = None,
 ) -> Job:
     """Builds the job of a task, with the training and evaluation batches of a configuration.
 
@@ -151,13 +152,14 @@ def make_job(
       captions: pads them; None without a text model.
       held_out: the open source of the evaluation split; None opens it.
       tokens: image tokens of the training split. Its batches then hold them and no images.
+      source: the open source of the training split; None opens it.
 
     Raises:
       DataError: the data cannot be opened.
     """
     pipeline = functools.partial(Pipeline, options, text_model, captions, batch_size=config.batch_size, rows=rows)
     evaluation = pipeline(split=options.eval_split, train=False, source=held_out)
-    how = dict(train=True, seed=config.seed, held_out=evaluation.source, tokens=tokens)
+    how = dict(train=True, seed=config.seed, held_out=evaluation.source, tokens=tokens, source=source)
     training = pipeline(split=options.train_split, **how)
     return Job(
         task=task,

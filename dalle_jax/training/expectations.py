@@ -13,7 +13,9 @@ _DAY = 24 * 3600
 _TOO_OFTEN = 300  # times that each image is seen
 _FULL = 0.9  # of the free memory
 _GIB = 2**30
-_CONFIG_FILES = {"dvae": "dvae.py", "vq": "dvae.py", "vqgan": "vqgan.py", "prior": "prior.py", "clip": "clip.py"}
+_CONFIG_FILES = {
+    "dvae": "dvae.py", "vq": "dvae.py", "vqgan": "vqgan.py", "beit": "beit.py", "prior": "prior.py", "clip": "clip.py",
+}  # fmt: skip
 
 
 def too_long(config: ConfigDict, seconds: float) -> str | None:

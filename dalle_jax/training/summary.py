@@ -13,7 +13,7 @@ from dalle_jax.tasks.task import Task
 from dalle_jax.training.evaluations import PATIENCE, Evaluation, Evaluations
 
 # Augmentation of the images by task; see `data.augment`.
-_AUGMENTATIONS = {"dvae": "dvae", "vq": "dvae", "vqgan": "dvae", "prior": "prior", "clip": "clip"}
+_AUGMENTATIONS = {"dvae": "dvae", "vq": "dvae", "vqgan": "dvae", "beit": "dvae", "prior": "prior", "clip": "clip"}
 _DROPOUT = 0.15  # measured on clip art, experiments/results/own_images
 
 

@@ -27,6 +27,8 @@ from dalle_jax.checkpoints.workdir import (
     read_config,
     text_model_path,
 )
+from dalle_jax.distributed.mesh import make_mesh
+from dalle_jax.distributed.sharding import on_mesh
 from dalle_jax.errors import CheckpointError, ConfigError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.priors import trained
@@ -54,7 +56,8 @@ def warm_start(state: TrainState, start_from: str, workdir: str, task: str) -> T
       ConfigError: no parameter agrees.
       CheckpointError: there is no checkpoint.
     """
-    with _named(start_from):
+    # The arrays are read to one device. The programs that check them must not run on the mesh of the training.
+    with _named(start_from), on_mesh(make_mesh(data=1, devices=jax.local_devices()[:1])):
         given = jax.device_get(_stored_params(start_from, task))
     found = match(state.params, given, vocabularies(start_from, workdir))
     fresh, total = [name for name, array in found.items() if array is None], len(found)

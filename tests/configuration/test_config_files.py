@@ -26,6 +26,7 @@ from dalle_jax.optim import optimizers, schedules
 from dalle_jax.priors.clip_condition import ClipEmbedding
 from dalle_jax.priors.registry import condition_of, make
 from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.tasks import beit
 from dalle_jax.token_layout import TokenLayout
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -35,6 +36,7 @@ TRAININGS = {
     "prior": "prior",
     "maskgit": "prior",
     "clip": "clip",
+    "beit": "beit",
 }  # config file: its task
 TOKENIZERS = ("dvae", "vqgan")
 
@@ -81,6 +83,14 @@ def test_trainings(name, variant):
         assert (recipe == (1.0, "class_token", 0)) == (variant != "shapes"), "OpenAI's"
         jax.eval_shape(clip.CLIP(sizes).init, jax.random.key(0))
         return
+    if name == "beit":
+        inner = check_training(config.tokenizer, "dvae")
+        images = tokenizer.of_training(config.tokenizer)
+        model = beit.make(config, images.vocab_size)
+        assert images.grid(inner.image_size) == (model.layout.height, model.layout.width), "a token is a patch"
+        assert (inner.image_size == options.image_size) == (variant == "shapes"), "half the size"
+        jax.eval_shape(model.init, jax.random.key(0))
+        return
     images = tokenizer.of_training(config if name in TOKENIZERS else config.tokenizer)
     grid = images.grid(options.image_size)
     if name not in TOKENIZERS:
@@ -95,6 +105,16 @@ def test_trainings(name, variant):
         assert config.data_tokens == "each_batch" or options.augment == "none"
     else:
         jax.eval_shape(images.init, jax.random.key(0))
+
+
+def test_beit_has_its_papers_size():
+    """BEiT-B: 85.8 million parameters in the trunk, 75 of 196 patches, tokens at 112 pixels."""
+    config = load("beit").get_config("paper")
+    model = beit.make(config, 8192)
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    trunk = sum(leaf.size for leaf in jax.tree.leaves(params["trunk"]))
+    assert trunk == pytest.approx(85.1e6, rel=0.01)
+    assert (model.layout.image_length, model.options.masked(196), config.tokenizer.data.image_size) == (196, 75, 112)
 
 
 def numbers_of(config):
@@ -118,11 +138,11 @@ def test_schedules_follow_the_length_of_the_training(name, variant):
         if name == "vqgan":
             expected |= {f"schedules/adversarial_weight/{key}" for key in ("wait_steps", "warmup_steps")}
             expected |= {"schedules/discriminator_weight/wait_steps"}
-        expected |= {f"{rate}/warmup_steps"} if name in ("prior", "maskgit") else set()
+        expected |= {f"{rate}/warmup_steps"} if name in ("prior", "maskgit", "beit") else set()
         if variant == "folder":
             expected |= {"dvae": {"schedules/kl_weight/steps"}, "clip": {f"{rate}/warmup_steps"}}.get(name, set())
     else:
-        expected = {f"{rate}/steps"} if name == "clip" else set()
+        expected = {f"{rate}/steps"} if name in ("clip", "beit") else set()
         if name == "dvae" and variant != "paper":
             expected = {f"{rate}/steps", "schedules/temperature/steps"}
         if name == "vqgan" and variant != "gumbel_f8":
@@ -145,7 +165,7 @@ def test_sizes_that_follow_the_data(name, variant):
     """They are open, and so is every number that depends on them, until they are set."""
     config = load(name).get_config(variant)
     config.lock()
-    sizes = ["steps"] + ([] if name in TOKENIZERS else ["text.vocab_size", "text.length"])
+    sizes = ["steps"] + ([] if name in (*TOKENIZERS, "beit") else ["text.vocab_size", "text.length"])
     assert open_sizes(config) == sizes
     numbers = numbers_of(config)
     assert numbers["schedules/learning_rate/steps"] is None and numbers["cadence/eval"] is None
@@ -299,7 +319,7 @@ def test_the_papers_data_sets():
         options = from_config(DataOptions, section(DataOptions, **data), "data")
         assert (options.source, options.image_size, options.caption_key) == (source, image_size, caption_key)
         assert (options.train_split, options.eval_split) == splits
-    for name in set(TRAININGS) - {"vqgan"}:
+    for name in set(TRAININGS) - {"vqgan", "beit"}:
         for variant in ("coco", "cub"):
             assert load(name).get_config(variant).data.image_size == (224 if name == "clip" else 256)
 

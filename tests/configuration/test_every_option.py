@@ -20,6 +20,7 @@ from dalle_jax.image_tokenizers.discriminator import DiscriminatorOptions
 from dalle_jax.image_tokenizers.dvae_network import DVAEOptions
 from dalle_jax.image_tokenizers.vq_network import VQOptions
 from dalle_jax.image_tokenizers.vqgan_options import VQGANOptions
+from dalle_jax.models.beit import BEiTOptions
 from dalle_jax.models.clip import CLIPOptions
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.optim import schedules
@@ -35,7 +36,7 @@ from dalle_jax.tasks.vqgan_losses import VQGANObjectiveOptions
 
 NAN, INFINITY = float("nan"), float("inf")
 CLASSES = [
-    AutoregressiveOptions, AverageOptions, CLIPOptions, CompileOptions, DVAEOptions, DataOptions,
+    AutoregressiveOptions, AverageOptions, BEiTOptions, CLIPOptions, CompileOptions, DVAEOptions, DataOptions,
     DiscriminatorOptions, LoRAOptions, MaskGITOptions,
     NegativeOptions, ObjectiveOptions, OptimizerOptions, Options, Protocol, SamplingOptions, SizeRules,
     TransformerOptions, VQGANObjectiveOptions, VQGANOptions, VQObjectiveOptions, VQOptions,

@@ -26,6 +26,7 @@ DERIVED = {
     "vq": {"model.image_size"},
     "vqgan": {"model.image_size"},
     "prior": set(),
+    "beit": set(),
     "clip": {"model.image_size", "model.text_length", "model.text_vocab", "model.end_id"},
     # Real images are used as they are, at the model's size.
     "evaluate": {"metrics.seed"}

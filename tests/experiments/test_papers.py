@@ -5,10 +5,11 @@ import pathlib
 import papers
 import pytest
 from paper_notes import NOTES
-from paper_rows import TABLES, Row
+from paper_rows import Row
 
 from dalle_jax.configuration import config_files
 
+TABLES = papers.TABLES
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 
 
@@ -20,7 +21,7 @@ def test_the_tables_fit_the_configs(target):
 def test_every_variant_named_after_a_paper_has_a_table():
     variants = {
         f"{name}.py:{variant}"
-        for name in ("dvae", "prior", "maskgit", "clip")
+        for name in ("dvae", "prior", "maskgit", "clip", "beit")
         for variant in config_files.load_module(CONFIGS / f"{name}.py").VARIANTS
         if variant in ("paper", "vit_b32", "5.6b", "2.8b")
     }

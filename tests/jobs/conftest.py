@@ -4,7 +4,7 @@ The fixtures import the package, because pytest may load this file before `tests
 """
 
 import pytest
-from own_images import TINY_CLIP, TINY_DVAE, TINY_PRIOR, TINY_VQ, TINY_VQGAN, Trained, make_folder
+from own_images import TINY_BEIT, TINY_CLIP, TINY_DVAE, TINY_PRIOR, TINY_VQ, TINY_VQGAN, Trained, make_folder
 
 
 @pytest.fixture
@@ -40,6 +40,7 @@ def load(folder, tmp_path, monkeypatch):
     def load(target, **changes):
         config = load_target(f"{root}/configs/{target}")
         tiny = {"dvae": TINY_DVAE, "vq": TINY_VQ, "vqgan": TINY_VQGAN, "clip": TINY_CLIP, "prior": TINY_PRIOR}
+        tiny["beit"] = TINY_BEIT
         for part in (config, *([config.tokenizer] if "tokenizer" in config else [])):
             part.update_from_flattened_dict(tiny[part.task])
         if not config.data.path and config.data.source in ("auto", "folder"):

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Float
 
 from dalle_jax.distributed.sharding import on_tpu
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.attention import cudnn, splash, windows, xla
-from dalle_jax.models.attention.patterns import Pattern
+from dalle_jax.models.attention.patterns import ATTENDED, Pattern
 from dalle_jax.token_layout import TokenLayout
 
 KERNELS = ("auto", "xla", "splash", "cudnn")
@@ -79,7 +80,14 @@ def _check(kernel: str, missing: str | None, section: str) -> None:
 
 
 def attend(
-    kernel: str, q: Stream, k: Stream, v: Stream, pattern: Pattern, layout: TokenLayout, drop: xla.Drop = xla.kept
+    kernel: str,
+    q: Stream,
+    k: Stream,
+    v: Stream,
+    pattern: Pattern,
+    layout: TokenLayout,
+    drop: xla.Drop = xla.kept,
+    bias: Float[ArrayLike, "H S S"] | None = None,
 ) -> Float[Array, "B S H K"]:
     """Computes attention of the whole stream in raster order.
 
@@ -91,10 +99,13 @@ def attend(
       pattern: the attention pattern.
       layout: layout of the token stream.
       drop: dropout of the probabilities, which only "xla" has.
+      bias: added to the scores, float32 [H, S, S], which only "xla" has; None for none. Attention is then dense.
 
     Returns:
       [B, S, H, K] in the dtype of v.
     """
+    if bias is not None:
+        return checkpoint_name(xla.attend_reference(q, k, v, pattern.mask(layout), drop, bias), ATTENDED)
     if kernel == "splash":
         return splash.attend_raster(q, k, v, pattern, layout)
     if kernel == "cudnn" and windows.windows_of(pattern, layout):

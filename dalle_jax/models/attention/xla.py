@@ -65,7 +65,12 @@ def kept(weights: Array, block: Number) -> Array:
 
 
 def attend_reference(
-    q: Float[ArrayLike, "B P H K"], k: Stream, v: Stream, mask: Bool[ArrayLike, "P S"], drop: Drop = kept
+    q: Float[ArrayLike, "B P H K"],
+    k: Stream,
+    v: Stream,
+    mask: Bool[ArrayLike, "P S"],
+    drop: Drop = kept,
+    bias: Float[ArrayLike, "H P S"] | None = None,
 ) -> Float[Array, "B P H K"]:
     """Computes dense masked softmax attention, the reference for the faster paths.
 
@@ -75,11 +80,14 @@ def attend_reference(
       v: values, [B, S, H, K].
       mask: whether a query attends to a key, bool [P, S].
       drop: dropout of the probabilities, whose block is 0.
+      bias: added to the scores of each head, float32 [H, P, S]; None for none.
 
     Returns:
       [B, P, H, K] in the dtype of v.
     """
     scores = jnp.einsum("bqhk,blhk->bhql", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+    if bias is not None:
+        scores = scores + bias[None]
     weights = jax.nn.softmax(jnp.where(jnp.asarray(mask)[None, None], scores, NEG), axis=-1)
     return jnp.einsum("bhql,blhk->bqhk", drop(weights, 0).astype(v.dtype), v)
 
