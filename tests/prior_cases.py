@@ -34,6 +34,7 @@ PRIORS = {
     "autoregressive": autoregressive(),
     "any order": autoregressive(attention="full", order="random"),
     "start tokens": autoregressive(start_tokens=True, tied_embeddings=True),
+    "any order, neighbours": autoregressive(attention="full", order="random", neighbour_kernel=3),
     "any order, start tokens": autoregressive(attention="full", order="random", start_tokens=True),
     "shifted": autoregressive(
         dict(norm_placement="sandwich", final_norms=2, qkv_bias=True, activation="gelu_tanh"), wrap=False, torus=True,

@@ -219,16 +219,28 @@ def _decode(prior: AutoregressivePrior, order: str, params, text, keys, known, k
 
     shift = int(o.shifted)  # the image token at `index` stands at this many positions after it
 
+    places = jnp.argsort(cells, axis=1)
+
+    def look_around(drawn, token, index):
+        """Adds a token to those drawn so far, and returns the known tokens around the next cell as well."""
+        drawn = jax.lax.dynamic_update_slice_in_dim(drawn, token[:, None], index, axis=1)
+        asked, seen = cells[:, index + 1][:, None], (index + 1)[None, None]
+        return drawn, twice(orders.neighbours(drawn, places, asked, seen, o.neighbour_kernel, layout)[:, 0])
+
     def body(carry, position):
-        (logits, caches), index = carry, position - shift
+        ((logits, drawn), caches), index = carry, position - shift
         stored = {"params": params | {"trunk": restore(trunk)}}
-        token = choose(logits, index)
+        token, around = choose(logits, index), None
+        if o.neighbour_kernel:
+            drawn, around = look_around(drawn, token, index)
         here, following = twice(cells[:, index]), twice(cells[:, index + 1])
-        logits, caches = model.apply(stored, twice(token), index, here, following, text_cache, caches, method="step")
-        return (logits, caches), token
+        given = stored, twice(token), index, here, following, text_cache, caches, around
+        logits, caches = model.apply(*given, method="step")
+        return ((logits, drawn), caches), token
 
     stores = [pattern.cache(prior.stream) for pattern in o.patterns]
-    (logits, _), tokens = scan_in_stages(body, (logits, caches), stores, length - 1 + shift, shift)
+    start = logits, jnp.zeros(cells.shape, jnp.int32) if o.neighbour_kernel else None
+    ((logits, _), _), tokens = scan_in_stages(body, (start, caches), stores, length - 1 + shift, shift)
     last = choose(logits, jnp.int32(length - 1))
     tokens = jnp.concatenate([tokens.T, last[:, None]], axis=1)
     return orders.to_raster(tokens, cells) if prior.any_order else tokens

@@ -2,6 +2,7 @@
 
 B rows    C captions    T text    N image tokens    D width    V image vocabulary    W text classes
 S = T + N stream, or 1 + T + 1 + N with start tokens    P predicted text tokens: T - 1, or T with a start-of-text token
+K neighbours of a cell
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from dalle_jax.models.attention.patterns import CausalPattern, full_layers, spar
 from dalle_jax.models.transformer import ImageCache, TextCache
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import Trunk
+from dalle_jax.priors import orders
 from dalle_jax.priors.embedding import AutoregressiveEmbedding
 from dalle_jax.token_layout import TokenLayout
 
@@ -54,6 +56,9 @@ class AutoregressiveOptions:
         learned in far fewer updates, and the random orders then start from it.
       anneal_start: update at which the share of random orders begins to fall from 1.
       anneal_end: update at which the share reaches 0; 0 keeps it at 1.
+      neighbour_kernel: side of the square around the cell that is predicted next. Its known tokens are added to the
+        position that predicts, so that the model need not learn which cells are near; 0 for none. It needs the order
+        "random".
     """
 
     trunk: TransformerOptions = TransformerOptions()
@@ -75,14 +80,17 @@ class AutoregressiveOptions:
     raster_steps: int = 0
     anneal_start: int = 0
     anneal_end: int = 0
+    neighbour_kernel: int = 0
 
     def __post_init__(self):
         choices = {"attention": ATTENTION, "order": ORDERS}
         shares = ["text_weight", "caption_drop"]
         check(
-            self, "model", positive=["kernel"], odd=["kernel"], share=shares, choices=choices,
-            at_least_0=["embedding_scale", "head_scale", "raster_steps", "anneal_start", "anneal_end"],
-            most={"kernel": 255, "embedding_scale": 1000, "head_scale": 1000},
+            self, "model", positive=["kernel"], odd=["kernel", "neighbour_kernel"], share=shares, choices=choices,
+            at_least_0=[
+                "embedding_scale", "head_scale", "raster_steps", "anneal_start", "anneal_end", "neighbour_kernel",
+            ],
+            most={"kernel": 255, "embedding_scale": 1000, "head_scale": 1000, "neighbour_kernel": 15},
         )  # fmt: skip
         if self.order == "random" and (self.attention != "full" or self.trunk.positions == "rotary"):
             raise ConfigError(
@@ -105,6 +113,11 @@ class AutoregressiveOptions:
             raise ConfigError(
                 f"config.model.raster_steps is {self.raster_steps} with order='raster', which all updates have. Set "
                 "--config.model.order=random, or raster_steps=0."
+            )
+        if self.neighbour_kernel and self.order == "raster":
+            raise ConfigError(
+                f"config.model.neighbour_kernel is {self.neighbour_kernel} with order='raster'; only positions of "
+                "random orders see the neighbours of the next cell. Set --config.model.order=random, or neighbour_kernel=0."
             )
         if self.anneal_end and self.raster_steps >= self.anneal_end:
             raise ConfigError(
@@ -157,7 +170,7 @@ class AutoregressiveModel(nn.Module):
         o, lay = self.options, self.layout
         self.embedding = AutoregressiveEmbedding(
             o.trunk, lay, o.embedding_scale, o.head_scale, o.tied_embeddings, o.head_bias, o.text_classes(lay),
-            o.order == "random", o.start_tokens or o.shifted, o.start_tokens,
+            o.order == "random", o.start_tokens or o.shifted, o.start_tokens, o.neighbour_kernel,
         )  # fmt: skip
         self.stream = o.stream(lay)
         self.trunk = Trunk(o.trunk, self.stream, o.patterns)
@@ -183,7 +196,9 @@ class AutoregressiveModel(nn.Module):
         x = [self.embedding.text(text, train), self.embedding.image(tokens, train, cells)]
         x = jnp.concatenate(x, axis=1)[:, : self.stream.length]  # a shifted stream lacks the last image token
         if cells is not None:
-            x = x + jnp.pad(self.embedding.next_cell(cells), ((0, 0), (self.stream.text_length - 1, 1), (0, 0)))
+            places, seen = jnp.argsort(cells, axis=1), jnp.arange(self.layout.image_length)[None]
+            around = orders.neighbours(tokens, places, cells, seen, self.options.neighbour_kernel, self.layout)
+            x = x + jnp.pad(self.embedding.next_cell(cells, around), ((0, 0), (self.stream.text_length - 1, 1), (0, 0)))
         return constrain(x, "batch", "length", "embed_act")
 
     def logits(
@@ -261,6 +276,7 @@ class AutoregressiveModel(nn.Module):
         following: Int[ArrayLike, " B"],
         text: list[TextCache],
         caches: list[ImageCache],
+        around: Int[ArrayLike, "B K"] | None = None,
     ) -> tuple[Float[Array, "B V"], list[ImageCache]]:
         """Runs the model over one image token per row.
 
@@ -271,13 +287,14 @@ class AutoregressiveModel(nn.Module):
           following: cells of the next tokens, int32 [B].
           text: keys and values of the text, from `start`.
           caches: keys and values of the image tokens before these.
+          around: known tokens around the cells `following`, int32 [B, K], from `orders.neighbours`.
 
         Returns:
           Logits of the next tokens, float32 [B, V], and the caches with these tokens.
         """
         x = self.embedding.image_at(tokens, cells)
         if self.options.order == "random":
-            x = x + self.embedding.next_cell(following)
+            x = x + self.embedding.next_cell(following, around)
         x, caches = self.trunk.step(x, text, caches, index + self.options.shifted)
         return self.embedding.image_logits(x, decode_step=True), caches
 
@@ -309,6 +326,7 @@ class AutoregressiveModel(nn.Module):
         caches: list[ImageCache],
         start: Int[ArrayLike, " B"],
         visible: Bool[ArrayLike, "B P L"],
+        around: Int[ArrayLike, "B P K"] | None,
         stored: int,
     ) -> tuple[Float[Array, "B _ V"], list[ImageCache]]:
         """Runs over several places of each row's order, of a prior with random orders.
@@ -323,13 +341,15 @@ class AutoregressiveModel(nn.Module):
           last: embedding of the last text position, [B, D], from `begin`.
           text: keys and values of the text, from `begin`.
           caches, start, visible, stored: see `Attention.extend`.
+          around: known tokens around the cells `following`, int32 [B, P, K], from `orders.neighbours`.
 
         Returns:
           Logits of the tokens at `following`, float32 [B, P - stored + 1, V], for the last stored place and those that
           are not stored. The caches with the stored places.
         """
         x = jnp.where((places == 0)[..., None], last[:, None], self.embedding.image(tokens, cells=cells))
-        x, caches = self.trunk.extend(x + self.embedding.next_cell(following), text, caches, start, visible, stored)
+        x = x + self.embedding.next_cell(following, around)
+        x, caches = self.trunk.extend(x, text, caches, start, visible, stored)
         x = x[:, stored - 1 :]
         logits = self.embedding.image_logits(x.reshape(-1, x.shape[-1]), decode_step=True)
         return logits.reshape(*x.shape[:2], -1), caches

@@ -106,6 +106,7 @@ def decode(
         cells = orders.given_first(cells, known[1])
         tokens = jnp.take_along_axis(jnp.broadcast_to(known[0], cells.shape), cells, axis=1).astype(jnp.int32)
         given = jnp.broadcast_to(known[1], cells.shape).sum(-1, dtype=jnp.int32)
+    ranks = jnp.argsort(cells, axis=1)  # the place of each cell
     drawn = drawn_before(steps, length - given)  # [B, steps + 1]
 
     bound = functools.partial(model.apply, {"params": params})
@@ -121,13 +122,15 @@ def decode(
         places = first[:, None] + offsets
         seen = places - (ahead > 0)  # the last place that it sees in the cache
         at = lambda x, place: jnp.take_along_axis(x, jnp.clip(place, 0, length - 1), axis=1)
+        following = at(cells, places + ahead)
+        around = orders.neighbours(tokens, ranks, following, places, options.neighbour_kernel, layout)
         slot = jnp.arange(slots)[None, None] - before
         visible = (slot >= 0) & (slot <= seen[..., None])
-        each = [places, at(tokens, places - 1), at(cells, places - 1), at(cells, places + ahead)]
+        each = [places, at(tokens, places - 1), at(cells, places - 1), following]
         stored_params = {"params": params | {"trunk": restore(trunk)}}
         return model.apply(
-            stored_params, *map(twice, each), last, text_cache, caches, twice(first + before), twice(visible), stored,
-            method="extend",
+            stored_params, *map(twice, each), last, text_cache, caches, twice(first + before), twice(visible),
+            None if around is None else twice(around), stored, method="extend",
         )  # fmt: skip
 
     def step(size, carry, t):

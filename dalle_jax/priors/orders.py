@@ -1,6 +1,6 @@
 """Orders in which the cells of the token grid are visited: raster, random and Halton.
 
-B rows    h, w grid    N = h·w cells
+B rows    h, w grid    N = h·w cells    P positions    k side of a square    K = k² - 1 neighbours
 """
 
 from __future__ import annotations
@@ -70,6 +70,41 @@ def given_first(cells: Int[ArrayLike, "B N"], known: Bool[ArrayLike, "_ N"]) -> 
 def to_raster(tokens: Int[ArrayLike, "B N"], cells: Int[ArrayLike, "B N"]) -> Int[Array, "B N"]:
     """Sorts tokens that are listed in the order of `cells` into raster order, int32 [B, N]."""
     return jnp.take_along_axis(tokens, jnp.argsort(cells, axis=1), axis=1)
+
+
+def neighbours(
+    tokens: Int[ArrayLike, "B N"],
+    places: Int[ArrayLike, "B N"],
+    asked: Int[ArrayLike, "B P"],
+    seen: Int[ArrayLike, "#B P"],
+    side: int,
+    layout: TokenLayout,
+) -> Int[Array, "B P K"] | None:
+    """Returns the tokens around cells, as far as they are known.
+
+    Args:
+      tokens: tokens in the order in which cells are visited, int32 [B, N].
+      places: the place of each cell in this order, int32 [B, N].
+      asked: the cells in the middle, int32 [B, P].
+      seen: number of tokens that are known for each position, the first ones of the order, int32 [B, P] or [1, P].
+      side: k, odd. The K = k² - 1 neighbours lie in a square of this side, in raster order. 0 returns None.
+      layout: layout of the token stream.
+
+    Returns:
+      Tokens, int32 [B, P, K]; `layout.mask_id` for a neighbour that is unknown or outside of the grid.
+    """
+    if not side:
+        return None
+    half = side // 2
+    offsets = [(i, j) for i in range(-half, half + 1) for j in range(-half, half + 1) if (i, j) != (0, 0)]
+    down, right = np.array(offsets, np.int32).T
+    row = (asked // layout.width)[..., None] + down[None, None]
+    column = (asked % layout.width)[..., None] + right[None, None]
+    inside = (row >= 0) & (row < layout.height) & (column >= 0) & (column < layout.width)
+    around = jnp.where(inside, row * layout.width + column, 0)  # [B, P, K]
+    at = lambda x, where: jnp.take_along_axis(x, where.reshape(len(x), -1), axis=1).reshape(where.shape)
+    place = at(places, around)
+    return jnp.where(inside & (place < seen[..., None]), at(tokens, place), layout.mask_id)
 
 
 @functools.cache

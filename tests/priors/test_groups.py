@@ -17,6 +17,7 @@ from dalle_jax.token_layout import TokenLayout
 
 PRIOR = autoregressive(attention="full", order="random")
 STARTED = autoregressive({"scan": True, "depth": 3}, attention="full", order="random", start_tokens=True)
+NEIGHBOURS = changed(PRIOR, neighbour_kernel=3)
 LARGE = TokenLayout(text_vocab=10, image_vocab=16, text_length=1, height=9, width=8)  # known tokens run in two parts
 
 
@@ -81,6 +82,8 @@ def forward(prior, params, text, tokens, cells):
 CASES = {
     "random": (PRIOR, 5, dict(order="random"), False),
     "one step": (PRIOR, 1, dict(order="random"), False),
+    "neighbours": (NEIGHBOURS, 5, dict(order="random"), False),
+    "neighbours, known, guided": (changed(STARTED, neighbour_kernel=5), 4, dict(guidance=1.0), True),
     "start tokens, known, guided": (STARTED, 5, dict(order="random", guidance=1.0, top_p=0.8), True),
     "known, halton": (PRIOR, 3, dict(temperature=0.5, final_temperature=2.0), True),
 }
@@ -125,14 +128,15 @@ def test_a_group_is_drawn_given_all_earlier_groups(prior, steps, knobs, with_kno
     assert len(np.unique(tokens)) > 3
 
 
+@pytest.mark.parametrize("prior", [PRIOR, NEIGHBOURS], ids=["plain", "neighbours"])
 @pytest.mark.parametrize(
     "order, knobs, with_known", [("raster", {}, False), ("random", {"guidance": 1.5, "top_k": 5}, True)]
 )
-def test_groups_of_one_token_are_one_token_after_another(order, knobs, with_known):
+def test_groups_of_one_token_are_one_token_after_another(order, knobs, with_known, prior):
     text, given = rows(2)
     known = (np.tile(given, (2, 1)), np.random.default_rng(3).random((4, N)) < 0.3) if with_known else None
     draw = functools.partial(
-        PRIOR.sample, params_of(PRIOR), text, jax.random.split(jax.random.key(1), 4), known=known, order=order, **knobs
+        prior.sample, params_of(prior), text, jax.random.split(jax.random.key(1), 4), known=known, order=order, **knobs
     )
     np.testing.assert_array_equal(draw(steps=N), draw())
 

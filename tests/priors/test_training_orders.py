@@ -73,6 +73,8 @@ def test_an_old_configuration_has_no_updates_in_raster_order():
     "changes, key",
     [
         (dict(raster_steps=10), "order=random"),
+        (dict(neighbour_kernel=3), "order=random"),
+        (dict(order="random", neighbour_kernel=2), "neighbour_kernel"),
         (dict(anneal_start=10, anneal_end=20), "order=random"),
         (dict(order="random", raster_steps=30), "raster_steps"),
         (dict(order="random", anneal_end=31), "anneal_end=30"),
