@@ -141,6 +141,23 @@ def test_cell_orders():
         assert cells[count:].tolist() == kept, "the others keep their order"
 
 
+@pytest.mark.parametrize("side", [3, 5])
+def test_neighbours_are_the_known_tokens_around_a_cell(side):
+    layout = TokenLayout(2, 99, 1, 4, 5)
+    rng = np.random.default_rng(0)
+    cells = np.stack([rng.permutation(20) for _ in range(3)])
+    asked, seen, tokens = rng.integers(0, 20, (3, 7)), rng.integers(0, 21, (3, 7)), rng.integers(0, 99, (3, 20))
+    found = np.asarray(orders.neighbours(tokens, np.argsort(cells, axis=1), asked, seen, side, layout))
+    assert found.shape == (3, 7, side**2 - 1)
+    for b, p in np.ndindex(3, 7):
+        known = {divmod(int(cell), 5): token for cell, token in zip(cells[b, : seen[b, p]], tokens[b])}
+        row, column = divmod(int(asked[b, p]), 5)
+        around = range(-(side // 2), side // 2 + 1)
+        expected = [known.get((row + i, column + j), 99) for i in around for j in around if (i, j) != (0, 0)]
+        assert found[b, p].tolist() == expected
+    assert orders.neighbours(tokens, cells, asked, seen, 0, layout) is None
+
+
 def test_the_share_of_random_orders():
     layout = TokenLayout(2, 2, 1, 4, 4)
     raster = lambda share: (np.asarray(orders.mixed(jax.random.key(0), 400, layout, share)) == np.arange(16)).all(1)
