@@ -93,11 +93,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed calls of each row")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--order", default=None, help="of all priors: random or halton; None for each prior's default")
+    parser.add_argument("--weights", default=None, help="int8 for kernels of one byte per number")
     parser.add_argument("--choice_temperature", type=float, default=1.0, help="of MaskGIT")
     args = parser.parse_args()
 
     sampling = {"temperature": args.temperature, "order": args.order}
-    models = [TextToImage.load(workdir, rows_at_once=args.batch) for workdir in args.workdir]
+    models = [TextToImage.load(workdir, rows_at_once=args.batch, weights=args.weights) for workdir in args.workdir]
     data = workdirs.read_config(args.workdir[0])["data"]
     tests = open_test_set(data, Protocol("heldout", count=args.count), models[0].image_size)
     if tests.scenes is None:
