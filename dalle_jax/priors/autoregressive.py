@@ -11,7 +11,8 @@ predicts nothing. The text loss then counts all T tokens, so that the prior is a
 `tied_embeddings` reuses the embeddings as heads. The paper has separate unembeddings (appendix D.2).
 
 With `order="random"` image tokens follow in any order, and each position knows which cell it predicts next (RandAR,
-arXiv 2412.01827; RAR, arXiv 2411.00776). The share of random orders may fall to zero during training, as in RAR.
+arXiv 2412.01827; RAR, arXiv 2411.00776). The share of random orders may fall to zero during training, as in RAR. With
+`order="halton"` all orders are near one that spreads over the grid, so that there is less to learn.
 
     B rows    C captions    T text    N image tokens    V image vocabulary    E codebook width
 """
@@ -66,7 +67,7 @@ class AutoregressivePrior:
     def schedules(self) -> dict[str, optax.Schedule]:
         """See `TokenPrior.schedules`: "random_orders", the share of random orders, if there are any."""
         o = self.options
-        if o.order == "raster":
+        if not self.any_order:
             return {}
         falling = optax.constant_schedule(1.0)
         if o.anneal_end:
@@ -82,7 +83,7 @@ class AutoregressivePrior:
         """See `TokenPrior.init`."""
         text = jnp.zeros((1, self.layout.text_length), jnp.int32)
         tokens = jnp.zeros((1, self.layout.image_length), jnp.int32)
-        cells = tokens if self.any_order else None
+        cells = tokens if self.options.knows_next else None
         params = self.model.init(key, text, tokens, cells=cells)["params"]
         start = codebook is not None and self.options.codebook_init
         return start_from_codebook(params, codebook, key) if start else params
@@ -105,12 +106,8 @@ class AutoregressivePrior:
         rows = text.shape[0]
         drop_key, dropout_key = jax.random.split(key)
         given, dropped = drop_captions(drop_key, text, self.options.caption_drop if train else 0.0, self.layout)
-        cells = None
-        if self.any_order:
-            share = 0.0 if self.options.anneal_end else 1.0
-            if train and step is not None:
-                share = self.schedules["random_orders"](step)
-            cells = orders.mixed(jax.random.fold_in(key, 2), rows, self.layout, share)
+        cells = self._training_orders(jax.random.fold_in(key, 2), rows, train, step)
+        if cells is not None:
             tokens = jnp.take_along_axis(tokens, cells, axis=1)
         text_logits, image_logits = self.model.apply(
             {"params": params}, given, tokens, train, cells, rngs={"dropout": dropout_key}
@@ -125,6 +122,18 @@ class AutoregressivePrior:
         weight = self.options.text_weight
         loss = weight * text_nats + (1 - weight) * image_nats
         return loss, {"text_nats": text_nats, "image_nats": image_nats}
+
+    def _training_orders(self, key, rows, train, step):
+        """Draws the orders of a batch, int32 [B, N], or returns None for raster order."""
+        o = self.options
+        if o.order == "halton":
+            return orders.spread_halton(key, rows, self.layout, o.order_spread)
+        if o.order == "raster":
+            return None
+        share = 0.0 if o.anneal_end else 1.0
+        if train and step is not None:
+            share = self.schedules["random_orders"](step)
+        return orders.mixed(key, rows, self.layout, share)
 
     def decoding_steps(self, steps: int | None) -> int:
         """See `TokenPrior.decoding_steps`: N, one step per token, by default."""
@@ -142,8 +151,8 @@ class AutoregressivePrior:
     ) -> Int[Array, "B N"]:
         """See `TokenPrior.sample`. Runs one jitted loop over the N positions, or over `steps` groups of them.
 
-        The option `order` is "raster", or "random" or "halton" for a prior that was trained with random orders. Known
-        tokens of such a prior come first, so that all other tokens depend on them. With `steps`, which also needs such
+        The option `order` is that of training, or any of `orders.NAMES` for a prior of random orders. If positions know
+        the next cell, known tokens come first, so that all other tokens depend on them. With `steps`, which needs such
         a prior, `groups.decode` draws several tokens in a step.
 
         Raises:
@@ -165,22 +174,24 @@ class AutoregressivePrior:
                 f"choice_temperature={options.choice_temperature} is an option of the MaskGIT prior; the "
                 "autoregressive prior draws each token once. Leave it out."
             )
-        if options.steps is not None and not self.any_order:
+        if options.steps is not None and not self.options.knows_next:
             raise ConfigError(
                 f"steps={options.steps} draws several tokens in a step, but this prior knows only raster order, one "
-                "token after another. Leave steps out, or train a prior with --config.model.order=random."
+                "token after another. Leave steps out, or train a prior with --config.model.order=halton or random."
             )
         sampling.check_steps(options, self.layout)
-        names = orders.NAMES if self.any_order else ("raster",)
+        names = orders.NAMES if self.any_order else (self.options.order,)
         if options.order is not None and options.order not in names:
-            expected = ", ".join(names) if self.any_order else "raster, the order of training"
+            expected = ", ".join(names) if self.any_order else f"{names[0]}, the order of training"
             raise ConfigError(f"order={options.order!r}; expected {expected}.")
 
     def _default_order(self, steps: int | None) -> str:
         """Returns the order in which tokens are drawn by default."""
+        if not self.any_order:
+            return self.options.order
         if steps is not None:
             return "halton"  # tokens that are drawn together are far apart
-        return "raster" if self.options.anneal_end or not self.any_order else "random"
+        return "raster" if self.options.anneal_end else "random"
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -193,7 +204,7 @@ def _decode(prior: AutoregressivePrior, order: str, params, text, keys, known, k
     rows, length = keys.shape[0], layout.image_length
     cells = orders.cells(order, keys, layout)  # [B, N]
     first = None
-    if prior.any_order:
+    if o.knows_next:
         if known is not None:
             cells = orders.given_first(cells, known[1])
         text, first = jnp.repeat(text, rows // text.shape[0], axis=0), cells[:, 0]  # rows differ in their first cell
@@ -243,4 +254,4 @@ def _decode(prior: AutoregressivePrior, order: str, params, text, keys, known, k
     ((logits, _), _), tokens = scan_in_stages(body, (start, caches), stores, length - 1 + shift, shift)
     last = choose(logits, jnp.int32(length - 1))
     tokens = jnp.concatenate([tokens.T, last[:, None]], axis=1)
-    return orders.to_raster(tokens, cells) if prior.any_order else tokens
+    return orders.to_raster(tokens, cells) if o.knows_next else tokens

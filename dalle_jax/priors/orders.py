@@ -53,6 +53,25 @@ def mixed(key: Key[Array, ""], rows: int, layout: TokenLayout, share: Float[Arra
     return jnp.where(random, scattered, jnp.arange(layout.image_length, dtype=jnp.int32)[None])
 
 
+def spread_halton(key: Key[Array, ""], rows: int, layout: TokenLayout, spread: int) -> Int[Array, "B N"]:
+    """Draws orders near Halton's: each cell moves at random by less than `spread` places.
+
+    A group of the next `spread` cells of Halton's order then has each of its cells next in some of the orders.
+
+    Args:
+      key: scalar key.
+      rows: B.
+      layout: layout of the token stream.
+      spread: number of places; 1 for Halton's order itself.
+
+    Returns:
+      Cells, int32 [B, N].
+    """
+    order = jnp.asarray(halton(layout.height, layout.width), jnp.int32)
+    late = jnp.arange(layout.image_length)[None] + spread * jax.random.uniform(key, (rows, layout.image_length))
+    return order[jnp.argsort(late, axis=1)]
+
+
 def given_first(cells: Int[ArrayLike, "B N"], known: Bool[ArrayLike, "_ N"]) -> Int[Array, "B N"]:
     """Moves known cells to the front of their order.
 

@@ -121,10 +121,10 @@ def test_an_int8_prior_is_that_of_the_rounded_kernels(name):
     """Loss and samples, one by one and in groups, by every way that decoding reads a kernel."""
     prior = changed(INT8[name], {"dtype": "float32"})
     other, weights = converted(prior, drawn(prior), "int8")
-    loss = lambda params: float(other.loss(params, TEXT, TOKENS, jax.random.key(0), train=False)[0])
+    loss = lambda prior, params: float(prior.loss(params, TEXT, TOKENS, jax.random.key(0), train=False)[0])
     rounded = dequantized(weights)
-    assert loss(weights) == pytest.approx(loss(rounded), rel=1e-4)
-    assert abs(loss(weights) - loss(converted(prior, drawn(prior))[1])) > 1e-4, "rounding has an effect"
+    assert loss(other, weights) == pytest.approx(loss(other, rounded), rel=1e-4)
+    assert abs(loss(other, weights) - loss(prior, drawn(prior))) > 1e-4, "rounding has an effect"
     for how in [{}, {"steps": 3}] if prior.any_order else [{}]:
         draw = lambda params, how=how: np.asarray(other.sample(params, TEXT, KEYS, temperature=0.5, **how))
         np.testing.assert_array_equal(draw(weights), draw(rounded))
