@@ -192,7 +192,7 @@ def test_a_sample_depends_on_its_own_key_only():
 def test_a_prior_of_raster_order_says_how_to_train_another():
     text, keys = rows(1)[0], jax.random.split(jax.random.key(0), 1)
     raster = autoregressive()
-    with pytest.raises(ConfigError, match=r"--config\.model\.order=random"):
+    with pytest.raises(ConfigError, match=r"--config\.model\.order=halton"):
         raster.sample(params_of(raster), text, keys, steps=4)
     with pytest.raises(ConfigError, match="choice_temperature"):
         PRIOR.sample(params_of(PRIOR), text, keys, steps=4, choice_temperature=1.0)

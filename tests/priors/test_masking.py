@@ -141,6 +141,19 @@ def test_cell_orders():
         assert cells[count:].tolist() == kept, "the others keep their order"
 
 
+@pytest.mark.parametrize("spread", [1, 5])
+def test_orders_near_haltons(spread):
+    """Each cell moves by less than `spread` places, and each of the next `spread` cells comes next in some rows."""
+    layout = TokenLayout(2, 2, 1, 4, 5)
+    cells = np.asarray(orders.spread_halton(jax.random.key(0), 4000, layout, spread))
+    np.testing.assert_array_equal(np.sort(cells, axis=1), np.tile(np.arange(20), (4000, 1)))
+    rank = np.argsort(orders.halton(4, 5))[cells]  # Halton's place of the cell at each place
+    moved = np.abs(rank - np.arange(20)[None])
+    assert moved.max() == spread - 1
+    after = rank[(np.sort(rank[:, :8], axis=1) == np.arange(8)).all(1), 8]  # given exactly Halton's first 8
+    assert set(after) == set(range(8, 8 + spread))
+
+
 @pytest.mark.parametrize("side", [3, 5])
 def test_neighbours_are_the_known_tokens_around_a_cell(side):
     layout = TokenLayout(2, 99, 1, 4, 5)

@@ -7,13 +7,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from prior_cases import LAYOUT, autoregressive, changed, loss_of, params_of, rows
+from prior_cases import LAYOUT, N, autoregressive, changed, loss_of, params_of, rows
 
 from dalle_jax.configuration import config_files
 from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import ConfigError
-from dalle_jax.priors import registry
+from dalle_jax.priors import orders, registry
 from dalle_jax.priors.autoregressive_model import AutoregressiveOptions
+from dalle_jax.priors.losses import cross_entropy
 from dalle_jax.tasks.prior import check_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -46,6 +47,30 @@ def test_updates_have_the_orders_of_the_schedule():
     np.testing.assert_allclose(loss(RANDOM, params, 0), random, rtol=1e-5)
 
 
+def test_halton_orders_are_trained_and_drawn():
+    """Training and evaluation have orders near Halton's. Drawing has Halton's, and edits are not offered."""
+    text, tokens = rows(4)
+    prior = changed(RANDOM, order="halton", order_spread=1)
+    params, key = params_of(prior), jax.random.key(1)
+    cells = np.tile(orders.halton(LAYOUT.height, LAYOUT.width), (4, 1)).astype(np.int32)
+    in_order = np.take_along_axis(tokens, cells, axis=1)
+    logits = jax.jit(prior.model.apply)({"params": params}, text, in_order, cells=cells)[1]
+    expected = cross_entropy(logits, in_order).mean()
+    for train in (False, True):
+        np.testing.assert_allclose(
+            loss_of(prior, params, text, tokens, key, train)[1]["image_nats"], expected, rtol=1e-5
+        )
+    spread = loss_of(changed(prior, order_spread=4), params, text, tokens, key, True)[1]["image_nats"]
+    assert abs(spread - expected) > 1e-3 and not prior.any_order and not prior.schedules
+    keys = jax.random.split(key, 4)
+    drawn = prior.sample(params, text, keys)
+    np.testing.assert_array_equal(drawn, RANDOM.sample(params, text, keys, order="halton"))
+    np.testing.assert_array_equal(prior.sample(params, text, keys, steps=N), drawn)
+    np.testing.assert_array_equal(prior.sample(params, text, keys, steps=4), RANDOM.sample(params, text, keys, steps=4))
+    with pytest.raises(ConfigError, match="halton"):
+        prior.sample(params, text, keys, order="random")
+
+
 @pytest.mark.parametrize("variant", ["shapes", "small", "emoji", "coco"])
 def test_order_is_one_flag(variant):
     """Attention follows it, and so does a copy of the configuration. Other keys stay as they are."""
@@ -74,6 +99,9 @@ def test_an_old_configuration_has_no_updates_in_raster_order():
     [
         (dict(raster_steps=10), "order=random"),
         (dict(neighbour_kernel=3), "order=random"),
+        (dict(order="halton", raster_steps=10), "order=random"),
+        (dict(order="halton", anneal_end=20), "order=random"),
+        (dict(order="halton", order_spread=0), "order_spread"),
         (dict(order="random", neighbour_kernel=2), "neighbour_kernel"),
         (dict(anneal_start=10, anneal_end=20), "order=random"),
         (dict(order="random", raster_steps=30), "raster_steps"),
@@ -88,5 +116,7 @@ def test_orders_that_contradict_each_other_are_rejected(changes, key):
     config.model.update(changes)
     with pytest.raises(ConfigError, match=key):
         check_config(config)
-    config.model.update(dict(order="random", raster_steps=9, anneal_start=19, anneal_end=30, neighbour_kernel=3))
+    config.model.update(
+        dict(order="random", raster_steps=9, anneal_start=19, anneal_end=30, neighbour_kernel=3, order_spread=9)
+    )
     check_config(config)
