@@ -153,7 +153,7 @@ KEYS = sections.TRAINING_KEYS | {
     "tokenizer_from": "directory of a trained or imported image tokenizer to use instead of training one",
     "start_from": "workdir or export of another prior: start from its parameters, tokens and text model",
     "model.trunk.width": "width of the transformer; depth and heads are next to it",
-    "model.order": "raster; or halton or random, so that sampling.steps can draw several tokens in a step",
+    "model.order": "raster; or diagonal or random, so that sampling.steps can draw several tokens in a step",
     "model.trunk.remat": "what is kept for the gradients: full (least memory), attended, attention, dots, none",
 }
 
@@ -186,7 +186,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.model = section(AutoregressiveOptions, trunk=trunk, kernel=row.get("kernel", 11), tied_embeddings=True)
     del config.model["attention"]  # random orders need dense attention, because the patterns are those of raster order
     config.model.attention = sections.chosen_by(
-        config.model.get_oneway_ref("order"), {"raster": "sparse", "random": "full", "halton": "full"}
+        config.model.get_oneway_ref("order"), {"raster": "sparse", "random": "full", "diagonal": "full"}
     )
     config.lora = section(LoRAOptions)  # with a rank, adapters of the prior `start_from` are trained alone
     config.optimizer = section(OptimizerOptions, b2=0.96, weight_decay=4.5e-2, clip_norm=4.0)

@@ -74,10 +74,6 @@ def decay_of(name: str) -> str:
     }[name]
 
 
-def order_of_tokens(name: str, spread: int) -> str:
-    return f"{name}, moved by less than {spread} places" if name == "halton" else name
-
-
 RANGE = "bfloat16 has float32's range, so the loss needs no scaling"
 EMA = "ema.decay ema.every"
 ADAM = "optimizer.b1 optimizer.b2 optimizer.eps"
@@ -153,7 +149,7 @@ def prior(width: int, heads: int) -> tuple[Row, ...]:
         Row("attention (figure 11)", "sparse", "model.attention"),
         Row("convolutional window (figure 11)", "11", "model.kernel"),
         Row("the window wraps at row ends (figure 11)", "yes", "model.wrap"),
-        Row("order of tokens", "raster", "model.order model.order_spread", show=order_of_tokens),
+        Row("order of tokens", "raster", "model.order"),
         Row("activations (2.4)", "float16, scaled per block", "model.trunk.dtype", RANGE),
         Row("residual stream in float32 (figure 4)", "yes", "model.trunk.float32_residual"),
         Row("logits in float32 (D.2)", "yes", "model.trunk.float32_logits"),

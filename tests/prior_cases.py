@@ -35,7 +35,7 @@ PRIORS = {
     "any order": autoregressive(attention="full", order="random"),
     "start tokens": autoregressive(start_tokens=True, tied_embeddings=True),
     "any order, neighbours": autoregressive(attention="full", order="random", neighbour_kernel=3),
-    "halton": autoregressive(attention="full", order="halton", order_spread=4),
+    "diagonal": autoregressive(attention="full", order="diagonal", neighbour_kernel=3),
     "any order, start tokens": autoregressive(attention="full", order="random", start_tokens=True),
     "shifted": autoregressive(
         dict(norm_placement="sandwich", final_norms=2, qkv_bias=True, activation="gelu_tanh"), wrap=False, torus=True,

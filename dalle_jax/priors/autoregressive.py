@@ -12,7 +12,8 @@ predicts nothing. The text loss then counts all T tokens, so that the prior is a
 
 With `order="random"` image tokens follow in any order, and each position knows which cell it predicts next (RandAR,
 arXiv 2412.01827; RAR, arXiv 2411.00776). The share of random orders may fall to zero during training, as in RAR. With
-`order="halton"` all orders are near one that spreads over the grid, so that there is less to learn.
+`order="diagonal"` anti-diagonals follow each other (NAR, arXiv 2503.10696), and the cells of each one can be drawn
+together.
 
     B rows    C captions    T text    N image tokens    V image vocabulary    E codebook width
 """
@@ -126,8 +127,8 @@ class AutoregressivePrior:
     def _training_orders(self, key, rows, train, step):
         """Draws the orders of a batch, int32 [B, N], or returns None for raster order."""
         o = self.options
-        if o.order == "halton":
-            return orders.spread_halton(key, rows, self.layout, o.order_spread)
+        if o.order == "diagonal":
+            return orders.shuffled_diagonals(key, rows, self.layout)
         if o.order == "raster":
             return None
         share = 0.0 if o.anneal_end else 1.0
@@ -177,7 +178,7 @@ class AutoregressivePrior:
         if options.steps is not None and not self.options.knows_next:
             raise ConfigError(
                 f"steps={options.steps} draws several tokens in a step, but this prior knows only raster order, one "
-                "token after another. Leave steps out, or train a prior with --config.model.order=halton or random."
+                "token after another. Leave steps out, or train a prior with --config.model.order=diagonal or random."
             )
         sampling.check_steps(options, self.layout)
         names = orders.NAMES if self.any_order else (self.options.order,)

@@ -25,7 +25,7 @@ from dalle_jax.priors.embedding import AutoregressiveEmbedding
 from dalle_jax.token_layout import TokenLayout
 
 ATTENTION = ("sparse", "full")
-ORDERS = ("raster", "random", "halton")
+ORDERS = ("raster", "random", "diagonal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +51,17 @@ class AutoregressiveOptions:
       codebook_init: whether image embedding and head start as the tokenizer's codebook; see `start_from_codebook`.
       text_weight: weight of the text in the loss, 1/8 in the paper.
       caption_drop: share of captions that training replaces by the empty caption, for guidance.
-      order: "raster", "random" or "halton". The last two need "full" attention and learned positions. In the order
-        "halton" each token is far from the tokens just before it, so that they can be drawn together. A model learns it
-        in far fewer updates than random orders, but cannot edit images.
-      order_spread: in the order "halton", training moves each cell by less than this many places at random, so that any
-        of the next cells may follow; 1 for none. Groups that are drawn together should not be larger.
+      order: "raster", "random" or "diagonal". The last two need "full" attention and learned positions. Diagonal order
+        visits anti-diagonals, as neighbouring autoregressive models do (NAR, arXiv 2503.10696). The cells of each one
+        are in random order, so that they can be drawn together. Left and upper neighbours are known as in raster order,
+        so it is learned as fast. A model of this order cannot edit images.
       raster_steps: number of first updates in raster order although `order` is "random"; 0 for none. A fixed order is
         learned in far fewer updates, and the random orders then start from it.
       anneal_start: update at which the share of random orders begins to fall from 1.
       anneal_end: update at which the share reaches 0; 0 keeps it at 1.
       neighbour_kernel: side of the square around the cell that is predicted next. Its known tokens are added to the
         position that predicts, so that the model need not learn which cells are near; 0 for none. It needs the order
-        "random" or "halton".
+        "random" or "diagonal".
     """
 
     trunk: TransformerOptions = TransformerOptions()
@@ -81,7 +80,6 @@ class AutoregressiveOptions:
     text_weight: float = 1 / 8
     caption_drop: float = 0.1
     order: str = "raster"
-    order_spread: int = 16
     raster_steps: int = 0
     anneal_start: int = 0
     anneal_end: int = 0
@@ -91,7 +89,7 @@ class AutoregressiveOptions:
         choices = {"attention": ATTENTION, "order": ORDERS}
         shares = ["text_weight", "caption_drop"]
         check(
-            self, "model", positive=["kernel", "order_spread"], odd=["kernel", "neighbour_kernel"], share=shares,
+            self, "model", positive=["kernel"], odd=["kernel", "neighbour_kernel"], share=shares,
             choices=choices,
             at_least_0=[
                 "embedding_scale", "head_scale", "raster_steps", "anneal_start", "anneal_end", "neighbour_kernel",

@@ -1,4 +1,4 @@
-"""Orders in which the cells of the token grid are visited: raster, random and Halton.
+"""Orders in which the cells of the token grid are visited: raster, random, Halton and diagonal.
 
 B rows    h, w grid    N = h·w cells    P positions    k side of a square    K = k² - 1 neighbours
 """
@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
 
 from dalle_jax.token_layout import TokenLayout
 
-NAMES = ("raster", "random", "halton")
+NAMES = ("raster", "random", "halton", "diagonal")
 
 
 def cells(name: str, keys: Key[Array, " B"], layout: TokenLayout) -> Int[Array, "B N"]:
@@ -31,7 +31,11 @@ def cells(name: str, keys: Key[Array, " B"], layout: TokenLayout) -> Int[Array, 
     if name == "random":
         draw = lambda key: jax.random.permutation(jax.random.fold_in(key, layout.image_length), layout.image_length)
         return jax.vmap(draw)(keys).astype(jnp.int32)
-    order = halton(layout.height, layout.width) if name == "halton" else np.arange(layout.image_length)
+    order = np.arange(layout.image_length)
+    if name == "halton":
+        order = halton(layout.height, layout.width)
+    if name == "diagonal":
+        order = np.argsort(_diagonals(layout.height, layout.width), kind="stable")
     return jnp.broadcast_to(jnp.asarray(order, jnp.int32), (keys.shape[0], layout.image_length))
 
 
@@ -53,23 +57,41 @@ def mixed(key: Key[Array, ""], rows: int, layout: TokenLayout, share: Float[Arra
     return jnp.where(random, scattered, jnp.arange(layout.image_length, dtype=jnp.int32)[None])
 
 
-def spread_halton(key: Key[Array, ""], rows: int, layout: TokenLayout, spread: int) -> Int[Array, "B N"]:
-    """Draws orders near Halton's: each cell moves at random by less than `spread` places.
-
-    A group of the next `spread` cells of Halton's order then has each of its cells next in some of the orders.
+def shuffled_diagonals(key: Key[Array, ""], rows: int, layout: TokenLayout) -> Int[Array, "B N"]:
+    """Draws diagonal orders: diagonal after diagonal, the cells of each one in random order.
 
     Args:
       key: scalar key.
       rows: B.
       layout: layout of the token stream.
-      spread: number of places; 1 for Halton's order itself.
 
     Returns:
       Cells, int32 [B, N].
     """
-    order = jnp.asarray(halton(layout.height, layout.width), jnp.int32)
-    late = jnp.arange(layout.image_length)[None] + spread * jax.random.uniform(key, (rows, layout.image_length))
-    return order[jnp.argsort(late, axis=1)]
+    diagonal = jnp.asarray(_diagonals(layout.height, layout.width), jnp.float32)[None]
+    return jnp.argsort(diagonal + jax.random.uniform(key, (rows, layout.image_length)), axis=1).astype(jnp.int32)
+
+
+def diagonal_groups(steps: int, layout: TokenLayout) -> np.ndarray:
+    """Splits the diagonal order into groups of cells.
+
+    There are h + w - 1 diagonals. More steps split the largest diagonals, and fewer steps join the smallest neighbours.
+
+    Args:
+      steps: number of groups, at most N.
+      layout: layout of the token stream.
+
+    Returns:
+      The end of each group as a place of the order, after a 0: int32 [steps + 1].
+    """
+    sizes = np.bincount(_diagonals(layout.height, layout.width)).tolist()
+    while len(sizes) < steps:
+        place = int(np.argmax(sizes))
+        sizes[place : place + 1] = [(sizes[place] + 1) // 2, sizes[place] // 2]
+    while len(sizes) > steps:
+        place = int(np.argmin(np.add(sizes[:-1], sizes[1:])))
+        sizes[place : place + 2] = [sizes[place] + sizes[place + 1]]
+    return np.cumsum([0, *sizes]).astype(np.int32)
 
 
 def given_first(cells: Int[ArrayLike, "B N"], known: Bool[ArrayLike, "_ N"]) -> Int[Array, "B N"]:
@@ -124,6 +146,11 @@ def neighbours(
     at = lambda x, where: jnp.take_along_axis(x, where.reshape(len(x), -1), axis=1).reshape(where.shape)
     place = at(places, around)
     return jnp.where(inside & (place < seen[..., None]), at(tokens, place), layout.mask_id)
+
+
+def _diagonals(height: int, width: int) -> np.ndarray:
+    """Returns the number of each cell's anti-diagonal, row + column: int [h·w]."""
+    return (np.arange(height)[:, None] + np.arange(width)[None]).reshape(-1)
 
 
 @functools.cache

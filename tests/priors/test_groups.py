@@ -18,6 +18,7 @@ from dalle_jax.token_layout import TokenLayout
 PRIOR = autoregressive(attention="full", order="random")
 STARTED = autoregressive({"scan": True, "depth": 3}, attention="full", order="random", start_tokens=True)
 NEIGHBOURS = changed(PRIOR, neighbour_kernel=3)
+DIAGONAL = changed(NEIGHBOURS, order="diagonal")
 LARGE = TokenLayout(text_vocab=10, image_vocab=16, text_length=1, height=9, width=8)  # known tokens run in two parts
 
 
@@ -63,7 +64,7 @@ def test_groups_grow_as_a_cosine():
 def test_every_group_fits_into_its_stretch(steps):
     """Also the group before it, whose tokens run through the model in the same step."""
     for numbers in (np.arange(65, dtype=np.int32), np.array([64], np.int32)):
-        spans = groups.stretches(steps, numbers)
+        spans = groups.stretches(groups.drawn_before(steps, numbers))
         assert [t for first, end, _ in spans for t in range(first, end)] == list(range(steps))
         room = np.concatenate([[size] * (end - first) for first, end, size in spans])
         largest = sizes(steps, numbers).max(0)
@@ -85,6 +86,8 @@ CASES = {
     "neighbours": (NEIGHBOURS, 5, dict(order="random"), False),
     "neighbours, known, guided": (changed(STARTED, neighbour_kernel=5), 4, dict(guidance=1.0), True),
     "start tokens, known, guided": (STARTED, 5, dict(order="random", guidance=1.0, top_p=0.8), True),
+    "diagonal": (DIAGONAL, 4, dict(temperature=2.0), False),
+    "diagonal, known": (DIAGONAL, 9, {}, True),
     "known, halton": (PRIOR, 3, dict(temperature=0.5, final_temperature=2.0), True),
 }
 
@@ -102,9 +105,16 @@ def test_a_group_is_drawn_given_all_earlier_groups(prior, steps, knobs, with_kno
     assert tokens.shape == (4, N) and tokens.dtype == np.int32
 
     mask = mask if with_known else np.zeros_like(mask)
-    cells = np.asarray(orders.given_first(orders.cells(knobs.get("order", "halton"), keys, LAYOUT), mask))
+    order = "diagonal" if prior is DIAGONAL else knobs.get("order", "halton")
+    visited = np.asarray(orders.cells(order, keys, LAYOUT))
+    cells = np.asarray(orders.given_first(visited, mask))
     count = mask.sum(-1)
-    drawn = count[:, None] + groups.drawn_before(steps, (N - count).astype(np.int32))
+    if prior is DIAGONAL:  # the groups of the grid, without their known cells
+        ends = orders.diagonal_groups(steps, LAYOUT)
+        unknown = ~np.take_along_axis(mask, visited, axis=1)
+        drawn = count[:, None] + np.stack([unknown[:, :end].sum(-1) for end in ends], axis=1)
+    else:
+        drawn = count[:, None] + groups.drawn_before(steps, (N - count).astype(np.int32))
     text = text.repeat(2, axis=0)
     expected = np.where(mask, given, 0)
     chosen = jax.jit(lambda logits, keys, progress: sampling.choose(
@@ -113,12 +123,12 @@ def test_a_group_is_drawn_given_all_earlier_groups(prior, steps, knobs, with_kno
     for place in range(N):
         step = (drawn <= place).sum(-1) - 1  # of each row; -1 for a known token
         start = np.where(step < 0, place, drawn[np.arange(4), np.maximum(step, 0)])
-        order = np.stack([np.r_[row[:s], row[place], row[s:place], row[place + 1 :]] for row, s in zip(cells, start)])
-        in_order = np.take_along_axis(tokens, order, axis=1)
-        logits = forward(prior, params, text, in_order, order)[np.arange(4), start]
+        one = np.stack([np.r_[row[:s], row[place], row[s:place], row[place + 1 :]] for row, s in zip(cells, start)])
+        in_order = np.take_along_axis(tokens, one, axis=1)
+        logits = forward(prior, params, text, in_order, one)[np.arange(4), start]
         if "guidance" in knobs:
             null = np.tile(LAYOUT.null_text(), (4, 1))
-            null = forward(prior, params, null, in_order, order)[np.arange(4), start]
+            null = forward(prior, params, null, in_order, one)[np.arange(4), start]
             logits = sampling.guide(logits, null, knobs["guidance"])
         folded = jax.vmap(jax.random.fold_in, (0, None))(keys, place)
         for row in range(4):
@@ -143,7 +153,9 @@ def test_groups_of_one_token_are_one_token_after_another(order, knobs, with_know
 
 @settings(max_examples=10, deadline=None, database=None)
 @given(data=st.data())
-@pytest.mark.parametrize("dtype, steps, order", [("float32", 4, "halton"), ("bfloat16", 1, "raster")])
+@pytest.mark.parametrize(
+    "dtype, steps, order", [("float32", 4, "halton"), ("bfloat16", 1, "raster"), ("float32", 3, "diagonal")]
+)
 def test_known_tokens_are_immutable(dtype, steps, order, data):
     prior = changed(PRIOR, {"dtype": dtype})
     text, tokens = rows(4)
@@ -192,7 +204,7 @@ def test_a_sample_depends_on_its_own_key_only():
 def test_a_prior_of_raster_order_says_how_to_train_another():
     text, keys = rows(1)[0], jax.random.split(jax.random.key(0), 1)
     raster = autoregressive()
-    with pytest.raises(ConfigError, match=r"--config\.model\.order=halton"):
+    with pytest.raises(ConfigError, match=r"--config\.model\.order=diagonal"):
         raster.sample(params_of(raster), text, keys, steps=4)
     with pytest.raises(ConfigError, match="choice_temperature"):
         PRIOR.sample(params_of(PRIOR), text, keys, steps=4, choice_temperature=1.0)

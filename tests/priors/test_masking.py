@@ -1,5 +1,7 @@
 """Masking: exact counts, ties, and orders of unmasking."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -141,17 +143,40 @@ def test_cell_orders():
         assert cells[count:].tolist() == kept, "the others keep their order"
 
 
-@pytest.mark.parametrize("spread", [1, 5])
-def test_orders_near_haltons(spread):
-    """Each cell moves by less than `spread` places, and each of the next `spread` cells comes next in some rows."""
-    layout = TokenLayout(2, 2, 1, 4, 5)
-    cells = np.asarray(orders.spread_halton(jax.random.key(0), 4000, layout, spread))
-    np.testing.assert_array_equal(np.sort(cells, axis=1), np.tile(np.arange(20), (4000, 1)))
-    rank = np.argsort(orders.halton(4, 5))[cells]  # Halton's place of the cell at each place
-    moved = np.abs(rank - np.arange(20)[None])
-    assert moved.max() == spread - 1
-    after = rank[(np.sort(rank[:, :8], axis=1) == np.arange(8)).all(1), 8]  # given exactly Halton's first 8
-    assert set(after) == set(range(8, 8 + spread))
+def test_diagonal_orders():
+    """Diagonal after diagonal; the cells of each one are shuffled in training, and each may be first or last."""
+    layout = TokenLayout(2, 2, 1, 3, 4)
+    plain = np.asarray(orders.cells("diagonal", jax.random.split(jax.random.key(0), 2), layout))
+    assert plain.tolist() == [[0, 1, 4, 2, 5, 8, 3, 6, 9, 7, 10, 11]] * 2
+    shuffled = np.asarray(orders.shuffled_diagonals(jax.random.key(0), 500, layout))
+    for start, end in ((0, 1), (1, 3), (3, 6), (6, 9), (9, 11), (11, 12)):
+        np.testing.assert_array_equal(np.sort(shuffled[:, start:end], axis=1), np.tile(plain[0, start:end], (500, 1)))
+        assert set(shuffled[:, start]) == set(shuffled[:, end - 1]) == set(plain[0, start:end])
+
+
+@pytest.mark.parametrize("grid", [(1, 7), (3, 4), (8, 8), (32, 32)])
+def test_groups_of_diagonals(grid):
+    """All tokens once; whole diagonals in h + w - 1 steps, parts of one with more steps, and several with fewer."""
+    layout = TokenLayout(2, 2, 1, *grid)
+    cells = np.asarray(orders.cells("diagonal", jax.random.split(jax.random.key(0), 1), layout))[0]
+    diagonal = cells // grid[1] + cells % grid[1]
+    natural = sum(grid) - 1
+    for steps in {1, natural // 2, natural - 1, natural, natural + 1, 2 * natural, layout.image_length}:
+        if not 1 <= steps <= layout.image_length:
+            continue
+        ends = orders.diagonal_groups(steps, layout)
+        assert ends.shape == (steps + 1,) and ends[0] == 0 and ends[-1] == layout.image_length
+        assert (np.diff(ends) > 0).all()
+        groups = [set(diagonal[first:end]) for first, end in itertools.pairwise(ends)]
+        if steps >= natural:
+            assert all(len(group) == 1 for group in groups)
+        else:
+            assert all(not a & b for a, b in itertools.pairwise(groups)), "no diagonal is split"
+        if steps == natural:
+            assert np.diff(ends).max() == min(grid)
+    if grid == (8, 8):
+        assert np.diff(orders.diagonal_groups(16, layout)).tolist() == [1, 2, 3, 4, 5, 6, 7, 4, 4, 7, 6, 5, 4, 3, 2, 1]
+        assert np.diff(orders.diagonal_groups(64, layout)).tolist() == [1] * 64
 
 
 @pytest.mark.parametrize("side", [3, 5])
