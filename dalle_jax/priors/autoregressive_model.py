@@ -2,7 +2,6 @@
 
 B rows    C captions    T text    N image tokens    D width    V image vocabulary    W text classes
 S = T + N stream, or 1 + T + 1 + N with start tokens    P predicted text tokens: T - 1, or T with a start-of-text token
-K neighbours of a cell
 """
 
 from __future__ import annotations
@@ -285,7 +284,7 @@ class AutoregressiveModel(nn.Module):
         following: Int[ArrayLike, " B"],
         text: list[TextCache],
         caches: list[ImageCache],
-        around: Int[ArrayLike, "B K"] | None = None,
+        around: Int[ArrayLike, "B _"] | None = None,
     ) -> tuple[Float[Array, "B V"], list[ImageCache]]:
         """Runs the model over one image token per row.
 
@@ -296,7 +295,7 @@ class AutoregressiveModel(nn.Module):
           following: cells of the next tokens, int32 [B].
           text: keys and values of the text, from `start`.
           caches: keys and values of the image tokens before these.
-          around: known tokens around the cells `following`, int32 [B, K], from `orders.neighbours`.
+          around: known tokens around the cells `following`, int32 [B, _], from `orders.neighbours`.
 
         Returns:
           Logits of the next tokens, float32 [B, V], and the caches with these tokens.
@@ -335,7 +334,7 @@ class AutoregressiveModel(nn.Module):
         caches: list[ImageCache],
         start: Int[ArrayLike, " B"],
         visible: Bool[ArrayLike, "B P L"],
-        around: Int[ArrayLike, "B P K"] | None,
+        around: Int[ArrayLike, "B P _"] | None,
         stored: int,
     ) -> tuple[Float[Array, "B _ V"], list[ImageCache]]:
         """Runs over several places of each row's order, of a prior whose positions know the next cell.
@@ -350,7 +349,7 @@ class AutoregressiveModel(nn.Module):
           last: embedding of the last text position, [B, D], from `begin`.
           text: keys and values of the text, from `begin`.
           caches, start, visible, stored: see `Attention.extend`.
-          around: known tokens around the cells `following`, int32 [B, P, K], from `orders.neighbours`.
+          around: known tokens around the cells `following`, int32 [B, P, _], from `orders.neighbours`.
 
         Returns:
           Logits of the tokens at `following`, float32 [B, P - stored + 1, V], for the last stored place and those that
