@@ -184,10 +184,14 @@ def get_config(variant: str | None = None) -> ConfigDict:
     # Keep the products of dense layers and the results of attention; the backward pass computes the rest again.
     trunk = section(TransformerOptions, **{"remat": "dots", **row["trunk"]})
     config.model = section(AutoregressiveOptions, trunk=trunk, kernel=row.get("kernel", 11), tied_embeddings=True)
-    del config.model["attention"]  # random orders need dense attention, because the patterns are those of raster order
-    config.model.attention = sections.chosen_by(
-        config.model.get_oneway_ref("order"), {"raster": "sparse", "random": "full", "diagonal": "full"}
-    )
+    # Other orders need dense attention, because the patterns are those of raster order.
+    by_order = {
+        "attention": {"raster": "sparse", "random": "full", "diagonal": "full"},
+        "neighbour_kernel": {"raster": 0, "random": 0, "diagonal": 3},
+    }
+    for key, values in by_order.items():
+        del config.model[key]
+        config.model[key] = sections.chosen_by(config.model.get_oneway_ref("order"), values)
     config.lora = section(LoRAOptions)  # with a rank, adapters of the prior `start_from` are trained alone
     config.optimizer = section(OptimizerOptions, b2=0.96, weight_decay=4.5e-2, clip_norm=4.0)
     # The paper halves the step size five times on plateaus (appendix B.2).

@@ -79,6 +79,9 @@ def test_order_is_one_flag(variant):
     prior = registry.make(config.prior, config.model, LAYOUT)
     assert prior.any_order and all(pattern.mask(LAYOUT)[-1].all() for pattern in prior.options.patterns)
     assert plain.model.attention == "sparse"
+    config.model.order = "diagonal"
+    assert config.model.attention == "full" and config.model.neighbour_kernel == 3
+    assert registry.make(config.prior, config.model, LAYOUT).options.knows_next
     config.model.order = "raster"
     assert config.to_json() == plain.to_json()
     config.model.order, config.model.attention = "random", "sparse"
