@@ -119,8 +119,8 @@ class AutoregressiveOptions:
             )
         if self.neighbour_kernel and self.order == "raster":
             raise ConfigError(
-                f"config.model.neighbour_kernel is {self.neighbour_kernel} with order='raster'; positions know the "
-                "next cell in random orders only. Set --config.model.order=random or neighbour_kernel=0."
+                f"config.model.neighbour_kernel is {self.neighbour_kernel} with order='raster', in which no position "
+                "knows its next cell. Set --config.model.order=diagonal, or --config.model.neighbour_kernel=0."
             )
         if self.anneal_end and self.raster_steps >= self.anneal_end:
             raise ConfigError(

@@ -98,7 +98,7 @@ def test_an_old_configuration_has_no_updates_in_raster_order():
     "changes, key",
     [
         (dict(raster_steps=10), "order=random"),
-        (dict(neighbour_kernel=3), "order=random"),
+        (dict(neighbour_kernel=3), "order=diagonal"),
         (dict(order="diagonal", raster_steps=10), "order=random"),
         (dict(order="diagonal", anneal_end=20), "order=random"),
         (dict(order="random", neighbour_kernel=2), "neighbour_kernel"),
