@@ -185,13 +185,10 @@ def get_config(variant: str | None = None) -> ConfigDict:
     trunk = section(TransformerOptions, **{"remat": "dots", **row["trunk"]})
     config.model = section(AutoregressiveOptions, trunk=trunk, kernel=row.get("kernel", 11), tied_embeddings=True)
     # Other orders need dense attention, because the patterns are those of raster order.
-    by_order = {
-        "attention": {"raster": "sparse", "random": "full", "diagonal": "full"},
-        "neighbour_kernel": {"raster": 0, "random": 0, "diagonal": 3},
-    }
-    for key, values in by_order.items():
-        del config.model[key]
-        config.model[key] = sections.chosen_by(config.model.get_oneway_ref("order"), values)
+    order = config.model.get_oneway_ref("order")
+    del config.model["attention"], config.model["neighbour_kernel"]
+    config.model.attention = sections.chosen_by(order, {"raster": "sparse", "random": "full", "diagonal": "full"})
+    config.model.neighbour_kernel = sections.chosen_by(order, {"raster": "0", "random": "0", "diagonal": "3"}).to_int()
     config.lora = section(LoRAOptions)  # with a rank, adapters of the prior `start_from` are trained alone
     config.optimizer = section(OptimizerOptions, b2=0.96, weight_decay=4.5e-2, clip_norm=4.0)
     # The paper halves the step size five times on plateaus (appendix B.2).

@@ -215,7 +215,7 @@ def between(least: int, reference: FieldReference, largest: int) -> FieldReferen
     return (smaller + least + abs(smaller - least)) // 2
 
 
-def chosen_by(reference: FieldReference, values: Mapping[str, Any]) -> FieldReference:
+def chosen_by(reference: FieldReference, values: Mapping[str, str]) -> FieldReference:
     """Returns a reference to the entry of `values` under a reference's value, or to the first one if it has none."""
     first = next(iter(values.values()))  # the options reject the unknown value itself
     return reference._apply_op(lambda key: values.get(key, first))  # the public operators are arithmetic
