@@ -2,8 +2,9 @@
 
     python experiments/step_ladder.py --workdir runs/prior-shapes runs/maskgit-shapes --output=DIR
 
-All priors draw the same held-out captions of the embedded shapes, with the same seeds. A prior of random orders draws
-one token after another, and then groups of tokens in each number of steps. A prior of raster order only does the first.
+All priors draw the same held-out captions of the embedded shapes, with the same seeds. A prior of diagonal or random
+orders draws one token after another, and then groups of tokens in each number of steps. A prior of raster order only
+does the first.
 MaskGIT draws in each number of steps. All programs are compiled before the first measurement. Each round then times
 one batch of every row in turn; the table has the fastest round, because other programs of the machine only add time.
 Writes `DIR/steps.json`, and `DIR/table.md` with one row for each number of steps and two columns for each prior. The
@@ -44,7 +45,7 @@ def ladder(model: TextToImage, steps: Sequence[int], sampling: dict[str, Any], c
     maskgit = model.prior.name == "maskgit"
     sampling = sampling | ({"choice_temperature": choice} if maskgit else {})
     settings = {} if maskgit else {"one by one": {}}
-    if maskgit or model.prior.any_order:
+    if maskgit or model.prior.options.knows_next:
         settings |= {f"{count} steps": {"steps": count} for count in steps}
 
     def draw(captions, seed, **of_row):
