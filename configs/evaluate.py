@@ -39,7 +39,9 @@ VARIANTS = {
     ),
 }  # fmt: skip
 # The images are used as they are, at the model's size.
-_OF_TRAINING = ("image_size", "augment", "train_split", "eval_split", "cache", "cache_bytes", "workers", "bpe_dropout")
+_OF_TRAINING = (
+    "image_size", "augment", "train_split", "eval_split", "cache", "cache_bytes", "workers", "bpe_dropout", "condition",
+)  # fmt: skip
 
 KEYS = {
     "workdir": "directory of the report",

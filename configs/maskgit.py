@@ -3,6 +3,7 @@
     python -m dalle_jax.main --config=configs/maskgit.py               # shapes: embedded data, a laptop's CPU
     python -m dalle_jax.main --config=configs/maskgit.py:small --config.data.path=DIR   # your own images, 32 pixels
     python -m dalle_jax.main --config=configs/maskgit.py:folder --config.data.path=DIR  # the same, 128 pixels, a GPU
+    python -m dalle_jax.main --config=configs/maskgit.py:classes --config.data.path=DIR # one folder for each class
     python -m dalle_jax.main --config=configs/maskgit.py --help        # all variants, and the keys that people set
 
 Data, text, image tokenizer and loop are those of configs/prior.py. The image tokenizer is trained first if it has not
@@ -21,6 +22,10 @@ The paper has no guidance: give `--config.model.caption_drop=0.1` to train for i
 Attention with dropout runs in XLA, also on TPUs. `--config.model.trunk.attention_dropout=0` trains with the faster
 splash kernel. By roofline on v5e:4x4, an update takes 718 ms with dropout (compiled with low effort). It took 343 ms
 with the kernel, `model.trunk.remat=dots` and a bfloat16 stream (full effort).
+
+`imagenet256` and `imagenet512` are the released class-conditional models, whose blocks are post-norm with biases. Their
+class reads the image, too. A tenth of the labels is dropped for guidance, which the paper does not have.
+`python -m dalle_jax.pretrained maskgit-imagenet256` imports the published weights as a run of the same model.
 
 `paper` splits parameters, average and optimizer over all chips, `3b` over half of them. The table in
 experiments/results/compile/compile.md has memory, operations and step time for each topology.
@@ -41,6 +46,7 @@ from dalle_jax.configuration import sections
 from dalle_jax.configuration.config_files import choose
 from dalle_jax.configuration.sections import schedule, section
 from dalle_jax.configuration.size_rules import SizeRules
+from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 
@@ -94,10 +100,31 @@ def one_gpu(steps):
     }
 
 
+# The released class-conditional models (google-research/maskgit), as `pretrained/maskgit.py` imports them.
+RELEASED = {
+    "model.trunk": section(
+        TransformerOptions, width=768, depth=24, heads=16, norm_placement="post", norm_epsilon=1e-12,
+        embedding_norm=True, final_norms=0, activation="gelu_tanh", qkv_bias=True, positions="table", dropout=0.1,
+        attention_dropout=0.1, remat="attended",
+    ),
+    "model.head_activation": "gelu_tanh",
+    "model.text_reads_image": True,
+    "model.loss_average": "images",
+    "model.init_scale": 0.02,
+    "model.steps": placeholder(int),
+    "optimizer": section(OptimizerOptions, b2=0.96, weight_decay=4.5e-2),
+    "ema": section(AverageOptions, decay=0.999),
+}  # fmt: skip
+
 VARIANTS = {
     "shapes": dict(
         doc="drawn shapes, embedded; two CPU cores, 6 minutes",
         prior="shapes", trunk=dict(width=128, depth=5, heads=4), batch_size=4, steps=7000, overrides=[cpu],
+    ),
+    "shape_classes": dict(
+        doc="drawn shapes by class, embedded; two CPU cores, not yet measured",
+        prior="shape_classes", trunk=dict(width=128, depth=3, heads=4), batch_size=4, steps=2000,
+        overrides=[cpu, small],
     ),
     "emoji": dict(
         doc="the emoji of an installed font; two CPU cores, 7 minutes if started from the prior",
@@ -106,6 +133,18 @@ VARIANTS = {
     "small": dict(
         doc="your own images (data.path), 32 or 64 pixels; a laptop or small GPU, time by their number",
         prior="small", trunk=dict(width=192, depth=6, heads=6), batch_size=4,
+        steps=None, from_data=dict(passes=60, min_steps=4200, max_steps=20_000),
+        overrides=[cpu, small, sections.keep_best],
+    ),
+    "classes": dict(
+        doc="your own images in class folders (data.path), 32 or 64 pixels; a laptop, time by their number",
+        prior="classes", trunk=dict(width=192, depth=6, heads=6), batch_size=4,
+        steps=None, from_data=dict(passes=60, min_steps=4200, max_steps=20_000),
+        overrides=[cpu, small, sections.keep_best],
+    ),
+    "clipgen": dict(
+        doc="your own images without captions (data.path), and a CLIP (clip_from); a laptop, time by their number",
+        prior="clipgen", trunk=dict(width=192, depth=6, heads=6), batch_size=4,
         steps=None, from_data=dict(passes=60, min_steps=4200, max_steps=20_000),
         overrides=[cpu, small, sections.keep_best],
     ),
@@ -128,6 +167,15 @@ VARIANTS = {
         prior="paper", trunk=dict(width=768, depth=24, heads=16, dropout=0.1), batch_size=256, steps=2_000_000,
         overrides=[sections.split_over_chips(copies=1), paper],
     ),
+    "imagenet256": dict(
+        doc="ImageNet in class folders (data.path), 256 pixels; TPU v5e:4x4 or 8 GPUs, not yet measured",
+        prior="imagenet", tokenizer="vqgan:maskgit", trunk={}, batch_size=256, steps=2_000_000, overrides=[RELEASED],
+    ),
+    "imagenet512": dict(
+        doc="the same with 512 pixels and 32x32 tokens; TPU v5e:4x4 or 8 GPUs, not yet measured",
+        prior="imagenet", tokenizer="vqgan:maskgit", image_size=512, trunk={}, batch_size=256, steps=2_000_000,
+        overrides=[RELEASED],
+    ),
     "3b": dict(
         doc="the size of Muse's base model, your own images; TPU v5p:4x4x4 or v6e:8x8, not yet measured",
         prior="paper", trunk=dict(width=2048, depth=48, heads=16, dropout=0.1), batch_size=512, steps=1_000_000,
@@ -148,6 +196,9 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.variant = variant
     config.workdir = f"runs/maskgit-{variant}"
     sections.set_steps(config, row["steps"])
+    config.data.image_size = row.get("image_size", config.data.image_size)
+    if "tokenizer" in row:
+        prior.set_tokenizer(config, row["tokenizer"])
     if "from_data" in row:
         config.from_data = section(SizeRules, **row["from_data"])
 

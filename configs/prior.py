@@ -3,6 +3,7 @@
     python -m dalle_jax.main --config=configs/prior.py                 # shapes: embedded data, a laptop's CPU
     python -m dalle_jax.main --config=configs/prior.py:small --config.data.path=DIR   # your own images, 32 pixels
     python -m dalle_jax.main --config=configs/prior.py:folder --config.data.path=DIR  # the same, 128 pixels, a GPU
+    python -m dalle_jax.main --config=configs/prior.py:classes --config.data.path=DIR # one folder for each class
     python -m dalle_jax.main --config=configs/prior.py --help          # all variants, and the keys that people set
 
 The image tokenizer is trained first if it has not been trained; `config.tokenizer` is its whole configuration. It reads
@@ -29,13 +30,24 @@ start tokens make the stream 1,282 positions long; `--config.text.length=254` ma
 the attention kernels of TPUs. DALL-E was not trained for guidance. `--config.model.caption_drop=0.1` trains for it: a
 tenth of the captions is emptied, and `guidance` can then be used for drawing.
 
+With `--config.data.condition=label` a caption names a class, which becomes one id. Each different caption of the
+training split is a class, in alphabetical order. `--config.text.path=FILE` gives the classes instead, one a line. With
+`--config.data.condition=none` the prior is unconditional and reads no captions.
+
+`clipgen` draws captions although it is trained without any (CLIP-GEN, arXiv 2203.00386): from CLIP's embedding of the
+image in training, and of the caption in drawing. `--config.clip_from=DIR` is the CLIP, which the workdir then holds.
+
+`imagenet` has LlamaGen-B's numbers (arXiv 2406.06525, section 3.1): 12 layers of 768 over 16x16 tokens, 300 epochs, a
+tenth of the labels dropped. Its own codes come from `python -m dalle_jax.pretrained llamagen-vq-ds16` and
+`--config.tokenizer_from=DIR`. Our guidance of 1 is that paper's 2. The augmentation is ours.
+
 Measured: shapes and emoji, see README.md and experiments/results/. Not yet measured: the others.
 """
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from configs import dvae
+from configs import dvae, vqgan
 from dalle_jax.configuration import sections
 from dalle_jax.configuration.config_files import choose
 from dalle_jax.configuration.sections import schedule, section
@@ -96,12 +108,29 @@ AS_IN_THE_PAPER = {
 }
 POD = {"optimizer.first_moment": "bfloat16", **sections.split_over_chips(copies=2)}
 
+# LlamaGen (arXiv 2406.06525, section 3.1, and the authors' defaults).
+LLAMAGEN = {
+    "model.attention": "full",
+    "model.tied_embeddings": False,
+    "optimizer": section(OptimizerOptions, b2=0.95, weight_decay=0.05, clip_norm=1.0, decay="weights"),
+    "schedules.learning_rate": schedule("constant", value=1e-4),
+    "ema": section(AverageOptions, decay=0.0),
+}
+
+# Configurations of image tokenizers, by the name in front of ":" in `tokenizer`.
+TOKENIZERS = {"": dvae, "vqgan": vqgan}
+
 VARIANTS = {
     "shapes": dict(
         doc="drawn shapes, embedded; two CPU cores, 3 minutes",
         tokenizer="shapes", data=sections.SHAPES, text=dict(vocab_size=300, length=20),
         trunk=dict(width=128, depth=5, heads=4), kernel=3, batch_size=4, steps=4200,
         overrides=[cpu, {"model.caption_drop": 0.05}],
+    ),
+    "shape_classes": dict(
+        doc="drawn shapes by class, embedded; two CPU cores, not yet measured",
+        tokenizer="shapes", data=sections.SHAPE_CLASSES, text=dict(vocab_size=30, length=1),
+        trunk=dict(width=128, depth=3, heads=4), kernel=3, batch_size=4, steps=1200, overrides=[cpu],
     ),
     "emoji": dict(
         doc="the emoji of an installed font; two CPU cores, 11 minutes",
@@ -112,6 +141,18 @@ VARIANTS = {
     "small": dict(
         doc="your own images (data.path), 32 or 64 pixels; a laptop or small GPU, time by their number",
         tokenizer="small", data=dict(sections.OWN, bpe_dropout=0.1), text=dict(vocab_size=None, length=None),
+        trunk=dict(width=192, depth=6, heads=6), kernel=3, batch_size=4,
+        steps=None, from_data=dict(passes=40, min_steps=1500, max_steps=20_000), overrides=[cpu, sections.keep_best],
+    ),
+    "classes": dict(
+        doc="your own images in class folders (data.path), 32 or 64 pixels; a laptop, time by their number",
+        tokenizer="small", data=dict(sections.OWN, **sections.CLASSES), text=dict(vocab_size=1000, length=1),
+        trunk=dict(width=192, depth=6, heads=6), kernel=3, batch_size=4,
+        steps=None, from_data=dict(passes=40, min_steps=1500, max_steps=20_000), overrides=[cpu, sections.keep_best],
+    ),
+    "clipgen": dict(
+        doc="your own images without captions (data.path), and a CLIP (clip_from); a laptop, time by their number",
+        tokenizer="small", data=dict(sections.OWN, condition="clip"), text=dict(vocab_size=None, length=None),
         trunk=dict(width=192, depth=6, heads=6), kernel=3, batch_size=4,
         steps=None, from_data=dict(passes=40, min_steps=1500, max_steps=20_000), overrides=[cpu, sections.keep_best],
     ),
@@ -134,6 +175,15 @@ VARIANTS = {
         tokenizer="cub", data=dict(sections.CUB, **AUGMENTED),
         text=dict(vocab_size=4096, length=64),
         trunk=dict(width=512, depth=12, heads=8), batch_size=64, steps=20_000,
+    ),
+    "imagenet": dict(
+        doc="ImageNet in class folders (data.path), LlamaGen-B; 8 GPUs, not yet measured",
+        tokenizer="vqgan:llamagen_f16", data=sections.IMAGENET, text=dict(vocab_size=1000, length=1),
+        trunk=dict(
+            width=768, depth=12, heads=12, mlp_ratio=8 / 3, norm="rmsnorm", activation="swiglu", positions="rotary",
+            dropout=0.1,
+        ),
+        batch_size=256, steps=1_501_000, overrides=[LLAMAGEN],
     ),
     "2.8b": dict(
         PAPER, doc="2.8 billion parameters, your own images; TPU v5p:4x4x4, not yet measured",
@@ -158,6 +208,14 @@ KEYS = sections.TRAINING_KEYS | {
 }
 
 
+def set_tokenizer(config: ConfigDict, name: str) -> None:
+    """Sets the configuration of the image tokenizer: a variant of configs/dvae.py, or "vqgan:VARIANT"."""
+    file, _, variant = name.rpartition(":")
+    config.tokenizer = TOKENIZERS[file].get_config(variant)
+    sections.share_minutes(config, "tokenizer")
+    sections.follow_data(config.tokenizer, config.data)
+
+
 def get_config(variant: str | None = None) -> ConfigDict:
     variant, row = choose(VARIANTS, variant, __file__)
 
@@ -170,14 +228,13 @@ def get_config(variant: str | None = None) -> ConfigDict:
     sections.set_steps(config, row["steps"])
     if "from_data" in row:
         config.from_data = section(SizeRules, **row["from_data"])
-    config.tokenizer = dvae.get_config(row["tokenizer"])
-    sections.share_minutes(config, "tokenizer")
     config.tokenizer_from = placeholder(str)
     config.tokenizer_step = placeholder(int)
     config.start_from = placeholder(str)
+    config.clip_from = placeholder(str)  # workdir or folder of the CLIP of data.condition=clip
 
     config.data = section(DataOptions, **row["data"])
-    sections.follow_data(config.tokenizer, config.data)
+    set_tokenizer(config, row["tokenizer"])
     config.data_tokens = "each_batch"  # "once": encode the training split first; or a folder of configs/encode.py
     config.text = sections.text(**row["text"])
     config.prior = "autoregressive"

@@ -14,10 +14,12 @@ rises for `warmup_steps`. The log has both sides.
 unused codes are moved. They need no weights of LPIPS. `small` has model.downsample 4: 8 x 8 tokens at 32 pixels. At 64
 pixels, `--config.model.multipliers="(1,2,2,2)"` keeps this grid.
 
-The other three have the numbers of published trainings, with these differences. Both players move at once. The images
+The other four have the numbers of published trainings, with these differences. Both players move at once. The images
 are yours, with the dVAE's augmentation.
 - `taming_f16`: the batch is 96 (12 on each of 8 devices), and the length is ours. As in the authors' code, the weight
   0.25 is that of the codebook and not of the commitment.
+- `gumbel_f8`: GumbelVQ with f = 8. The authors published its sizes, temperature and KL weight. The two players are
+  those of `taming_f16`.
 - `maskgit`: a PatchGAN with group normalisation in place of StyleGAN's discriminator, whose score for R1 is a mean over
   patches. Pixels have 0.25 of the weight, because losses see them in [-1, 1]. The perceptual loss is off, as in the
   released configuration.
@@ -43,7 +45,7 @@ from dalle_jax.tasks.vqgan_losses import VQGANObjectiveOptions
 SMALL_MODEL = dict(
     hidden=32, multipliers=(1, 2, 2), blocks=1, attention_levels=(), latent=64, code_dim=32, norm_groups=8
 )
-OWN_CODES = dict(codes="average", init="clusters", dead_below=0.03, perceptual_weight=0.0)
+OWN_CODES = dict(codes="average", init="clusters", dead_below=0.3, perceptual_weight=0.0)
 SMALL_DISCRIMINATOR = dict(layers=2, filters=32, norm="group")
 PUBLISHED = dict(sections.FOLDER, image_size=256, augment="dvae")
 
@@ -84,6 +86,11 @@ TAMING = {
     "schedules.learning_rate": schedule("constant", value=96 * 4.5e-6),
     **starting_at(250_001, 0.8),
 }
+GUMBEL = {
+    **TAMING,
+    "schedules.temperature": schedule("cosine", start=0.9, end=1e-6, steps=1_000_001),
+    "schedules.kl_weight": schedule("constant", value=1e-8),
+}
 MASKGIT = {
     "optimizer.b1": 0.0,
     "optimizer.b2": 0.99,
@@ -123,6 +130,12 @@ VARIANTS = {
         data=PUBLISHED, model={}, objective=dict(codebook=0.25, commitment=1.0), discriminator={},
         batch_size=96, steps=500_000, overrides=[TAMING],
     ),
+    "gumbel_f8": dict(
+        doc="GumbelVQ, f = 8, 8,192 codes, your own images (data.path), 256 pixels; 8 GPUs, not yet measured",
+        data=PUBLISHED,
+        model=dict(vocab_size=8192, multipliers=(1, 1, 2, 4), attention_levels=(3,), quantizer="gumbel"),
+        objective={}, discriminator={}, batch_size=96, steps=1_000_000, overrides=[GUMBEL],
+    ),
     "maskgit": dict(
         doc="MaskGIT's first stage, your own images (data.path), 256 pixels; TPU pod slice, not yet measured",
         data=PUBLISHED,
@@ -145,11 +158,11 @@ VARIANTS = {
 }  # fmt: skip
 
 KEYS = sections.TRAINING_KEYS | {
-    "start_from": "workdir of another VQGAN training: start from its parameters",
+    "start_from": "workdir of another VQGAN training, or an imported VQGAN: start from its parameters",
     "model.vocab_size": "number of codes",
-    "model.hidden": "channels of the first level",
-    "objective.perceptual_weight": "weight of LPIPS; 0: none",
-    "objective.lpips": "folder of its weights, see python -m dalle_jax.pretrained --list",
+    "objective.perceptual_weight": "weight of the perceptual loss; 0: none",
+    "objective.lpips": "folder of the weights of LPIPS, see python -m dalle_jax.pretrained --list",
+    "objective.clip": "or: workdir of a CLIP, whose features compare images instead",
     "schedules.adversarial_weight.value": "weight of the adversarial loss after its start",
     "schedules.adversarial_weight.wait_steps": "updates before it, and the discriminator, start",
 }

@@ -1,16 +1,17 @@
-"""The layout of the token stream of a caption and its image: positions, vocabularies and special ids.
+"""The layout of the token stream of a condition and its image: positions, vocabularies and special ids.
 
-T text positions are followed by N = h·w image positions in raster order (DALL-E, section 2.2). Each text position has
-its own padding id. Padding is embedded and attended to; it is never masked. All offsets, lengths and special ids in the
-package come from this class.
+The positions of the condition (a caption, a class) come first, then N = h·w image positions in raster order (DALL-E,
+section 2.2). All offsets, lengths and special ids in the package come from the classes here. `priors/condition.py` has
+the conditions themselves.
 
-    T text length    h, w grid    N = h·w image tokens    S = T + N
+    P prefix length    T ids of a row    h, w grid    N = h·w image tokens    S = P + N
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -20,36 +21,118 @@ LARGEST_VOCABULARY = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
-class TokenLayout:
-    """Sizes and special ids of the stream "text, then image".
+class PaddedIds:
+    """Rows of ids, such as captions. Each position has its own padding id, which is embedded and never masked.
 
     Attributes:
-      text_vocab: number of kinds of text token, without padding.
+      vocab: number of kinds of ids, without padding.
+      length: T, ids of a row, padding included.
+
+    Raises:
+      ValueError: a size below 1.
+    """
+
+    vocab: int
+    length: int
+
+    def __post_init__(self):
+        _check_positive(self, "vocab", "length")
+
+    @property
+    def ids(self) -> int:
+        """Number of rows of an embedding: the vocabulary and one padding id for each position."""
+        return self.vocab + self.length
+
+    def pad(self, ids: Sequence[int]) -> np.ndarray:
+        """Pads a row to T positions with their padding ids.
+
+        Args:
+          ids: at most T ids in [0, vocab).
+
+        Returns:
+          int32 [T], ids in [0, self.ids).
+
+        Raises:
+          ValueError: more than T ids, or an id outside the vocabulary.
+        """
+        ids = np.asarray(ids, np.int32).reshape(-1)
+        if len(ids) > self.length:
+            raise ValueError(f"{len(ids)} text tokens do not fit in {self.length} positions: truncate first.")
+        if len(ids) and not (0 <= ids.min() and ids.max() < self.vocab):
+            raise ValueError(
+                f"Text ids from {ids.min()} to {ids.max()} lie outside the vocabulary of {self.vocab}: "
+                "was the text encoded with another text model than the one this prior was built for?"
+            )
+        padded = self.empty()
+        padded[: len(ids)] = ids
+        return padded
+
+    def empty(self) -> np.ndarray:
+        """Returns the empty row, int32 [T]: padding everywhere. Guidance uses it as "no text"."""
+        return self.vocab + np.arange(self.length, dtype=np.int32)
+
+    def given(self, row: Sequence[int]) -> list[int]:
+        """Returns the ids of a padded row without its padding."""
+        return [int(i) for i in row if i < self.vocab]
+
+    def classes(self, *, with_padding: bool) -> int:
+        """Returns the number of classes of a head that predicts ids.
+
+        Args:
+          with_padding: whether each padding id is a class. Otherwise all of them share one, because a position can only
+            hold its own padding id.
+        """
+        return self.ids if with_padding else self.vocab + 1
+
+    def targets(self, rows: jnp.ndarray, *, with_padding: bool) -> jnp.ndarray:
+        """Converts ids, int32 [..., T], to the classes of such a head."""
+        return rows if with_padding else jnp.minimum(rows, self.vocab)
+
+
+class Prefix(Protocol):
+    """The part of a condition that a layout needs. It is hashable.
+
+    Attributes:
+      length: number of positions before the image.
+    """
+
+    @property
+    def length(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenLayout:
+    """Sizes and special ids of the stream "condition, then image".
+
+    Attributes:
+      condition: what precedes the image; a `priors.condition.Condition` in a prior.
       image_vocab: number of kinds of image token.
-      text_length: T, text positions, padding included.
       height: h, rows of the image token grid.
       width: w, columns of the image token grid.
+      start_tokens: number of start tokens, which are positions of the prefix, too.
 
     Raises:
       ValueError: a size below 1, or more than `LONGEST_STREAM` positions.
     """
 
-    text_vocab: int
+    condition: Prefix
     image_vocab: int
-    text_length: int
     height: int
     width: int
+    start_tokens: int = 0
 
     def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value < 1:
-                raise ValueError(f"TokenLayout.{field.name} is {value}; it must be at least 1.")
+        _check_positive(self, "image_vocab", "height", "width", "prefix_length")
         if self.length > LONGEST_STREAM:
             raise ValueError(
-                f"A stream of {self.text_length} text positions and {self.height} x {self.width} image positions is "
+                f"A stream of {self.prefix_length} positions before {self.height} x {self.width} image positions is "
                 f"longer than {LONGEST_STREAM}."
             )
+
+    @property
+    def prefix_length(self) -> int:
+        """P, the number of positions before the image."""
+        return self.condition.length + self.start_tokens
 
     @property
     def image_length(self) -> int:
@@ -59,12 +142,7 @@ class TokenLayout:
     @property
     def length(self) -> int:
         """S, the length of the stream."""
-        return self.text_length + self.image_length
-
-    @property
-    def text_ids(self) -> int:
-        """Number of rows of the text embedding: the text vocabulary and one padding id for each text position."""
-        return self.text_vocab + self.text_length
+        return self.prefix_length + self.image_length
 
     @property
     def mask_id(self) -> int:
@@ -72,43 +150,12 @@ class TokenLayout:
         return self.image_vocab
 
     def with_start_tokens(self) -> TokenLayout:
-        """Returns the layout of a stream with start tokens: start-of-text, T text positions, start-of-image, the grid.
+        """Returns the layout of a stream with start tokens: start-of-text, the condition, start-of-image, the grid."""
+        return dataclasses.replace(self, start_tokens=2)
 
-        Its T + 2 text positions are those before the image. Captions, padding and vocabularies stay those of `self`.
-        """
-        return dataclasses.replace(self, text_length=self.text_length + 2)
 
-    def pad_text(self, ids: Sequence[int]) -> np.ndarray:
-        """Pads a caption to T positions with their padding ids.
-
-        Args:
-          ids: at most T ids in [0, text_vocab).
-
-        Returns:
-          int32 [T], ids in [0, text_ids).
-
-        Raises:
-          ValueError: more than T ids, or an id outside the vocabulary.
-        """
-        ids = np.asarray(ids, np.int32).reshape(-1)
-        if len(ids) > self.text_length:
-            raise ValueError(f"{len(ids)} text tokens do not fit in {self.text_length} positions: truncate first.")
-        if len(ids) and not (0 <= ids.min() and ids.max() < self.text_vocab):
-            raise ValueError(
-                f"Text ids from {ids.min()} to {ids.max()} lie outside the vocabulary of {self.text_vocab}: "
-                "was the text encoded with another text model than the one this prior was built for?"
-            )
-        padded = self.null_text()
-        padded[: len(ids)] = ids
-        return padded
-
-    def null_text(self) -> np.ndarray:
-        """Returns the empty caption, int32 [T]: padding everywhere. Guidance uses it as "no text"."""
-        return self.text_vocab + np.arange(self.text_length, dtype=np.int32)
-
-    def text_targets(self, text: jnp.ndarray) -> jnp.ndarray:
-        """Converts text ids, int32 [..., T], to classes of the text head, int32 [..., T] in [0, text_vocab].
-
-        All padding ids share the class `text_vocab`, because a position can only hold its own padding id.
-        """
-        return jnp.minimum(text, self.text_vocab)
+def _check_positive(sizes: object, *names: str) -> None:
+    """Raises a ValueError if an attribute is below 1."""
+    for name in names:
+        if (value := getattr(sizes, name)) < 1:
+            raise ValueError(f"{type(sizes).__name__}.{name} is {value}; it must be at least 1.")

@@ -6,20 +6,28 @@ Draws scenes whose combinations are held out of training, and changes one attrib
 is the share of scenes where the true caption scores higher for the true image than the changed caption. "image" is the
 share where the true image scores higher for the true caption than the changed image. Chance is 0.5. `order` exchanges
 the places of the two objects; `binding` exchanges their colours.
+
+With `--model=RUN`, it also tests CLIP on the images that matter to the best of N: candidates that this prior drew. For
+each kind of exchange it counts the candidates whose two objects have exchanged colours or shapes. `prefers_right` is
+the share of pairs, a right candidate and an exchanged one of the same caption, where the right one scores higher.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
+from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.data.builders.shapes_captions import drawing, scenes
 from dalle_jax.data.builders.shapes_captions.scenes import Scene
+from dalle_jax.evaluation.test_sets import Protocol, open_test_set
+from dalle_jax.metrics import shapes as metrics_of_shapes
 from dalle_jax.reporting.tables import table
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
+from dalle_jax.text_to_image.text_to_image import TextToImage
 
 Change = Callable[[Scene], Scene]
 
@@ -101,12 +109,66 @@ def measure(scorer: ClipScorer, count: int, seed: int = 0) -> dict[str, dict[str
     }
 
 
+def exchange(scene: Scene, attribute: str) -> Scene:
+    """Exchanges an attribute of the two objects of a scene."""
+    first, second = scene.objects
+    values = getattr(second, attribute), getattr(first, attribute)
+    objects = [dataclasses.replace(each, **{attribute: value}) for each, value in zip((first, second), values)]
+    return dataclasses.replace(scene, objects=tuple(objects))
+
+
+def measure_candidates(
+    images: np.ndarray, scores: np.ndarray, stated: Sequence[Scene]
+) -> dict[str, dict[str, float | int]]:
+    """Counts candidates that exchange an attribute of the two objects, and compares their scores with right ones.
+
+    Args:
+      images: candidates of C captions, uint8 [C, N, H, W, 3].
+      scores: CLIP's scores for their captions, float32 [C, N].
+      stated: what the captions state, C scenes. Those of one object count as captions only.
+
+    Returns:
+      By "color" or "shape": "candidates", "exchanged", the number of "captions_with_both" kinds, the number of captions
+      whose best candidate is exchanged ("best_is_exchanged"), and the share "prefers_right", nan without a pair.
+    """
+    n, found = images.shape[1], {}
+    for attribute in ("color", "shape"):
+        exchanged, best, shares = 0, 0, []
+        for shown, values, scene in zip(images, scores, stated):
+            if len(scene.objects) != 2 or (other := exchange(scene, attribute)) == scene:
+                continue
+            right, wrong = (metrics_of_shapes.right_captions(shown, [one] * n) for one in (scene, other))
+            exchanged, best = exchanged + int(wrong.sum()), best + int(wrong[np.argmax(values)])
+            if right.any() and wrong.any():
+                shares.append(np.mean(values[right][:, None] > values[wrong]))
+        found[attribute] = {
+            "candidates": n * len(images), "exchanged": exchanged, "captions_with_both": len(shares),
+            "best_is_exchanged": best, "prefers_right": float(np.mean(shares)) if shares else float("nan"),
+        }  # fmt: skip
+    return found
+
+
+def candidates(workdir: str, scorer: ClipScorer, captions: int, count: int) -> dict[str, dict[str, float | int]]:
+    """Draws `count` candidates for each of `captions` held-out captions and measures them."""
+    model = TextToImage.load(workdir, clip=None)
+    test_set = open_test_set(workdirs.read_config(workdir)["data"], Protocol("heldout", count=captions))
+    images = model.generate(test_set.captions, n=count, seed=0)
+    scores = np.stack([scorer.score(shown, caption) for shown, caption in zip(images, test_set.captions)])
+    return measure_candidates(images, scores, test_set.scenes)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--clip", default="runs/clip-shapes", help="a folder that ClipScorer.load reads")
-    parser.add_argument("--count", type=int, default=512)
+    parser.add_argument("--count", type=int, default=512, help="scenes of real images")
+    parser.add_argument("--model", help="workdir of a prior of shapes, whose candidates are scored too")
+    parser.add_argument("--captions", type=int, default=256)
+    parser.add_argument("--candidates", type=int, default=16, help="candidates of each caption")
     arguments = parser.parse_args()
-    print(table(measure(ClipScorer.load(arguments.clip), arguments.count)))
+    scorer = ClipScorer.load(arguments.clip)
+    print(table(measure(scorer, arguments.count)))
+    if arguments.model:
+        print(table(candidates(arguments.model, scorer, arguments.captions, arguments.candidates)))
 
 
 if __name__ == "__main__":

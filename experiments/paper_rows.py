@@ -16,6 +16,7 @@ import numpy as np
 
 from dalle_jax.models import clip
 from dalle_jax.priors import masking
+from dalle_jax.priors.condition import Text
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.token_layout import TokenLayout
@@ -197,7 +198,7 @@ def prior(width: int, heads: int) -> tuple[Row, ...]:
 
 def decoding_steps(steps: int | None) -> str:
     """Returns the number of steps at 32 x 32 tokens."""
-    return str(MaskGITPrior(TokenLayout(1, 2, 1, 32, 32), MaskGITOptions(steps=steps)).decoding_steps(None))
+    return str(MaskGITPrior(TokenLayout(Text(1, 1), 2, 32, 32), MaskGITOptions(steps=steps)).decoding_steps(None))
 
 
 def quarter_of_ten() -> str:

@@ -130,7 +130,7 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
             "dvae.py:paper", *STEPS, *SMALL_DVAE, f"data.path={big}", "data.image_size=64", "data.workers=0",
         ],
     }  # fmt: skip
-    for name in ("taming_f16", "maskgit", "llamagen_f16"):
+    for name in ("taming_f16", "gumbel_f8", "maskgit", "llamagen_f16"):
         published[f"vqgan:{name}"] = [
             f"vqgan.py:{name}", *vqgan, f"data.path={big}", "data.image_size=64", "data.workers=0",
             "objective.perceptual_weight=0", "model.blocks=1",

@@ -45,7 +45,7 @@ def ladder(model: TextToImage, steps: Sequence[int], sampling: dict[str, Any], c
     maskgit = model.prior.name == "maskgit"
     sampling = sampling | ({"choice_temperature": choice} if maskgit else {})
     settings = {} if maskgit else {"one by one": {}}
-    if maskgit or model.prior.options.knows_next:
+    if model.prior.takes_steps:
         settings |= {f"{count} steps": {"steps": count} for count in steps}
 
     def draw(captions, seed, **of_row):

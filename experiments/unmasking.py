@@ -10,6 +10,7 @@ to the right, a third of the tokens drawn again, and the whole image inpainted u
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import io
 
 import numpy as np
@@ -20,24 +21,15 @@ from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.reporting.images import image_grid, save_png
 from dalle_jax.storage.files import write_file
-from dalle_jax.text_to_image.drawing import row_keys
-from dalle_jax.text_to_image.editing import pixels_of
 from dalle_jax.text_to_image.text_to_image import TextToImage
-
-GREY = 190
 
 
 def trajectory(model: TextToImage, captions: list[str], seed: int, steps: int) -> np.ndarray:
     """Draws images after each decoding step, masked cells grey: uint8 [steps, C, H, W, 3]."""
-    layout = model.prior.layout
-    text = model.encode_text(captions)
-    keys = row_keys(seed, text, np.zeros(len(captions)))
-    _, tokens = model.prior.trajectory(model.params, text, keys, steps=steps, temperature=0.5)
-    tokens = np.asarray(tokens)
-    masked = (tokens == layout.mask_id).reshape(*tokens.shape[:2], layout.height, layout.width)
-    images = model.decode(np.where(tokens == layout.mask_id, 0, tokens).reshape(-1, layout.image_length))
-    grey = pixels_of(masked, model.image_size)[..., None]
-    return np.where(grey, GREY, images.reshape(*tokens.shape[:2], *images.shape[1:])).astype(np.uint8)
+    seen: dict[int, list[np.ndarray]] = {}
+    on_frame = lambda frame: seen.setdefault(frame.caption, []).append(frame.images()[:, 0])
+    dataclasses.replace(model, on_frame=on_frame).generate(captions, seed=seed, steps=steps, temperature=0.5)
+    return np.concatenate([np.stack(frames) for frames in seen.values()], axis=1)
 
 
 def edits(model: TextToImage, images: np.ndarray, captions: list[str], seed: int) -> list[tuple[str, list[np.ndarray]]]:

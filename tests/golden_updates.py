@@ -19,6 +19,7 @@ from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.optim import schedules
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.priors.condition import Text
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.tasks.dvae import DVAETask
@@ -49,7 +50,7 @@ def dvae() -> tuple[Callable, Callable]:
     return task.init, lambda params, key, step: task.loss(params, {}, batch, key, step)
 
 
-LAYOUT = TokenLayout(text_vocab=12, image_vocab=16, text_length=5, height=3, width=4)
+LAYOUT = TokenLayout(Text(12, 5), image_vocab=16, height=3, width=4)
 TRUNK = TransformerOptions(width=16, depth=3, heads=2, dtype="float32")
 
 
@@ -65,7 +66,7 @@ def maskgit() -> tuple[Callable, Callable]:
 
 def _prior(prior) -> tuple[Callable, Callable]:
     rng = np.random.default_rng(0)
-    text = np.stack([LAYOUT.pad_text(rng.integers(0, 12, n)) for n in (2, 5, 3, 4, 1, 0, 3, 2)])
+    text = np.stack([LAYOUT.condition.pad(rng.integers(0, 12, n)) for n in (2, 5, 3, 4, 1, 0, 3, 2)])
     tokens = rng.integers(0, 16, (8, 12), dtype=np.int32)
     return prior.init, lambda params, key, step: prior.loss(params, text, tokens, key, train=True)
 

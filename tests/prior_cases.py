@@ -10,12 +10,13 @@ import numpy as np
 
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.priors.condition import Text
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.token_layout import TokenLayout
 
-LAYOUT = TokenLayout(text_vocab=10, image_vocab=16, text_length=4, height=3, width=4)
-T, N, V = LAYOUT.text_length, LAYOUT.image_length, LAYOUT.image_vocab
+LAYOUT = TokenLayout(Text(10, 4), image_vocab=16, height=3, width=4)
+T, N, V = LAYOUT.condition.length, LAYOUT.image_length, LAYOUT.image_vocab
 
 
 def trunk_of(**changes):
@@ -81,9 +82,10 @@ def params_of(prior):
 def rows(count, seed=0, layout=LAYOUT):
     """Random captions, int32 [count, T], and tokens, int32 [count, N]."""
     rng = np.random.default_rng(seed)
-    captions = [rng.integers(0, layout.text_vocab, rng.integers(1, layout.text_length + 1)) for _ in range(count)]
+    ids = layout.condition
+    captions = [rng.integers(0, ids.vocab, rng.integers(1, ids.length + 1)) for _ in range(count)]
     tokens = rng.integers(0, layout.image_vocab, (count, layout.image_length), dtype=np.int32)
-    return np.stack([layout.pad_text(ids) for ids in captions]), tokens
+    return np.stack([ids.pad(caption) for caption in captions]), tokens
 
 
 @functools.partial(jax.jit, static_argnums=0)

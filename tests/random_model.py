@@ -6,6 +6,7 @@ from flax import linen as nn
 from dalle_jax.data.text import TextModel
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.models.transformer_options import TransformerOptions
+from dalle_jax.priors.condition import Text
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.text_to_image.text_to_image import TextToImage
@@ -20,7 +21,7 @@ def text_to_image(folder) -> TextToImage:
     """Builds a model that draws two images per batch. The text model is written to `folder`."""
     text = TextModel.train(["a red circle above a blue square", "a green star"] * 9, 40, folder / "model")
     tokenizer = DVAETokenizer(DVAEOptions(image_size=SIZE, **_DVAE))
-    layout = TokenLayout(text.vocab_size, 24, 8, SIDE, SIDE)
+    layout = TokenLayout(Text(text.vocab_size, 8), 24, SIDE, SIDE)
     prior = MaskGITPrior(layout, MaskGITOptions(TRUNK, steps=3))
     init = lambda made, key: nn.meta.unbox(jax.jit(made.init)(jax.random.key(key)))
     # Parameters times eight, so that images and tokens differ visibly.

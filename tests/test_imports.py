@@ -18,11 +18,13 @@ PACKAGE = "dalle_jax"
 # From top to bottom: each package may import every package of the levels below it, but no other package of its level.
 LEVELS = (
     ("main",),
+    ("demo",),
     ("jobs",),
     ("evaluation", "aot"),
     ("pretrained", "training", "export"),
     ("tasks", "text_to_image"),
     ("priors",),
+    ("clip",),
     ("metrics", "checkpoints", "models"),
     ("image_tokenizers", "data", "reporting", "optim"),
     ("storage", "distributed", "configuration"),

@@ -15,6 +15,7 @@ from dalle_jax.data.text import TextModel
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.priors import registry
+from dalle_jax.priors.condition import Text
 from dalle_jax.pytree import fingerprint
 from dalle_jax.storage import checksummed
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
@@ -74,7 +75,7 @@ def prior(folder, name="prior.py:shapes", seed=1, **trunk):
     tokenizer = tokenizers.of_training(config.tokenizer)
     params = init(tokenizer, 0)
     workdirs.save_tokenizer(folder, tokenizer, params)
-    layout = TokenLayout(text.vocab_size, tokenizer.vocab_size, 8, *tokenizer.grid(16))
+    layout = TokenLayout(Text(text.vocab_size, 8), tokenizer.vocab_size, *tokenizer.grid(16))
     made = registry.make(config.prior, config.model, layout)
     return save(folder, config, init(made, seed), {"tokenizer": params}, {"image_nats": 1.25})
 

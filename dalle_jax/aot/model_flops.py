@@ -11,9 +11,7 @@ activations, masked pairs that are computed anyway, metrics for the log. Image t
 
 from __future__ import annotations
 
-import math
-
-from dalle_jax.models.clip import CLIPOptions
+from dalle_jax.clip.flops import image_tower, patches, text_tower
 from dalle_jax.models.transformer_options import ACTIVATIONS, TransformerOptions
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.token_prior import TokenPrior
@@ -53,8 +51,8 @@ def sampling(prior_: TokenPrior, rows: int) -> float:
     An autoregressive prior computes each position once, MaskGIT computes all image positions at each step.
     """
     lay = prior_.stream
-    text = _trunk(prior_, lay.text_length, slice(0, lay.text_length))
-    image = _trunk(prior_, lay.image_length, slice(lay.text_length, None)) + _image_head(prior_)
+    text = _trunk(prior_, lay.prefix_length, slice(0, lay.prefix_length))
+    image = _trunk(prior_, lay.image_length, slice(lay.prefix_length, None)) + _image_head(prior_)
     if not isinstance(prior_, MaskGITPrior):
         return rows * (text + image)
     steps = prior_.decoding_steps(None)
@@ -87,29 +85,3 @@ def _trunk(one: TokenPrior, positions: int, queries: slice) -> float:
     kernels = 2 if ACTIVATIONS[o.activation][1] else 1
     per_layer = 4 * o.width * o.heads * o.size_per_head + (kernels + 1) * o.width * o.hidden
     return 2 * positions * o.depth * per_layer + attention
-
-
-# -- CLIP ---------------------------------------------------------------------------------------------------------
-
-
-def patches(o: CLIPOptions) -> float:
-    """Counts the patch embedding of one image."""
-    return 2 * o.patches * 3 * o.patch**2 * o.image_width
-
-
-def image_tower(o: CLIPOptions) -> float:
-    """Counts the image tower for one image."""
-    with_class = o.image_readout == "class_token"
-    seen, read = o.patches + with_class, 1 if with_class else o.patches
-    projection = 2 * read * o.image_width * o.embed_dim
-    return patches(o) + _tower(seen, seen**2, o.image_width, o.image_depth, o.image_mlp) + projection
-
-
-def text_tower(o: CLIPOptions) -> float:
-    """Counts the text tower for one caption."""
-    projection = 2 * o.text_width * o.embed_dim
-    return _tower(o.text_length, math.comb(o.text_length + 1, 2), o.text_width, o.text_depth) + projection
-
-
-def _tower(positions: int, pairs: int, width: int, depth: int, hidden: int | None = None) -> float:
-    return depth * (2 * positions * (4 * width**2 + 2 * width * (hidden or 4 * width)) + 4 * width * pairs)

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
@@ -184,8 +183,9 @@ def lower_sampler(subject: Subject, rows: int) -> tuple[jax.stages.Lowered, dict
             f"multiple of {shards}, or another mesh in config.overrides."
         )
     by_row = batch_sharding(subject.mesh)
-    text = _with_sharding(jax.ShapeDtypeStruct((rows, prior.layout.text_length), jnp.int32), by_row)
+    empty = prior.layout.condition.empty()
+    given = _with_sharding(jax.ShapeDtypeStruct((rows, *empty.shape), empty.dtype), by_row)
     keys = _with_sharding(jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows)), by_row)
     with on_mesh(subject.mesh):
-        lowered = jax.jit(prior.sample).lower(subject.state.eval_params, text, keys)
-    return lowered, {"parameters": subject.state.eval_params, "captions": text}
+        lowered = jax.jit(prior.sample).lower(subject.state.eval_params, given, keys)
+    return lowered, {"parameters": subject.state.eval_params, "captions": given}

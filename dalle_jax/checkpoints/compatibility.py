@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from dalle_jax.errors import ConfigMismatch
 
 # Sections of the configuration that describe the parameters. They must not change between a checkpoint and its reader.
-MODEL_SECTIONS = ("task", "model", "text", "data.image_size", "lora", "discriminator")
+MODEL_SECTIONS = ("task", "model", "text", "data.image_size", "data.condition", "lora", "discriminator")
 # Exceptions: keys that only say how to compute.
 COMPUTE_KEYS = (
     "model.remat", "model.dtype", "model.trunk.remat", "model.trunk.dtype", "model.trunk.attention_kernel",

@@ -13,7 +13,7 @@ Workdirs may be local or remote ("gs://…").
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from absl import logging
@@ -276,13 +276,21 @@ def check_text_section(section: ConfigDict) -> None:
     natural("config.text.length", section["length"], 1, LONGEST_STREAM)
 
 
-def ensure_text_model(section: ConfigDict, captions: Iterable[str], workdir: epath.PathLike) -> CaptionModel:
+def ensure_text_model(
+    section: ConfigDict,
+    captions: Iterable[str],
+    workdir: epath.PathLike,
+    read: Callable[[str], CaptionModel] = text_models.load,
+    train: Callable[[Iterable[str], int], CaptionModel] = TextModel.train,
+) -> CaptionModel:
     """Loads the workdir's text model, after copying it from `section.path` or training it if it does not exist yet.
 
     Args:
       section: {"vocab_size", "length", "path"}.
       captions: of the training split. They are read only to train the model.
       workdir: directory of the run.
+      read: reads the file `section.path`.
+      train: makes a model of captions, given the largest size of its vocabulary.
 
     Raises:
       ConfigError: the model has a larger vocabulary than the section, or a size is below one.
@@ -292,10 +300,10 @@ def ensure_text_model(section: ConfigDict, captions: Iterable[str], workdir: epa
     with first_host_first(f"the text model {path}"):
         if not path.exists():
             if section.path:
-                save_text_model(workdir, text_models.load(section.path))
+                save_text_model(workdir, read(section.path))
             else:
                 logging.info("Training the text model (%s)", path)
-                TextModel.train(captions, section.vocab_size, path)
+                save_text_model(workdir, train(captions, section.vocab_size))
     model = text_models.load(text_model_path(workdir))
     if model.vocab_size > section.vocab_size:
         raise ConfigError(

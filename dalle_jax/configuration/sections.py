@@ -22,10 +22,14 @@ Overrides = Mapping[str, Any]
 
 # The `data` sections of the known data sets: fields of `dalle_jax.data.sources.source.DataOptions`.
 SHAPES = dict(source="shapes_captions", image_size=32, cache=True, builder_kwargs={"num_train": 24_576})  # embedded
+# The same with one object in each image, whose colour and shape are its class.
+SHAPE_CLASSES = dict(SHAPES, condition="label", builder_kwargs={"num_train": 4096, "classes": True})
 EMOJI = dict(source="emoji_captions", image_size=32, cache=True, builder_kwargs={"image_size": 32})  # a font's
 FOLDER = dict(source="folder", workers=None)  # your own: name.png + name.txt, captions.jsonl or captions.csv
 TAR_SHARDS = dict(source="tar_shards", workers=None)  # your own, from img2dataset or WebDataset
 OWN = dict(source="auto", image_size=32, cache=True)  # your own, small: folder or tar shards
+CLASSES = dict(condition="label", caption_from="folder_names")  # of a folder for each class
+IMAGENET = dict(FOLDER, **CLASSES, image_size=256, augment="dvae")
 COCO = dict(source="coco_captions", image_size=256, caption_key="captions/text", workers=None)
 LARGER_TEXT = dict(max_vocab_size=4096, max_text_length=128)  # of `from_data`, for more than a small model
 CUB = dict(source="cub_captions", image_size=256, eval_split="test", workers=None)
@@ -166,8 +170,8 @@ def text(vocab_size: int | None, length: int | None) -> ConfigDict:
     return ConfigDict({**sizes, "path": placeholder(str)})
 
 
-# Keys of `data` that belong to one training alone: its augmentations.
-OWN_DATA_KEYS = ("augment", "bpe_dropout")
+# Keys of `data` that belong to one training alone: its augmentations, and what a prior draws from.
+OWN_DATA_KEYS = ("augment", "bpe_dropout", "condition")
 
 
 def follow_data(tokenizer: ConfigDict, data: ConfigDict) -> None:

@@ -29,11 +29,11 @@ from dalle_jax.data.augment import augment, fit_square
 from dalle_jax.data.sources.decoding import decode_image, read_header
 from dalle_jax.data.sources.source import DataOptions, Record, Source, UnreadableExample, decode_captions
 from dalle_jax.data.spread import evenly
-from dalle_jax.data.tally import TRUNCATED, UNKNOWN_LETTERS, USED, Note
+from dalle_jax.data.tally import TRUNCATED, UNKNOWN_CLASS, UNKNOWN_LETTERS, USED, Note
 from dalle_jax.data.text import CaptionModel
 from dalle_jax.data.token_store import TokensInMemory, TokenStore, token_dtype
 from dalle_jax.errors import DataError
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.token_layout import PaddedIds, TokenLayout
 
 # After this many unreadable examples in a row, reading the source fails.
 _MAX_SUBSTITUTES = 1000
@@ -50,23 +50,23 @@ _CACHES: dict[tuple, dict[int, _Decoded | UnreadableExample]] = {}
 
 
 def batch_shapes(
-    image_size: int, layout: TokenLayout | None, batch_size: int, *, tokens: bool = False
+    image_size: int, captions: PaddedIds | None, batch_size: int, *, tokens: TokenLayout | None = None
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes and dtypes of a global training batch of B rows, as `ExampleMaker` creates it.
 
     Args:
       image_size: S.
-      layout: gives T; None for batches without "text".
+      captions: gives T; None for batches without "text".
       batch_size: B.
-      tokens: whether the images are encoded in advance, so that batches have "tokens" and no "image".
+      tokens: gives N if the images are encoded in advance. Batches then have "tokens" and no "image".
     """
     shapes: dict[str, tuple[tuple[int, ...], Any]] = {"index": ((), np.int32)}
-    if tokens:
-        shapes["tokens"] = ((layout.image_length,), token_dtype(layout.image_vocab))
+    if tokens is not None:
+        shapes["tokens"] = ((tokens.image_length,), token_dtype(tokens.image_vocab))
     else:
         shapes["image"] = ((image_size, image_size, 3), np.uint8)
-    if layout is not None:
-        shapes["text"] = ((layout.text_length,), np.int32)
+    if captions is not None:
+        shapes["text"] = ((captions.length,), np.int32)
     return {name: jax.ShapeDtypeStruct((batch_size, *shape), dtype) for name, (shape, dtype) in shapes.items()}
 
 
@@ -78,7 +78,7 @@ class ExampleMaker:
         source: Source,
         options: DataOptions,
         text_model: CaptionModel | None,
-        layout: TokenLayout | None,
+        captions: PaddedIds | None,
         *,
         train: bool,
         batch_size: int,
@@ -87,7 +87,7 @@ class ExampleMaker:
         tokens: TokenStore | TokensInMemory | None = None,
     ):
         """Accepts the arguments of `Pipeline`, which validates them."""
-        self._source, self._options, self._text_model, self._layout = source, options, text_model, layout
+        self._source, self._options, self._text_model, self._captions = source, options, text_model, captions
         self._tokens, self._workers = tokens, options.worker_count(images=tokens is None)
         self._train, self._seed, self._batch_size = train, seed, batch_size
         self._rows = tuple(int(row) for row in rows)
@@ -170,7 +170,7 @@ class ExampleMaker:
             images = np.zeros((count, self._tokens.shape[1]), self._tokens.dtype)
         texts = None
         if self._text_model is not None:
-            texts = np.tile(self._layout.null_text(), (count, 1))
+            texts = np.tile(self._captions.empty(), (count, 1))
         indices = np.zeros(count, np.int32)
         valid = np.zeros(count, np.bool_)
         for row, position in enumerate(step * self._batch_size + row for row in self._rows):
@@ -230,14 +230,17 @@ class ExampleMaker:
         if self._train and (dropout or len(captions) > 1):
             words = self._entropy(epoch, index, "text").generate_state(2, np.uint64)
             chosen, seed = int(words[0]), int(words[1])
-        length = self._layout.text_length
+        length = self._captions.length
         caption = captions[chosen % len(captions)]
-        ids, truncated = self._text_model.encode(caption, max_length=length, dropout=dropout, seed=seed)
+        try:
+            ids, truncated = self._text_model.encode(caption, max_length=length, dropout=dropout, seed=seed)
+        except DataError as error:  # of labels
+            raise UnreadableExample(UNKNOWN_CLASS, record.name, f"({caption})") from error
         if unknown := self._text_model.unknown_letters(caption):
             notes.append(Note(UNKNOWN_LETTERS, index, record.name, f"({unknown})"))
         if truncated:
             notes.append(Note(TRUNCATED, index, record.name, f"(text.length is {length})"))
-        return image, self._layout.pad_text(ids)
+        return image, self._captions.pad(ids)
 
     def _decoded(self, index: int) -> _Decoded:
         """Returns one example, from the cache if there is one, with the image at the size at which it is used."""

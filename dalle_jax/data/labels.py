@@ -1,5 +1,8 @@
 """The text model of class-conditional priors: a caption is the number or the name of a class, and becomes one id.
 
+A file of names is text in UTF-8 with one class in each line, class 0 first. Commas separate several names of a class,
+such as the name of its folder and its names for people: `n01440764, tench, Tinca tinca`.
+
 V classes
 """
 
@@ -7,15 +10,16 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from etils import epath
 
 from dalle_jax.configuration.options import closest
 from dalle_jax.data.text import normalize
-from dalle_jax.errors import DataError
+from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.storage import checksummed
+from dalle_jax.storage.files import expanded
 from dalle_jax.storage.json_files import parse
 from dalle_jax.token_layout import LARGEST_VOCABULARY
 
@@ -50,12 +54,64 @@ class Labels:
             raise DataError(f"There are names of {len(names)} classes; expected {count}, one class in each line.")
         self.vocab_size, self._names = count, tuple(map(str, names))
         self._ids: dict[str, int] = {}
+        whole, parts = [], []
         for number, name in enumerate(self._names):
             each = [normalize(part) for part in (name, *name.split(","))]
             if not all(each):
                 raise DataError(f"The name of class {number} is {name!r}; expected one or several names with commas.")
-            for part in each:  # of two classes with one name, the first is meant
-                self._ids.setdefault(part, number)
+            whole.append((each[0], number))
+            parts += [(part, number) for part in each[1:]]
+        for name, number in whole + parts:  # of two classes with one name, the first is meant
+            self._ids.setdefault(name, number)
+
+    @classmethod
+    def of_captions(cls, captions: Iterable[str], most: int) -> Labels:
+        """Returns the classes that captions name: each different caption is one, in alphabetical order.
+
+        Args:
+          captions: the name of the class of each example.
+          most: largest number of classes.
+
+        Raises:
+          ConfigError: there are more classes.
+          DataError: there is no caption.
+        """
+        names = sorted({normalize(caption) for caption in captions} - {""})
+        if not names:
+            raise DataError("There is no caption that names a class: every caption given was empty.")
+        if len(names) > most:
+            raise ConfigError(
+                f"There are {len(names):,} different captions, such as {names[0]!r}, and config.text.vocab_size allows "
+                f"{most:,} classes. If each of them names a class, give --config.text.vocab_size={len(names)}. "
+                "Otherwise train on captions: --config.data.condition=text."
+            )
+        return cls(len(names), names)
+
+    @classmethod
+    def load(cls, path: str | epath.PathLike, count: int | None = None, key: str = "config.text.path") -> Labels:
+        """Reads a file of names, or one that `save` wrote.
+
+        Args:
+          path: the file, local or remote.
+          count: number of classes; None for that of the file.
+          key: the key or flag that gave the path, for messages.
+
+        Raises:
+          DataError: the file cannot be read, or has another number of classes.
+        """
+        try:
+            content = checksummed.read(expanded(path))
+            if content.lstrip()[:1] == b"{":
+                return cls.from_bytes(content, str(path))
+            lines = content.decode("utf-8-sig").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{key}={path} cannot be read: {error}. Give a text file with one class a line.") from error
+        while lines and not lines[-1].strip():
+            lines.pop()
+        try:
+            return cls(count or max(len(lines), 1), lines or [""])
+        except DataError as error:
+            raise DataError(f"{key}={path}: {error}") from error
 
     @classmethod
     def from_bytes(cls, content: bytes, origin: str) -> Labels:
@@ -122,9 +178,16 @@ class Labels:
         )
 
     def unknown_letters(self, text: str) -> str:
-        """Returns "": `encode` rejects a caption that is no class."""
-        del text
+        """Returns the letters of a caption that names no class, and "" if it names one."""
+        try:
+            self.encode(text, max_length=1)
+        except DataError:
+            return "".join(dict.fromkeys(normalize(text)))
         return ""
+
+    def pieces(self) -> list[str]:
+        """Returns the name of each class, so that a training may start from a prior of some of the same classes."""
+        return [self.decode([i]) for i in range(self.vocab_size)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Returns the names of ids in [0, V), or "class: ID" without names."""

@@ -24,7 +24,7 @@ from dalle_jax.data.tally import Note, Tally
 from dalle_jax.data.text import CaptionModel
 from dalle_jax.data.token_store import TokensInMemory, TokenStore
 from dalle_jax.errors import ConfigError, DataError
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.token_layout import PaddedIds
 
 _TRIED_AT_START = 100
 _SPREAD = 64  # examples of `spread_batch`
@@ -45,7 +45,7 @@ class Pipeline:
         self,
         options: DataOptions,
         text_model: CaptionModel | None = None,
-        layout: TokenLayout | None = None,
+        captions: PaddedIds | None = None,
         *,
         split: str,
         train: bool,
@@ -61,7 +61,7 @@ class Pipeline:
         Args:
           options: what to read and how.
           text_model: encodes the captions; without one the batches have no "text" and captions are not read.
-          layout: pads the text; required with a text model.
+          captions: pads the text; required with a text model.
           split: the split to read.
           train: whether to shuffle, repeat, augment and draw captions and BPE dropout.
           batch_size: B, over all hosts.
@@ -81,10 +81,10 @@ class Pipeline:
             raise ConfigError(f"batch_size is {batch_size}; expected 1 or more.")
         if seed < 0:
             raise ConfigError(f"seed is {seed}; expected 0 or more.")
-        if text_model is not None and (layout is None or layout.text_vocab != text_model.vocab_size):
+        if text_model is not None and (captions is None or captions.vocab != text_model.vocab_size):
             raise ConfigError(
                 f"The text model has {text_model.vocab_size} ids, but the prior was built for "
-                f"{layout.text_vocab if layout else 'none'}: give the text model that the prior was trained with."
+                f"{captions.vocab if captions else 'none'}: give the text model that the prior was trained with."
             )
         self.source = open_source(options, split) if source is None else source
         if tokens is not None and len(tokens) != len(self.source):
@@ -102,7 +102,7 @@ class Pipeline:
         self._tally = Tally(
             self.source.description,
             self.source.left_out,
-            text_length=None if text_model is None else layout.text_length,
+            text_length=None if text_model is None else captions.length,
             epoch=len(self.source) * len(rows) // batch_size,
         )
         self._check_readable(text_model is not None)
@@ -110,7 +110,7 @@ class Pipeline:
             ExampleMaker,
             options=options,
             text_model=text_model,
-            layout=layout,
+            captions=captions,
             train=train,
             batch_size=batch_size,
             seed=seed,

@@ -10,6 +10,7 @@ from absl import logging
 
 from dalle_jax.data.sources.source import LeftOut
 
+UNKNOWN_CLASS = "class that training has not seen"
 TRUNCATED, UNKNOWN_LETTERS = "truncated caption", "caption with unknown letters"
 USED = (TRUNCATED, UNKNOWN_LETTERS)  # reasons for which an example is still used
 _NAMED_PER_REASON = 5  # examples named in the log for each reason

@@ -20,11 +20,11 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from dalle_jax.checkpoints.folders import check_step
 from dalle_jax.errors import ConfigError, UserError
 from dalle_jax.export.write import DTYPES, Options, export
 from dalle_jax.storage import hub
 from dalle_jax.storage.files import is_remote
-from dalle_jax.text_to_image.folders import check_step
 
 
 def _parser() -> argparse.ArgumentParser:

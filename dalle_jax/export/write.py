@@ -23,17 +23,19 @@ from dalle_jax.checkpoints import exported, frozen
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.downloaded import local
 from dalle_jax.checkpoints.exported import ADAPTERS, CLIP, PRIOR, TOKENIZER
+from dalle_jax.checkpoints.folders import check_workdir
 from dalle_jax.checkpoints.runs import open_run
+from dalle_jax.clip.stored import has_clip
 from dalle_jax.errors import CheckpointError, ConfigError
 from dalle_jax.export import card
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.priors import trained
+from dalle_jax.priors.registry import condition_of
 from dalle_jax.priors.trained import lora_of
 from dalle_jax.pytree import PyTree, fingerprint
 from dalle_jax.storage import hub
 from dalle_jax.storage.files import expanded, full_path, write_errors, write_file, write_json
-from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
-from dalle_jax.text_to_image.folders import check_workdir
+from dalle_jax.text_to_image.clip_scorer import ClipScorer
 
 DTYPES = ("float32", "bfloat16")
 # Keys whose values are paths on this machine. Of `data.path` the last part stays, the name of the data set.
@@ -183,24 +185,22 @@ def _adapters(workdir: str, output: epath.Path, options: Options) -> _Written:
 
 def _prior(workdir: str, output: epath.Path, options: Options) -> _Written:
     tokenizer, tokenizer_params = workdirs.load_tokenizer(workdir)
-    text_model = workdirs.load_text_model(workdir)
     mark = fingerprint({"tokenizer": tokenizer_params})
     with open_run(workdir, best_metric="image_nats") as run:
         step = run.resolve(options.step)
         params = trained.restore(run, workdir, step, tokenizer_params=tokenizer_params)
         config = run.config(step)
+    condition, text_model = condition_of(config).load(config, workdir)
     exported.write_params(output, exported.rounded(params, options.dtype))
     description = tokenizers.to_dict(tokenizer)
     frozen.save(output / TOKENIZER, description, tokenizer_params, frozen.SAFETENSORS)
-    _copy(expanded(workdir) / "text", output / "text")
+    if text_model is not None:
+        _copy(expanded(workdir) / "text", output / "text")
     if folder := options.clip or (workdir if has_clip(workdir) else None):
         ClipScorer.load(folder).save(output, "float32")
     size, vocab = config["data"]["image_size"], tokenizer.vocab_size
     height, width = tokenizer.grid(size)
-    summary = (
-        f"{config['prior']}, {size} x {size} pixels as {height} x {width} tokens of {vocab:,}, captions of "
-        f"{config['text']['length']} tokens of {text_model.vocab_size:,}"
-    )
+    summary = f"{config['prior']}, {size} x {size} pixels as {height} x {width} tokens of {vocab:,}, given {condition}"
     return _Written(step, _count(params), summary, mark)
 
 

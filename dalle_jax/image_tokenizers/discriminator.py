@@ -25,6 +25,7 @@ from jaxtyping import Array, ArrayLike, Float
 from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
+from dalle_jax.image_tokenizers.patch_products import convolve
 
 _EPSILON = 1e-5  # of the normalisation
 _SLOPE = 0.2  # of the leaky ReLU below zero
@@ -138,12 +139,12 @@ def _gain(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype = jnp.float32
 
 
 def _convolution(features: int, stride: int, dtype: str, name: str, *, bias: bool) -> nn.Module:
-    """Builds a convolution of kernel 4. Weights start as N(0, 0.02), biases as 0."""
+    """Builds a convolution of kernel 4. Weights start as N(0, 0.02), biases as 0. It trains inside of a `cond`."""
     kernel_init = _partitioned(nn.initializers.normal(_DEVIATION), None, None, "conv_in", "conv_out")
     bias_init = _partitioned(nn.initializers.zeros, "conv_out")
     return nn.Conv(
         features, (4, 4), stride, _PADDING, use_bias=bias, dtype=dtype, kernel_init=kernel_init, bias_init=bias_init,
-        name=name,
+        name=name, conv_general_dilated=convolve,
     )  # fmt: skip
 
 

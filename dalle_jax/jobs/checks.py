@@ -15,10 +15,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.checkpoints.folders import check_step
 from dalle_jax.configuration.options import from_config
 from dalle_jax.configuration.size_rules import rules_of, with_largest
 from dalle_jax.configuration.values import check_seed, natural
-from dalle_jax.data import text_models
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import (
     DataOptions,
@@ -27,7 +27,6 @@ from dalle_jax.data.sources.source import (
     decode_captions,
     decode_image,
 )
-from dalle_jax.data.text import TextModel
 from dalle_jax.distributed.sharding import on_mesh
 from dalle_jax.distributed.turns import first_host_first, is_first
 from dalle_jax.errors import ConfigError, DataError, UserError
@@ -36,12 +35,12 @@ from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.jobs import earlier
 from dalle_jax.jobs.tokenizers import has_tokenizer
 from dalle_jax.optim import optimizers
+from dalle_jax.priors.registry import condition_of
 from dalle_jax.storage.files import check_writable, expanded, is_regular_file
 from dalle_jax.tasks import registry
 from dalle_jax.tasks.encoded_split import check_tokenizer
 from dalle_jax.tasks.prior import EACH_BATCH, ONCE
 from dalle_jax.text_to_image.drawing import MOST_IMAGES
-from dalle_jax.text_to_image.folders import check_step
 from dalle_jax.training.step import make_init
 from dalle_jax.training.validation import check_duration, mesh_and_options, validate
 from dalle_jax.training.warm_start import check_start_from
@@ -182,7 +181,7 @@ def check_data(config: ConfigDict) -> None:
     for split in dict.fromkeys((options.train_split, options.eval_split)):
         captions = _look(open_source(options, split), with_text)
         if with_text and split == options.train_split and not config.text.path and config.text.vocab_size is not None:
-            TextModel.train(captions, config.text.vocab_size)  # an error if the vocabulary is too small
+            condition_of(config).train(captions, config.text.vocab_size)  # an error if the vocabulary is too small
     check_tokenizer_data(config)
 
 
@@ -223,7 +222,9 @@ def _look(source: Source, with_text: bool) -> list[str]:
 def check_text_model(path: str) -> None:
     """Checks that the file `config.text.path` exists; raises a `ConfigError`."""
     if not is_regular_file(path):
-        raise ConfigError(f"config.text.path={path!r} is no file; expected the sentencepiece.model of a training.")
+        raise ConfigError(
+            f"config.text.path={path!r} is no file; expected the text model of a training, or a file of classes."
+        )
 
 
 def check_files(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -> None:
@@ -240,7 +241,7 @@ def check_files(config: ConfigDict, workdir: str, ahead: Collection[str] = ()) -
     path = config.text.path if "text" in config else None
     if path and (expanded(path).exists() or not any(str(path).startswith(str(run)) for run in ahead)):
         check_text_model(path)
-        size, model = config.text.vocab_size, text_models.load(path)
+        size, model = config.text.vocab_size, condition_of(config).read(path)
         if config.data.bpe_dropout and not model.takes_dropout:
             raise ConfigError(
                 f"config.data.bpe_dropout is {config.data.bpe_dropout}, and the text model {path} has no BPE dropout: "

@@ -32,8 +32,9 @@ from dalle_jax.data.survey import SplitSurvey, Survey
 from dalle_jax.data.text import CaptionModel
 from dalle_jax.distributed.turns import first_host_first, is_first
 from dalle_jax.errors import DataError
-from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.jobs.checks import check_text_model
+from dalle_jax.priors.condition import Text
+from dalle_jax.priors.registry import condition_of
 from dalle_jax.reporting.contact_sheet import Shown, contact_sheet
 from dalle_jax.reporting.images import save_png
 from dalle_jax.storage import json_files
@@ -47,7 +48,6 @@ _DRAWN = ("shapes_captions", "emoji_captions")  # drawn by this package: nothing
 _NAMED_ENDINGS = 6
 # Reasons that the log says in other words.
 _IN_WORDS = {"empty caption": "without caption", "too many pixels": "above data.max_pixels"}
-_TASKS_WITHOUT_CAPTIONS = tokenizers.TASKS
 
 
 def run(config: ConfigDict, workdir: str) -> Survey | None:
@@ -112,8 +112,12 @@ def _look_at(config: ConfigDict, options: DataOptions, workdir: str) -> Survey |
     if training and _stored_key(workdir) == key:
         return None
     drawn = options.source in _DRAWN
-    text = config.get("text") or {}
-    captions = "counted" if not training else "ignored" if config.task in _TASKS_WITHOUT_CAPTIONS else "required"
+    kind, text = condition_of(config), config.get("text") or {}
+    if training and text and kind is not Text:  # classes
+        if not text.get("path"):
+            kind.train(sources["train"].captions(), text["vocab_size"])  # an error if there are too many
+        text = {}
+    captions = "counted" if not training else "required" if "text" in config else "ignored"
     found = surveys.survey(
         options,
         sources,

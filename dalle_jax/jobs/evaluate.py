@@ -45,7 +45,8 @@ def run(config: ConfigDict, workdir: str) -> Metrics:
     kinds = [model.prior.name for model in loaded]
     names = kinds if len(set(kinds)) == len(kinds) else folders
     data = config.get("data") or workdirs.read_config(loaded[0].workdir)["data"]
-    tests = open_test_set(data, protocol, loaded[0].image_size, [model.text_model for model in loaded])
+    text_models = [model.text_model for model in loaded if model.text_model is not None]
+    tests = open_test_set(data, protocol, loaded[0].image_size, text_models)
     models = {name: Model(model, sampling) for name, model in zip(names, loaded)}
     measured = measure(models, tests, options)
     measured.metrics["protocol"]["checkpoints"] = {

@@ -21,7 +21,7 @@ from dalle_jax.configuration.options import from_config
 from dalle_jax.configuration.values import natural
 from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.errors import ConfigError, DataError
-from dalle_jax.jobs import manifests
+from dalle_jax.jobs import edits, manifests
 from dalle_jax.jobs.checks import MOST_IMAGES, check_drawing
 from dalle_jax.priors.decoding_weights import check_weights
 from dalle_jax.priors.sampling import SamplingOptions
@@ -116,6 +116,8 @@ def _samples(captions: Sequence[str], ranked: Ranked) -> list[dict[str, Any]]:
 def remake(manifest: str, file: str, model_workdir: str | None = None) -> np.ndarray:
     """Draws one image of a manifest again, bit for bit on the same kind and number of devices.
 
+    The manifest is one of this job, or of an image that was saved on the page of `dalle_jax.demo`.
+
     Args:
       manifest: path of a `manifest.json`.
       file: file name of a sample in it.
@@ -145,6 +147,9 @@ def remake(manifest: str, file: str, model_workdir: str | None = None) -> np.nda
     manifests.check_model(model, record, manifest)
     sampling = {"negative": record["negative"], **record["sampling"]}
     i, j = entry["caption_index"], entry["index"]
+    if record["edit"] is not None:
+        edit = edits.read(record["edit"], expanded(manifest).parent)
+        return edit.apply(model, record["captions"][i], record["n"], record["seed"], **sampling)[j]
     return model.generate_one(record["captions"], record["n"], i, j, record["seed"], **sampling)
 
 

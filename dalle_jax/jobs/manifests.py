@@ -31,10 +31,10 @@ _IMAGE = re.compile(r"[0-9]{4,}-[0-9]{3,}\.png")
 _FIELDS: dict[str, tuple[type, ...]] = {
     "workdir": (str,), "step": (int, str), "seed": (int,), "n": (int,), "rows_at_once": (int,), "sampling": (dict,),
     "negative": (str, type(None)), "captions": (list,), "samples": (list,), "mesh": (dict,), "fingerprints": (dict,),
-    "weights": (str, type(None)),
+    "weights": (str, type(None)), "edit": (dict, type(None)),
 }  # fmt: skip
 # Earlier versions did not write these.
-_LATER_FIELDS = {"negative": None, "mesh": {"data": 1}, "fingerprints": {}, "weights": None}
+_LATER_FIELDS = {"negative": None, "mesh": {"data": 1}, "fingerprints": {}, "weights": None, "edit": None}
 _SAMPLE = {"file": str, "caption_index": int, "index": int}
 _AXES = {"data", "fsdp", "tensor"}
 
@@ -142,12 +142,10 @@ def describe_model(model: TextToImage, out: epath.Path, clip: str | None) -> dic
 
 
 def fingerprints(model: TextToImage) -> dict[str, str]:
-    """Hashes all that decides an image: the prior, the image tokenizer and the text model."""
-    return {
-        "prior": model.fingerprint(),
-        "image_tokenizer": fingerprint(model.tokenizer_params),
-        "text_model": checksum(workdirs.text_model_path(model.workdir).read_bytes())[:16],
-    }
+    """Hashes all that decides an image: the prior, the image tokenizer and the text model, if there is one."""
+    path = workdirs.text_model_path(model.workdir)
+    text = {} if model.text_model is None else {"text_model": checksum(path.read_bytes())[:16]}
+    return {"prior": model.fingerprint(), "image_tokenizer": fingerprint(model.tokenizer_params), **text}
 
 
 def workdir_of(record: Mapping[str, Any], manifest: epath.PathLike) -> str:

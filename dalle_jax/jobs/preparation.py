@@ -16,6 +16,7 @@ from dalle_jax.data import token_store
 from dalle_jax.data.sources.own import FOLDER, TAR_SHARDS, choose_source
 from dalle_jax.errors import ConfigError
 from dalle_jax.priors.autoregressive import AutoregressiveOptions
+from dalle_jax.priors.registry import condition_of
 from dalle_jax.tasks.prior import EACH_BATCH, ONCE
 
 # Sources that draw their own images, with the arguments of their builder that variants set.
@@ -46,11 +47,13 @@ def prepare(config: ConfigDict) -> ConfigDict:
       ConfigError: the data sections contradict each other, their path or their source.
     """
     config = copy.deepcopy(config)  # keeps references, which `copy_and_resolve_references` would not
-    for key in ("start_from", "tokenizer_from"):
+    for key in ("start_from", "tokenizer_from", "clip_from"):
         if config.get(key):
             config[key] = local(config[key])
     _follow_tokens(config)
     _follow_start(config)
+    if "prior" in config:
+        condition_of(config).complete(config)
     _choose_source(config, config)
     if "tokenizer" in config and not config.tokenizer_from:
         _choose_source(config.tokenizer, config, "tokenizer.")
@@ -66,10 +69,14 @@ def prepare(config: ConfigDict) -> ConfigDict:
     return config
 
 
+def file_of(config: ConfigDict) -> str:
+    """Returns the name of the config file of a training without folder and ending: "prior"."""
+    return _FILES.get(config.get("prior", config.task), "prior")
+
+
 def config_file(config: ConfigDict) -> str:
-    """Returns the name of the config file of a training: "configs/prior.py"."""
-    kind = config.get("prior", config.task)
-    return f"configs/{_FILES.get(kind, 'prior')}.py"
+    """Returns the path of the config file of a training: "configs/prior.py"."""
+    return f"configs/{file_of(config)}.py"
 
 
 def _choose_source(config: ConfigDict, outer: ConfigDict, prefix: str = "") -> None:
@@ -112,12 +119,15 @@ def _follow_start(config: ConfigDict) -> None:
             )
         return
     stored = workdirs.read_config(start) if workdirs.has_config(start) else None
+    if config.get("follow_start") and stored is not None:
+        config.data.condition = condition_of(stored).name
+    fits = stored is None or "prior" not in config or issubclass(condition_of(stored), condition_of(config))
     if "tokenizer" in config:
         config.tokenizer_from = config.tokenizer_from or start
     if "text" in config:
-        if not own_text:
+        if not own_text and fits:
             config.text.path = config.text.path or str(workdirs.text_model_path(start))
-        if config.text.length is None and stored is not None:
+        if config.text.length is None and stored is not None and "text" in stored:
             config.text.length = stored["text"]["length"]
     if config.get("follow_start") and stored is not None and stored["task"] == "prior":
         _follow_model(config, stored)

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.ownership import owned
+from dalle_jax.clip.stored import has_clip
 from dalle_jax.configuration.options import from_config
 from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.errors import ConfigError
@@ -25,7 +26,7 @@ from dalle_jax.jobs import train as train_job
 from dalle_jax.jobs.checks import prefixed
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.storage.files import check_writable, expanded
-from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
+from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
 _STAGES = ("dvae", "prior", "maskgit", "clip")  # folders in the workdir

@@ -21,12 +21,12 @@ from ml_collections import ConfigDict
 from dalle_jax.checkpoints.compatibility import flatten
 from dalle_jax.configuration.options import from_config
 from dalle_jax.configuration.size_rules import open_sizes, rules_of
-from dalle_jax.data import text_models
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions
-from dalle_jax.data.text import CaptionModel, TextModel, normalize
+from dalle_jax.data.text import CaptionModel, normalize
 from dalle_jax.distributed.turns import first_host_says, is_first
 from dalle_jax.jobs import earlier
+from dalle_jax.priors.registry import condition_of
 
 _SAMPLE = 2000  # examples whose captions are read
 _ALPHABET = 256  # with more letters, the rarest 0.05% of the text need no id, see `TextModel.train`
@@ -113,13 +113,14 @@ def _measured(config: ConfigDict, keys: list[str]) -> dict[str, int]:
         sizes["steps"] = rules.steps(found.examples, config.batch_size)
     if "text.vocab_size" in keys:
         if config.text.path:
-            sizes["text.vocab_size"] = text_models.load(config.text.path).vocab_size
+            sizes["text.vocab_size"] = condition_of(config).read(config.text.path).vocab_size
         else:
             words = len({word for caption in found.sample for word in caption.split()})
             sizes["text.vocab_size"] = rules.vocab_size(found.captions, words, _letters(found.sample))
     if "text.length" in keys:
         vocab_size = sizes.get("text.vocab_size", config.text.vocab_size)
-        model = text_models.load(config.text.path) if config.text.path else TextModel.train(found.sample, vocab_size)
+        kind, path = condition_of(config), config.text.path
+        model = kind.read(path) if path else kind.train(found.sample, vocab_size)
         dropout = options.bpe_dropout if model.takes_dropout else 0.0
         sizes["text.length"] = rules.text_length(_tokens(model, found.sample, dropout))
     logging.info(

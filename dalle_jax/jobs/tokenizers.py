@@ -11,6 +11,7 @@ from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers import tokenizer as kinds
 from dalle_jax.jobs import earlier
+from dalle_jax.jobs.preparation import file_of
 from dalle_jax.reporting.metric_writer import read_metrics
 
 
@@ -30,7 +31,7 @@ def choose_workdir(config: ConfigDict) -> str:
     inner = config.tokenizer
     chosen = inner.workdir
     own = f"{chosen.rstrip('/')}-{earlier.fingerprint(inner)}"
-    is_default = chosen == f"runs/dvae-{inner.variant}"
+    is_default = chosen == f"runs/{file_of(inner)}-{inner.variant}"
     if is_default and earlier.read(own):
         return own
     stored = earlier.read(chosen)

@@ -25,9 +25,9 @@ def rotary_angles(layout: TokenLayout, head_dim: int) -> np.ndarray:
     Returns:
       float32 [S, K/2].
     """
-    text = np.stack([np.arange(layout.text_length), np.zeros(layout.text_length)], -1)
+    text = np.stack([np.arange(layout.prefix_length), np.zeros(layout.prefix_length)], -1)
     rows, columns = np.divmod(np.arange(layout.image_length), layout.width)
-    image = np.stack([layout.text_length + rows, columns], -1)
+    image = np.stack([layout.prefix_length + rows, columns], -1)
     rates = 10000.0 ** (-np.arange(head_dim // 4) / (head_dim // 4))
     angles = np.concatenate([text, image])[:, :, None] * rates
     return angles.reshape(layout.length, head_dim // 2).astype(np.float32)

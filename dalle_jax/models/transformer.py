@@ -152,14 +152,14 @@ class Attention(nn.Module):
 
     def prefill(self, x: Float[ArrayLike, "C T D"]) -> tuple[Float[Array, "C T D"], TextCache]:
         """Attends over the text alone, [C, T, D]; also returns its keys and values, each [C, H, T, K]."""
-        t = self.layout.text_length
+        t = self.layout.prefix_length
         q, k, v = self._heads(x, self._angles(slice(0, t)))
         out = self.out(attend_reference(q, k, v, self.pattern.mask(self.layout)[:t, :t]))
         return out, (k.swapaxes(1, 2), v.swapaxes(1, 2))
 
     def refine(self, x: Float[ArrayLike, "B N D"], text: TextCache) -> Float[Array, "B N D"]:
         """Attends from all image positions, [C·n, N, D], to each other and to the caption's keys and values."""
-        how, t, kernel = (self.pattern, self.layout), self.layout.text_length, self._kernel()
+        how, t, kernel = (self.pattern, self.layout), self.layout.prefix_length, self._kernel()
         text = [y.swapaxes(1, 2) for y in text]
         if kernel != "splash":
             return self.out(kernels.attend_image(kernel, *self._heads(x, self._angles(slice(t, None))), *text, *how))
@@ -182,7 +182,7 @@ class Attention(nn.Module):
         Returns:
           States, [C·n, D], and the cache with this position.
         """
-        where = self.layout.text_length + position
+        where = self.layout.prefix_length + position
         qkv = self.qkv(x, decode_step=True)
         q, k, v = (y[:, 0] for y in self._split(qkv[:, None], self._angles(where[None])))
         store = self.pattern.cache(self.layout)

@@ -29,7 +29,7 @@ from dalle_jax.models.lpips import LPIPS, SMALLEST_SIDE, STAGES
 from dalle_jax.pretrained import state_dict
 from dalle_jax.pretrained.importer import Importer
 from dalle_jax.pytree import PyTree
-from dalle_jax.tasks.perceptual import DESCRIPTION
+from dalle_jax.tasks.perceptual import LPIPS_DESCRIPTION
 
 FILES = ("vgg16-397923af.pth", "vgg.pth")
 _UNUSED = "classifier."  # the layers of VGG-16 after the last stage
@@ -91,7 +91,7 @@ def _run(files: Sequence[str | os.PathLike], output: str, settings: Mapping[str,
         raise PretrainedError(
             f"{names} do not hold LPIPS: {error} Expected {FILES[0]} (torchvision) and {FILES[1]} (lpips)."
         ) from error
-    frozen.save(output, DESCRIPTION, params)
+    frozen.save(output, LPIPS_DESCRIPTION, params)
     return f"LPIPS, {sum(array.size for array in jax.tree.leaves(params)):,} parameters"
 
 

@@ -31,15 +31,15 @@ from typing import Any
 import numpy as np
 
 from dalle_jax.data.labels import Labels
-from dalle_jax.errors import DataError, PretrainedError
+from dalle_jax.errors import PretrainedError
 from dalle_jax.image_tokenizers.vqgan import VQGANTokenizer
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.pretrained import maskgit_tokenizer, prior_run, state_dict
 from dalle_jax.pretrained.importer import Importer, Setting
+from dalle_jax.priors.condition import Label
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.pytree import PyTree
-from dalle_jax.storage.files import expanded
 from dalle_jax.token_layout import TokenLayout
 
 Arrays = Mapping[str, np.ndarray]
@@ -150,7 +150,7 @@ def prior_of(sizes: Sizes, codes: int, steps: int, dtype: str = "float32") -> Ma
         trunk=trunk, head_activation="gelu_tanh", text_reads_image=True, init_scale=0.02, loss_average="images",
         caption_drop=0.0, steps=steps,
     )  # fmt: skip
-    return MaskGITPrior(TokenLayout(classes, codes, 1, side, side), options)
+    return MaskGITPrior(TokenLayout(Label(classes), codes, side, side), options)
 
 
 def convert(arrays: Arrays, prior: MaskGITPrior) -> PyTree:
@@ -198,28 +198,6 @@ def convert(arrays: Arrays, prior: MaskGITPrior) -> PyTree:
 # -- files --------------------------------------------------------------------------------------------------------
 
 
-def read_names(path: str | os.PathLike, count: int) -> Labels:
-    """Reads the names of classes.
-
-    Args:
-      path: a text file in UTF-8 with one class in each line, class 0 first. Empty lines at the end do not count.
-      count: number of classes.
-
-    Raises:
-      DataError: the file cannot be read, or has another number of lines.
-    """
-    try:
-        lines = expanded(path).read_text().splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--names={path} cannot be read: {error}.") from error
-    while lines and not lines[-1].strip():
-        lines.pop()
-    try:
-        return Labels(count, lines or [""])
-    except DataError as error:
-        raise DataError(f"--names={path}: {error}") from error
-
-
 def _run(name: str, files: Sequence[str | os.PathLike], output: str, settings: Mapping[str, Any]) -> str:
     """Imports the two files, in any order; see `Importer.run`."""
     prior_run.check_free(output)
@@ -241,8 +219,8 @@ def _run(name: str, files: Sequence[str | os.PathLike], output: str, settings: M
     except PretrainedError as error:
         raise PretrainedError(f"{tokenizer}: {error}") from error
     prior = prior_of(sizes, options.vocab_size, steps, settings["dtype"])
-    names, classes = settings["names"], prior.layout.text_vocab
-    labels = read_names(names, classes) if names else Labels(classes)
+    names, classes = settings["names"], prior.layout.condition.vocab
+    labels = Labels.load(names, classes, "--names") if names else Labels(classes)
     prior_run.save(output, name, prior, convert(arrays, prior), image_tokenizer, image_params, labels)
     return f"{classes:,} classes, {image_tokenizer.image_size} pixels, {prior_run.described(prior)}"
 

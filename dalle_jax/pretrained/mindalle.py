@@ -37,6 +37,7 @@ from dalle_jax.pretrained import prior_run, state_dict, vqgan
 from dalle_jax.pretrained.importer import Importer, Setting
 from dalle_jax.priors.autoregressive import AutoregressivePrior
 from dalle_jax.priors.autoregressive_model import AutoregressiveOptions
+from dalle_jax.priors.condition import Text
 from dalle_jax.pytree import PyTree
 from dalle_jax.storage.files import expanded
 from dalle_jax.token_layout import TokenLayout
@@ -110,7 +111,7 @@ def prior_of(arrays: Arrays, head_size: int = _HEAD_SIZE, dtype: str = "float32"
         qkv_bias=True, positions="table", dtype=dtype, scan=False,
     )  # fmt: skip
     options = AutoregressiveOptions(trunk=trunk, attention="full", caption_drop=0.0)
-    return AutoregressivePrior(TokenLayout(text_ids - 1, codes, length, side, side), options)
+    return AutoregressivePrior(TokenLayout(Text(text_ids - 1, length), codes, side, side), options)
 
 
 def convert(arrays: dict[str, np.ndarray], prior: AutoregressivePrior) -> PyTree:
@@ -127,7 +128,7 @@ def convert(arrays: dict[str, np.ndarray], prior: AutoregressivePrior) -> PyTree
     Raises:
       PretrainedError: an array holds no finite floats.
     """
-    trunk, padding = prior.options.trunk, prior.layout.text_length
+    trunk, padding = prior.options.trunk, prior.layout.condition.length
     take = lambda name: state_dict.as_float32(name, arrays.pop(name))
     words = take("tok_emb_txt.weight")
     found = {
@@ -204,7 +205,7 @@ def _run(files: Sequence[str | os.PathLike], output: str, settings: Mapping[str,
         image_params = vqgan.convert(image_arrays, options)
     except PretrainedError as error:
         raise PretrainedError(f"{first}: {error}") from error
-    vocabulary = read_vocabulary(settings["vocabulary"], prior.layout.text_vocab + 1)
+    vocabulary = read_vocabulary(settings["vocabulary"], prior.layout.condition.vocab + 1)
     try:
         params = convert(arrays, prior)
     except PretrainedError as error:

@@ -71,7 +71,8 @@ def save(
       UserError: a file cannot be written.
     """
     data = {"source": "auto", "image_size": tokenizer.image_size, "fit": "crop"}  # without a path
-    text = {"vocab_size": text_model.vocab_size, "length": prior.layout.text_length, "path": ""}
+    data["condition"] = prior.layout.condition.name
+    text = {"vocab_size": text_model.vocab_size, "length": prior.layout.condition.length, "path": ""}
     config = ConfigDict(
         to_json(
             {

@@ -104,13 +104,13 @@ def _run(name: str, files: Sequence[str | os.PathLike], output: str, settings: M
             "must be those of one model."
         )
     text_model = _text_model(settings["vocabulary"])
-    if text_model.vocab_size != layout.text_vocab:
+    if text_model.vocab_size != layout.condition.vocab:
         raise PretrainedError(
             f"--vocabulary={settings['vocabulary']} has {text_model.vocab_size} ids, and {weights} has embeddings of "
-            f"{layout.text_vocab}. Both files must be those of one model."
+            f"{layout.condition.vocab}. Both files must be those of one model."
         )
     prior_run.save(output, name, prior, params, tokenizer, tokenizer_params, text_model)
-    return f"captions of {layout.text_length} tokens, {size} pixels, {prior_run.described(prior)}"
+    return f"captions of {layout.condition.length} tokens, {size} pixels, {prior_run.described(prior)}"
 
 
 def _text_model(path: str | os.PathLike) -> YouTokenToMe:

@@ -28,6 +28,7 @@ from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.pretrained import state_dict
 from dalle_jax.priors.autoregressive import AutoregressivePrior
 from dalle_jax.priors.autoregressive_model import AutoregressiveOptions
+from dalle_jax.priors.condition import Text
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
 
@@ -149,7 +150,7 @@ def version_of(arrays: Arrays, sizes: Sizes) -> str | None:
 
 def _token_layout(sizes: Sizes) -> TokenLayout:
     t, side = sizes.text_length, sizes.side
-    return TokenLayout(sizes.text_ids - t, sizes.image_vocab, t, side, side)
+    return TokenLayout(Text(sizes.text_ids - t, t), sizes.image_vocab, side, side)
 
 
 def prior_of(sizes: Sizes, heads: int, version: str, dtype: str = "float32") -> AutoregressivePrior:

@@ -10,7 +10,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped
 
 from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
@@ -151,16 +151,18 @@ class AutoregressiveOptions:
         return layout.with_start_tokens() if self.start_tokens else layout
 
     def predicted_text(self, layout: TokenLayout) -> int:
-        """Returns P, the number of text tokens of a caption that are predicted: the last ones."""
-        return layout.text_length if self.start_tokens or self.shifted else layout.text_length - 1
+        """Returns P, the number of positions of the condition that are predicted: the last ones."""
+        if not self.text_classes(layout):
+            return 0
+        return layout.condition.length - (not (self.start_tokens or self.shifted))
 
     def text_classes(self, layout: TokenLayout) -> int:
-        """Returns W, the number of classes of the text head."""
-        return layout.text_ids if self.padding_classes else layout.text_vocab + 1
+        """Returns W, the number of classes of the text head; 0 for a condition that is not predicted."""
+        return layout.condition.classes(with_padding=self.padding_classes)
 
     def text_targets(self, layout: TokenLayout, text: Int[ArrayLike, "B _"]) -> Int[ArrayLike, "B _"]:
         """Converts text ids to classes of the text head, int32 [B, _] in [0, W)."""
-        return text if self.padding_classes else layout.text_targets(text)
+        return layout.condition.targets(text, with_padding=self.padding_classes)
 
 
 class AutoregressiveModel(nn.Module):
@@ -185,7 +187,7 @@ class AutoregressiveModel(nn.Module):
 
     def embed(
         self,
-        text: Int[ArrayLike, "B T"],
+        text: Shaped[ArrayLike, "B ..."],
         tokens: Int[ArrayLike, "B N"],
         train: bool = False,
         cells: Int[ArrayLike, "B N"] | None = None,
@@ -193,7 +195,7 @@ class AutoregressiveModel(nn.Module):
         """Embeds the stream.
 
         Args:
-          text: padded captions, int32 [B, T].
+          text: conditions, such as padded captions, int32 [B, T].
           tokens: image tokens in the order of `cells`, int32 [B, N].
           train: whether dropout applies.
           cells: order of the image tokens, int32 [B, N]; None for raster order.
@@ -206,39 +208,42 @@ class AutoregressiveModel(nn.Module):
         if cells is not None:
             places, seen = jnp.argsort(cells, axis=1), jnp.arange(self.layout.image_length)[None]
             around = orders.neighbours(tokens, places, cells, seen, self.options.neighbour_kernel, self.layout)
-            x = x + jnp.pad(self.embedding.next_cell(cells, around), ((0, 0), (self.stream.text_length - 1, 1), (0, 0)))
+            ahead = self.embedding.next_cell(cells, around)
+            x = x + jnp.pad(ahead, ((0, 0), (self.stream.prefix_length - 1, 1), (0, 0)))
         return constrain(x, "batch", "length", "embed_act")
 
     def logits(
         self, x: Float[ArrayLike, "B S D"], train: bool = False
-    ) -> tuple[Float[Array, "B P W"], Float[Array, "B N V"]]:
+    ) -> tuple[Float[Array, "B P W"] | None, Float[Array, "B N V"]]:
         """Computes text logits, float32 [B, P, W], and image logits, float32 [B, N, V], from embeddings.
 
-        Each position predicts the next token. With start tokens, the last text position predicts nothing.
+        Each position predicts the next token. With start tokens, the last text position predicts nothing. The text
+        logits of a condition that is not predicted are None.
         """
         x = self.trunk(x, train)
         text = x[:, : self.options.predicted_text(self.layout)]
-        t = self.stream.text_length
+        t = self.stream.prefix_length
         image = x[:, t:] if self.options.shifted else x[:, t - 1 : -1]
-        return self.embedding.text_logits(text), self.embedding.image_logits(image)
+        predicted = self.options.text_classes(self.layout)
+        return self.embedding.text_logits(text) if predicted else None, self.embedding.image_logits(image)
 
     def __call__(
         self,
-        text: Int[ArrayLike, "B T"],
+        text: Shaped[ArrayLike, "B ..."],
         tokens: Int[ArrayLike, "B N"],
         train: bool = False,
         cells: Int[ArrayLike, "B N"] | None = None,
-    ) -> tuple[Float[Array, "B P W"], Float[Array, "B N V"]]:
+    ) -> tuple[Float[Array, "B P W"] | None, Float[Array, "B N V"]]:
         """Computes the text and image logits of a stream. Arguments as in `embed`, results as in `logits`."""
         return self.logits(self.embed(text, tokens, train, cells), train)
 
     def prefill(
-        self, text: Int[ArrayLike, "C _"], first: Int[ArrayLike, " C"] | None = None
+        self, text: Shaped[ArrayLike, "C ..."], first: Int[ArrayLike, " C"] | None = None
     ) -> tuple[Float[Array, "C V"], list[TextCache]]:
         """Runs the model over captions.
 
         Args:
-          text: padded captions, int32 [C, T].
+          text: conditions, such as padded captions, int32 [C, T].
           first: the first cell of each row, int32 [C]; None in raster order.
 
         Returns:
@@ -255,12 +260,12 @@ class AutoregressiveModel(nn.Module):
         return self.trunk.init_cache(rows)
 
     def start(
-        self, text: Int[ArrayLike, "C _"], rows: int, first: Int[ArrayLike, " C"] | None = None
+        self, text: Shaped[ArrayLike, "C ..."], rows: int, first: Int[ArrayLike, " C"] | None = None
     ) -> tuple[Float[Array, "B V"], list[TextCache], list[ImageCache]]:
         """Runs the model over captions, up to the first image token.
 
         Args:
-          text: padded captions, int32 [C, T].
+          text: conditions, such as padded captions, int32 [C, T].
           rows: B, a multiple of C.
           first: see `prefill`.
 
@@ -310,7 +315,7 @@ class AutoregressiveModel(nn.Module):
         """Runs the model over all text positions but the last one, which is place 0 of `extend`.
 
         Args:
-          text: padded captions, int32 [C, T].
+          text: conditions, such as padded captions, int32 [C, T].
 
         Returns:
           The embedding of the last text position without its next cell, [C, D], and the keys and values of the others.

@@ -15,7 +15,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Shaped
 
 from dalle_jax.distributed.per_device import contract
 from dalle_jax.models.dense import rows_product
@@ -46,7 +46,7 @@ class StreamEmbedding(nn.Module):
 
     def setup(self):
         lay = self.layout
-        self.text_table = self.table("text", lay.text_ids)
+        self.condition = lay.condition.tables(self.table)
         self.image_table = self.table("image", lay.image_vocab)
         if not self.tied:
             self.image_head = self.table("image_head_kernel", lay.image_vocab, scale=self.head_scale)
@@ -54,7 +54,7 @@ class StreamEmbedding(nn.Module):
             self.image_bias = self.bias("image_head_bias", lay.image_vocab)
         positions = self.trunk.positions
         if positions != "rotary":
-            self.text_positions = self.table("text_positions", lay.text_length, "positions")
+            self.text_positions = self.table("text_positions", lay.condition.length, "positions")
         if positions == "learned":
             self.rows = self.table("rows", lay.height, "positions")
             self.columns = self.table("columns", lay.width, "positions")
@@ -82,9 +82,9 @@ class StreamEmbedding(nn.Module):
             x = self.norm(x)
         return self.drop(x, deterministic=not train).astype(self.trunk.stream_dtype)
 
-    def text(self, text: Int[ArrayLike, "B T"], train: bool = False) -> Float[ArrayLike, "B T D"]:
-        """Embeds captions, int32 [B, T], to [B, T, D]."""
-        x = self.text_table[text]
+    def text(self, text: Shaped[ArrayLike, "B ..."], train: bool = False) -> Float[ArrayLike, "B T D"]:
+        """Embeds conditions, such as captions, int32 [B, T], to [B, T, D]."""
+        x = self.layout.condition.embed(self.condition, text)
         if self.trunk.positions != "rotary":
             x = x + self.text_positions[None]
         return self.cast(x, train)
@@ -136,7 +136,7 @@ class AutoregressiveEmbedding(StreamEmbedding):
 
     Attributes:
       text_classes: W, number of classes of the text head: the text vocabulary and one class for all padding, or one
-        for each padding id.
+        for each padding id. 0: the condition is not predicted.
       any_order: whether positions know which cell they predict.
       start_of_text: whether a start-of-text token precedes the text.
       start_of_image: whether a start-of-image token precedes the image.
@@ -152,9 +152,9 @@ class AutoregressiveEmbedding(StreamEmbedding):
 
     def setup(self):
         super().setup()
-        if not self.tied:
+        if self.text_classes and not self.tied:
             self.text_head = self.table("text_head_kernel", self.text_classes, scale=self.head_scale)
-        if self.head_bias:
+        if self.text_classes and self.head_bias:
             self.text_bias = self.bias("text_head_bias", self.text_classes)
         if self.any_order:
             self.next_rows = self.table("next_rows", self.layout.height, "positions")
@@ -168,8 +168,8 @@ class AutoregressiveEmbedding(StreamEmbedding):
         if self.start_of_image:
             self.before_image = self.table("start_of_image", 1, "positions")
 
-    def text(self, text: Int[ArrayLike, "B T"], train: bool = False) -> Float[ArrayLike, "B _ D"]:
-        """Embeds captions, int32 [B, T], to [B, T, D], or to [B, T + start tokens, D] with start tokens around them."""
+    def text(self, text: Shaped[ArrayLike, "B ..."], train: bool = False) -> Float[ArrayLike, "B _ D"]:
+        """Embeds conditions to [B, T, D], or to [B, T + start tokens, D] with start tokens around them."""
         x = super().text(text, train)
         start = lambda table: self.cast(jnp.broadcast_to(table[None], (len(text), 1, table.shape[1])), train)
         before = [start(self.before_text)] if self.start_of_text else []
@@ -201,10 +201,10 @@ class AutoregressiveEmbedding(StreamEmbedding):
 
     def text_logits(self, x: Float[ArrayLike, "B P D"]) -> Float[Array, "B P W"]:
         """Computes text logits, float32 [..., W], from states [..., D]."""
-        table = self.text_table if self.tied else self.text_head
+        table = self.condition[0] if self.tied else self.text_head
         if len(table) > self.text_classes:
             # Tied: the class of padding uses the mean padding embedding, so that its loss trains all of them.
-            words, padding = jnp.split(table, [self.layout.text_vocab])
+            words, padding = jnp.split(table, [self.text_classes - 1])
             table = jnp.concatenate([words, padding.mean(0, keepdims=True)])
         logits = self.project(x, table)
         return _with_bias(logits, self.text_bias) if self.head_bias else logits

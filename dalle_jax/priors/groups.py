@@ -23,7 +23,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Bool, Int, Key
+from jaxtyping import Array, ArrayLike, Bool, Int, Key, Shaped
 
 from dalle_jax.models.dense import outputs_first
 from dalle_jax.models.trunk import for_decoding
@@ -105,7 +105,7 @@ def decode(
     order: str,
     steps: int,
     params: PyTree,
-    text: Int[ArrayLike, "C T"],
+    text: Shaped[ArrayLike, "C ..."],
     keys: Key[Array, " B"],
     known: tuple[Int[ArrayLike, "B N"], Bool[ArrayLike, "B N"]] | None,
     knobs: sampling.Knobs,

@@ -1,15 +1,15 @@
 """Terms of the priors' losses, in float32.
 
-B rows    T text    V classes
+B rows    V classes
 """
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Num
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Num, Shaped
 
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.priors.condition import Condition, with_empty
 
 
 def cross_entropy(logits: Float[ArrayLike, "*axes V"], targets: Int[ArrayLike, "*axes"]) -> Float[Array, "*axes"]:
@@ -46,19 +46,19 @@ def mean_over(
     return (values * weights).sum() / jnp.maximum(weights.sum(), 1)
 
 
-def drop_captions(
-    key: Key[Array, ""], text: Int[ArrayLike, "B T"], rate: float, layout: TokenLayout
-) -> tuple[Int[Array, "B T"], Bool[Array, " B"]]:
-    """Replaces a random share of the captions by the empty caption, as training for guidance needs.
+def drop_conditions(
+    key: Key[Array, ""], rows: Shaped[ArrayLike, "B ..."], rate: float, condition: Condition
+) -> tuple[Shaped[Array, "B ..."], Bool[Array, " B"]]:
+    """Replaces a random share of the conditions by the empty condition, as training for guidance needs.
 
     Args:
       key: scalar key.
-      text: padded captions, int32 [B, T].
-      rate: probability that a caption is dropped.
-      layout: layout of the token stream.
+      rows: conditions, such as padded captions, int32 [B, T].
+      rate: probability that a condition is dropped.
+      condition: their kind.
 
     Returns:
-      Captions, int32 [B, T], and which of them were dropped, bool [B].
+      Conditions of the same shape, and which of them were dropped, bool [B].
     """
-    dropped = jax.random.bernoulli(key, rate, (text.shape[0], 1))
-    return jnp.where(dropped, jnp.asarray(layout.null_text())[None], text), dropped[:, 0]
+    dropped = jax.random.bernoulli(key, rate, (rows.shape[0], 1))[:, 0]
+    return with_empty(condition, rows, dropped), dropped

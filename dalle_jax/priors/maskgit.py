@@ -31,17 +31,20 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Shaped
 
 from dalle_jax.models.trunk import for_decoding
 from dalle_jax.priors import masking, sampling
 from dalle_jax.priors.alternatives import one_of
+from dalle_jax.priors.condition import blank
 from dalle_jax.priors.embedding import start_from_codebook
-from dalle_jax.priors.losses import cross_entropy, drop_captions, mean_over, uniform_cross_entropy
+from dalle_jax.priors.losses import cross_entropy, drop_conditions, mean_over, uniform_cross_entropy
 from dalle_jax.priors.maskgit_model import MaskGITModel, MaskGITOptions, truncated_start
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.pytree import PyTree
@@ -63,6 +66,7 @@ class MaskGITPrior:
     options: MaskGITOptions = MaskGITOptions()
     name = "maskgit"
     any_order = True
+    takes_steps = True
 
     @property
     def stream(self) -> TokenLayout:
@@ -82,7 +86,7 @@ class MaskGITPrior:
 
     def init(self, key: Key[Array, ""], codebook: Float[ArrayLike, "V E"] | None = None) -> PyTree:
         """See `TokenPrior.init`."""
-        text = jnp.zeros((1, self.layout.text_length), jnp.int32)
+        text = blank(self.layout.condition)
         tokens = jnp.zeros((1, self.layout.image_length), jnp.int32)
         params = self.model.init(key, text, tokens)["params"]
         if self.options.init_scale:
@@ -108,7 +112,7 @@ class MaskGITPrior:
     def loss(
         self,
         params: PyTree,
-        text: Int[ArrayLike, "B T"],
+        text: Shaped[ArrayLike, "B ..."],
         tokens: Int[ArrayLike, "B N"],
         key: Key[Array, ""],
         *,
@@ -129,7 +133,7 @@ class MaskGITPrior:
     def _raster_loss(self, params, key, text, tokens, valid):
         """Implements `loss` in training with raster order: every token given the caption and the tokens before it."""
         drop_key, dropout_key = jax.random.split(key)
-        given, _ = drop_captions(drop_key, text, self.options.caption_drop, self.layout)
+        given, _ = drop_conditions(drop_key, text, self.options.caption_drop, self.layout.condition)
         model = MaskGITModel(self.options, self.layout, raster=True)
         logits = model.apply({"params": params}, given, tokens, True, rngs={"dropout": dropout_key})
         counted = jnp.ones(len(tokens)) if valid is None else valid.astype(jnp.float32)
@@ -141,7 +145,7 @@ class MaskGITPrior:
         """Implements `loss` with random masks (arXiv 2202.04200, section 3.1)."""
         o, lay, rows = self.options, self.layout, text.shape[0]
         drop_key, dropout_key, ratio_key, mask_key = jax.random.split(key, 4)
-        given, _ = drop_captions(drop_key, text, o.caption_drop if train else 0.0, lay)
+        given, _ = drop_conditions(drop_key, text, o.caption_drop if train else 0.0, lay.condition)
         counts = masking.training_counts(
             o.mask_schedule, self.mask_ratios(ratio_key, rows, train=train, valid=valid), lay.image_length
         )
@@ -170,11 +174,11 @@ class MaskGITPrior:
     def sample(
         self,
         params: PyTree,
-        text: Int[ArrayLike, "C T"],
+        text: Shaped[ArrayLike, "C ..."],
         keys: Key[Array, " B"],
         *,
         known: tuple[Int[ArrayLike, "B N"], Bool[ArrayLike, "B N"]] | None = None,
-        negative: Int[ArrayLike, "_ T"] | None = None,
+        negative: Shaped[ArrayLike, "_ ..."] | None = None,
         **options,
     ) -> Int[Array, "B N"]:
         """See `TokenPrior.sample`."""
@@ -183,11 +187,11 @@ class MaskGITPrior:
     def trajectory(
         self,
         params: PyTree,
-        text: Int[ArrayLike, "C T"],
+        text: Shaped[ArrayLike, "C ..."],
         keys: Key[Array, " B"],
         *,
         known: tuple[Int[ArrayLike, "B N"], Bool[ArrayLike, "B N"]] | None = None,
-        negative: Int[ArrayLike, "_ T"] | None = None,
+        negative: Shaped[ArrayLike, "_ ..."] | None = None,
         **options,
     ) -> tuple[Int[Array, "B N"], Int[Array, "steps B N"]]:
         """Draws image tokens and returns the tokens after each step. Arguments as in `TokenPrior.sample`.
@@ -195,11 +199,35 @@ class MaskGITPrior:
         Returns:
           Tokens, int32 [B, N]. Tokens after each step, int32 [steps, B, N], `layout.mask_id` where still masked.
         """
-        options, o = SamplingOptions(**options), self.options
-        choice = o.choice_temperature if options.choice_temperature is None else options.choice_temperature
-        order = masking.unmasking_order(options.order or o.order, self.layout, choice)
+        options = SamplingOptions(**options)
         knobs = sampling.knobs(self.layout, text, keys, options, negative)
-        return _decode(self, self.decoding_steps(options.steps), order, params, text, keys, known, knobs)
+        steps, order = self.decoding_steps(options.steps), self._order(options)
+        return _decode(self, steps, order, params, text, keys, known, knobs)
+
+    def watch(
+        self,
+        params: PyTree,
+        text: Int[ArrayLike, "C T"],
+        keys: Key[Array, " B"],
+        *,
+        known: tuple[Int[ArrayLike, "B N"], Bool[ArrayLike, "B N"]] | None = None,
+        negative: Int[ArrayLike, "_ T"] | None = None,
+        **options,
+    ) -> Iterator[tuple[Array, float]]:
+        """See `TokenPrior.watch`: yields after each decoding step."""
+        options = SamplingOptions(**options)
+        knobs = sampling.knobs(self.layout, text, keys, options, negative)
+        steps, order = self.decoding_steps(options.steps), self._order(options)
+        ids, at_start, text_cache = _begin(self, params, text, keys, known, knobs)
+        for t in range(steps):
+            ids = _advance(self, steps, order, params, keys, knobs, at_start, text_cache, ids, np.int32(t))
+            yield ids, (t + 1) / steps
+
+    def _order(self, options: SamplingOptions) -> masking.UnmaskingOrder:
+        """Returns the order in which tokens are decided."""
+        o = self.options
+        choice = o.choice_temperature if options.choice_temperature is None else options.choice_temperature
+        return masking.unmasking_order(options.order or o.order, self.layout, choice)
 
     def check_sampling(self, options: SamplingOptions) -> None:
         """See `TokenPrior.check_sampling`."""
@@ -241,20 +269,54 @@ def _scalars(
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _decode(prior: MaskGITPrior, steps: int, order: masking.UnmaskingOrder, params, text, keys, known, knobs):
     """Implements `trajectory`. Which keys `knobs` has is static; their values are traced."""
-    layout, o = prior.layout, prior.options
-    params, flat = for_decoding(params, o)
-    bound = functools.partial(MaskGITModel(flat, layout).apply, {"params": params})
-    rows, shape = keys.shape[0], (keys.shape[0], layout.image_length)
+    bound = _bind(prior, params)
+    ids, at_start, text_cache = _start(prior, bound, text, keys, known, knobs)
+    step = _stepper(prior, steps, order, bound, keys, knobs, at_start, text_cache)
+
+    def body(ids, t):
+        ids = step(ids, t)
+        return ids, ids
+
+    return jax.lax.scan(body, ids, jnp.arange(steps))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _begin(prior: MaskGITPrior, params, text, keys, known, knobs):
+    """Implements the start of `watch`."""
+    return _start(prior, _bind(prior, params), text, keys, known, knobs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _advance(prior: MaskGITPrior, steps: int, order, params, keys, knobs, at_start, text_cache, ids, t):
+    """Implements one step of `watch`. It is the body of a loop as in `_decode`, so that both are compiled alike."""
+    step = _stepper(prior, steps, order, _bind(prior, params), keys, knobs, at_start, text_cache)
+    return jax.lax.fori_loop(t, t + 1, lambda t, ids: step(ids, t), ids)
+
+
+def _bind(prior: MaskGITPrior, params: PyTree) -> Callable[..., Array]:
+    """Returns the model with its parameters, in the layout for decoding."""
+    params, flat = for_decoding(params, prior.options)
+    return functools.partial(MaskGITModel(flat, prior.layout).apply, {"params": params})
+
+
+def _start(prior: MaskGITPrior, bound: Callable[..., Array], text, keys, known, knobs):
+    """Returns the tokens before the first step, int32 [B, N], the number of masked ones, [B], and the cached text."""
+    layout, shape = prior.layout, (keys.shape[0], prior.layout.image_length)
     guided = "guidance" in knobs  # the null branch runs as additional captions
     text_cache = bound(jnp.concatenate([text, knobs["negative"]]) if guided else text, method="prefill")
-
     ids = jnp.full(shape, layout.mask_id, jnp.int32)
     if known is not None:
         given, mask = (jnp.broadcast_to(x, shape) for x in known)
         ids = jnp.where(mask, given.astype(jnp.int32), ids)
-    at_start = (ids == layout.mask_id).sum(-1)
+    return ids, (ids == layout.mask_id).sum(-1), text_cache
 
-    def body(ids, t):
+
+def _stepper(prior: MaskGITPrior, steps: int, order, bound: Callable[..., Array], keys, knobs, at_start, text_cache):
+    """Returns the function of one step: maps the tokens before step t, int32 [B, N], and t to those after it."""
+    layout, guided = prior.layout, "guidance" in knobs
+    rows = keys.shape[0]
+
+    def step(ids, t):
         unknown, ratio = ids == layout.mask_id, (t + 1) / steps
         states = bound(jnp.concatenate([ids, ids]) if guided else ids, text_cache, method="states")
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, t)
@@ -267,13 +329,12 @@ def _decode(prior: MaskGITPrior, steps: int, order: masking.UnmaskingOrder, para
             drawn = sampling.choose_at(logits, uniform, knobs, t / max(steps - 1, 1))
             return drawn, cross_entropy(logits, drawn)
 
-        uniform = sampling.uniforms(draw_keys, shape[1:])
+        uniform = sampling.uniforms(draw_keys, ids.shape[1:])
         drawn, surprise = sampling.in_parts(decide, layout.image_vocab, states, uniform)
         noise = jax.vmap(lambda key: jax.random.gumbel(key, (layout.image_length,)))(noise_keys)
         scores = jnp.where(unknown, order.scores(-surprise, noise, ratio), jnp.inf)
-        left = masking.still_masked(o.mask_schedule, t, steps, at_start, unknown.sum(-1))
+        left = masking.still_masked(prior.options.mask_schedule, t, steps, at_start, unknown.sum(-1))
         masked = unknown & (masking.ranks(scores) < left[:, None])
-        ids = jnp.where(masked, layout.mask_id, jnp.where(unknown, drawn, ids))
-        return ids, ids
+        return jnp.where(masked, layout.mask_id, jnp.where(unknown, drawn, ids))
 
-    return jax.lax.scan(body, ids, jnp.arange(steps))
+    return step

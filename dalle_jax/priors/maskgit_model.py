@@ -11,7 +11,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int, Key
+from jaxtyping import Array, ArrayLike, Float, Int, Key, Shaped
 
 from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
@@ -153,12 +153,12 @@ class MaskGITModel(nn.Module):
         return self.embedding.image_logits(x) + self.image_bias[None, None]
 
     def __call__(
-        self, text: Int[ArrayLike, "B T"], ids: Int[ArrayLike, "B N"], train: bool = False
+        self, text: Shaped[ArrayLike, "B ..."], ids: Int[ArrayLike, "B N"], train: bool = False
     ) -> Float[Array, "B N V"]:
         """Computes the image logits of a stream.
 
         Args:
-          text: padded captions, int32 [B, T].
+          text: conditions, such as padded captions, int32 [B, T].
           ids: image tokens in raster order, `layout.mask_id` where masked, int32 [B, N].
           train: whether dropout applies.
 
@@ -167,10 +167,10 @@ class MaskGITModel(nn.Module):
         """
         x = jnp.concatenate([self.embedding.text(text, train), self.embedding.image(ids, train)], axis=1)
         x = self.trunk(constrain(x, "batch", "length", "embed_act"), train)
-        return self.logits(x[:, self.layout.text_length :])
+        return self.logits(x[:, self.layout.prefix_length :])
 
-    def prefill(self, text: Int[ArrayLike, "C T"]) -> CaptionStates:
-        """Computes what of the captions, int32 [C, T], stays the same in all decoding steps."""
+    def prefill(self, text: Shaped[ArrayLike, "C ..."]) -> CaptionStates:
+        """Computes what of the conditions, such as captions, int32 [C, T], stays the same in all decoding steps."""
         x = self.embedding.text(text)
         return x if self.options.text_reads_image else self.trunk.prefill(x)[1]
 

@@ -1,4 +1,4 @@
-"""Priors by name: builds the prior of a configuration."""
+"""Priors and conditions by name: builds the prior of a configuration."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from ml_collections import ConfigDict
 from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import ConfigError
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.priors.clip_condition import ClipEmbedding
+from dalle_jax.priors.condition import Condition, Label, Nothing, Text
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.priors.token_prior import TokenPrior
@@ -20,6 +22,9 @@ PRIORS = {
     "autoregressive": (AutoregressivePrior, AutoregressiveOptions),
     "maskgit": (MaskGITPrior, MaskGITOptions),
 }
+
+# config.data.condition → the condition.
+CONDITIONS: dict[str, type[Condition]] = {kind.name: kind for kind in (Text, Label, Nothing, ClipEmbedding)}
 
 
 def make(kind: str, model: Mapping[str, Any] | ConfigDict, layout: TokenLayout) -> TokenPrior:
@@ -51,3 +56,15 @@ def options_of(kind: str) -> type:
     if kind not in PRIORS:
         raise ConfigError(f"config.prior is {kind!r}; expected one of {', '.join(PRIORS)}.")
     return PRIORS[kind][1]
+
+
+def condition_of(config: Mapping[str, Any] | ConfigDict) -> type[Condition]:
+    """Returns the kind of condition that a training configuration names. Earlier versions had captions alone.
+
+    Raises:
+      ConfigError: there is no such condition.
+    """
+    name = config["data"].get("condition", Text.name)
+    if name not in CONDITIONS:
+        raise ConfigError(f"config.data.condition is {name!r}; expected one of {', '.join(CONDITIONS)}.")
+    return CONDITIONS[name]

@@ -74,19 +74,19 @@ def check_steps(options: SamplingOptions, layout: TokenLayout) -> None:
 
 def knobs(
     layout: TokenLayout,
-    text: Int[ArrayLike, "C T"],
+    text: Shaped[ArrayLike, "C ..."],
     keys: Key[Array, " B"],
     options: SamplingOptions,
-    negative: Int[ArrayLike, "_ T"] | None = None,
+    negative: Shaped[ArrayLike, "_ ..."] | None = None,
 ) -> Knobs:
     """Returns the arguments of a compiled decoder. Which keys are present is static; their values are traced.
 
     Args:
       layout: layout of the token stream.
-      text: padded captions, int32 [C, T].
+      text: conditions, such as padded captions, int32 [C, T].
       keys: one key per row, [B].
       options: sampling parameters.
-      negative: captions that guidance leads away from, int32 [C, T] or [1, T]; None for the empty caption.
+      negative: conditions that guidance leads away from, [C, ...] or [1, ...]; None for the empty one.
 
     Returns:
       "temperature", and those of "final_temperature", "top_k", "top_p", "guidance" and "negative" that are set.
@@ -104,7 +104,8 @@ def knobs(
         if getattr(options, name) is not None:
             found[name] = jnp.float32(getattr(options, name))
     if options.guidance:
-        null = jnp.asarray(layout.null_text())[None] if negative is None else jnp.asarray(negative, jnp.int32)
+        null = jnp.asarray(layout.condition.empty())
+        null = null[None] if negative is None else jnp.asarray(negative, null.dtype)
         found |= {"guidance": jnp.float32(options.guidance), "negative": jnp.broadcast_to(null, text.shape)}
     return found
 

@@ -58,7 +58,7 @@ def base_of(config: ConfigDict, workdir: str, prior: TokenPrior) -> PyTree:
 def _fitted(start_from: str, workdir: str, prior: TokenPrior) -> PyTree:
     """Returns the parameters of a run in the layout of the prior."""
     given, own = (workdirs.text_model_path(folder) for folder in (start_from, workdir))
-    if given.read_bytes() != own.read_bytes():
+    if given.exists() != own.exists() or own.exists() and given.read_bytes() != own.read_bytes():
         raise ConfigError(
             f"config.text.path is another text model than that of config.start_from={start_from!r}. Adapters keep the "
             "embeddings of their base: leave out config.text.path, or give --config.lora.rank=0."

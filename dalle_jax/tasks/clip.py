@@ -43,7 +43,7 @@ from dalle_jax.tasks import words
 from dalle_jax.tasks.corrupted_negatives import NegativeOptions, spoil
 from dalle_jax.tasks.preview import preview_grid, shown_rows
 from dalle_jax.tasks.task import Batch, Job, make_job
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.token_layout import PaddedIds
 
 _PREVIEW_ROWS, _PREVIEW_MATCHES = 6, 4
 
@@ -175,9 +175,12 @@ class CLIPTask:
         rows = shown_rows(np.ones(len(text), bool), _PREVIEW_ROWS)
         best = np.argsort(-captions[rows] @ images.T, axis=1)[:, :_PREVIEW_MATCHES]
         matches = [("best matches", real[column]) for column in best.T]
-        end = self.clip.options.end_id
-        shown = [self._text_model.decode([i for i in text[row].tolist() if i < end]) for row in rows]
-        return preview_grid(shown, [("its image", real[rows]), *matches])
+        return preview_grid([self._decoded(text[row]) for row in rows], [("its image", real[rows]), *matches])
+
+    def _decoded(self, row: np.ndarray) -> str:
+        """Returns the caption of ids, int32 [T - 1], or "" without a text model."""
+        given = [i for i in row.tolist() if i < self.clip.options.end_id]
+        return "" if self._text_model is None else self._text_model.decode(given)
 
     def in_words(self, metrics: Mapping[str, float], examples: int) -> list[str]:
         """See `Task.in_words`."""
@@ -187,14 +190,15 @@ class CLIPTask:
     def next_steps(self, config: ConfigDict, workdir: str, batch: Batch, flags: Sequence[str]) -> list[str]:
         """See `Task.next_steps`."""
         del flags
-        captions = words.example_captions(self._text_model, self.clip.options.end_id, batch, 1)
+        text = np.asarray(batch["text"])[np.asarray(batch["valid"])]
+        captions = words.example_captions(map(self._decoded, text), 1)
         ranked = words.flag("config.clip", workdir), "--config.candidates=16", "--config.n=4"
         command = words.draw_command(f"runs/prior-{config.variant}", captions, *ranked)
         return [f"rank the candidates of a prior with it: {command}"]
 
 
 def with_end(text: jax.Array, end_id: int) -> jax.Array:
-    """Converts padded ids of a `TokenLayout`, int32 [B, T - 1], to ids for CLIP, int32 [B, T].
+    """Converts ids of `PaddedIds`, int32 [B, T - 1], to ids for CLIP, int32 [B, T].
 
     The end token follows the caption and fills the remaining positions.
     """
@@ -215,8 +219,8 @@ def _features(clip: CLIP, params: PyTree, batch: Batch) -> tuple[jax.Array, ...]
     return tuple(constrain(x, *[None] * x.ndim) for x in whole)
 
 
-def _task(config: ConfigDict, text_vocab: int, text_model: CaptionModel | None) -> tuple[CLIPTask, TokenLayout]:
-    """Builds the task of a configuration, and the layout that pads its captions."""
+def _task(config: ConfigDict, text_vocab: int, text_model: CaptionModel | None) -> tuple[CLIPTask, PaddedIds]:
+    """Builds the task of a configuration, and the ids of its captions."""
     if (steps := config.optimizer.accumulate_steps) > 1:
         raise ConfigError(
             f"config.optimizer.accumulate_steps={steps}: the contrastive loss compares all rows of a batch, so a batch "
@@ -224,8 +228,8 @@ def _task(config: ConfigDict, text_vocab: int, text_model: CaptionModel | None) 
         )
     negatives = from_config(NegativeOptions, config.get("negatives", {}), "negatives")
     negatives.check(config.data.image_size, config.batch_size)
-    layout = TokenLayout(text_vocab, 1, config.text.length, 1, 1)  # only its text part is used
-    return CLIPTask(CLIP(models.options_of_training(config, text_vocab)), text_model, negatives), layout
+    captions = PaddedIds(text_vocab, config.text.length)
+    return CLIPTask(CLIP(models.options_of_training(config, text_vocab)), text_model, negatives), captions
 
 
 def check_config(config: ConfigDict) -> None:
@@ -243,14 +247,14 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     """
     options = from_config(DataOptions, config.data, "data")
     text_model = workdirs.ensure_text_model(config.text, open_source(options, options.train_split).captions(), workdir)
-    task, layout = _task(config, text_model.vocab_size, text_model)
-    return make_job(task, config, options, rows, text_model, layout)
+    task, captions = _task(config, text_model.vocab_size, text_model)
+    return make_job(task, config, options, rows, text_model, captions)
 
 
 def abstract(config: ConfigDict) -> tuple[CLIPTask, Batch]:
     """See `registry.abstract`."""
-    task, layout = _task(config, config.text.vocab_size, None)
-    return task, batch_shapes(config.data.image_size, layout, config.batch_size)
+    task, captions = _task(config, config.text.vocab_size, None)
+    return task, batch_shapes(config.data.image_size, captions, config.batch_size)
 
 
 def options(config: Mapping[str, Any]) -> dict[str, type]:

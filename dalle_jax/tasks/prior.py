@@ -1,6 +1,6 @@
-"""Training of a prior over (text, image) tokens with a frozen image tokenizer (DALL-E, section 2.2).
+"""Training of a prior over image tokens given a condition, with a frozen image tokenizer (DALL-E, section 2.2).
 
-B rows    T text    N = h·w image tokens
+B rows    N = h·w image tokens
 """
 
 from __future__ import annotations
@@ -30,14 +30,16 @@ from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.metrics.mean import Mean, without_empty
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.priors import lora, trained
+from dalle_jax.priors.condition import KEY, Condition
 from dalle_jax.priors.lora import LoRAOptions
-from dalle_jax.priors.registry import make, options_of
+from dalle_jax.priors.registry import condition_of, make, options_of
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
 from dalle_jax.reporting.images import to_uint8
 from dalle_jax.tasks import words
 from dalle_jax.tasks.adapters import base_of, check_adapters
 from dalle_jax.tasks.encoded_split import given_tokens, tokens_of_split
+from dalle_jax.tasks.image_conditions import with_conditions
 from dalle_jax.tasks.preview import preview_grid, shown_rows
 from dalle_jax.tasks.task import Batch, Job, make_job, zeros_like
 from dalle_jax.token_layout import TokenLayout
@@ -103,7 +105,8 @@ class PriorTask:
             tokens = batch["tokens"].astype(jnp.int32)
         else:
             tokens = _encode(self.tokenizer, frozen["tokenizer"], batch["image"])
-        return self.prior.loss(self._whole(params, frozen), batch["text"], tokens, key, train=True, step=step)
+        given = self.prior.layout.condition.of_batch(batch)
+        return self.prior.loss(self._whole(params, frozen), given, tokens, key, train=True, step=step)
 
     def _whole(self, params: PyTree, frozen: PyTree) -> PyTree:
         """Returns the parameters of the prior: those that are trained, or the base with the trained adapters."""
@@ -124,13 +127,13 @@ class PriorTask:
 
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
         """Draws captions, each with the real image, its reconstruction and two samples."""
-        text, real, valid = to_host((batch["text"], batch["image"], batch["valid"]))
+        condition = self.prior.layout.condition
+        given, real, valid = to_host((condition.of_batch(batch), batch["image"], batch["valid"]))
         rows = shown_rows(valid, self._preview_rows)
-        count, text, real = len(rows), text[rows], real[rows]
-        drawn = self.prior.sample(self._whole(params, frozen), jnp.asarray(text), jax.random.split(key, 2 * count))
+        count, given, real = len(rows), given[rows], real[rows]
+        drawn = self.prior.sample(self._whole(params, frozen), jnp.asarray(given), jax.random.split(key, 2 * count))
         images = to_uint8(to_host(_decode(self.tokenizer, frozen["tokenizer"], jnp.asarray(real), drawn)))
-        vocab = self.prior.layout.text_vocab
-        captions = [self._text_model.decode([i for i in row if i < vocab]) for row in text.tolist()]
+        captions = [condition.decode(row, self._text_model) for row in given]
         reconstructed, first, second = images[:count], images[count::2], images[count + 1 :: 2]
         columns = [("real", real), ("reconstructed", reconstructed), ("generated", first), ("generated", second)]
         return preview_grid(captions, columns)
@@ -143,7 +146,9 @@ class PriorTask:
     def next_steps(self, config: ConfigDict, workdir: str, batch: Batch, flags: Sequence[str]) -> list[str]:
         """See `Task.next_steps`."""
         del config
-        captions = words.example_captions(self._text_model, self.prior.layout.text_vocab, batch, 2)
+        condition, valid = self.prior.layout.condition, np.asarray(batch["valid"])
+        given = (condition.decode(row, self._text_model) for row in np.asarray(condition.of_batch(batch))[valid])
+        captions = words.example_captions(given, 2)
         return [f"draw captions: {words.draw_command(workdir, captions, *flags)}"]
 
 
@@ -157,7 +162,9 @@ def _measure(
 ) -> dict[str, jax.Array]:
     """Returns the loss and the metrics of a batch, and "rows", the number of its valid rows."""
     tokens = _encode(tokenizer, tokenizer_params, batch["image"])
-    loss, scalars = prior.loss(params, batch["text"], tokens, key, train=False, valid=batch["valid"])
+    loss, scalars = prior.loss(
+        params, prior.layout.condition.of_batch(batch), tokens, key, train=False, valid=batch["valid"]
+    )
     return {"loss": loss, **scalars, "rows": batch["valid"].sum()}
 
 
@@ -178,13 +185,12 @@ def _task(
     config: ConfigDict,
     tokenizer: ImageTokenizer,
     params: PyTree,
-    text_vocab: int,
+    condition: Condition,
     text_model: CaptionModel | None = None,
     base: Callable[[TokenPrior], PyTree] | None = None,
 ) -> PriorTask:
-    """Builds the task of a configuration for a tokenizer and a text vocabulary. `base` returns that of adapters."""
-    height, width = tokenizer.grid(config.data.image_size)
-    layout = TokenLayout(text_vocab, tokenizer.vocab_size, config.text.length, height, width)
+    """Builds the task of a configuration for a tokenizer and a condition. `base` returns that of adapters."""
+    layout = TokenLayout(condition, tokenizer.vocab_size, *tokenizer.grid(config.data.image_size))
     prior, options = make(config.prior, config.model, layout), trained.lora_of(config)
     if not options.rank:
         return PriorTask(prior, tokenizer, params, text_model)
@@ -220,7 +226,8 @@ def check_config(config: ConfigDict) -> None:
     """See `registry.check_config`."""
     from_config(DataOptions, config.data, "data")
     from_config(options_of(config.prior), config.model, "model")
-    workdirs.check_text_section(config.text)
+    if "text" in config:
+        workdirs.check_text_section(config.text)
     check_adapters(config)
     _check_data_tokens(config)
     first = config.model.get("raster_steps")
@@ -250,7 +257,8 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     """
     options = from_config(DataOptions, config.data, "data")
     tokenizer, params = workdirs.load_tokenizer(workdir)
-    text_model = workdirs.ensure_text_model(config.text, open_source(options, options.train_split).captions(), workdir)
+    source = open_source(options, options.train_split)
+    condition, text_model = condition_of(config).prepare(config, source, workdir)
     tokens = None
     if config.data_tokens == ONCE:
         folders = [workdir, *([config.start_from] if config.get("start_from") else [])]
@@ -258,23 +266,30 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
     elif config.data_tokens != EACH_BATCH:
         tokens = given_tokens(config.data_tokens, options, options.train_split, tokenizer, params)
     base = lambda prior: base_of(config, workdir, prior)
-    task = _task(config, tokenizer, params, text_model.vocab_size, text_model, base)
+    task = _task(config, tokenizer, params, condition, text_model, base)
     if first := config.model.get("raster_steps"):
         logging.info(
             "The first %d of %d updates predict image tokens in raster order, and the others %s "
             "(model.raster_steps). Until then validation and previews are poor.",
             first, config.steps, "random masked tokens" if config.prior == "maskgit" else "in random orders",
         )  # fmt: skip
-    return make_job(task, config, options, rows, text_model, task.prior.layout, tokens=tokens)
+    captions = condition.captions
+    job = make_job(task, config, options, rows, text_model if captions else None, captions, tokens=tokens)
+    return with_conditions(job, options, condition, text_model, workdir) if condition.from_images else job
 
 
 def abstract(config: ConfigDict, tokenizer: ImageTokenizer | None = None) -> tuple[PriorTask, Batch]:
     """See `registry.abstract`."""
     tokenizer = tokenizer or tokenizers.of_training(config.tokenizer)
     params = zeros_like(tokenizer.init, jax.random.key(0))
-    task = _task(config, tokenizer, params, config.text.vocab_size)
-    encoded = config.data_tokens != EACH_BATCH
-    return task, batch_shapes(config.data.image_size, task.prior.layout, config.batch_size, tokens=encoded)
+    condition = condition_of(config).of_config(config)
+    task = _task(config, tokenizer, params, condition)
+    tokens = None if config.data_tokens == EACH_BATCH else task.prior.layout
+    batch = batch_shapes(config.data.image_size, condition.captions, config.batch_size, tokens=tokens)
+    if condition.from_images:
+        empty = condition.empty()
+        batch[KEY] = jax.ShapeDtypeStruct((config.batch_size, *empty.shape), empty.dtype)
+    return task, batch
 
 
 def options(config: Mapping[str, Any]) -> dict[str, type]:

@@ -24,7 +24,7 @@ from dalle_jax.data.sources.source import DataOptions, Source
 from dalle_jax.data.text import CaptionModel
 from dalle_jax.data.token_store import TokensInMemory, TokenStore
 from dalle_jax.pytree import PyTree
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.token_layout import PaddedIds
 
 Batch = dict[str, Any]  # arrays [B, ...] by name
 
@@ -136,7 +136,7 @@ def make_job(
     options: DataOptions,
     rows: Sequence[int] | None,
     text_model: CaptionModel | None = None,
-    layout: TokenLayout | None = None,
+    captions: PaddedIds | None = None,
     held_out: Source | None = None,
     tokens: TokenStore | TokensInMemory | None = None,
 ) -> Job:
@@ -148,14 +148,14 @@ def make_job(
       options: the data set.
       rows: rows of each batch that this host reads; None for all.
       text_model: encodes the captions; None if the batches need no text.
-      layout: pads the captions; None without a text model.
+      captions: pads them; None without a text model.
       held_out: the open source of the evaluation split; None opens it.
       tokens: image tokens of the training split. Its batches then hold them and no images.
 
     Raises:
       DataError: the data cannot be opened.
     """
-    pipeline = functools.partial(Pipeline, options, text_model, layout, batch_size=config.batch_size, rows=rows)
+    pipeline = functools.partial(Pipeline, options, text_model, captions, batch_size=config.batch_size, rows=rows)
     evaluation = pipeline(split=options.eval_split, train=False, source=held_out)
     how = dict(train=True, seed=config.seed, held_out=evaluation.source, tokens=tokens)
     training = pipeline(split=options.train_split, **how)

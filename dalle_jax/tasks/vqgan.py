@@ -45,12 +45,12 @@ from dalle_jax.image_tokenizers.vector_quantizer import averages, move_dead, ren
 from dalle_jax.image_tokenizers.vqgan import VQGANTokenizer
 from dalle_jax.image_tokenizers.vqgan_options import VQGANOptions
 from dalle_jax.metrics import codebook
-from dalle_jax.models import lpips
 from dalle_jax.optim import schedules
 from dalle_jax.pytree import PyTree
 from dalle_jax.tasks import perceptual
+from dalle_jax.tasks.perceptual import Perceptual
 from dalle_jax.tasks.reconstruction import ReconstructionTask, decibels, first_images, mean_metrics, row_sums
-from dalle_jax.tasks.task import Batch, Job, make_job, zeros_like
+from dalle_jax.tasks.task import Batch, Job, make_job
 from dalle_jax.tasks.vqgan_losses import VQGANObjectiveOptions, fidelity, play, quantized, relaxed
 
 _LAST = ("decoder", "output", "kernel")  # the decoder's last layer, where gradients are compared
@@ -58,7 +58,6 @@ _SCHEDULES = ("adversarial_weight", "discriminator_weight")
 _OF_GUMBEL = ("temperature", "kl_weight")
 _START_FEATURES = 32_768  # for the clusters that codes start from
 _AT_ONCE = 32  # images that pass through the encoder for it
-_LPIPS = "config.objective.lpips"
 
 
 class VQGANTask(ReconstructionTask):
@@ -68,7 +67,7 @@ class VQGANTask(ReconstructionTask):
       schedules: "adversarial_weight" and "discriminator_weight"; with the quantiser "gumbel", "temperature" and
         "kl_weight".
       title: see `Task`.
-      best_metric: LPIPS if it is measured, else PSNR, which falls when the adversarial loss begins.
+      best_metric: the perceptual distance if it is measured, else PSNR, which falls when the adversarial loss begins.
     """
 
     title = "image tokenizer (VQGAN)"
@@ -79,7 +78,7 @@ class VQGANTask(ReconstructionTask):
         objective: VQGANObjectiveOptions,
         discriminator: DiscriminatorOptions,
         schedules: Mapping[str, optax.Schedule],
-        lpips_params: PyTree | None = None,
+        perceptual: tuple[Perceptual, PyTree] | None = None,
         start_images: np.ndarray | None = None,
         held_out: Source | None = None,
     ):
@@ -90,7 +89,7 @@ class VQGANTask(ReconstructionTask):
           objective: losses and their weights.
           discriminator: its sizes.
           schedules: see the attribute.
-          lpips_params: parameters of `LPIPS`; None without a perceptual loss.
+          perceptual: the perceptual loss and its parameters; None without one.
           start_images: images of the training split, uint8 [n, H, W, 3], from whose features codes start; or None.
           held_out: the evaluation split, whose captions the preview shows; None for a preview without captions.
 
@@ -101,12 +100,13 @@ class VQGANTask(ReconstructionTask):
         discriminator.check_size(tokenizer.image_size)
         self.objective, self.schedules, self._start_images = objective, schedules, start_images
         self._discriminator = Discriminator(discriminator)
-        self.frozen = {} if lpips_params is None else {"lpips": lpips_params}
-        if lpips_params is not None:
-            self.best_metric = "lpips"
-            if tokenizer.image_size < lpips.SMALLEST_SIDE:
+        self._perceptual = None
+        if perceptual is not None:
+            self._perceptual, self.frozen = perceptual[0], {"perceptual": perceptual[1]}
+            self.best_metric, smallest = self._perceptual.name, self._perceptual.smallest_side
+            if tokenizer.image_size < smallest:
                 raise ConfigError(
-                    f"config.data.image_size is {tokenizer.image_size}: LPIPS needs at least {lpips.SMALLEST_SIDE} "
+                    f"config.data.image_size is {tokenizer.image_size}: {self.best_metric} needs at least {smallest} "
                     "pixels. Set config.objective.perceptual_weight=0."
                 )
 
@@ -162,7 +162,7 @@ class VQGANTask(ReconstructionTask):
         The value is the generator's loss. The discriminator's adds its gradient only.
 
         The scalars are:
-          pixel_loss, perceptual_loss: without weights; the second one only with LPIPS.
+          pixel_loss, perceptual_loss: without weights; the second one only if it has a weight.
           codebook_loss, commitment, entropy_loss; kl_nats with the quantiser "gumbel": without weights.
           generator_loss, discriminator_loss: of the two players, without their schedules; 0 before they start.
           logits_real, logits_fake: means over patches. The discriminator raises the first and lowers the second.
@@ -171,7 +171,10 @@ class VQGANTask(ReconstructionTask):
           codebook_perplexity, codebook_usage: of the tokens of the batch.
           psnr: of the reconstructions, dB.
         """
-        o, images, lpips_params = self.objective, batch["image"], frozen.get("lpips")
+        o, images = self.objective, batch["image"]
+        distance = None
+        if self._perceptual is not None:
+            distance = functools.partial(self._perceptual.distance, frozen["perceptual"])
         pixels = to_signed(images)
         if self._nearest:
             coded = quantized(o, self.tokenizer, params, images)
@@ -184,7 +187,7 @@ class VQGANTask(ReconstructionTask):
         reconstruction, for_last = jax.vjp(decode, _last(params))
         fixed = jax.lax.stop_gradient(reconstruction)
 
-        measure = functools.partial(fidelity, o, lpips_params, pixels)
+        measure = functools.partial(fidelity, o, distance, pixels)
         (nll, scalars), gradient = jax.value_and_grad(measure, has_aux=True)(fixed)
         weight, discriminator_weight = (self.schedules[name](step) for name in _SCHEDULES)
         playing = (weight > 0) | (discriminator_weight > 0)
@@ -219,14 +222,16 @@ class VQGANTask(ReconstructionTask):
     def training_flops(self, image_size: int) -> float:
         """See `ReconstructionTask.training_flops`. The discriminator counts as if it had started."""
         game = discriminator_flops(self._discriminator.options, image_size)
-        distances = 3 * lpips.flops(image_size) if self.frozen else 0.0  # both images, and the gradient of one
+        images = 3  # both of a pair, and the gradient of one
+        distances = images * self._perceptual.flops(image_size) if self._perceptual else 0.0
         return super().training_flops(image_size) + game + distances
 
     def evaluate(self, params: PyTree, frozen: PyTree, batches: Iterable[Batch], key: jax.Array) -> dict[str, float]:
-        """See `ReconstructionTask.evaluate`. With LPIPS, "lpips" is its mean over images."""
-        if not frozen:
+        """See `ReconstructionTask.evaluate`. The mean of the perceptual loss over images has its name."""
+        if self._perceptual is None:
             return super().evaluate(params, frozen, batches, key)
-        return mean_metrics(_measure(self.tokenizer, params, frozen["lpips"], batch) for batch in batches)
+        measure = functools.partial(_measure, self.tokenizer, self._perceptual, params, frozen["perceptual"])
+        return mean_metrics(measure(batch) for batch in batches)
 
 
 def _last(params: PyTree) -> jax.Array:
@@ -250,15 +255,17 @@ def _clusters(tokenizer: VQGANTokenizer, params: PyTree, images: np.ndarray, key
 
 
 # This is a function of the tokenizer, not a method of the task, because `jax.jit` keeps its static arguments alive.
-@functools.partial(jax.jit, static_argnums=0)
-def _measure(tokenizer: VQGANTokenizer, params: PyTree, lpips_params: PyTree, batch: Batch) -> dict[str, jax.Array]:
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _measure(
+    tokenizer: VQGANTokenizer, perceptual: Perceptual, params: PyTree, distance_params: PyTree, batch: Batch
+) -> dict[str, jax.Array]:
     """Returns sums over the valid rows of a batch: scalars, and the counts of the codes, float32 [V]."""
     images, valid = batch["image"], batch["valid"]
     tokens = tokenizer.encode(params, images)
     decoded = tokenizer.decode(params, tokens)
     per_row = {
         "mse": jnp.mean((decoded - images.astype(jnp.float32) / 255) ** 2, axis=(1, 2, 3)),
-        "lpips": lpips.distance(lpips_params, to_signed(images), 2 * decoded - 1),
+        perceptual.name: perceptual.distance(distance_params, to_signed(images), 2 * decoded - 1),
     }
     return {**row_sums(per_row, valid), "counts": codebook.count(tokens, tokenizer.vocab_size, valid)}
 
@@ -268,7 +275,7 @@ def _measure(tokenizer: VQGANTokenizer, params: PyTree, lpips_params: PyTree, ba
 
 def _task(
     config: ConfigDict,
-    read_lpips: Callable[[str | None], PyTree],
+    read_perceptual: Callable[[VQGANObjectiveOptions], tuple[Perceptual, PyTree] | None],
     start_images: Callable[[], np.ndarray] | None = None,
     held_out: Source | None = None,
 ) -> VQGANTask:
@@ -276,7 +283,7 @@ def _task(
 
     Args:
       config: the configuration.
-      read_lpips: returns the parameters of LPIPS in the folder `objective.lpips`.
+      read_perceptual: returns the perceptual loss of an objective.
       start_images: reads the images that codes start from; None for random codes.
       held_out: see `VQGANTask`.
     """
@@ -286,45 +293,34 @@ def _task(
     nearest = tokenizer.options.quantizer == "nearest"
     names = _SCHEDULES if nearest else (*_SCHEDULES, *_OF_GUMBEL)
     made = {name: schedules.make(config.schedules[name], name) for name in names}
-    weights = read_lpips(objective.lpips) if objective.perceptual_weight else None
     start = start_images() if start_images and nearest and objective.init == "clusters" else None
-    return VQGANTask(tokenizer, objective, discriminator, made, weights, start, held_out)
-
-
-def _abstract_lpips(_: str | None) -> PyTree:
-    blank = jnp.zeros((1, lpips.SMALLEST_SIDE, lpips.SMALLEST_SIDE, 3))
-    return zeros_like(lambda key: lpips.LPIPS().init(key, blank, blank)["params"], jax.random.key(0))
+    return VQGANTask(tokenizer, objective, discriminator, made, read_perceptual(objective), start, held_out)
 
 
 def check_config(config: ConfigDict) -> None:
     """See `registry.check_config`."""
     from_config(DataOptions, config.data, "data")
-
-    def read(folder: str | None) -> PyTree:
-        perceptual.check_folder(folder, _LPIPS)
-        return _abstract_lpips(folder)
-
-    _task(config, read)
+    perceptual.check(from_config(VQGANObjectiveOptions, config.objective, "objective"))
+    _task(config, perceptual.abstract)
 
 
 def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -> Job:
     """Builds the job of `configs/vqgan.py`.
 
     Raises:
-      ConfigError: an unknown key, sizes that do not fit each other, or no weights of LPIPS.
+      ConfigError: an unknown key, sizes that do not fit each other, or no weights of the perceptual loss.
       DataError: the data cannot be opened.
     """
     del workdir
     options = from_config(DataOptions, config.data, "data")
     held_out = open_source(options, options.eval_split)
-    read = lambda folder: perceptual.load(folder, _LPIPS)
-    task = _task(config, read, lambda: first_images(options, config), held_out)
+    task = _task(config, perceptual.load, lambda: first_images(options, config), held_out)
     return make_job(task, config, options, rows, held_out=held_out)
 
 
 def abstract(config: ConfigDict) -> tuple[VQGANTask, Batch]:
     """See `registry.abstract`. The start from images is no part of the train step."""
-    return _task(config, _abstract_lpips), batch_shapes(config.data.image_size, None, config.batch_size)
+    return _task(config, perceptual.abstract), batch_shapes(config.data.image_size, None, config.batch_size)
 
 
 def options(config: Mapping[str, Any]) -> dict[str, type]:

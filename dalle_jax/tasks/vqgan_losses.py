@@ -26,7 +26,6 @@ from dalle_jax.image_tokenizers.adversarial import (
 from dalle_jax.image_tokenizers.relaxation import gumbel_softmax, kl_to_uniform
 from dalle_jax.image_tokenizers.vector_quantizer import codebook_loss, entropy_loss, quantize
 from dalle_jax.image_tokenizers.vqgan import VQGANTokenizer
-from dalle_jax.models import lpips
 from dalle_jax.pytree import PyTree
 
 
@@ -37,8 +36,9 @@ class VQGANObjectiveOptions:
     Attributes:
       pixel_loss: "l1" or "l2", a mean over pixels in [-1, 1].
       pixel_weight: its weight.
-      perceptual_weight: weight of LPIPS. Above 0, it needs `lpips`.
+      perceptual_weight: weight of the perceptual loss. Above 0, it needs `lpips` or `clip`.
       lpips: folder with the weights of LPIPS, which `python -m dalle_jax.pretrained lpips` writes.
+      clip: folder of a CLIP, whose image tower takes the place of LPIPS; see `clip/distance.py`.
       adversarial: "hinge", "vanilla" or "non_saturating", see `adversarial.LOSSES`.
       adaptive: whether the adversarial loss is multiplied by the ratio of gradients at the last layer.
       r1: weight of the squared gradient norm at real images; 0 saves the second derivative.
@@ -56,6 +56,7 @@ class VQGANObjectiveOptions:
     pixel_weight: float = 1.0
     perceptual_weight: float = 1.0
     lpips: str | None = None
+    clip: str | None = None
     adversarial: str = "hinge"
     adaptive: bool = True
     r1: float = 0.0
@@ -79,10 +80,17 @@ class VQGANObjectiveOptions:
             self, "objective", positive=["entropy_temperature"], at_least_0=weights,
             below_1=["code_decay", "dead_below"], choices=choices,
         )  # fmt: skip
-        if self.lpips is not None and not self.perceptual_weight:
+        given = {name: folder for name in ("lpips", "clip") if (folder := getattr(self, name)) is not None}
+        if given and not self.perceptual_weight:
+            name, folder = next(iter(given.items()))
             raise ConfigError(
-                f"config.objective.lpips is {self.lpips!r}, and config.objective.perceptual_weight is 0, so that it "
+                f"config.objective.{name} is {folder!r}, and config.objective.perceptual_weight is 0, so that it "
                 "would not be used. Set --config.objective.perceptual_weight=1."
+            )
+        if len(given) > 1:
+            raise ConfigError(
+                f"config.objective.lpips is {self.lpips!r} and config.objective.clip is {self.clip!r}: a training has "
+                "one perceptual loss. Leave one of the two out."
             )
 
 
@@ -177,7 +185,7 @@ def relaxed(
 
 def fidelity(
     o: VQGANObjectiveOptions,
-    lpips_params: PyTree | None,
+    distance: Callable[[jax.Array, jax.Array], jax.Array] | None,
     pixels: Float[ArrayLike, "B H W 3"],
     reconstruction: Float[ArrayLike, "B H W 3"],
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
@@ -185,14 +193,14 @@ def fidelity(
 
     Args:
       o: weights of the losses.
-      lpips_params: parameters of `LPIPS`; None without a perceptual loss.
+      distance: compares two batches of pixels, float32 [B]; None without a perceptual loss.
       pixels, reconstruction: float32 [B, H, W, 3] in about [-1, 1].
     """
     error = reconstruction - pixels
     scalars = {"pixel_loss": jnp.mean(jnp.abs(error) if o.pixel_loss == "l1" else error**2)}
     loss = o.pixel_weight * scalars["pixel_loss"]
-    if lpips_params is not None:
-        scalars["perceptual_loss"] = jnp.mean(lpips.distance(lpips_params, pixels, reconstruction))
+    if distance is not None:
+        scalars["perceptual_loss"] = jnp.mean(distance(pixels, reconstruction))
         loss += o.perceptual_weight * scalars["perceptual_loss"]
     return loss, scalars
 

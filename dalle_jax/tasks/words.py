@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from dalle_jax.configuration.options import defaults_of
 from dalle_jax.data.sources.source import DataOptions
-from dalle_jax.data.text import CaptionModel
 from dalle_jax.reporting.units import with_unit
 
 # Lower bounds of the peak signal-to-noise ratio in dB, and how such reconstructions look.
@@ -88,21 +86,8 @@ def retrieval_in_words(metrics: Mapping[str, float]) -> list[str]:
     return [f"CLIP finds the right partner among {among} in {found} of all cases (guessing: {1 / among:.3g})."]
 
 
-def example_captions(
-    text_model: CaptionModel | None, text_vocab: int, batch: Mapping[str, Any], count: int
-) -> list[str]:
-    """Decodes captions of a batch that can be typed as a prompt.
-
-    Args:
-      text_model: decodes ids; None for no captions.
-      text_vocab: ids from this one on are padding.
-      batch: host arrays "text", int [B, T], and "valid", bool [B].
-      count: largest number of captions.
-    """
-    if text_model is None:
-        return []
-    rows = np.asarray(batch["text"])[np.asarray(batch["valid"])].tolist()
-    captions = [text_model.decode([i for i in row if i < text_vocab]) for row in rows]
+def example_captions(captions: Iterable[str], count: int) -> list[str]:
+    """Returns the first captions that can be typed as a prompt, at most `count` of them."""
     return [caption for caption in captions if caption and "|" not in caption and "⁇" not in caption][:count]
 
 

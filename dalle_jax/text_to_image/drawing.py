@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import zlib
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Protocol
 
 import jax
@@ -24,13 +25,14 @@ from dalle_jax import keys
 from dalle_jax.configuration.values import check_seed, natural
 from dalle_jax.distributed.chunks import up_to_multiple
 from dalle_jax.distributed.rows import over_rows
-from dalle_jax.distributed.sharding import batch_shards
+from dalle_jax.distributed.sharding import batch_shards, on_mesh
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
 
 MOST_IMAGES = 2**20  # of a caption, or at once
+GREY = 190  # of cells that are not drawn yet
 _FEW = 8  # rows of the smallest program
 _CHEAP = 1e9  # parameters x image tokens; a row of such a model takes about 0.2 s on two CPU cores
 _SECONDS = 2.0, 0.35  # of a compilation and for each layer, on two CPU cores; 5 layers were measured at 3.8 s
@@ -45,9 +47,31 @@ class Drawer(Protocol):
     tokenizer_params: PyTree
     rows_at_once: int
     mesh: Mesh | None
+    on_frame: Callable[[Frame], None] | None
 
     def encode_text(self, captions: list[str]) -> np.ndarray:
-        """Encodes captions to padded ids, int32 [C, T]."""
+        """Encodes captions to conditions, such as padded ids, int32 [C, T]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+    """Images while they are drawn.
+
+    Attributes:
+      caption, candidate: index of the first caption, and number of the first image of each.
+      progress: share of the decoding steps that are done, in (0, 1].
+      images: computes the images, uint8 [captions, images, H, W, 3]. Cells that are not drawn yet are grey. The devices
+        decode them only if it is called, and only until the next frame.
+    """
+
+    caption: int
+    candidate: int
+    progress: float
+    images: Callable[[], np.ndarray]
+
+    def changed(self, change: Callable[[np.ndarray], np.ndarray]) -> Frame:
+        """Returns the frame with `change` applied to its images."""
+        return dataclasses.replace(self, images=lambda: change(self.images()))
 
 
 def check_count(n: int, seed: int) -> tuple[int, int]:
@@ -168,11 +192,11 @@ def draw(
 ) -> np.ndarray:
     """Draws one chunk.
 
-    Text ids go to the devices and pixels come back. The tokens between them stay on the devices.
+    Conditions go to the devices and pixels come back. The tokens between them stay on the devices.
 
     Args:
       model: draws the rows.
-      text: int32 [C, T], padded captions.
+      text: conditions of all captions, [C, ...].
       part: one of `chunks`.
       seed, options, negative: as in `TextToImage.generate`.
 
@@ -181,7 +205,7 @@ def draw(
     """
     captions, numbers = part.rows()
     text = text[captions]
-    tokens = sample(model, text, row_keys(seed, text, numbers), options, negative)
+    tokens = sample(model, text, row_keys(seed, text, numbers), options, negative, part=part)
     grid = tokens.reshape(-1, model.prior.layout.height, model.prior.layout.width)
     function = functools.partial(decode, model.tokenizer, model.tokenizer_params)
     return part.images(np.asarray(over_rows(model.mesh, function, grid)))
@@ -194,8 +218,12 @@ def sample(
     options: SamplingOptions,
     negative: str | None,
     known: tuple[np.ndarray, np.ndarray] | None = None,
+    part: Chunk | None = None,
 ) -> jax.Array:
-    """Samples image tokens, int32 [B, N]; see `TokenPrior.sample` and `TokenPrior.check_sampling`."""
+    """Samples image tokens, int32 [B, N]; see `TokenPrior.sample` and `TokenPrior.check_sampling`.
+
+    If the model has `on_frame` and `part` is given, `on_frame` is called for each frame of the chunk.
+    """
     model.prior.check_sampling(options)
     if options.guidance and not model.prior.options.caption_drop:
         _warn_of_guidance(model.prior)
@@ -203,11 +231,38 @@ def sample(
     traced = ("final_temperature", "top_k", "top_p")
     static = [getattr(options, name) for name in ("steps", "order", "choice_temperature")]
     present = [getattr(options, name) is not None for name in traced] + [bool(options.guidance), known is not None]
-    _announce(model.prior, model.mesh, len(text), len(keys), *static, *present)
-    draw = lambda text, keys, known: model.prior.sample(
+    watched = model.on_frame is not None and part is not None
+    _announce(model.prior, model.mesh, len(text), len(keys), *static, *present, watched)
+    function = model.prior.watch if watched else model.prior.sample
+    draw = lambda text, keys, known: function(
         model.params, text, keys, known=known, negative=away, **dataclasses.asdict(options)
     )
-    return over_rows(model.mesh, draw, text, keys, known)
+    drawn = over_rows(model.mesh, draw, text, keys, known)
+    return _last(model, drawn, part) if watched else drawn
+
+
+def _last(model: Drawer, drawn: Iterator[tuple[jax.Array, float]], part: Chunk) -> jax.Array:
+    """Calls `on_frame` with each frame of a chunk, and returns the last tokens, int32 [B, N].
+
+    Args:
+      model: draws the rows.
+      drawn: the result of `TokenPrior.watch`.
+      part: the chunk.
+    """
+    shape = model.prior.layout.height, model.prior.layout.width
+    while True:
+        with nullcontext() if model.mesh is None else on_mesh(model.mesh):
+            tokens, progress = next(drawn)
+        images = functools.partial(_partial_images, model, part, tokens.reshape(-1, *shape))
+        model.on_frame(Frame(part.caption, part.candidate, progress, images))
+        if progress == 1:
+            return tokens
+
+
+def _partial_images(model: Drawer, part: Chunk, grids: jax.Array) -> np.ndarray:
+    """Decodes the token grids of a chunk, int32 [B, h, w]: uint8 [captions, candidates, H, W, 3]."""
+    function = functools.partial(decode_partly, model.tokenizer, model.prior.layout.mask_id, model.tokenizer_params)
+    return part.images(np.asarray(over_rows(model.mesh, function, grids)))
 
 
 @functools.lru_cache(maxsize=1000)
@@ -239,7 +294,7 @@ def row_keys(seed: int, text: np.ndarray, numbers: np.ndarray, window: int = 0) 
 
     Args:
       seed: the seed of the call.
-      text: int32 [C, T], padded captions.
+      text: conditions, [C, ...], such as padded captions.
       numbers: ints [B], B a multiple of C: candidate numbers, grouped by caption.
       window: number of the window on a canvas.
 
@@ -247,7 +302,7 @@ def row_keys(seed: int, text: np.ndarray, numbers: np.ndarray, window: int = 0) 
       Keys [B].
     """
     key = keys.stream(jax.random.key(seed), "sample", window)
-    captions = [zlib.crc32(np.asarray(row, np.int32).tobytes()) for row in text]
+    captions = [zlib.crc32(np.ascontiguousarray(row).tobytes()) for row in text]
     return _fold_in(key, np.repeat(np.uint32(captions), len(numbers) // len(text)), np.asarray(numbers, np.uint32))
 
 
@@ -269,3 +324,12 @@ def encode(tokenizer, params, images):
 def decode(tokenizer, params, tokens):
     # As `to_uint8`, but on the devices, so that a fourth of the bytes is copied.
     return jnp.round(jnp.clip(tokenizer.decode(params, tokens), 0, 1) * 255).astype(jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def decode_partly(tokenizer, mask_id, params, tokens):
+    """Decodes token grids, int32 [B, h, w], as `decode` does; cells with `mask_id` are grey."""
+    masked = tokens == mask_id
+    images = decode(tokenizer, params, jnp.where(masked, 0, tokens))
+    f = images.shape[1] // tokens.shape[1]
+    return jnp.where(jnp.repeat(jnp.repeat(masked, f, axis=1), f, axis=2)[..., None], jnp.uint8(GREY), images)

@@ -8,7 +8,9 @@ other tokens. The given pixels are then put back outside the cells that changed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -29,6 +31,7 @@ class Model(Protocol):
       image_size: H = W, pixels.
       workdir: the workdir that it was loaded from, for messages.
       fit: how a given image that is not square becomes one.
+      on_frame: called with the images while they are drawn, or None.
     """
 
     @property
@@ -42,6 +45,9 @@ class Model(Protocol):
 
     @property
     def fit(self) -> str: ...
+
+    @property
+    def on_frame(self) -> Callable[[drawing.Frame], None] | None: ...
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Encodes images, uint8 [B, H, W, 3], to tokens, int32 [B, N]."""
@@ -134,6 +140,7 @@ def outpaint(
     known = np.zeros(tokens.shape[1:], bool)
     tokens[:, top : top + h, left : left + w] = model.encode(image[None]).reshape(1, h, w)
     known[top : top + h, left : left + w] = True
+    on_frame, model = model.on_frame, dataclasses.replace(model, on_frame=None)  # a frame for each window
     for number, (y, x) in enumerate(windows(known.shape, (h, w), (top, left))):
         place = (slice(y, y + h), slice(x, x + w))
         if known[place].all():
@@ -142,8 +149,22 @@ def outpaint(
         drawn = model.draw_tokens(caption, n, seed, given, window=number, **sampling)
         tokens[(slice(None), *place)] = drawn.reshape(n, h, w)
         known[place] = True
-    canvas = model.decode_grid(tokens)
-    canvas[:, pad[0] : pad[0] + model.image_size, pad[2] : pad[2] + model.image_size] = image
+        if on_frame and not known.all():
+            images = functools.partial(_canvas, model, tokens, known, image, (top, left))
+            on_frame(drawing.Frame(0, 0, float(known.mean()), images).changed(lambda canvas: canvas[None]))
+    return _canvas(model, tokens, known, image, (top, left))
+
+
+def _canvas(model: Model, tokens: np.ndarray, known: np.ndarray, image: np.ndarray, start: tuple[int, int]):
+    """Decodes a canvas, int32 [n, h', w'], and puts the given image into it: uint8 [n, f·h', f·w', 3].
+
+    Cells that are not known, bool [h', w'], are grey. `start` is the first cell of the given image.
+    """
+    size, f = model.image_size, model.image_size // model.prior.layout.height
+    visible = known.repeat(f, axis=0).repeat(f, axis=1)[..., None]
+    canvas = np.where(visible, model.decode_grid(tokens), np.uint8(drawing.GREY))
+    y, x = (f * cell for cell in start)
+    canvas[:, y : y + size, x : x + size] = image
     return canvas
 
 
@@ -175,8 +196,12 @@ def _redraw(model: Model, image, cells, changed, caption, n, seed, sampling) -> 
     given = model.encode(image[None])
     rows = np.broadcast_to(~cells.reshape(len(cells), -1), (n, given.shape[1]))
     known = (np.broadcast_to(given, rows.shape), rows)
-    tokens = model.draw_tokens(caption, n, seed, known, **sampling)
-    return np.where(pixels_of(changed, model.image_size)[..., None], model.decode(tokens), image[None])
+    drawn = np.broadcast_to(pixels_of(changed, model.image_size)[..., None], (n, *image.shape[:2], 1))
+    compose = lambda images, first=0: np.where(drawn[first : first + len(images)], images, image[None])
+    if on_frame := model.on_frame:
+        composed = lambda frame: frame.changed(lambda images: compose(images[0], frame.candidate)[None])
+        model = dataclasses.replace(model, on_frame=lambda frame: on_frame(composed(frame)))
+    return compose(model.decode(model.draw_tokens(caption, n, seed, known, **sampling)))
 
 
 def marked_cells(mask: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -14,21 +14,23 @@ from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.checkpoints.checkpoints import Checkpoints
 from dalle_jax.checkpoints.downloaded import local
 from dalle_jax.checkpoints.exported import ADAPTERS, Exported
+from dalle_jax.checkpoints.folders import check_mesh, check_path, check_step, check_workdir
 from dalle_jax.checkpoints.runs import open_run
+from dalle_jax.clip.stored import has_clip
 from dalle_jax.configuration.values import natural
+from dalle_jax.data.text import CaptionModel
 from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.distributed.sharding import replicated, shardings_of
-from dalle_jax.errors import CheckpointError, ConfigError
+from dalle_jax.errors import CheckpointError, ConfigError, UserError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.models.attention import kernels
 from dalle_jax.priors import trained
 from dalle_jax.priors.decoding_weights import check_weights, for_drawing
-from dalle_jax.priors.registry import make
+from dalle_jax.priors.registry import condition_of, make
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree, fingerprint, first_mismatch
-from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
+from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.text_to_image.drawing import MOST_IMAGES
-from dalle_jax.text_to_image.folders import check_mesh, check_path, check_step, check_workdir
 from dalle_jax.token_layout import TokenLayout
 
 
@@ -59,10 +61,9 @@ def load(
     with open_run(workdir, best_metric="image_nats") as run:
         folder = _base(run, base) or workdir
         tokenizer, tokenizer_params = workdirs.load_tokenizer(folder)
-        text_model = workdirs.load_text_model(folder)
         config = run.config(step)  # it has a checksum; config.json has none
+        layout, text_model = _token_layout(workdir, folder, config, tokenizer)
         size = config["data"]["image_size"]
-        layout = _token_layout(workdir, config, text_model.vocab_size, tokenizer)
         prior = make(config["prior"], kernels.on_any_device(config["model"]), layout)
         layout_of = lambda stored: _layout(prior, stored, workdir, mesh)
         if folder == workdir:
@@ -114,11 +115,19 @@ def _base(run: Checkpoints | Exported, base: str | None) -> str | None:
     return folder
 
 
-def _token_layout(workdir: str, config: Mapping[str, Any], text_vocab: int, tokenizer: ImageTokenizer) -> TokenLayout:
-    """Returns the layout of a run's token stream; raises a `CheckpointError` for sizes that no model has."""
+def _token_layout(
+    workdir: str, folder: str, config: Mapping[str, Any], tokenizer: ImageTokenizer
+) -> tuple[TokenLayout, CaptionModel | None]:
+    """Returns the layout of a run's token stream, and the model of its captions in `folder`.
+
+    Raises:
+      CheckpointError: sizes that no model has.
+    """
     try:
-        grid = tokenizer.grid(config["data"]["image_size"])
-        return TokenLayout(text_vocab, tokenizer.vocab_size, config["text"]["length"], *grid)
+        condition, text_model = condition_of(config).load(config, folder)
+        return TokenLayout(condition, tokenizer.vocab_size, *tokenizer.grid(config["data"]["image_size"])), text_model
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{workdir}: its configuration does not fit its models: {error}.") from error
 
@@ -134,8 +143,8 @@ def _layout(prior: TokenPrior, stored: PyTree, workdir: str, mesh: Mesh) -> PyTr
     if wrong is not None:
         name, given, needed = wrong
         raise CheckpointError(
-            f"{workdir}: the prior's parameter {name} is {given}, but its text model ({prior.layout.text_vocab} ids) "
-            f"and image tokenizer ({prior.layout.image_vocab} codes) need {needed}: put back the text/ and "
+            f"{workdir}: the prior's parameter {name} is {given}, but its condition ({prior.layout.condition}) and "
+            f"image tokenizer ({prior.layout.image_vocab} codes) need {needed}: put back the text/ and "
             "image_tokenizer/ that it was trained with. An earlier version of dalle_jax may also have written it."
         )
     return shardings_of(expected, mesh)

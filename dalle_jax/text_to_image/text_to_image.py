@@ -15,14 +15,14 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from jax.sharding import Mesh
 
 from dalle_jax.configuration.values import natural, shown
-from dalle_jax.data.text import CaptionModel, encode_captions
+from dalle_jax.data.text import CaptionModel
 from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.priors.token_prior import TokenPrior
@@ -40,7 +40,7 @@ class TextToImage:
       prior, params: the prior and its (averaged) parameters. `load` converts those of a bfloat16 prior once, see
         `priors.decoding_weights`.
       tokenizer, tokenizer_params: the image tokenizer and its parameters.
-      text_model: converts captions to ids.
+      text_model: converts captions to ids; None for a condition without any, such as that of an unconditional prior.
       image_size: H = W, pixels.
       workdir, step: the workdir and the checkpoint's step that the prior was loaded from.
       rows_at_once: largest number of images drawn at once; bounds the memory.
@@ -49,13 +49,16 @@ class TextToImage:
       fit: how a given image that is not square becomes one, `data.fit` of the training.
       stored_fingerprint: hash of the checkpoint's parameters if `load` converted them, else "".
       weights: "int8" if `load` rounded the kernels, else None.
+      on_frame: called with a `drawing.Frame` after each decoding step, or row of tokens, of all images that are drawn.
+        An exception that it raises stops the drawing. The results are the same as with None. Set it by
+        `dataclasses.replace(model, on_frame=…)`.
     """
 
     prior: TokenPrior
     params: PyTree
     tokenizer: ImageTokenizer
     tokenizer_params: PyTree
-    text_model: CaptionModel
+    text_model: CaptionModel | None
     image_size: int
     workdir: str = ""
     step: int = 0
@@ -65,6 +68,7 @@ class TextToImage:
     fit: str = "crop"
     stored_fingerprint: str = ""
     weights: str | None = None
+    on_frame: Callable[[drawing.Frame], None] | None = None
 
     @classmethod
     def load(
@@ -109,8 +113,8 @@ class TextToImage:
         layout = self.prior.layout
         return (
             f"TextToImage({self.prior.name} prior, {parameter_count(self.params)}, {self.image_size} x "
-            f"{self.image_size} pixels as {layout.height} x {layout.width} tokens of {layout.image_vocab}, captions of "
-            f"{layout.text_length} tokens of {layout.text_vocab}, workdir={self.workdir!r}, step={self.step}, "
+            f"{self.image_size} pixels as {layout.height} x {layout.width} tokens of {layout.image_vocab}, given "
+            f"{layout.condition!r}, workdir={self.workdir!r}, step={self.step}, "
             f"scorer={self.scorer!r})"
         )
 
@@ -369,20 +373,18 @@ class TextToImage:
     # -- tokens ---------------------------------------------------------------------------------------------------
 
     def encode_text(self, captions: Sequence[str]) -> np.ndarray:
-        """Encodes captions to padded ids.
+        """Encodes captions to conditions of the prior.
 
         Args:
           captions: sequence of C captions. Captions of more than T tokens are cut.
 
         Returns:
-          int32 [C, T].
+          [C, ...]; padded ids, int32 [C, T], of a prior of captions.
 
         Raises:
           DataError: an empty caption, no caption, or something else than strings.
         """
-        layout = self.prior.layout
-        rows = encode_captions(self.text_model, inputs.captions(captions), layout.text_length)
-        return np.stack([layout.pad_text(ids) for ids in rows])
+        return self.prior.layout.condition.encode(inputs.captions(captions), self.text_model)
 
     def encode(self, images: np.ndarray) -> np.ndarray:
         """Encodes images to tokens.
@@ -454,6 +456,6 @@ class TextToImage:
             captions, numbers = part.rows()
             given = tuple(x[numbers] for x in known)
             keys = drawing.row_keys(seed, text[captions], numbers, window)
-            rows = drawing.sample(self, text[captions], keys, options, negative, given)
+            rows = drawing.sample(self, text[captions], keys, options, negative, given, part)
             parts.append(part.images(np.asarray(rows))[0])
         return np.concatenate(parts)

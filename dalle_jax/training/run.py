@@ -118,7 +118,7 @@ class Run:
         else:
             self.state = init()
             if config.get("start_from") and "base" not in task.frozen:  # adapters: it is their frozen base
-                self.state = warm_start(self.state, config.start_from, workdir)
+                self.state = warm_start(self.state, config.start_from, workdir, config.task)
         start = self.start = int(self.state.step)
         self.skipped_in_row = int(self.state.skipped_in_row)
         if is_first() and (start <= self.total or not has_config(workdir)):  # else keep the longer training's file

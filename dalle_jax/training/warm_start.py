@@ -1,8 +1,10 @@
 """Initialisation of a training from the parameters of another run.
 
 Every task can start from a run of the same task, for instance after its data set changed. The run may be an exported
-folder. `priors.matching` says which parameters agree. A MaskGIT prior that starts from an autoregressive one therefore
-already reads captions and knows which tokens are similar.
+folder. The training of an image tokenizer can also start from a frozen one: imported, or that of a prior.
+
+`priors.matching` says which parameters agree. A MaskGIT prior that starts from an autoregressive one therefore already
+reads captions and knows which tokens are similar.
 """
 
 from __future__ import annotations
@@ -17,22 +19,33 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints.runs import open_run
-from dalle_jax.checkpoints.workdir import latest_step, load_text_model, read_config, text_model_path
+from dalle_jax.checkpoints.workdir import (
+    has_tokenizer,
+    latest_step,
+    load_text_model,
+    load_tokenizer,
+    read_config,
+    text_model_path,
+)
 from dalle_jax.errors import CheckpointError, ConfigError
+from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.priors import trained
 from dalle_jax.priors.matching import Rows, Vocabularies, match
+from dalle_jax.pytree import PyTree
 from dalle_jax.training.step import TrainState
 
 
-def warm_start(state: TrainState, start_from: str, workdir: str | None = None) -> TrainState:
+def warm_start(state: TrainState, start_from: str, workdir: str, task: str) -> TrainState:
     """Replaces parameters by those of another run's latest checkpoint where name and shape agree.
 
     If the text models differ, the embeddings of the pieces that both have are taken over.
 
     Args:
       state: a fresh state on its mesh. Its average, if it keeps one, starts at the new parameters.
-      start_from: workdir or export of the other run. Its average is read if it has one. Every host reads all of it.
-      workdir: of this run, which holds its text model; None for a task without text.
+      start_from: workdir or export of the other run, or a folder with a frozen image tokenizer. The average of a run
+        is read if it has one. Every host reads all of it.
+      workdir: of this run, which may hold a text model.
+      task: `config.task` of this run.
 
     Returns:
       The new state.
@@ -41,9 +54,9 @@ def warm_start(state: TrainState, start_from: str, workdir: str | None = None) -
       ConfigError: no parameter agrees.
       CheckpointError: there is no checkpoint.
     """
-    with _named(start_from), open_run(start_from) as run:
-        given = jax.device_get(trained.restore(run, start_from))
-    found = match(state.params, given, vocabularies(start_from, workdir) if workdir else None)
+    with _named(start_from):
+        given = jax.device_get(_stored_params(start_from, task))
+    found = match(state.params, given, vocabularies(start_from, workdir))
     fresh, total = [name for name, array in found.items() if array is None], len(found)
     if len(fresh) == total:
         raise ConfigError(
@@ -59,6 +72,19 @@ def warm_start(state: TrainState, start_from: str, workdir: str | None = None) -
         ", ".join(name for name, array in found.items() if isinstance(array, Rows)) or "none",
     )  # fmt: skip
     return state.replace(params=params, ema=None if state.ema is None else jax.tree.map(jnp.copy, params))
+
+
+def _stored_params(start_from: str, task: str) -> PyTree:
+    """Reads the parameters in a folder; see `warm_start`."""
+    if _is_frozen(start_from, task):
+        return load_tokenizer(start_from)[1]
+    with open_run(start_from) as run:
+        return trained.restore(run, start_from)
+
+
+def _is_frozen(start_from: str, task: str) -> bool:
+    """Returns whether a training of `task` starts from the frozen image tokenizer of a folder."""
+    return task in tokenizers.TASKS and has_tokenizer(start_from)
 
 
 def _replaced(x: jax.Array, new: np.ndarray | Rows | None) -> jax.Array:
@@ -90,12 +116,16 @@ def check_start_from(config: ConfigDict, workdir: str) -> None:
     start_from = config.start_from
     if latest_step(workdir) is not None:
         return
-    if latest_step(start_from) is None:
+    if _is_frozen(start_from, config.task):
+        task = load_tokenizer(start_from)[0].kind
+    elif latest_step(start_from) is None:
         raise ConfigError(
             f"config.start_from={start_from!r} holds no checkpoint: expected the workdir of a training. Check the "
             "path, or leave start_from out to start from scratch."
         )
-    if (task := read_config(start_from).get("task")) != config.task:
+    else:
+        task = read_config(start_from).get("task")
+    if task != config.task:
         raise ConfigError(
             f"config.start_from={start_from!r} holds a training of task {task!r}, and config.task is {config.task!r}. "
             "A training starts from one of the same task."

@@ -8,6 +8,7 @@ import numpy as np
 
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.priors.condition import Text
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.priors.token_prior import TokenPrior
@@ -27,7 +28,7 @@ class PrecomputedTokens:
         return self.prior.loss(params, batch["text"], batch["tokens"], key, train=True)
 
 
-def build(*, smoke: bool, attention: str = "sparse", kind: str = "autoregressive", side: int = 32):
+def build(*, smoke: bool, attention: str = "sparse", kind: str = "autoregressive", side: int = 32, scan: bool = False):
     """Builds the prior in float32.
 
     Args:
@@ -35,14 +36,15 @@ def build(*, smoke: bool, attention: str = "sparse", kind: str = "autoregressive
       attention: "sparse" or "full".
       kind: "autoregressive" or "maskgit".
       side: side of the token grid.
+      scan: stack the layers. Our variants for CPUs do not, because a scan copies what it stacks.
     """
     if smoke:
-        layout = TokenLayout(text_vocab=64, image_vocab=128, text_length=8, height=4, width=4)
+        layout = TokenLayout(Text(64, 8), image_vocab=128, height=4, width=4)
         sizes = dict(width=32, depth=3, heads=2)
     else:
-        layout = TokenLayout(text_vocab=4096, image_vocab=8192, text_length=64, height=side, width=side)
+        layout = TokenLayout(Text(4096, 64), image_vocab=8192, height=side, width=side)
         sizes = dict(width=512, depth=8, heads=8)
-    trunk = TransformerOptions(activation="geglu", dtype="float32", **sizes)
+    trunk = TransformerOptions(activation="geglu", dtype="float32", scan=scan, **sizes)
     if kind == "maskgit":
         return MaskGITPrior(layout, MaskGITOptions(trunk=trunk))
     return AutoregressivePrior(layout, AutoregressiveOptions(trunk=trunk, attention=attention))
@@ -56,7 +58,9 @@ def random_params(prior: TokenPrior):
 def random_text(prior: TokenPrior, batch: int) -> np.ndarray:
     """Returns random text ids, int32 [B, T], without padding."""
     layout = prior.layout
-    return np.random.default_rng(0).integers(0, layout.text_vocab, (batch, layout.text_length), dtype=np.int32)
+    return np.random.default_rng(0).integers(
+        0, layout.condition.vocab, (batch, layout.condition.length), dtype=np.int32
+    )
 
 
 def shape(prior: TokenPrior, batch: int) -> dict:
@@ -64,7 +68,7 @@ def shape(prior: TokenPrior, batch: int) -> dict:
     layout, trunk = prior.layout, prior.options.trunk
     return {
         "width": trunk.width, "depth": trunk.depth, "heads": trunk.heads, "head_dim": trunk.size_per_head,
-        "activation": trunk.activation, "text": layout.text_length, "text_vocab": layout.text_vocab,
+        "activation": trunk.activation, "text": layout.condition.length, "text_vocab": layout.condition.vocab,
         "image_tokens": [layout.height, layout.width], "image_vocab": layout.image_vocab, "batch": batch,
         "attention": [type(p).__name__.lower() for p in prior.options.patterns], "dtype": trunk.dtype,
     }  # fmt: skip

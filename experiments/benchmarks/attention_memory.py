@@ -13,13 +13,14 @@ import jax.numpy as jnp
 
 from dalle_jax.models.attention import xla
 from dalle_jax.models.attention.patterns import Bidirectional
+from dalle_jax.priors.condition import Text
 from dalle_jax.token_layout import TokenLayout
 
 
 def mib(side: int, most_scores: int) -> float:
     """Returns the temporaries of the program in MiB, for side x side image tokens."""
     xla.MOST_SCORES = most_scores
-    layout = TokenLayout(text_vocab=9, image_vocab=9, text_length=64, height=side, width=side)
+    layout = TokenLayout(Text(9, 64), image_vocab=9, height=side, width=side)
     x = jax.ShapeDtypeStruct((1, layout.length, 12, 64), jnp.float32)
 
     def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

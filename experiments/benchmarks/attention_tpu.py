@@ -40,6 +40,7 @@ from dalle_jax.models.attention import splash  # noqa: E402
 from dalle_jax.models.attention.patterns import Bidirectional, Column, Convolutional, Full, Row  # noqa: E402
 from dalle_jax.models.transformer import Attention  # noqa: E402
 from dalle_jax.models.transformer_options import TransformerOptions  # noqa: E402
+from dalle_jax.priors.condition import Text  # noqa: E402
 from dalle_jax.token_layout import TokenLayout  # noqa: E402
 
 PATTERNS = {
@@ -50,7 +51,7 @@ CORES, CLOCK = 2, 1.75e9  # v5p: 459e12 bfloat16 operations a second = 2 cores x
 KERNELS = {"fwd": CORES, "dq": 1, "dkv": 1}  # number of cores that share the heads of a kernel
 
 
-LAYOUT = TokenLayout(text_vocab=16_384, image_vocab=8192, text_length=256, height=32, width=32)
+LAYOUT = TokenLayout(Text(16_384, 256), image_vocab=8192, height=32, width=32)
 
 
 def layer_program(topology: str, pattern, kernel: str, heads: int, batch: int):

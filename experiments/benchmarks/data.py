@@ -33,7 +33,7 @@ from dalle_jax.data.sources.record import Record
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.text import TextModel
 from dalle_jax.data.token_store import TokensInMemory
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.token_layout import PaddedIds
 
 SIDE, BATCH = 256, 32
 SIZES = {640: (640, 480), 256: (256, 256), 4000: (4000, 3000)}
@@ -95,7 +95,7 @@ def batches(source: str, pixels: int, tokens: int, runs: int, smoke: bool) -> di
     batch, count = (2, 8) if smoke else (BATCH, 4 * BATCH)
     model = TextModel.train([CAPTION.format(i) for i in range(200)], vocab_size=128)
     grid = round(tokens**0.5) or 1
-    layout = TokenLayout(model.vocab_size, 8192, 32, grid, grid)
+    captions = PaddedIds(model.vocab_size, 32)
     with tempfile.TemporaryDirectory() as place:
         root = pathlib.Path(place)
         write_files(root / "files", size, count)
@@ -107,7 +107,7 @@ def batches(source: str, pixels: int, tokens: int, runs: int, smoke: bool) -> di
             data_dir=str(root / "prepared"), image_size=side, augment="none" if tokens else "prior",
             train_split="all" if source == "folder" else "train",
         )  # fmt: skip
-        make = functools.partial(Pipeline, options, model, layout, split=options.train_split, train=True)
+        make = functools.partial(Pipeline, options, model, captions, split=options.train_split, train=True)
         pipeline = make(batch_size=batch)
         if tokens:
             encoded = np.zeros((len(pipeline.source), grid * grid), np.uint16)

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.priors import sampling
+from dalle_jax.priors.condition import Text
 from dalle_jax.priors.decoding_weights import for_drawing
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
@@ -30,12 +31,12 @@ from dalle_jax.token_layout import TokenLayout
 
 def run(vocab: int, flat: bool, smoke: bool) -> dict:
     rows, side = (4, 4) if smoke else (64, 16)
-    options = _prior.build(smoke=smoke, kind="maskgit").options
-    prior = MaskGITPrior(TokenLayout(4096, vocab, 64, side, side), options)
+    options = _prior.build(smoke=smoke, kind="maskgit", scan=True).options
+    prior = MaskGITPrior(TokenLayout(Text(4096, 64), vocab, side, side), options)
     if flat:
         sampling.SMALL_VOCABULARY = vocab
     params = nn.meta.unbox(jax.eval_shape(prior.init, jax.random.key(0)))
-    text = jax.ShapeDtypeStruct((1, prior.layout.text_length), jnp.int32)
+    text = jax.ShapeDtypeStruct((1, prior.layout.condition.length), jnp.int32)
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), rows))
     sample = lambda params, text, keys: prior.sample(params, text, keys, guidance=3.0, top_p=0.9)
     program, compile_s = m.compiled(jax.jit(sample), params, text, keys)
@@ -50,7 +51,7 @@ def run(vocab: int, flat: bool, smoke: bool) -> dict:
 
 def weights(smoke: bool) -> dict:
     sizes = dict(width=32, depth=2, heads=2) if smoke else dict(width=768, depth=24, heads=12)
-    prior = MaskGITPrior(TokenLayout(4096, 8192, 64, 16, 16), MaskGITOptions(TransformerOptions(**sizes)))
+    prior = MaskGITPrior(TokenLayout(Text(4096, 64), 8192, 16, 16), MaskGITOptions(TransformerOptions(**sizes)))
     shapes = nn.meta.unbox(jax.eval_shape(prior.init, jax.random.key(0)))
     loaded = for_drawing(prior, jax.tree.map(lambda x: jnp.zeros(x.shape), shapes), make_mesh(data=1))[1]
     count = m.count(loaded)

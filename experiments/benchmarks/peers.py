@@ -22,22 +22,22 @@ def transformer(smoke: bool):
     """Returns a model of the sizes of `_prior.build`, and its layout."""
     prior = _prior.build(smoke=smoke)
     layout, trunk = prior.layout, prior.options.trunk
-    vocab = layout.text_ids + layout.image_vocab
+    vocab = layout.condition.ids + layout.image_vocab
     return Model(trunk.width, trunk.depth, trunk.heads, layout.length, vocab, gated=True), layout
 
 
 def sample(rows: int, default_runs: int, runs: int, smoke: bool) -> dict:
     """Draws all image tokens of captions, with top_k of half the vocabulary."""
     model, layout = transformer(smoke)
-    first, last = layout.text_ids, layout.text_ids + layout.image_vocab
-    text = torch.randint(0, layout.text_vocab, (rows, layout.text_length))
+    first, last = layout.condition.ids, layout.condition.ids + layout.image_vocab
+    text = torch.randint(0, layout.condition.vocab, (rows, layout.condition.length))
     caches, places = model.eval().caches(rows, layout.length), torch.arange(layout.length)
 
     @torch.inference_mode()
     def draw():
-        ids, place, drawn = text, places[: layout.text_length], []
+        ids, place, drawn = text, places[: layout.condition.length], []
         for n in range(layout.image_length):
-            seen = layout.text_length + n
+            seen = layout.condition.length + n
             states = model.states(ids, place, causal=n == 0, caches=caches, seen=seen)[:, -1]
             top, where = model.logits(states, first, last).topk(layout.image_vocab // 2, dim=-1)
             noise = -torch.empty_like(top).exponential_().log()
@@ -53,11 +53,11 @@ def sample(rows: int, default_runs: int, runs: int, smoke: bool) -> dict:
 def train(rows: int, default_runs: int, runs: int, smoke: bool) -> dict:
     """Makes an update by AdamW."""
     model, layout = transformer(smoke)
-    split, vocab = layout.text_ids, layout.text_ids + layout.image_vocab
+    split, vocab = layout.condition.ids, layout.condition.ids + layout.image_vocab
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    text = torch.randint(0, layout.text_vocab, (rows, layout.text_length))
+    text = torch.randint(0, layout.condition.vocab, (rows, layout.condition.length))
     ids = torch.cat([text, split + torch.randint(0, layout.image_vocab, (rows, layout.image_length))], dim=1)
-    places, t = torch.arange(layout.length), layout.text_length
+    places, t = torch.arange(layout.length), layout.condition.length
 
     def step():
         states = model.states(ids, places, causal=True)

@@ -12,6 +12,7 @@ import numpy as np
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.priors.condition import Text
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.priors.token_prior import TokenPrior
@@ -22,8 +23,8 @@ from dalle_jax.token_layout import TokenLayout
 def layout(side: int, tiny: bool) -> TokenLayout:
     """Returns a layout of 64 text tokens and a grid of `side` rows of image tokens with 8,192 codes."""
     if tiny:
-        return TokenLayout(text_vocab=64, image_vocab=128, text_length=8, height=4, width=4)
-    return TokenLayout(text_vocab=16_384, image_vocab=8192, text_length=64, height=side, width=side)
+        return TokenLayout(Text(64, 8), image_vocab=128, height=4, width=4)
+    return TokenLayout(Text(16_384, 64), image_vocab=8192, height=side, width=side)
 
 
 def _trunk(tiny: bool, width: int, depth: int, heads: int, **options) -> TransformerOptions:
@@ -55,8 +56,8 @@ def random_params(model: TokenPrior | DVAETokenizer) -> PyTree:
 
 def random_text(prior: TokenPrior, rows: int) -> jax.Array:
     """Returns random text ids, int32 [rows, T], without padding."""
-    shape = (rows, prior.layout.text_length)
-    return jnp.asarray(np.random.default_rng(0).integers(0, prior.layout.text_vocab, shape, dtype=np.int32))
+    shape = (rows, prior.layout.condition.length)
+    return jnp.asarray(np.random.default_rng(0).integers(0, prior.layout.condition.vocab, shape, dtype=np.int32))
 
 
 def random_tokens(prior: TokenPrior, rows: int) -> jax.Array:

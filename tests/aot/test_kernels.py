@@ -5,9 +5,10 @@ import pytest
 from dalle_jax.aot import kernels, topologies
 from dalle_jax.models.attention import splash
 from dalle_jax.models.attention.patterns import Full, Row
+from dalle_jax.priors.condition import Text
 from dalle_jax.token_layout import TokenLayout
 
-PAPER = TokenLayout(text_vocab=16_384, image_vocab=8192, text_length=256, height=32, width=32)
+PAPER = TokenLayout(Text(16_384, 256), image_vocab=8192, height=32, width=32)
 V5P, V5E = topologies.CHIPS["TPU v5"], topologies.CHIPS["TPU v5 lite"]
 
 

@@ -127,7 +127,7 @@ def test_abstract_batches_equal_those_of_the_pipeline(target, tmp_path, monkeypa
     from dalle_jax.data.pipeline import Pipeline
     from dalle_jax.data.sources.source import DataOptions
     from dalle_jax.data.token_store import TokensInMemory, token_dtype
-    from dalle_jax.token_layout import TokenLayout
+    from dalle_jax.token_layout import PaddedIds
 
     class Ids:
         vocab_size = config.get("text", {}).get("vocab_size", 1)
@@ -138,7 +138,7 @@ def test_abstract_batches_equal_those_of_the_pipeline(target, tmp_path, monkeypa
         def unknown_letters(self, text):
             return ""
 
-    layout = TokenLayout(Ids.vocab_size, 1, config.text.length, 1, 1) if "text" in config else None
+    layout = PaddedIds(Ids.vocab_size, config.text.length) if "text" in config else None
     options = from_config(DataOptions, config.data, "data")
     tokens = None
     if "tokens" in batch:  # encoded once

@@ -23,7 +23,8 @@ from dalle_jax.evaluation.test_sets import Protocol
 from dalle_jax.image_tokenizers import tokenizer
 from dalle_jax.models import clip
 from dalle_jax.optim import optimizers, schedules
-from dalle_jax.priors.registry import make
+from dalle_jax.priors.clip_condition import ClipEmbedding
+from dalle_jax.priors.registry import condition_of, make
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.token_layout import TokenLayout
 
@@ -83,9 +84,11 @@ def test_trainings(name, variant):
     images = tokenizer.of_training(config if name in TOKENIZERS else config.tokenizer)
     grid = images.grid(options.image_size)
     if name not in TOKENIZERS:
-        inner = check_training(config.tokenizer, "dvae")
+        inner = check_training(config.tokenizer, "vqgan" if config.tokenizer.task == "vqgan" else "dvae")
         assert inner.image_size == options.image_size, "the tokenizer is trained at the prior's image size"
-        layout = TokenLayout(config.text.vocab_size, images.vocab_size, config.text.length, *grid)
+        kind = condition_of(config)
+        condition = ClipEmbedding(8) if kind is ClipEmbedding else kind.of_config(config)
+        layout = TokenLayout(condition, images.vocab_size, *grid)
         prior = make(config.prior, config.model, layout)
         if config.model.trunk.depth <= 24:  # tests/priors/test_autoregressive.py counts the large ones
             jax.eval_shape(prior.init, jax.random.key(0))
@@ -109,7 +112,7 @@ def test_schedules_follow_the_length_of_the_training(name, variant):
     after = numbers_of(config)
     follow = {key for key in after if after[key] != before[key]} - {"steps", "cadence/log"}
     rate = "schedules/learning_rate"
-    if variant in ("shapes", "emoji", "small", "folder"):
+    if variant in ("shapes", "emoji", "small", "folder", "shape_classes", "classes", "clipgen"):
         expected = {f"{rate}/steps", "cadence/eval", "cadence/preview", "cadence/checkpoint"}
         expected |= {"schedules/temperature/steps"} if config.task in TOKENIZERS else set()
         if name == "vqgan":
@@ -122,7 +125,7 @@ def test_schedules_follow_the_length_of_the_training(name, variant):
         expected = {f"{rate}/steps"} if name == "clip" else set()
         if name == "dvae" and variant != "paper":
             expected = {f"{rate}/steps", "schedules/temperature/steps"}
-        if name == "vqgan":
+        if name == "vqgan" and variant != "gumbel_f8":
             expected = {"schedules/temperature/steps"}
     assert follow == expected
     for key in sorted(follow, reverse=True):  # a start that follows another one is set before it
@@ -174,7 +177,7 @@ def test_the_tokenizers_data_follow_the_priors(name, variant):
         value = not config.data[field.name] if type(config.data[field.name]) is bool else None
         value = other[type(config.data[field.name])] if value is None else value
         config.data[field.name] = value
-        own = field.name in ("augment", "bpe_dropout")
+        own = field.name in ("augment", "bpe_dropout", "condition")
         assert config.tokenizer.data[field.name] == (before if own else value), field.name
         resolved = config.copy_and_resolve_references()
         assert resolved.tokenizer.data[field.name] == (before if own else value)
@@ -216,6 +219,10 @@ def test_the_published_numbers_of_vqgans():
         10.0, 0.1, "non_saturating",
     )  # fmt: skip
     assert (llamagen.objective.pixel_loss, llamagen.objective.adaptive) == ("l2", False)
+    gumbel = load("vqgan").get_config("gumbel_f8")
+    assert (gumbel.model.vocab_size, gumbel.model.quantizer, gumbel.model.multipliers) == (8192, "gumbel", (1, 1, 2, 4))
+    ends = [float(schedules.make(gumbel.schedules.temperature)(step)) for step in (0, 1_000_001)]
+    assert ends == pytest.approx([0.9, 1e-6]) and gumbel.schedules.kl_weight.value == 1e-8
 
 
 def test_vit_b32_decays_all_weights_but_gains_and_biases():
@@ -336,3 +343,18 @@ def test_config_files_of_one_package_import_each_other_from_any_directory(tmp_pa
 )
 def test_the_config_file_of_a_command_line(argv, path):
     assert config_files.given(["main", *argv]) == path
+
+
+def test_llamagens_numbers():
+    """arXiv 2406.06525: 111 million parameters, 16 x 16 tokens of 16,384 codes, 300 epochs."""
+    config = load("prior").get_config("imagenet")
+    images = tokenizer.of_training(config.tokenizer)
+    layout = TokenLayout(condition_of(config).of_config(config), images.vocab_size, *images.grid(256))
+    assert (layout.condition.vocab, layout.image_vocab, layout.image_length) == (1000, 16_384, 256)
+    prior = make(config.prior, config.model, layout)
+    shapes = jax.eval_shape(prior.init, jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == pytest.approx(111e6, rel=0.01)
+    assert prior.options.caption_drop == prior.options.trunk.dropout == 0.1 and prior.stream.prefix_length == 1
+    assert config.steps * config.batch_size / 1_281_167 == pytest.approx(300, abs=0.1)
+    optimizer = config.optimizer
+    assert (optimizer.b2, optimizer.weight_decay, optimizer.clip_norm, optimizer.decay) == (0.95, 0.05, 1.0, "weights")

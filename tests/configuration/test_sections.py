@@ -29,10 +29,10 @@ DERIVED = {
     "clip": {"model.image_size", "model.text_length", "model.text_vocab", "model.end_id"},
     # Real images are used as they are, at the model's size.
     "evaluate": {"metrics.seed"}
-    | {f"data.{key}" for key in ("image_size", "augment", "train_split", "eval_split")}
+    | {f"data.{key}" for key in ("image_size", "augment", "train_split", "eval_split", "condition")}
     | {f"data.{key}" for key in ("cache", "cache_bytes", "workers", "bpe_dropout")},
     "encode": {f"data.{key}" for key in ("augment", "cache", "cache_bytes", "bpe_dropout")},
-    "data": {f"data.{key}" for key in ("augment", "cache", "cache_bytes", "workers", "bpe_dropout")},
+    "data": {f"data.{key}" for key in ("augment", "cache", "cache_bytes", "workers", "bpe_dropout", "condition")},
 }
 # Values that differ from every default, as they stand on a command line, and as they arrive.
 GIVEN = {int: ("7", 7), float: ("0.5", 0.5), str: ("word", "word"), bool: ("true", True), tuple: ("(3, 4)", (3, 4))}

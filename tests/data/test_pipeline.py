@@ -16,7 +16,7 @@ from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.tally import TRUNCATED, Note, Tally
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.token_layout import PaddedIds
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def model():
 
 @pytest.fixture(scope="module")
 def layout(model):
-    return TokenLayout(model.vocab_size, 16, 24, 2, 2)
+    return PaddedIds(model.vocab_size, 24)
 
 
 @pytest.fixture
@@ -73,15 +73,15 @@ def test_shapes_and_dtypes_of_a_batch(make, layout):
     assert batch["text"].shape == (8, 24) and batch["text"].dtype == np.int32
     assert batch["index"].shape == (8,) and batch["index"].dtype == np.int32
     np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], batch["index"])
-    assert (batch["text"] < layout.text_ids).all()
-    np.testing.assert_array_equal(batch["text"][:, -1], layout.null_text()[-1])
+    assert (batch["text"] < layout.ids).all()
+    np.testing.assert_array_equal(batch["text"][:, -1], layout.empty()[-1])
 
 
 def test_text_belongs_to_the_image(make, model, layout):
     with iter(make(bpe_dropout=0.0)) as iterator:
         for batch in take(iterator, 10):
             for index, text in zip(batch["index"], batch["text"], strict=True):
-                caption = model.decode(text[text < layout.text_vocab])
+                caption = model.decode(text[text < layout.vocab])
                 assert caption.removesuffix(" again") == CAPTIONS[index]
 
 
@@ -114,7 +114,7 @@ def test_training_draws_a_caption_and_evaluation_uses_the_first(make, model, lay
     def again(pipeline, count):
         with iter(pipeline) as iterator:
             texts = np.concatenate([batch["text"] for batch in take(iterator, count)])
-        return [model.decode(text[text < layout.text_vocab]).endswith("again") for text in texts]
+        return [model.decode(text[text < layout.vocab]).endswith("again") for text in texts]
 
     assert 0.35 < np.mean(again(make(), 37)) < 0.65
     assert not any(again(make(train=False), 4))
@@ -339,7 +339,7 @@ def test_one_readable_example_is_enough(make):
 
 def truncating(model, *, count=10, length=3, train=True):
     """A pipeline whose captions are longer than the layout's text."""
-    short = TokenLayout(model.vocab_size, 16, length, 2, 2)
+    short = PaddedIds(model.vocab_size, length)
     options, source = DataOptions(image_size=SIZE), MemorySource(count=count)
     return Pipeline(options, model, short, split="train", train=train, batch_size=8, seed=0, source=source)
 
@@ -476,7 +476,7 @@ def test_arguments_that_do_not_fit_are_errors(make, model):
         Pipeline(
             DataOptions(),
             model,
-            TokenLayout(5, 16, 24, 2, 2),
+            PaddedIds(5, 24),
             split="train",
             train=True,
             batch_size=8,
@@ -504,7 +504,7 @@ def test_wide_images_are_padded_on_request(tmp_path, train, cache):
 def test_captions_with_unknown_letters_are_counted(caplog):
     """They are used, counted, and the first ones are named with their letters."""
     foreign = TextModel.train(["a red circle"] * 3, vocab_size=40)
-    layout = TokenLayout(foreign.vocab_size, 16, 24, 2, 2)
+    layout = PaddedIds(foreign.vocab_size, 24)
     source = MemorySource(count=10)
     pipeline = Pipeline(
         DataOptions(image_size=SIZE), foreign, layout, split="train", train=True, batch_size=5, source=source

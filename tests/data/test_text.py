@@ -7,7 +7,7 @@ from absl import logging
 
 from dalle_jax.data.text import TextModel, encode_captions, normalize
 from dalle_jax.errors import ConfigError, DataError
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.token_layout import PaddedIds
 
 CAPTIONS = [
     f"A {size} {color} {shape} above a Black square, on a {ground} background"
@@ -99,9 +99,9 @@ def test_dropout_needs_a_seed_and_a_probability(model):
 
 
 def test_padding_goes_through_the_layout(model):
-    layout = TokenLayout(model.vocab_size, 16, 64, 2, 2)
+    padded = PaddedIds(model.vocab_size, 64)
     ids = pieces(model, CAPTIONS[0])
-    text = layout.pad_text(ids)
+    text = padded.pad(ids)
     np.testing.assert_array_equal(text[: len(ids)], ids)
     np.testing.assert_array_equal(text[len(ids) :], model.vocab_size + np.arange(len(ids), 64))
 

@@ -31,7 +31,7 @@ def test_any_of_several_names():
     model = Labels(3, NAMES)
     assert encode(model, "Tinca tinca") == encode(model, "tench") == encode(model, "tench, tinca tinca") == [0]
     assert model.decode([1, 0]) == "goldfish tench, Tinca tinca" and Labels(3).decode([1]) == "class: 1"
-    assert encode(model, " ") == [] and model.unknown_letters("ж") == ""
+    assert encode(model, " ") == [] and model.unknown_letters("ж") == "ж" and model.unknown_letters("tench") == ""
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.optim import schedules
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.priors.condition import Text
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.tasks.clip import CLIPTask
@@ -32,7 +33,7 @@ from dalle_jax.tasks.prior import PriorTask
 from dalle_jax.token_layout import TokenLayout
 
 ROWS, SIZE, VOCAB = 8, 16, 24
-LAYOUT = TokenLayout(text_vocab=19, image_vocab=VOCAB, text_length=5, height=4, width=4)
+LAYOUT = TokenLayout(Text(19, 5), image_vocab=VOCAB, height=4, width=4)
 TRUNK = TransformerOptions(width=32, depth=2, heads=8, dtype="float32", scan=False)
 DVAE = DVAEOptions(
     image_size=SIZE, vocab_size=VOCAB, hidden=16, groups=1, blocks_per_group=1, codebook_dim=8, in_kernel=3,
@@ -63,7 +64,7 @@ def batch():
     """Returns rows that all differ, with images of flat blocks."""
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (ROWS, 4, 4, 3), np.uint8).repeat(4, 1).repeat(4, 2)
-    text = np.stack([LAYOUT.pad_text(rng.integers(0, 19, 1 + i % 5)) for i in range(ROWS)])
+    text = np.stack([LAYOUT.condition.pad(rng.integers(0, 19, 1 + i % 5)) for i in range(ROWS)])
     return {"image": images, "text": text}
 
 

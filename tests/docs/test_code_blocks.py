@@ -32,6 +32,7 @@ from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.pretrained import catalogue
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.priors.condition import Text
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
@@ -240,7 +241,7 @@ def random_models(tmp_path_factory):
         image_size=32, vocab_size=16, hidden=8, groups=1, blocks_per_group=1, codebook_dim=8, stem_factor=4
     )
     tokenizer = DVAETokenizer(dvae)
-    layout = TokenLayout(text.vocab_size, 16, 12, 8, 8)
+    layout = TokenLayout(Text(text.vocab_size, 12), 16, 8, 8)
     trunk = TransformerOptions(width=8, depth=1, heads=2, dtype="float32", scan=False)
     sizes = {f"{tower}_{name}": n for tower in ("image", "text") for name, n in dict(width=8, depth=1, heads=2).items()}
     words = dict(text_length=13, text_vocab=text.vocab_size + 1, end_id=text.vocab_size)

@@ -15,9 +15,10 @@ from dalle_jax.models.rotary import rotary_angles, rotate
 from dalle_jax.models.transformer import MLP, Attention, Norm
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import Trunk, stacking, unstack
+from dalle_jax.priors.condition import Text
 from dalle_jax.token_layout import TokenLayout
 
-LAYOUT = TokenLayout(text_vocab=9, image_vocab=9, text_length=3, height=3, width=4)
+LAYOUT = TokenLayout(Text(9, 3), image_vocab=9, height=3, width=4)
 OPTIONS = TransformerOptions(width=16, depth=4, heads=2, dtype="float32")
 PATTERNS = (Row(), Column(), Row(), Column())  # a scan of two steps with two layers each
 STATES = jax.random.normal(jax.random.key(7), (2, LAYOUT.length, 16))
@@ -239,7 +240,7 @@ def test_the_identity_path_of_a_float32_stream_is_exact(scan, remat):
 
 
 def test_rotary_scores_depend_on_the_difference_of_coordinates():
-    layout = TokenLayout(9, 9, 4, 5, 5)
+    layout = TokenLayout(Text(9, 4), 9, 5, 5)
     angles = rotary_angles(layout, 8)
     assert angles.shape == (layout.length, 4) and angles.dtype == np.float32
     q, k = np.random.default_rng(0).normal(size=(2, 8)).astype(np.float32)

@@ -3,6 +3,7 @@
 tests/golden/published holds random weights in the published layout, and what the authors' code computes from them.
 """
 
+import dataclasses
 from pathlib import Path
 
 import flax.serialization
@@ -18,10 +19,13 @@ from dalle_jax import TextToImage
 from dalle_jax.checkpoints import workdir
 from dalle_jax.configuration import config_files
 from dalle_jax.errors import ConfigError, DataError, PretrainedError
+from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.vector_quantizer import nearest
 from dalle_jax.image_tokenizers.vqgan import VQGANTokenizer
 from dalle_jax.jobs import generate, train
 from dalle_jax.pretrained import catalogue, maskgit, maskgit_tokenizer, state_dict
+from dalle_jax.priors.registry import condition_of, make
+from dalle_jax.token_layout import TokenLayout
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "published"
 TRANSFORMER = GOLDEN / "maskgit_checkpoint"
@@ -71,9 +75,24 @@ def test_sizes_at_the_published_size():
         shapes = [*sizes.shapes().values(), *plain_maskgit.shapes(1024, 256, 128, (1, 1, 2, 2, 4)).values()]
         assert one.parameters == sum(np.prod(shape, dtype=int) for shape in shapes)
         prior = maskgit.prior_of(sizes, 1024, 8)
-        assert (prior.layout.text_vocab, prior.options.trunk.hidden) == (1000, 3072)
+        assert (prior.layout.condition.vocab, prior.options.trunk.hidden) == (1000, 3072)
     layout = maskgit_tokenizer.layout(maskgit_tokenizer.options())
     assert sum(np.prod(shape, dtype=int) for _, shape in layout.values()) == 54_515_587
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_the_variants_train_the_published_models(size):
+    """maskgit.py:imagenet256 and :imagenet512 differ in what guidance and training need, and in nothing else."""
+    config = config_files.load(f"configs/maskgit.py:imagenet{size}")
+    side, steps = maskgit.PUBLISHED[f"maskgit-imagenet{size}"]
+    sizes = maskgit.Sizes(24, {"D": 768, "H": 16, "K": 48, "F": 3072, "W": 1024 + 1000 + 1, "S": side**2 + 1})
+    published, images = maskgit.prior_of(sizes, 1024, steps), tokenizers.of_training(config.tokenizer)
+    layout = TokenLayout(condition_of(config).of_config(config), images.vocab_size, *images.grid(size))
+    ours = make(config.prior, config.model, layout)
+    how = dict(dtype="float32", scan=False, remat="none", head_dim=48)
+    trunk = dataclasses.replace(ours.options.trunk, **how)
+    assert ours.layout == published.layout and ours.decoding_steps(None) == steps
+    assert dataclasses.replace(ours.options, trunk=trunk, caption_drop=0.0, steps=steps) == published.options
 
 
 # -- the image tokenizer ------------------------------------------------------------------------------------------

@@ -30,7 +30,9 @@ def golden():
     arrays = mindalle.stage(state_dict.read(STAGE2), 2)
     prior = mindalle.prior_of(arrays, HEAD_SIZE)
     stored = dict(np.load(GOLDEN / "mindalle.npz"))
-    stored["text"] = np.where(stored["text"] == 19, prior.layout.null_text()[None], stored["text"]).astype(np.int32)
+    stored["text"] = np.where(stored["text"] == 19, prior.layout.condition.empty()[None], stored["text"]).astype(
+        np.int32
+    )
     return prior, mindalle.convert(arrays, prior), stored
 
 
@@ -48,7 +50,7 @@ def test_golden_logits():
     text, image = compute(params, stored["text"], stored["tokens"])
     np.testing.assert_allclose(text, stored["text_logits"], atol=1e-4)
     np.testing.assert_allclose(image, stored["image_logits"], atol=1e-4)
-    assert (stored["text"] > prior.layout.text_vocab).any() and np.std(stored["image_logits"]) > 0.1
+    assert (stored["text"] > prior.layout.condition.vocab).any() and np.std(stored["image_logits"]) > 0.1
 
 
 def test_greedy_drawing_follows_the_golden_logits():

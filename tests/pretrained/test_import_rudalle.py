@@ -19,6 +19,7 @@ from dalle_jax.errors import ConfigError, PretrainedError, UserError
 from dalle_jax.image_tokenizers.vqgan import VQGANOptions
 from dalle_jax.models.attention.patterns import Toroidal
 from dalle_jax.pretrained import catalogue, rudalle, state_dict, vqgan
+from dalle_jax.priors.condition import Text
 from dalle_jax.token_layout import TokenLayout
 
 needs_package = pytest.mark.skipif(not rudalle_originals.AVAILABLE, reason=rudalle_originals.REASON)
@@ -31,7 +32,7 @@ def imported(version):
     prior = rudalle.prior_of(sizes, heads, version)
     params = rudalle.convert(rudalle_originals.random_arrays(sizes), sizes, prior)
     captions, tokens = rudalle_originals.inputs_of(sizes)
-    return prior, params, np.stack([prior.layout.pad_text(ids) for ids in captions]), tokens.astype(np.int32)
+    return prior, params, np.stack([prior.layout.condition.pad(ids) for ids in captions]), tokens.astype(np.int32)
 
 
 # -- the original -------------------------------------------------------------------------------------------------
@@ -48,7 +49,7 @@ def test_the_golden_file_is_what_the_original_gives(version):
 @every_version
 def test_logits_of_all_positions_are_those_of_the_original(version):
     prior, params, text, tokens = imported(version)
-    classes, t = prior.layout.text_ids, prior.layout.text_length
+    classes, t = prior.layout.condition.ids, prior.layout.condition.length
     logits = rudalle_originals.golden()[version]["logits"]
     ours = jax.jit(prior.model.apply)({"params": params}, text, tokens)
     shift = int(version == "v2")  # begin is one more position
@@ -75,8 +76,8 @@ def test_cached_decoding_is_that_of_the_original(version):
         return jax.lax.scan(step, caches, jnp.arange(prior.layout.image_length - 1))[1]
 
     found = np.concatenate([logits[None], later(params, tokens, kv, caches)]).swapaxes(0, 1)
-    begin = prior.layout.text_length - 1 + (version == "v2")
-    expected = stored["logits"][:, begin:, prior.layout.text_ids :][:, : found.shape[1]]
+    begin = prior.layout.condition.length - 1 + (version == "v2")
+    expected = stored["logits"][:, begin:, prior.layout.condition.ids :][:, : found.shape[1]]
     np.testing.assert_allclose(found, expected, atol=1e-4)
     drawn = prior.sample(params, text, jax.random.split(jax.random.key(0), len(text)), temperature=0.0)
     np.testing.assert_array_equal(drawn[:, : stored["drawn"].shape[1]], stored["drawn"])
@@ -171,7 +172,7 @@ def test_a_checkpoint_of_the_authors(tmp_path, version):
 
 def test_the_mask_of_version_2():
     sizes, _ = CASES["v2"]
-    layout = TokenLayout(9, 9, sizes.text_length, sizes.side, sizes.side)
+    layout = TokenLayout(Text(9, sizes.text_length), 9, sizes.side, sizes.side)
     mask = Toroidal(11).mask(layout)
     assert rudalle.version_of({"transformer.conv_mask": mask.astype(np.float16)}, sizes) == "v2"
     assert rudalle.version_of({}, sizes) is None

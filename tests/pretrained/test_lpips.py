@@ -14,12 +14,12 @@ from dalle_jax.errors import ConfigError, PretrainedError
 from dalle_jax.models.lpips import LPIPS, SMALLEST_SIDE, distance
 from dalle_jax.pretrained import catalogue, lpips, state_dict
 from dalle_jax.tasks import perceptual
+from dalle_jax.tasks.vqgan_losses import VQGANObjectiveOptions
 
 needs_package = pytest.mark.skipif(
     importlib.util.find_spec("lpips") is None,
     reason="needs lpips==0.1.4 (pip install --no-deps --target DIR, PYTHONPATH=DIR)",
 )
-KEY = "config.objective.lpips"
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +108,8 @@ def test_the_two_files_in_any_order(tmp_path, arrays):
     files = write(tmp_path, arrays)
     for i, given in enumerate((files, files[::-1])):
         assert "14,716,160" in catalogue.import_files("lpips", given, str(tmp_path / f"run{i}"), {})
-    params = perceptual.load(str(tmp_path / "run1"), KEY)
+    distance, params = perceptual.load(VQGANObjectiveOptions(lpips=str(tmp_path / "run1")))
+    assert distance.name == "lpips"
     jax.tree.map(np.testing.assert_array_equal, params, lpips.convert(arrays))
     shape = jnp.zeros((1, 16, 16, 3))
     assert jax.tree.structure(params) == jax.tree.structure(
@@ -139,7 +140,7 @@ def test_other_files_are_rejected(tmp_path, arrays, change, token):
 def test_folders_without_the_weights(tmp_path):
     for folder in (None, str(tmp_path), "vgg16-397923af.pth"):
         with pytest.raises(ConfigError, match=r"--weights=vgg16-397923af\.pth.*config\.objective\.perceptual_weight=0"):
-            perceptual.check_folder(folder, KEY)
+            perceptual.check(VQGANObjectiveOptions(lpips=folder))
     frozen.save(tmp_path, {"kind": "inception"}, {"a": np.zeros(1)})
     with pytest.raises(ConfigError, match="inception"):
-        perceptual.load(str(tmp_path), KEY)
+        perceptual.load(VQGANObjectiveOptions(lpips=str(tmp_path)))

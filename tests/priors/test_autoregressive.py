@@ -16,6 +16,7 @@ from dalle_jax.configuration import config_files
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.trunk import unstack
 from dalle_jax.priors import orders, registry, sampling
+from dalle_jax.priors.condition import Text
 from dalle_jax.token_layout import TokenLayout
 
 
@@ -78,7 +79,7 @@ def test_no_leak(prior):
 
     depends = np.any(np.asarray(gradients()) != 0, axis=-1)
     assert not depends[np.arange(before + N)[None] > places[:, None]].any()
-    stream = dataclasses.replace(LAYOUT, text_length=before)
+    stream = dataclasses.replace(LAYOUT, condition=Text(10, before))
     reached = np.eye(before + N, dtype=bool)
     for pattern in prior.options.patterns:
         reached = pattern.mask(stream) @ reached
@@ -123,7 +124,7 @@ def test_no_logit_depends_on_its_own_or_a_later_token(prior):
 def test_cached_decoding_equals_the_full_forward(prior, guided):
     """The logits agree at every position, with two candidates per caption, and a null caption each for guidance."""
     captions, _ = rows(2)
-    text = np.concatenate([captions, np.tile(LAYOUT.null_text(), (2, 1))]) if guided else captions
+    text = np.concatenate([captions, np.tile(LAYOUT.condition.empty(), (2, 1))]) if guided else captions
     _, tokens = rows(2 * len(text), seed=1)
     params = params_of(prior)
 
@@ -170,7 +171,7 @@ def test_samples_are_draws_from_the_full_forward(prior, knobs):
     tokens = in_order(tokens)
     logits = forward(prior, params_of(prior), text, tokens, cells)
     if "guidance" in knobs:
-        null = forward(prior, params_of(prior), np.tile(LAYOUT.null_text(), (4, 1)), tokens, cells)
+        null = forward(prior, params_of(prior), np.tile(LAYOUT.condition.empty(), (4, 1)), tokens, cells)
         logits = sampling.guide(logits, null, knobs["guidance"])
     temperature = knobs.get("temperature", 1.0)
 
@@ -225,10 +226,10 @@ def test_loss_is_an_eighth_text_and_seven_eighths_image(prior):
 @pytest.mark.parametrize("start_tokens, total", [(True, 1.0), (False, 3.0)])
 def test_the_probabilities_of_all_captions_sum_to_one(length, start_tokens, total):
     """With start tokens, p(text) is a model of whole captions. Without them each of the three first tokens is given."""
-    layout = dataclasses.replace(LAYOUT, text_vocab=2, text_length=length)
+    layout = dataclasses.replace(LAYOUT, condition=Text(2, length))
     prior = dataclasses.replace(make(start_tokens=start_tokens), layout=layout)
     classes = np.stack(np.meshgrid(*[np.arange(3)] * length), -1).reshape(-1, length)  # two words, and padding
-    captions = np.where(classes < 2, classes, layout.null_text()).astype(np.int32)
+    captions = np.where(classes < 2, classes, layout.condition.empty()).astype(np.int32)
     _, tokens = rows(1, layout=layout)
     one = lambda text: loss_of(prior, params_of(prior), text[None], tokens, jax.random.key(0), False)[1]["text_nats"]
     mean = np.asarray(jax.vmap(one)(captions), np.float64)
@@ -242,7 +243,7 @@ def test_the_probabilities_of_all_captions_sum_to_one(length, start_tokens, tota
 @pytest.mark.parametrize("start_tokens", [False, True])
 def test_a_text_of_one_token(tied, start_tokens):
     """Without start tokens the only token is given, so there is no text loss. The loss is finite in both cases."""
-    layout = dataclasses.replace(LAYOUT, text_length=1)
+    layout = dataclasses.replace(LAYOUT, condition=Text(10, 1))
     prior = dataclasses.replace(make(tied_embeddings=tied, start_tokens=start_tokens), layout=layout)
     text, tokens = rows(4, layout=layout)
     value = jax.value_and_grad(lambda p: prior.loss(p, text, tokens, jax.random.key(0), train=True), has_aux=True)
@@ -264,7 +265,7 @@ CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 )
 def test_published_sizes(variant, billions, count):
     config = config_files.load(f"{CONFIGS}/prior.py:{variant}")
-    layout = TokenLayout(config.text.vocab_size, config.tokenizer.model.vocab_size, config.text.length, 32, 32)
+    layout = TokenLayout(Text(config.text.vocab_size, config.text.length), config.tokenizer.model.vocab_size, 32, 32)
     prior = registry.make(config.prior, config.model, layout)
     shapes = jax.eval_shape(prior.init, jax.random.key(0))
     found = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))

@@ -13,13 +13,14 @@ from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.distributed.rows import over_rows
 from dalle_jax.errors import ConfigError
 from dalle_jax.priors import groups, orders, sampling
+from dalle_jax.priors.condition import Text
 from dalle_jax.token_layout import TokenLayout
 
 PRIOR = autoregressive(attention="full", order="random")
 STARTED = autoregressive({"scan": True, "depth": 3}, attention="full", order="random", start_tokens=True)
 NEIGHBOURS = changed(PRIOR, neighbour_kernel=3)
 DIAGONAL = changed(NEIGHBOURS, order="diagonal")
-LARGE = TokenLayout(text_vocab=10, image_vocab=16, text_length=1, height=9, width=8)  # known tokens run in two parts
+LARGE = TokenLayout(Text(10, 1), image_vocab=16, height=9, width=8)  # known tokens run in two parts
 
 
 # -- counts -------------------------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ def test_a_group_is_drawn_given_all_earlier_groups(prior, steps, knobs, with_kno
         in_order = np.take_along_axis(tokens, one, axis=1)
         logits = forward(prior, params, text, in_order, one)[np.arange(4), start]
         if "guidance" in knobs:
-            null = np.tile(LAYOUT.null_text(), (4, 1))
+            null = np.tile(LAYOUT.condition.empty(), (4, 1))
             null = forward(prior, params, null, in_order, one)[np.arange(4), start]
             logits = sampling.guide(logits, null, knobs["guidance"])
         folded = jax.vmap(jax.random.fold_in, (0, None))(keys, place)

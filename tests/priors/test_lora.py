@@ -14,12 +14,13 @@ from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import unstack
 from dalle_jax.priors import lora
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.priors.condition import Text
 from dalle_jax.priors.lora import LoRAOptions
 from dalle_jax.priors.matching import Rows, Vocabularies, match
 from dalle_jax.pytree import by_path, nested
 from dalle_jax.token_layout import TokenLayout
 
-LAYOUT = TokenLayout(text_vocab=9, image_vocab=11, text_length=3, height=2, width=3)
+LAYOUT = TokenLayout(Text(9, 3), image_vocab=11, height=2, width=3)
 OPTIONS = LoRAOptions(rank=2, alpha=3.0)
 
 

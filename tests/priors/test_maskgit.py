@@ -12,6 +12,7 @@ from prior_cases import LAYOUT, N, T, V, changed, loss_of, maskgit, params_of, r
 
 from dalle_jax.errors import ConfigError
 from dalle_jax.priors import sampling
+from dalle_jax.priors.condition import Text
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITModel, MaskGITOptions
 from dalle_jax.priors.registry import make
@@ -240,7 +241,7 @@ def test_decoding_agrees_with_a_numpy_decoder(guidance):
     known = np.random.default_rng(1).random((4, N)) < np.array([[0.0], [0.3], [0.8], [1.0]])
     keys = jax.random.split(jax.random.key(7), 4)
     forward = functools.partial(jax.jit(PRIOR.model.apply), {"params": params})
-    null = np.tile(LAYOUT.null_text(), (4, 1))
+    null = np.tile(LAYOUT.condition.empty(), (4, 1))
 
     def logits_of(ids, ratio):
         logits, scale = np.asarray(forward(text, ids)), guidance * ratio
@@ -323,7 +324,7 @@ def test_a_large_vocabulary_is_decoded_part_by_part(monkeypatch):
 
 def test_memory_of_decoding_a_large_vocabulary():
     """At 64 rows, 256 tokens and 8,192 classes, the compiler needs less memory than one array of all logits."""
-    layout = TokenLayout(text_vocab=10, image_vocab=8192, text_length=4, height=16, width=16)
+    layout = TokenLayout(Text(10, 4), image_vocab=8192, height=16, width=16)
     prior = MaskGITPrior(layout, MaskGITOptions(trunk_of(width=8, depth=1), head="linear"))
     params = nn.meta.unbox(jax.eval_shape(prior.init, jax.random.key(0)))
     given = jax.ShapeDtypeStruct((1, 4), jnp.int32), jax.eval_shape(lambda: jax.random.split(jax.random.key(0), 64))

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dalle_jax.priors import masking, orders
+from dalle_jax.priors.condition import Text
 from dalle_jax.token_layout import TokenLayout
 
 SCHEDULES = [*masking.SCHEDULES, "pow2", "pow3", "pow0.5"]
@@ -118,14 +119,14 @@ def test_halton_covers_every_cell_once_and_spreads(grid):
     if grid == (16, 16):  # a quarter of the cells has about four in each of sixteen tiles
         row, column = np.divmod(cells[:64], 16)
         assert set(np.bincount(4 * (row // 4) + column // 4, minlength=16)) <= {3, 4, 5}
-    layout = TokenLayout(2, 2, 1, *grid)
+    layout = TokenLayout(Text(2, 1), 2, *grid)
     nothing = jnp.zeros((2, len(cells)))
     scores = np.asarray(masking.unmasking_order("halton", layout, 1.0).scores(nothing, nothing, 0.5))
     np.testing.assert_array_equal(np.argsort(-scores, axis=1), np.tile(cells, (2, 1)))
 
 
 def test_cell_orders():
-    layout = TokenLayout(2, 2, 1, 4, 5)
+    layout = TokenLayout(Text(2, 1), 2, 4, 5)
     keys = jax.random.split(jax.random.key(0), 3)
     for name in orders.NAMES:
         cells = np.asarray(orders.cells(name, keys, layout))
@@ -197,7 +198,7 @@ def test_neighbours_are_the_known_tokens_around_a_cell(side):
 
 
 def test_the_share_of_random_orders():
-    layout = TokenLayout(2, 2, 1, 4, 4)
+    layout = TokenLayout(Text(2, 1), 2, 4, 4)
     raster = lambda share: (np.asarray(orders.mixed(jax.random.key(0), 400, layout, share)) == np.arange(16)).all(1)
     assert raster(0.0).all() and not raster(1.0).any()
     np.testing.assert_allclose(raster(0.25).mean(), 0.75, atol=0.06)

@@ -83,7 +83,7 @@ def test_guidance_and_its_negative(prior):
     text, _ = rows(3)
     keys, params = jax.random.split(jax.random.key(0), 3), params_of(prior)
     draw = lambda **knobs: np.asarray(prior.sample(params, text, keys, temperature=0.0, **knobs))
-    null = LAYOUT.null_text()[None]
+    null = LAYOUT.condition.empty()[None]
     np.testing.assert_array_equal(draw(guidance=2.0), draw(guidance=2.0, negative=null))
     assert (draw(guidance=2.0) != draw(guidance=2.0, negative=rows(1, seed=4)[0])).any()
     assert (draw(guidance=2.0) != draw()).any()

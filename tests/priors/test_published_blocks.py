@@ -93,7 +93,7 @@ def test_blocks_are_those_of_the_papers(trunk):
     text_logits = x[:, : T - 1] @ tables["text_head_kernel"].T + tables["text_head_bias"]
     image_logits = x[:, T - 1 : -1] @ tables["image_head_kernel"].T + tables["image_head_bias"]
     ours = jax.jit(prior.model.apply)({"params": params}, text, tokens)
-    assert ours[0].shape[-1] == LAYOUT.text_ids
+    assert ours[0].shape[-1] == LAYOUT.condition.ids
     np.testing.assert_allclose(ours[0], text_logits, atol=1e-4)
     np.testing.assert_allclose(ours[1], image_logits, atol=1e-4)
     assert np.abs(image_logits).max() > 1
@@ -198,7 +198,7 @@ def test_classes_of_padding():
     """Each padding id is a class; the loss counts the ids as they are."""
     params, (text, tokens) = drawn(V2), rows(3)
     text_logits, _ = V2.model.apply({"params": params}, text, tokens)
-    assert text.max() > LAYOUT.text_vocab  # more than one kind of padding
+    assert text.max() > LAYOUT.condition.vocab  # more than one kind of padding
     nats = -np.take_along_axis(np.asarray(jax.nn.log_softmax(text_logits)), text[..., None], axis=-1).mean()
     _, scalars = loss_of(V2, params, text, tokens, jax.random.key(0), False)
     np.testing.assert_allclose(scalars["text_nats"], nats, rtol=1e-5)

@@ -115,7 +115,5 @@ def test_orders_that_contradict_each_other_are_rejected(changes, key):
     config.model.update(changes)
     with pytest.raises(ConfigError, match=key):
         check_config(config)
-    config.model.update(
-        dict(order="random", raster_steps=9, anneal_start=19, anneal_end=30, neighbour_kernel=3, order_spread=9)
-    )
+    config.model.update(dict(order="random", raster_steps=9, anneal_start=19, anneal_end=30, neighbour_kernel=3))
     check_config(config)

@@ -23,14 +23,14 @@ from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.tasks.clip import CLIPTask, _features, contrastive_loss, with_end
 from dalle_jax.tasks.corrupted_negatives import NegativeOptions, spoil
 from dalle_jax.tasks.registry import abstract, build
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.token_layout import PaddedIds
 
 OPTIONS = CLIPOptions(
     image_size=16, patch=8, image_width=32, image_depth=1, image_heads=2,
     text_width=32, text_depth=1, text_heads=2, embed_dim=16, text_length=6, text_vocab=20, end_id=19,
 )  # fmt: skip
 NEGATIVES = NegativeOptions(spoiled=2, grid=2, squares=2)
-LAYOUT = TokenLayout(19, 1, 5, 1, 1)
+CAPTIONS = PaddedIds(19, 5)
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def loss_and_grads(task):
 
 def batch(rows, seed=0):
     rng = np.random.default_rng(seed)
-    text = np.stack([LAYOUT.pad_text(rng.integers(0, 19, 1 + i % 5)) for i in range(rows)])
+    text = np.stack([CAPTIONS.pad(rng.integers(0, 19, 1 + i % 5)) for i in range(rows)])
     images = rng.integers(0, 256, (rows, 2, 2, 3), np.uint8).repeat(8, 1).repeat(8, 2)
     return {"image": images, "text": text, "valid": np.ones(rows, bool)}
 
@@ -347,6 +347,6 @@ def shapes_of(task, config):
 
 
 def test_a_caption_of_full_length_has_an_end_token():
-    text = np.stack([LAYOUT.pad_text([1, 2, 3, 4, 5]), LAYOUT.pad_text([7]), LAYOUT.null_text()])
+    text = np.stack([CAPTIONS.pad([1, 2, 3, 4, 5]), CAPTIONS.pad([7]), CAPTIONS.empty()])
     expected = [[1, 2, 3, 4, 5, 19], [7, 19, 19, 19, 19, 19], [19] * 6]
     np.testing.assert_array_equal(with_end(jnp.asarray(text), OPTIONS.end_id), expected)

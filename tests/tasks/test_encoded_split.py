@@ -18,7 +18,7 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.tasks import encoded_split
 from dalle_jax.tasks.encoded_split import encode_parts, given_tokens, tokens_of_split
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.token_layout import PaddedIds
 
 TOKENIZER = DVAETokenizer(DVAEOptions(image_size=16, vocab_size=24, hidden=8, groups=1, blocks_per_group=1))
 PIXELS = np.random.default_rng(0).integers(0, 256, (7, 16, 16, 3), np.uint8)
@@ -78,13 +78,13 @@ def test_tokens_are_those_of_the_images(options, params, tmp_path, encoded):
 def test_batches_of_tokens_are_those_of_images(options, params, tmp_path):
     """Also with an unreadable image: the same example replaces it, and it is counted under the same reason."""
     model = TextModel.train([f"image {i}" for i in range(7)], vocab_size=60)
-    layout = TokenLayout(model.vocab_size, 24, 8, *TOKENIZER.grid(16))
+    captions = PaddedIds(model.vocab_size, 8)
     how = dict(split="all", train=True, batch_size=4, seed=3)
-    images = iter(Pipeline(options, model, layout, **how))
+    images = iter(Pipeline(options, model, captions, **how))
     ours = [next(images) for _ in range(6)]
     store = tokens_of_split(options, "all", TOKENIZER, params, [tmp_path])
     (tmp_path / "images" / "0.png").write_bytes(b"")  # no image is read any more
-    tokens = Pipeline(options, model, layout, tokens=store, **how)
+    tokens = Pipeline(options, model, captions, tokens=store, **how)
     make = pickle.loads(pickle.dumps(tokens._make))  # as a worker process gets it
     for number, (batch, other) in enumerate(zip(ours, tokens.batches(), strict=False)):
         assert set(other) == {"tokens", "index", "text"} and BROKEN not in other["index"]

@@ -13,6 +13,7 @@ from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.optim import schedules
+from dalle_jax.priors.condition import Text
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.tasks import prior as prior_task
@@ -40,7 +41,7 @@ def dvae_task(text_model):
 
 def prior_of(text_model):
     trunk = TransformerOptions(width=16, depth=1, heads=2, dtype="float32")
-    return MaskGITPrior(TokenLayout(text_model.vocab_size, 24, 6, 4, 4), MaskGITOptions(trunk, steps=2))
+    return MaskGITPrior(TokenLayout(Text(text_model.vocab_size, 6), 24, 4, 4), MaskGITOptions(trunk, steps=2))
 
 
 def make_prior_task(text_model):
@@ -57,8 +58,8 @@ def clip_task(text_model):
 
 
 def batch(text_model, rows=4):
-    layout = TokenLayout(text_model.vocab_size, 1, 6, 1, 1)
-    text = np.stack([layout.pad_text(text_model.encode("a green star", max_length=6)[0])] * rows)
+    captions = Text(text_model.vocab_size, 6)
+    text = np.stack([captions.pad(text_model.encode("a green star", max_length=6)[0])] * rows)
     images = np.random.default_rng(0).integers(0, 256, (rows, 16, 16, 3), np.uint8)
     return {"image": images, "text": text, "valid": np.ones(rows, bool)}
 

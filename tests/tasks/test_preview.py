@@ -18,6 +18,7 @@ from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.optim import schedules
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.priors.condition import Text
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.reporting.images import to_uint8
@@ -40,7 +41,7 @@ def text_model():
 
 @functools.cache
 def layout():
-    return TokenLayout(text_model().vocab_size, 24, 8, 4, 4)
+    return TokenLayout(Text(text_model().vocab_size, 8), 24, 4, 4)
 
 
 def fresh(model):
@@ -90,7 +91,7 @@ def job_of(task, folder, count):
         Image.fromarray(image).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(CAPTIONS[i])
     options = DataOptions(source="folder", path=str(folder), image_size=16, train_split="all", eval_split="all")
-    text = (None, None) if isinstance(task, DVAETask) else (text_model(), layout())
+    text = (None, None) if isinstance(task, DVAETask) else (text_model(), layout().condition)
     return make_job(task, Config(), options, None, *text)
 
 

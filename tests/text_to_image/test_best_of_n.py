@@ -11,6 +11,7 @@ import pytest
 
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import ConfigError, DataError
+from dalle_jax.priors.condition import Text
 from dalle_jax.text_to_image import best_of_n
 from dalle_jax.text_to_image.text_to_image import TextToImage
 from dalle_jax.token_layout import TokenLayout
@@ -90,7 +91,7 @@ class QuickTokenizer:
 @pytest.fixture(scope="module")
 def model():
     text = TextModel.train(CAPTIONS * 9, 40)
-    prior = QuickPrior(layout=TokenLayout(text.vocab_size, 24, 8, 2, 5))  # 8 ids and two words of a key
+    prior = QuickPrior(layout=TokenLayout(Text(text.vocab_size, 8), 24, 2, 5))  # 8 ids and two words of a key
     return TextToImage(prior, {}, QuickTokenizer(), {}, text, 4, rows_at_once=2, scorer=ColorScorer())
 
 

@@ -9,9 +9,10 @@ import tiny_job
 from best_checkpoint import with_a_worse_checkpoint
 from PIL import Image
 
+from dalle_jax.clip.stored import has_clip
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
 from dalle_jax.tasks.clip import CLIPTask
-from dalle_jax.text_to_image.clip_scorer import ClipScorer, has_clip
+from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.training.loop import train
 
 COLORS = {"red": (220, 30, 30), "green": (30, 160, 60), "blue": (40, 70, 220), "white": (250, 250, 250)}

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from dalle_jax import ClipScorer, TextToImage
+from dalle_jax.checkpoints.folders import check_step
 from dalle_jax.errors import CheckpointError, ConfigError
-from dalle_jax.text_to_image.folders import check_step
 
 LOADERS = [TextToImage.load, ClipScorer.load]
 

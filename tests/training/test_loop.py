@@ -316,11 +316,13 @@ def test_starts_from_parameters_of_another_run(uninterrupted, tmp_path):
         assert_states_equal(jax.device_get(ours), jax.device_get(theirs.ema))
     assert int(same.step) == 1 and int(started("same", str(other), steps=2).step) == 2
     wider = same.replace(params={**same.params, "up": {"kernel": jnp.ones((8, 32)), "bias": jnp.ones(32)}})
-    mixed = warm_start(wider.replace(params=jax.tree.map(jnp.ones_like, wider.params)), str(other))
+    mixed = warm_start(
+        wider.replace(params=jax.tree.map(jnp.ones_like, wider.params)), str(other), str(tmp_path), "tiny"
+    )
     np.testing.assert_array_equal(mixed.params["up"]["kernel"], np.ones((8, 32)))
     assert_states_equal(jax.device_get(mixed.params["down"]), jax.device_get(theirs.ema["down"]))
     with pytest.raises(ConfigError, match="start_from"):
-        warm_start(same.replace(params={"other": same.params}), str(other))
+        warm_start(same.replace(params={"other": same.params}), str(other), str(tmp_path), "tiny")
     with pytest.raises(CheckpointError, match="nowhere"):
         started("missing", str(tmp_path / "nowhere"), steps=1)
 

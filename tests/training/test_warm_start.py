@@ -12,13 +12,14 @@ import pytest
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import unstack
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.priors.condition import Text
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.token_layout import TokenLayout
 from dalle_jax.training import warm_start as module
 from dalle_jax.training.step import TrainState
 
-LAYOUT = TokenLayout(text_vocab=9, image_vocab=9, text_length=3, height=2, width=2)
+LAYOUT = TokenLayout(Text(9, 3), image_vocab=9, height=2, width=2)
 TRUNK = TransformerOptions(width=8, depth=4, heads=2, dtype="float32")
 
 
@@ -33,7 +34,7 @@ def started(monkeypatch, own, given):
     monkeypatch.setattr(module, "open_run", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(module.trained, "restore", lambda *_: given)
     zero = jnp.zeros((), jnp.int32)
-    return module.warm_start(TrainState(zero, own, None, (), zero, zero), "elsewhere").params
+    return module.warm_start(TrainState(zero, own, None, (), zero, zero), "elsewhere", "here", "prior").params
 
 
 @pytest.mark.parametrize("scans", [(True, True), (True, False), (False, True)])

@@ -51,8 +51,11 @@ class DataOptions:
       data_dir: directory of prepared data sets: TFDS's, and the indices of tar shards. None means $DALLE_JAX_DATA or
         ~/.cache/dalle_jax/data.
       image_key: the TFDS feature that holds the image; "a/b" reads a nested feature.
-      caption_key: the TFDS feature that holds the caption or captions, in the same notation.
+      caption_key: the TFDS feature that holds the caption or captions, in the same notation. The caption of a class
+        label is its name.
         "folder": both keys are columns of the captions table. Their defaults stand for the usual names.
+      condition: what a prior draws an image from, a key of `priors.registry.CONDITIONS`: "text" (its caption), "label"
+        (its class, which its caption names), "clip" (its CLIP embedding) or "none".
       caption_lines: "folder": which lines of a caption's text file are captions, "all" or the "first" one.
       caption_from: "folder": captions come from "files" (text files or a table), or are made from "file_names"
         (`big_red-dog_01.png` becomes "big red dog"), "folder_names" (the name of the image's folder) or "paths"
@@ -77,6 +80,7 @@ class DataOptions:
     data_dir: str | None = None
     image_key: str = "image"
     caption_key: str = "caption"
+    condition: str = "text"
     caption_lines: str = "all"
     caption_from: str = "files"
     builder_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -95,6 +99,11 @@ class DataOptions:
             at_least_0=["workers"], below_1=["bpe_dropout"], most=_MOST,
             choices={"fit": FITS, "augment": KINDS, "caption_lines": _CAPTION_LINES, "caption_from": _CAPTION_FROM},
         )  # fmt: skip
+        if self.bpe_dropout and self.condition != "text":
+            raise ConfigError(
+                f"config.data.bpe_dropout is {self.bpe_dropout}, and config.data.condition {self.condition!r} has no "
+                "text: give --config.data.bpe_dropout=0."
+            )
         for key, usual in (("caption_lines", "all"), ("caption_from", "files")):
             if self.source not in ("auto", "folder") and getattr(self, key) != usual:
                 raise ConfigError(

@@ -63,6 +63,8 @@ class TfdsSource(Source):
                     decoders = {part: decoders}
             self._records = builder.as_data_source(split, decoders=decoders)
             sizes = {name: (part.num_bytes, part.shard_lengths) for name, part in builder.info.splits.items()}
+            feature = _feature(features, options.caption_key, options.source)
+            self._classes = feature.names if isinstance(feature, tfds.features.ClassLabel) else None
             self.identity = f"{builder.data_path} {split} {sizes}"
             self.image_identity = f"{builder.info.full_name} {split} {sizes}"
         except UserError:
@@ -96,6 +98,8 @@ class TfdsSource(Source):
             raise UnreadableExample("unreadable record", name, f"{type(error).__name__}: {error}") from error
         image = _lookup(example, self._image_key)
         captions = _lookup(example, self._caption_key)
+        if self._classes is not None:
+            captions = self._classes[int(captions)]
         if isinstance(captions, (str, bytes)):
             captions = (captions,)
         taken = {self._image_key[0], self._caption_key[0]}

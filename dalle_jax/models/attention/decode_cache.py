@@ -91,6 +91,41 @@ class ColumnCache:
 Caches = list[tuple[Float[Array, "..."], Float[Array, "..."]]]  # keys and values of each layer
 
 
+def stages(
+    stores: Sequence[RingCache | ColumnCache], positions: int, first: int = 0
+) -> list[tuple[int, int, int | None]]:
+    """Splits a decode loop into stages, so that long caches grow.
+
+    A cache grows if it has more than 256 slots, one for each position. The loop is then split into four. The caches of
+    the first loop have a fourth of the slots, and those of the last one have all. This reads 63% of the slots.
+
+    Args:
+      stores: how each layer's cache is stored.
+      positions: the end of the positions.
+      first: the first position, in the first fourth of the slots.
+
+    Returns:
+      First position, position after the last one, and slots of the growing caches; None if no cache grows.
+    """
+    growing = [each.slots for each in stores if _grows(each, positions)]
+    if not growing:
+        return [(first, positions, None)]
+    ends = [-(-max(growing) * (stage + 1) // _STAGES) for stage in range(_STAGES)]
+    return [(begin, min(end, positions), end) for begin, end in itertools.pairwise([first, *ends])]
+
+
+def for_stage(caches: Caches, stores: Sequence[RingCache | ColumnCache], positions: int, slots: int | None) -> Caches:
+    """Returns the caches with the slots of a stage. Arguments as in `stages`."""
+    return [
+        tuple(_with_slots(x, slots) for x in cache) if _grows(store, positions) else cache
+        for cache, store in zip(caches, stores)
+    ]
+
+
+def _grows(store: RingCache | ColumnCache, positions: int) -> bool:
+    return isinstance(store, RingCache) and store.slots > max(_SHORT, positions - 1)
+
+
 def scan_in_stages(
     body: Callable[[tuple[PyTree, Caches], Array], tuple[tuple[PyTree, Caches], PyTree]],
     start: tuple[PyTree, Caches],
@@ -98,10 +133,7 @@ def scan_in_stages(
     positions: int,
     first: int = 0,
 ) -> tuple[tuple[PyTree, Caches], PyTree]:
-    """Runs a decode loop as `jax.lax.scan` does, over the positions first, first + 1, …, with long caches that grow.
-
-    A cache grows if it has more than 256 slots, one for each position. The loop is then split into four. The caches of
-    the first loop have a fourth of the slots, and those of the last one have all. This reads 63% of the slots.
+    """Runs a decode loop as `jax.lax.scan` does, over the positions first, first + 1, …, in the stages of `stages`.
 
     Args:
       body: maps ((state, caches), position) to ((state, caches), outputs). It accepts caches with fewer slots, as long
@@ -114,17 +146,13 @@ def scan_in_stages(
     Returns:
       The state and the caches after the last position, and the outputs of all positions, stacked.
     """
-    growing = [isinstance(each, RingCache) and each.slots > max(_SHORT, positions - 1) for each in stores]
-    if not any(growing):
+    parts = stages(stores, positions, first)
+    if len(parts) == 1:
         return jax.lax.scan(body, start, jnp.arange(first, positions))
-    slots = max(each.slots for each, grows in zip(stores, growing) if grows)
-    ends = [-(-slots * (stage + 1) // _STAGES) for stage in range(_STAGES)]
     (state, caches), outputs = start, []
-    for begin, end in itertools.pairwise([first, *ends]):
-        caches = [
-            tuple(_with_slots(x, end) for x in cache) if grows else cache for cache, grows in zip(caches, growing)
-        ]
-        (state, caches), found = jax.lax.scan(body, (state, caches), jnp.arange(begin, min(end, positions)))
+    for begin, end, slots in parts:
+        caches = for_stage(caches, stores, positions, slots)
+        (state, caches), found = jax.lax.scan(body, (state, caches), jnp.arange(begin, end))
         outputs.append(found)
     return (state, caches), jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
 

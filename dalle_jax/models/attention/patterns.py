@@ -71,7 +71,7 @@ class CausalPattern(Pattern, Protocol):
 
 def _causal_stream(layout: TokenLayout, image: ImageMask) -> Mask:
     """Builds the mask of the stream from its image part: text is causal, and the image attends to all text."""
-    t = layout.text_length
+    t = layout.prefix_length
     mask = np.zeros((layout.length, layout.length), bool)
     mask[:t, :t] = np.tril(np.ones((t, t), bool))
     mask[t:, :t] = True
@@ -122,7 +122,7 @@ class _RasterGroups:
 def _ring(pattern: Pattern, layout: TokenLayout, reach: int) -> RingCache:
     """Builds the cache of a pattern that attends at most `reach` image positions back."""
     slots = min(reach + 1, layout.image_length)
-    image = pattern.mask(layout)[layout.text_length :, layout.text_length :]
+    image = pattern.mask(layout)[layout.prefix_length :, layout.prefix_length :]
     last_row = range(layout.image_length - layout.width, layout.image_length)
     allowed = tuple(tuple(bool(p >= o and image[p, p - o]) for o in range(slots)) for p in last_row)
     return RingCache(slots, allowed)
@@ -202,7 +202,7 @@ class Bidirectional(_OneGroup):
 
     def mask(self, layout: TokenLayout) -> Mask:
         mask = np.ones((layout.length, layout.length), bool)
-        mask[: layout.text_length, layout.text_length :] = self.text_reads_image
+        mask[: layout.prefix_length, layout.prefix_length :] = self.text_reads_image
         return mask
 
 
@@ -280,7 +280,7 @@ class Column:
 
 def group_mask(pattern: Pattern, layout: TokenLayout) -> Bool[np.ndarray, "G Q L"]:
     """Returns the image part of a pattern's mask, sorted by groups: bool [G, Q, L]."""
-    image = pattern.mask(layout)[layout.text_length :, layout.text_length :]
+    image = pattern.mask(layout)[layout.prefix_length :, layout.prefix_length :]
     queries, keys = pattern.groups(layout)
     return image[queries[:, :, None], keys[:, None, :]] & (keys[:, None, :] >= 0)
 

@@ -166,7 +166,7 @@ def order(pattern: Pattern, layout: TokenLayout) -> Int[np.ndarray, " S"]:
 
     This is raster order, or the order of the pattern's groups if its blocks cost less.
     """
-    text, mask = layout.text_length, pattern.mask(layout)
+    text, mask = layout.prefix_length, pattern.mask(layout)
     grouped = np.concatenate([np.arange(text), text + pattern.groups(layout)[0].reshape(-1)])
     orders = np.arange(layout.length), grouped
     return min(

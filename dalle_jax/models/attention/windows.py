@@ -65,7 +65,7 @@ def windows_of(pattern: Pattern, layout: TokenLayout) -> Windows | None:
 
     They are read from the mask, in raster order or in the order of the pattern's groups, whichever has fewer.
     """
-    t = layout.text_length
+    t = layout.prefix_length
     found = [Windows(1, _spans(pattern.mask(layout)[t:, t:]))]
     queries, keys = pattern.groups(layout)
     if queries.shape == keys.shape and (queries == keys).all():
@@ -96,7 +96,7 @@ def _spans(mask: Bool[np.ndarray, "L L"]) -> Spans:
 @functools.lru_cache(maxsize=64)
 def _stream_spans(pattern: Pattern, layout: TokenLayout) -> tuple[Spans, Spans]:
     """Returns the distances within the whole stream, and within the text."""
-    t, mask = layout.text_length, pattern.mask(layout)
+    t, mask = layout.prefix_length, pattern.mask(layout)
     return _spans(mask), _spans(mask[:t, :t])
 
 
@@ -119,7 +119,7 @@ def attend(
     Returns:
       Array of the shape and dtype of q.
     """
-    t, image = layout.text_length, windows_of(pattern, layout)
+    t, image = layout.prefix_length, windows_of(pattern, layout)
     whole, of_text = _stream_spans(pattern, layout)
 
     def local(q: Array, k: Array, v: Array) -> Array:

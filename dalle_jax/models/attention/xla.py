@@ -100,7 +100,7 @@ def attend(
     Returns:
       [B, S, H, K] in the dtype of v.
     """
-    t = layout.text_length
+    t = layout.prefix_length
     text_mask = pattern.mask(layout)[:t]
     seen = slice(None) if text_mask[:, t:].any() else slice(t)  # the keys that some text position attends to
     text = attend_reference(q[:, :t], k[:, seen], v[:, seen], text_mask[:, seen], drop)

@@ -15,11 +15,12 @@ from recorder import Recorder
 
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
+from dalle_jax.priors.condition import Text
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.token_layout import TokenLayout
 
-LAYOUT = TokenLayout(text_vocab=128, image_vocab=256, text_length=16, height=8, width=8)
+LAYOUT = TokenLayout(Text(128, 16), image_vocab=256, height=8, width=8)
 TRUNK = TransformerOptions(width=64, depth=4, heads=2, dtype="float32")
 PRIORS = {
     "row, column, convolution": AutoregressivePrior(LAYOUT, AutoregressiveOptions(trunk=TRUNK, kernel=3)),
@@ -28,7 +29,7 @@ PRIORS = {
 }
 ROWS = 4
 # 64 text tokens and 32x32 image tokens, with the heads of the measured models.
-LARGE = TokenLayout(text_vocab=128, image_vocab=256, text_length=64, height=32, width=32)
+LARGE = TokenLayout(Text(128, 64), image_vocab=256, height=32, width=32)
 
 
 def run(record: Recorder) -> None:

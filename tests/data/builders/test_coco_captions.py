@@ -20,7 +20,7 @@ from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import ConfigError, DataError
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.token_layout import PaddedIds
 
 
 def options(tmp_path, path="copy", **others):
@@ -122,8 +122,8 @@ def test_damaged_examples_are_skipped_counted_and_named(tmp_path, copy, monkeypa
     assert len(source) == 7
     assert [(found.reason, found.count) for found in source.left_out] == [("missing file", 1)]
     model = TextModel.train(source.captions(), 100)
-    layout = TokenLayout(model.vocab_size, 16, 24, 2, 2)
-    pipeline = Pipeline(options(tmp_path), model, layout, split="train", train=True, batch_size=7, source=source)
+    captions = PaddedIds(model.vocab_size, 24)
+    pipeline = Pipeline(options(tmp_path), model, captions, split="train", train=True, batch_size=7, source=source)
     with iter(pipeline) as batches:
         for _ in range(2):
             next(batches)

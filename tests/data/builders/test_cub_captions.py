@@ -13,7 +13,7 @@ from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import ConfigError, DataError
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.token_layout import PaddedIds
 
 
 def options(tmp_path, **others):
@@ -106,8 +106,8 @@ def test_damaged_examples_are_skipped_counted_and_named(tmp_path, copy, monkeypa
     monkeypatch.setattr(logging, "warning", lambda text, *values: lines.append(text % values))
     source = open_source(options(tmp_path), "train")
     model = TextModel.train(source.captions(), 100)
-    layout = TokenLayout(model.vocab_size, 16, 24, 2, 2)
-    pipeline = Pipeline(options(tmp_path), model, layout, split="train", train=False, batch_size=7, source=source)
+    captions = PaddedIds(model.vocab_size, 24)
+    pipeline = Pipeline(options(tmp_path), model, captions, split="train", train=False, batch_size=7, source=source)
     with iter(pipeline) as batches:
         assert next(batches)["valid"].tolist() == [False, False, False, True, True, True, True]
     assert pipeline.skipped() == {"empty caption": 2, "missing file": 1, "unreadable image": 1}

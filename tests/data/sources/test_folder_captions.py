@@ -9,7 +9,7 @@ from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions, UnreadableExample
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import ConfigError, DataError
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.token_layout import PaddedIds
 
 
 def test_text_files_next_to_the_images(tmp_path):
@@ -114,7 +114,7 @@ def test_no_caption_at_all_is_an_error_where_captions_are_needed(tmp_path, text_
 @pytest.fixture
 def text_model():
     model = TextModel.train(["a cat on a mat"], 300)
-    return model, TokenLayout(model.vocab_size, 4, 8, 2, 2)
+    return model, PaddedIds(model.vocab_size, 8)
 
 
 def test_images_without_a_caption_stay(tmp_path):

@@ -23,7 +23,7 @@ from dalle_jax.data.sources.tar_shards import scanning
 from dalle_jax.data.sources.tar_shards.reading import DamagedShard, Place, read_samples
 from dalle_jax.data.text import TextModel
 from dalle_jax.errors import ConfigError, DataError
-from dalle_jax.token_layout import TokenLayout
+from dalle_jax.token_layout import PaddedIds
 
 
 def options(tmp_path, path="shards", **others):
@@ -244,8 +244,8 @@ def test_damage_is_skipped_counted_and_named(tmp_path, monkeypatch):
     }
     assert "00001.tar" in source.left_out[0].names[0] and "6 samples before" in source.left_out[0].names[1]
     model = TextModel.train(source.captions(), 100)
-    layout = TokenLayout(model.vocab_size, 16, 24, 2, 2)
-    pipeline = Pipeline(options(tmp_path), model, layout, split="train", train=True, batch_size=21, source=source)
+    captions = PaddedIds(model.vocab_size, 24)
+    pipeline = Pipeline(options(tmp_path), model, captions, split="train", train=True, batch_size=21, source=source)
     with iter(pipeline) as batches:
         next(batches)
     assert pipeline.skipped() == {

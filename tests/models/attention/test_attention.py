@@ -20,6 +20,7 @@ from dalle_jax.models.attention.patterns import (
     sparse_layers,
 )
 from dalle_jax.models.attention.xla import attend, attend_image, attend_reference, dropped
+from dalle_jax.priors.condition import Text
 from dalle_jax.token_layout import TokenLayout
 
 CAUSAL = [Full(), Row(), Column(), *(Convolutional(k, wrap) for k in (1, 3, 5, 11) for wrap in (True, False))]
@@ -32,7 +33,7 @@ every_grid = pytest.mark.parametrize("grid", GRIDS, ids=str)
 
 
 def layout_of(height, width, text=3):
-    return TokenLayout(text_vocab=9, image_vocab=9, text_length=text, height=height, width=width)
+    return TokenLayout(Text(9, text), image_vocab=9, height=height, width=width)
 
 
 def readable(pattern, query, height, width):
@@ -60,7 +61,7 @@ def readable(pattern, query, height, width):
 
 
 def brute_force(pattern, layout):
-    t, mask = layout.text_length, np.zeros((layout.length, layout.length), bool)
+    t, mask = layout.prefix_length, np.zeros((layout.length, layout.length), bool)
     for query in range(t):
         mask[query, : t if isinstance(pattern, Bidirectional) else query + 1] = True
         mask[query, t:] = pattern == Bidirectional(text_reads_image=True)
@@ -133,7 +134,7 @@ def test_kernels_are_odd(kernel):
 @every_grid
 def test_groups_cover_the_mask_exactly_once(pattern, grid):
     layout = layout_of(*grid)
-    n, t = layout.image_length, layout.text_length
+    n, t = layout.image_length, layout.prefix_length
     queries, keys = pattern.groups(layout)
     inside = group_mask(pattern, layout)
     times = np.zeros((n, n), int)
@@ -207,7 +208,7 @@ def test_dropped_probabilities_are_zero_and_the_others_scaled(pattern):
     exact = np.asarray(jax.jit(lambda *x: attend(*x, pattern, layout))(q, k, v))
     ours = np.asarray(jax.jit(lambda *x: attend(*x, pattern, layout, drop))(q, k, v))
     np.testing.assert_allclose(ours[ours != 0], exact[ours != 0] / (1 - rate), rtol=1e-4)
-    lost, t = (exact != 0) & (ours == 0), layout.text_length
+    lost, t = (exact != 0) & (ours == 0), layout.prefix_length
     for queries, keys in ((slice(0, t), slice(0, t)), (slice(t, None), slice(0, t)), (slice(t, None), slice(t, None))):
         seen = exact[:, queries, :, keys] != 0
         assert lost[:, queries, :, keys][seen].mean() == pytest.approx(rate, abs=0.05), (queries, keys)
@@ -318,6 +319,6 @@ CACHED += [(p, (32, 32)) for p in (Row(), Column(), Convolutional(11))]
 @pytest.mark.parametrize("pattern, grid", CACHED, ids=str)
 def test_visible_cached_positions_are_the_masks_row(pattern, grid):
     layout = layout_of(*grid)
-    t = layout.text_length
+    t = layout.prefix_length
     image = pattern.mask(layout)[t:, t:]
     assert played_back(pattern, layout) == [row.nonzero()[0].tolist() for row in image]

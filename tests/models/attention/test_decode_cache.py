@@ -9,6 +9,7 @@ from prior_cases import autoregressive, drawn, rows
 from dalle_jax.models.attention import decode_cache
 from dalle_jax.models.attention.decode_cache import ColumnCache, RingCache
 from dalle_jax.models.attention.patterns import Full, Row
+from dalle_jax.priors.condition import Text
 from dalle_jax.token_layout import TokenLayout
 
 TEXT = rows(2)[0]
@@ -54,7 +55,7 @@ def slots_read(stores, positions):
 
 
 def test_long_caches_of_all_positions_grow():
-    layout = TokenLayout(text_vocab=10, image_vocab=16, text_length=4, height=20, width=20)
+    layout = TokenLayout(Text(10, 4), image_vocab=16, height=20, width=20)
     stores = [Full().cache(layout), Row().cache(layout), ColumnCache(20, 20)]
     slots, caches = slots_read(stores, 399)
     np.testing.assert_array_equal(slots, 100 * (1 + np.arange(399) // 100))

@@ -22,17 +22,18 @@ from dalle_jax.models.attention.xla import attend_reference
 from dalle_jax.models.transformer import Attention
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import Trunk
+from dalle_jax.priors.condition import Text
 from dalle_jax.token_layout import TokenLayout
 
 PATTERNS = [Full(), Row(), Column(), Convolutional(5), Convolutional(3, wrap=False), Toroidal(3)]
 PATTERNS += [Bidirectional(), Bidirectional(text_reads_image=True)]
 every_pattern = pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-PAPER = TokenLayout(text_vocab=16_384, image_vocab=8192, text_length=256, height=32, width=32)
+PAPER = TokenLayout(Text(16_384, 256), image_vocab=8192, height=32, width=32)
 HEADS = ("batch", "length", "heads", "kv")
 
 
 def layout_of(text, height, width):
-    return TokenLayout(text_vocab=9, image_vocab=9, text_length=text, height=height, width=width)
+    return TokenLayout(Text(9, text), image_vocab=9, height=height, width=width)
 
 
 # S = 23 is less than one block, 256 is two whole blocks, and 391 has seven positions in the fourth block.
@@ -106,7 +107,7 @@ def test_bfloat16(small_blocks, pattern):
 
 def test_queries_of_the_image_alone(small_blocks):
     layout, pattern = LAYOUTS[2], Column()
-    t = layout.text_length
+    t = layout.prefix_length
     q, k, v, cotangent = drawn(layout)
     given = q[:, t:], k, v, cotangent[:, t:]
 
@@ -220,7 +221,7 @@ def test_a_splash_layer_equals_an_xla_layer(small_blocks, pattern):
 
     Columns are sorted, so the rotary angles must be sorted too.
     """
-    layout, t = LAYOUTS[2], LAYOUTS[2].text_length
+    layout, t = LAYOUTS[2], LAYOUTS[2].prefix_length
     attention = lambda kernel: Attention(dataclasses.replace(OPTIONS, attention_kernel=kernel), layout, (pattern,))
     x = jax.random.normal(jax.random.key(7), (2, layout.length, 16))
     image = jax.random.normal(jax.random.key(3), (4, layout.image_length, 16))

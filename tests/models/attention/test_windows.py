@@ -24,6 +24,7 @@ from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.models.transformer import Attention
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import Trunk
+from dalle_jax.priors.condition import Text
 from dalle_jax.token_layout import TokenLayout
 
 PATTERNS = [Full(), Row(), Column(), *map(Convolutional, (1, 3, 5, 11)), Bidirectional(), Bidirectional(True)]
@@ -31,7 +32,7 @@ NAMES = ("batch", "length", "heads", "kv")
 
 
 def layout_of(height, width, text):
-    return TokenLayout(text_vocab=9, image_vocab=9, text_length=text, height=height, width=width)
+    return TokenLayout(Text(9, text), image_vocab=9, height=height, width=width)
 
 
 def drawn(rows, length, heads=2, size=8, count=4, seed=0):
@@ -106,7 +107,7 @@ def test_candidates_share_the_keys_of_their_caption():
     layout, captions, candidates = layout_of(4, 5, 3), 2, 3
     rows = captions * candidates
     q, k, v, cotangent = drawn(rows, layout.image_length)
-    text = drawn(captions, layout.text_length, count=2, seed=1)
+    text = drawn(captions, layout.prefix_length, count=2, seed=1)
     calls = []
 
     def forward(*given):
@@ -124,7 +125,7 @@ def test_candidates_share_the_keys_of_their_caption():
         for pattern in FEW:
             kernel = dataclasses.replace(DENSE, forward=forward)
             ours = functools.partial(windows.attend_image, pattern=pattern, layout=layout, kernel=kernel)
-            image = functools.partial(reference, mask=pattern.mask(layout)[layout.text_length :])
+            image = functools.partial(reference, mask=pattern.mask(layout)[layout.prefix_length :])
             results.append([with_gradients(f, cotangent, q, k, v, *text) for f in (ours, image)])
         return results
 
@@ -148,7 +149,7 @@ def test_sequences_equal_the_reference(causal):
 def test_each_device_of_a_mesh_computes_its_rows_and_heads(rows, captions):
     """Two captions do not divide four parts of the batch, so that devices would share one."""
     layout, pattern = layout_of(3, 4, 3), Column()
-    given = *drawn(rows, layout.image_length, count=3), *drawn(captions, layout.text_length, count=2, seed=1)
+    given = *drawn(rows, layout.image_length, count=3), *drawn(captions, layout.prefix_length, count=2, seed=1)
     ours = functools.partial(windows.attend_image, pattern=pattern, layout=layout, kernel=DENSE)
     run = lambda *x: jax.vjp(ours, *x)[1](jnp.ones_like(x[0]) * x[0])  # noqa: E731
     expected = jax.jit(run)(*given)
@@ -287,7 +288,7 @@ def test_a_scanned_trunk_equals_that_of_xla(calls):
 def test_drawing_with_candidates_equals_that_of_xla(calls, pattern):
     layout = layout_of(3, 4, 5)
     image = jax.random.normal(jax.random.key(3), (4, layout.image_length, 16))
-    captions = jax.random.normal(jax.random.key(4), (2, layout.text_length, 16))
+    captions = jax.random.normal(jax.random.key(4), (2, layout.prefix_length, 16))
 
     def run(kernel):
         layer = Attention(dataclasses.replace(OPTIONS, attention_kernel=kernel), layout, (pattern,))

@@ -91,6 +91,26 @@ def _is_held_out(pairs: list[tuple[str, str]], relation: str | None) -> bool:
     return zlib.crc32(f"{color_1} {shape_1} {relation} {color_2} {shape_2}".encode()) % 10 == 0
 
 
+def draw_class(rng: np.random.Generator) -> tuple[Scene, Scene]:
+    """Draws a scene of one object. Its colour and shape are its class; size and background vary within the class.
+
+    Args:
+      rng: the source of randomness.
+
+    Returns:
+      The scene with every attribute set, and the same with colour and shape alone.
+    """
+    color, shape = _PAIRS[rng.integers(len(_PAIRS))]
+    shown = Scene((Object(color, shape, str(rng.choice(SIZES))),), None, str(rng.choice(list(BACKGROUNDS))))
+    return shown, Scene((Object(color, shape),))
+
+
+def class_name(stated: Scene) -> str:
+    """Returns the name of the class of a scene from `draw_class`, such as "red circle"."""
+    (item,) = stated.objects
+    return f"{item.color} {item.shape}"
+
+
 def draw_scene(rng: np.random.Generator, *, held_out: bool) -> tuple[Scene, Scene]:
     """Draws a random scene, and the part of it that its caption will state.
 

@@ -23,6 +23,7 @@ import tensorflow_datasets as tfds
 from dalle_jax.configuration.values import check_seed, natural
 from dalle_jax.data.builders.configured import ConfiguredBuilder
 from dalle_jax.data.builders.shapes_captions import drawing, scenes
+from dalle_jax.errors import ConfigError
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -32,6 +33,8 @@ class ShapesConfig(tfds.core.BuilderConfig):
     Attributes:
       image_size: height and width in pixels.
       num_train, num_validation, num_heldout: examples per split.
+      classes: draw one object in each image, with its colour and shape as caption. They are 30 classes. There are no
+        combinations to hold out, so the held-out split is like the validation split.
       seed: seed of all choices.
     """
 
@@ -40,6 +43,7 @@ class ShapesConfig(tfds.core.BuilderConfig):
     num_train: int = 8192
     num_validation: int = 512
     num_heldout: int = 512
+    classes: bool = False
     seed: int = 0
 
     def __post_init__(self):
@@ -48,8 +52,10 @@ class ShapesConfig(tfds.core.BuilderConfig):
         ):  # fmt: skip
             natural(f"config.data.builder_kwargs.{key}", getattr(self, key), least, most)
         check_seed(self.seed, "config.data.builder_kwargs.seed")
+        if not isinstance(self.classes, bool):
+            raise ConfigError(f"config.data.builder_kwargs.classes is {self.classes!r}; expected True or False.")
         sizes = f"{self.num_train}-{self.num_validation}-{self.num_heldout}"
-        self.name = f"{self.image_size}px_{sizes}_seed{self.seed}"
+        self.name = f"{self.image_size}px_{sizes}_seed{self.seed}{'_classes' * self.classes}"
 
 
 class Builder(ConfiguredBuilder, tfds.core.GeneratorBasedBuilder):
@@ -88,14 +94,16 @@ class Builder(ConfiguredBuilder, tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split: str, count: int) -> Iterator[tuple[int, dict[str, Any]]]:
         options = self.builder_config
         for index in range(count):
-            image, caption, stated = make_example(options.seed, split, index, options.image_size)
+            image, caption, stated = make_example(options.seed, split, index, options.image_size, options.classes)
             png = io.BytesIO()  # TFDS would import TensorFlow to encode an array
             PIL.Image.fromarray(image).save(png, format="png", compress_level=1)
             png.seek(0)
             yield index, {"image": png, "caption": caption, "scene": stated.to_json()}
 
 
-def make_example(seed: int, split: str, index: int, image_size: int) -> tuple[np.ndarray, str, scenes.Scene]:
+def make_example(
+    seed: int, split: str, index: int, image_size: int, classes: bool = False
+) -> tuple[np.ndarray, str, scenes.Scene]:
     """Creates one example.
 
     Args:
@@ -103,6 +111,7 @@ def make_example(seed: int, split: str, index: int, image_size: int) -> tuple[np
       split: "heldout", or any other name for seen combinations.
       index: number of the example in its split.
       image_size: H and W.
+      classes: see `ShapesConfig`.
 
     Returns:
       image: uint8 [H, W, 3].
@@ -110,6 +119,10 @@ def make_example(seed: int, split: str, index: int, image_size: int) -> tuple[np
       stated: what the caption states.
     """
     rng = np.random.default_rng([seed, zlib.crc32(split.encode()), index])
-    shown, stated = scenes.draw_scene(rng, held_out=split == "heldout")
-    caption = scenes.write_caption(rng, stated)
+    if classes:
+        shown, stated = scenes.draw_class(rng)
+        caption = scenes.class_name(stated)
+    else:
+        shown, stated = scenes.draw_scene(rng, held_out=split == "heldout")
+        caption = scenes.write_caption(rng, stated)
     return drawing.draw(shown, image_size), caption, stated

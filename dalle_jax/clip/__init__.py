@@ -1,0 +1,1 @@
+"""A trained CLIP: how it is stored, and what other models use it for."""

@@ -1,0 +1,172 @@
+"""The events of a drawing: as the library draws, one run after the other, and stopped when nobody reads."""
+
+import base64
+import dataclasses
+import io
+import time
+
+import demo_runs
+import numpy as np
+import pytest
+import untrained_run
+from PIL import Image
+
+from dalle_jax.demo.__main__ import load, names_of
+from dalle_jax.demo.studio import Studio
+from dalle_jax.text_to_image import drawing
+
+CAPTION = "a red circle above a blue square"
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory):
+    loaded = load(demo_runs.write(tmp_path_factory.mktemp("runs")))
+    with_clip = {name: dataclasses.replace(model, scorer=untrained_run.clip()) for name, model in loaded.models.items()}
+    return Studio(with_clip)
+
+
+def pixels(url):
+    content = base64.b64decode(url.partition(",")[2])
+    return np.asarray(Image.open(io.BytesIO(content)))
+
+
+def events(studio, **given):
+    request = {"caption": CAPTION, "n": 2, "seed": 3, "runs": ["maskgit", "prior"], **given}
+    return list(studio.draw(request))
+
+
+def of(found, kind, run=None):
+    return [event for event in found if event["kind"] == kind and (run is None or event["run"] == run)]
+
+
+def test_the_description(studio):
+    about = studio.describe()
+    assert [run["name"] for run in about["runs"]] == ["maskgit", "prior"]
+    assert about["captions"] == ["a red circle above a blue square"]
+    assert [run["edits"] for run in about["runs"]] == [["complete", "inpaint", "outpaint", "vary"], ["complete"]]
+    assert all(run["clip"] and run["size"] == 16 and run["grid"] == [4, 4] for run in about["runs"])
+
+
+def test_both_runs_draw_what_the_library_draws(studio):
+    found = events(studio, sampling={"temperature": 0.7, "steps": 3})
+    assert [event["kind"] for event in found if event["kind"] in ("run", "images", "end")] == [
+        "run", "images", "run", "images", "end",
+    ]  # fmt: skip
+    for name, model in studio.models.items():
+        steps = {"steps": 3} if name == "maskgit" else {}
+        expected = model.generate(CAPTION, n=2, seed=3, temperature=0.7, **steps)
+        (done,) = of(found, "images", name)
+        np.testing.assert_array_equal([pixels(url) for url in done["images"]], expected)
+        assert done["steps"] == (3 if steps else 16) and done["drawn"] == 2 and done["scores"] is None
+        frames = of(found, "frame", name)
+        assert [frame["progress"] for frame in frames] == ([1 / 3, 2 / 3] if steps else [1 / 4, 2 / 4, 3 / 4])
+        assert all(len(frame["images"]) == 2 for frame in frames)
+
+
+def test_the_compilation_is_noted(studio):
+    drawing._announce.cache_clear()
+    found = events(studio, runs=["maskgit"])
+    (note,) = of(found, "note")
+    assert "Compiling once" in note["text"] and of(found, "images")[0]["compiled"]
+    found = events(studio, runs=["maskgit"])
+    assert not of(found, "note") and not of(found, "images")[0]["compiled"]
+
+
+def test_candidates(studio):
+    model = studio.models["maskgit"]
+    (done,) = of(events(studio, candidates=6, runs=["maskgit"]), "images")
+    ranked = model.best_of(CAPTION, 6, 2, 3)
+    np.testing.assert_array_equal([pixels(url) for url in done["images"]], ranked.images[0])
+    assert done["numbers"] == ranked.numbers[0].tolist() and done["drawn"] == 6
+    np.testing.assert_allclose(done["scores"], ranked.scores[0], atol=1e-3)
+
+
+def edit(studio, **changes):
+    image = of(events(studio, runs=["maskgit"]), "images")[0]["images"][0]
+    return pixels(image), {"image": image.partition(",")[2], "runs": ["maskgit"], **changes}
+
+
+def test_edits(studio):
+    model = studio.models["maskgit"]
+    image, given = edit(studio)
+    left = np.zeros((16, 16), bool)
+    left[:, :4] = True
+    draw = lambda **changes: [pixels(u) for u in of(events(studio, **given, **changes), "images")[0]["images"]]
+    cells = {"height": 4, "width": 4, "bits": "8888"}
+    np.testing.assert_array_equal(draw(method="inpaint", mask=cells), model.inpaint(image, left, CAPTION, n=2, seed=3))
+    np.testing.assert_array_equal(
+        draw(method="outpaint", pad=[0, 1, 2, 0]), model.outpaint(image, (0, 4, 8, 0), CAPTION, n=2, seed=3)
+    )
+    np.testing.assert_array_equal(draw(method="vary", strength=0.5), model.vary(image, 0.5, CAPTION, n=2, seed=3))
+    np.testing.assert_array_equal(draw(method="complete", rows=1), model.complete(image, 1, CAPTION, n=2, seed=3))
+
+
+def test_candidates_of_an_edit_are_ranked(studio):
+    image, given = edit(studio, method="vary", strength=0.5, candidates=5)
+    (done,) = of(events(studio, **given), "images")
+    model = studio.models["maskgit"]
+    images = model.vary(image, 0.5, CAPTION, n=5, seed=3)
+    scores = model.scorer.score(images, CAPTION)
+    best = np.argsort(-scores, kind="stable")[:2]
+    assert done["numbers"] == best.tolist()
+    np.testing.assert_array_equal([pixels(url) for url in done["images"]], images[best])
+
+
+@pytest.mark.parametrize(
+    "changes, token",
+    [
+        ({"caption": " "}, "empty"),
+        ({"seed": -1}, "seed"),
+        ({"negative": "a square"}, "guidance"),
+        ({"sampling": {"temperature": -1}}, "temperature"),
+        ({"sampling": {"steps": 99}}, "steps"),
+        ({"candidates": 1}, "candidates"),
+    ],
+)
+def test_the_errors_are_those_of_the_library(studio, changes, token):
+    found = events(studio, runs=["maskgit"], **changes)
+    (error,) = of(found, "error", "maskgit")
+    assert token in error["text"] and found[-1]["kind"] == "end"
+
+
+def test_an_error_of_one_run_does_not_stop_the_other(studio):
+    image, given = edit(studio)
+    found = events(studio, **given | {"runs": ["prior", "maskgit"]}, method="vary", strength=0.5)
+    (error,) = of(found, "error")
+    assert error["run"] == "prior" and "complete()" in error["text"]
+    assert of(found, "images")[0]["run"] == "maskgit"
+
+
+def test_a_wrong_request_is_one_error(studio):
+    found = list(studio.draw({"caption": CAPTION, "runs": ["maskgit"], "n": 1000}))
+    assert [event["kind"] for event in found] == ["error", "end"] and found[0]["run"] is None
+
+
+def test_a_fault_of_ours_shows_no_details(studio, monkeypatch):
+    broken = Studio({"maskgit": dataclasses.replace(studio.models["maskgit"], params={})})
+    (error,) = of(events(broken, runs=["maskgit"]), "error")
+    assert "see the log" in error["text"]
+
+
+def test_a_visitor_who_leaves_stops_the_drawing(studio, monkeypatch):
+    seen, decode = [], drawing.decode_partly
+
+    def slow(*given):
+        seen.append(given)
+        time.sleep(0.05)
+        return decode(*given)
+
+    monkeypatch.setattr(drawing, "decode_partly", slow)
+    reading = studio.draw({"caption": CAPTION, "runs": ["maskgit", "prior"] * 1, "n": 2, "sampling": {"steps": 16}})
+    while next(reading)["kind"] != "frame":
+        pass
+    reading.close()
+    time.sleep(1.0)
+    assert len(seen) < 16
+
+
+def test_names_tell_runs_apart():
+    assert names_of(["runs/a/prior", "runs/a/maskgit/"]) == ["prior", "maskgit"]
+    assert names_of(["runs/a/prior", "runs/b/prior"]) == ["a/prior", "b/prior"]
+    assert names_of(["prior", "prior"]) == ["prior (1)", "prior (2)"]
+    assert names_of(["hf://owner/name", "/"]) == ["name", "/"]
