@@ -273,6 +273,6 @@ SAMPLING_KEYS = {
     "sampling.temperature": "divides the logits; 0 takes the most likely token",
     "sampling.top_k": "keep the k most likely tokens; None: all",
     "sampling.top_p": "keep the most likely tokens up to this probability; None: all",
-    "sampling.steps": "number of decoding steps, MaskGIT or model.order=random; None: the model's default",
+    "sampling.steps": "number of decoding steps, MaskGIT or model.order=diagonal; None: the model's default",
     "sampling.guidance": "weight of the caption (classifier-free guidance); 0: no guidance",
 }

@@ -66,6 +66,7 @@ class MaskGITPrior:
     options: MaskGITOptions = MaskGITOptions()
     name = "maskgit"
     any_order = True
+    takes_steps = True
 
     @property
     def stream(self) -> TokenLayout:

@@ -259,9 +259,9 @@ def check_config(config: ConfigDict) -> None:
             f"have random orders, as drawing needs. Set --config.model.raster_steps={config.steps // 3}, for example."
         )
     last = config.model.get("anneal_end")
-    if last and config.model.order == "raster":
+    if last and config.model.order != "random":
         raise ConfigError(
-            f"config.model.anneal_end is {last} and config.model.order 'raster', so that no order is random. Set "
+            f"config.model.anneal_end is {last} and config.model.order {config.model.order!r}, not 'random'. Set "
             "--config.model.order=random, or --config.model.anneal_start=0 and --config.model.anneal_end=0."
         )
     if last and config.steps and last > config.steps:

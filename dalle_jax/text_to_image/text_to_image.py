@@ -52,6 +52,7 @@ class TextToImage(Edits):
       mesh: devices that share the rows, or None for the default device.
       fit: how a given image that is not square becomes one, `data.fit` of the training.
       stored_fingerprint: hash of the checkpoint's parameters if `load` converted them, else "".
+      weights: "int8" if `load` rounded the kernels, else None.
       on_frame: called with a `drawing.Frame` after each decoding step, or row of tokens, of all images that are drawn.
         An exception that it raises stops the drawing. The results are the same as with None. Set it by
         `dataclasses.replace(model, on_frame=…)`.
@@ -70,6 +71,7 @@ class TextToImage(Edits):
     mesh: Mesh | None = None
     fit: str = "crop"
     stored_fingerprint: str = ""
+    weights: str | None = None
     on_frame: Callable[[drawing.Frame], None] | None = None
 
     @classmethod
@@ -81,6 +83,7 @@ class TextToImage(Edits):
         clip: str | None = None,
         mesh: Mesh | None = None,
         base: str | None = None,
+        weights: str | None = None,
     ) -> TextToImage:
         """Loads a prior from its workdir.
 
@@ -94,6 +97,8 @@ class TextToImage(Edits):
             uses all devices of this host along `data`.
           base: of exported adapters (LoRA), the workdir or export that they were trained from. None for the one that
             the export names, and for whole models.
+          weights: "int8" keeps the kernels of the prior's trunk in one byte per number, which changes the images a
+            little; see `priors.decoding_weights`. None keeps the precision of the prior.
 
         Returns:
           A model with `generate`, `best_of`, `complete`, `inpaint`, `outpaint` and `vary`.
@@ -101,11 +106,12 @@ class TextToImage(Edits):
         Raises:
           CheckpointError: no such workdir, checkpoint or CLIP, or parameters that do not fit the text model or the
             image tokenizer in the workdir. For a folder around several workdirs, the message lists them.
-          ConfigError: the workdir is not that of a prior, or `step` or `rows_at_once` is no such number.
+          ConfigError: the workdir is not that of a prior, `step` or `rows_at_once` is no such number, or unknown
+            `weights`.
           MeshError: the prior cannot be split over the mesh.
           HubError: an export on a hub cannot be downloaded.
         """
-        return cls(**loading.load(workdir, step, rows_at_once, clip, mesh, base))
+        return cls(**loading.load(workdir, step, rows_at_once, clip, mesh, base, weights))
 
     def __repr__(self) -> str:
         layout = self.prior.layout
