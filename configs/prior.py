@@ -41,7 +41,9 @@ image in training, and of the caption in drawing. `--config.clip_from=DIR` is th
 tenth of the labels dropped. Its own codes come from `python -m dalle_jax.pretrained llamagen-vq-ds16` and
 `--config.tokenizer_from=DIR`. Our guidance of 1 is that paper's 2. The augmentation is ours.
 
-Measured: shapes and emoji, see README.md and experiments/results/. Not yet measured: the others.
+Measured: shapes and emoji, see README.md and experiments/results/. `shape_classes` with the quickstart's tokenizer
+(`--config.tokenizer_from`): 0.67 of 256 held-out images show their class after `--config.steps=800`, which took 22 s on
+one core of an AMD EPYC. Not yet measured: the others.
 """
 
 from ml_collections import ConfigDict
