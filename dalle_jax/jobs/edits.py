@@ -44,14 +44,8 @@ class Edit:
 
         `vary` needs no caption; "" stands for none.
         """
-        name, without = METHODS[self.method], self.method == "vary" and not caption.strip()
-        given = {
-            "image": self.image,
-            name: self.argument,
-            "caption": None if without else caption,
-            "n": n,
-            "seed": seed,
-        }
+        words = None if self.method == "vary" and not caption.strip() else caption
+        given = {"image": self.image, METHODS[self.method]: self.argument, "caption": words, "n": n, "seed": seed}
         return getattr(model, self.method)(**given, **sampling)
 
     def record(self) -> dict[str, Any]:
