@@ -130,7 +130,7 @@ VARIANTS = {
     "shape_classes": dict(
         doc="drawn shapes by class, embedded; two CPU cores, not yet measured",
         tokenizer="shapes", data=sections.SHAPE_CLASSES, text=dict(vocab_size=30, length=1),
-        trunk=dict(width=128, depth=3, heads=4), kernel=3, batch_size=4, steps=1200, overrides=[cpu],
+        trunk=dict(width=128, depth=3, heads=4), kernel=3, batch_size=4, steps=2400, overrides=[cpu],
     ),
     "emoji": dict(
         doc="the emoji of an installed font; two CPU cores, 11 minutes",
