@@ -203,7 +203,7 @@ KEYS = sections.TRAINING_KEYS | {
     "tokenizer_from": "directory of a trained or imported image tokenizer to use instead of training one",
     "start_from": "workdir or export of another prior: start from its parameters, tokens and text model",
     "model.trunk.width": "width of the transformer; depth and heads are next to it",
-    "model.order": "raster; or random, so that sampling.steps can draw several tokens in a step",
+    "model.order": "raster; or diagonal or random, so that sampling.steps can draw several tokens in a step",
     "model.trunk.remat": "what is kept for the gradients: full (least memory), attended, attention, dots, none",
 }
 
@@ -241,15 +241,17 @@ def get_config(variant: str | None = None) -> ConfigDict:
     # Keep the products of dense layers and the results of attention; the backward pass computes the rest again.
     trunk = section(TransformerOptions, **{"remat": "dots", **row["trunk"]})
     config.model = section(AutoregressiveOptions, trunk=trunk, kernel=row.get("kernel", 11), tied_embeddings=True)
-    del config.model["attention"]  # random orders need dense attention, because the patterns are those of raster order
-    config.model.attention = sections.chosen_by(
-        config.model.get_oneway_ref("order"), {"raster": "sparse", "random": "full"}
-    )
+    # Other orders need dense attention, because the patterns are those of raster order.
+    order = config.model.get_oneway_ref("order")
+    del config.model["attention"], config.model["neighbour_kernel"]
+    config.model.attention = sections.chosen_by(order, {"raster": "sparse", "random": "full", "diagonal": "full"})
+    config.model.neighbour_kernel = sections.chosen_by(order, {"raster": "0", "random": "0", "diagonal": "3"}).to_int()
     config.lora = section(LoRAOptions)  # with a rank, adapters of the prior `start_from` are trained alone
     config.optimizer = section(OptimizerOptions, b2=0.96, weight_decay=4.5e-2, clip_norm=4.0)
     # The paper halves the step size five times on plateaus (appendix B.2).
     config.schedules = ConfigDict({"learning_rate": schedule("warmup_constant", value=4.5e-4, warmup_steps=5000)})
     config.ema = section(AverageOptions, decay=0.99, every=25)
     sections.training_loop(config, row["batch_size"], every=5000)
+    config.preview = ConfigDict({"captions": ""})  # your own, "a red circle|a green star"; "": held-out examples
     sections.override(config, *row.get("overrides", []))
     return config

@@ -6,6 +6,7 @@ images = TextToImage.load("runs/prior-shapes").generate("a red circle above a bl
 Public names:
   TextToImage: a trained prior; draws images for captions and edits images.
   ClipScorer: a trained or imported CLIP; scores images against captions.
+  show, save: show images in a notebook or a viewer; write them as files.
   train: trains what a configuration describes, after the image tokenizer that it needs.
 """
 
@@ -13,11 +14,13 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["ClipScorer", "TextToImage", "train"]
+__all__ = ["ClipScorer", "TextToImage", "save", "show", "train"]
 
 _PLACES = {
     "ClipScorer": ("dalle_jax.text_to_image.clip_scorer", "ClipScorer"),
     "TextToImage": ("dalle_jax.text_to_image.text_to_image", "TextToImage"),
+    "save": ("dalle_jax.text_to_image.showing", "save"),
+    "show": ("dalle_jax.text_to_image.showing", "show"),
     "train": ("dalle_jax.jobs.train", "run"),
 }
 

@@ -1,8 +1,10 @@
 """The command line: reads the flags, builds the configuration and runs its job.
 
-    python -m dalle_jax.main --config=configs/prior.py[:variant] [--workdir=DIR] [--config.key=value ...]
-    python -m dalle_jax.main --help                              # the configs
-    python -m dalle_jax.main --config=configs/prior.py --help    # its variants and keys; all keys: --help=all
+    python -m dalle_jax.main --config=prior[:variant] [--workdir=DIR] [--config.key=value ...]
+    python -m dalle_jax.main --help                   # the configs
+    python -m dalle_jax.main --config=prior --help    # its variants and keys; all keys: --help=all
+
+`--config=configs/prior.py:variant` and the path of any other config file work too.
 
 | exit status | meaning                                  |
 |-------------|------------------------------------------|
@@ -27,7 +29,7 @@ from ml_collections import config_flags
 
 from dalle_jax import compilation_cache
 from dalle_jax.checkpoints.ownership import owned
-from dalle_jax.configuration import command_help, config_files
+from dalle_jax.configuration import command_help, config_files, shipped
 from dalle_jax.configuration.flag_errors import explain_flag_error
 from dalle_jax.configuration.sections import check_minutes
 from dalle_jax.distributed.joining import check_devices, define_flags
@@ -36,7 +38,7 @@ from dalle_jax.distributed.watchdog import end_process
 from dalle_jax.errors import ConfigError, UserError
 from dalle_jax.storage.files import disable_listings_cache, expanded
 
-_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="The job: configs/NAME.py[:variant].")
+_CONFIG = config_flags.DEFINE_config_file("config", lock_config=True, help_string="The job: NAME[:variant] or a file.")
 _WORKDIR = flags.DEFINE_string("workdir", "", "Directory of the run (default: config.workdir).")
 _start_hosts = define_flags()
 
@@ -64,15 +66,16 @@ def _parse(argv: list[str]) -> list[str]:
     """
     try:
         wanted, argv = command_help.split(argv)
-        with config_files.importable(config_files.given(argv)):
-            rest = flags.FLAGS(argv)
+        found = shipped.with_located(argv)
+        with config_files.importable(config_files.given(found)):
+            rest = flags.FLAGS(found)
         if wanted and _CONFIG.value is None:
             print(command_help.overview())
             sys.exit(0)
         if len(rest) > 1:
             raise ConfigError(f"Unexpected argument {rest[1]!r}: write options as --name=value.")
         if _CONFIG.value is None:
-            raise ConfigError("No --config given; start with --config=configs/quickstart.py (--help lists all).")
+            raise ConfigError("No --config given; start with --config=quickstart (--help lists all).")
         given = config_flags.get_override_values(flags.FLAGS["config"])
         if fixed := [key for key in given if key.rpartition(".")[2] in ("job", "variant")]:
             raise ConfigError(f"--config.{fixed[0]} cannot be set: --config=FILE:VARIANT decides it.")

@@ -162,8 +162,9 @@ def prior(width: int, heads: int) -> tuple[Row, ...]:
         Row("captions dropped for guidance", "0%", "model.caption_drop", show=percent),
         Row(
             "additions of ours", "none",
-            "model.raster_steps model.anneal_start model.anneal_end model.codebook_init model.torus model.shifted",
-            show=unless(0, 0, 0, False, False, False),
+            "model.raster_steps model.anneal_start model.anneal_end model.neighbour_kernel model.codebook_init "
+            "model.torus model.shifted",
+            show=unless(0, 0, 0, 0, False, False, False),
         ),
         Row("image size (2.1)", "256", "data.image_size"),
         Row(

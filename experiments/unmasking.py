@@ -10,48 +10,17 @@ to the right, a third of the tokens drawn again, and the whole image inpainted u
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 
-import numpy as np
 from etils import epath
 from PIL import Image
 
 from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.evaluation.showcase import EDITS, edits, unmasking
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
 from dalle_jax.reporting.images import image_grid, save_png
 from dalle_jax.storage.files import write_file
 from dalle_jax.text_to_image.text_to_image import TextToImage
-
-
-def trajectory(model: TextToImage, captions: list[str], seed: int, steps: int) -> np.ndarray:
-    """Draws images after each decoding step, masked cells grey: uint8 [steps, C, H, W, 3]."""
-    seen: dict[int, list[np.ndarray]] = {}
-    on_frame = lambda frame: seen.setdefault(frame.caption, []).append(frame.images()[:, 0])
-    dataclasses.replace(model, on_frame=on_frame).generate(captions, seed=seed, steps=steps, temperature=0.5)
-    return np.concatenate([np.stack(frames) for frames in seen.values()], axis=1)
-
-
-def edits(model: TextToImage, images: np.ndarray, captions: list[str], seed: int) -> list[tuple[str, list[np.ndarray]]]:
-    """Returns rows of a grid: the real image and its edits."""
-    size = model.image_size
-    right = np.zeros((size, size), bool)
-    right[:, size // 2 :] = True
-    sampling = {"seed": seed, "temperature": 0.5}
-    rows = []
-    for i, (image, caption) in enumerate(zip(images, captions)):
-        other = captions[(i + 1) % len(captions)]
-        wide = model.outpaint(image, (0, 0, 0, size // 2), caption, **sampling)[0]
-        square = np.full((wide.shape[1],) * 2 + (3,), 255, np.uint8)
-        top = (square.shape[0] - size) // 2
-        square[top : top + size] = wide
-        half, varied = (
-            model.inpaint(image, right, caption, **sampling)[0],
-            model.vary(image, 1 / 3, caption, **sampling)[0],
-        )
-        swapped = model.inpaint(image, np.ones((size, size), bool), other, **sampling)[0]
-        rows.append((f"{caption}; the other: {other}", [image, half, square, varied, swapped]))
-    return rows
 
 
 def main() -> None:
@@ -67,7 +36,7 @@ def main() -> None:
     tests = open_test_set(workdirs.read_config(args.workdir)["data"], Protocol("heldout", "first", args.rows))
     images = tests.images(range(args.rows))
     out = epath.Path(args.output)
-    frames = trajectory(model, tests.captions, args.seed, args.steps)
+    frames = unmasking(model, tests.captions, args.seed, steps=args.steps, temperature=0.5)
     names = [f"step {t + 1}" for t in range(args.steps)]
     strip = [(caption, list(frames[:, i])) for i, caption in enumerate(tests.captions)]
     save_png(out / "strip.png", image_grid(strip, names, cell_size=96))
@@ -78,9 +47,8 @@ def main() -> None:
     film, durations = io.BytesIO(), [300] * (len(sheets) - 1) + [1500]
     sheets[0].save(film, format="GIF", save_all=True, append_images=sheets[1:], duration=durations, loop=0)
     write_file(out / "unmasking.gif", film.getvalue())
-    columns = ("real", "right half inpainted", "extended to the right", "a third varied", "the other caption")
-    rows = edits(model, images, tests.captions, args.seed)
-    save_png(out / "edits.png", image_grid(rows, columns, cell_size=128))
+    rows = edits(model, images, tests.captions, args.seed, temperature=0.5)
+    save_png(out / "edits.png", image_grid(rows, EDITS, cell_size=128))
     print(f"Wrote strip.png, unmasking.gif and edits.png to {out}")
 
 

@@ -35,6 +35,8 @@ PRIORS = {
     "autoregressive": autoregressive(),
     "any order": autoregressive(attention="full", order="random"),
     "start tokens": autoregressive(start_tokens=True, tied_embeddings=True),
+    "any order, neighbours": autoregressive(attention="full", order="random", neighbour_kernel=3),
+    "diagonal": autoregressive(attention="full", order="diagonal", neighbour_kernel=3),
     "any order, start tokens": autoregressive(attention="full", order="random", start_tokens=True),
     "shifted": autoregressive(
         dict(norm_placement="sandwich", final_norms=2, qkv_bias=True, activation="gelu_tanh"), wrap=False, torus=True,
@@ -90,7 +92,7 @@ def rows(count, seed=0, layout=LAYOUT):
 def cached_logits(prior, params, text, tokens):
     """Image logits of an autoregressive prior of unscanned layers, from its decode caches: [C·n, N, V]."""
     bound = functools.partial(prior.model.apply, {"params": params})
-    first_cells = jnp.zeros(len(text), jnp.int32) if prior.any_order else None
+    first_cells = jnp.zeros(len(text), jnp.int32) if prior.options.knows_next else None
     first, text_cache = bound(text, first_cells, method="prefill")
 
     def step(caches, position):

@@ -17,7 +17,7 @@ PACKAGE = "dalle_jax"
 
 # From top to bottom: each package may import every package of the levels below it, but no other package of its level.
 LEVELS = (
-    ("main",),
+    ("main", "runs"),
     ("demo",),
     ("jobs",),
     ("evaluation", "aot"),

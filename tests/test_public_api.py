@@ -15,7 +15,7 @@ def test_public_names():
     assert dalle_jax.TextToImage is TextToImage
     assert dalle_jax.ClipScorer is ClipScorer
     assert dalle_jax.train is train_job.run
-    assert set(dalle_jax.__all__) == {"TextToImage", "ClipScorer", "train"} <= set(dir(dalle_jax))
+    assert set(dalle_jax.__all__) == {"TextToImage", "ClipScorer", "save", "show", "train"} <= set(dir(dalle_jax))
     with pytest.raises(AttributeError, match="nothing"):
         dalle_jax.nothing  # noqa: B018
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from dalle_jax.configuration import shipped
 from dalle_jax.configuration.config_files import load_module
 from dalle_jax.errors import ConfigError
 
@@ -31,15 +32,17 @@ def split(argv: Sequence[str]) -> tuple[str | None, list[str]]:
     return kind, [argument for argument in argv if argument not in asked]
 
 
-def overview(folder: str | Path = "configs") -> str:
-    """Returns the help for a command line without --config: the config files of `folder`."""
-    files = [path for path in sorted(Path(folder).glob("*.py")) if not path.name.startswith("_")]
-    lines = [f"Usage: {_COMMAND} --config=FILE[:VARIANT] [--workdir=DIR] [--config.KEY=VALUE ...]", ""]
-    if files:
-        lines += ["Config files; --config=FILE --help lists the variants and keys of one:"]
-        lines += _columns((str(path), _title(path.read_text(encoding="utf-8"))) for path in files)
+def overview(folder: str | Path = shipped.FOLDER) -> str:
+    """Returns the help for a command line without --config: the configs in `folder`."""
+    names = shipped.names(Path(folder))
+    lines = [f"Usage: {_COMMAND} --config=NAME[:VARIANT] [--workdir=DIR] [--config.KEY=VALUE ...]", ""]
+    if names:
+        titles = [_title((Path(folder) / f"{name}.py").read_text(encoding="utf-8")) for name in names]
+        lines += ["Configs; --config=NAME --help lists the variants and keys of one:"]
+        lines += _columns(zip(names, titles))
+        lines += ["", "--config=configs/NAME.py is the same. The path of another config file works too."]
     else:
-        lines += [f"There is no folder {folder}: run from the repository's root, or give the file's whole path."]
+        lines += [f"There is no folder {folder}: give the path of a config file."]
     lines += ["", "--helpfull lists every flag, with those for several hosts and those of the libraries."]
     return "\n".join(lines)
 
@@ -48,7 +51,7 @@ def describe(given: str, config: ConfigDict, everything: bool = False) -> str:
     """Returns the help for a config file.
 
     Args:
-      given: the value of --config: "configs/prior.py" or "configs/prior.py:paper".
+      given: the value of --config, such as "prior:paper" or "configs/prior.py".
       config: the configuration that it gave, with the values of the command line.
       everything: list all keys instead of those that people set.
 

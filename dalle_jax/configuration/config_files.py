@@ -1,6 +1,7 @@
-"""Loads config files by path: `load("configs/prior.py:paper")`.
+"""Loads config files: `load("prior:paper")`, or by path: `load("configs/prior.py:paper")`.
 
 Config files of one package folder import each other by name (`from configs import dvae`), from any working directory.
+Your own files import those of this package in the same way.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import TypeVar
 
 from ml_collections import ConfigDict
 
+from dalle_jax.configuration import shipped
 from dalle_jax.configuration.flag_errors import explain_config_error
 from dalle_jax.configuration.options import closest
 from dalle_jax.errors import ConfigError
@@ -26,7 +28,7 @@ def load(config: str, option: str = "config") -> ConfigDict:
     """Loads the configuration "FILE[:VARIANT]".
 
     Args:
-      config: "configs/prior.py" or "configs/prior.py:paper".
+      config: "prior:paper", "configs/prior.py" or "configs/prior.py:paper".
       option: name of the option that was given, for messages.
 
     Raises:
@@ -34,7 +36,7 @@ def load(config: str, option: str = "config") -> ConfigDict:
     """
     path, _, variant = config.partition(":")
     if not Path(path).name:
-        raise ConfigError(f"{option}={config!r} names no file; expected a config such as configs/prior.py:paper.")
+        raise ConfigError(f"{option}={config!r} names no file; expected a config such as prior:paper.")
     loaded = load_module(path)
     try:
         return loaded.get_config(*([variant] if variant else []))
@@ -50,13 +52,14 @@ def load_module(path: str | Path) -> ModuleType:
     Raises:
       ConfigError: no such file, or it is not a Python file.
     """
+    path = shipped.located(str(path))
     if not Path(path).is_file():
-        raise ConfigError(f"There is no config file {path}: run from the repository's root, or give its whole path.")
+        raise ConfigError(f"There is no config {path}; {shipped.instead_of(path)}.")
     if Path(path).suffix != ".py":
         raise ConfigError(f"{path} is not a Python file; expected a config file such as configs/prior.py.")
     spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
     loaded = importlib.util.module_from_spec(spec)
-    with importable(str(path)):
+    with importable(path):
         spec.loader.exec_module(loaded)
     return loaded
 
@@ -75,20 +78,22 @@ def importable(config: str) -> Iterator[None]:
     """Context in which a config file can import the other files of its package: `from configs import dvae`.
 
     Config files are executed by path, and their package may be outside of Python's search path. A folder is a package
-    if it has an `__init__.py`.
+    if it has an `__init__.py`. The package `configs` can be imported too, after all others.
 
     Args:
       config: path of the config file, with or without a variant. "": no file.
     """
     folder = Path(config.partition(":")[0]).absolute().parent
-    if not config or not (folder / "__init__.py").is_file():
-        yield
-        return
-    sys.path.insert(0, str(folder.parent))
+    own = [str(folder.parent)] if config and (folder / "__init__.py").is_file() else []
+    ours = str(shipped.FOLDER.parent)
+    sys.path[:0] = own
+    sys.path.append(ours)
     try:
         yield
     finally:
-        sys.path.remove(str(folder.parent))
+        for place in own:
+            sys.path.remove(place)
+        del sys.path[len(sys.path) - 1 - sys.path[::-1].index(ours)]
 
 
 def choose(variants: Mapping[str, T], variant: str | None, file: str) -> tuple[str, T]:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import absl
 import ml_collections
 
+from dalle_jax.configuration.shipped import instead_of
 from dalle_jax.errors import ConfigError, UserError
 
 # Packages and modules that read flags and config files.
@@ -35,13 +36,15 @@ def explain_config_error(error: BaseException, given: str) -> ConfigError | None
       The error to raise, or None if the file itself has a fault.
     """
     if isinstance(error, SyntaxError) and not (error.filename or "").endswith(".py"):
-        return ConfigError(f"{given}: not a Python file; expected a config file such as configs/prior.py.")
+        return ConfigError(f"{given}: not a Python file; expected a config such as prior or configs/prior.py.")
     if not _raised_in(error, _ML_COLLECTIONS, _CONFIG_FILES):
         return None
     if str(error).startswith("get_config() takes 0 positional arguments"):
         return ConfigError(f"{given}: this config has no variants; leave out the colon and the name after it.")
     if str(error).endswith("has no attribute 'get_config'"):
-        return ConfigError(f"{given}: not a config, it has no get_config(); expected one such as configs/prior.py.")
+        return ConfigError(
+            f"{given}: not a config, it has no get_config(); expected one such as prior or configs/prior.py."
+        )
     return None
 
 
@@ -73,7 +76,7 @@ def explain_flag_error(error: Exception, argv: Sequence[str]) -> Exception:
     if "Error whilst parsing config file" in text or not _raised_in(error, _ABSL, _ML_COLLECTIONS):
         return error
     if isinstance(error, OSError):
-        return ConfigError(f"{config}: no such file; run from the repository's root, or give its whole path.")
+        return ConfigError(f"{config}: no such config; {instead_of(config.partition('=')[2].partition(':')[0])}.")
     if isinstance(error, (KeyError, AttributeError)) and (key := re.search(r"'(\w+)'", text)):
         given = next((arg for arg in argv if f".{key[1]}" in arg), "The command")
         near = re.search(r'Did you mean "(\w+)"', text)

@@ -245,6 +245,7 @@ def training_loop(config: ConfigDict, batch_size: int, every: int | FieldReferen
     config.batch_size = batch_size
     config.cadence = ConfigDict({"log": between(1, steps // 20, 50), "eval": 0, "preview": 0, "checkpoint": 0})
     override(config, cadence(every if isinstance(every, FieldReference) else between(1, (steps + 3) // 4, every)))
+    config.metric_writers = "tensorboard"  # or "tensorboard,wandb"; "": only metrics.jsonl and index.html
     config.eval_batches = 8
     config.keep = ConfigDict({"last": 2, "best": 0})  # keep two in case the newest is corrupt
     config.stop_after = 0  # evaluations without improvement after which the training stops; 0: never
@@ -272,6 +273,6 @@ SAMPLING_KEYS = {
     "sampling.temperature": "divides the logits; 0 takes the most likely token",
     "sampling.top_k": "keep the k most likely tokens; None: all",
     "sampling.top_p": "keep the most likely tokens up to this probability; None: all",
-    "sampling.steps": "number of decoding steps, MaskGIT or model.order=random; None: the model's default",
+    "sampling.steps": "number of decoding steps, MaskGIT or model.order=diagonal; None: the model's default",
     "sampling.guidance": "weight of the caption (classifier-free guidance); 0: no guidance",
 }

@@ -20,11 +20,11 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from dalle_jax.checkpoints.folders import check_step
 from dalle_jax.configuration.values import natural
 from dalle_jax.demo.server import require_gradio, serve
 from dalle_jax.demo.studio import Studio
 from dalle_jax.errors import UserError
-from dalle_jax.text_to_image.folders import check_step
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
 _MOST_WAITING = 1000

@@ -193,7 +193,7 @@ def sampling_of(model: TextToImage, request: Request) -> dict[str, Any]:
     Parameters that the prior does not have are left out, so that an autoregressive prior can stand next to a MaskGIT
     prior on the page.
     """
-    without = set() if model.prior.any_order else {"steps"}
+    without = set() if model.prior.takes_steps else {"steps"}
     without |= set() if model.prior.name == "maskgit" else {"choice_temperature"}
     return {name: value for name, value in request.sampling.items() if name not in without}
 
@@ -203,7 +203,7 @@ def _described(name: str, model: TextToImage) -> dict[str, Any]:
     return {
         "name": name, "prior": model.prior.name, "size": model.image_size, "grid": [layout.height, layout.width],
         "edits": [method for method in METHODS if model.prior.any_order or method == "complete"],
-        "takesSteps": model.prior.any_order, "steps": model.prior.decoding_steps(None), "fit": model.fit,
+        "takesSteps": model.prior.takes_steps, "steps": model.prior.decoding_steps(None), "fit": model.fit,
         "clip": model.scorer is not None, "guidance": bool(model.prior.options.caption_drop),
         "choice": getattr(model.prior.options, "choice_temperature", None),
         "about": f"{model.prior.name} prior, {model.image_size} × {model.image_size} pixels as {layout.height} × "

@@ -26,6 +26,7 @@ from jax.sharding import Mesh
 
 from dalle_jax.configuration.options import check
 from dalle_jax.configuration.values import finite
+from dalle_jax.distributed.turns import is_first
 from dalle_jax.errors import ConfigError
 from dalle_jax.evaluation import feature_extractors
 from dalle_jax.evaluation.feature_extractors import FeatureExtractor
@@ -38,6 +39,7 @@ from dalle_jax.evaluation.sections import (
     measure_retrieval,
     measure_tokenizer,
 )
+from dalle_jax.evaluation.showcase import Showcase, showcase
 from dalle_jax.evaluation.test_sets import TestSet
 from dalle_jax.metrics import blur
 from dalle_jax.models import inception
@@ -45,6 +47,8 @@ from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.pytree import fingerprint
 from dalle_jax.text_to_image.clip_scorer import ClipScorer
 from dalle_jax.text_to_image.text_to_image import TextToImage
+
+_IN_SHOWCASE = 3  # captions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +95,14 @@ class Measured:
     Attributes:
       metrics: see the module.
       columns: columns of the grid: heading and images, uint8 [up to 16, H, W, 3].
+      workdirs: of the measured priors, by their names.
+      showcases: of the priors that have one, by their names; on the first host.
     """
 
     metrics: Metrics
     columns: list[tuple[str, np.ndarray]]
+    workdirs: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    showcases: Mapping[str, Showcase] = dataclasses.field(default_factory=dict)
 
 
 def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Measured:
@@ -160,7 +168,19 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
     if extractors:
         metrics["blur"] = by_radius | {"reconstructed": tokenized.blur}
     metrics["protocol"] = _protocol(models, tests, options, extractors)
-    return Measured(metrics, columns)
+    showcases = _showcases(models, tests, options.seed) if is_first() else {}
+    return Measured(metrics, columns, {name: each.model.workdir for name, each in models.items()}, showcases)
+
+
+def _showcases(models: Mapping[str, Model], tests: TestSet, seed: int) -> dict[str, Showcase]:
+    """Draws the showcases of the priors that have one, for the first captions."""
+    captions = tests.captions[:_IN_SHOWCASE]
+    images = tests.images(tests.owners[: len(captions)])
+    drawn = {
+        name: showcase(each.model, dataclasses.asdict(each.sampling), images, captions, seed)
+        for name, each in models.items()
+    }
+    return {name: found for name, found in drawn.items() if found is not None}
 
 
 def _shared_scorer(models: Mapping[str, Model]) -> ClipScorer | None:

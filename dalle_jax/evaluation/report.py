@@ -14,11 +14,19 @@ from dalle_jax.evaluation.sections import Metrics
 from dalle_jax.evaluation.test_sets import TestSet
 from dalle_jax.reporting import tables
 from dalle_jax.reporting.images import image_grid, save_png
+from dalle_jax.reporting.metric_writer import read_metrics
 from dalle_jax.reporting.tables import csv_text, plain_text, save_json
 from dalle_jax.storage.files import write_file
 
 
-def write(measured: Measured, tests: TestSet, out: epath.PathLike, title: str, config: ConfigDict) -> None:
+def write(
+    measured: Measured,
+    tests: TestSet,
+    out: epath.PathLike,
+    title: str,
+    config: ConfigDict,
+    trainings: Mapping[str, str] | None = None,
+) -> None:
     """Writes `report.json`, `report.html`, `grid.png`, `blur.csv` and `best_of.csv`, and prints the metrics.
 
     Args:
@@ -27,6 +35,7 @@ def write(measured: Measured, tests: TestSet, out: epath.PathLike, title: str, c
       out: the folder.
       title: title of the report.
       config: the configuration of the evaluation.
+      trainings: workdirs whose losses the report shows, by their names; None for those of the priors.
 
     Raises:
       UserError: a file cannot be written.
@@ -41,7 +50,8 @@ def write(measured: Measured, tests: TestSet, out: epath.PathLike, title: str, c
             write_file(out / f"{name}.csv", _csv(metrics[name], head))
             written.append(f"{name}.csv")
     settings = plain_text(config.copy_and_resolve_references().to_dict())
-    write_file(out / "report.html", evaluation(title, metrics, sheet, settings))
+    losses = {name: read_metrics(workdir) for name, workdir in (trainings or measured.workdirs).items()}
+    write_file(out / "report.html", evaluation(title, measured, tests.captions, settings, losses))
     apart = ("blur", "best_of", "protocol")
     print("\n" + tables.table({name: value for name, value in metrics.items() if name not in apart}))
     print("\n" + "\n".join(str(out / name) for name in written))
@@ -68,4 +78,5 @@ def _grid(captions: Sequence[str], columns: Sequence[tuple[str, np.ndarray]], ti
     """
     rows = min(len(images) for _, images in columns)
     shown = [(captions[i], [images[i] for _, images in columns]) for i in range(rows)]
-    return image_grid(shown, [name for name, _ in columns], title=title, blocks=2 if rows > 4 else 1)
+    names = [name for name, _ in columns]
+    return image_grid(shown, names, title=title, blocks=2 if rows > 4 else 1, captions_above=True)

@@ -266,7 +266,7 @@ def measure_candidates(
     scores, right, shown = [], [], []
     for start in range(0, len(mine), per_call := max(1, model.rows_at_once // n)):
         rows = mine[start : start + per_call]
-        ranked = model.best_of([tests.captions[i] for i in rows], n, keep=n, seed=seed, **parameters)
+        ranked = model.best_of([tests.captions[i] for i in rows], n, keep=n, seed=seed, progress=False, **parameters)
         for number, drawn in sets.items():
             drawn.add(ranked.best_of_first(number).images[:, 0])
         drawn_order = np.argsort(ranked.numbers, axis=1)

@@ -23,6 +23,7 @@ from dalle_jax.distributed.mesh import local_mesh
 from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.jobs import edits, manifests
 from dalle_jax.jobs.checks import MOST_IMAGES, check_drawing
+from dalle_jax.priors.decoding_weights import check_weights
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.reporting.images import image_grid, png, save_png
 from dalle_jax.storage.files import check_writable, expanded, is_regular_file, write_file
@@ -46,7 +47,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     captions, options, mesh = check(config, workdir)
     sampling = {"negative": config.negative or None, **dataclasses.asdict(options)}
     out = expanded(workdir)
-    model = TextToImage.load(config.model_workdir, config.step, config.rows_at_once, config.clip, mesh, config.base)
+    model = TextToImage.load(
+        config.model_workdir, config.step, config.rows_at_once, config.clip, mesh, config.base, config.weights
+    )
     if config.candidates:
         ranked = model.best_of(captions, config.candidates, config.n, config.seed, **sampling)
     else:
@@ -86,6 +89,7 @@ def check(config: ConfigDict, workdir: str) -> tuple[list[str], SamplingOptions,
     options = from_config(SamplingOptions, config.sampling, "sampling")
     parse({"negative": config.negative or None, **dataclasses.asdict(options)})
     check_drawing(config)
+    check_weights(config.weights)
     natural("config.n", config.n, 1, MOST_IMAGES)
     natural("config.candidates", config.candidates, 0, MOST_IMAGES)
     if 0 < config.candidates < config.n:
@@ -139,7 +143,7 @@ def remake(manifest: str, file: str, model_workdir: str | None = None) -> np.nda
             "%s was drawn on more devices than this host has. A pixel may be rounded differently.", manifest
         )
     workdir = model_workdir or manifests.workdir_of(record, manifest)
-    model = TextToImage.load(workdir, record["step"], record["rows_at_once"], mesh=mesh)
+    model = TextToImage.load(workdir, record["step"], record["rows_at_once"], mesh=mesh, weights=record["weights"])
     manifests.check_model(model, record, manifest)
     sampling = {"negative": record["negative"], **record["sampling"]}
     i, j = entry["caption_index"], entry["index"]

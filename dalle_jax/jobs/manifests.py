@@ -31,14 +31,10 @@ _IMAGE = re.compile(r"[0-9]{4,}-[0-9]{3,}\.png")
 _FIELDS: dict[str, tuple[type, ...]] = {
     "workdir": (str,), "step": (int, str), "seed": (int,), "n": (int,), "rows_at_once": (int,), "sampling": (dict,),
     "negative": (str, type(None)), "captions": (list,), "samples": (list,), "mesh": (dict,), "fingerprints": (dict,),
-    "edit": (dict, type(None)),
+    "weights": (str, type(None)), "edit": (dict, type(None)),
 }  # fmt: skip
-_LATER_FIELDS = {
-    "negative": None,
-    "mesh": {"data": 1},
-    "fingerprints": {},
-    "edit": None,
-}  # earlier versions did not write them
+# Earlier versions did not write these.
+_LATER_FIELDS = {"negative": None, "mesh": {"data": 1}, "fingerprints": {}, "weights": None, "edit": None}
 _SAMPLE = {"file": str, "caption_index": int, "index": int}
 _AXES = {"data", "fsdp", "tensor"}
 
@@ -139,6 +135,7 @@ def describe_model(model: TextToImage, out: epath.Path, clip: str | None) -> dic
         "workdir": str(workdir),
         "workdir_from_here": os.path.relpath(workdir, here) if local else None,
         "step": model.step,
+        "weights": model.weights,
         "clip": clip and str(full_path(clip)),
         "fingerprints": fingerprints(model) | ({"clip": model.scorer.fingerprint()} if clip and model.scorer else {}),
     }

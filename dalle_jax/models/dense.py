@@ -10,9 +10,10 @@ from collections.abc import Callable
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Float, Int8
 
 from dalle_jax.distributed.per_device import contract
 from dalle_jax.distributed.sharding import platform
@@ -83,6 +84,9 @@ def _dense(x: Float[ArrayLike, ...], kernel: Float[ArrayLike, ...], axes: int) -
 class Dense(nn.Module):
     """A dense layer over one or more trailing axes, with logical axis names for sharding.
 
+    Its kernel may be int8 with a parameter `kernel_scale`, float32 [*outputs], which multiplies the product; see
+    `priors.decoding_weights`.
+
     Attributes:
       inputs: shape of the contracted axes.
       outputs: shape of the new axes.
@@ -113,12 +117,19 @@ class Dense(nn.Module):
         axes = tuple(range(len(self.inputs)))
         init = nn.initializers.normal((self.scale / np.prod(self.inputs)) ** 0.5)
         kernel = self.param("kernel", nn.with_logical_partitioning(init, self.names), (*self.inputs, *self.outputs))
-        kernel, inputs = kernel.astype(self.dtype), int(np.prod(self.inputs))
+        scale = self.get_variable("params", "kernel_scale") if self.has_variable("params", "kernel_scale") else None
+        kernel, inputs = kernel if scale is not None else kernel.astype(self.dtype), int(np.prod(self.inputs))
         if decode_step:
             rows = kernel.reshape(inputs, -1).T
+            if scale is not None:
+                rows, x = _cast_here(rows, x, self.dtype)
             y = rows_product(x.astype(self.dtype).reshape(len(x), -1), rows).reshape(-1, *self.outputs)
         else:
+            if scale is not None:
+                kernel, x = _cast_here(kernel, x, self.dtype)
             y = contract(functools.partial(_dense, axes=len(axes)), x.astype(self.dtype), kernel, self.names, axes)
+        if scale is not None:
+            y = (y.astype(jnp.float32) * scale.reshape((1,) * (y.ndim - scale.ndim) + scale.shape)).astype(self.dtype)
         if self.bias:
             zeros = nn.with_logical_partitioning(nn.initializers.zeros, self.bias)
             bias = self.param("bias", zeros, self.outputs).astype(self.dtype)
@@ -126,11 +137,29 @@ class Dense(nn.Module):
         return y
 
 
+def _cast_here(kernel: Int8[ArrayLike, ...], x: ArrayLike, dtype: DTypeLike) -> tuple[Array, Array]:
+    """Casts a kernel where it is used.
+
+    Otherwise a compiler moves the cast out of the loop over decoding steps, and keeps a cast copy of all kernels. CPUs
+    ignore barriers when they move it, so that the kernel has to depend on x there, by a zero that only NaN makes 1.
+    """
+    if platform() == "cpu":
+        first = x.reshape(-1)[0]
+        return (kernel + (first != first).astype(jnp.int8)).astype(dtype), x
+    kernel, x = jax.lax.optimization_barrier((kernel, x))
+    return kernel.astype(dtype), x
+
+
+def input_axes(name: str) -> int:
+    """Returns the number of input axes of a trunk's dense layer: two for "out", which reads heads, else one."""
+    return 2 if name == "out" else 1
+
+
 def outputs_first(params: PyTree, dtype: DTypeLike) -> tuple[PyTree, Callable[[PyTree], PyTree]]:
     """Stores every dense kernel of a trunk as [*outputs, *inputs], the order in which `rows_product` reads it on CPUs.
 
     On other devices the kernels keep their shape, because products read both orders equally fast. They are only cast,
-    which does nothing if they have the dtype already.
+    which does nothing if they have the dtype already. Kernels in int8 are not cast.
 
     Args:
       params: parameters of the trunk.
@@ -146,10 +175,11 @@ def outputs_first(params: PyTree, dtype: DTypeLike) -> tuple[PyTree, Callable[[P
     def store(path, x):
         if path[-1].key != "kernel":
             return x
+        x = x if x.dtype == jnp.int8 else x.astype(dtype)
         if not on_cpu:
-            return x.astype(dtype)
-        inputs = np.prod(x.shape[: 2 if path[-2].key == "out" else 1])
-        return jax.lax.optimization_barrier(x.astype(dtype).reshape(inputs, -1).T)
+            return x
+        inputs = np.prod(x.shape[: input_axes(path[-2].key)])
+        return jax.lax.optimization_barrier(x.reshape(inputs, -1).T)
 
     def restore(stored):
         shaped = lambda path, x, rows: rows.T.reshape(x.shape) if path[-1].key == "kernel" else rows

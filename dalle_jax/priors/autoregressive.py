@@ -11,7 +11,9 @@ predicts nothing. The text loss then counts all T tokens, so that the prior is a
 `tied_embeddings` reuses the embeddings as heads. The paper has separate unembeddings (appendix D.2).
 
 With `order="random"` image tokens follow in any order, and each position knows which cell it predicts next (RandAR,
-arXiv 2412.01827; RAR, arXiv 2411.00776). The share of random orders may fall to zero during training, as in RAR.
+arXiv 2412.01827; RAR, arXiv 2411.00776). The share of random orders may fall to zero during training, as in RAR. With
+`order="diagonal"` anti-diagonals follow each other (NAR, arXiv 2503.10696), and the cells of each one can be drawn
+together.
 
     B rows    C captions    T text    N image tokens    V image vocabulary    E codebook width
 """
@@ -73,10 +75,15 @@ class AutoregressivePrior:
         return self.options.order == "random"
 
     @property
+    def takes_steps(self) -> bool:
+        """See `TokenPrior.takes_steps`: true if positions know the next cell."""
+        return self.options.knows_next
+
+    @property
     def schedules(self) -> dict[str, optax.Schedule]:
         """See `TokenPrior.schedules`: "random_orders", the share of random orders, if there are any."""
         o = self.options
-        if o.order == "raster":
+        if not self.any_order:
             return {}
         falling = optax.constant_schedule(1.0)
         if o.anneal_end:
@@ -92,7 +99,7 @@ class AutoregressivePrior:
         """See `TokenPrior.init`."""
         text = blank(self.layout.condition)
         tokens = jnp.zeros((1, self.layout.image_length), jnp.int32)
-        cells = tokens if self.any_order else None
+        cells = tokens if self.options.knows_next else None
         params = self.model.init(key, text, tokens, cells=cells)["params"]
         start = codebook is not None and self.options.codebook_init
         return start_from_codebook(params, codebook, key) if start else params
@@ -117,12 +124,8 @@ class AutoregressivePrior:
         given, dropped = drop_conditions(
             drop_key, text, self.options.caption_drop if train else 0.0, self.layout.condition
         )
-        cells = None
-        if self.any_order:
-            share = 0.0 if self.options.anneal_end else 1.0
-            if train and step is not None:
-                share = self.schedules["random_orders"](step)
-            cells = orders.mixed(jax.random.fold_in(key, 2), rows, self.layout, share)
+        cells = self._training_orders(jax.random.fold_in(key, 2), rows, train, step)
+        if cells is not None:
             tokens = jnp.take_along_axis(tokens, cells, axis=1)
         text_logits, image_logits = self.model.apply(
             {"params": params}, given, tokens, train, cells, rngs={"dropout": dropout_key}
@@ -140,6 +143,18 @@ class AutoregressivePrior:
         loss = weight * text_nats + (1 - weight) * image_nats
         return loss, {"text_nats": text_nats, "image_nats": image_nats}
 
+    def _training_orders(self, key, rows, train, step):
+        """Draws the orders of a batch, int32 [B, N], or returns None for raster order."""
+        o = self.options
+        if o.order == "diagonal":
+            return orders.shuffled_diagonals(key, rows, self.layout)
+        if o.order == "raster":
+            return None
+        share = 0.0 if o.anneal_end else 1.0
+        if train and step is not None:
+            share = self.schedules["random_orders"](step)
+        return orders.mixed(key, rows, self.layout, share)
+
     def decoding_steps(self, steps: int | None) -> int:
         """See `TokenPrior.decoding_steps`: N, one step per token, by default."""
         return steps or self.layout.image_length
@@ -156,8 +171,8 @@ class AutoregressivePrior:
     ) -> Int[Array, "B N"]:
         """See `TokenPrior.sample`. Runs one jitted loop over the N positions, or over `steps` groups of them.
 
-        The option `order` is "raster", or "random" or "halton" for a prior that was trained with random orders. Known
-        tokens of such a prior come first, so that all other tokens depend on them. With `steps`, which also needs such
+        The option `order` is that of training, or any of `orders.NAMES` for a prior of random orders. If positions know
+        the next cell, known tokens come first, so that all other tokens depend on them. With `steps`, which needs such
         a prior, `groups.decode` draws several tokens in a step.
 
         Raises:
@@ -175,11 +190,11 @@ class AutoregressivePrior:
     def watch(
         self,
         params: PyTree,
-        text: Int[ArrayLike, "C T"],
+        text: Shaped[ArrayLike, "C ..."],
         keys: Key[Array, " B"],
         *,
         known: tuple[Int[ArrayLike, "B N"], Bool[ArrayLike, "B N"]] | None = None,
-        negative: Int[ArrayLike, "_ T"] | None = None,
+        negative: Shaped[ArrayLike, "_ ..."] | None = None,
         **options,
     ) -> Iterator[tuple[Array, float]]:
         """See `TokenPrior.watch`: yields after every w tokens, which are a row of the grid in raster order.
@@ -204,7 +219,7 @@ class AutoregressivePrior:
                 if (stop - shift) % width == 0:
                     yield _in_raster(self, tokens, cells), (stop - shift) / length
                 begin = stop
-        yield _end(self, keys, known, knobs, cells, state[0], tokens), 1.0
+        yield _end(self, keys, known, knobs, cells, state[0][0], tokens), 1.0
 
     def check_sampling(self, options: SamplingOptions) -> None:
         """See `TokenPrior.check_sampling`."""
@@ -213,22 +228,24 @@ class AutoregressivePrior:
                 f"choice_temperature={options.choice_temperature} is an option of the MaskGIT prior; the "
                 "autoregressive prior draws each token once. Leave it out."
             )
-        if options.steps is not None and not self.any_order:
+        if options.steps is not None and not self.takes_steps:
             raise ConfigError(
                 f"steps={options.steps} draws several tokens in a step, but this prior knows only raster order, one "
-                "token after another. Leave steps out, or train a prior with --config.model.order=random."
+                "token after another. Leave steps out, or train a prior with --config.model.order=diagonal or random."
             )
         sampling.check_steps(options, self.layout)
-        names = orders.NAMES if self.any_order else ("raster",)
+        names = orders.NAMES if self.any_order else (self.options.order,)
         if options.order is not None and options.order not in names:
-            expected = ", ".join(names) if self.any_order else "raster, the order of training"
+            expected = ", ".join(names) if self.any_order else f"{names[0]}, the order of training"
             raise ConfigError(f"order={options.order!r}; expected {expected}.")
 
     def _default_order(self, steps: int | None) -> str:
         """Returns the order in which tokens are drawn by default."""
+        if not self.any_order:
+            return self.options.order
         if steps is not None:
             return "halton"  # tokens that are drawn together are far apart
-        return "raster" if self.options.anneal_end or not self.any_order else "random"
+        return "raster" if self.options.anneal_end else "random"
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -239,10 +256,9 @@ def _decode(prior: AutoregressivePrior, order: str, params, text, keys, known, k
     choose = _chooser(prior, keys, known, knobs, cells)
     body = _stepper(prior, model, params, keys, knobs, cells, text_cache, choose)
     length, shift = prior.layout.image_length, int(prior.options.shifted)
-    (logits, _), tokens = scan_in_stages(body, start, _stores(prior), length - 1 + shift, shift)
+    ((logits, _), _), tokens = scan_in_stages(body, start, _stores(prior), length - 1 + shift, shift)
     last = choose(logits, jnp.int32(length - 1))
-    tokens = jnp.concatenate([tokens.T, last[:, None]], axis=1)
-    return orders.to_raster(tokens, cells) if prior.any_order else tokens
+    return _in_raster(prior, jnp.concatenate([tokens.T, last[:, None]], axis=1), cells)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -260,7 +276,7 @@ def _begin(prior: AutoregressivePrior, order: str, params, text, keys, known, kn
 @functools.partial(jax.jit, static_argnums=0)
 def _advance(
     prior: AutoregressivePrior, params, keys, known, knobs, cells, text_cache, state, tokens, first, end
-) -> tuple[tuple[Array, Caches], Array]:
+) -> tuple[tuple[PyTree, Caches], Array]:
     """Implements a piece of `watch`: the positions from `first` to `end`, int32 scalars, as a loop like `_decode`'s."""
     model, params = _model_for_decoding(prior, params)
     choose = _chooser(prior, keys, known, knobs, cells)
@@ -283,7 +299,7 @@ def _end(prior: AutoregressivePrior, keys, known, knobs, cells, logits, tokens) 
 
 def _in_raster(prior: AutoregressivePrior, tokens, cells) -> Array:
     """Returns the tokens, int32 [B, N], in raster order."""
-    return orders.to_raster(tokens, cells) if prior.any_order else tokens
+    return orders.to_raster(tokens, cells) if prior.options.knows_next else tokens
 
 
 def _stores(prior: AutoregressivePrior) -> list[RingCache | ColumnCache]:
@@ -301,11 +317,11 @@ def _start(prior: AutoregressivePrior, model: AutoregressiveModel, params, order
     """Runs over the text.
 
     Returns:
-      Cells in the order of drawing, int32 [B, N], the cached text, and the first logits with empty caches.
+      Cells in the order of drawing, int32 [B, N], the cached text, and the state of `_stepper`.
     """
     rows, guided, first = keys.shape[0], "guidance" in knobs, None
     cells = orders.cells(order, keys, prior.layout)
-    if prior.any_order:
+    if prior.options.knows_next:
         if known is not None:
             cells = orders.given_first(cells, known[1])
         text, first = jnp.repeat(text, rows // text.shape[0], axis=0), cells[:, 0]  # rows differ in their first cell
@@ -315,7 +331,8 @@ def _start(prior: AutoregressivePrior, model: AutoregressiveModel, params, order
     twice = _twice(guided)
     first = None if first is None else twice(first)
     logits, text_cache, caches = model.apply({"params": params}, text, twice(keys).shape[0], first, method="start")
-    return cells, text_cache, (logits, caches)
+    drawn = jnp.zeros(cells.shape, jnp.int32) if prior.options.neighbour_kernel else None
+    return cells, text_cache, ((logits, drawn), caches)
 
 
 def _chooser(prior: AutoregressivePrior, keys, known, knobs, cells) -> Callable[[Array, Array], Array]:
@@ -336,18 +353,32 @@ def _chooser(prior: AutoregressivePrior, keys, known, knobs, cells) -> Callable[
 
 
 def _stepper(prior: AutoregressivePrior, model: AutoregressiveModel, params, keys, knobs, cells, text_cache, choose):
-    """Returns the body of the loop: draws the token at a position and runs the model over it."""
-    twice = _twice("guidance" in knobs)
-    trunk, restore = outputs_first(params["trunk"], prior.options.trunk.dtype)
-    shift = int(prior.options.shifted)  # the image token at `index` stands at this many positions after it
+    """Returns the body of the loop: draws the token at a position and runs the model over it.
+
+    Its state is ((logits, drawn), caches): logits of the next token, the tokens drawn so far, int32 [B, N] in the order
+    of drawing, and the caches. Without `neighbour_kernel`, `drawn` is None.
+    """
+    twice, o = _twice("guidance" in knobs), prior.options
+    trunk, restore = outputs_first(params["trunk"], o.trunk.dtype)
+    shift = int(o.shifted)  # the image token at `index` stands at this many positions after it
+    places = jnp.argsort(cells, axis=1)
+
+    def look_around(drawn, token, index):
+        """Adds a token to those drawn so far, and returns the known tokens around the next cell as well."""
+        drawn = jax.lax.dynamic_update_slice_in_dim(drawn, token[:, None], index, axis=1)
+        asked, seen = cells[:, index + 1][:, None], (index + 1)[None, None]
+        return drawn, twice(orders.neighbours(drawn, places, asked, seen, o.neighbour_kernel, prior.layout)[:, 0])
 
     def body(carry, position):
-        (logits, caches), index = carry, position - shift
+        ((logits, drawn), caches), index = carry, position - shift
         stored = {"params": params | {"trunk": restore(trunk)}}
-        token = choose(logits, index)
+        token, around = choose(logits, index), None
+        if o.neighbour_kernel:
+            drawn, around = look_around(drawn, token, index)
         here, following = twice(cells[:, index]), twice(cells[:, index + 1])
-        logits, caches = model.apply(stored, twice(token), index, here, following, text_cache, caches, method="step")
-        return (logits, caches), token
+        given = stored, twice(token), index, here, following, text_cache, caches, around
+        logits, caches = model.apply(*given, method="step")
+        return ((logits, drawn), caches), token
 
     return body
 

@@ -19,11 +19,12 @@ from dalle_jax.models.attention.patterns import CausalPattern, full_layers, spar
 from dalle_jax.models.transformer import ImageCache, TextCache
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import Trunk
+from dalle_jax.priors import orders
 from dalle_jax.priors.embedding import AutoregressiveEmbedding
 from dalle_jax.token_layout import TokenLayout
 
 ATTENTION = ("sparse", "full")
-ORDERS = ("raster", "random")
+ORDERS = ("raster", "random", "diagonal")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +50,17 @@ class AutoregressiveOptions:
       codebook_init: whether image embedding and head start as the tokenizer's codebook; see `start_from_codebook`.
       text_weight: weight of the text in the loss, 1/8 in the paper.
       caption_drop: share of captions that training replaces by the empty caption, for guidance.
-      order: "raster" or "random". "random" needs "full" attention and learned positions.
+      order: "raster", "random" or "diagonal". The last two need "full" attention and learned positions. Diagonal order
+        visits anti-diagonals, as neighbouring autoregressive models do (NAR, arXiv 2503.10696). The cells of each one
+        are in random order, so that they can be drawn together. Left and upper neighbours are known as in raster order,
+        so it is learned as fast. A model of this order cannot edit images.
       raster_steps: number of first updates in raster order although `order` is "random"; 0 for none. A fixed order is
         learned in far fewer updates, and the random orders then start from it.
       anneal_start: update at which the share of random orders begins to fall from 1.
       anneal_end: update at which the share reaches 0; 0 keeps it at 1.
+      neighbour_kernel: side of the square around the cell that is predicted next. Its known tokens are added to the
+        position that predicts, so that the model need not learn which cells are near; 0 for none. It needs the order
+        "random" or "diagonal".
     """
 
     trunk: TransformerOptions = TransformerOptions()
@@ -75,23 +82,27 @@ class AutoregressiveOptions:
     raster_steps: int = 0
     anneal_start: int = 0
     anneal_end: int = 0
+    neighbour_kernel: int = 0
 
     def __post_init__(self):
         choices = {"attention": ATTENTION, "order": ORDERS}
         shares = ["text_weight", "caption_drop"]
         check(
-            self, "model", positive=["kernel"], odd=["kernel"], share=shares, choices=choices,
-            at_least_0=["embedding_scale", "head_scale", "raster_steps", "anneal_start", "anneal_end"],
-            most={"kernel": 255, "embedding_scale": 1000, "head_scale": 1000},
+            self, "model", positive=["kernel"], odd=["kernel", "neighbour_kernel"], share=shares,
+            choices=choices,
+            at_least_0=[
+                "embedding_scale", "head_scale", "raster_steps", "anneal_start", "anneal_end", "neighbour_kernel",
+            ],
+            most={"kernel": 255, "embedding_scale": 1000, "head_scale": 1000, "neighbour_kernel": 15},
         )  # fmt: skip
         self.trunk.check_decoding()
-        if self.order == "random" and (self.attention != "full" or self.trunk.positions == "rotary"):
+        if self.knows_next and (self.attention != "full" or self.trunk.positions == "rotary"):
             raise ConfigError(
-                f"config.model.order is 'random' with attention={self.attention!r} and trunk.positions="
-                f"{self.trunk.positions!r}; tokens in any order need --config.model.attention=full and "
+                f"config.model.order is {self.order!r} with attention={self.attention!r} and trunk.positions="
+                f"{self.trunk.positions!r}; other orders than raster need --config.model.attention=full and "
                 "--config.model.trunk.positions=learned."
             )
-        if self.shifted and (self.order == "random" or self.start_tokens):
+        if self.shifted and (self.knows_next or self.start_tokens):
             raise ConfigError(
                 f"config.model.shifted is true with order={self.order!r} and start_tokens={self.start_tokens}; a "
                 "shifted stream is in raster order and has its own start-of-text token. Set "
@@ -102,10 +113,15 @@ class AutoregressiveOptions:
                 f"config.model.torus is true with wrap={self.wrap} and attention={self.attention!r}. Set "
                 "--config.model.wrap=false and --config.model.attention=sparse, or torus=false."
             )
-        if self.raster_steps and self.order == "raster":
+        if self.raster_steps and self.order != "random":
             raise ConfigError(
-                f"config.model.raster_steps is {self.raster_steps} with order='raster', which all updates have. Set "
-                "--config.model.order=random, or raster_steps=0."
+                f"config.model.raster_steps is {self.raster_steps} with order={self.order!r}, which all updates have. "
+                "Set --config.model.order=random, or raster_steps=0."
+            )
+        if self.neighbour_kernel and self.order == "raster":
+            raise ConfigError(
+                f"config.model.neighbour_kernel is {self.neighbour_kernel} with order='raster', in which no position "
+                "knows its next cell. Set --config.model.order=diagonal, or --config.model.neighbour_kernel=0."
             )
         if self.anneal_end and self.raster_steps >= self.anneal_end:
             raise ConfigError(
@@ -117,6 +133,11 @@ class AutoregressiveOptions:
                 f"config.model.anneal_start is {self.anneal_start} and anneal_end {self.anneal_end}; "
                 "expected 0 ≤ start ≤ end."
             )
+
+    @property
+    def knows_next(self) -> bool:
+        """Whether each position knows which cell it predicts next."""
+        return self.order != "raster"
 
     @property
     def patterns(self) -> tuple[CausalPattern, ...]:
@@ -160,7 +181,7 @@ class AutoregressiveModel(nn.Module):
         o, lay = self.options, self.layout
         self.embedding = AutoregressiveEmbedding(
             o.trunk, lay, o.embedding_scale, o.head_scale, o.tied_embeddings, o.head_bias, o.text_classes(lay),
-            o.order == "random", o.start_tokens or o.shifted, o.start_tokens,
+            o.knows_next, o.start_tokens or o.shifted, o.start_tokens, o.neighbour_kernel,
         )  # fmt: skip
         self.stream = o.stream(lay)
         self.trunk = Trunk(o.trunk, self.stream, o.patterns)
@@ -186,7 +207,10 @@ class AutoregressiveModel(nn.Module):
         x = [self.embedding.text(text, train), self.embedding.image(tokens, train, cells)]
         x = jnp.concatenate(x, axis=1)[:, : self.stream.length]  # a shifted stream lacks the last image token
         if cells is not None:
-            x = x + jnp.pad(self.embedding.next_cell(cells), ((0, 0), (self.stream.prefix_length - 1, 1), (0, 0)))
+            places, seen = jnp.argsort(cells, axis=1), jnp.arange(self.layout.image_length)[None]
+            around = orders.neighbours(tokens, places, cells, seen, self.options.neighbour_kernel, self.layout)
+            ahead = self.embedding.next_cell(cells, around)
+            x = x + jnp.pad(ahead, ((0, 0), (self.stream.prefix_length - 1, 1), (0, 0)))
         return constrain(x, "batch", "length", "embed_act")
 
     def logits(
@@ -221,7 +245,7 @@ class AutoregressiveModel(nn.Module):
 
         Args:
           text: conditions, such as padded captions, int32 [C, T].
-          first: the first cell of each row, int32 [C], for random orders; None for raster order.
+          first: the first cell of each row, int32 [C]; None in raster order.
 
         Returns:
           Logits of the first image token, float32 [C, V], and the keys and values of the text in each layer.
@@ -266,6 +290,7 @@ class AutoregressiveModel(nn.Module):
         following: Int[ArrayLike, " B"],
         text: list[TextCache],
         caches: list[ImageCache],
+        around: Int[ArrayLike, "B _"] | None = None,
     ) -> tuple[Float[Array, "B V"], list[ImageCache]]:
         """Runs the model over one image token per row.
 
@@ -276,13 +301,14 @@ class AutoregressiveModel(nn.Module):
           following: cells of the next tokens, int32 [B].
           text: keys and values of the text, from `start`.
           caches: keys and values of the image tokens before these.
+          around: known tokens around the cells `following`, int32 [B, _], from `orders.neighbours`.
 
         Returns:
           Logits of the next tokens, float32 [B, V], and the caches with these tokens.
         """
         x = self.embedding.image_at(tokens, cells)
-        if self.options.order == "random":
-            x = x + self.embedding.next_cell(following)
+        if self.options.knows_next:
+            x = x + self.embedding.next_cell(following, around)
         x, caches = self.trunk.step(x, text, caches, index + self.options.shifted)
         return self.embedding.image_logits(x, decode_step=True), caches
 
@@ -314,9 +340,10 @@ class AutoregressiveModel(nn.Module):
         caches: list[ImageCache],
         start: Int[ArrayLike, " B"],
         visible: Bool[ArrayLike, "B P L"],
+        around: Int[ArrayLike, "B P _"] | None,
         stored: int,
     ) -> tuple[Float[Array, "B _ V"], list[ImageCache]]:
-        """Runs over several places of each row's order, of a prior with random orders.
+        """Runs over several places of each row's order, of a prior whose positions know the next cell.
 
         Place 0 is the last text position. Place p is the p-th image token of the order, counted from 1.
 
@@ -328,13 +355,15 @@ class AutoregressiveModel(nn.Module):
           last: embedding of the last text position, [B, D], from `begin`.
           text: keys and values of the text, from `begin`.
           caches, start, visible, stored: see `Attention.extend`.
+          around: known tokens around the cells `following`, int32 [B, P, _], from `orders.neighbours`.
 
         Returns:
           Logits of the tokens at `following`, float32 [B, P - stored + 1, V], for the last stored place and those that
           are not stored. The caches with the stored places.
         """
         x = jnp.where((places == 0)[..., None], last[:, None], self.embedding.image(tokens, cells=cells))
-        x, caches = self.trunk.extend(x + self.embedding.next_cell(following), text, caches, start, visible, stored)
+        x = x + self.embedding.next_cell(following, around)
+        x, caches = self.trunk.extend(x, text, caches, start, visible, stored)
         x = x[:, stored - 1 :]
         logits = self.embedding.image_logits(x.reshape(-1, x.shape[-1]), decode_step=True)
         return logits.reshape(*x.shape[:2], -1), caches

@@ -140,12 +140,15 @@ class AutoregressiveEmbedding(StreamEmbedding):
       any_order: whether positions know which cell they predict.
       start_of_text: whether a start-of-text token precedes the text.
       start_of_image: whether a start-of-image token precedes the image.
+      neighbour_kernel: side of the square around the next cell, whose known tokens are added to a position; 0 for
+        none.
     """
 
     text_classes: int
     any_order: bool
     start_of_text: bool
     start_of_image: bool
+    neighbour_kernel: int
 
     def setup(self):
         super().setup()
@@ -156,6 +159,10 @@ class AutoregressiveEmbedding(StreamEmbedding):
         if self.any_order:
             self.next_rows = self.table("next_rows", self.layout.height, "positions")
             self.next_columns = self.table("next_columns", self.layout.width, "positions")
+        if self.neighbour_kernel:
+            # One vector for each neighbour. Their sum has variance 2, as in `MaskGITEmbedding`.
+            init = nn.with_logical_partitioning(nn.initializers.normal(1.5 / self.neighbour_kernel), (None, "embed"))
+            self.neighbours = self.param("neighbours", init, (self.neighbour_kernel**2 - 1, self.trunk.width))
         if self.start_of_text:
             self.before_text = self.table("start_of_text", 1, "positions")
         if self.start_of_image:
@@ -169,9 +176,27 @@ class AutoregressiveEmbedding(StreamEmbedding):
         after = [start(self.before_image)] if self.start_of_image else []
         return jnp.concatenate([*before, x, *after], axis=1) if before or after else x
 
-    def next_cell(self, cells: Int[ArrayLike, "*axes"]) -> Float[ArrayLike, "*axes D"]:
-        """Embeds the cells that are predicted next: int32 [...] to [..., D]."""
+    def next_cell(
+        self, cells: Int[ArrayLike, "*axes"], around: Int[ArrayLike, "*axes K"] | None = None
+    ) -> Float[ArrayLike, "*axes D"]:
+        """Embeds the cells that are predicted next, with the known tokens around them.
+
+        Args:
+          cells: int32 [...].
+          around: the tokens of `orders.neighbours`, int32 [..., K]; None if no token is known, or without
+            `neighbour_kernel`.
+
+        Returns:
+          [..., D] in the dtype of the residual stream.
+        """
         x = self.next_rows[cells // self.layout.width] + self.next_columns[cells % self.layout.width]
+        if around is not None:
+            vocab = self.layout.image_vocab
+            for i in range(around.shape[-1]):  # not at once: K embeddings of each position would be in memory
+                token = around[..., i]
+                weight = self.neighbours[i].reshape(*[1] * token.ndim, -1)
+                near = self.image_table[jnp.minimum(token, vocab - 1)] * weight
+                x = x + jnp.where((token < vocab)[..., None], near, 0)
         return x.astype(self.trunk.stream_dtype)
 
     def text_logits(self, x: Float[ArrayLike, "B P D"]) -> Float[Array, "B P W"]:

@@ -1,4 +1,4 @@
-"""Draws groups of tokens together from an autoregressive prior of random orders (RandAR, arXiv 2412.01827).
+"""Draws groups of tokens together from an autoregressive prior of other orders (RandAR, arXiv 2412.01827).
 
 A position of this prior knows which cell it predicts next. The same position, with another next cell, predicts the
 token of that cell given the same tokens. A step therefore runs the last drawn token once for each cell of a group, and
@@ -7,7 +7,8 @@ its successor in the order, so that the caches hold what training has seen. Each
 model's p(token | caption, all earlier groups). Only the dependence between tokens of one group is lost. Groups of one
 token are the same draws as one token after another.
 
-Groups grow as in RandAR and MaskGIT: after the share r of the steps, the share 1 - cos(πr/2) of the tokens is drawn.
+Groups grow as in RandAR and MaskGIT: after the share r of the steps, the share 1 - cos(πr/2) of the tokens is drawn. In
+diagonal order the groups are anti-diagonals, see `orders.diagonal_groups`.
 Known tokens come first in the order. They are not drawn, and one pass fills the caches with them.
 
     B rows    C captions    n candidates of a caption    T text    N image tokens    G largest group    V vocabulary
@@ -55,22 +56,43 @@ def drawn_before(steps: int, unknown: Int[ArrayLike, " B"]) -> Int[np.ndarray, "
     return (step + maximum.accumulate(planned - step, axis=1)).clip(max=unknown)  # at least one more in each step
 
 
-def stretches(steps: int, unknown: Int[np.ndarray, " rows"]) -> list[tuple[int, int, int]]:
-    """Splits the steps into stretches whose groups fit into the same number of places.
+def drawn_before_diagonals(
+    steps: int, layout: TokenLayout, cells: Int[ArrayLike, "B N"], known: Bool[ArrayLike, "B N"]
+) -> Int[Array, "B _"]:
+    """Computes how many unknown tokens of the diagonal order are drawn before each step, and in the end all of them.
 
-    In a stretch, the largest group has less than twice as many tokens as another one.
+    The groups are those of `orders.diagonal_groups` without their known cells, so that some may be empty.
 
     Args:
       steps: number of steps.
-      unknown: all numbers of tokens to draw that may occur, int32 [rows].
+      layout: layout of the token stream.
+      cells: the diagonal order, int32 [B, N].
+      known: whether a cell is known, in raster order, bool [B, N].
+
+    Returns:
+      int32 [B, steps + 1].
+    """
+    unknown = ~jnp.take_along_axis(known, cells, axis=1)
+    count = jnp.pad(jnp.cumsum(unknown, axis=1, dtype=jnp.int32), ((0, 0), (1, 0)))
+    return count[:, orders.diagonal_groups(steps, layout)]
+
+
+def stretches(drawn: Int[np.ndarray, "rows _"]) -> list[tuple[int, int, int]]:
+    """Splits the steps into stretches whose groups fit into the same number of places.
+
+    In a stretch, the largest group has less than twice as many places as the stretch before it.
+
+    Args:
+      drawn: number of tokens drawn before each step and in the end, for all cases that may occur, int32 [rows, steps +
+        1].
 
     Returns:
       First step, step after the last one, and G for each stretch. G is the size of the largest group up to the end of
       the stretch.
     """
-    sizes = np.maximum.accumulate(np.diff(drawn_before(steps, unknown)).max(0))
+    sizes = np.maximum.accumulate(np.diff(drawn).max(0))
     found = []
-    for _, stretch in itertools.groupby(range(steps), key=lambda t: int(sizes[t]).bit_length()):
+    for _, stretch in itertools.groupby(range(len(sizes)), key=lambda t: int(sizes[t]).bit_length()):
         stretch = list(stretch)
         found.append((stretch[0], stretch[-1] + 1, int(sizes[stretch[-1]])))
     return found
@@ -97,16 +119,27 @@ def decode(
     if guided:
         text = jnp.concatenate([text, knobs["negative"]])
     twice = (lambda x: jnp.concatenate([x, x])) if guided else (lambda x: x)
-    spans = stretches(steps, np.arange(0 if known is not None else length, length + 1, dtype=np.int32))
+    if order == "diagonal":
+        spans = stretches(orders.diagonal_groups(steps, layout)[None])  # known cells make a group smaller
+    else:
+        spans = stretches(
+            drawn_before(steps, np.arange(0 if known is not None else length, length + 1, dtype=np.int32))
+        )
     most = spans[-1][-1]  # G
 
     cells, tokens = orders.cells(order, keys, layout), jnp.zeros((rows, length), jnp.int32)
     given = jnp.zeros(rows, jnp.int32)  # number of known tokens
+    mask = jnp.zeros(cells.shape, bool) if known is None else jnp.broadcast_to(known[1], cells.shape)
+    visited = cells
     if known is not None:
-        cells = orders.given_first(cells, known[1])
+        cells = orders.given_first(cells, mask)
         tokens = jnp.take_along_axis(jnp.broadcast_to(known[0], cells.shape), cells, axis=1).astype(jnp.int32)
-        given = jnp.broadcast_to(known[1], cells.shape).sum(-1, dtype=jnp.int32)
-    drawn = drawn_before(steps, length - given)  # [B, steps + 1]
+        given = mask.sum(-1, dtype=jnp.int32)
+    ranks = jnp.argsort(cells, axis=1)  # the place of each cell
+    if order == "diagonal":
+        drawn = drawn_before_diagonals(steps, layout, visited, mask)
+    else:
+        drawn = drawn_before(steps, length - given)  # [B, steps + 1]
 
     bound = functools.partial(model.apply, {"params": params})
     last, text_cache = bound(text, method="begin")
@@ -121,13 +154,15 @@ def decode(
         places = first[:, None] + offsets
         seen = places - (ahead > 0)  # the last place that it sees in the cache
         at = lambda x, place: jnp.take_along_axis(x, jnp.clip(place, 0, length - 1), axis=1)
+        following = at(cells, places + ahead)
+        around = orders.neighbours(tokens, ranks, following, places, options.neighbour_kernel, layout)
         slot = jnp.arange(slots)[None, None] - before
         visible = (slot >= 0) & (slot <= seen[..., None])
-        each = [places, at(tokens, places - 1), at(cells, places - 1), at(cells, places + ahead)]
+        each = [places, at(tokens, places - 1), at(cells, places - 1), following]
         stored_params = {"params": params | {"trunk": restore(trunk)}}
         return model.apply(
-            stored_params, *map(twice, each), last, text_cache, caches, twice(first + before), twice(visible), stored,
-            method="extend",
+            stored_params, *map(twice, each), last, text_cache, caches, twice(first + before), twice(visible),
+            None if around is None else twice(around), stored, method="extend",
         )  # fmt: skip
 
     def step(size, carry, t):

@@ -66,6 +66,7 @@ class MaskGITPrior:
     options: MaskGITOptions = MaskGITOptions()
     name = "maskgit"
     any_order = True
+    takes_steps = True
 
     @property
     def stream(self) -> TokenLayout:
@@ -206,11 +207,11 @@ class MaskGITPrior:
     def watch(
         self,
         params: PyTree,
-        text: Int[ArrayLike, "C T"],
+        text: Shaped[ArrayLike, "C ..."],
         keys: Key[Array, " B"],
         *,
         known: tuple[Int[ArrayLike, "B N"], Bool[ArrayLike, "B N"]] | None = None,
-        negative: Int[ArrayLike, "_ T"] | None = None,
+        negative: Shaped[ArrayLike, "_ ..."] | None = None,
         **options,
     ) -> Iterator[tuple[Array, float]]:
         """See `TokenPrior.watch`: yields after each decoding step."""

@@ -27,6 +27,7 @@ class TokenPrior(Protocol):
       stream: layout of the positions that the model runs over: `layout`, or that with start tokens.
       name: name of the prior in reports.
       any_order: whether a token can be drawn given later tokens, as inpainting needs.
+      takes_steps: whether `sample` has the option `steps`, and draws several tokens in a step.
       schedules: schedules that the loss depends on, by name; see `Task.schedules`.
     """
 
@@ -34,6 +35,7 @@ class TokenPrior(Protocol):
     stream: TokenLayout
     name: str
     any_order: bool
+    takes_steps: bool
     schedules: Mapping[str, optax.Schedule]
 
     def init(self, key: Key[Array, ""], codebook: Float[ArrayLike, "V E"] | None = None) -> PyTree:
@@ -110,11 +112,11 @@ class TokenPrior(Protocol):
     def watch(
         self,
         params: PyTree,
-        text: Int[ArrayLike, "C T"],
+        text: Shaped[ArrayLike, "C ..."],
         keys: Key[Array, " B"],
         *,
         known: tuple[Int[ArrayLike, "B N"], Bool[ArrayLike, "B N"]] | None = None,
-        negative: Int[ArrayLike, "_ T"] | None = None,
+        negative: Shaped[ArrayLike, "_ ..."] | None = None,
         **options,
     ) -> Iterator[tuple[Array, float]]:
         """Draws image tokens as `sample` does, and yields them while they are drawn.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from collections.abc import Sequence
 from typing import Any
@@ -50,10 +51,37 @@ def wrap(text: str, typeface: Typeface, width: int, max_lines: int) -> list[str]
 
 
 def resized(pixels: np.ndarray, side: int) -> Image.Image:
-    """Returns an image, uint8 [H, W, 3], with `side` rows and columns. A smaller one is enlarged without smoothing."""
+    """Returns an image, uint8 [H, W, 3], whose longer side is `side`. A smaller one is enlarged without smoothing."""
     image = Image.fromarray(np.asarray(pixels, np.uint8))
-    smaller = image.width < side
-    return image.resize((side, side), Image.Resampling.NEAREST if smaller else Image.Resampling.BOX)
+    longer = max(image.size)
+    width, height = (max(1, round(length * side / longer)) for length in image.size)
+    return image.resize((width, height), Image.Resampling.NEAREST if longer < side else Image.Resampling.BOX)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Sizes of a grid's text, in pixels.
+
+    Attributes:
+      caption, heading, title: heights of the letters.
+      left: width of the captions to the left of the images; 0 if they stand above.
+      above: height of the caption above a row.
+      heading_height, title_height: heights of these lines.
+      between: space between two blocks.
+    """
+
+    caption: int
+    heading: int
+    title: int
+    left: int
+    above: int
+    heading_height: int
+    title_height: int
+    between: int
+
+
+_LEFT = _Sizes(15, 13, 20, left=190, above=0, heading_height=24, title_height=34, between=0)
+_ABOVE = _Sizes(22, 19, 34, left=0, above=38, heading_height=30, title_height=54, between=24)
 
 
 def image_grid(
@@ -63,6 +91,7 @@ def image_grid(
     title: str = "",
     cell_size: int = 128,
     blocks: int = 1,
+    captions_above: bool = False,
 ) -> np.ndarray:
     """Draws a grid of captions and images, one caption per row.
 
@@ -73,6 +102,8 @@ def image_grid(
       title: title over the grid.
       cell_size: side of a shown image, pixels. Small images are enlarged without smoothing.
       blocks: number of blocks of rows, placed side by side.
+      captions_above: write captions in large letters above their rows, for a grid that is shown at half its size.
+        Otherwise they stand to the left.
 
     Returns:
       uint8 [H', W', 3].
@@ -82,31 +113,38 @@ def image_grid(
     """
     if not rows or len({len(images) for _, images in rows}) != 1:
         raise ValueError("A grid needs at least one row, and the same number of images in each row.")
-    text_width = 190 if any(caption for caption, _ in rows) else 0
-    gap, margin = 8, 16
-    per_row = len(rows[0][1])
-    body, small, big = Typeface(15), Typeface(13), Typeface(20)
-    line_height = 19
-    block_width = text_width + per_row * (cell_size + gap) + gap
+    gap, margin, line_height = 8, 16, 19
+    sizes = _ABOVE if captions_above else _LEFT
+    has_captions, per_row = any(caption for caption, _ in rows), len(rows[0][1])
+    left_of_images, above_images = (sizes.left, sizes.above) if has_captions else (0, 0)
+    images_width = per_row * (cell_size + gap) + gap
+    caption_width, caption_lines = images_width - gap, 1
+    if sizes.left:
+        caption_width, caption_lines = sizes.left - 2 * gap, max(1, cell_size // line_height)
+    body, small, big = Typeface(sizes.caption), Typeface(sizes.heading), Typeface(sizes.title)
+    block_width, row_height = left_of_images + images_width, above_images + cell_size + gap
     lines = -(-len(rows) // blocks)
-    top = margin + (34 if title else 0) + (24 if columns else 0)
-    sheet = Image.new("RGB", (2 * margin + blocks * block_width, top + lines * (cell_size + gap) + margin), PAPER)
+    top = margin + (sizes.title_height if title else 0) + (sizes.heading_height if columns else 0)
+    width = 2 * margin + blocks * block_width + (blocks - 1) * sizes.between
+    sheet = Image.new("RGB", (width, top + lines * row_height + margin), PAPER)
     pen = ImageDraw.Draw(sheet)
     if title:
         big.draw(pen, (margin, margin - 4), title, INK)
     for block in range(blocks):
-        left = margin + block * block_width
+        left = margin + block * (block_width + sizes.between)
         shown = None
         for i, heading in enumerate(columns):
             if heading != shown:
-                small.draw(pen, (left + text_width + i * (cell_size + gap), top - 22), heading, FAINT)
+                place = (left + left_of_images + i * (cell_size + gap), top + 2 - sizes.heading_height)
+                small.draw(pen, place, heading, FAINT)
             shown = heading
     for i, (caption, images) in enumerate(rows):
-        left, y = margin + (i // lines) * block_width, top + (i % lines) * (cell_size + gap)
-        for number, line in enumerate(wrap(caption, body, text_width - 2 * gap, max(1, cell_size // 19))):
+        left, y = margin + (i // lines) * (block_width + sizes.between), top + (i % lines) * row_height
+        for number, line in enumerate(wrap(caption, body, caption_width, caption_lines)):
             body.draw(pen, (left, y + 4 + number * line_height), line, INK)
         for j, pixels in enumerate(images):
-            sheet.paste(resized(pixels, cell_size), (left + text_width + j * (cell_size + gap), y))
+            place = (left + left_of_images + j * (cell_size + gap), y + above_images)
+            sheet.paste(resized(pixels, cell_size), place)
     return np.asarray(sheet)
 
 

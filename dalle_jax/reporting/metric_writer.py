@@ -1,4 +1,4 @@
-"""Reports of a training run on disk: metrics.jsonl, TensorBoard's event files and sample images.
+"""Reports of a training run on disk: metrics.jsonl, TensorBoard's event files, sample images and a page.
 
 Only the first host writes; on the others every method does nothing. On object storage all files are copied there from
 a local folder: once a minute, at every `flush`, and at the end.
@@ -6,55 +6,80 @@ a local folder: once a minute, at every `flush`, and at the end.
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import os
-import pathlib
-import time
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.proto.summary_pb2 import Summary
 
-from dalle_jax.errors import UserError
+from dalle_jax.errors import ConfigError, UserError
+from dalle_jax.reporting import weights_and_biases
 from dalle_jax.reporting.images import png
+from dalle_jax.reporting.tensorboard import TensorBoard
 from dalle_jax.storage import json_files
 from dalle_jax.storage.errors import storage_cause
 from dalle_jax.storage.files import expanded, is_other_than_file, is_remote, write_atomically, write_errors
 from dalle_jax.storage.mirror import Mirror
 from dalle_jax.storage.obstacles import make_folder, move_aside
 
-_FLUSH_SECONDS = 10.0
-_LARGEST_EVENT_FILE = 16 << 20  # bytes; the upload of a changed file copies all of it
+TENSORBOARD, WANDB = "tensorboard", "wandb"
+
+
+def writers_of(names: str) -> list[str]:
+    """Returns the names in `config.metric_writers`, separated by commas.
+
+    Raises:
+      ConfigError: an unknown name, or a writer whose package is missing.
+    """
+    found = [name.strip() for name in names.split(",") if name.strip()]
+    if unknown := [name for name in found if name not in (TENSORBOARD, WANDB)]:
+        raise ConfigError(
+            f"config.metric_writers={names!r} names {unknown[0]!r}; expected {TENSORBOARD}, {WANDB}, both with a comma "
+            "between them, or '' for metrics.jsonl alone."
+        )
+    if WANDB in found:
+        weights_and_biases.check_installed()
+    return found
 
 
 class MetricWriter:
     """Appends scalars and images of one run to its workdir.
 
     Files: `metrics.jsonl` (one JSON object per line: "step" and scalars, null if not finite), `tensorboard/` (the same
-    values, and the images), `samples/<name>_<step>.png`.
+    values, and the images), `samples/<name>_<step>.png`, `index.html`. Weights & Biases gets values and images too if
+    it is one of the writers.
     """
 
-    def __init__(self, workdir: str, *, start: int = 0):
+    def __init__(
+        self,
+        workdir: str,
+        *,
+        start: int = 0,
+        writers: str = TENSORBOARD,
+        config: Mapping[str, Any] | None = None,
+    ):
         """Opens the files.
 
         Args:
           workdir: an existing directory.
           start: number of steps done. Lines of later steps are removed, because the run writes them again.
+          writers: writers in addition to `metrics.jsonl`, see `writers_of`.
+          config: the configuration, for writers that show it.
 
         A damaged file stops nothing: its readable lines stay, and the file is kept under another name.
         """
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        self._mirror = Mirror(workdir)
-        path = self._mirror.folder / "metrics.jsonl"
+        self._mirror, names = Mirror(workdir), writers_of(writers)
+        folder = self._mirror.folder
+        path = folder / "metrics.jsonl"
+        # The only writer that may be out of reach comes first.
+        self._wandb = weights_and_biases.WeightsAndBiases(workdir, folder, config or {}) if WANDB in names else None
         self._name = os.path.join(workdir, path.name)
         with write_errors(self._name):
             self._mirror.fetch(path.name)
@@ -65,7 +90,7 @@ class MetricWriter:
             write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
             self._jsonl = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (closed by close())
             make_folder(self._mirror.folder / "samples")
-            self._events = _EventFiles(self._mirror.folder / "tensorboard", start)
+            self._events = TensorBoard(folder / "tensorboard", start) if TENSORBOARD in names else None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes scalars of one step."""
@@ -75,7 +100,10 @@ class MetricWriter:
         finite = {name: value if math.isfinite(value) else None for name, value in plain.items()}
         with write_errors(self._name):
             self._jsonl.write(json.dumps({"step": step, **finite}) + "\n")
-            self._events.write(step, [Summary.Value(tag=name, simple_value=value) for name, value in plain.items()])
+            if self._events is not None:
+                self._events.scalars(step, plain)
+            if self._wandb is not None:
+                self._wandb.scalars(step, plain)
             self._mirror.upload_now_and_then()
 
     def image(self, step: int, name: str, image: np.ndarray) -> None:
@@ -86,15 +114,41 @@ class MetricWriter:
         with write_errors(path):
             encoded = png(image)
             write_atomically(path, encoded)
-            height, width, _ = image.shape
-            event = Summary.Image(height=height, width=width, colorspace=3, encoded_image_string=encoded)
-            self._events.write(step, [Summary.Value(tag=name, image=event)])
+            if self._events is not None:
+                self._events.image(step, name, encoded, *image.shape[:2])
+            if self._wandb is not None:
+                self._wandb.image(step, name, path)
+
+    def lines(self) -> list[dict[str, Any]]:
+        """Returns the lines of `metrics.jsonl`, as `read_metrics`; [] on other hosts than the first one."""
+        return read_metrics(str(self._mirror.folder)) if self._active else []
+
+    def samples(self, name: str) -> dict[int, epath.Path]:
+        """Returns the PNG files of an image that was written at several steps, by step in rising order."""
+        if not self._active:
+            return {}
+        found: dict[int, epath.Path] = {}
+        with write_errors(self._name):
+            for folder in (epath.Path(os.path.dirname(self._name)), epath.Path(self._mirror.folder)):
+                folder = folder / "samples"
+                for path in folder.glob(f"{name}_*.png") if folder.exists() else ():
+                    if (step := path.stem.removeprefix(f"{name}_")).isdecimal() and not is_other_than_file(path):
+                        found[int(step)] = path
+        return dict(sorted(found.items()))
+
+    def page(self, text: str) -> None:
+        """Writes `index.html`."""
+        if self._active:
+            path = self._mirror.folder / "index.html"
+            with write_errors(path):
+                write_atomically(path, text.encode())
 
     def flush(self) -> None:
         """Flushes everything to disk and to object storage."""
         if self._active:
             with write_errors(self._name):
-                self._events.flush()
+                if self._events is not None:
+                    self._events.flush()
                 self._mirror.upload()
 
     def close(self) -> None:
@@ -102,48 +156,11 @@ class MetricWriter:
         if self._active:
             with write_errors(self._name):
                 self._jsonl.close()
-                self._events.close()
+                if self._events is not None:
+                    self._events.close()
+                if self._wandb is not None:
+                    self._wandb.close()
                 self._mirror.close()
-
-
-class _EventFiles:
-    """TensorBoard's event files, written in the calling thread.
-
-    tensorboardX's `SummaryWriter` writes in a background thread. A full disk ends that thread, and after ten more
-    events the training waits for it forever. Its `EventsWriter` raises in the caller instead.
-
-    TensorBoard reads the files of a folder in the order of their names.
-    """
-
-    def __init__(self, folder: pathlib.Path, start: int):
-        make_folder(folder)
-        self._folder, self._start, self._files = folder, start, itertools.count()
-        self._open()
-        restart = SessionLog(status=SessionLog.START)  # hides earlier events from its step on
-        self._writer.write_event(Event(wall_time=time.time(), step=start + 1, session_log=restart))
-
-    def _open(self) -> None:
-        # The suffix distinguishes and orders files of the same second.
-        suffix = f".{os.getpid()}.{self._start}.{next(self._files):04d}"
-        self._writer = EventsWriter(os.path.join(self._folder, "events"), suffix)
-        self._flushed, self._size = time.monotonic(), 0
-
-    def write(self, step: int, values: list[Summary.Value]) -> None:
-        if self._size > _LARGEST_EVENT_FILE:
-            self._writer.close()
-            self._open()
-        event = Event(wall_time=time.time(), step=step, summary=Summary(value=values))
-        self._writer.write_event(event)
-        self._size += event.ByteSize()
-        if time.monotonic() - self._flushed > _FLUSH_SECONDS:
-            self.flush()
-
-    def flush(self) -> None:
-        self._writer.flush()
-        self._flushed = time.monotonic()
-
-    def close(self) -> None:
-        self._writer.close()
 
 
 def read_metrics(workdir: str) -> list[dict[str, Any]]:

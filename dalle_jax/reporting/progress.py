@@ -44,6 +44,7 @@ class Progress:
         self._interval = 0.5 if self._tty else interval
         self._start, self._total, self._batch_size = start, total, batch_size
         self._paused = 0.0
+        self._pause_began: float | None = None  # while one lasts
         self._began = time.perf_counter()
         self._mark = (start, 0.0)
         self._shown = 0.0
@@ -53,16 +54,18 @@ class Progress:
         self.pauses: float | None = None
 
     def _elapsed(self) -> float:
-        return time.perf_counter() - self._began - self._paused
+        now = time.perf_counter() if self._pause_began is None else self._pause_began
+        return now - self._began - self._paused
 
     @contextmanager
     def pause(self) -> Iterator[None]:
         """Excludes the time of the block from the training time."""
-        began = time.perf_counter()
+        self._pause_began = time.perf_counter()
         try:
             yield
         finally:
-            self._paused += time.perf_counter() - began
+            self._paused += time.perf_counter() - self._pause_began
+            self._pause_began = None
 
     def rates(self, step: int) -> dict[str, float]:
         """Returns the speed since the last call: {"seconds_per_step", "examples_per_second"}."""
@@ -80,10 +83,14 @@ class Progress:
         if not self.is_due(step):
             return
         self._shown = elapsed = self._elapsed()
-        left = (self._total - step) * elapsed / (step - self._start)
-        text = f"{self._summary(step, elapsed)} · loss {loss:.4g} · {duration(left)} left"
+        text = f"{self._summary(step, elapsed)} · loss {loss:.4g} · {duration(self.left(step))} left"
         self._print(f"\r\x1b[2K{text}" if self._tty else f"{text}\n")
         self._open = self._tty
+
+    def left(self, step: int) -> float | None:
+        """Returns the seconds of training that are left after step `step`; None before the first one."""
+        done = step - self._start
+        return (self._total - step) * self._elapsed() / done if done > 0 else None
 
     def predict(self, step: int) -> float | None:
         """Says once, after the first few steps, when the run will end. Call it after every step.

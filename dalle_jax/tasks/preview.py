@@ -9,8 +9,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from dalle_jax.data.spread import evenly
+from dalle_jax.errors import ConfigError
 from dalle_jax.reporting.images import image_grid
 
 _SMALLEST, _LARGEST = 96, 256  # side of a shown image, pixels
@@ -29,6 +31,22 @@ def shown_rows(valid: Any, count: int) -> np.ndarray:
     """
     rows = np.flatnonzero(np.asarray(valid))
     return rows[evenly(len(rows), count)] if len(rows) else rows
+
+
+def own_captions(config: ConfigDict) -> list[str]:
+    """Returns the captions in `config.preview.captions`, separated by "|"; [] to preview held-out examples.
+
+    Raises:
+      ConfigError: an empty caption between two others.
+    """
+    given = config.get("preview", {}).get("captions", "")
+    captions = [caption.strip() for caption in given.split("|")] if given.strip() else []
+    if "" in captions:
+        raise ConfigError(
+            f"config.preview.captions={given!r} has an empty caption; expected one between each two '|', such as "
+            "--config.preview.captions='a red circle|a green star'."
+        )
+    return captions
 
 
 def preview_grid(captions: Sequence[str], columns: Sequence[tuple[str, Sequence[np.ndarray]]]) -> np.ndarray:

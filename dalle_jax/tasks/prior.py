@@ -40,12 +40,13 @@ from dalle_jax.tasks import words
 from dalle_jax.tasks.adapters import base_of, check_adapters
 from dalle_jax.tasks.encoded_split import given_tokens, tokens_of_split
 from dalle_jax.tasks.image_conditions import with_conditions
-from dalle_jax.tasks.preview import preview_grid, shown_rows
+from dalle_jax.tasks.preview import own_captions, preview_grid, shown_rows
 from dalle_jax.tasks.task import Batch, Job, make_job, zeros_like
 from dalle_jax.token_layout import TokenLayout
 
 # Values of `config.data_tokens`. Any other one is a folder.
 ONCE, EACH_BATCH = "once", "each_batch"
+_OF_OWN = 4  # samples of each own caption in a preview
 
 
 class PriorTask:
@@ -70,6 +71,7 @@ class PriorTask:
         preview_rows: int = 4,
         adapters: LoRAOptions | None = None,
         base: PyTree | None = None,
+        captions: Sequence[str] = (),
     ):
         """Creates the task.
 
@@ -81,8 +83,9 @@ class PriorTask:
           preview_rows: number of captions in the preview.
           adapters: options of adapters, which are then the only trained parameters; None to train all parameters.
           base: frozen parameters of the prior that adapters are added to.
+          captions: captions to preview instead of those of held-out examples.
         """
-        self._adapters = adapters
+        self._adapters, self._captions = adapters, list(captions)
         self.prior, self.tokenizer, self._text_model, self._preview_rows = prior, tokenizer, text_model, preview_rows
         self.title = f"{prior.name} prior"
         self.schedules = dict(prior.schedules)
@@ -126,7 +129,9 @@ class PriorTask:
         return without_empty(mean.take())
 
     def preview(self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array) -> np.ndarray:
-        """Draws captions, each with the real image, its reconstruction and two samples."""
+        """Draws captions, each with the real image, its reconstruction and two samples; or four of each own caption."""
+        if self._captions:
+            return self._preview_of_own(params, frozen, key)
         condition = self.prior.layout.condition
         given, real, valid = to_host((condition.of_batch(batch), batch["image"], batch["valid"]))
         rows = shown_rows(valid, self._preview_rows)
@@ -137,6 +142,15 @@ class PriorTask:
         reconstructed, first, second = images[:count], images[count::2], images[count + 1 :: 2]
         columns = [("real", real), ("reconstructed", reconstructed), ("generated", first), ("generated", second)]
         return preview_grid(captions, columns)
+
+    def _preview_of_own(self, params: PyTree, frozen: PyTree, key: jax.Array) -> np.ndarray:
+        """Draws four samples of each of the given captions."""
+        layout = self.prior.layout
+        given = layout.condition.encode(self._captions, self._text_model)
+        keys = jax.random.split(key, _OF_OWN * len(given))
+        tokens = self.prior.sample(self._whole(params, frozen), jnp.asarray(given), keys)
+        images = to_uint8(to_host(_decode_tokens(self.tokenizer, frozen["tokenizer"], tokens, layout)))
+        return preview_grid(self._captions, [("generated", images[i::_OF_OWN]) for i in range(_OF_OWN)])
 
     def in_words(self, metrics: Mapping[str, float], examples: int) -> list[str]:
         """See `Task.in_words`."""
@@ -175,6 +189,12 @@ def _decode(tokenizer: ImageTokenizer, params: PyTree, images: jax.Array, drawn:
     return tokenizer.decode(params, tokens.reshape(-1, *tokenizer.grid(images.shape[1])))
 
 
+@functools.partial(jax.jit, static_argnums=(0, 3))
+def _decode_tokens(tokenizer: ImageTokenizer, params: PyTree, tokens: jax.Array, layout: TokenLayout) -> jax.Array:
+    """Decodes rows, int32 [D, N]: float32 [D, H, W, 3]."""
+    return tokenizer.decode(params, tokens.reshape(-1, layout.height, layout.width))
+
+
 def _encode(tokenizer: ImageTokenizer, params: PyTree, images: jax.Array) -> jax.Array:
     """Encodes uint8 images [B, H, W, 3] to int32 tokens [B, N] in raster order."""
     tokens = tokenizer.encode(params, images)
@@ -192,10 +212,11 @@ def _task(
     """Builds the task of a configuration for a tokenizer and a condition. `base` returns that of adapters."""
     layout = TokenLayout(condition, tokenizer.vocab_size, *tokenizer.grid(config.data.image_size))
     prior, options = make(config.prior, config.model, layout), trained.lora_of(config)
+    captions = own_captions(config)
     if not options.rank:
-        return PriorTask(prior, tokenizer, params, text_model)
+        return PriorTask(prior, tokenizer, params, text_model, captions=captions)
     frozen = base(prior) if base else zeros_like(prior.init, jax.random.key(0))
-    return PriorTask(prior, tokenizer, params, text_model, adapters=options, base=frozen)
+    return PriorTask(prior, tokenizer, params, text_model, adapters=options, base=frozen, captions=captions)
 
 
 def _check_data_tokens(config: ConfigDict) -> None:
@@ -229,6 +250,7 @@ def check_config(config: ConfigDict) -> None:
     if "text" in config:
         workdirs.check_text_section(config.text)
     check_adapters(config)
+    own_captions(config)
     _check_data_tokens(config)
     first = config.model.get("raster_steps")
     if first and config.steps and first >= config.steps:
@@ -237,9 +259,9 @@ def check_config(config: ConfigDict) -> None:
             f"have random orders, as drawing needs. Set --config.model.raster_steps={config.steps // 3}, for example."
         )
     last = config.model.get("anneal_end")
-    if last and config.model.order == "raster":
+    if last and config.model.order != "random":
         raise ConfigError(
-            f"config.model.anneal_end is {last} and config.model.order 'raster', so that no order is random. Set "
+            f"config.model.anneal_end is {last} and config.model.order {config.model.order!r}, not 'random'. Set "
             "--config.model.order=random, or --config.model.anneal_start=0 and --config.model.anneal_end=0."
         )
     if last and config.steps and last > config.steps:

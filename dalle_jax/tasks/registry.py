@@ -77,7 +77,7 @@ def defaults(config: Mapping[str, Any]) -> dict[str, Any]:
 
     A configuration that an older version stored lacks the newer keys. Its run used their defaults.
     """
-    return {"stop_after": 0} | {
+    return {"stop_after": 0, "metric_writers": "tensorboard", "preview.captions": ""} | {
         f"{section}.{name}": value
         for section, cls in options(config).items()
         for name, value in defaults_of(cls).items()

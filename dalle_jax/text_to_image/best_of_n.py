@@ -17,6 +17,7 @@ from dalle_jax.configuration.values import natural
 from dalle_jax.errors import ConfigError
 from dalle_jax.text_to_image import inputs
 from dalle_jax.text_to_image.drawing import MOST_IMAGES
+from dalle_jax.text_to_image.output import with_bar
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Ranked:
     images: np.ndarray
     scores: np.ndarray | None
     numbers: np.ndarray
+
+    def __repr__(self) -> str:
+        captions, kept, height, width = self.images.shape[:4]
+        best = "not ranked" if self.scores is None else f"best score {self.scores.max():.3f}"
+        return f"Ranked({captions} x {kept} images of {height} x {width} pixels, {best})"
 
     def best(self, keep: int) -> Ranked:
         """Returns the `keep` highest scores of each caption, in falling order, equal scores by candidate number."""
@@ -63,10 +69,14 @@ class Model(Protocol):
     Attributes:
       scorer: ranks the candidates; None if the model has none.
       workdir: the workdir that it was loaded from, for messages.
+      rows_at_once: largest number of images drawn at once.
     """
 
     @property
     def scorer(self) -> Scorer | None: ...
+
+    @property
+    def rows_at_once(self) -> int: ...
 
     @property
     def workdir(self) -> str: ...
@@ -78,7 +88,13 @@ class Model(Protocol):
 
 
 def best_of(
-    model: Model, captions: str | Sequence[str], candidates: int, keep: int, seed: int, **sampling: Any
+    model: Model,
+    captions: str | Sequence[str],
+    candidates: int,
+    keep: int,
+    seed: int,
+    progress: bool | None = False,
+    **sampling: Any,
 ) -> Ranked:
     """Draws candidates for each caption and keeps the best; see `TextToImage.best_of`.
 
@@ -93,8 +109,9 @@ def best_of(
     candidates = natural("candidates", candidates, 1, MOST_IMAGES)
     keep = natural("keep", keep, least=1, most=candidates)
     captions = inputs.captions(captions)
-    kept = []
-    for _, parts in itertools.groupby(model.chunks(captions, candidates, seed, **sampling), operator.itemgetter(0)):
+    kept, drawn = [], model.chunks(captions, candidates, seed, **sampling)
+    drawn = with_bar(drawn, len(captions) * candidates, model.rows_at_once, progress)
+    for _, parts in itertools.groupby(drawn, operator.itemgetter(0)):
         best = None
         for start, first, images in parts:
             here, shape = captions[start : start + len(images)], images.shape[:2]

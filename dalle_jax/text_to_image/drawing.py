@@ -100,6 +100,13 @@ class Chunk:
         inside = 0 <= caption - self.caption < self.captions
         return inside and 0 <= candidate - self.candidate < self.candidates
 
+    def place(self) -> tuple[slice, slice]:
+        """Returns the place of the chunk in an array [C, n, ...]."""
+        return (
+            slice(self.caption, self.caption + self.captions),
+            slice(self.candidate, self.candidate + self.candidates),
+        )
+
     def rows(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns the rows of the program. Surplus rows repeat others.
 
@@ -273,6 +280,16 @@ def _warn_of_guidance(prior: TokenPrior) -> None:
         "Guidance leads away from the empty caption, which this prior has never seen (model.caption_drop=0). Images "
         "may get worse. Set guidance to 0, or train with --config.model.caption_drop=0.1."
     )
+
+
+@functools.lru_cache(maxsize=1000)
+def warn_of_no_caption(prior: TokenPrior) -> None:
+    """Logs, once for each prior, that drawing without a caption needs a training that it did not have."""
+    if not prior.options.caption_drop:
+        logging.warning(
+            "No caption stands for the empty caption, which this prior has never seen (model.caption_drop=0). Give a "
+            "caption, or train with --config.model.caption_drop=0.1."
+        )
 
 
 @functools.lru_cache(maxsize=1000)

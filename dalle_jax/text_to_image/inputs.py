@@ -92,7 +92,7 @@ def pixels_of_each(given: Any, size: int | None = None) -> list[np.ndarray]:
       given: the images.
       size: S, so that a much larger photo may be decoded at a reduced size; None for the full size.
     """
-    if isinstance(given, list | tuple) and all(_is_image(each) for each in given):
+    if are_images(given):
         each = given
     elif _is_image(given) and getattr(given, "ndim", 0) != 4:
         each = [given]
@@ -257,16 +257,16 @@ def tokens(given: Any, shape: tuple[int | None, ...], vocab: int) -> np.ndarray:
     return array.astype(np.int32)
 
 
-def known(given: Any, shape: tuple[int, int], vocab: int) -> tuple[np.ndarray, np.ndarray]:
-    """Checks known tokens: (tokens [n, N], mask [n, N]). Where the mask is False, a token may be any number.
+def known(given: Any, shape: tuple[int, ...], vocab: int) -> tuple[np.ndarray, np.ndarray]:
+    """Checks known tokens: (tokens [..., N], mask [..., N]). Where the mask is False, a token may be any number.
 
     Args:
       given: the two arrays.
-      shape: [n, N].
+      shape: [n, N] or [C, n, N].
       vocab: V.
 
     Returns:
-      int32 [n, N] and bool [n, N].
+      int32 [..., N] and bool [..., N].
 
     Raises:
       DataError: another shape or type, or a known token outside [0, V).
@@ -285,6 +285,11 @@ def known(given: Any, shape: tuple[int, int], vocab: int) -> tuple[np.ndarray, n
 
 def _is_file(given: Any) -> bool:
     return isinstance(given, str | os.PathLike)
+
+
+def are_images(given: Any) -> bool:
+    """Returns whether a value is a list of images, and not an array in the form of lists."""
+    return isinstance(given, list | tuple) and all(_is_image(each) for each in given)
 
 
 def _is_image(given: Any) -> bool:

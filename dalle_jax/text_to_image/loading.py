@@ -25,7 +25,7 @@ from dalle_jax.errors import CheckpointError, ConfigError, UserError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.models.attention import kernels
 from dalle_jax.priors import trained
-from dalle_jax.priors.decoding_weights import for_drawing
+from dalle_jax.priors.decoding_weights import check_weights, for_drawing
 from dalle_jax.priors.registry import condition_of, make
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree, fingerprint, first_mismatch
@@ -35,11 +35,18 @@ from dalle_jax.token_layout import TokenLayout
 
 
 def load(
-    workdir: str, step: int | str | None, rows_at_once: int, clip: str | None, mesh: Mesh | None, base: str | None
+    workdir: str,
+    step: int | str | None,
+    rows_at_once: int,
+    clip: str | None,
+    mesh: Mesh | None,
+    base: str | None,
+    weights: str | None,
 ) -> dict[str, Any]:
     """Returns the fields of a `TextToImage`. `TextToImage.load` explains arguments and errors."""
     step, rows_at_once = check_step(step), natural("rows_at_once", rows_at_once, 1, MOST_IMAGES)
     check_mesh(mesh)
+    check_weights(weights)
     check_path("workdir", workdir)
     workdir, clip = local(workdir), local(clip)
     check_workdir(workdir)
@@ -66,8 +73,8 @@ def load(
             params = trained.place(trained.restore_adapters(run, folder, shapes, tokenizer_params), layout_of)
         step = run.resolve(step)
     # The stored parameters identify the model, and a conversion would change the hash of those in memory.
-    stored = "" if prior.options.trunk.dtype == "float32" else fingerprint(params)
-    prior, params = for_drawing(prior, params, mesh)
+    stored = "" if prior.options.trunk.dtype == "float32" and weights is None else fingerprint(params)
+    prior, params = for_drawing(prior, params, mesh, weights)
     tokenizer_params = jax.device_put(tokenizer_params, replicated(mesh))
     place = clip or next((one for one in (workdir, folder) if has_clip(one)), None)
     scorer = ClipScorer.load(place, rows_at_once=rows_at_once, mesh=mesh) if place else None
@@ -85,6 +92,7 @@ def load(
         "mesh": mesh,
         "fit": config["data"].get("fit", "crop"),
         "stored_fingerprint": stored,
+        "weights": weights,
     }
 
 

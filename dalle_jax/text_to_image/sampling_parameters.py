@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from dalle_jax.configuration.options import closest
 from dalle_jax.configuration.values import shown
 from dalle_jax.errors import ConfigError
 from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.text_to_image.other_names import in_our_names, instead_of
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -31,9 +34,8 @@ def parse(sampling: Mapping[str, Any]) -> tuple[SamplingOptions, str | None]:
     """
     known = {field.name for field in dataclasses.fields(SamplingOptions)} | {"negative"}
     if unknown := sorted(set(sampling) - known):
-        raise ConfigError(
-            f"There is no sampling parameter {unknown[0]!r}; expected some of {', '.join(sorted(known))}."
-        )
+        remedy = instead_of(unknown[0]) or f"expected some of {', '.join(sorted(known))}"
+        raise ConfigError(f"There is no sampling parameter {unknown[0]!r}{closest(unknown[0], known)}; {remedy}.")
     fields = dict(sampling)
     negative = fields.pop("negative", None)
     options = SamplingOptions(**fields)
@@ -48,8 +50,8 @@ def parse(sampling: Mapping[str, Any]) -> tuple[SamplingOptions, str | None]:
 def by_name(method: F) -> F:
     """Shows the sampling parameters by name in a method's signature and documentation.
 
-    `help`, notebooks and shells then list them. The method itself is unchanged and receives them as `**sampling`.
-    Names, defaults and texts come from `SamplingOptions`, so that they are written once.
+    `help`, notebooks and shells then list them. The method receives them as `**sampling`. Names, defaults and texts
+    come from `SamplingOptions`, so that they are written once. The names of `other_names` are understood too.
 
     Args:
       method: a method with `**sampling`, whose docstring has one line for it in `Args`.
@@ -62,8 +64,14 @@ def by_name(method: F) -> F:
         for field in dataclasses.fields(SamplingOptions)
     ]
     shown.append(inspect.Parameter("negative", keyword, default=None, annotation="str | None"))
-    method.__signature__ = signature.replace(parameters=[*others, *shown])
+    names = {parameter.name for parameter in (*others, *shown)}
+
+    @functools.wraps(method)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return method(*args, **in_our_names(kwargs, names))
+
+    call.__signature__ = signature.replace(parameters=[*others, *shown])
     if method.__doc__:  # python -OO removes docstrings
         attributes = inspect.getdoc(SamplingOptions).partition("Attributes:\n")[2].rstrip()
-        method.__doc__ = inspect.getdoc(method).replace(_PLACE, f"{attributes}\n{_NEGATIVE}")
-    return method
+        call.__doc__ = inspect.getdoc(method).replace(_PLACE, f"{attributes}\n{_NEGATIVE}")
+    return call

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import PIL.Image
 from jax.sharding import Mesh
 
 from dalle_jax.configuration.values import natural, shown
@@ -27,13 +28,16 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree, fingerprint
-from dalle_jax.text_to_image import best_of_n, drawing, editing, inputs, loading
+from dalle_jax.text_to_image import best_of_n, drawing, inputs, loading
+from dalle_jax.text_to_image import output as outputs
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, parameter_count
+from dalle_jax.text_to_image.editing import Edits
+from dalle_jax.text_to_image.output import Images
 from dalle_jax.text_to_image.sampling_parameters import by_name, parse
 
 
 @dataclasses.dataclass(frozen=True)
-class TextToImage:
+class TextToImage(Edits):
     """A prior with its image tokenizer and its text model, ready to draw. Create one with `TextToImage.load`.
 
     Attributes:
@@ -48,6 +52,7 @@ class TextToImage:
       mesh: devices that share the rows, or None for the default device.
       fit: how a given image that is not square becomes one, `data.fit` of the training.
       stored_fingerprint: hash of the checkpoint's parameters if `load` converted them, else "".
+      weights: "int8" if `load` rounded the kernels, else None.
       on_frame: called with a `drawing.Frame` after each decoding step, or row of tokens, of all images that are drawn.
         An exception that it raises stops the drawing. The results are the same as with None. Set it by
         `dataclasses.replace(model, on_frame=…)`.
@@ -66,6 +71,7 @@ class TextToImage:
     mesh: Mesh | None = None
     fit: str = "crop"
     stored_fingerprint: str = ""
+    weights: str | None = None
     on_frame: Callable[[drawing.Frame], None] | None = None
 
     @classmethod
@@ -77,6 +83,7 @@ class TextToImage:
         clip: str | None = None,
         mesh: Mesh | None = None,
         base: str | None = None,
+        weights: str | None = None,
     ) -> TextToImage:
         """Loads a prior from its workdir.
 
@@ -90,6 +97,8 @@ class TextToImage:
             uses all devices of this host along `data`.
           base: of exported adapters (LoRA), the workdir or export that they were trained from. None for the one that
             the export names, and for whole models.
+          weights: "int8" keeps the kernels of the prior's trunk in one byte per number, which changes the images a
+            little; see `priors.decoding_weights`. None keeps the precision of the prior.
 
         Returns:
           A model with `generate`, `best_of`, `complete`, `inpaint`, `outpaint` and `vary`.
@@ -97,11 +106,12 @@ class TextToImage:
         Raises:
           CheckpointError: no such workdir, checkpoint or CLIP, or parameters that do not fit the text model or the
             image tokenizer in the workdir. For a folder around several workdirs, the message lists them.
-          ConfigError: the workdir is not that of a prior, or `step` or `rows_at_once` is no such number.
+          ConfigError: the workdir is not that of a prior, `step` or `rows_at_once` is no such number, or unknown
+            `weights`.
           MeshError: the prior cannot be split over the mesh.
           HubError: an export on a hub cannot be downloaded.
         """
-        return cls(**loading.load(workdir, step, rows_at_once, clip, mesh, base))
+        return cls(**loading.load(workdir, step, rows_at_once, clip, mesh, base, weights))
 
     def __repr__(self) -> str:
         layout = self.prior.layout
@@ -126,8 +136,11 @@ class TextToImage:
         seed: int = 0,
         candidates: int | None = None,
         keep: int | None = None,
+        output: str = "numpy",
+        stream: bool = False,
+        progress: bool | None = None,
         **sampling: Any,
-    ) -> np.ndarray:
+    ) -> Images | Iterator[np.ndarray | PIL.Image.Image]:
         """Draws images for one caption or for several.
 
         Args:
@@ -137,6 +150,10 @@ class TextToImage:
           candidates: number of candidates to draw per caption. The ones that CLIP scores highest are returned, best
             first. `best_of` returns their scores too. None draws n images without CLIP.
           keep: number of candidates to return per caption. None returns n of them.
+          output: "numpy" for arrays, "pil" for lists of PIL images.
+          stream: return an iterator that draws up to `rows_at_once` images at a time and gives them one by one,
+            [H, W, 3] each: all images of a caption, then those of the next one. Not with candidates.
+          progress: show a progress bar. None shows it on a terminal and in a notebook if several chunks are drawn.
           **sampling: the sampling parameters.
 
         Returns:
@@ -144,9 +161,10 @@ class TextToImage:
 
         Raises:
           DataError: an empty caption, no caption, or something else than strings.
-          ConfigError: candidates without a CLIP, keep without candidates or larger than candidates, or a sampling
-            parameter out of range.
+          ConfigError: candidates without a CLIP, keep without candidates or larger than candidates, or a parameter out
+            of range.
         """
+        outputs.check(output, stream, progress, candidates)
         one, captions = isinstance(captions, str), inputs.captions(captions)
         n, seed = drawing.check_count(n, seed)
         if candidates is not None:
@@ -155,23 +173,32 @@ class TextToImage:
                     f"n is {n}, but candidates is {candidates}: CLIP keeps n of the candidates. Give candidates={n} or "
                     "more, or a smaller n."
                 )
-            images = self.best_of(captions, candidates, n if keep is None else keep, seed, **sampling).images
-            return images[0] if one else images
+            ranked = self.best_of(captions, candidates, n if keep is None else keep, seed, progress, **sampling)
+            return outputs.converted(ranked.images[0] if one else ranked.images, output)
         if keep is not None:
             raise ConfigError(
                 f"keep is {shown(keep)}, but candidates is not set: give candidates, the number to choose from."
             )
         drawn = self.chunks(captions, n, seed, **sampling)
+        drawn = outputs.with_bar(drawn, len(captions) * n, self.rows_at_once, progress)
+        if stream:
+            return outputs.one_by_one(drawn, output)
         rows = [
             np.concatenate([part for *_, part in parts], axis=1)
             for _, parts in itertools.groupby(drawn, operator.itemgetter(0))
         ]
         images = np.concatenate(rows)
-        return images[0] if one else images
+        return outputs.converted(images[0] if one else images, output)
 
     @by_name
     def best_of(
-        self, captions: str | Sequence[str], candidates: int, keep: int = 1, seed: int = 0, **sampling: Any
+        self,
+        captions: str | Sequence[str],
+        candidates: int,
+        keep: int = 1,
+        seed: int = 0,
+        progress: bool | None = None,
+        **sampling: Any,
     ) -> best_of_n.Ranked:
         """Draws candidates for each caption and returns those that CLIP scores highest.
 
@@ -182,6 +209,7 @@ class TextToImage:
           candidates: N, images to draw per caption: the first N images of `generate` with the same seed.
           keep: k, images to return per caption.
           seed: as in `generate`.
+          progress: as in `generate`.
           **sampling: the sampling parameters.
 
         Returns:
@@ -192,7 +220,8 @@ class TextToImage:
           ConfigError: no CLIP was loaded, k is not in [1, N], or a sampling parameter is out of range.
           DataError: an empty caption, no caption, or something else than strings.
         """
-        return best_of_n.best_of(self, captions, candidates, keep, seed, **sampling)
+        outputs.check_progress(progress)
+        return best_of_n.best_of(self, captions, candidates, keep, seed, progress, **sampling)
 
     @by_name
     def generate_one(
@@ -238,9 +267,9 @@ class TextToImage:
           seed: as in `generate`.
           **sampling: the sampling parameters.
 
-        Yields:
-          The index of the chunk's first caption, the number of its first image per caption, and its images, uint8
-          [captions, images, H, W, 3]. All images of a caption come before those of the next one.
+        Returns:
+          An iterator over tuples: the index of the chunk's first caption, the number of its first image per caption,
+          and its images, uint8 [captions, images, H, W, 3]. All images of a caption come before those of the next one.
 
         Raises:
           DataError: an empty caption, no caption, or something else than strings.
@@ -248,121 +277,12 @@ class TextToImage:
         """
         n, seed = drawing.check_count(n, seed)
         options, negative = parse(sampling)
+        self.prior.check_sampling(options)
         text = self.encode_text(captions)
-        for part in drawing.chunks(self, len(text), n):
-            yield part.caption, part.candidate, drawing.draw(self, text, part, seed, options, negative)
-
-    # -- edits ----------------------------------------------------------------------------------------------------
-
-    @by_name
-    def complete(
-        self, image: np.ndarray, rows: int, caption: str, n: int = 1, seed: int = 0, **sampling: Any
-    ) -> np.ndarray:
-        """Keeps the top rows of the token grid and draws the rest. Works with every prior.
-
-        Args:
-          image: an image of any size, see `encode`.
-          rows: token rows to keep, 0 to h. One row is H / h pixels high.
-          caption: describes the whole image.
-          n: images to draw.
-          seed: as in `generate`.
-          **sampling: the sampling parameters.
-
-        Returns:
-          uint8 [n, H, W, 3]. The kept tokens and their pixels are unchanged.
-
-        Raises:
-          DataError: an empty caption, or no image, see `encode`.
-          ConfigError: rows outside [0, h], or a sampling parameter out of range.
-        """
-        return editing.complete(self, image, rows, caption, n, seed, **sampling)
-
-    @by_name
-    def inpaint(
-        self,
-        image: np.ndarray,
-        mask: np.ndarray,
-        caption: str,
-        n: int = 1,
-        seed: int = 0,
-        dilate: int = 1,
-        **sampling: Any,
-    ) -> np.ndarray:
-        """Draws the marked part of an image again, so that it fits the surroundings and the caption.
-
-        Args:
-          image: an image of any size, see `encode`.
-          mask: True, or white, where to draw: bool or numbers [H, W], a PIL image or a path. It has the size of the
-            given image or of the model's images. A mask that is True everywhere keeps nothing of the image.
-          caption: describes the whole image. Another caption than before changes the content of the marked part.
-          n: images to draw.
-          seed: as in `generate`.
-          dilate: number of cells by which the marked cells grow, so that no token that saw the old content stays.
-          **sampling: the sampling parameters.
-
-        Returns:
-          uint8 [n, H, W, 3]. Outside the dilated cells, pixels and tokens are unchanged.
-
-        Raises:
-          ConfigError: the prior draws in raster order, so that it cannot see tokens after the hole; or `dilate` or a
-            sampling parameter is out of range.
-          DataError: an empty caption, no image, a mask of another size, or one that marks nothing.
-        """
-        return editing.inpaint(self, image, mask, caption, n, seed, dilate, **sampling)
-
-    @by_name
-    def vary(
-        self, image: np.ndarray, strength: float, caption: str, n: int = 1, seed: int = 0, **sampling: Any
-    ) -> np.ndarray:
-        """Draws a random share of the tokens again; the share is another one for each of the n images.
-
-        Args:
-          image: an image of any size, see `encode`.
-          strength: share of the tokens to draw, in (0, 1]; 1 keeps nothing.
-          caption: describes the whole image.
-          n: images to draw.
-          seed: as in `generate`.
-          **sampling: the sampling parameters.
-
-        Returns:
-          uint8 [n, H, W, 3]. Pixels more than one cell away from every new token are unchanged.
-
-        Raises:
-          ConfigError: strength outside (0, 1], a prior in raster order, or a sampling parameter out of range.
-          DataError: an empty caption, or no image, see `encode`.
-        """
-        return editing.vary(self, image, strength, caption, n, seed, **sampling)
-
-    @by_name
-    def outpaint(
-        self,
-        image: np.ndarray,
-        pad: int | tuple[int, int, int, int],
-        caption: str,
-        n: int = 1,
-        seed: int = 0,
-        **sampling: Any,
-    ) -> np.ndarray:
-        """Extends the canvas around an image.
-
-        Args:
-          image: an image of any size, see `encode`.
-          pad: pixels to add at the (top, bottom, left, right), or one number for all four sides. Each is a multiple of
-            f = H / h, the pixels per cell.
-          caption: describes the whole canvas.
-          n: images to draw.
-          seed: as in `generate`.
-          **sampling: the sampling parameters.
-
-        Returns:
-          uint8 [n, H + top + bottom, W + left + right, 3]. The given image stands in it unchanged.
-
-        Raises:
-          ConfigError: a pad that is negative, all zero or not a multiple of f, a prior in raster order, or a sampling
-            parameter out of range.
-          DataError: an empty caption, or no image, see `encode`.
-        """
-        return editing.outpaint(self, image, pad, caption, n, seed, **sampling)
+        return (
+            (part.caption, part.candidate, drawing.draw(self, text, part, seed, options, negative))
+            for part in drawing.chunks(self, len(text), n)
+        )
 
     # -- tokens ---------------------------------------------------------------------------------------------------
 
@@ -417,25 +337,26 @@ class TextToImage:
     @by_name
     def draw_tokens(
         self,
-        caption: str,
+        caption: str | Sequence[str] | None,
         n: int,
         seed: int,
         known: tuple[np.ndarray, np.ndarray],
         window: int = 0,
         **sampling: Any,
     ) -> np.ndarray:
-        """Draws the tokens of n images of one caption, given some of them.
+        """Draws the tokens of n images of each caption, given some of them.
 
         Args:
-          caption: the caption.
-          n: images to draw.
+          caption: a caption, a sequence of C captions, or None for the empty caption.
+          n: images to draw for each caption.
           seed: as in `generate`.
-          known: tokens int32 [n, N] and mask bool [n, N]. Where the mask is True, the token is returned unchanged.
+          known: tokens int32 [n, N] and mask bool [n, N]; with C in front for a sequence. Where the mask is True, the
+            token is returned unchanged.
           window: number of the window on a canvas, which selects other random keys; 0 for a single image.
           **sampling: the sampling parameters.
 
         Returns:
-          int32 [n, N].
+          int32 [n, N], or [C, n, N] for a sequence.
 
         Raises:
           DataError: an empty caption, or known tokens of another shape or type.
@@ -444,12 +365,20 @@ class TextToImage:
         n, seed = drawing.check_count(n, seed)
         options, negative = parse(sampling)
         layout, window = self.prior.layout, natural("window", window)
-        known = inputs.known(known, (n, layout.image_length), layout.image_vocab)
-        text, parts = self.encode_text([inputs.caption(caption)]), []
-        for part in drawing.chunks(self, 1, n):
+        if caption is None:
+            drawing.warn_of_no_caption(self.prior)
+            text = layout.condition.empty()[None]
+        else:
+            text = self.encode_text(caption)
+        one = caption is None or isinstance(caption, str)
+        shape = (n, layout.image_length) if one else (len(text), n, layout.image_length)
+        known = [x.reshape(len(text), n, -1) for x in inputs.known(known, shape, layout.image_vocab)]
+        tokens = np.empty((len(text), n, layout.image_length), np.int32)
+        for part in drawing.chunks(self, len(text), n):
             captions, numbers = part.rows()
-            given = tuple(x[numbers] for x in known)
+            each = np.repeat(captions, len(numbers) // len(captions))
             keys = drawing.row_keys(seed, text[captions], numbers, window)
-            rows = drawing.sample(self, text[captions], keys, options, negative, given, part)
-            parts.append(part.images(np.asarray(rows))[0])
-        return np.concatenate(parts)
+            given = tuple(x[each, numbers] for x in known)
+            rows = np.asarray(drawing.sample(self, text[captions], keys, options, negative, given, part))
+            tokens[part.place()] = part.images(rows)
+        return tokens[0] if one else tokens

@@ -35,6 +35,7 @@ from dalle_jax.distributed.sharding import on_mesh
 from dalle_jax.distributed.turns import first_host_says, is_first
 from dalle_jax.errors import ConfigError
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
+from dalle_jax.reporting.metric_writer import TENSORBOARD
 from dalle_jax.reporting.progress import duration, until
 from dalle_jax.tasks.task import Job
 from dalle_jax.training.run import Run
@@ -239,7 +240,8 @@ def measure(
     folder = epath.Path(workdir) / _FOLDER
     _remove(folder)
     config = copy.deepcopy(config)
-    config.profile_steps = 0
+    with config.unlocked():
+        config.profile_steps, config.metric_writers = 0, TENSORBOARD  # no run elsewhere
     if config.get("start_from"):
         config.start_from = None  # the costs do not depend on the values of the parameters
     budget = 60 * config.minutes

@@ -125,6 +125,8 @@ def _advance(run: Run, stop: threading.Event, lease: Lease | None) -> None:
                 ending = fresh and run.ended_early
                 if (previewing or ending) and not stopping:
                     run.preview(step)
+                if (metrics or previewing) and not stopping:
+                    run.page.write(step)
                 if not waiting and (saving or stopping or ending or (metrics and run.keeps_best(step))):
                     run.save(step, metrics)
         last = last or run.ended_early

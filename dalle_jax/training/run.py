@@ -31,7 +31,7 @@ from dalle_jax.metrics.mean import Mean, without_empty
 from dalle_jax.optim import optimizers, schedules
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.pytree import fingerprint
-from dalle_jax.reporting.metric_writer import MetricWriter, read_metrics
+from dalle_jax.reporting.metric_writer import TENSORBOARD, MetricWriter, read_metrics
 from dalle_jax.reporting.progress import Progress
 from dalle_jax.reporting.units import with_unit
 from dalle_jax.storage import checksummed
@@ -43,6 +43,7 @@ from dalle_jax.training.changed_data import explain_changed_data
 from dalle_jax.training.cleanup import close_at_exit
 from dalle_jax.training.evaluations import Evaluations
 from dalle_jax.training.profiling import StepClock, StepTrace
+from dalle_jax.training.run_page import RunPage
 from dalle_jax.training.step import Scalars, TrainState, make_init, make_train_step
 from dalle_jax.training.summary import finished, news_in_words, summary
 from dalle_jax.training.warm_start import warm_start
@@ -62,6 +63,7 @@ class Run:
       batches: the training iterator.
       checkpoints, writer, trace: of the workdir.
       progress, clock, mean: of the steps since the last report.
+      page: `index.html` of the workdir.
       watchdog: is notified of progress.
       evaluations: all of the run, also those before an interruption.
     """
@@ -128,12 +130,14 @@ class Run:
         evaluations = Evaluations.read(task.best_metric, lines, until=start).to_json()
         evaluations = first_host_says("evaluations", evaluations)
         self.evaluations = Evaluations.from_json(task.best_metric, evaluations)
-        self.writer = MetricWriter(workdir, start=start)
+        writers = config.get("metric_writers", TENSORBOARD)
+        self.writer = MetricWriter(workdir, start=start, writers=writers, config=to_json(config))
         close_at_exit(cleanup, self.writer.close)
         self.trace = StepTrace(workdir, start=start, total=self.total, count=config.profile_steps)
         close_at_exit(cleanup, self.trace.close)
         self.progress = Progress(start, self.total, config.batch_size, out=out)
         cleanup.callback(self.progress.close)
+        self.page = RunPage(config, workdir, job, self.writer, self.progress)
         self.clock, self.mean = StepClock(start), Mean()
         self._queued: list[tuple[int, Scalars]] = []  # steps that may still be running
         self._unread: list[tuple[int, Scalars]] = []  # steps that are done, and whose scalars were not fetched yet
@@ -322,3 +326,4 @@ class Run:
             next_steps=task.next_steps(config, self.workdir, batch, flags),
         )
         self.progress.note(lines)
+        self.page.write(step, lines)

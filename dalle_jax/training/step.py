@@ -53,6 +53,12 @@ class TrainState:
     skipped: jax.Array
     skipped_in_row: jax.Array
 
+    def __repr__(self) -> str:  # the arrays would fill pages
+        size = sum(leaf.size for leaf in jax.tree.leaves(self.params))
+        return (
+            f"TrainState(step={self.step}, {size:,} parameters, average {'not kept' if self.ema is None else 'kept'})"
+        )
+
     @property
     def eval_params(self) -> PyTree:
         """The parameters for evaluation and generation: the average if it is kept, else `params`."""

@@ -18,6 +18,7 @@ from dalle_jax.distributed.turns import first_host_first, is_first, joined
 from dalle_jax.errors import ConfigError
 from dalle_jax.optim import schedules
 from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
+from dalle_jax.reporting.metric_writer import writers_of
 from dalle_jax.storage.files import full_path, make_workdir
 from dalle_jax.training.evaluations import check_stop_after
 
@@ -49,6 +50,7 @@ def check_values(config: ConfigDict) -> None:
     for name, seconds in config.timeout_seconds.items():
         finite(f"config.timeout_seconds.{name}", seconds, _SHORTEST, _LONGEST)
     check_stop_after(config)
+    writers_of(config.get("metric_writers", ""))
     from_config(OptimizerOptions, config.optimizer, "optimizer")
     from_config(AverageOptions, config.ema, "ema")
     for name, section in config.schedules.items():

@@ -26,6 +26,7 @@ from ml_collections import config_flags
 
 import dalle_jax.main  # noqa: F401 (defines the command line's flags)
 from dalle_jax import TextToImage
+from dalle_jax.configuration import shipped
 from dalle_jax.data.text import TextModel
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.models.clip import CLIP, CLIPOptions
@@ -84,7 +85,7 @@ def _kind(command):
 
 def _load(arguments):
     """Parses `--config=…` and `--config.key=value` as the command line does; raises if one does not exist."""
-    values, line = flags.FlagValues(), ["main", *arguments]
+    values, line = flags.FlagValues(), shipped.with_located(["main", *arguments])
     config = config_flags.DEFINE_config_file("config", lock_config=True, flag_values=values, sys_argv=line)
     values(line)
     return config.value
@@ -282,7 +283,7 @@ _CLIP = [*short_runs.STEPS, *short_runs.SMALL_CLIP]
 
 def _tiny(command):
     """The overrides that shrink a command of `dalle_jax.main`; `DIR` becomes a folder of a few images."""
-    file, variant = re.search(r"configs/(\w+)\.py:?([\w.]*)", " ".join(command)).groups()
+    file, variant = re.search(r"--config=(?:configs/)?(\w+)(?:\.py)?:?([\w.]*)", " ".join(command)).groups()
     under, few = short_runs.under, short_runs.FEW_SHAPES
     small = variant in ("", "shapes", "emoji", "small")
     dvae, prior = (_DVAE, _PRIOR) if small else (_LARGE_DVAE, _LARGE_PRIOR)
@@ -321,7 +322,7 @@ def run_nothing(command, workspace):
     """Packages are installed already; `test_commands_exist` checks the extras."""
 
 
-RUNNERS = {"main": run_main, "script": _start, "pip": run_nothing}
+RUNNERS = {"main": run_main, "module": _start, "script": _start, "pip": run_nothing}
 
 
 @pytest.mark.slow

@@ -1,16 +1,25 @@
 """The report is one HTML file that loads nothing from outside."""
 
 import base64
+import dataclasses
 import html
 import html.parser
 import io
 import re
+import shlex
+import sys
+import types
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from dalle_jax.reporting.html import details, heading, image, page, paragraph, plot, table
+from dalle_jax.evaluation.measure import Measured
+from dalle_jax.evaluation.page import evaluation
+from dalle_jax.evaluation.showcase import Showcase
+from dalle_jax.priors.sampling import SamplingOptions
+from dalle_jax.reporting.html import details, heading, image, page, paragraph, table
+from dalle_jax.reporting.line_chart import plot
 
 
 class Outline(html.parser.HTMLParser):
@@ -28,7 +37,7 @@ class Outline(html.parser.HTMLParser):
             self.rows.append([])
         if tag in ("td", "th"):
             self.rows[-1].append("")
-        if tag not in ("meta", "img", "br"):
+        if tag not in ("meta", "img", "br", "input"):
             self._open.append(tag)
 
     def handle_startendtag(self, tag, attributes):
@@ -70,6 +79,75 @@ def test_a_page_is_self_contained():
     assert all(source.startswith(("data:", "#")) for source in outline.sources)
     assert "<script" not in text and "<b>" not in text and "<of>" not in text
     assert text.count("<svg") == 1 and "candidates" in text and "one &amp; two" in text
+
+
+def test_an_image_enlarges_without_a_script():
+    text = image(np.zeros((8, 8, 3), np.uint8), "a circle")
+    assert 'type="checkbox"' in text and 'class="sharp"' in text, "small images are enlarged without smoothing"
+    assert 'class="sharp"' not in image(np.zeros((200, 8, 3), np.uint8), "a circle")
+    assert "data:image/jpeg" in image(b"\xff\xd8 and so on", "a photo")
+
+
+def test_rows_explain_their_metrics():
+    text = table({"a": {"psnr": 20.0, "kl_nats": 1.0, "own": 2.0}}, explain=True)
+    assert "<strong>Higher is better.</strong> Likeness" in text and text.count("<small>") == 2
+    assert "<small>" not in table({"a": {"psnr": 20.0}})
+
+
+# -- the report of an evaluation ----------------------------------------------------------------------------------
+
+SAMPLING = dataclasses.asdict(SamplingOptions(top_k=3))
+
+
+def report():
+    noise = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    protocol = {
+        "captions": "2, first", "data": "shapes", "device": "cpu", "seed": 5, "sampling": {"maskgit": SAMPLING},
+    }  # fmt: skip
+    measured = Measured(
+        {"maskgit": {"fid": 1.0}, "protocol": protocol},
+        [("real", noise), ("maskgit", noise), ("best of 16", noise)],
+        {"maskgit": "runs/it's"},
+        {"maskgit": Showcase([("a star", [("step 1 of 2", noise[0])])], [("a star", [("real", noise[1])])])},
+    )
+    losses = {"dvae": [], "maskgit": [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0, "eval/loss": 1.5}]}
+    return evaluation("A title", measured, ("a red circle", "a 'star'"), "key: value", losses)
+
+
+def test_a_report_shows_images_unmasking_edits_and_losses():
+    text = report()
+    Outline(text)
+    assert text.count("data:image/png") == 2 * 3 + 2
+    assert "maskgit, best of 16" in text and "step 1 of 2" in text and "a red circle</h3>" in text
+    assert text.count("<svg") == 1 and "maskgit: loss" in text, "the dVAE logged nothing"
+
+
+def test_settings_that_are_not_used_are_left_out():
+    rows = dict(row for row in Outline(report()).rows if len(row) == 2)
+    assert rows["sampling, maskgit, top_k"] == "3"
+    assert not [name for name, value in rows.items() if value == "None"]
+
+
+def test_the_code_of_a_report_is_the_one_that_drew():
+    """Only the parameters that differ from the defaults, and the same workdir, caption and seed."""
+    shown = [html.unescape(part) for part in re.findall(r'<pre class="code">(.*?)</pre>', report(), re.DOTALL)]
+    program, command = shown
+    called = []
+    model = types.SimpleNamespace(generate=lambda *args, **kwargs: called.append((args, kwargs)))
+    library = types.SimpleNamespace(
+        TextToImage=types.SimpleNamespace(load=lambda workdir: called.append(workdir) or model),
+        save=lambda *args: called.append("save"),
+        show=lambda images: called.append("show"),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "dalle_jax", library)
+        exec(program, {})
+    assert called == ["runs/it's", (("a red circle",), {"n": 8, "seed": 5, "top_k": 3}), "show", "save"]
+    flags = shlex.split(command)[3:]
+    assert flags == [
+        "--config=generate", "--config.model_workdir=runs/it's", "--config.prompts=a red circle", "--config.n=8",
+        "--config.seed=5", "--config.sampling.top_k=3",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("powers", [True, False])

@@ -23,7 +23,7 @@ def write_report(out):
     measured.columns.append(("real", np.zeros((2, 8, 8, 3), np.uint8)))
     write(
         measured,
-        types.SimpleNamespace(captions=("a", "<script>b</script>")),
+        types.SimpleNamespace(captions=("<script>a</script>", "b")),
         out,
         f"<u>{NAME}",
         ConfigDict({"a": "<s>"}),

@@ -36,6 +36,7 @@ FULL = make({"depth": 2, "scan": True}, attention="full")
 STARTED = make(start_tokens=True)
 STARTED_DEEP = make({"depth": 9, "scan": True, "positions": "rotary"}, start_tokens=True, tied_embeddings=True)
 ANY_ORDER = make({"depth": 2}, attention="full", order="random", start_tokens=True)
+NEIGHBOURS = changed(ANY_ORDER, neighbour_kernel=3)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -86,12 +87,14 @@ def test_no_leak(prior):
     assert depends[predicted:, :before].all(), "every image token depends on all text"
 
 
-@pytest.mark.parametrize("prior", [SPARSE, STARTED, ANY_ORDER], ids=["sparse", "start tokens", "any order"])
+@pytest.mark.parametrize(
+    "prior", [SPARSE, STARTED, ANY_ORDER, NEIGHBOURS], ids=["sparse", "start tokens", "any order", "neighbours"]
+)
 def test_no_logit_depends_on_its_own_or_a_later_token(prior):
     """The same by tokens: another token changes only logits of later tokens, text before image."""
     text, tokens = rows(1)
     text = np.arange(T, dtype=np.int32)[None]
-    cells = None if prior is not ANY_ORDER else np.random.default_rng(0).permutation(N).astype(np.int32)[None]
+    cells = None if not prior.any_order else np.random.default_rng(0).permutation(N).astype(np.int32)[None]
 
     params = params_of(prior)
 
@@ -143,7 +146,7 @@ SAMPLERS = {
 CASES = {name: (DEEP, knobs) for name, knobs in SAMPLERS.items()}
 CASES |= {
     f"{kind}, {name}": (prior, SAMPLERS[name])
-    for kind, prior in (("start tokens", STARTED_DEEP), ("any order", ANY_ORDER))
+    for kind, prior in (("start tokens", STARTED_DEEP), ("any order", ANY_ORDER), ("neighbours", NEIGHBOURS))
     for name in ("hot", "guided, top-p, given")
 }
 

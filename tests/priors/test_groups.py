@@ -18,6 +18,8 @@ from dalle_jax.token_layout import TokenLayout
 
 PRIOR = autoregressive(attention="full", order="random")
 STARTED = autoregressive({"scan": True, "depth": 3}, attention="full", order="random", start_tokens=True)
+NEIGHBOURS = changed(PRIOR, neighbour_kernel=3)
+DIAGONAL = changed(NEIGHBOURS, order="diagonal")
 LARGE = TokenLayout(Text(10, 1), image_vocab=16, height=9, width=8)  # known tokens run in two parts
 
 
@@ -63,7 +65,7 @@ def test_groups_grow_as_a_cosine():
 def test_every_group_fits_into_its_stretch(steps):
     """Also the group before it, whose tokens run through the model in the same step."""
     for numbers in (np.arange(65, dtype=np.int32), np.array([64], np.int32)):
-        spans = groups.stretches(steps, numbers)
+        spans = groups.stretches(groups.drawn_before(steps, numbers))
         assert [t for first, end, _ in spans for t in range(first, end)] == list(range(steps))
         room = np.concatenate([[size] * (end - first) for first, end, size in spans])
         largest = sizes(steps, numbers).max(0)
@@ -82,7 +84,11 @@ def forward(prior, params, text, tokens, cells):
 CASES = {
     "random": (PRIOR, 5, dict(order="random"), False),
     "one step": (PRIOR, 1, dict(order="random"), False),
+    "neighbours": (NEIGHBOURS, 5, dict(order="random"), False),
+    "neighbours, known, guided": (changed(STARTED, neighbour_kernel=5), 4, dict(guidance=1.0), True),
     "start tokens, known, guided": (STARTED, 5, dict(order="random", guidance=1.0, top_p=0.8), True),
+    "diagonal": (DIAGONAL, 4, dict(temperature=2.0), False),
+    "diagonal, known": (DIAGONAL, 9, {}, True),
     "known, halton": (PRIOR, 3, dict(temperature=0.5, final_temperature=2.0), True),
 }
 
@@ -100,9 +106,16 @@ def test_a_group_is_drawn_given_all_earlier_groups(prior, steps, knobs, with_kno
     assert tokens.shape == (4, N) and tokens.dtype == np.int32
 
     mask = mask if with_known else np.zeros_like(mask)
-    cells = np.asarray(orders.given_first(orders.cells(knobs.get("order", "halton"), keys, LAYOUT), mask))
+    order = "diagonal" if prior is DIAGONAL else knobs.get("order", "halton")
+    visited = np.asarray(orders.cells(order, keys, LAYOUT))
+    cells = np.asarray(orders.given_first(visited, mask))
     count = mask.sum(-1)
-    drawn = count[:, None] + groups.drawn_before(steps, (N - count).astype(np.int32))
+    if prior is DIAGONAL:  # the groups of the grid, without their known cells
+        ends = orders.diagonal_groups(steps, LAYOUT)
+        unknown = ~np.take_along_axis(mask, visited, axis=1)
+        drawn = count[:, None] + np.stack([unknown[:, :end].sum(-1) for end in ends], axis=1)
+    else:
+        drawn = count[:, None] + groups.drawn_before(steps, (N - count).astype(np.int32))
     text = text.repeat(2, axis=0)
     expected = np.where(mask, given, 0)
     chosen = jax.jit(lambda logits, keys, progress: sampling.choose(
@@ -111,12 +124,12 @@ def test_a_group_is_drawn_given_all_earlier_groups(prior, steps, knobs, with_kno
     for place in range(N):
         step = (drawn <= place).sum(-1) - 1  # of each row; -1 for a known token
         start = np.where(step < 0, place, drawn[np.arange(4), np.maximum(step, 0)])
-        order = np.stack([np.r_[row[:s], row[place], row[s:place], row[place + 1 :]] for row, s in zip(cells, start)])
-        in_order = np.take_along_axis(tokens, order, axis=1)
-        logits = forward(prior, params, text, in_order, order)[np.arange(4), start]
+        one = np.stack([np.r_[row[:s], row[place], row[s:place], row[place + 1 :]] for row, s in zip(cells, start)])
+        in_order = np.take_along_axis(tokens, one, axis=1)
+        logits = forward(prior, params, text, in_order, one)[np.arange(4), start]
         if "guidance" in knobs:
             null = np.tile(LAYOUT.condition.empty(), (4, 1))
-            null = forward(prior, params, null, in_order, order)[np.arange(4), start]
+            null = forward(prior, params, null, in_order, one)[np.arange(4), start]
             logits = sampling.guide(logits, null, knobs["guidance"])
         folded = jax.vmap(jax.random.fold_in, (0, None))(keys, place)
         for row in range(4):
@@ -126,21 +139,24 @@ def test_a_group_is_drawn_given_all_earlier_groups(prior, steps, knobs, with_kno
     assert len(np.unique(tokens)) > 3
 
 
+@pytest.mark.parametrize("prior", [PRIOR, NEIGHBOURS], ids=["plain", "neighbours"])
 @pytest.mark.parametrize(
     "order, knobs, with_known", [("raster", {}, False), ("random", {"guidance": 1.5, "top_k": 5}, True)]
 )
-def test_groups_of_one_token_are_one_token_after_another(order, knobs, with_known):
+def test_groups_of_one_token_are_one_token_after_another(order, knobs, with_known, prior):
     text, given = rows(2)
     known = (np.tile(given, (2, 1)), np.random.default_rng(3).random((4, N)) < 0.3) if with_known else None
     draw = functools.partial(
-        PRIOR.sample, params_of(PRIOR), text, jax.random.split(jax.random.key(1), 4), known=known, order=order, **knobs
+        prior.sample, params_of(prior), text, jax.random.split(jax.random.key(1), 4), known=known, order=order, **knobs
     )
     np.testing.assert_array_equal(draw(steps=N), draw())
 
 
 @settings(max_examples=10, deadline=None, database=None)
 @given(data=st.data())
-@pytest.mark.parametrize("dtype, steps, order", [("float32", 4, "halton"), ("bfloat16", 1, "raster")])
+@pytest.mark.parametrize(
+    "dtype, steps, order", [("float32", 4, "halton"), ("bfloat16", 1, "raster"), ("float32", 3, "diagonal")]
+)
 def test_known_tokens_are_immutable(dtype, steps, order, data):
     prior = changed(PRIOR, {"dtype": dtype})
     text, tokens = rows(4)
@@ -189,7 +205,7 @@ def test_a_sample_depends_on_its_own_key_only():
 def test_a_prior_of_raster_order_says_how_to_train_another():
     text, keys = rows(1)[0], jax.random.split(jax.random.key(0), 1)
     raster = autoregressive()
-    with pytest.raises(ConfigError, match=r"--config\.model\.order=random"):
+    with pytest.raises(ConfigError, match=r"--config\.model\.order=diagonal"):
         raster.sample(params_of(raster), text, keys, steps=4)
     with pytest.raises(ConfigError, match="choice_temperature"):
         PRIOR.sample(params_of(PRIOR), text, keys, steps=4, choice_temperature=1.0)

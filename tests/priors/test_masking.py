@@ -1,5 +1,7 @@
 """Masking: exact counts, ties, and orders of unmasking."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,6 +142,59 @@ def test_cell_orders():
         assert known[row, cells[:count]].all() and not known[row, cells[count:]].any()
         kept = [c for c in np.asarray(scattered[row]) if not known[row, c]]
         assert cells[count:].tolist() == kept, "the others keep their order"
+
+
+def test_diagonal_orders():
+    """Diagonal after diagonal; the cells of each one are shuffled in training, and each may be first or last."""
+    layout = TokenLayout(2, 2, 1, 3, 4)
+    plain = np.asarray(orders.cells("diagonal", jax.random.split(jax.random.key(0), 2), layout))
+    assert plain.tolist() == [[0, 1, 4, 2, 5, 8, 3, 6, 9, 7, 10, 11]] * 2
+    shuffled = np.asarray(orders.shuffled_diagonals(jax.random.key(0), 500, layout))
+    for start, end in ((0, 1), (1, 3), (3, 6), (6, 9), (9, 11), (11, 12)):
+        np.testing.assert_array_equal(np.sort(shuffled[:, start:end], axis=1), np.tile(plain[0, start:end], (500, 1)))
+        assert set(shuffled[:, start]) == set(shuffled[:, end - 1]) == set(plain[0, start:end])
+
+
+@pytest.mark.parametrize("grid", [(1, 7), (3, 4), (8, 8), (32, 32)])
+def test_groups_of_diagonals(grid):
+    """All tokens once; whole diagonals in h + w - 1 steps, parts of one with more steps, and several with fewer."""
+    layout = TokenLayout(2, 2, 1, *grid)
+    cells = np.asarray(orders.cells("diagonal", jax.random.split(jax.random.key(0), 1), layout))[0]
+    diagonal = cells // grid[1] + cells % grid[1]
+    natural = sum(grid) - 1
+    for steps in {1, natural // 2, natural - 1, natural, natural + 1, 2 * natural, layout.image_length}:
+        if not 1 <= steps <= layout.image_length:
+            continue
+        ends = orders.diagonal_groups(steps, layout)
+        assert ends.shape == (steps + 1,) and ends[0] == 0 and ends[-1] == layout.image_length
+        assert (np.diff(ends) > 0).all()
+        groups = [set(diagonal[first:end]) for first, end in itertools.pairwise(ends)]
+        if steps >= natural:
+            assert all(len(group) == 1 for group in groups)
+        else:
+            assert all(not a & b for a, b in itertools.pairwise(groups)), "no diagonal is split"
+        if steps == natural:
+            assert np.diff(ends).max() == min(grid)
+    if grid == (8, 8):
+        assert np.diff(orders.diagonal_groups(16, layout)).tolist() == [1, 2, 3, 4, 5, 6, 7, 4, 4, 7, 6, 5, 4, 3, 2, 1]
+        assert np.diff(orders.diagonal_groups(64, layout)).tolist() == [1] * 64
+
+
+@pytest.mark.parametrize("side", [3, 5])
+def test_neighbours_are_the_known_tokens_around_a_cell(side):
+    layout = TokenLayout(2, 99, 1, 4, 5)
+    rng = np.random.default_rng(0)
+    cells = np.stack([rng.permutation(20) for _ in range(3)])
+    asked, seen, tokens = rng.integers(0, 20, (3, 7)), rng.integers(0, 21, (3, 7)), rng.integers(0, 99, (3, 20))
+    found = np.asarray(orders.neighbours(tokens, np.argsort(cells, axis=1), asked, seen, side, layout))
+    assert found.shape == (3, 7, side**2 - 1)
+    for b, p in np.ndindex(3, 7):
+        known = {divmod(int(cell), 5): token for cell, token in zip(cells[b, : seen[b, p]], tokens[b])}
+        row, column = divmod(int(asked[b, p]), 5)
+        around = range(-(side // 2), side // 2 + 1)
+        expected = [known.get((row + i, column + j), 99) for i in around for j in around if (i, j) != (0, 0)]
+        assert found[b, p].tolist() == expected
+    assert orders.neighbours(tokens, cells, asked, seen, 0, layout) is None
 
 
 def test_the_share_of_random_orders():

@@ -19,7 +19,8 @@ from dalle_jax.distributed.sharding import batch_sharding, on_mesh, shardings_of
 from dalle_jax.errors import ConfigError
 
 SLOW = (
-    "any order", "start tokens", "any order, start tokens", "shifted", "maskgit, small data", "maskgit, published",
+    "any order", "start tokens", "any order, neighbours", "diagonal", "any order, start tokens", "shifted",
+    "maskgit, small data", "maskgit, published",
 )  # fmt: skip
 every_prior = pytest.mark.parametrize(
     "prior", [pytest.param(p, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, p in PRIORS.items()]

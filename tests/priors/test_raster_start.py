@@ -126,12 +126,15 @@ def test_gradients_are_those_of_the_chosen_loss(step):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 
 
-def test_the_small_variant_begins_in_raster_order_whatever_its_length():
-    config = config_file.get_config("small")
-    for steps in (30, 3000):
-        config.steps = steps
-        assert config.model.raster_steps == steps // 3
-    assert all(config_file.get_config(name).model.raster_steps == 0 for name in config_file.VARIANTS if name != "small")
+SMALL = ("small", "classes", "shape_classes", "clipgen")
+
+
+def test_the_small_variants_begin_in_raster_order_whatever_their_length():
+    for name in config_file.VARIANTS:
+        config = config_file.get_config(name)
+        for steps in (30, 3000):
+            config.steps = steps
+            assert config.model.raster_steps == (steps // 3 if name in SMALL else 0)
 
 
 def test_a_training_without_random_masks_is_rejected():

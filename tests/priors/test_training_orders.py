@@ -7,13 +7,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from prior_cases import LAYOUT, autoregressive, changed, loss_of, params_of, rows
+from prior_cases import LAYOUT, N, autoregressive, changed, loss_of, params_of, rows
 
 from dalle_jax.configuration import config_files
 from dalle_jax.configuration.options import from_config
 from dalle_jax.errors import ConfigError
-from dalle_jax.priors import registry
+from dalle_jax.priors import orders, registry
 from dalle_jax.priors.autoregressive_model import AutoregressiveOptions
+from dalle_jax.priors.losses import cross_entropy
 from dalle_jax.tasks.prior import check_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -46,6 +47,27 @@ def test_updates_have_the_orders_of_the_schedule():
     np.testing.assert_allclose(loss(RANDOM, params, 0), random, rtol=1e-5)
 
 
+def test_diagonal_orders_are_trained_and_drawn():
+    """Training and evaluation shuffle each diagonal. Drawing does not, and edits are not offered."""
+    text, tokens = rows(4)
+    prior = changed(RANDOM, order="diagonal")
+    params, key = params_of(prior), jax.random.key(1)
+    nats = lambda key, train: loss_of(prior, params, text, tokens, key, train)[1]["image_nats"]
+    cells = np.asarray(orders.shuffled_diagonals(jax.random.fold_in(key, 2), 4, LAYOUT))
+    in_order = np.take_along_axis(tokens, cells, axis=1)
+    logits = jax.jit(prior.model.apply)({"params": params}, text, in_order, cells=cells)[1]
+    for train in (False, True):
+        np.testing.assert_allclose(nats(key, train), cross_entropy(logits, in_order).mean(), rtol=1e-5)
+    assert abs(nats(key, True) - nats(jax.random.key(2), True)) > 1e-4, "another order"
+    assert not prior.any_order and not prior.schedules
+    keys = jax.random.split(key, 4)
+    drawn = prior.sample(params, text, keys)
+    np.testing.assert_array_equal(drawn, RANDOM.sample(params, text, keys, order="diagonal"))
+    np.testing.assert_array_equal(prior.sample(params, text, keys, steps=N), drawn)
+    with pytest.raises(ConfigError, match="diagonal"):
+        prior.sample(params, text, keys, order="random")
+
+
 @pytest.mark.parametrize("variant", ["shapes", "small", "emoji", "coco"])
 def test_order_is_one_flag(variant):
     """Attention follows it, and so does a copy of the configuration. Other keys stay as they are."""
@@ -57,6 +79,9 @@ def test_order_is_one_flag(variant):
     prior = registry.make(config.prior, config.model, LAYOUT)
     assert prior.any_order and all(pattern.mask(LAYOUT)[-1].all() for pattern in prior.options.patterns)
     assert plain.model.attention == "sparse"
+    config.model.order = "diagonal"
+    assert config.model.attention == "full" and config.model.neighbour_kernel == 3
+    assert registry.make(config.prior, config.model, LAYOUT).options.knows_next
     config.model.order = "raster"
     assert config.to_json() == plain.to_json()
     config.model.order, config.model.attention = "random", "sparse"
@@ -73,6 +98,10 @@ def test_an_old_configuration_has_no_updates_in_raster_order():
     "changes, key",
     [
         (dict(raster_steps=10), "order=random"),
+        (dict(neighbour_kernel=3), "order=diagonal"),
+        (dict(order="diagonal", raster_steps=10), "order=random"),
+        (dict(order="diagonal", anneal_end=20), "order=random"),
+        (dict(order="random", neighbour_kernel=2), "neighbour_kernel"),
         (dict(anneal_start=10, anneal_end=20), "order=random"),
         (dict(order="random", raster_steps=30), "raster_steps"),
         (dict(order="random", anneal_end=31), "anneal_end=30"),
@@ -86,5 +115,5 @@ def test_orders_that_contradict_each_other_are_rejected(changes, key):
     config.model.update(changes)
     with pytest.raises(ConfigError, match=key):
         check_config(config)
-    config.model.update(dict(order="random", raster_steps=9, anneal_start=19, anneal_end=30))
+    config.model.update(dict(order="random", raster_steps=9, anneal_start=19, anneal_end=30, neighbour_kernel=3))
     check_config(config)

@@ -193,10 +193,10 @@ def test_an_incomplete_checkpoint_is_ignored(bucket):
 
 def test_event_files_stay_small(tmp_path, monkeypatch):
     """TensorBoard reads them in the order of their names."""
-    monkeypatch.setattr("dalle_jax.reporting.metric_writer._LARGEST_EVENT_FILE", 100)
+    monkeypatch.setattr("dalle_jax.reporting.tensorboard._LARGEST_FILE", 100)
     writer = MetricWriter(str(tmp_path))
     for step in range(9):
-        writer.scalars(step, {f"train/{'a' * 50}": 1.0})
+        writer.scalars(step, {f"train/{'a' * 50}": float(step)})
     writer.close()
     files = sorted((tmp_path / "tensorboard").iterdir(), key=lambda path: path.name)
     assert 3 < len(files) < 9 and all(path.stat().st_size < 500 for path in files)

@@ -8,11 +8,13 @@ import flax.linen as nn
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.data.text import TextModel
+from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.dvae import DVAEOptions, DVAETokenizer
 from dalle_jax.models.clip import CLIP, CLIPOptions
 from dalle_jax.models.transformer_options import TransformerOptions
@@ -24,7 +26,7 @@ from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.reporting.images import to_uint8
 from dalle_jax.tasks.clip import CLIPTask
 from dalle_jax.tasks.dvae import DVAETask
-from dalle_jax.tasks.preview import preview_grid, shown_rows
+from dalle_jax.tasks.preview import own_captions, preview_grid, shown_rows
 from dalle_jax.tasks.prior import PriorTask
 from dalle_jax.tasks.task import make_job
 from dalle_jax.token_layout import TokenLayout
@@ -126,6 +128,34 @@ def test_rows_are_spread_over_the_valid_ones():
     valid = np.array([0, 1, 1, 1, 0, 1, 1, 0], bool)
     assert shown_rows(valid, 3).tolist() == [1, 3, 6] and shown_rows(valid, 9).tolist() == [1, 2, 3, 5, 6]
     assert shown_rows(~(valid | True), 3).tolist() == []
+
+
+@pytest.mark.parametrize("kind", ["autoregressive", "maskgit"])
+def test_your_own_captions_are_drawn_at_each_preview(tmp_path, kind):
+    """Four samples of each, the same ones for the same parameters, whatever the batch holds."""
+    usual = prior(kind)
+    own = PriorTask(
+        usual.prior,
+        usual.tokenizer,
+        usual.frozen["tokenizer"],
+        text_model(),
+        captions=["a red square", "a blue square"],
+    )
+    job, params = job_of(own, tmp_path, 2), fresh(own)
+    batch = job.preview_batch()
+    image = own.preview(params, own.frozen, batch, jax.random.key(0))
+    assert round((image.shape[0] - 16 - 40) / 104) == 2 and round((image.shape[1] - 190 - 40) / 104) == 4
+    again = own.preview(params, own.frozen, {**batch, "image": batch["image"] * 0}, jax.random.key(0))
+    np.testing.assert_array_equal(again, image)
+    assert (own.preview(params, own.frozen, batch, jax.random.key(1)) != image).any()
+
+
+def test_captions_of_a_configuration():
+    of = lambda text: own_captions(ConfigDict({"preview": {"captions": text}}))
+    assert of(" a red circle | a star") == ["a red circle", "a star"]
+    assert of("") == of(" ") == own_captions(ConfigDict({})) == []
+    with pytest.raises(ConfigError, match="preview.captions"):
+        of("a red circle||a star")
 
 
 def test_captions_of_the_tokenizer_are_those_of_its_source(tmp_path):

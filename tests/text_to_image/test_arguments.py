@@ -115,6 +115,8 @@ def test_more_images_than_candidates(idle):
 def test_captions(idle, method):
     name = "captions" if method in ("generate", "best_of", "generate_one", "chunks") else "caption"
     for value in (b"a red circle", None, 5, 1.5, [b"a"], [None], [["a"]], "", [], [" "]):
+        if value is None and method in ("vary", "draw_tokens"):
+            continue  # the empty caption
         with pytest.raises(DataError, match="(?i)caption"):
             CALLS[method](idle, **{name: value})
     with pytest.raises(DataError, match="(?i)caption"):

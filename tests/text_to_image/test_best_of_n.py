@@ -43,6 +43,7 @@ class Table:
     shape: tuple[int, int]
     scorer: ColorScorer = dataclasses.field(default_factory=ColorScorer)
     workdir: str | None = None
+    rows_at_once: int = 64
 
     def table(self, captions, n, seed):
         rng = np.random.default_rng(seed)

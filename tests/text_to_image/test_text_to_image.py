@@ -444,6 +444,26 @@ def test_loading_converts_the_parameters_of_a_bfloat16_prior(trained, model, mon
     assert loaded.fingerprint() == model.fingerprint() == fingerprint(model.params) != fingerprint(loaded.params)
 
 
+def test_weights_in_int8(trained, model, tmp_path):
+    """The trunk's kernels have one byte per number, the hash is the checkpoint's, and a manifest remembers it."""
+    loaded = TextToImage.load(trained.workdir, rows_at_once=2, mesh=model.mesh, weights="int8")
+    held, whole = (sum(leaf.nbytes for leaf in jax.tree.leaves(each.params["trunk"])) for each in (loaded, model))
+    assert whole / 4 < held < 0.4 * whole, "norms, biases and scales are float32"
+    assert loaded.fingerprint() == model.fingerprint() and loaded.weights == "int8"
+    with pytest.raises(ConfigError, match="int4"):
+        TextToImage.load(trained.workdir, weights="int4")
+    config = config_files.load(f"{CONFIGS}/generate.py")
+    config.update({"model_workdir": trained.workdir, "prompts": CAPTION, "n": 2, "rows_at_once": 2, "weights": "int8"})
+    config.mesh.data = 1
+    generate.run(config, str(tmp_path))
+    stored = np.asarray(Image.open(tmp_path / "0000-001.png"))
+    np.testing.assert_array_equal(stored, loaded.generate(CAPTION, n=2)[1])
+    np.testing.assert_array_equal(generate.remake(str(tmp_path / "manifest.json"), "0000-001.png"), stored)
+    config.weights = "int4"
+    with pytest.raises(ConfigError, match="int4"):
+        generate.check(config, str(tmp_path))
+
+
 # -- jobs ---------------------------------------------------------------------------------------------------------
 
 
@@ -481,7 +501,7 @@ def test_every_image_of_a_manifest_can_be_drawn_again(trained, tmp_path):
     for sizes in (None, {"data": 64, "fsdp": 1, "tensor": 1}):
         other = {**manifest, "mesh": sizes}
         if sizes is None:
-            del other["mesh"]
+            del other["mesh"], other["weights"]
         (tmp_path / "other.json").write_text(json.dumps(other))
         again = generate.remake(str(tmp_path / "other.json"), name)
         np.testing.assert_allclose(again.astype(int), stored.astype(int), rtol=0, atol=1)

@@ -17,7 +17,7 @@ from tiny_job import tiny_batches, tiny_config, tiny_job
 
 from dalle_jax import compilation_cache
 from dalle_jax.errors import ConfigError
-from dalle_jax.reporting import metric_writer, progress
+from dalle_jax.reporting import progress, tensorboard
 from dalle_jax.reporting.metric_writer import read_metrics
 from dalle_jax.training import profiling
 from dalle_jax.training.loop import train
@@ -51,7 +51,7 @@ def timed(monkeypatch, tmp_path, capsys):
 
     clock = types.SimpleNamespace(perf_counter=lambda: now[0], monotonic=lambda: now[0], time=lambda: now[0])
     monkeypatch.setattr(profiling, "time", clock)
-    monkeypatch.setattr(metric_writer, "time", clock)
+    monkeypatch.setattr(tensorboard, "time", clock)
     monkeypatch.setattr(progress, "time", clock)
 
     monkeypatch.setattr(Scalars, "wait", lambda _: passes(DEVICE))
