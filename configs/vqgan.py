@@ -25,7 +25,8 @@ are yours, with the dVAE's augmentation.
   released configuration.
 - `llamagen_f16`: Adam without weight decay, as in the authors' code.
 
-Not yet measured: all variants' quality.
+Measured: `small` on clip art, four minutes on one core: 24.3 dB on held-out images, where `dvae.py:small` has 33.5
+(experiments/results/tokenizers). Not yet measured: the others.
 """
 
 from ml_collections import ConfigDict

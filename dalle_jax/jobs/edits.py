@@ -40,9 +40,12 @@ class Edit:
     argument: Any
 
     def apply(self, model: TextToImage, caption: str, n: int, seed: int, **sampling: Any) -> np.ndarray:
-        """Draws n edited images, uint8 [n, H', W', 3]. Errors as in the method of `TextToImage`."""
-        name = METHODS[self.method]
-        given = {"image": self.image, name: self.argument, "caption": caption, "n": n, "seed": seed}
+        """Draws n edited images, uint8 [n, H', W', 3]. Errors as in the method of `TextToImage`.
+
+        `vary` needs no caption; "" stands for none.
+        """
+        words = None if self.method == "vary" and not caption.strip() else caption
+        given = {"image": self.image, METHODS[self.method]: self.argument, "caption": words, "n": n, "seed": seed}
         return getattr(model, self.method)(**given, **sampling)
 
     def record(self) -> dict[str, Any]:

@@ -42,13 +42,13 @@ def draw_masks(
     if kind == "random":
         order = jax.random.uniform(key, (rows, length))
     else:
-        draw = functools.partial(_block_order, grid=grid, count=count, smallest=smallest)
+        draw = functools.partial(_first_blocks, grid=grid, count=count, smallest=smallest)
         order = jax.vmap(draw)(jax.random.split(key, rows))
-    return jnp.argsort(jnp.argsort(order, axis=1), axis=1) < count
+    return jnp.argsort(jnp.argsort(order, axis=1), axis=1) < count  # sorting is stable: equal ones in raster order
 
 
-def _block_order(key: Key[Array, ""], grid: tuple[int, int], count: int, smallest: int) -> Int[Array, " N"]:
-    """Ranks patches by the first block that covers them, then in raster order: int32 [N]."""
+def _first_blocks(key: Key[Array, ""], grid: tuple[int, int], count: int, smallest: int) -> Int[Array, " N"]:
+    """Returns the number of the first block that covers each patch, `_BLOCKS` if none does: int32 [N]."""
     height, width = grid
     row, column = jnp.divmod(jnp.arange(height * width), width)
 
@@ -68,4 +68,4 @@ def _block_order(key: Key[Array, ""], grid: tuple[int, int], count: int, smalles
     start = jnp.full(height * width, _BLOCKS, jnp.int32)
     steps = jnp.arange(_BLOCKS, dtype=jnp.int32), jax.random.split(key, _BLOCKS)
     first, _ = jax.lax.scan(add, start, steps)
-    return first * (height * width) + jnp.arange(height * width, dtype=jnp.int32)
+    return first

@@ -52,7 +52,8 @@ _MEANINGS = {
     r"image_nats_per_token|image_nats": (LOWER, "Surprise at the next token of a real image. 0 is certainty."),
     r"image_nats_masked_\d+_\d+": (LOWER, "The same surprise where this percentage of the tokens is masked."),
     r"text_nats": (LOWER, "Surprise at the next token of a caption."),
-    r"image_accuracy": (HIGHER, "Share of the tokens for which the first choice is right."),
+    r"accuracy": (HIGHER, "Share of the images whose class is right."),
+    r"image_accuracy|token_accuracy": (HIGHER, "Share of the tokens for which the first choice is right."),
     # CLIP
     r"retrieval@\d+": (HIGHER, "Share of images and captions whose partner CLIP finds, mean of both directions."),
     r"image_to_text(@\d+|_accuracy)": (HIGHER, "Share of the images whose caption CLIP finds."),

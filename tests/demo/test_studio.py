@@ -98,6 +98,7 @@ def test_edits(studio):
         draw(method="outpaint", pad=[0, 1, 2, 0]), model.outpaint(image, (0, 4, 8, 0), CAPTION, n=2, seed=3)
     )
     np.testing.assert_array_equal(draw(method="vary", strength=0.5), model.vary(image, 0.5, CAPTION, n=2, seed=3))
+    np.testing.assert_array_equal(draw(method="vary", strength=0.5, caption=" "), model.vary(image, 0.5, n=2, seed=3))
     np.testing.assert_array_equal(draw(method="complete", rows=1), model.complete(image, 1, CAPTION, n=2, seed=3))
 
 

@@ -155,7 +155,7 @@ function chooseMethod(wanted) {
   $("draw").textContent = source ? { inpaint: "Draw again", outpaint: "Extend", vary: "Vary", complete: "Complete" }[method] : "Draw";
   const unable = runs.filter((run) => !run.edits.includes(method)).map((run) => run.name);
   const hint = { inpaint: "Paint what to draw again. The caption describes the whole image.", outpaint: "The caption describes the whole canvas.",
-    vary: "A random share of the image is drawn again.", complete: "The shaded part is drawn again." }[method];
+    vary: "A random share of the image is drawn again. The caption may be empty.", complete: "The shaded part is drawn again." }[method];
   $("hint").textContent = unable.length ? `${hint} ${unable.join(", ")} draws from top to bottom and cannot do this.` : hint;
   showValues();
 }
@@ -217,7 +217,7 @@ async function openLink() {
   if (!location.search) drawing.caption = about.captions[0] ?? "";
   writeForm(drawing);
   chooseMethod(drawing.method === "generate" ? editor.method : drawing.method);
-  if (!drawing.caption || !location.search) return;
+  if (!location.search || !(drawing.caption || drawing.method === "vary")) return;
   drawing.runs = chosenRuns();
   if (upload) return alertOf("This link began with an uploaded image. Upload it to repeat the edit.");
   if (drawing.method !== "generate") {
