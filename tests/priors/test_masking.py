@@ -146,7 +146,7 @@ def test_cell_orders():
 
 def test_diagonal_orders():
     """Diagonal after diagonal; the cells of each one are shuffled in training, and each may be first or last."""
-    layout = TokenLayout(2, 2, 1, 3, 4)
+    layout = TokenLayout(Text(2, 1), 2, 3, 4)
     plain = np.asarray(orders.cells("diagonal", jax.random.split(jax.random.key(0), 2), layout))
     assert plain.tolist() == [[0, 1, 4, 2, 5, 8, 3, 6, 9, 7, 10, 11]] * 2
     shuffled = np.asarray(orders.shuffled_diagonals(jax.random.key(0), 500, layout))
@@ -158,7 +158,7 @@ def test_diagonal_orders():
 @pytest.mark.parametrize("grid", [(1, 7), (3, 4), (8, 8), (32, 32)])
 def test_groups_of_diagonals(grid):
     """All tokens once; whole diagonals in h + w - 1 steps, parts of one with more steps, and several with fewer."""
-    layout = TokenLayout(2, 2, 1, *grid)
+    layout = TokenLayout(Text(2, 1), 2, *grid)
     cells = np.asarray(orders.cells("diagonal", jax.random.split(jax.random.key(0), 1), layout))[0]
     diagonal = cells // grid[1] + cells % grid[1]
     natural = sum(grid) - 1
@@ -182,7 +182,7 @@ def test_groups_of_diagonals(grid):
 
 @pytest.mark.parametrize("side", [3, 5])
 def test_neighbours_are_the_known_tokens_around_a_cell(side):
-    layout = TokenLayout(2, 99, 1, 4, 5)
+    layout = TokenLayout(Text(2, 1), 99, 4, 5)
     rng = np.random.default_rng(0)
     cells = np.stack([rng.permutation(20) for _ in range(3)])
     asked, seen, tokens = rng.integers(0, 20, (3, 7)), rng.integers(0, 21, (3, 7)), rng.integers(0, 99, (3, 20))
