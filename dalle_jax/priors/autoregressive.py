@@ -233,7 +233,7 @@ class AutoregressivePrior:
                 f"steps={options.steps} draws several tokens in a step, but this prior knows only raster order, one "
                 "token after another. Leave steps out, or train a prior with --config.model.order=diagonal or random."
             )
-        sampling.check_steps(options, self.layout)
+        sampling.check_options(options, self.layout)
         names = orders.NAMES if self.any_order else (self.options.order,)
         if options.order is not None and options.order not in names:
             expected = ", ".join(names) if self.any_order else f"{names[0]}, the order of training"

@@ -257,8 +257,9 @@ class Nothing(Condition):
 
     @classmethod
     def complete(cls, config: ConfigDict) -> None:
-        """See `Condition.complete`. There is no text."""
+        """See `Condition.complete`. There is no text, and nothing to drop for guidance."""
         without_text(config)
+        config.model.caption_drop = 0.0
 
     @classmethod
     def of_config(cls, config: Mapping[str, Any] | ConfigDict) -> Nothing:

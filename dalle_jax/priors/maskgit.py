@@ -231,7 +231,7 @@ class MaskGITPrior:
 
     def check_sampling(self, options: SamplingOptions) -> None:
         """See `TokenPrior.check_sampling`."""
-        sampling.check_steps(options, self.layout)
+        sampling.check_options(options, self.layout)
         masking.unmasking_order(options.order or self.options.order, self.layout, self.options.choice_temperature)
 
 

@@ -24,6 +24,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Shaped, UInt32
 
 from dalle_jax.configuration.options import check
 from dalle_jax.configuration.values import natural
+from dalle_jax.errors import ConfigError
 from dalle_jax.token_layout import LONGEST_STREAM, TokenLayout
 
 Knobs = dict[str, Array]
@@ -66,10 +67,15 @@ class SamplingOptions:
         )  # fmt: skip
 
 
-def check_steps(options: SamplingOptions, layout: TokenLayout) -> None:
-    """Raises ConfigError if there are more steps than tokens."""
+def check_options(options: SamplingOptions, layout: TokenLayout) -> None:
+    """Raises ConfigError if there are more steps than tokens, or if guidance has no condition to lead towards."""
     if options.steps is not None:
         natural("steps", options.steps, 1, layout.image_length)
+    if options.guidance and not layout.condition.empty().size:
+        raise ConfigError(
+            f"guidance={options.guidance} leads from the empty condition towards the given one, but this prior draws "
+            "without a condition (data.condition=none). Leave guidance out."
+        )
 
 
 def knobs(

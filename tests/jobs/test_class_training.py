@@ -137,7 +137,7 @@ def test_an_unconditional_prior(name, folder, tokenizer, tmp_path):
     state = train.run(configured(name, folder, tokenizer, **changes), workdir)
     assert "text" not in state.params["embedding"] and not (tmp_path / "run" / "text").exists()
     stored = workdirs.read_config(workdir)
-    assert "text" not in stored and stored["data"]["condition"] == "none"
+    assert "text" not in stored and stored["data"]["condition"] == "none" and stored["model"]["caption_drop"] == 0
     model = TextToImage.load(workdir)
     assert model.prior.layout.condition == Nothing() and model.text_model is None
     images = model.generate(["anything", "else"], n=2)

@@ -13,6 +13,7 @@ from prior_cases import LAYOUT, N, V, cached_logits, changed, drawn, loss_of, tr
 from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.distributed.rows import over_rows
 from dalle_jax.distributed.sharding import batch_sharding, on_mesh, shardings_of
+from dalle_jax.errors import ConfigError
 from dalle_jax.priors import sampling
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
 from dalle_jax.priors.clip_condition import ClipEmbedding
@@ -162,12 +163,16 @@ def test_guidance_leads_away_from_the_empty_condition(kind, condition):
     prior, params = make(kind, condition)
     given, keys = rows(condition, 3), jax.random.split(jax.random.key(0), 3)
     draw = lambda **knobs: np.asarray(prior.sample(params, given, keys, temperature=0.0, **knobs))
+    if condition is Nothing:
+        with pytest.raises(ConfigError, match=r"guidance=2\.0"):
+            draw(guidance=2.0)
+        return
     empty = SIZES[condition].empty()[None]
     knobs = sampling.knobs(prior.layout, given, keys, sampling.SamplingOptions(guidance=2.0))
     np.testing.assert_array_equal(knobs["negative"], np.tile(empty, (3, 1)))
     np.testing.assert_array_equal(draw(guidance=2.0), draw(guidance=2.0, negative=empty))
     np.testing.assert_array_equal(draw(guidance=2.0, negative=given), draw())  # (1 + s)·l - s·l
-    assert (draw(guidance=2.0) != draw()).any() == (condition is not Nothing)
+    assert (draw(guidance=2.0) != draw()).any()
 
 
 @every_but_slow
