@@ -165,7 +165,7 @@ def test_guidance_leads_away_from_the_empty_condition(kind, condition):
     draw = lambda **knobs: np.asarray(prior.sample(params, given, keys, temperature=0.0, **knobs))
     if condition is Nothing:
         with pytest.raises(ConfigError, match=r"guidance=2\.0"):
-            draw(guidance=2.0)
+            prior.check_sampling(sampling.SamplingOptions(guidance=2.0))
         return
     empty = SIZES[condition].empty()[None]
     knobs = sampling.knobs(prior.layout, given, keys, sampling.SamplingOptions(guidance=2.0))
