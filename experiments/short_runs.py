@@ -72,9 +72,22 @@ def make_folder(path: Path, size: int, count: int = 24) -> Path:
     return path
 
 
+def make_classes(path: Path, size: int, count: int = 12) -> Path:
+    """Creates folders of small images, one for each class, in the layout of ImageNet."""
+    for split in ("train", "val"):
+        for shade, name in enumerate(("dark", "grey", "light")):
+            (path / split / name).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                pixels = np.full((size, size, 3), 80 * shade + i, np.uint8)
+                Image.fromarray(pixels).save(path / split / name / f"{i}.png")
+    return path
+
+
 def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
     """Returns chains of runs: name → config and overrides. A run may use the workdirs of earlier runs of its chain."""
     folder, big = make_folder(work / "folder", 64), make_folder(work / "big", 256)
+    classes = make_classes(work / "classes", 64)
+    trunk = [each for each in SHALLOW_TRUNK if each.startswith("model.")]
     vqgan = [*STEPS, *SMALL_VQGAN, "schedules.adversarial_weight.wait_steps=1"]
     shapes = {
         "dvae": ["dvae.py", *STEPS, *PATCHES, *FEW_SHAPES],
@@ -90,6 +103,10 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
         ],
         "beit": ["beit.py", *STEPS, *SMALL_BEIT, *FEW_SHAPES, f"tokenizer_from={work}/dvae"],
         "vqgan": ["vqgan.py", *vqgan, *FEW_SHAPES],
+        "prior:shape_classes": ["prior.py:shape_classes", *STEPS, *trunk, f"tokenizer_from={work}/dvae"],
+        "maskgit:shape_classes": [
+            "maskgit.py:shape_classes", *STEPS, *trunk, f"tokenizer_from={work}/dvae", "model.raster_steps=1",
+        ],
         "prior:vqgan": ["prior.py", *STEPS, *SHALLOW_TRUNK, *FEW_SHAPES, f"tokenizer_from={work}/vqgan"],
         "generate:vqgan": ["generate.py", f"model_workdir={work}/prior:vqgan", "prompts=a red circle", "n=2"],
         "quickstart": [
@@ -120,6 +137,20 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
             "vqgan.py:folder", *vqgan, f"data.path={folder}", "data.image_size=64", "data.workers=0",
         ],
         "clip:small": ["clip.py:small", *STEPS, *SMALL_CLIP, f"data.path={folder}"],
+        "prior:clipgen": [
+            "prior.py:clipgen", *STEPS, *trunk, f"tokenizer_from={work}/dvae:small", f"data.path={folder}",
+            f"clip_from={work}/clip:small",
+        ],
+        "maskgit:clipgen": [
+            "maskgit.py:clipgen", *STEPS, *trunk, f"tokenizer_from={work}/dvae:small", f"data.path={folder}",
+            f"clip_from={work}/clip:small",
+        ],
+        "prior:classes": [
+            "prior.py:classes", *STEPS, *trunk, f"tokenizer_from={work}/dvae:small", f"data.path={classes}",
+        ],
+        "maskgit:classes": [
+            "maskgit.py:classes", *STEPS, *trunk, f"tokenizer_from={work}/dvae:small", f"data.path={classes}",
+        ],
         "dvae:folder": [
             "dvae.py:folder", *STEPS, *SMALL_DVAE, f"data.path={folder}", "data.image_size=64", "data.workers=0",
         ],
@@ -147,6 +178,11 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
     for name in ("prior:2.8b", "prior:5.6b", "prior:paper", "maskgit:paper", "maskgit:3b"):
         published[name] = [
             name.replace(":", ".py:"), *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:paper", f"data.path={big}",
+            "data.workers=0", "data.image_size=64", "ema.every=1", "mesh.data=1",
+        ]  # fmt: skip
+    for name in ("prior:imagenet", "maskgit:imagenet256", "maskgit:imagenet512"):
+        published[name] = [
+            name.replace(":", ".py:"), *STEPS, *trunk, f"tokenizer_from={work}/vqgan:maskgit", f"data.path={classes}",
             "data.workers=0", "data.image_size=64", "ema.every=1", "mesh.data=1",
         ]  # fmt: skip
     published["beit:paper"] = [
