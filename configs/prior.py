@@ -234,6 +234,7 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.tokenizer_step = placeholder(int)
     config.start_from = placeholder(str)
     config.clip_from = placeholder(str)  # workdir or folder of the CLIP of data.condition=clip
+    config.clip_noise = row.get("clip_noise", 0.0)  # length of the noise on its unit vectors in training
 
     config.data = section(DataOptions, **row["data"])
     set_tokenizer(config, row["tokenizer"])

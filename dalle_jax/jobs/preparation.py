@@ -56,7 +56,13 @@ def prepare(config: ConfigDict) -> ConfigDict:
     _follow_tokens(config)
     _follow_start(config)
     if "prior" in config:
-        condition_of(config).complete(config)
+        condition = condition_of(config)
+        condition.complete(config)
+        if not condition.from_images and (unused := [key for key in ("clip_from", "clip_noise") if config.get(key)]):
+            raise ConfigError(
+                f"config.{unused[0]} is {config[unused[0]]!r}, and config.data.condition is {condition.name!r}, which "
+                "reads no CLIP. Leave it out, or set --config.data.condition=clip."
+            )
     _choose_source(config, config)
     if "tokenizer" in config and not config.tokenizer_from:
         _choose_source(config.tokenizer, config, "tokenizer.")

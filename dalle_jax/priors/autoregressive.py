@@ -45,7 +45,7 @@ from dalle_jax.priors import groups, orders, sampling
 from dalle_jax.priors.autoregressive_model import AutoregressiveModel, AutoregressiveOptions
 from dalle_jax.priors.condition import blank
 from dalle_jax.priors.embedding import start_from_codebook
-from dalle_jax.priors.losses import cross_entropy, drop_conditions, mean_over
+from dalle_jax.priors.losses import cross_entropy, mean_over, training_conditions
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
@@ -121,9 +121,9 @@ class AutoregressivePrior:
         """
         rows = text.shape[0]
         drop_key, dropout_key = jax.random.split(key)
-        given, dropped = drop_conditions(
-            drop_key, text, self.options.caption_drop if train else 0.0, self.layout.condition
-        )
+        given, dropped = jnp.asarray(text), jnp.zeros(rows, bool)
+        if train:
+            given, dropped = training_conditions(drop_key, text, self.options.caption_drop, self.layout.condition)
         cells = self._training_orders(jax.random.fold_in(key, 2), rows, train, step)
         if cells is not None:
             tokens = jnp.take_along_axis(tokens, cells, axis=1)

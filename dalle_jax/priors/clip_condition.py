@@ -13,13 +13,16 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import ArrayLike, Float, UInt8
+from jaxtyping import Array, ArrayLike, Float, Key, UInt8
 from ml_collections import ConfigDict
 
 from dalle_jax.clip import stored
 from dalle_jax.clip.encoder import ClipEncoder
+from dalle_jax.configuration.values import finite
 from dalle_jax.data.sources.source import Source
 from dalle_jax.errors import ConfigError
 from dalle_jax.priors.condition import Condition, NewTable, Tables, without_text
@@ -31,9 +34,12 @@ class ClipEmbedding(Condition):
 
     Attributes:
       width: E.
+      noise: length of a random vector that training adds to each unit vector (LAFITE, arXiv 2111.13792, section 3.1).
+        Embeddings of captions lie a little off those of images; the prior then has seen such neighbours.
     """
 
     width: int
+    noise: float = 0.0
     name: ClassVar[str] = "clip"
     length: ClassVar[int] = 1
     from_images: ClassVar[bool] = True
@@ -51,7 +57,7 @@ class ClipEmbedding(Condition):
                 "config.data.condition is 'clip', and config.clip_from is not set: give the workdir or folder of a "
                 "CLIP, such as --config.clip_from=runs/clip-shapes (configs/clip.py trains one)."
             )
-        return cls(ClipEncoder.load(config["clip_from"]).width)
+        return cls(ClipEncoder.load(config["clip_from"]).width, _noise(config))
 
     @classmethod
     def prepare(
@@ -66,9 +72,8 @@ class ClipEmbedding(Condition):
     @classmethod
     def load(cls, config: Mapping[str, Any] | ConfigDict, workdir: epath.PathLike) -> tuple[ClipEmbedding, ClipEncoder]:
         """See `Condition.load`."""
-        del config
         encoder = ClipEncoder.load(workdir)
-        return cls(encoder.width), encoder
+        return cls(encoder.width, _noise(config)), encoder
 
     def empty(self) -> Float[np.ndarray, " E"]:
         """See `Condition.empty`: zeros, which no unit vector is."""
@@ -77,6 +82,13 @@ class ClipEmbedding(Condition):
     def of_images(self, images: UInt8[ArrayLike, "B H W 3"], model: ClipEncoder) -> Float[np.ndarray, "B E"]:
         """See `Condition.of_images`."""
         return model.image_features(images)
+
+    def vary(self, key: Key[Array, ""], rows: Float[ArrayLike, "B E"]) -> Float[ArrayLike, "B E"]:
+        """See `Condition.vary`: adds noise, and scales the sum to a unit vector."""
+        if not self.noise:
+            return rows
+        noisy = rows + self.noise * _unit(jax.random.normal(key, rows.shape))
+        return _unit(noisy)
 
     def encode(self, requests: Sequence[str], model: ClipEncoder) -> Float[np.ndarray, "C E"]:
         """See `Condition.encode`: embeddings of captions."""
@@ -89,3 +101,12 @@ class ClipEmbedding(Condition):
     def embed(self, tables: Tables, rows: Float[ArrayLike, "B E"]) -> Float[ArrayLike, "B T D"]:
         """See `Condition.embed`."""
         return (rows @ tables[0])[:, None]
+
+
+def _noise(config: Mapping[str, Any] | ConfigDict) -> float:
+    """Returns `config.clip_noise`, checked. Earlier configurations have none."""
+    return finite("config.clip_noise", config.get("clip_noise", 0.0), 0.0, 10.0)
+
+
+def _unit(rows: Float[ArrayLike, "B E"]) -> Float[Array, "B E"]:
+    return rows / jnp.linalg.norm(rows, axis=-1, keepdims=True)

@@ -20,7 +20,7 @@ from typing import Any, ClassVar
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, Shaped, UInt8
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Shaped, UInt8
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import workdir as workdirs
@@ -96,6 +96,11 @@ class Condition(abc.ABC):
     def of_images(self, images: UInt8[ArrayLike, "B H W 3"], model: Any) -> Shaped[np.ndarray, "B ..."]:
         """Computes the conditions of images. Arguments as in `encode`."""
         raise NotImplementedError(f"{type(self).__name__} is not computed from images.")
+
+    def vary(self, key: Key[Array, ""], rows: Shaped[ArrayLike, "B ..."]) -> Shaped[ArrayLike, "B ..."]:
+        """Changes the conditions of a training batch at random. Most kinds stay as they are."""
+        del key
+        return rows
 
     @abc.abstractmethod
     def encode(self, requests: Sequence[str], model: Any) -> Shaped[np.ndarray, "C ..."]:

@@ -46,10 +46,12 @@ def mean_over(
     return (values * weights).sum() / jnp.maximum(weights.sum(), 1)
 
 
-def drop_conditions(
+def training_conditions(
     key: Key[Array, ""], rows: Shaped[ArrayLike, "B ..."], rate: float, condition: Condition
 ) -> tuple[Shaped[Array, "B ..."], Bool[Array, " B"]]:
-    """Replaces a random share of the conditions by the empty condition, as training for guidance needs.
+    """Varies the conditions of a training batch as their kind asks, and replaces a random share by the empty one.
+
+    Guidance needs the empty ones.
 
     Args:
       key: scalar key.
@@ -61,4 +63,5 @@ def drop_conditions(
       Conditions of the same shape, and which of them were dropped, bool [B].
     """
     dropped = jax.random.bernoulli(key, rate, (rows.shape[0], 1))[:, 0]
+    rows = condition.vary(jax.random.fold_in(key, 1), rows)
     return with_empty(condition, rows, dropped), dropped

@@ -44,7 +44,7 @@ from dalle_jax.priors import masking, sampling
 from dalle_jax.priors.alternatives import one_of
 from dalle_jax.priors.condition import blank
 from dalle_jax.priors.embedding import start_from_codebook
-from dalle_jax.priors.losses import cross_entropy, drop_conditions, mean_over, uniform_cross_entropy
+from dalle_jax.priors.losses import cross_entropy, mean_over, training_conditions, uniform_cross_entropy
 from dalle_jax.priors.maskgit_model import MaskGITModel, MaskGITOptions, truncated_start
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.pytree import PyTree
@@ -133,7 +133,7 @@ class MaskGITPrior:
     def _raster_loss(self, params, key, text, tokens, valid):
         """Implements `loss` in training with raster order: every token given the caption and the tokens before it."""
         drop_key, dropout_key = jax.random.split(key)
-        given, _ = drop_conditions(drop_key, text, self.options.caption_drop, self.layout.condition)
+        given, _ = training_conditions(drop_key, text, self.options.caption_drop, self.layout.condition)
         model = MaskGITModel(self.options, self.layout, raster=True)
         logits = model.apply({"params": params}, given, tokens, True, rngs={"dropout": dropout_key})
         counted = jnp.ones(len(tokens)) if valid is None else valid.astype(jnp.float32)
@@ -145,7 +145,9 @@ class MaskGITPrior:
         """Implements `loss` with random masks (arXiv 2202.04200, section 3.1)."""
         o, lay, rows = self.options, self.layout, text.shape[0]
         drop_key, dropout_key, ratio_key, mask_key = jax.random.split(key, 4)
-        given, _ = drop_conditions(drop_key, text, o.caption_drop if train else 0.0, lay.condition)
+        given = text
+        if train:
+            given, _ = training_conditions(drop_key, text, o.caption_drop, lay.condition)
         counts = masking.training_counts(
             o.mask_schedule, self.mask_ratios(ratio_key, rows, train=train, valid=valid), lay.image_length
         )

@@ -126,6 +126,8 @@ def test_too_many_classes(folder, tokenizer, tmp_path):
         train.run(configured("prior.py:classes", folder, tokenizer, data__bpe_dropout=0.1), str(tmp_path / "run"))
     with pytest.raises(ConfigError, match="label"):
         train.run(configured("prior.py:classes", folder, tokenizer, data__condition="clas"), str(tmp_path / "run"))
+    with pytest.raises(ConfigError, match="clip_noise"):
+        train.run(configured("prior.py:classes", folder, tokenizer, clip_noise=0.4), str(tmp_path / "run"))
 
 
 @pytest.mark.parametrize("name", ["prior.py:small", "maskgit.py:small"])

@@ -18,6 +18,7 @@ from dalle_jax.priors import sampling
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
 from dalle_jax.priors.clip_condition import ClipEmbedding
 from dalle_jax.priors.condition import KEY, Label, Nothing, Text, blank, with_empty
+from dalle_jax.priors.losses import training_conditions
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.priors.registry import CONDITIONS
@@ -261,3 +262,22 @@ def test_a_condition_is_learned(kind, condition):
         train(jax.random.key(0)), given, jax.random.split(jax.random.key(1), 4), temperature=0.0
     )
     assert (np.asarray(drawn_tokens) == tokens).mean() > 0.9
+
+
+def test_noise_on_embeddings():
+    """Training rotates each unit vector by a random angle, whose tangent is at most the noise; drawing does not."""
+    noisy, given = ClipEmbedding(256, noise=0.4), np.asarray(rows_of_units(64, 256))
+    varied = np.asarray(noisy.vary(jax.random.key(0), given))
+    cosines = (varied * given).sum(-1)
+    np.testing.assert_allclose(np.linalg.norm(varied, axis=-1), 1, rtol=1e-5)
+    assert np.mean(cosines) == pytest.approx(1 / np.sqrt(1 + 0.4**2), abs=0.02)
+    assert ClipEmbedding(256).vary(jax.random.key(0), given) is given
+    varied, dropped = training_conditions(jax.random.key(1), jnp.asarray(given), 0.5, noisy)
+    kept = ~np.asarray(dropped)
+    assert 0 < kept.sum() < 64 and (np.asarray(varied)[~kept] == 0).all()
+    assert (np.abs(np.asarray(varied) - given)[kept].max(-1) > 1e-3).all()
+
+
+def rows_of_units(count, width):
+    values = np.random.default_rng(0).normal(size=(count, width)).astype(np.float32)
+    return values / np.linalg.norm(values, axis=-1, keepdims=True)
