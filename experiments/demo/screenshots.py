@@ -34,9 +34,9 @@ def opened(browser: Any, address: str, query: str, **options: Any) -> Any:
 
 def drawn(page: Any) -> None:
     """Draws, and waits for the end."""
+    before = page.evaluate("Number(document.body.dataset.drawings ?? 0)")
     page.click("#draw")
-    page.wait_for_selector("body[data-state=drawing]")
-    page.wait_for_selector("body[data-state=idle]")
+    page.wait_for_selector(f'body[data-drawings="{before + 1}"][data-state=idle]')
 
 
 def saved(page: Any, path: pathlib.Path, **options: Any) -> None:

@@ -83,9 +83,14 @@ def idle(page):
 
 def draw(page, caption=CAPTION):
     page.fill("#caption", caption)
+    before = finished(page)
     page.click("#draw")
-    page.wait_for_selector("body[data-state=drawing]")
-    idle(page)
+    page.wait_for_selector(f'body[data-drawings="{before + 1}"][data-state=idle]')
+
+
+def finished(page):
+    """The number of drawings of this page that have ended."""
+    return page.evaluate("Number(document.body.dataset.drawings ?? 0)")
 
 
 def choose(page, *names):

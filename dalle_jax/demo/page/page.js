@@ -111,7 +111,9 @@ async function draw(drawing) {
     $("status").textContent = "";
     alertOf(error.message);
   }
-  if (current === mine) document.body.dataset.state = "idle";
+  if (current !== mine) return;
+  document.body.dataset.drawings = 1 + Number(document.body.dataset.drawings ?? 0); // finished ones
+  document.body.dataset.state = "idle";
 }
 
 const EDITS = { inpaint: "Drawn again where it was marked", outpaint: "Extended", vary: "Varied", complete: "Drawn below the kept rows" };
