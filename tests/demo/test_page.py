@@ -319,11 +319,18 @@ def test_a_phone(browser, address):
 # -- the server -------------------------------------------------------------------------------------------------------
 
 
-def post(address, name, body, headers=()):
-    asked = urllib.request.Request(
-        f"{address}gradio_api/call/{name}", body, {"Content-Type": "application/json", **dict(headers)}
-    )
-    return urllib.request.urlopen(asked, timeout=SECONDS)
+def status(asked):
+    """The HTTP status of an answer. The connection is closed."""
+    try:
+        with urllib.request.urlopen(asked, timeout=SECONDS) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+
+
+def post(address, name, body):
+    return urllib.request.Request(f"{address}gradio_api/call/{name}", body, {"Content-Type": "application/json"})
 
 
 def test_scripts_come_from_the_server_alone(address):
@@ -331,26 +338,20 @@ def test_scripts_come_from_the_server_alone(address):
         policy = answer.headers["Content-Security-Policy"]
     assert "default-src 'self'" in policy and "unsafe" not in policy
     for name in ("..%2fserver.py", "server.py", "..", "%2e%2e"):
-        with pytest.raises(urllib.error.HTTPError) as error:
-            urllib.request.urlopen(f"{address}page/{name}")
-        assert error.value.code == 404
+        assert status(f"{address}page/{name}") == 404
 
 
 def test_a_body_that_is_too_large(address):
-    with pytest.raises((urllib.error.HTTPError, urllib.error.URLError, ConnectionError)) as error:
-        post(address, "draw", b"x" * (server.MOST_BYTES + 1))
-    assert getattr(error.value, "code", 413) == 413
+    try:
+        assert status(post(address, "draw", b"x" * (server.MOST_BYTES + 1))) == 413
+    except (urllib.error.URLError, ConnectionError):
+        pass  # the server may close the connection before it has read all
 
 
 def test_the_queue_is_bounded(address):
     """One drawing runs, two wait, and another one gets an error."""
     request = {"caption": CAPTION, "runs": ["maskgit"], "n": 16, "candidates": 0, "sampling": {"steps": 16}}
     body = json.dumps({"data": [request]}).encode()
-    codes = []
-    for _ in range(12):
-        try:
-            codes.append(post(address, "draw", body).status)
-        except urllib.error.HTTPError as error:
-            codes.append(error.code)
-    assert 200 in codes and codes[-1] == 503
+    codes = [status(post(address, "draw", body)) for _ in range(12)]
+    assert set(codes) == {200, 503}
     time.sleep(1)
