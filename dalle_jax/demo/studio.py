@@ -193,9 +193,7 @@ def sampling_of(model: TextToImage, request: Request) -> dict[str, Any]:
     Parameters that the prior does not have are left out, so that an autoregressive prior can stand next to a MaskGIT
     prior on the page.
     """
-    without = set() if model.prior.takes_steps else {"steps"}
-    without |= set() if model.prior.name == "maskgit" else {"choice_temperature"}
-    return {name: value for name, value in request.sampling.items() if name not in without}
+    return {name: value for name, value in request.sampling.items() if name not in model.prior.absent_options}
 
 
 def _described(name: str, model: TextToImage) -> dict[str, Any]:

@@ -45,6 +45,7 @@ from dalle_jax.priors import groups, orders, sampling
 from dalle_jax.priors.autoregressive_model import AutoregressiveModel, AutoregressiveOptions
 from dalle_jax.priors.condition import blank
 from dalle_jax.priors.embedding import start_from_codebook
+from dalle_jax.priors.guidance import guide
 from dalle_jax.priors.losses import cross_entropy, mean_over, training_conditions
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.pytree import PyTree
@@ -78,6 +79,20 @@ class AutoregressivePrior:
     def takes_steps(self) -> bool:
         """See `TokenPrior.takes_steps`: true if positions know the next cell."""
         return self.options.knows_next
+
+    @property
+    def absent_options(self) -> dict[str, str]:
+        """See `TokenPrior.absent_options`."""
+        absent = {
+            "choice_temperature": "is an option of the MaskGIT prior; the autoregressive prior draws each token once. "
+            "Leave it out."
+        }
+        if not self.takes_steps:
+            absent["steps"] = (
+                "draws several tokens in a step, but this prior knows only raster order, one token after another. Leave "
+                "steps out, or train a prior with --config.model.order=diagonal or random."
+            )
+        return absent
 
     @property
     def schedules(self) -> dict[str, optax.Schedule]:
@@ -223,17 +238,7 @@ class AutoregressivePrior:
 
     def check_sampling(self, options: SamplingOptions) -> None:
         """See `TokenPrior.check_sampling`."""
-        if options.choice_temperature is not None:
-            raise ConfigError(
-                f"choice_temperature={options.choice_temperature} is an option of the MaskGIT prior; the "
-                "autoregressive prior draws each token once. Leave it out."
-            )
-        if options.steps is not None and not self.takes_steps:
-            raise ConfigError(
-                f"steps={options.steps} draws several tokens in a step, but this prior knows only raster order, one "
-                "token after another. Leave steps out, or train a prior with --config.model.order=diagonal or random."
-            )
-        sampling.check_options(options, self.layout)
+        sampling.check_options(options, self.layout, self.absent_options)
         names = orders.NAMES if self.any_order else (self.options.order,)
         if options.order is not None and options.order not in names:
             expected = ", ".join(names) if self.any_order else f"{names[0]}, the order of training"
@@ -341,7 +346,7 @@ def _chooser(prior: AutoregressivePrior, keys, known, knobs, cells) -> Callable[
 
     def choose(logits, index):
         if "guidance" in knobs:
-            logits = sampling.guide(logits[:rows], logits[rows:], knobs["guidance"])
+            logits = guide(logits[:rows], logits[rows:], knobs["guidance"].at((index + 1) / length))
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
         token = sampling.choose(logits, step_keys, knobs, index / max(length - 1, 1))
         if known is not None:

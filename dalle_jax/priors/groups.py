@@ -29,6 +29,7 @@ from dalle_jax.models.dense import outputs_first
 from dalle_jax.models.trunk import for_decoding
 from dalle_jax.priors import orders, sampling
 from dalle_jax.priors.autoregressive_model import AutoregressiveModel, AutoregressiveOptions
+from dalle_jax.priors.guidance import guide
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import LONGEST_STREAM, TokenLayout
 
@@ -171,7 +172,7 @@ def decode(
         end = given + jax.lax.dynamic_index_in_dim(drawn, t + 1, axis=1, keepdims=False)
         logits, caches = extend(caches, tokens, jnp.minimum(start, length - 1) - size + 1, size, size)
         if guided:
-            logits = sampling.guide(logits[:rows], logits[rows:], knobs["guidance"])
+            logits = guide(logits[:rows], logits[rows:], knobs["guidance"].at((t + 1) / steps))
         places = start[:, None] + jnp.arange(size)[None]
         place_keys = jax.vmap(jax.vmap(jax.random.fold_in, (None, 0)))(keys, places).reshape(-1)
         flat_logits = logits.reshape(rows * size, -1)

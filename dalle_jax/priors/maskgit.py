@@ -1,8 +1,8 @@
 """The MaskGIT prior: a bidirectional transformer that predicts all masked image tokens at once (arXiv 2202.04200).
 
 Training masks some tokens of an image and predicts them from the other tokens and the caption. Decoding starts with all
-tokens masked and unmasks more of them in each of a few steps. Guidance rises linearly over the steps (Muse, arXiv
-2301.00704, section 2.7). The paper's masked-token head is a dense layer, GELU, norm, the transposed image embedding and
+tokens masked and unmasks more of them in each of a few steps. By default guidance rises linearly over the steps (Muse,
+arXiv 2301.00704, section 2.7). The paper's masked-token head is a dense layer, GELU, norm, the transposed image embedding and
 a bias per token.
 
 Deviations from the paper and from its reference code (google-research/maskgit):
@@ -31,7 +31,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -44,6 +45,7 @@ from dalle_jax.priors import masking, sampling
 from dalle_jax.priors.alternatives import one_of
 from dalle_jax.priors.condition import blank
 from dalle_jax.priors.embedding import start_from_codebook
+from dalle_jax.priors.guidance import guide
 from dalle_jax.priors.losses import cross_entropy, mean_over, training_conditions, uniform_cross_entropy
 from dalle_jax.priors.maskgit_model import MaskGITModel, MaskGITOptions, truncated_start
 from dalle_jax.priors.sampling import SamplingOptions
@@ -67,6 +69,7 @@ class MaskGITPrior:
     name = "maskgit"
     any_order = True
     takes_steps = True
+    absent_options: ClassVar[Mapping[str, str]] = {}
 
     @property
     def stream(self) -> TokenLayout:
@@ -202,7 +205,8 @@ class MaskGITPrior:
           Tokens, int32 [B, N]. Tokens after each step, int32 [steps, B, N], `layout.mask_id` where still masked.
         """
         options = SamplingOptions(**options)
-        knobs = sampling.knobs(self.layout, text, keys, options, negative)
+        self.check_sampling(options)
+        knobs = sampling.knobs(self.layout, text, keys, options, negative, guidance_schedule="linear")
         steps, order = self.decoding_steps(options.steps), self._order(options)
         return _decode(self, steps, order, params, text, keys, known, knobs)
 
@@ -218,7 +222,8 @@ class MaskGITPrior:
     ) -> Iterator[tuple[Array, float]]:
         """See `TokenPrior.watch`: yields after each decoding step."""
         options = SamplingOptions(**options)
-        knobs = sampling.knobs(self.layout, text, keys, options, negative)
+        self.check_sampling(options)
+        knobs = sampling.knobs(self.layout, text, keys, options, negative, guidance_schedule="linear")
         steps, order = self.decoding_steps(options.steps), self._order(options)
         ids, at_start, text_cache = _begin(self, params, text, keys, known, knobs)
         for t in range(steps):
@@ -233,7 +238,7 @@ class MaskGITPrior:
 
     def check_sampling(self, options: SamplingOptions) -> None:
         """See `TokenPrior.check_sampling`."""
-        sampling.check_options(options, self.layout)
+        sampling.check_options(options, self.layout, self.absent_options)
         masking.unmasking_order(options.order or self.options.order, self.layout, self.options.choice_temperature)
 
 
@@ -327,7 +332,7 @@ def _stepper(prior: MaskGITPrior, steps: int, order, bound: Callable[..., Array]
         def decide(states, uniform):
             logits = bound(states, method="logits")
             if guided:
-                logits = sampling.guide(logits[:rows], logits[rows:], knobs["guidance"] * ratio)
+                logits = guide(logits[:rows], logits[rows:], knobs["guidance"].at(ratio))
             drawn = sampling.choose_at(logits, uniform, knobs, t / max(steps - 1, 1))
             return drawn, cross_entropy(logits, drawn)
 

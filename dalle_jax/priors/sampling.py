@@ -1,4 +1,4 @@
-"""Sampling of tokens from logits: temperature, top-k, top-p, guidance, and one key per row.
+"""Sampling of tokens from logits: temperature, top-k, top-p, and one key per row.
 
 The top-k and top-p filters search their threshold bit by bit, in 32 passes over the logits, and do not sort. The search
 is exact, and k and p may change without a new compilation. `jax.lax.top_k` would need one for each k, because k is a
@@ -16,7 +16,7 @@ differently. For 16,384 similar classes they select different neighbours for one
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +25,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Shaped, UInt32
 from dalle_jax.configuration.options import check
 from dalle_jax.configuration.values import natural
 from dalle_jax.errors import ConfigError
+from dalle_jax.priors.guidance import Guidance, check_schedule
 from dalle_jax.token_layout import LONGEST_STREAM, TokenLayout
 
-Knobs = dict[str, Array]
+Knobs = dict[str, Array | Guidance]
 SMALL_VOCABULARY = 4096  # classes of the largest vocabulary that is drawn by one cumulative sum
 _BLOCK = 128  # classes of a block of a larger one
 _MOST_LOGITS = 2**25  # of a larger vocabulary in memory at once: 128 MiB in float32
@@ -46,6 +47,7 @@ class SamplingOptions:
       top_k: keep the k most likely tokens; None for all.
       top_p: keep the smallest set of most likely tokens whose probability reaches p; None for all.
       guidance: s in (1 + s)·conditional - s·null logits; 0 for no guidance, which skips the null branch.
+      guidance_schedule: how guidance grows over the steps, a name of `guidance.NAMES`; None for the prior's default.
       steps: number of decoding steps, in which several tokens are drawn together; None for the prior's default.
       order: order in which tokens are decided; None for the prior's default.
       choice_temperature: randomness in MaskGIT's selection of the tokens to keep; None for the prior's default.
@@ -56,6 +58,7 @@ class SamplingOptions:
     top_k: int | None = None
     top_p: float | None = None
     guidance: float = 0.0
+    guidance_schedule: str | None = None
     steps: int | None = None
     order: str | None = None
     choice_temperature: float | None = None
@@ -65,10 +68,29 @@ class SamplingOptions:
             self, None, positive=["top_k", "top_p", "steps"], share=["top_p"],
             at_least_0=["temperature", "final_temperature", "choice_temperature", "guidance"], most=_MOST,
         )  # fmt: skip
+        check_schedule(self.guidance_schedule)
+        if self.guidance_schedule is not None and not self.guidance:
+            raise ConfigError(
+                f"guidance_schedule is {self.guidance_schedule!r}, which has no effect because guidance is 0: set "
+                "guidance above 0 (--config.sampling.guidance), or leave guidance_schedule out."
+            )
 
 
-def check_options(options: SamplingOptions, layout: TokenLayout) -> None:
-    """Raises ConfigError if there are more steps than tokens, or if guidance has no condition to lead towards."""
+def check_options(options: SamplingOptions, layout: TokenLayout, absent: Mapping[str, str] | None = None) -> None:
+    """Checks sampling parameters against a prior.
+
+    Args:
+      options: the sampling parameters.
+      layout: layout of the prior's token stream.
+      absent: `TokenPrior.absent_options`; None for a prior that has all of them.
+
+    Raises:
+      ConfigError: an option that the prior does not have, more steps than tokens, or guidance without a condition to
+        lead towards.
+    """
+    for name, reason in (absent or {}).items():
+        if (value := getattr(options, name)) is not None:
+            raise ConfigError(f"{name}={value} {reason}")
     if options.steps is not None:
         natural("steps", options.steps, 1, layout.image_length)
     if options.guidance and not layout.condition.empty().size:
@@ -84,6 +106,7 @@ def knobs(
     keys: Key[Array, " B"],
     options: SamplingOptions,
     negative: Shaped[ArrayLike, "_ ..."] | None = None,
+    guidance_schedule: str = "constant",
 ) -> Knobs:
     """Returns the arguments of a compiled decoder. Which keys are present is static; their values are traced.
 
@@ -93,6 +116,7 @@ def knobs(
       keys: one key per row, [B].
       options: sampling parameters.
       negative: conditions that guidance leads away from, [C, ...] or [1, ...]; None for the empty one.
+      guidance_schedule: the prior's default.
 
     Returns:
       "temperature", and those of "final_temperature", "top_k", "top_p", "guidance" and "negative" that are set.
@@ -112,7 +136,8 @@ def knobs(
     if options.guidance:
         null = jnp.asarray(layout.condition.empty())
         null = null[None] if negative is None else jnp.asarray(negative, null.dtype)
-        found |= {"guidance": jnp.float32(options.guidance), "negative": jnp.broadcast_to(null, text.shape)}
+        guidance = Guidance(jnp.float32(options.guidance), options.guidance_schedule or guidance_schedule)
+        found |= {"guidance": guidance, "negative": jnp.broadcast_to(null, text.shape)}
     return found
 
 
@@ -162,22 +187,6 @@ def filter_logits(
         p = jnp.minimum(jnp.asarray(top_p, jnp.float32), 1 - 1e-6)
         logits = jnp.where(_keep_at_least(logits, jax.nn.softmax(logits), p), logits, -jnp.inf)
     return logits
-
-
-def guide(
-    conditional: Float[ArrayLike, "*axes"], null: Float[ArrayLike, "*axes"], scale: Float[ArrayLike, ""]
-) -> Float[ArrayLike, "*axes"]:
-    """Applies classifier-free guidance to logits (Muse, arXiv 2301.00704, section 2.7).
-
-    Args:
-      conditional: logits given the caption, float32.
-      null: logits given the empty or negative caption, float32 of the same shape.
-      scale: s, float32 scalar.
-
-    Returns:
-      (1 + s)·conditional - s·null.
-    """
-    return (1 + scale) * conditional - scale * null
 
 
 def uniforms(keys: Key[Array, " B"], shape: tuple[int, ...]) -> Float[Array, " B *axes"]:

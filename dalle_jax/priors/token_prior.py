@@ -27,6 +27,7 @@ class TokenPrior(Protocol):
       stream: layout of the positions that the model runs over: `layout`, or that with start tokens.
       name: name of the prior in reports.
       any_order: whether a token can be drawn given later tokens, as inpainting needs.
+      absent_options: the fields of `SamplingOptions` that this prior does not have, and why, as the end of a message.
       takes_steps: whether `sample` has the option `steps`, and draws several tokens in a step.
       schedules: schedules that the loss depends on, by name; see `Task.schedules`.
     """
@@ -36,6 +37,7 @@ class TokenPrior(Protocol):
     name: str
     any_order: bool
     takes_steps: bool
+    absent_options: Mapping[str, str]
     schedules: Mapping[str, optax.Schedule]
 
     def init(self, key: Key[Array, ""], codebook: Float[ArrayLike, "V E"] | None = None) -> PyTree:
@@ -107,6 +109,10 @@ class TokenPrior(Protocol):
 
         Returns:
           Tokens, int32 [B, N], in [0, V).
+
+        Raises:
+          ValueError: B is not a multiple of C.
+          ConfigError: as `check_sampling`.
         """
 
     def watch(

@@ -236,7 +236,7 @@ def sample(
         _warn_of_guidance(model.prior)
     away = None if negative is None else model.encode_text([negative])
     traced = ("final_temperature", "top_k", "top_p")
-    static = [getattr(options, name) for name in ("steps", "order", "choice_temperature")]
+    static = [getattr(options, name) for name in ("steps", "order", "choice_temperature", "guidance_schedule")]
     present = [getattr(options, name) is not None for name in traced] + [bool(options.guidance), known is not None]
     watched = model.on_frame is not None and part is not None
     _announce(model.prior, model.mesh, len(text), len(keys), *static, *present, watched)

@@ -17,6 +17,7 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.models.trunk import unstack
 from dalle_jax.priors import orders, registry, sampling
 from dalle_jax.priors.condition import Text
+from dalle_jax.priors.guidance import guide
 from dalle_jax.token_layout import TokenLayout
 
 
@@ -172,7 +173,7 @@ def test_samples_are_draws_from_the_full_forward(prior, knobs):
     logits = forward(prior, params_of(prior), text, tokens, cells)
     if "guidance" in knobs:
         null = forward(prior, params_of(prior), np.tile(LAYOUT.condition.empty(), (4, 1)), tokens, cells)
-        logits = sampling.guide(logits, null, knobs["guidance"])
+        logits = guide(logits, null, knobs["guidance"])
     temperature = knobs.get("temperature", 1.0)
 
     @jax.jit

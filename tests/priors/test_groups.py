@@ -14,6 +14,7 @@ from dalle_jax.distributed.rows import over_rows
 from dalle_jax.errors import ConfigError
 from dalle_jax.priors import groups, orders, sampling
 from dalle_jax.priors.condition import Text
+from dalle_jax.priors.guidance import guide
 from dalle_jax.token_layout import TokenLayout
 
 PRIOR = autoregressive(attention="full", order="random")
@@ -130,7 +131,7 @@ def test_a_group_is_drawn_given_all_earlier_groups(prior, steps, knobs, with_kno
         if "guidance" in knobs:
             null = np.tile(LAYOUT.condition.empty(), (4, 1))
             null = forward(prior, params, null, in_order, one)[np.arange(4), start]
-            logits = sampling.guide(logits, null, knobs["guidance"])
+            logits = guide(logits, null, knobs["guidance"])
         folded = jax.vmap(jax.random.fold_in, (0, None))(keys, place)
         for row in range(4):
             if step[row] >= 0:

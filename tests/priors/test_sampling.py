@@ -1,4 +1,4 @@
-"""Filters against sorting, guidance, and the law of the draws."""
+"""Filters against sorting, and the law of the draws."""
 
 import jax
 import jax.numpy as jnp
@@ -83,13 +83,6 @@ def test_top_p_is_a_share_of_the_tokens_that_top_k_keeps():
     # The share of the first token among the first two is 0.4 / 0.7 = 0.57.
     assert np.isfinite(filter_both(row[None], 2, 0.55)[0]).tolist() == [True, False, False, False]
     assert np.isfinite(filter_p(row[None], 0.55)[0]).tolist() == [True, True, False, False]
-
-
-def test_guidance():
-    conditional, null = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
-    np.testing.assert_allclose(sampling.guide(conditional, null, 0.0), conditional, rtol=1e-6)
-    np.testing.assert_allclose(sampling.guide(conditional, null, 2.0), 3 * conditional - 2 * null, rtol=1e-5)
-    np.testing.assert_allclose(sampling.guide(null, null, 5.0), null, rtol=1e-5, atol=1e-6)
 
 
 def test_temperature_zero_selects_the_largest_logit():
