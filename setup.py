@@ -24,6 +24,7 @@ CORE = [
     "pillow>=10.3",
     "pyyaml",  # the configuration in reports
     "safetensors>=0.4.3",  # exported models
+    "scipy>=1.11",  # the optimizer of linear classifiers
     "sentencepiece>=0.2",
     "tensorboardX>=2.6",
     "tensorflow-datasets>=4.9.9",

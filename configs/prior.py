@@ -37,7 +37,7 @@ training split is a class, in alphabetical order. `--config.text.path=FILE` give
 `clipgen` draws captions although it is trained without any (CLIP-GEN, arXiv 2203.00386): from CLIP's embedding of the
 image in training, and of the caption in drawing. `--config.clip_from=DIR` is the CLIP, which the workdir then holds.
 
-`imagenet` has LlamaGen-B's numbers (arXiv 2406.06525, section 3.1): 12 layers of 768 over 16x16 tokens, 300 epochs, a
+`imagenet` has LlamaGen-B's numbers (arXiv 2406.06525): 12 layers of 768 over 16x16 tokens, 300 epochs, a
 tenth of the labels dropped. Its own codes come from `python -m dalle_jax.pretrained llamagen-vq-ds16` and
 `--config.tokenizer_from=DIR`. Our guidance of 1 is that paper's 2. The augmentation is ours.
 

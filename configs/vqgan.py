@@ -14,7 +14,7 @@ rises for `warmup_steps`. The log has both sides.
 unused codes are moved. They need no weights of LPIPS. `small` has model.downsample 4: 8 x 8 tokens at 32 pixels. At 64
 pixels, `--config.model.multipliers="(1,2,2,2)"` keeps this grid.
 
-The other four have the numbers of published trainings, with these differences. Both players move at once. The images
+The next four have the numbers of published trainings, with these differences. Both players move at once. The images
 are yours, with the dVAE's augmentation.
 - `taming_f16`: the batch is 96 (12 on each of 8 devices), and the length is ours. As in the authors' code, the weight
   0.25 is that of the codebook and not of the commitment.
@@ -24,6 +24,10 @@ are yours, with the dVAE's augmentation.
   patches. Pixels have 0.25 of the weight, because losses see them in [-1, 1]. The perceptual loss is off, as in the
   released configuration.
 - `llamagen_f16`: Adam without weight decay, as in the authors' code.
+
+`imagenet` is `llamagen_f16` for the 40 epochs of ImageNet that its paper reports (arXiv 2406.06525). It reads images
+alone, so that class folders need no captions. With `--config.data.source=imagenet2012` it reads them from TFDS.
+`prior.py:imagenet` and `maskgit.py:imagenet256` then use it by `--config.tokenizer_from=runs/vqgan-imagenet`.
 
 Measured: `small` on clip art, four minutes on one core: 24.3 dB on held-out images, where `dvae.py:small` has 33.5
 (experiments/results/tokenizers). Not yet measured: the others.
@@ -105,6 +109,12 @@ LLAMAGEN = {
     **starting_at(20_000, 0.5, opponent=0.5),
 }
 
+# `llamagen_f16` and `imagenet` differ in their length alone.
+LLAMAGEN_ROW = dict(
+    data=PUBLISHED, model=dict(vocab_size=16_384, code_dim=8, normalized_codes=True, dtype="bfloat16"),
+    objective=dict(pixel_loss="l2", adaptive=False), discriminator={}, batch_size=128, overrides=[LLAMAGEN],
+)  # fmt: skip
+
 VARIANTS = {
     "shapes": dict(
         doc="drawn shapes, embedded; two CPU cores, not yet measured",
@@ -152,9 +162,11 @@ VARIANTS = {
     ),
     "llamagen_f16": dict(
         doc="LlamaGen's tokenizer, your own images (data.path), 256 pixels; 8 GPUs, 400,000 updates, not yet measured",
-        data=PUBLISHED, model=dict(vocab_size=16_384, code_dim=8, normalized_codes=True, dtype="bfloat16"),
-        objective=dict(pixel_loss="l2", adaptive=False), discriminator={},
-        batch_size=128, steps=400_000, overrides=[LLAMAGEN],
+        steps=400_000, **LLAMAGEN_ROW,
+    ),
+    "imagenet": dict(
+        doc="the same on ImageNet in class folders (data.path), 40 epochs; 8 GPUs, not yet measured",
+        steps=400_365, **LLAMAGEN_ROW,
     ),
 }  # fmt: skip
 

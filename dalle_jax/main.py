@@ -47,6 +47,7 @@ JOBS = {
     "train": "dalle_jax.jobs.train",
     "generate": "dalle_jax.jobs.generate",
     "evaluate": "dalle_jax.jobs.evaluate",
+    "evaluate_classes": "dalle_jax.jobs.evaluate_classes",
     "quickstart": "dalle_jax.jobs.quickstart",
     "compile": "dalle_jax.jobs.compile",
     "data": "dalle_jax.jobs.data",

@@ -107,6 +107,10 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
         "maskgit:shape_classes": [
             "maskgit.py:shape_classes", *STEPS, *trunk, f"tokenizer_from={work}/dvae", "model.raster_steps=1",
         ],
+        "evaluate:imagenet": [
+            "evaluate.py:imagenet", f"model_workdir={work}/prior:shape_classes,{work}/maskgit:shape_classes",
+            f"clip={work}/clip", "split=heldout", "count=24", "metrics.classifier=True", "rows_at_once=8",
+        ],
         "prior:vqgan": ["prior.py", *STEPS, *SHALLOW_TRUNK, *FEW_SHAPES, f"tokenizer_from={work}/vqgan"],
         "generate:vqgan": ["generate.py", f"model_workdir={work}/prior:vqgan", "prompts=a red circle", "n=2"],
         "quickstart": [
@@ -175,6 +179,10 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
             f"vqgan.py:{name}", *vqgan, f"data.path={big}", "data.image_size=64", "data.workers=0",
             "objective.perceptual_weight=0", "model.blocks=1",
         ]  # fmt: skip
+    published["vqgan:imagenet"] = [
+        "vqgan.py:imagenet", *vqgan, f"data.path={classes}", "data.image_size=64", "data.workers=0",
+        "objective.perceptual_weight=0", "model.blocks=1",
+    ]  # fmt: skip
     for name in ("prior:2.8b", "prior:5.6b", "prior:paper", "maskgit:paper", "maskgit:3b"):
         published[name] = [
             name.replace(":", ".py:"), *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:paper", f"data.path={big}",

@@ -73,7 +73,9 @@ def describe(given: str, config: ConfigDict, everything: bool = False) -> str:
         lines += _columns((name, row["doc"]) for name, row in variants.items())
         lines += [""]
     lines += [f"Keys, with their values{f' in {chosen}' if chosen else ''}:"]
-    lines += _columns(((f"{key}={values[key]!r}", meanings.get(key, "")) for key in shown), _VALUE_WIDTH)
+    lines += _columns(
+        ((f"{key}={values[key]!r}", meanings.get(key, "")) for key in shown if key in values), _VALUE_WIDTH
+    )
     if shown is meanings:
         lines += ["", "--help=all lists all keys with their values."]
     return "\n".join(lines)

@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from dalle_jax.configuration.options import closest
+from dalle_jax.data.sources.folder.captions import words
 from dalle_jax.data.text import normalize
 from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.storage import checksummed
@@ -63,6 +64,11 @@ class Labels:
             parts += [(part, number) for part in each[1:]]
         for name, number in whole + parts:  # of two classes with one name, the first is meant
             self._ids.setdefault(name, number)
+        # Without "_" and numbers, as people write the name of a folder. Of several classes none is meant.
+        self._by_words: dict[str, int | None] = {}
+        for name, number in self._ids.items():
+            key = words(name)
+            self._by_words[key] = number if self._by_words.get(key, number) == number else None
 
     @classmethod
     def of_captions(cls, captions: Iterable[str], most: int) -> Labels:
@@ -176,6 +182,8 @@ class Labels:
         found = _NUMBER.fullmatch(text)
         if found and int(found[1]) < self.vocab_size:
             return [int(found[1])][:max_length], False
+        if (number := self._by_words.get(words(text))) is not None:
+            return [number][:max_length], False
         names = f" or the name of one{closest(text, self._ids)}" if self._ids else ""
         raise DataError(
             f"{text!r} is no class of this model, which draws classes instead of captions. Give a class from "

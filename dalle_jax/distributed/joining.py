@@ -34,7 +34,7 @@ CONNECT_SECONDS = 300  # default: how long to wait for all hosts at the start
 LOST_HOST_SECONDS = 60  # default: how long a host may be silent
 _METADATA_SECONDS = 5
 _FLAGS = ("coordinator_address", "num_processes", "process_id")
-_JOBS = ("train", "encode", "evaluate")  # those that several hosts share
+_JOBS = ("train", "encode", "evaluate", "evaluate_classes")  # those that several hosts share
 
 _lost_host_seconds = LOST_HOST_SECONDS
 

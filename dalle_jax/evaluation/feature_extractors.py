@@ -179,6 +179,14 @@ class ImageSet:
             whole._classes[key] = functools.reduce(inception_score.merge, parts)
         return whole
 
+    def with_statistics(self, statistics: frechet.FeatureStatistics) -> ImageSet:
+        """Returns the set with other statistics of the features without blur, which `distances` then uses."""
+        found = ImageSet(self._extractors, self._total, self.radii)
+        found._features, found._points = dict(self._features), self._points
+        found._classes = self._classes
+        found._features[statistics.features, 0] = statistics
+        return found
+
     def features(self, name: str) -> np.ndarray:
         """Returns the features of the images without blur, float32 [images, D], in the order of `add`.
 

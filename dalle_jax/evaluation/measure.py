@@ -126,7 +126,7 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
     """
     for each in models.values():
         each.model.prior.check_sampling(each.sampling)
-    scorer = _shared_scorer(models)
+    scorer = shared_scorer(models)
     if options.candidates and scorer is None:
         raise ConfigError(
             f"config.metrics.candidates={options.candidates}, but no CLIP was given to choose the best. Set "
@@ -183,7 +183,7 @@ def _showcases(models: Mapping[str, Model], tests: TestSet, seed: int) -> dict[s
     return {name: found for name, found in drawn.items() if found is not None}
 
 
-def _shared_scorer(models: Mapping[str, Model]) -> ClipScorer | None:
+def shared_scorer(models: Mapping[str, Model]) -> ClipScorer | None:
     """Returns the CLIP of the first model that has one, or None.
 
     Raises:

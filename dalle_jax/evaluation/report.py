@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from dalle_jax.evaluation.measure import Measured
 from dalle_jax.evaluation.page import evaluation
 from dalle_jax.evaluation.sections import Metrics
-from dalle_jax.evaluation.test_sets import TestSet
 from dalle_jax.reporting import tables
 from dalle_jax.reporting.images import image_grid, save_png
 from dalle_jax.reporting.metric_writer import read_metrics
@@ -21,7 +20,7 @@ from dalle_jax.storage.files import write_file
 
 def write(
     measured: Measured,
-    tests: TestSet,
+    captions: Sequence[str],
     out: epath.PathLike,
     title: str,
     config: ConfigDict,
@@ -31,7 +30,7 @@ def write(
 
     Args:
       measured: the result of the evaluation.
-      tests: the test set.
+      captions: at least one for each row of the grid.
       out: the folder.
       title: title of the report.
       config: the configuration of the evaluation.
@@ -41,7 +40,7 @@ def write(
       UserError: a file cannot be written.
     """
     out, metrics = epath.Path(out).expanduser(), measured.metrics
-    sheet = _grid(tests.captions, measured.columns, title)
+    sheet = _grid(captions, measured.columns, title)
     save_png(out / "grid.png", sheet)
     save_json(out / "report.json", metrics)
     written = ["report.html", "report.json", "grid.png"]
@@ -51,7 +50,7 @@ def write(
             written.append(f"{name}.csv")
     settings = plain_text(config.copy_and_resolve_references().to_dict())
     losses = {name: read_metrics(workdir) for name, workdir in (trainings or measured.workdirs).items()}
-    write_file(out / "report.html", evaluation(title, measured, tests.captions, settings, losses))
+    write_file(out / "report.html", evaluation(title, measured, captions, settings, losses))
     apart = ("blur", "best_of", "protocol")
     print("\n" + tables.table({name: value for name, value in metrics.items() if name not in apart}))
     print("\n" + "\n".join(str(out / name) for name in written))

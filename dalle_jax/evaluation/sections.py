@@ -67,7 +67,7 @@ class Drawn:
     first: np.ndarray
 
 
-def check_share(tests: TestSet, candidate_captions: int | None) -> None:
+def checkshared_batches(tests: TestSet, candidate_captions: int | None) -> None:
     """Checks that each host has an image and a caption to measure.
 
     Args:
@@ -89,7 +89,7 @@ def check_share(tests: TestSet, candidate_captions: int | None) -> None:
             )
 
 
-def _share(count: int, size: int) -> tuple[range, list[tuple[np.ndarray, np.ndarray]]]:
+def shared_batches(count: int, size: int) -> tuple[range, list[tuple[np.ndarray, np.ndarray]]]:
     """Returns the rows of this host, and the batches of at most `size` rows in which it measures them.
 
     Each batch has the places of its rows among all of them, and a mask of the rows that count, as in `batches`.
@@ -117,7 +117,7 @@ def measure_tokenizer(
       radii: blur radii, pixels.
     """
     count = len(tests.indices)
-    mine, shared = _share(count, model.rows_at_once)
+    mine, shared = shared_batches(count, model.rows_at_once)
     real, reconstructed = (ImageSet(extractors, count, radii, mine) for _ in range(2))
     tokens, quality, right = [], image_quality.empty(), []
     scenes = None if tests.scenes is None else [tests.scenes[i] for i in _first_captions(tests)]
@@ -183,7 +183,7 @@ def measure_prior(
       seed: of the samples.
     """
     parameters, count = dataclasses.asdict(sampling), len(tests.captions)
-    mine, shared = _share(count, model.rows_at_once)
+    mine, shared = shared_batches(count, model.rows_at_once)
     drawn, text = ImageSet(extractors, count, tokenized.real.radii, mine), model.encode_text(tests.captions)
     nats, seconds, kept = 0.0, 0.0, []
     model.generate(tests.captions[:1] * len(shared[0][0]), seed=seed, **parameters)  # compiles

@@ -146,7 +146,7 @@ def open_test_set(
     rng = np.random.default_rng(protocol.seed)
     order = rng.permutation(len(source)) if protocol.captions == "drawn" else range(len(source))
     captions, owners, indices, scenes = {}, [], [], []
-    for index, record in _read(source, order, options.limits):
+    for index, record in read_examples(source, order, options.limits):
         if protocol.captions != "unique" and len(indices) == protocol.count:
             break
         try:
@@ -185,7 +185,9 @@ def open_test_set(
     )  # fmt: skip
 
 
-def _read(source: Source, order: Sequence[int], limits: Limits) -> Iterator[tuple[int, Record | UnreadableExample]]:
+def read_examples(
+    source: Source, order: Sequence[int], limits: Limits
+) -> Iterator[tuple[int, Record | UnreadableExample]]:
     """Reads examples in order, and decodes the images of `_WINDOW` of them at once, to know whether that works.
 
     Yields:

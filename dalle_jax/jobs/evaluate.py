@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from jax.sharding import Mesh
@@ -40,20 +41,16 @@ def run(config: ConfigDict, workdir: str) -> Metrics:
       UserError: see `check`, `TextToImage.load`, `open_test_set` and `measure`.
     """
     protocol, options, sampling, mesh = check(config, workdir)
-    folders = split_folders(config.model_workdir)
-    loaded = [TextToImage.load(folder, config.step, config.rows_at_once, config.clip, mesh) for folder in folders]
-    kinds = [model.prior.name for model in loaded]
-    names = kinds if len(set(kinds)) == len(kinds) else folders
-    data = config.get("data") or workdirs.read_config(loaded[0].workdir)["data"]
-    text_models = [model.text_model for model in loaded if model.text_model is not None]
-    tests = open_test_set(data, protocol, loaded[0].image_size, text_models)
-    models = {name: Model(model, sampling) for name, model in zip(names, loaded)}
+    loaded = load_models(config, mesh)
+    first = next(iter(loaded.values()))
+    data = config.get("data") or workdirs.read_config(first.workdir)["data"]
+    text_models = [model.text_model for model in loaded.values() if model.text_model is not None]
+    tests = open_test_set(data, protocol, first.image_size, text_models)
+    models = {name: Model(model, sampling) for name, model in loaded.items()}
     measured = measure(models, tests, options)
-    measured.metrics["protocol"]["checkpoints"] = {
-        name: f"{m.workdir}, step {m.step}" for name, m in zip(names, loaded)
-    }
+    measured.metrics["protocol"]["checkpoints"] = {name: f"{m.workdir}, step {m.step}" for name, m in loaded.items()}
     if is_first():
-        write(measured, tests, expanded(workdir), f"{', '.join(names)}: {tests.source.description}", config)
+        write(measured, tests.captions, expanded(workdir), f"{', '.join(loaded)}: {tests.source.description}", config)
     return measured.metrics
 
 
@@ -75,15 +72,26 @@ def check(config: ConfigDict, workdir: str) -> tuple[Protocol, Options, Sampling
     protocol = Protocol(config.split, config.captions, config.count, config.seed)
     options = from_config(Options, {"seed": config.seed, **config.metrics}, "metrics")
     sampling = from_config(SamplingOptions, config.sampling, "sampling")
-    if options.inception and not is_regular_file(options.inception):
-        raise ConfigError(
-            f"config.metrics.inception={options.inception!r} is no file; expected the weights of Inception-v3."
-        )
+    check_inception(options.inception)
     if "data" in config:
         from_config(DataOptions, config.data, "data")
     mesh = local_mesh(**config.mesh)
     check_writable(workdir)
     return protocol, options, sampling, mesh
+
+
+def check_inception(path: str | None) -> None:
+    """Raises a ConfigError if the weights of Inception-v3 are given and no file or folder."""
+    if path and not is_regular_file(path) and not os.path.isdir(path):
+        raise ConfigError(f"config.metrics.inception={path!r} is no file; expected the weights of Inception-v3.")
+
+
+def load_models(config: ConfigDict, mesh: Mesh) -> dict[str, TextToImage]:
+    """Loads the priors of `config.model_workdir`, by their kinds, or by their workdirs if two are of one kind."""
+    folders = split_folders(config.model_workdir)
+    loaded = [TextToImage.load(folder, config.step, config.rows_at_once, config.clip, mesh) for folder in folders]
+    kinds = [model.prior.name for model in loaded]
+    return dict(zip(kinds if len(set(kinds)) == len(kinds) else folders, loaded))
 
 
 def _is_workdir(name: str) -> bool:

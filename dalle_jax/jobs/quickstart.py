@@ -86,7 +86,7 @@ def _run(config: ConfigDict, out: epath.Path) -> dict[str, Any]:
         "resumed": resumed,
     }
     title = "Captions held out of training" if evaluation.split == "heldout" else evaluation.split
-    write(measured, tests, out, title, config, {name: section.workdir for name, section in trainings.items()})
+    write(measured, tests.captions, out, title, config, {name: section.workdir for name, section in trainings.items()})
     return measured.metrics
 
 

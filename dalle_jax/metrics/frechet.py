@@ -141,6 +141,19 @@ def empty(width: int, features: str = INCEPTION) -> FeatureStatistics:
     return FeatureStatistics(features, 0, np.zeros(width), np.zeros((width, width)))
 
 
+def stored(mean: np.ndarray, covariance: np.ndarray, features: str = INCEPTION) -> FeatureStatistics:
+    """Returns statistics that were computed elsewhere.
+
+    Their number of images is unknown. Two of them with this scatter have the same covariance.
+
+    Args:
+      mean: float64 [D].
+      covariance: the unbiased covariance, float64 [D, D].
+      features: name of the network.
+    """
+    return FeatureStatistics(features, 2, mean, covariance)
+
+
 def add(stats: FeatureStatistics, features: Any, valid: Any = None) -> FeatureStatistics:
     """Adds a batch.
 

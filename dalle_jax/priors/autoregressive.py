@@ -89,8 +89,8 @@ class AutoregressivePrior:
         }
         if not self.takes_steps:
             absent["steps"] = (
-                "draws several tokens in a step, but this prior knows only raster order, one token after another. Leave "
-                "steps out, or train a prior with --config.model.order=diagonal or random."
+                "draws several tokens in a step, but this prior knows only raster order, one token after another. "
+                "Leave steps out, or train a prior with --config.model.order=diagonal or random."
             )
         return absent
 

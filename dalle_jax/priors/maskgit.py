@@ -2,8 +2,8 @@
 
 Training masks some tokens of an image and predicts them from the other tokens and the caption. Decoding starts with all
 tokens masked and unmasks more of them in each of a few steps. By default guidance rises linearly over the steps (Muse,
-arXiv 2301.00704, section 2.7). The paper's masked-token head is a dense layer, GELU, norm, the transposed image embedding and
-a bias per token.
+arXiv 2301.00704, section 2.7). The paper's masked-token head is a dense layer, GELU, norm, the transposed image
+embedding and a bias per token.
 
 Deviations from the paper and from its reference code (google-research/maskgit):
 

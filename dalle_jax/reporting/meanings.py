@@ -22,6 +22,7 @@ _MEANINGS = {
     r"inception_score_std": ("", "Standard deviation of the Inception score over ten parts of the images."),
     r"precision_\w+": (HIGHER, "Share of the drawn images that look like some real image."),
     r"recall_\w+": (HIGHER, "Share of the real images that look like some drawn image, so that none is missing."),
+    r"classifier_accuracy_\w+": (HIGHER, "Accuracy on real images of a linear classifier that the drawn ones trained."),
     r"clip_score": (HIGHER, "100 times the cosine between image and caption, seen by CLIP."),
     r"caption_accuracy": (HIGHER, "Share of the images that show every attribute of their caption."),
     r"attribute_accuracy": (HIGHER, "Share of all attributes in the captions that their images show."),

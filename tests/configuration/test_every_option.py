@@ -14,6 +14,7 @@ from dalle_jax.data.builders.emoji_captions.emoji_captions_dataset_builder impor
 from dalle_jax.data.builders.shapes_captions.shapes_captions_dataset_builder import ShapesConfig
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.errors import ConfigError
+from dalle_jax.evaluation.by_class import ClassMetrics, ClassProtocol
 from dalle_jax.evaluation.measure import Options
 from dalle_jax.evaluation.test_sets import Protocol
 from dalle_jax.image_tokenizers.discriminator import DiscriminatorOptions
@@ -36,8 +37,8 @@ from dalle_jax.tasks.vqgan_losses import VQGANObjectiveOptions
 
 NAN, INFINITY = float("nan"), float("inf")
 CLASSES = [
-    AutoregressiveOptions, AverageOptions, BEiTOptions, CLIPOptions, CompileOptions, DVAEOptions, DataOptions,
-    DiscriminatorOptions, LoRAOptions, MaskGITOptions,
+    AutoregressiveOptions, AverageOptions, BEiTOptions, CLIPOptions, ClassMetrics, ClassProtocol, CompileOptions,
+    DVAEOptions, DataOptions, DiscriminatorOptions, LoRAOptions, MaskGITOptions,
     NegativeOptions, ObjectiveOptions, OptimizerOptions, Options, Protocol, SamplingOptions, SizeRules,
     TransformerOptions, VQGANObjectiveOptions, VQGANOptions, VQObjectiveOptions, VQOptions,
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from dalle_jax.configuration import config_files
 from dalle_jax.configuration.sections import cadence, override, section, set_steps, training_loop
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.errors import ConfigError
+from dalle_jax.evaluation.by_class import ClassMetrics, ClassProtocol
 from dalle_jax.evaluation.measure import Options
 from dalle_jax.evaluation.test_sets import Protocol
 from dalle_jax.priors.autoregressive import AutoregressiveOptions
@@ -56,6 +57,8 @@ def options_of(config):
         found = {"": Protocol, "sampling": SamplingOptions, "metrics": Options}
         found |= {"data": DataOptions} if "data" in config else {}
         derived = DERIVED["evaluate"]
+    elif config.job == "evaluate_classes":
+        found, derived = {"": ClassProtocol, "sampling": SamplingOptions, "metrics": ClassMetrics}, set()
     elif config.job in ("data", "encode"):
         found, derived = {"data": DataOptions}, DERIVED[config.job]
     elif config.job == "quickstart":

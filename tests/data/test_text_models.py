@@ -34,6 +34,18 @@ def test_any_of_several_names():
     assert encode(model, " ") == [] and model.unknown_letters("ж") == "ж" and model.unknown_letters("tench") == ""
 
 
+def test_the_words_of_a_folders_name():
+    """ "Golden retriever" means the folder golden_retriever_2. Words that several folders share mean none of them."""
+    model = Labels(4, ["golden_retriever_2", "red-fox_1", "red-fox_2", "owl"])
+    assert encode(model, "Golden retriever") == [0] and encode(model, "red-fox_2") == [2]
+    with pytest.raises(DataError, match="red fox"):
+        encode(model, "red fox")
+    earlier = Labels(2, ["class", "golden retriever"])  # of a run whose labels were cleaned
+    assert encode(earlier, "class_1") == encode(earlier, "class_2") == [0] and encode(earlier, "golden_retriever") == [
+        1
+    ]
+
+
 @pytest.mark.parametrize(
     ("text", "token"), [("class: 3", "class: 2"), ("goldfisch", "goldfish"), ("class: -1", "class: 0")]
 )

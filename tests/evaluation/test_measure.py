@@ -163,7 +163,7 @@ def test_priors_with_different_tokenizers_are_rejected(model, tests):
 def test_the_written_report(measured, tests, tmp_path, capsys):
     config = ConfigDict({"job": "evaluate", "count": 5, "metrics": {"blur": (0, 1), "inception": placeholder(str)}})
     config.copy = config.get_oneway_ref("count")
-    write(measured, tests, tmp_path, "A title", config)
+    write(measured, tests.captions, tmp_path, "A title", config)
     printed = capsys.readouterr().out
     assert "maskgit.fid_clip" in printed and str(tmp_path / "report.html") in printed
     metrics = json.loads((tmp_path / "report.json").read_text())

@@ -2,7 +2,6 @@
 
 import csv
 import json
-import types
 
 import numpy as np
 import pytest
@@ -23,7 +22,7 @@ def write_report(out):
     measured.columns.append(("real", np.zeros((2, 8, 8, 3), np.uint8)))
     write(
         measured,
-        types.SimpleNamespace(captions=("<script>a</script>", "b")),
+        ("<script>a</script>", "b"),
         out,
         f"<u>{NAME}",
         ConfigDict({"a": "<s>"}),

@@ -29,7 +29,8 @@ def open_source(options: DataOptions, split: str) -> Source:
     """
     if options.source == AUTO:
         options = dataclasses.replace(options, source=choose_source(options.source, options.path))
-    what = dataclasses.replace(options, augment="none", bpe_dropout=0.0, condition="text")  # of a training
+    condition = options.condition if options.names_classes else "text"
+    what = dataclasses.replace(options, augment="none", bpe_dropout=0.0, condition=condition)  # of a training
     return once(("source", repr(what), split), lambda: _open(options, split))
 
 

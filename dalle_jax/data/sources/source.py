@@ -59,7 +59,8 @@ class DataOptions:
       caption_lines: "folder": which lines of a caption's text file are captions, "all" or the "first" one.
       caption_from: "folder": captions come from "files" (text files or a table), or are made from "file_names"
         (`big_red-dog_01.png` becomes "big red dog"), "folder_names" (the name of the image's folder) or "paths"
-        (both: `signs/hotel/big_bed.png` becomes "signs hotel big bed").
+        (both: `signs/hotel/big_bed.png` becomes "signs hotel big bed"). With the condition "label", "folder_names" are
+        the whole names of the class folders (class_folders.py).
       builder_kwargs: keyword arguments of the TFDS builder (the font, the image size, …).
       train_split: the split to train on.
       eval_split: the split to evaluate on.
@@ -115,6 +116,11 @@ class DataOptions:
             raise ConfigError(
                 f"config.data.source is {self.source!r}, which needs config.data.path: the folder of your {held}."
             )
+
+    @property
+    def names_classes(self) -> bool:
+        """Whether the captions of a folder are the names of its class folders, unchanged."""
+        return self.condition == "label" and self.caption_from == "folder_names"
 
     def worker_count(self, *, images: bool = True) -> int:
         """Returns the number of processes that create batches, with or without images."""

@@ -4,7 +4,9 @@ import pytest
 from image_folder import captions, fill, left_out, names, opened
 
 from dalle_jax.configuration.options import from_config
+from dalle_jax.data.labels import Labels
 from dalle_jax.data.pipeline import Pipeline
+from dalle_jax.data.sources.once import opened_once
 from dalle_jax.data.sources.open import open_source
 from dalle_jax.data.sources.source import DataOptions, UnreadableExample
 from dalle_jax.data.text import TextModel
@@ -76,6 +78,26 @@ def test_captions_from_folder_names(tmp_path):
         "7/c.png": ["7"], "a.png": [], "animals/sea birds/b.png": ["sea birds"],
         "golden_retriever/a.png": ["golden retriever"],
     }  # fmt: skip
+
+
+def test_class_folders_are_labels_under_their_whole_names(tmp_path):
+    """Captions from folder names drop numbers, and classes do not: `class_1` and `class_2` are two classes."""
+    fill(tmp_path, "train/class_1/a.png train/class_2/b.png train/2024-05/x/d.png val/class_2/c.png val/e.png")
+    options = dict(caption_from="folder_names", condition="label")
+    found = captions(opened(tmp_path, **options))
+    assert found == {
+        "train/2024-05/x/d.png": ["2024-05"], "train/class_1/a.png": ["class_1"], "train/class_2/b.png": ["class_2"],
+        "val/class_2/c.png": ["class_2"], "val/e.png": [],
+    }  # fmt: skip
+    labels = Labels.of_captions(opened(tmp_path, "train", **options).captions(), 9)
+    assert labels.names == ("2024-05", "class_1", "class_2")
+    assert [labels.encode(name, max_length=1)[0] for name in ("class_2", "class_1")] == [[2], [1]]
+    with opened_once():  # a tokenizer reads the same folder without labels
+        plain, labelled = (
+            open_source(DataOptions(source="folder", path=str(tmp_path), **{**options, "condition": condition}), "val")
+            for condition in ("text", "label")
+        )
+        assert (plain[0]["captions"], labelled[0]["captions"]) == (["class"], ["class_2"])
 
 
 def test_captions_from_paths(tmp_path):

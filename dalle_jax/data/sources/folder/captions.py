@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
+from dalle_jax.data.sources.folder.class_folders import ClassFolders
 from dalle_jax.data.sources.folder.endings import ending
 from dalle_jax.data.sources.folder.listing import Skip
 from dalle_jax.data.sources.folder.tables import TABLES, read_table
@@ -96,14 +97,14 @@ def captions_from_names(images: Iterable[str], kind: str, split_folders: Collect
     entries = []
     for image in images:
         *folders, file = image.split("/")
-        title = _words(file[: len(file) - len(ending(file))])
+        title = words(file[: len(file) - len(ending(file))])
         if kind == "file_names":
             caption = title
         elif kind == "paths":
             names = folders[_split_depth(folders, split_folders) :]
-            caption = " ".join(dict.fromkeys(" ".join([*map(_words, names), title]).split()))
+            caption = " ".join(dict.fromkeys(" ".join([*map(words, names), title]).split()))
         elif folders and "/".join(folders) not in split_folders:
-            caption = _words(folders[-1]) or folders[-1]  # a folder "7" holds images of sevens
+            caption = words(folders[-1]) or folders[-1]  # a folder "7" holds images of sevens
         else:
             caption = ""
         entries.append(Entry(image, (caption,) if caption else ()))
@@ -115,7 +116,19 @@ def _split_depth(folders: Sequence[str], split_folders: Collection[str]) -> int:
     return next((n for n in range(1, len(folders) + 1) if "/".join(folders[:n]) in split_folders), 0)
 
 
-def _words(name: str) -> str:
+def classes_from_folders(images: Sequence[str]) -> Captioned:
+    """Makes captions that name classes: the whole name of the class's folder, because `class_1` is not `class_2`.
+
+    Args:
+      images: the names of all images of all splits.
+    """
+    folders = ClassFolders(images) if images else None
+    classes = [(image, folders.class_of(image)) for image in images]
+    return Captioned([Entry(image, (name,) if name else ()) for image, name in classes], set(), [])
+
+
+def words(name: str) -> str:
+    """Returns the words of a name: its parts between blanks, "_", "-" and ".", without numbers."""
     return " ".join(part for part in _WORD_ENDS.split(name) if not _NUMBER.fullmatch(part))
 
 

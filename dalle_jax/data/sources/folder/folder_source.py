@@ -10,7 +10,13 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from etils import epath
 
 from dalle_jax.data.sources.decoding import decode_image
-from dalle_jax.data.sources.folder.captions import Captioned, Entry, captions_from_names, find_captions
+from dalle_jax.data.sources.folder.captions import (
+    Captioned,
+    Entry,
+    captions_from_names,
+    classes_from_folders,
+    find_captions,
+)
 from dalle_jax.data.sources.folder.endings import ending, readable_endings
 from dalle_jax.data.sources.folder.listing import File, Listing, Skip, list_folder
 from dalle_jax.data.sources.folder.selection import select
@@ -92,6 +98,8 @@ class FolderSource(Source):
                 return find_captions(images, listing.files, lambda name: (self._root / name).read_bytes(), options)
             except (DataError, OSError) as error:
                 raise DataError(f"{self._root}: {error}") from error
+        if options.names_classes:
+            return classes_from_folders(images)
         folders = Splits(images).folders if images else ()
         return captions_from_names(images, options.caption_from, folders)
 
