@@ -7,7 +7,8 @@
         --config.metrics.inception=pt_inception-2015-12-05-6726825d.pth
 
     python -m dalle_jax.main --config=configs/evaluate.py:imagenet --config.model_workdir=DIR \
-        --config.reference=VIRTUAL_imagenet256_labeled.npz --config.metrics.inception=pt_inception-2015-12-05-6726825d.pth
+        --config.reference=VIRTUAL_imagenet256_labeled.npz \
+        --config.metrics.inception=pt_inception-2015-12-05-6726825d.pth
 
 `own` measures a held-out split of the model's own data. `coco` and `cub` are DALL-E's evaluation (section 3.1) for any
 model. The paper leaves some choices open; `dalle_jax/evaluation/test_sets.py` lists ours, and the report contains them.

@@ -67,8 +67,8 @@ class Labels:
         # Without "_" and numbers, as people write the name of a folder. Of several classes none is meant.
         self._by_words: dict[str, int | None] = {}
         for name, number in self._ids.items():
-            key = words(name)
-            self._by_words[key] = number if self._by_words.get(key, number) == number else None
+            if key := words(name):
+                self._by_words[key] = number if self._by_words.get(key, number) == number else None
 
     @classmethod
     def of_captions(cls, captions: Iterable[str], most: int) -> Labels:

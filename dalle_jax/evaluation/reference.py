@@ -3,7 +3,7 @@
 ADM (arXiv 2105.05233) publishes such statistics as npz files, for instance `VIRTUAL_imagenet256_labeled.npz`:
 
     arr_0          uint8 [10000, 256, 256, 3]        images, for precision and recall
-    mu, sigma      float [2048], [2048, 2048]        mean and covariance of Inception's pool features over all of ImageNet
+    mu, sigma      float [2048], [2048, 2048]        mean and covariance of Inception's features over ImageNet
     mu_s, sigma_s  float [2023], [2023, 2023]        the same of spatial features, for sFID; they are not read
 
 Files with `arr_0` alone and files with `mu` and `sigma` alone are reference statistics, too.

@@ -40,6 +40,8 @@ def test_the_words_of_a_folders_name():
     assert encode(model, "Golden retriever") == [0] and encode(model, "red-fox_2") == [2]
     with pytest.raises(DataError, match="red fox"):
         encode(model, "red fox")
+    with pytest.raises(DataError, match="99"):
+        encode(Labels(2, ["7", "owl"]), "99")
     earlier = Labels(2, ["class", "golden retriever"])  # of a run whose labels were cleaned
     assert encode(earlier, "class_1") == encode(earlier, "class_2") == [0] and encode(earlier, "golden_retriever") == [
         1
