@@ -67,7 +67,7 @@ class Drawn:
     first: np.ndarray
 
 
-def checkshared_batches(tests: TestSet, candidate_captions: int | None) -> None:
+def check_share(tests: TestSet, candidate_captions: int | None) -> None:
     """Checks that each host has an image and a caption to measure.
 
     Args:
