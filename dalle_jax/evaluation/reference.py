@@ -77,6 +77,8 @@ class StoredReference:
         Raises:
           DataError: the file is damaged.
         """
+        if not places:
+            return  # the file may have no images
         each = int(np.prod(self.shape[1:]))
         try:
             with zipfile.ZipFile(self.path) as archive, archive.open(f"{IMAGES}.npy") as file:
