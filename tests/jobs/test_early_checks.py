@@ -11,13 +11,13 @@ from ml_collections import ConfigDict
 from dalle_jax.configuration import config_files
 from dalle_jax.distributed import joining
 from dalle_jax.errors import ConfigError, DataError, UserError
-from dalle_jax.jobs import evaluate, generate
+from dalle_jax.jobs import evaluate, evaluate_classes, generate
 from dalle_jax.storage import reachable
 from dalle_jax.storage.files import make_workdir
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
 ROOT = generate.__file__.rpartition("/dalle_jax/")[0]
-JOBS = {"generate": generate, "evaluate": evaluate}
+JOBS = {"generate": generate, "evaluate": evaluate, "evaluate:imagenet": evaluate_classes}
 
 
 class Loaded(Exception):
@@ -34,7 +34,7 @@ def nothing_is_loaded(monkeypatch, tmp_path):
 
 
 def run(name, workdir="out", **changes):
-    config: ConfigDict = config_files.load(f"{ROOT}/configs/{name}.py")
+    config: ConfigDict = config_files.load(f"{ROOT}/configs/{name}.py".replace(":imagenet.py", ".py:imagenet"))
     if name == "generate":
         config.prompts = "a red circle"
     config.update_from_flattened_dict({key.replace("__", "."): value for key, value in changes.items()})
@@ -81,6 +81,11 @@ def test_where_results_go_is_tried_first(name, place, tmp_path):
         ("evaluate", "metrics.candidates", 2**31, "config.metrics.candidates "),
         ("evaluate", "metrics.inception_resize", "cubic", "config.metrics.inception_resize "),
         ("evaluate", "sampling.temperature", float("inf"), "config.sampling.temperature "),
+        ("generate", "sampling.guidance_schedule", "quadratic", "config.sampling.guidance_schedule "),
+        ("evaluate", "sampling.guidance_schedule", "linear", "--config.sampling.guidance"),
+        ("evaluate:imagenet", "count", 0, "config.count "),
+        ("evaluate:imagenet", "reference", "nowhere.npz", "config.reference=nowhere.npz "),
+        ("evaluate:imagenet", "metrics.inception", "no/such.pth", "no/such.pth"),
     ],
 )
 def test_values(name, key, value, token):
