@@ -44,6 +44,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: rank.get(str(item.path.relative_to(longest_first.FOLDER)), len(rank)))
 
 
+def pytest_runtest_teardown(item, nextitem):
+    """Drops the compiled programs after a file, if there are many."""
+    if nextitem is None or nextitem.path != item.path:
+        compiled_programs.forget()
+
+
 def pytest_collection_finish():
     """Makes garbage collection cheaper. The imported libraries are a million objects, and tracing creates many more."""
     gc.collect()
