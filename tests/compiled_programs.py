@@ -17,8 +17,6 @@ from pathlib import Path
 
 _SHARED = "DALLE_JAX_TEST_CACHE"  # the folder, for the processes that `preloaded` starts
 
-_MAPPINGS = 10_000  # a process with more of them forgets its programs
-
 
 def share() -> None:
     """Makes this process use the shared folder, and write whole entries to it.
@@ -46,7 +44,7 @@ def share() -> None:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(shared, f"children_of_{os.getpid()}")
 
 
-def forget(limit: int = _MAPPINGS) -> None:
+def forget(limit: int) -> None:
     """Drops all compiled programs of this process if it has more than `limit` memory mappings (Linux only)."""
     mappings = Path("/proc/self/maps")
     if mappings.exists() and mappings.read_bytes().count(b"\n") > limit:
