@@ -96,6 +96,7 @@ def test_rows(condition):
     mixed = np.asarray(with_empty(given, found, np.array([True, False, True])))
     np.testing.assert_array_equal(mixed, np.stack([empty, found[1], empty]))
     assert condition is Nothing or not (found == empty).all(-1).any()
+    assert condition not in (Text, Label) or (empty >= given.vocab).all(), "no id of a caption or class"
     assert hash(given) == hash(SIZES[condition]) and given.length >= 1
 
 
