@@ -27,7 +27,7 @@ from dalle_jax.models.attention.patterns import HEADS, Pattern
 from dalle_jax.models.attention.xla import attend_reference, attend_step, dropped
 from dalle_jax.models.dense import Dense
 from dalle_jax.models.rotary import rotary_angles, rotate
-from dalle_jax.models.transformer_options import ACTIVATIONS, ATTENTION_OUT, TransformerOptions
+from dalle_jax.models.transformer_options import ACTIVATIONS, TransformerOptions
 from dalle_jax.token_layout import TokenLayout
 
 TextCache = tuple[Float[Array, "C H T K"], Float[Array, "C H T K"]]  # keys and values of a layer
@@ -338,7 +338,7 @@ class Block(nn.Module):
         Returns:
           [B, S, D].
         """
-        y = checkpoint_name(self.attention(self._read(x, "attention"), which, train, bias), ATTENTION_OUT)
+        y = self.attention(self._read(x, "attention"), which, train, bias)
         x = self._add(x, y, "attention", train, drop_rate)
         return constrain(self._add_mlp(x, train, drop_rate=drop_rate), "batch", "length", "embed_act")
 

@@ -28,19 +28,15 @@ DTYPES = ("float32", "bfloat16")
 _MOST = {"width": 2**16, "depth": 1024, "heads": 2**12, "head_dim": 2**12, "mlp_ratio": 2**10}  # no device holds more
 _MOST |= {"norm_epsilon": 1, "final_norms": 2, "layer_scale": 1000}
 _KEEP = jax.checkpoint_policies
-ATTENTION_OUT = "attention_out"  # name of the output of the first branch, for `REMAT`
 REMAT = {  # from least to most memory
     "full": _KEEP.nothing_saveable,
     "attended": _KEEP.save_only_these_names(ATTENDED),
-    "layers": _KEEP.save_only_these_names(ATTENTION_OUT),
     "attention": _KEEP.save_only_these_names(HEADS, ATTENDED),
-    "narrow": _KEEP.save_only_these_names(HEADS, ATTENDED, ATTENTION_OUT),
     "dots": _KEEP.save_from_both_policies(
         _KEEP.dots_with_no_batch_dims_saveable, _KEEP.save_only_these_names(ATTENDED)
     ),
     "none": None,
 }
-BY_LAYER = ("layers", "narrow")  # keep each layer's input, and recompute one layer at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,10 +77,7 @@ class TransformerOptions:
       remat: activations of each scanned unit that are kept for the backward pass, in addition to its input.
         "full": none, all are recomputed.
         "attended": the output of attention, so that the splash kernel does not run again.
-        "layers": the input of each layer, and the output of its attention branch. One layer is recomputed at a time,
-          without the last product of each branch.
-        "attention": queries, keys, values and the output of attention.
-        "narrow": "layers" and "attention" together: everything but the MLP's hidden units.
+        "attention": also queries, keys and values.
         "dots": all products of dense layers, and the output of attention.
         "none": all, nothing is recomputed.
       scan: whether repeated layers run as one scan.

@@ -27,7 +27,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from dalle_jax.models.attention.patterns import Pattern
 from dalle_jax.models.relative_positions import RelativePositions
 from dalle_jax.models.transformer import Block, ImageCache, Norm, TextCache
-from dalle_jax.models.transformer_options import BY_LAYER, REMAT, TransformerOptions
+from dalle_jax.models.transformer_options import REMAT, TransformerOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
 
@@ -83,12 +83,9 @@ class Unit(nn.Module):
 
         `which` has the index of each layer's pattern, and `drop_rates` its rate; see `Block`.
         """
-        remat, block = self.options.remat, Block
-        if remat in BY_LAYER:
-            block = nn.remat(Block, policy=REMAT[remat], prevent_cse=False, static_argnums=(2,))
         for i, patterns in enumerate(self.patterns):
             rate = None if drop_rates is None else drop_rates[i]
-            x = block(self.options, self.layout, patterns, name=f"layer_{i}")(x, train, which[i], rate, bias)
+            x = Block(self.options, self.layout, patterns, name=f"layer_{i}")(x, train, which[i], rate, bias)
         return x, None
 
 
@@ -122,9 +119,7 @@ class Trunk(nn.Module):
         remat = REMAT[o.remat]
         self.scanned = unit * repeats
         if repeats:
-            cell = Unit
-            if remat is not None and o.remat not in BY_LAYER:
-                cell = nn.remat(Unit, policy=remat, prevent_cse=False, static_argnums=(2,))
+            cell = Unit if remat is None else nn.remat(Unit, policy=remat, prevent_cse=False, static_argnums=(2,))
             orders = [self.patterns[i : self.scanned : unit] for i in range(unit)]  # of each layer of the unit
             known = [tuple(dict.fromkeys(order)) for order in orders]
             which = [[patterns.index(each) for each in order] for patterns, order in zip(known, orders)]
