@@ -9,7 +9,7 @@ to the right, a third of the tokens drawn again, and the whole image inpainted u
 right by half, and describes the new half together with the half before it:
 
     python experiments/unmasking.py --workdir=experiments/results/weights/shapes --output=runs/unmasking \
-      --steps=16 --choice_temperature=1 --panorama="a red circle left of a blue square|a blue square left of a green cross"
+      --panorama="a red circle left of a blue square|a blue square left of a green cross"
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from PIL import Image
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.evaluation.showcase import EDITS, edits, unmasking
 from dalle_jax.evaluation.test_sets import Protocol, open_test_set
-from dalle_jax.reporting.images import image_grid, save_png
+from dalle_jax.reporting.images import image_grid, resized, save_png
 from dalle_jax.storage.files import write_file
 from dalle_jax.text_to_image.text_to_image import TextToImage
+
+_PANORAMA, _GAP = 960, ((0, 12), (0, 0), (0, 0))  # pixels: width, and the white below
 
 
 def panorama(model: TextToImage, captions: Sequence[str], seed: int, **sampling: Any) -> np.ndarray:
@@ -55,7 +57,6 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=6, help="number of captions")
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--temperature", type=float, default=0.5)
-    parser.add_argument("--choice_temperature", type=float, help="the prior's default without it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--panorama", action="append", default=[], help='captions, separated by "|"')
     args = parser.parse_args()
@@ -64,7 +65,7 @@ def main() -> None:
     tests = open_test_set(workdirs.read_config(args.workdir)["data"], Protocol("heldout", "first", args.rows))
     images = tests.images(range(args.rows))
     out = epath.Path(args.output)
-    sampling = {"steps": args.steps, "temperature": args.temperature, "choice_temperature": args.choice_temperature}
+    sampling = {"steps": args.steps, "temperature": args.temperature}
     frames = unmasking(model, tests.captions, args.seed, **sampling)
     names = [f"step {t + 1}" for t in range(args.steps)]
     strip = [(caption, list(frames[:, i])) for i, caption in enumerate(tests.captions)]
@@ -77,11 +78,11 @@ def main() -> None:
     sheets[0].save(film, format="GIF", save_all=True, append_images=sheets[1:], duration=durations, loop=0)
     write_file(out / "unmasking.gif", film.getvalue())
     rows = edits(model, images, tests.captions, args.seed, **sampling)
-    save_png(out / "edits.png", image_grid(rows, EDITS, cell_size=128))
+    save_png(out / "edits.png", image_grid(rows, EDITS, cell_size=168))
     if args.panorama:
-        rows = [text.split("|") for text in args.panorama]
-        drawn = [("; then: ".join(row), [panorama(model, row, args.seed, **sampling)]) for row in rows]
-        save_png(out / "panorama.png", image_grid(drawn, cell_size=512))
+        drawn = [panorama(model, row.split("|"), args.seed, **sampling) for row in args.panorama]
+        large = [np.asarray(resized(canvas, _PANORAMA)) for canvas in drawn]
+        save_png(out / "panorama.png", np.concatenate([np.pad(row, _GAP, constant_values=255) for row in large]))
     print(f"Wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
 
 
