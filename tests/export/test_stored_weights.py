@@ -56,7 +56,10 @@ def test_captions_are_drawn_right(model):
 
 
 def test_an_extension_draws_what_its_caption_says(model):
-    left, right = "a purple diamond left of a yellow cross on a gray background", "a yellow cross left of a red triangle"
+    left, right = (
+        "a purple diamond left of a yellow cross on a gray background",
+        "a yellow cross left of a red triangle",
+    )
     image = model.generate(left, candidates=8, keep=1, seed=0, temperature=0.5)[0]
     wide = model.outpaint(image, (0, 0, 0, 16), f"{right} on a gray background", seed=0, temperature=0.5)[0]
     np.testing.assert_array_equal(wide[:, :32], image)
