@@ -91,7 +91,8 @@ def rounded(params: PyTree, dtype: str, compact: bool = False) -> PyTree:
     Args:
       params: nested dict of float32 arrays.
       dtype: "float32" or "bfloat16".
-      compact: round embeddings too: every array of at least two axes. `Exported` and `frozen.load` read them as float32.
+      compact: round embeddings too: every array of at least two axes. `Exported` and `frozen.load` return float32 for
+        them.
     """
 
     def stored(path: Any, x: jax.Array) -> np.ndarray:

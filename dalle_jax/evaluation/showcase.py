@@ -75,8 +75,8 @@ def edits(
 ) -> list[tuple[str, list[np.ndarray]]]:
     """Edits real images in four ways, see `EDITS`.
 
-    The canvas grows by a quarter only. The caption describes the window that is drawn, which then still holds most of the
-    given image. At a half it would hold half an object, and training images have none at their border.
+    The canvas grows by a quarter only, so that the window that is drawn still holds most of the given image. At a half
+    it would begin in the middle of an object, and training images have no half objects.
 
     Args:
       model: a prior that can draw a token given later ones.
