@@ -1,14 +1,19 @@
-"""One compilation cache for all processes of a test session.
+"""Compiled programs of a test session: one cache on disk for all processes, and not too many in memory.
 
 JAX writes a cache entry in place. Another process may therefore read half of an entry, and a process that is killed
 while it writes leaves a damaged one. `share` changes this: an entry is written under another name and then renamed.
+
+A compiled program takes about twelve memory mappings, and Linux allows a process 65,530. XLA ends the process with a
+segmentation fault when it gets no more. `forget` keeps a process far below this limit.
 """
 
 from __future__ import annotations
 
+import gc
 import os
 import threading
 import zlib
+from pathlib import Path
 
 _SHARED = "DALLE_JAX_TEST_CACHE"  # the folder, for the processes that `preloaded` starts
 
@@ -37,3 +42,13 @@ def share() -> None:
     shared = os.environ.setdefault(_SHARED, os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update("jax_compilation_cache_dir", shared)
     os.environ["JAX_COMPILATION_CACHE_DIR"] = os.path.join(shared, f"children_of_{os.getpid()}")
+
+
+def forget(limit: int) -> None:
+    """Drops all compiled programs of this process if it has more than `limit` memory mappings (Linux only)."""
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > limit:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()

@@ -8,6 +8,7 @@ JAX_COMPILATION_CACHE_DIR to keep the compiled programs between sessions.
 
 import atexit
 import gc
+import itertools
 import os
 import shutil
 import signal
@@ -28,6 +29,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
+_tests = itertools.count()
+
 
 def pytest_configure(config):
     """Prepares a process that runs tests. The controller of pytest-xdist only distributes them."""
@@ -42,6 +45,14 @@ def pytest_collection_modifyitems(items):
     """Sorts the test files by time, longest first, so that no worker ends with a long file while the others wait."""
     rank = {name: i for i, name in enumerate(longest_first.FILES)}
     items.sort(key=lambda item: rank.get(str(item.path.relative_to(longest_first.FOLDER)), len(rank)))
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Drops the compiled programs if there are many: after a file, and sometimes within a long one."""
+    if nextitem is None or nextitem.path != item.path:
+        compiled_programs.forget(limit=10_000)
+    elif next(_tests) % 20 == 19:
+        compiled_programs.forget(limit=35_000)
 
 
 def pytest_collection_finish():

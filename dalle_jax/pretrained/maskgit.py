@@ -90,6 +90,11 @@ class Sizes:
         return {name: tuple(self.by_letter[letter] for letter in letters) for name, letters in names.items()}
 
 
+def published_sizes(side: int) -> Sizes:
+    """Returns the sizes of the published transformer with side x side tokens of 1,024 codes and 1,000 classes."""
+    return Sizes(24, {"D": 768, "H": 16, "K": 48, "F": 3072, "W": 1024 + 1000 + 1, "S": side**2 + 1})
+
+
 def sizes_of(arrays: Arrays) -> Sizes:
     """Derives the sizes of a transformer from its arrays.
 

@@ -66,6 +66,20 @@ _SHAPES_OF_LAYER = {
     "mlp.2.bias": "D",
 }
 _MAX_DEPTH = 1000
+PUBLISHED = (42, {"D": 1536, "F": 6144, "T": 64, "N": 256, "W": 16_384, "V": 16_384})  # depth, sizes
+
+
+def shapes(depth: int, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each array of a transformer by its original name.
+
+    Args:
+      depth: number of layers.
+      sizes: the sizes of `_SHAPES` by their letters.
+    """
+    names = dict(_SHAPES)
+    for layer in range(depth):
+        names |= {f"blocks.{layer}.{name}": letters for name, letters in _SHAPES_OF_LAYER.items()}
+    return {name: tuple(sizes[letter] for letter in letters) for name, letters in names.items()}
 
 
 def stage(arrays: Arrays, number: int) -> dict[str, np.ndarray]:
@@ -101,11 +115,7 @@ def prior_of(arrays: Arrays, head_size: int = _HEAD_SIZE, dtype: str = "float32"
             "'tok_emb_img.weight', 'blocks.0.mlp.0.weight', 'pos_emb_img.weight' and the like)."
         ) from error
     sizes = {"D": width, "F": hidden, "T": length, "N": tokens, "W": text_ids, "V": codes}
-    names = dict(_SHAPES)
-    for layer in range(depth):
-        names |= {f"blocks.{layer}.{name}": letters for name, letters in _SHAPES_OF_LAYER.items()}
-    expected = {name: tuple(sizes[letter] for letter in letters) for name, letters in names.items()}
-    state_dict.check_shapes(arrays, expected)
+    state_dict.check_shapes(arrays, shapes(depth, sizes))
     trunk = TransformerOptions(
         width=width, depth=depth, heads=width // head_size, mlp_ratio=hidden / width, activation="gelu",
         qkv_bias=True, positions="table", dtype=dtype, scan=False,

