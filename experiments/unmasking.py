@@ -2,11 +2,12 @@
 
     python experiments/unmasking.py --workdir=runs/maskgit-shapes --output=runs/unmasking
 
-Writes three files, and `panorama.png` with `--panorama`. `strip.png` and `unmasking.gif` have one row per caption and one
-column or frame per decoding step; masked cells are grey. `edits.png` has held-out images with these edits: the right half
-inpainted, the canvas extended to the right, a third of the tokens drawn again, and the whole image inpainted under the
-caption of another one. `panorama.png` has one row for each `--panorama`. Its first caption draws an image. Each further
-caption extends it to the right by half. It describes the new half together with the half before it:
+Writes three files, and `panorama.png` with `--panorama`. `strip.png` and `unmasking.gif` have one row per caption and
+one column or frame per decoding step; masked cells are grey. `edits.png` has held-out images with these edits: the
+right half inpainted, the canvas extended to the right, a third of the tokens drawn again, and the whole image
+inpainted under the caption of another one. `panorama.png` has one row for each `--panorama`. Its first caption draws
+an image. Each further caption extends it to the right by half. It describes the new half together with the half
+before it:
 
     python experiments/unmasking.py --workdir=experiments/results/weights/shapes --output=runs/unmasking \
       --panorama="a red circle left of a blue square|a blue square left of a green cross"
