@@ -83,22 +83,31 @@ def _names(folder: epath.Path) -> list[str]:
     return sorted(name for name in names if _FILE.fullmatch(name))
 
 
-def rounded(params: PyTree, dtype: str) -> PyTree:
-    """Rounds the kernels of layers to a dtype, on the host. Gains, biases, embeddings and codebooks stay float32.
+def rounded(params: PyTree, dtype: str, compact: bool = False) -> PyTree:
+    """Rounds the kernels of layers to a dtype, on the host. Gains, biases and embeddings stay float32.
 
     A model that computes in bfloat16 rounds its kernels wherever it multiplies with them, so it gives the same result.
 
     Args:
       params: nested dict of float32 arrays.
       dtype: "float32" or "bfloat16".
+      compact: round embeddings too: every array of at least two axes. `Exported` and `frozen.load` return float32 for
+        them.
     """
 
     def stored(path: Any, x: jax.Array) -> np.ndarray:
         array = np.asarray(jax.device_get(x))
         kernel = jax.tree_util.keystr(path[-1:], simple=True) == "kernel"
-        return array.astype(jnp.bfloat16) if kernel and dtype == "bfloat16" else array
+        smaller = dtype == "bfloat16" and (kernel or (compact and array.ndim > 1))
+        return array.astype(jnp.bfloat16) if smaller else array
 
     return jax.tree_util.tree_map_with_path(stored, params)
+
+
+def _read_back(path: str, array: np.ndarray) -> np.ndarray:
+    """Returns float32 for what a compact export rounded in addition to kernels."""
+    kernel = path.rpartition("/")[-1] == "kernel"
+    return array.astype(np.float32) if array.dtype == jnp.bfloat16 and not kernel else array
 
 
 def write_params(folder: epath.PathLike, params: PyTree, shard_bytes: int = _SHARD_BYTES) -> None:
@@ -227,7 +236,7 @@ class Exported:
                 found = tensor_file.decode(self._read(name))
                 if twice := arrays.keys() & found.keys():
                     raise ValueError(f"{min(twice)[:200]!r} stands in two files")
-                arrays.update(found)
+                arrays.update({path: _read_back(path, array) for path, array in found.items()})
         with self._damage(shards[0]):
             return nested(arrays)
 

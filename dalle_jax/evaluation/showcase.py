@@ -75,6 +75,9 @@ def edits(
 ) -> list[tuple[str, list[np.ndarray]]]:
     """Edits real images in four ways, see `EDITS`.
 
+    The canvas grows by a quarter only, so that the window that is drawn still holds most of the given image. At a half
+    it would begin in the middle of an object, and training images have no half objects.
+
     Args:
       model: a prior that can draw a token given later ones.
       images: uint8 [C, H, W, 3].
@@ -85,7 +88,8 @@ def edits(
     Returns:
       The caption of each row, and its images: the real one and its edits.
     """
-    size = model.image_size
+    size, height = model.image_size, model.prior.layout.height
+    quarter = max(1, height // 4) * size // height  # whole cells
     right = np.zeros((size, size), bool)
     right[:, size // 2 :] = True
     sampling = {"seed": seed, **sampling}
@@ -94,7 +98,7 @@ def edits(
         following = captions[(i + 1) % len(captions)]
         edited = [
             model.inpaint(image, right, caption, **sampling)[0],
-            model.outpaint(image, (0, 0, 0, size // 2), caption, **sampling)[0],
+            model.outpaint(image, (0, 0, 0, quarter), caption, **sampling)[0],
             model.vary(image, 1 / 3, caption, **sampling)[0],
             model.inpaint(image, np.ones((size, size), bool), following, **sampling)[0],
         ]

@@ -41,6 +41,7 @@ def _parser() -> argparse.ArgumentParser:
         default="float32",
         help="Of the kernels of layers. float32 rounds nothing.",
     )
+    add("--compact", action="store_true", help="Of a prior, with --dtype=bfloat16: round all its weights.")
     add("--step", help='Step of the checkpoint, or "best"; the latest by default.')
     add("--clip", metavar="DIR", help="CLIP to include with a prior; the one in its workdir by default, if any.")
     add("--license", help="Identifier for the model card, such as apache-2.0 or cc-by-4.0.")
@@ -70,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
                 raise ConfigError(f"--output={given.output} cannot be pushed: give a local folder.")
         options = Options(
             given.dtype, check_step(given.step, "--step"), given.clip, given.license, given.report, given.caption,
-            given.push, given.adapters, given.base,
+            given.push, given.adapters, given.base, given.compact,
         )  # fmt: skip
         found = export(given.workdir, given.output, options)
         print(f"{given.output}: {found}")

@@ -33,7 +33,7 @@ class About:
 
     Attributes:
       kind: one of `exported.KINDS`.
-      dtype: of the kernels in the files.
+      precision: the dtype of which weights in the files.
       step: step of the checkpoint, or None for an imported model.
       parameters: number of parameters.
       summary: sizes, in one line.
@@ -48,7 +48,7 @@ class About:
     """
 
     kind: str
-    dtype: str
+    precision: str
     step: int | None
     parameters: int
     summary: str
@@ -100,7 +100,7 @@ def text(about: About) -> str:
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
         f"# {_TITLES[about.kind]}: {about.repo or about.folder}",
-        f"{about.summary}. {about.parameters:,} parameters, kernels in {about.dtype}. Trained with dalle_jax.",
+        f"{about.summary}. {about.parameters:,} parameters, {about.precision}. Trained with dalle_jax.",
         _use(about),
         *_data(about.config),
         *_training(about),

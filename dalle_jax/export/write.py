@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 
 from dalle_jax.checkpoints import exported, frozen
@@ -47,7 +48,7 @@ class Options:
     """Options of an export and of its model card.
 
     Attributes:
-      dtype: "float32" or "bfloat16"; see `exported.rounded`. Modules inside a prior stay float32.
+      dtype: "float32" or "bfloat16"; see `exported.rounded`. Modules inside a prior stay float32 without `compact`.
       step: step of the checkpoint, "best", or None for the latest.
       clip: folder of a CLIP that a prior's export includes; None for the one in its workdir, if any.
       license: identifier for the model card, such as "apache-2.0"; None if it is not stated.
@@ -56,6 +57,7 @@ class Options:
       repo: "owner/name" on a hub, under which the card says how to draw; None for the folder's name.
       adapters: export the adapters (LoRA) of a run alone. Otherwise they are merged into their base.
       base: name of the base of exported adapters; None for the run that they were trained from.
+      compact: of a prior in bfloat16: round its embeddings, its image tokenizer and its CLIP too.
     """
 
     dtype: str = "float32"
@@ -67,6 +69,7 @@ class Options:
     repo: str | None = None
     adapters: bool = False
     base: str | None = None
+    compact: bool = False
 
     def __post_init__(self):
         if self.dtype not in DTYPES:
@@ -74,6 +77,8 @@ class Options:
         card.check_license(self.license)
         if self.base and not self.adapters:
             raise ConfigError(f"--base={self.base} is for --adapters alone.")
+        if self.compact and (self.adapters or self.dtype != "bfloat16"):
+            raise ConfigError("--compact rounds all weights of a prior to bfloat16: add --dtype=bfloat16.")
 
 
 def kind_of(workdir: str) -> str:
@@ -122,6 +127,8 @@ def export(workdir: str, output: str, options: Options) -> str:
     write = {PRIOR: _prior, TOKENIZER: _tokenizer, CLIP: _clip, ADAPTERS: _adapters}
     base = _check_adapters(workdir, options) if options.adapters else None
     kind, report = ADAPTERS if options.adapters else kind, card.report(options.report)
+    if options.compact and kind != PRIOR:
+        raise ConfigError(f"--compact is for priors, and {workdir} holds a model of kind {kind}: leave it out.")
     if workdirs.has_config(workdir):
         with open_run(workdir) as run:
             run.resolve(options.step)  # an error must not cost an earlier export
@@ -135,8 +142,9 @@ def export(workdir: str, output: str, options: Options) -> str:
             config["lora"]["rank"] = 0  # they are merged
         config = without_paths(config)
         write_json(expanded(output) / "config.json", config)
+    precision = f"{'all weights' if options.compact else 'kernels'} in {options.dtype}"
     about = card.About(
-        kind, options.dtype, found.step, found.parameters, found.summary, config, options.license,
+        kind, precision, found.step, found.parameters, found.summary, config, options.license,
         card.evaluation(workdir, found.step), report, options.caption,
         options.repo, os.path.basename(str(output).rstrip("/")), base,
     )  # fmt: skip
@@ -196,13 +204,15 @@ def _prior(workdir: str, output: epath.Path, options: Options) -> _Written:
         params = trained.restore(run, workdir, step, tokenizer_params=tokenizer_params)
         config = run.config(step)
     condition, text_model = condition_of(config).load(config, workdir)
-    exported.write_params(output, exported.rounded(params, options.dtype))
-    description = tokenizers.to_dict(tokenizer)
-    frozen.save(output / TOKENIZER, description, tokenizer_params, frozen.SAFETENSORS)
+    exported.write_params(output, exported.rounded(params, options.dtype, options.compact))
+    if options.compact:
+        tokenizer_params = exported.rounded(tokenizer_params, options.dtype, compact=True)
+        mark = fingerprint({"tokenizer": jax.tree.map(lambda x: x.astype(np.float32), tokenizer_params)})
+    frozen.save(output / TOKENIZER, tokenizers.to_dict(tokenizer), tokenizer_params, frozen.SAFETENSORS)
     if text_model is not None:
         _copy(expanded(workdir) / "text", output / "text")
     if folder := options.clip or (workdir if has_clip(workdir) else None):
-        ClipScorer.load(folder).save(output, "float32")
+        ClipScorer.load(folder).save(output, options.dtype if options.compact else "float32")
     size, vocab = config["data"]["image_size"], tokenizer.vocab_size
     height, width = tokenizer.grid(size)
     summary = f"{config['prior']}, {size} x {size} pixels as {height} x {width} tokens of {vocab:,}, given {condition}"

@@ -36,7 +36,7 @@ def test_each_edit_is_the_one_that_it_is_called(model):
     real, half, wide, varied, other = row
     np.testing.assert_array_equal(real, IMAGES[0])
     np.testing.assert_array_equal(half[:, : SIZE // 4], real[:, : SIZE // 4])
-    assert wide.shape == (SIZE, SIZE + SIZE // 2, 3)
+    assert wide.shape == (SIZE, SIZE + SIZE // 4, 3)
     np.testing.assert_array_equal(wide[:, :SIZE], real)
     np.testing.assert_array_equal(varied, model.vary(real, 1 / 3, CAPTIONS[0], seed=3, steps=2)[0])
     np.testing.assert_array_equal(other, model.generate(CAPTIONS[1], seed=3, steps=2)[0])

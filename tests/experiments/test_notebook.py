@@ -257,6 +257,17 @@ def test_both_sizes_load_their_variant(notebook, tmp_path, monkeypatch):
         assert made["on_my_images"]("clip.py", {}).data.path == str(tmp_path)
 
 
+def test_every_section_says_how_long_it_takes(notebook):
+    """And the first image comes from the stored weights, before the first training."""
+    words = ("second", "minute", "days")
+    for before, cell in zip(notebook.cells, notebook.cells[1:]):
+        if cell.cell_type == "code" and before.cell_type == "markdown" and "parameters" not in cell.metadata.tags:
+            assert any(word in before.source for word in words), before.source
+    first, quickstart = (notebook.cells.index(cells(notebook, tag)[0]) for tag in ("first", "quickstart"))
+    assert first < quickstart and (ROOT / "experiments/results/weights/shapes/export.json").exists()
+    assert "experiments/results/weights/shapes" in notebook.cells[first].source
+
+
 @pytest.mark.slow
 def test_runs(notebook, tmp_path):
     """Runs every cell at tiny sizes in a fresh kernel at the repository's root, like *Run all*."""
@@ -278,7 +289,14 @@ def test_runs(notebook, tmp_path):
         outputs = [output for cell in cells(notebook, tag) for output in cell.outputs]
         return sum("image/png" in output.get("data", {}) for output in outputs)
 
-    assert [images(tag) for tag in ("generate", "edit", "prepare", "preview")] == [2, 2, 1, 2]
+    assert [images(tag) for tag in ("first", "quickstart", "generate", "edit", "prepare", "preview")] == [
+        1,
+        3,
+        2,
+        2,
+        1,
+        2,
+    ]
     (report_cell,) = cells(notebook, "quickstart")
     assert any("<iframe srcdoc=" in output.get("data", {}).get("text/html", "") for output in report_cell.outputs)
     said = "".join(output.get("text", "") for cell in notebook.cells for output in cell.get("outputs", ()))

@@ -90,6 +90,25 @@ def test_a_float32_model_in_bfloat16_has_the_rounded_parameters(run, tmp_path):
     assert (folder / "model.safetensors").stat().st_size < 0.9 * sum(x.nbytes for x in jax.tree.leaves(whole))
 
 
+def test_a_compact_export_rounds_everything_with_two_axes(run, tmp_path):
+    folder = export(run, tmp_path / "export", "--dtype=bfloat16", "--compact")
+    for name in ("model.safetensors", "image_tokenizer/model.safetensors"):
+        stored = tensor_file.decode((folder / name).read_bytes())
+        assert {str(x.dtype) for x in stored.values() if x.ndim > 1} == {"bfloat16"}, name
+    found, whole = load(str(folder)), load(run)
+    for read, given in ((found.params, whole.params), (found.tokenizer_params, whole.tokenizer_params)):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a.astype(b.dtype), b, rtol=2**-8, atol=1e-30), read, given)
+    assert {str(x.dtype) for x in jax.tree.leaves(found.tokenizer_params)} == {"float32"}
+    assert {str(x.dtype) for x in jax.tree.leaves(found.params["embedding"])} == {"float32"}
+    assert found.generate(CAPTION, n=2, seed=3).shape == whole.generate(CAPTION, n=2, seed=3).shape
+
+
+@pytest.mark.parametrize("flags", [["--compact"], ["--compact", "--dtype=bfloat16", "--adapters"]])
+def test_compact_needs_a_prior_in_bfloat16(run, tmp_path, capsys, flags):
+    assert main([f"--workdir={run}", f"--output={tmp_path / 'x'}", *flags]) == 2
+    assert "--compact" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
 def test_an_export_of_an_export(run, folder, tmp_path):
     again = export(folder, tmp_path / "again", "--license=apache-2.0")
     for name in Exported(folder).files:
