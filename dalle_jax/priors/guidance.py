@@ -71,7 +71,7 @@ class Guidance:
         """Computes s·f(r), float32 scalar.
 
         Args:
-          ratio: r, the share of the steps that are drawn after this one.
+          ratio: r, the share of the steps that are done after this one, in (0, 1].
         """
         if self.schedule == "constant":
             return self.scale

@@ -286,10 +286,10 @@ def _tiny(command):
     """The overrides that shrink a command of `dalle_jax.main`; `DIR` becomes a folder of a few images."""
     file, variant = re.search(r"--config=(?:configs/)?(\w+)(?:\.py)?:?([\w.]*)", " ".join(command)).groups()
     under, few = short_runs.under, short_runs.FEW_SHAPES
-    small = variant in ("", "shapes", "emoji", "small")
+    small = variant in ("", "shapes", "shape_classes", "emoji", "small")
     dvae, prior = (_DVAE, _PRIOR) if small else (_LARGE_DVAE, _LARGE_PRIOR)
     dvae = _VQ if variant == "small" else dvae
-    data = [] if variant else few
+    data, best_of = [] if variant else few, ["metrics.candidates=2", "metrics.candidate_captions=2"]
     options = {
         "quickstart": [
             *under("prior.tokenizer.", _DVAE + few), *under("prior.", _PRIOR + few), *under("maskgit.", _PRIOR + few),
@@ -303,7 +303,7 @@ def _tiny(command):
         "finetune": short_runs.STEPS,
         "data": [],
         "generate": ["rows_at_once=4"],
-        "evaluate": ["count=8", "rows_at_once=8", "metrics.candidates=2", "metrics.candidate_captions=2"],
+        "evaluate": ["rows_at_once=8", *(["count=24"] if variant == "imagenet" else ["count=8", *best_of])],
     }[file]  # fmt: skip
     return [word.replace("=DIR", "=images") for word in command] + under("--config.", options)
 
