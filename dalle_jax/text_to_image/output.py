@@ -16,6 +16,7 @@ from tqdm.std import tqdm
 
 from dalle_jax.configuration.values import shown
 from dalle_jax.errors import ConfigError
+from dalle_jax.text_to_image.showing import in_notebook
 
 NUMPY, PIL = "numpy", "pil"
 
@@ -91,4 +92,4 @@ def with_bar(chunks: Iterable[Chunk], total: int, rows_at_once: int, progress: b
 
 
 def _is_watched() -> bool:
-    return sys.stderr.isatty() or "ipykernel" in sys.modules
+    return sys.stderr.isatty() or in_notebook()

@@ -55,12 +55,18 @@ def show(images: Any, captions: str | Sequence[str] | None = None, columns: int 
         raise DataError("No image was given; expected at least one.")
     columns = min(columns, max(len(shown) for _, shown in groups))
     sheet = Image.fromarray(contact_sheet(groups, columns=columns))
-    if "ipykernel" in sys.modules:
-        import IPython.display  # a notebook has it
+    if in_notebook():
+        import IPython.display
 
         IPython.display.display(sheet)
     elif not ImageShow.show(sheet):
         raise UserError("This system has no image viewer: dalle_jax.save(images, folder) writes PNG files.")
+
+
+def in_notebook() -> bool:
+    """Returns whether this process is the kernel of a notebook. Other programs import IPython, too."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None
 
 
 def save(images: Any, folder: str | epath.PathLike, captions: str | Sequence[str] | None = None) -> list[str]:

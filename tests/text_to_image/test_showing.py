@@ -60,11 +60,20 @@ def test_one_image_of_any_shape(sheets):
 def test_a_notebook_shows_the_sheet_below_the_cell(monkeypatch):
     seen = []
     display = types.SimpleNamespace(display=seen.append)
-    monkeypatch.setitem(sys.modules, "ipykernel", types.ModuleType("ipykernel"))
-    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=display))
+    shell = types.SimpleNamespace(kernel=object())
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(display=display, get_ipython=lambda: shell))
     monkeypatch.setitem(sys.modules, "IPython.display", display)
     show(NOISE[0])
     assert len(seen) == 1 and contains(np.asarray(seen[0]), NOISE[0, 2])
+
+
+def test_a_program_that_imports_ipython_is_no_notebook(monkeypatch, sheets):
+    for shell in (None, types.SimpleNamespace(kernel=None), types.SimpleNamespace()):
+        monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace(get_ipython=lambda found=shell: found))
+        show(NOISE[0])
+    monkeypatch.setitem(sys.modules, "IPython", types.SimpleNamespace())
+    show(NOISE[0])
+    assert len(sheets) == 4 and not showing.in_notebook()
 
 
 def test_what_show_rejects(sheets, monkeypatch):
