@@ -84,7 +84,7 @@ def main() -> None:
         drawn = [panorama(model, row.split("|"), args.seed, **sampling) for row in args.panorama]
         large = [np.asarray(resized(canvas, _PANORAMA)) for canvas in drawn]
         save_png(out / "panorama.png", np.concatenate([np.pad(row, _GAP, constant_values=255) for row in large]))
-    print(f"Wrote {', '.join(sorted(path.name for path in out.iterdir()))} to {out}")
+    print(f"Wrote strip.png, unmasking.gif{', panorama.png' * bool(args.panorama)} and edits.png to {out}")
 
 
 if __name__ == "__main__":
