@@ -110,6 +110,7 @@ class TokenLayout:
       height: h, rows of the image token grid.
       width: w, columns of the image token grid.
       start_tokens: number of start tokens, which are positions of the prefix, too.
+      encoded: whether an encoder reads the condition. It then has no positions in the stream.
 
     Raises:
       ValueError: a size below 1, or more than `LONGEST_STREAM` positions.
@@ -120,9 +121,10 @@ class TokenLayout:
     height: int
     width: int
     start_tokens: int = 0
+    encoded: bool = False
 
     def __post_init__(self):
-        _check_positive(self, "image_vocab", "height", "width", "prefix_length")
+        _check_positive(self, "image_vocab", "height", "width", *([] if self.encoded else ["prefix_length"]))
         if self.length > LONGEST_STREAM:
             raise ValueError(
                 f"A stream of {self.prefix_length} positions before {self.height} x {self.width} image positions is "
@@ -132,7 +134,7 @@ class TokenLayout:
     @property
     def prefix_length(self) -> int:
         """P, the number of positions before the image."""
-        return self.condition.length + self.start_tokens
+        return self.start_tokens + (0 if self.encoded else self.condition.length)
 
     @property
     def image_length(self) -> int:
@@ -152,6 +154,14 @@ class TokenLayout:
     def with_start_tokens(self) -> TokenLayout:
         """Returns the layout of a stream with start tokens: start-of-text, the condition, start-of-image, the grid."""
         return dataclasses.replace(self, start_tokens=2)
+
+    def with_encoder(self) -> TokenLayout:
+        """Returns the layout of a stream whose condition an encoder reads: start-of-image, then the grid."""
+        return dataclasses.replace(self, start_tokens=1, encoded=True)
+
+    def of_encoder(self) -> TokenLayout:
+        """Returns the layout of that encoder: the positions of the condition, as a grid of one row without prefix."""
+        return TokenLayout(self.condition, 1, 1, self.condition.length, encoded=True)
 
 
 def _check_positive(sizes: object, *names: str) -> None:

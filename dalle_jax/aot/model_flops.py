@@ -11,6 +11,7 @@ activations, masked pairs that are computed anyway, metrics for the log. Image t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from dalle_jax.clip.flops import image_tower, patches, text_tower
@@ -59,7 +60,7 @@ def sampling(prior_: TokenPrior, rows: int) -> float:
     An autoregressive prior computes each position once, MaskGIT computes all image positions at each step.
     """
     lay = prior_.stream
-    text = _trunk(prior_, lay.prefix_length, slice(0, lay.prefix_length))
+    text = _trunk(prior_, lay.prefix_length, slice(0, lay.prefix_length)) + _encoder(prior_)
     image = _trunk(prior_, lay.image_length, slice(lay.prefix_length, None)) + _image_head(prior_)
     if not isinstance(prior_, MaskGITPrior):
         return rows * (text + image)
@@ -72,7 +73,7 @@ def prior(one: TokenPrior) -> float:
     lay, text_head = one.layout, 0
     if not isinstance(one, MaskGITPrior):
         text_head = 2 * one.options.predicted_text(lay) * _width(one) * one.options.text_classes(lay)
-    return _trunk(one, one.stream.length, slice(None)) + text_head + _image_head(one)
+    return _encoder(one) + _trunk(one, one.stream.length, slice(None)) + text_head + _image_head(one)
 
 
 def _width(one: TokenPrior) -> int:
@@ -89,7 +90,21 @@ def _trunk(one: TokenPrior, positions: int, queries: slice) -> float:
     """Counts all layers at `positions` positions, with the mask rows `queries`."""
     o: TransformerOptions = one.options.trunk
     pairs = {pattern: int(pattern.mask(one.stream)[queries].sum()) for pattern in set(one.options.patterns)}
-    return _layers(o, positions, [pairs[pattern] for pattern in one.options.patterns])
+    layers = _layers(o, positions, [pairs[pattern] for pattern in one.options.patterns])
+    if not one.options.encoder_depth:
+        return layers
+    inner = o.heads * o.size_per_head  # cross-attention: queries and output, then scores and values
+    return layers + o.depth * positions * (4 * o.width * inner + 4 * inner * one.layout.condition.length)
+
+
+def _encoder(one: TokenPrior) -> float:
+    """Counts the encoder of the condition, and the keys and values of its states in all layers of the trunk."""
+    if not one.options.encoder_depth:
+        return 0
+    o, length = one.options.trunk, one.layout.condition.length
+    encoder = dataclasses.replace(o, depth=one.options.encoder_depth)
+    keys_and_values = o.depth * length * 4 * o.width * o.heads * o.size_per_head
+    return _layers(encoder, length, [length**2] * encoder.depth) + keys_and_values
 
 
 def _layers(o: TransformerOptions, positions: int, pairs: Sequence[int]) -> float:

@@ -22,6 +22,7 @@ _EXPECTED = {
     "Non-boolean": "true or false",
     "as a ConfigDict": "one of the keys inside this section, such as --config.mesh.data=1",
 }
+_VALUE = "<unknown>"  # the name of the file in a syntax error of a flag's value
 _CONFIG_FILES = pathlib.Path(__file__).with_name("config_files.py")
 
 
@@ -35,7 +36,7 @@ def explain_config_error(error: BaseException, given: str) -> ConfigError | None
     Returns:
       The error to raise, or None if the file itself has a fault.
     """
-    if isinstance(error, SyntaxError) and not (error.filename or "").endswith(".py"):
+    if isinstance(error, SyntaxError) and not (error.filename or _VALUE).endswith((".py", _VALUE)):
         return ConfigError(f"{given}: not a Python file; expected a config such as prior or configs/prior.py.")
     if not _raised_in(error, _ML_COLLECTIONS, _CONFIG_FILES):
         return None

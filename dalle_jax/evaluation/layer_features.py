@@ -28,6 +28,7 @@ from dalle_jax.models import clip as clips
 from dalle_jax.models import transformer
 from dalle_jax.models.beit import BEiT
 from dalle_jax.models.clip import CLIP
+from dalle_jax.models.norm import Norm
 from dalle_jax.models.trunk import for_decoding
 from dalle_jax.priors.embedding import StreamEmbedding
 from dalle_jax.priors.token_prior import TokenPrior
@@ -159,7 +160,7 @@ def _of_trunk(found: PyTree, depth: int, first: int) -> States:
 def clip_states(clip: CLIP, params: PyTree, images: UInt8[ArrayLike, "B H W 3"]) -> States:
     """Returns the states of a CLIP's image tower at the patches: before its blocks, and after each of them."""
     pixels = clips.preprocess(images, clip.options.image_size)
-    kept = [(transformer.Norm, "__call__"), (clips.Block, "__call__")]
+    kept = [(Norm, "__call__"), (clips.Block, "__call__")]
     found = _captured(clip.module, params, [pixels], kept, method="encode_image")["image"]
     names = ("norm_before", *(f"block_{i}" for i in range(clip.options.image_depth)))
     first = int(clip.options.image_readout == "class_token")

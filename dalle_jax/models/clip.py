@@ -37,7 +37,7 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.resampling import space_to_depth
 from dalle_jax.models.attention import kernels
 from dalle_jax.models.dense import Dense
-from dalle_jax.models.transformer import Norm
+from dalle_jax.models.norm import Norm
 from dalle_jax.models.transformer_options import DTYPES
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import LARGEST_VOCABULARY, LONGEST_STREAM

@@ -1,5 +1,8 @@
 """One block of the transformer that both priors and BEiT share, over the stream "text, then image grid".
 
+A block of a prior with an encoder also reads the encoder's states, by cross-attention between its two other branches
+(`cross_attention.py`). The stream then has a start-of-image vector in place of the text.
+
 DALL-E, section 2.2. The paper does not describe its block. Its gradient scaling for fp16 is not needed in bfloat16
 (footnote 12), and neither is CogView's PB-relax (arXiv 2105.13290, section 2.4). That only keeps the scores of
 attention within the range of fp16 and changes no result. Norms and their places, activation, biases, QK-norm and
@@ -7,25 +10,28 @@ positions are options. `trunk.py` stacks the blocks.
 
     B batch    C captions    n candidates of a caption    S = T + N sequence    T text    N image tokens
     D width    H heads    K head size    F hidden width of the MLP    P = S, T or N positions
+    M positions of an encoder
 """
 
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.models.attention import extension, kernels, splash
 from dalle_jax.models.attention.patterns import HEADS, Pattern
 from dalle_jax.models.attention.xla import attend_reference, attend_step, dropped
+from dalle_jax.models.cross_attention import CrossAttention, Memory, MemoryCache
 from dalle_jax.models.dense import Dense
+from dalle_jax.models.norm import Norm
 from dalle_jax.models.rotary import rotary_angles, rotate
 from dalle_jax.models.transformer_options import ACTIVATIONS, TransformerOptions
 from dalle_jax.token_layout import TokenLayout
@@ -34,32 +40,19 @@ TextCache = tuple[Float[Array, "C H T K"], Float[Array, "C H T K"]]  # keys and 
 ImageCache = tuple[Float[Array, "..."], Float[Array, "..."]]  # the same of the image, shaped by the pattern
 
 
-# -- modules ------------------------------------------------------------------------------------------------------
-
-
-class Norm(nn.Module):
-    """Layer norm or RMS norm, computed in float32.
+class CaptionCache(NamedTuple):
+    """What a block keeps of captions for all image positions.
 
     Attributes:
-      kind: one of `transformer_options.NORMS`.
-      dtype: dtype of the output.
-      epsilon: added to the variance; 0 for 1e-5 in layer norms and 1e-6 in RMS norms.
+      prefix: keys and values of the positions before the image.
+      memory: keys and values of the encoder's states; None without an encoder.
     """
 
-    kind: str
-    dtype: DTypeLike
-    epsilon: float = 0.0
+    prefix: TextCache
+    memory: MemoryCache | None = None
 
-    @nn.compact
-    def __call__(self, x: Float[ArrayLike, "*axes D"]) -> Float[Array, "*axes D"]:
-        """Normalises over the last axis: [..., D] to [..., D]."""
-        ones = nn.with_logical_partitioning(nn.initializers.ones, (None,))
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, (None,))
-        if self.kind == "layernorm":
-            norm = nn.LayerNorm(self.epsilon or 1e-5, dtype=jnp.float32, scale_init=ones, bias_init=zeros, name="norm")
-        else:
-            norm = nn.RMSNorm(self.epsilon or 1e-6, dtype=jnp.float32, scale_init=ones, name="norm")
-        return norm(x).astype(self.dtype)
+
+# -- modules ------------------------------------------------------------------------------------------------------
 
 
 class Attention(nn.Module):
@@ -128,6 +121,7 @@ class Attention(nn.Module):
         which: Int[ArrayLike, ""] | None = None,
         train: bool = False,
         bias: Float[ArrayLike, "H S S"] | None = None,
+        visible: Bool[ArrayLike, "B S"] | None = None,
     ) -> Float[Array, "B S D"]:
         """Attends over the whole stream.
 
@@ -136,6 +130,7 @@ class Attention(nn.Module):
           which: index into `patterns`, int32 scalar; None if there is one pattern.
           train: whether dropout applies.
           bias: added to the scores, float32 [H, S, S]; None for none.
+          visible: positions that may be attended to, bool [B, S]; None for all.
 
         Returns:
           [B, S, D].
@@ -144,8 +139,8 @@ class Attention(nn.Module):
         if train and rate:
             kernel = "xla"
             more = {"drop": functools.partial(dropped, rate=rate, key=self.make_rng("dropout"))}
-        if bias is not None:
-            kernel, more = "xla", {**more, "bias": bias}
+        if bias is not None or visible is not None:
+            kernel, more = "xla", {**more, "bias": bias, "visible": visible}
         attention = functools.partial(kernels.attend, kernel, layout=self.layout, **more)
         if len(self.patterns) > 1:
             ways = [functools.partial(attention, pattern=each) for each in self.patterns]
@@ -230,7 +225,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two dense layers; the first one has a gate if the activation has one.
+    """Two dense layers; the first one has a gate if the activation has one. NormFormer has a norm between them.
 
     Attributes:
       options: options of the trunk.
@@ -247,6 +242,8 @@ class MLP(nn.Module):
         hidden = activation(up(name="up")(x, decode_step=decode_step))
         if gated:
             hidden = hidden * up(name="gate")(x, decode_step=decode_step)
+        if o.norm_placement == "normformer":
+            hidden = Norm(o.norm, o.dtype, o.norm_epsilon, name="hidden_norm")(hidden)
         down = Dense((o.hidden,), (o.width,), ("mlp", "embed"), o.dtype, (None,), 0.5 / o.depth, name="down")
         return down(hidden, decode_step=decode_step)
 
@@ -258,20 +255,28 @@ class Block(nn.Module):
       options: options of the trunk.
       layout: layout of the token stream.
       patterns: see `Attention`.
+      cross: whether there is a branch of cross-attention between them. Each call then needs an encoder's states.
     """
 
     options: TransformerOptions
     layout: TokenLayout
     patterns: tuple[Pattern, ...]
+    cross: bool = False
 
     def setup(self):
         o = self.options
         norm = functools.partial(Norm, o.norm, epsilon=o.norm_epsilon)
         read = o.stream_dtype if o.norm_placement == "post" else o.dtype
         self.attention_norm, self.mlp_norm = norm(read), norm(read)
-        if o.norm_placement == "sandwich":
-            self.attention_out_norm, self.mlp_out_norm = norm(o.stream_dtype), norm(o.stream_dtype)
         self.attention = Attention(o, self.layout, self.patterns)
+        if self.cross:
+            self.cross_norm, self.cross_attention = norm(read), CrossAttention(o)
+        if o.norm_placement in ("sandwich", "normformer"):
+            self.attention_out_norm = norm(o.stream_dtype)
+            if self.cross:
+                self.cross_out_norm = norm(o.stream_dtype)
+        if o.norm_placement == "sandwich":
+            self.mlp_out_norm = norm(o.stream_dtype)
         self.mlp = MLP(o)
         self.drop = nn.Dropout(o.dropout)
         if o.layer_scale:
@@ -279,9 +284,11 @@ class Block(nn.Module):
             self.attention_scale, self.mlp_scale = (
                 self.param(f"{branch}_scale", gain, (o.width,)) for branch in ("attention", "mlp")
             )
+            if self.cross:
+                self.cross_scale = self.param("cross_scale", gain, (o.width,))
 
     def _read(self, x: Float[ArrayLike, "*axes D"], branch: str) -> Float[ArrayLike, "*axes D"]:
-        """Returns the input of a branch, "attention" or "mlp"."""
+        """Returns the input of a branch, "attention", "cross" or "mlp"."""
         return x if self.options.norm_placement == "post" else getattr(self, f"{branch}_norm")(x)
 
     def _add(
@@ -294,7 +301,7 @@ class Block(nn.Module):
     ) -> Float[ArrayLike, "*axes D"]:
         """Adds the output of a branch to the residual stream. Training leaves it out for a share of the examples."""
         placement, y = self.options.norm_placement, self.drop(y, deterministic=not train)
-        if placement == "sandwich":
+        if placement == "sandwich" or (placement == "normformer" and branch != "mlp"):
             y = getattr(self, f"{branch}_out_norm")(y)
         if self.options.layer_scale:
             gain = getattr(self, f"{branch}_scale").astype(y.dtype)
@@ -318,6 +325,20 @@ class Block(nn.Module):
             y = y.reshape(-1, y.shape[-1])
         return self._add(x, self.mlp(y, decode_step=decode_step).reshape(x.shape), "mlp", train, drop_rate)
 
+    def _add_cross(
+        self,
+        x: Float[ArrayLike, "*axes D"],
+        memory: MemoryCache | None,
+        train: bool = False,
+        decode_step: bool = False,
+        drop_rate: Float[ArrayLike, ""] | None = None,
+    ) -> Float[ArrayLike, "*axes D"]:
+        """Runs the branch of cross-attention, if there is one; `decode_step` as in `Dense`."""
+        if not self.cross:
+            return x
+        y = self.cross_attention(self._read(x, "cross"), memory, train=train, decode_step=decode_step)
+        return self._add(x, y, "cross", train, drop_rate)
+
     def __call__(
         self,
         x: Float[ArrayLike, "B S D"],
@@ -325,6 +346,8 @@ class Block(nn.Module):
         which: Int[ArrayLike, ""] | None = None,
         drop_rate: Float[ArrayLike, ""] | None = None,
         bias: Float[ArrayLike, "H S S"] | None = None,
+        visible: Bool[ArrayLike, "B S"] | None = None,
+        memory: Memory | None = None,
     ) -> Float[Array, "B S D"]:
         """Runs over the whole stream.
 
@@ -333,41 +356,49 @@ class Block(nn.Module):
           train: whether dropout applies, and `drop_rate`.
           which: see `Attention`.
           drop_rate: share of the examples for which each branch is left out, scalar; None for 0.
-          bias: see `Attention`.
+          bias, visible: see `Attention`.
+          memory: states of the encoder; None without one.
 
         Returns:
           [B, S, D].
         """
-        y = self.attention(self._read(x, "attention"), which, train, bias)
+        y = self.attention(self._read(x, "attention"), which, train, bias, visible)
         x = self._add(x, y, "attention", train, drop_rate)
+        if self.cross:
+            x = self._add_cross(x, self.cross_attention.read(memory), train, drop_rate=drop_rate)
         return constrain(self._add_mlp(x, train, drop_rate=drop_rate), "batch", "length", "embed_act")
 
-    def prefill(self, x: Float[ArrayLike, "C T D"]) -> tuple[Float[Array, "C T D"], TextCache]:
-        """Runs over the text alone."""
+    def prefill(
+        self, x: Float[ArrayLike, "C T D"], memory: Memory | None = None
+    ) -> tuple[Float[Array, "C T D"], CaptionCache]:
+        """Runs over the positions before the image alone."""
         y, kv = self.attention.prefill(self._read(x, "attention"))
-        return self._add_mlp(self._add(x, y, "attention")), kv
+        caption = CaptionCache(kv, self.cross_attention.read(memory) if self.cross else None)
+        return self._add_mlp(self._add_cross(self._add(x, y, "attention"), caption.memory)), caption
 
-    def refine(self, x: Float[ArrayLike, "B N D"], text: TextCache) -> Float[Array, "B N D"]:
+    def refine(self, x: Float[ArrayLike, "B N D"], text: CaptionCache) -> Float[Array, "B N D"]:
         """Runs over all image positions."""
-        y = self.attention.refine(self._read(x, "attention"), text)
-        return self._add_mlp(self._add(x, y, "attention"))
+        y = self.attention.refine(self._read(x, "attention"), text.prefix)
+        return self._add_mlp(self._add_cross(self._add(x, y, "attention"), text.memory))
 
     def step(
-        self, x: Float[ArrayLike, "B D"], text: TextCache, cache: ImageCache, position: Int[ArrayLike, ""]
+        self, x: Float[ArrayLike, "B D"], text: CaptionCache, cache: ImageCache, position: Int[ArrayLike, ""]
     ) -> tuple[Float[Array, "B D"], ImageCache]:
         """Runs over one image position."""
-        y, cache = self.attention.step(self._read(x, "attention"), text, cache, position)
-        return self._add_mlp(self._add(x, y, "attention"), decode_step=True), cache
+        y, cache = self.attention.step(self._read(x, "attention"), text.prefix, cache, position)
+        x = self._add_cross(self._add(x, y, "attention"), text.memory, decode_step=True)
+        return self._add_mlp(x, decode_step=True), cache
 
     def extend(
         self,
         x: Float[ArrayLike, "B P D"],
-        text: TextCache,
+        text: CaptionCache,
         cache: ImageCache,
         start: Int[ArrayLike, " B"],
         visible: Bool[ArrayLike, "B P L"],
         stored: int,
     ) -> tuple[Float[Array, "B P D"], ImageCache]:
         """Runs over several positions at once."""
-        y, cache = self.attention.extend(self._read(x, "attention"), text, cache, start, visible, stored)
-        return self._add_mlp(self._add(x, y, "attention"), decode_step=True), cache
+        y, cache = self.attention.extend(self._read(x, "attention"), text.prefix, cache, start, visible, stored)
+        x = self._add_cross(self._add(x, y, "attention"), text.memory, decode_step=True)
+        return self._add_mlp(x, decode_step=True), cache

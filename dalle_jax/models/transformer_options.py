@@ -16,7 +16,7 @@ from dalle_jax.models.attention import kernels
 from dalle_jax.models.attention.patterns import ATTENDED, HEADS
 
 NORMS = ("layernorm", "rmsnorm")
-NORM_PLACEMENTS = ("pre", "post", "sandwich")
+NORM_PLACEMENTS = ("pre", "post", "sandwich", "normformer")
 ACTIVATIONS = {
     "gelu": (functools.partial(jax.nn.gelu, approximate=False), False),
     "gelu_tanh": (functools.partial(jax.nn.gelu, approximate=True), False),
@@ -51,7 +51,9 @@ class TransformerOptions:
       mlp_ratio: F / D.
       norm: "layernorm" or "rmsnorm".
       norm_placement: norms of a branch f. "pre": x + f(norm(x)). "post": norm(x + f(x)), as in MaskGIT's reference.
-        "sandwich": x + norm(f(norm(x))), as in CogView (arXiv 2105.13290, section 2.4) and ru-DALL-E.
+        "sandwich": x + norm(f(norm(x))), as in CogView (arXiv 2105.13290, section 2.4) and ru-DALL-E. "normformer":
+        that for attention, and for the MLP a norm before it and one of its hidden units, as in DALL-E mini
+        (NormFormer, arXiv 2110.09456).
       norm_epsilon: added to the variance in all norms but those of `qk_norm`; 0 for 1e-5 in layer norms and 1e-6 in RMS
         norms.
       embedding_norm: apply a norm to the sum of token and position embeddings, before dropout.

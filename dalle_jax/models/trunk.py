@@ -25,12 +25,15 @@ import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from dalle_jax.models.attention.patterns import Pattern
+from dalle_jax.models.cross_attention import Memory
+from dalle_jax.models.norm import Norm
 from dalle_jax.models.relative_positions import RelativePositions
-from dalle_jax.models.transformer import Block, ImageCache, Norm, TextCache
+from dalle_jax.models.transformer import Block, CaptionCache, ImageCache
 from dalle_jax.models.transformer_options import REMAT, TransformerOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
 
+TRUNKS = ("trunk", "encoder")  # names of a prior's trunks in its parameters
 _LONGEST_UNIT = 4
 PriorOptions = TypeVar("PriorOptions")  # a dataclass with `trunk`, a `TransformerOptions`
 
@@ -64,11 +67,13 @@ class Unit(nn.Module):
       options: options of the trunk.
       layout: layout of the token stream.
       patterns: for each layer, the patterns that it has during the scan.
+      cross: see `Block`.
     """
 
     options: TransformerOptions
     layout: TokenLayout
     patterns: tuple[tuple[Pattern, ...], ...]
+    cross: bool = False
 
     @nn.compact
     def __call__(
@@ -78,6 +83,8 @@ class Unit(nn.Module):
         which: Int[ArrayLike, " unit"],
         drop_rates: Float[ArrayLike, " unit"] | None,
         bias: Float[ArrayLike, "H S S"] | None,
+        visible: Bool[ArrayLike, "B S"] | None,
+        memory: Memory | None,
     ) -> tuple[Float[Array, "B S D"], None]:
         """Runs over the whole stream and returns the scan's carry.
 
@@ -85,7 +92,8 @@ class Unit(nn.Module):
         """
         for i, patterns in enumerate(self.patterns):
             rate = None if drop_rates is None else drop_rates[i]
-            x = Block(self.options, self.layout, patterns, name=f"layer_{i}")(x, train, which[i], rate, bias)
+            layer = Block(self.options, self.layout, patterns, self.cross, name=f"layer_{i}")
+            x = layer(x, train, which[i], rate, bias, visible, memory)
         return x, None
 
 
@@ -101,11 +109,13 @@ class Trunk(nn.Module):
       options: options of the trunk.
       layout: layout of the token stream.
       patterns: the attention pattern of each layer.
+      cross: whether all layers read an encoder's states; see `Block`.
     """
 
     options: TransformerOptions
     layout: TokenLayout
     patterns: tuple[Pattern, ...]
+    cross: bool = False
 
     def setup(self):
         o = self.options
@@ -126,11 +136,12 @@ class Trunk(nn.Module):
             self.which = np.asarray(which, np.int32).T  # [repeats, unit]
             self.units = nn.scan(
                 cell, variable_axes={"params": 0}, split_rngs={"params": True, "dropout": True}, length=repeats,
-                in_axes=(nn.broadcast, 0, 0, nn.broadcast), metadata_params={nn.PARTITION_NAME: "layers"},
-            )(o, self.layout, tuple(known))  # fmt: skip
+                in_axes=(nn.broadcast, 0, 0, nn.broadcast, nn.broadcast, nn.broadcast),
+                metadata_params={nn.PARTITION_NAME: "layers"},
+            )(o, self.layout, tuple(known), self.cross)  # fmt: skip
         block = Block if remat is None else nn.remat(Block, policy=remat, static_argnums=(2,))
         left = range(self.scanned, o.depth)
-        self.layers = [block(o, self.layout, (self.patterns[i],), name=f"layer_{i}") for i in left]
+        self.layers = [block(o, self.layout, (self.patterns[i],), self.cross, name=f"layer_{i}") for i in left]
         names = ("final_norm", "second_final_norm")[: o.final_norms]
         self.final = [Norm(o.norm, o.states_dtype, o.norm_epsilon, name=name) for name in names]
 
@@ -140,16 +151,32 @@ class Trunk(nn.Module):
             x = norm(x)
         return x.astype(self.options.states_dtype)
 
-    def __call__(self, x: Float[ArrayLike, "B S D"], train: bool) -> Float[Array, "B S D"]:
-        """Runs over the whole stream: [B, S, D] in the stream's dtype to [B, S, D] in that of the states."""
+    def __call__(
+        self,
+        x: Float[ArrayLike, "B S D"],
+        train: bool,
+        memory: Memory | None = None,
+        visible: Bool[ArrayLike, "B S"] | None = None,
+    ) -> Float[Array, "B S D"]:
+        """Runs over the whole stream.
+
+        Args:
+          x: [B, S, D] in the stream's dtype.
+          train: see `Block`.
+          memory: states of an encoder; None without one.
+          visible: positions that may be attended to, bool [B, S]; None for all. With it, attention is dense.
+
+        Returns:
+          [B, S, D] in the dtype of the states.
+        """
         o = self.options
         bias = self.relative_positions() if o.positions == "relative" else None
         rates = jnp.linspace(0.0, o.drop_path, o.depth) if o.drop_path else None
         if self.scanned:
             scanned = None if rates is None else rates[: self.scanned].reshape(self.which.shape)
-            x, _ = self.units(x, train, jnp.asarray(self.which), scanned, bias)
+            x, _ = self.units(x, train, jnp.asarray(self.which), scanned, bias, visible, memory)
         for i, layer in enumerate(self.layers, self.scanned):
-            x = layer(x, train, None, None if rates is None else rates[i], bias)
+            x = layer(x, train, None, None if rates is None else rates[i], bias, visible, memory)
         return self._states(x)
 
     def init_cache(self, rows: int) -> list[ImageCache]:
@@ -159,22 +186,36 @@ class Trunk(nn.Module):
         new = lambda store: store.init(rows, o.heads, o.size_per_head, o.dtype)
         return [(new(store), new(store)) for store in stores]
 
-    def prefill(self, x: Float[ArrayLike, "C T D"]) -> tuple[Float[Array, "C T D"], list[TextCache]]:
-        """Runs over the text alone, [C, T, D]; also returns the keys and values of each layer."""
+    def prefill(
+        self, x: Float[ArrayLike, "C T D"], memory: Memory | None = None
+    ) -> tuple[Float[Array, "C T D"], list[CaptionCache]]:
+        """Runs over the positions before the image alone, [C, T, D].
+
+        Args:
+          x: [C, T, D] in the stream's dtype.
+          memory: states of an encoder; None without one.
+
+        Returns:
+          States, [C, T, D], and the keys and values of each layer.
+        """
         text = []
         for layer in self.layers:
-            x, kv = layer.prefill(x)
+            x, kv = layer.prefill(x, memory)
             text.append(kv)
         return self._states(x), text
 
-    def refine(self, x: Float[ArrayLike, "B N D"], text: list[TextCache]) -> Float[Array, "B N D"]:
+    def refine(self, x: Float[ArrayLike, "B N D"], text: list[CaptionCache]) -> Float[Array, "B N D"]:
         """Runs over all image positions, [C·n, N, D], given the keys and values of `prefill`."""
         for layer, kv in zip(self.layers, text):
             x = layer.refine(x, kv)
         return self._states(x)
 
     def step(
-        self, x: Float[ArrayLike, "B D"], text: list[TextCache], caches: list[ImageCache], position: Int[ArrayLike, ""]
+        self,
+        x: Float[ArrayLike, "B D"],
+        text: list[CaptionCache],
+        caches: list[ImageCache],
+        position: Int[ArrayLike, ""],
     ) -> tuple[Float[Array, "B D"], list[ImageCache]]:
         """Runs over one image position.
 
@@ -202,7 +243,7 @@ class Trunk(nn.Module):
     def extend(
         self,
         x: Float[ArrayLike, "B P D"],
-        text: list[TextCache],
+        text: list[CaptionCache],
         caches: list[ImageCache],
         start: Int[ArrayLike, " B"],
         visible: Bool[ArrayLike, "B P L"],
@@ -237,10 +278,10 @@ def for_decoding(params: PyTree, options: PriorOptions) -> tuple[PyTree, PriorOp
     """Converts a prior's parameters and options to unstacked layers, once and not at every decoding step.
 
     Args:
-      params: parameters of the prior, those of its trunk under "trunk".
+      params: parameters of the prior, those of its trunk under "trunk", of an encoder under "encoder".
       options: options of the prior.
 
     Returns:
       Parameters and options for `scan=False` and `remat="none"`.
     """
-    return params | {"trunk": unstack(params["trunk"])}, unstacked_options(options)
+    return params | {name: unstack(params[name]) for name in TRUNKS if name in params}, unstacked_options(options)

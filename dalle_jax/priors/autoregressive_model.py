@@ -16,10 +16,11 @@ from dalle_jax.configuration.options import check
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.attention.patterns import CausalPattern, full_layers, sparse_layers
-from dalle_jax.models.transformer import ImageCache, TextCache
+from dalle_jax.models.cross_attention import Memory
+from dalle_jax.models.transformer import CaptionCache, ImageCache
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import Trunk
-from dalle_jax.priors import orders
+from dalle_jax.priors import encoder, orders
 from dalle_jax.priors.embedding import AutoregressiveEmbedding
 from dalle_jax.token_layout import TokenLayout
 
@@ -61,6 +62,9 @@ class AutoregressiveOptions:
       neighbour_kernel: side of the square around the cell that is predicted next. Its known tokens are added to the
         position that predicts, so that the model need not learn which cells are near; 0 for none. It needs the order
         "random" or "diagonal".
+      encoder_depth: number of layers of an encoder of the condition (`encoder.py`); 0: the condition is the beginning
+        of the stream, and captions are predicted as well.
+      encoder_padding: number of first positions of the condition whose padding is read; None for all.
     """
 
     trunk: TransformerOptions = TransformerOptions()
@@ -83,6 +87,8 @@ class AutoregressiveOptions:
     anneal_start: int = 0
     anneal_end: int = 0
     neighbour_kernel: int = 0
+    encoder_depth: int = 0
+    encoder_padding: int | None = None
 
     def __post_init__(self):
         choices = {"attention": ATTENTION, "order": ORDERS}
@@ -92,10 +98,21 @@ class AutoregressiveOptions:
             choices=choices,
             at_least_0=[
                 "embedding_scale", "head_scale", "raster_steps", "anneal_start", "anneal_end", "neighbour_kernel",
+                "encoder_depth", "encoder_padding",
             ],
-            most={"kernel": 255, "embedding_scale": 1000, "head_scale": 1000, "neighbour_kernel": 15},
+            most={
+                "kernel": 255, "embedding_scale": 1000, "head_scale": 1000, "neighbour_kernel": 15,
+                "encoder_depth": 1024,
+            },
         )  # fmt: skip
         self.trunk.check_decoding()
+        encoder.check(self)
+        if self.encoder_depth and (self.start_tokens or self.shifted):
+            raise ConfigError(
+                f"config.model.encoder_depth is {self.encoder_depth} with start_tokens={self.start_tokens} and "
+                f"shifted={self.shifted}; a stream with an encoder has its own start-of-image token. Set "
+                "--config.model.start_tokens=false and --config.model.shifted=false, or encoder_depth=0."
+            )
         if self.knows_next and (self.attention != "full" or self.trunk.positions == "rotary"):
             raise ConfigError(
                 f"config.model.order is {self.order!r} with attention={self.attention!r} and trunk.positions="
@@ -149,7 +166,7 @@ class AutoregressiveOptions:
 
     def stream(self, layout: TokenLayout) -> TokenLayout:
         """Returns the layout of the positions that the trunk runs over, given the layout of the tokens."""
-        return layout.with_start_tokens() if self.start_tokens else layout
+        return layout.with_start_tokens() if self.start_tokens else encoder.stream(self, layout)
 
     def predicted_text(self, layout: TokenLayout) -> int:
         """Returns P, the number of positions of the condition that are predicted: the last ones."""
@@ -159,6 +176,8 @@ class AutoregressiveOptions:
 
     def text_classes(self, layout: TokenLayout) -> int:
         """Returns W, the number of classes of the text head; 0 for a condition that is not predicted."""
+        if self.encoder_depth:
+            return 0
         return layout.condition.classes(with_padding=self.padding_classes)
 
     def text_targets(self, layout: TokenLayout, text: Int[ArrayLike, "B _"]) -> Int[ArrayLike, "B _"]:
@@ -180,11 +199,18 @@ class AutoregressiveModel(nn.Module):
     def setup(self):
         o, lay = self.options, self.layout
         self.embedding = AutoregressiveEmbedding(
-            o.trunk, lay, o.embedding_scale, o.head_scale, o.tied_embeddings, o.head_bias, o.text_classes(lay),
-            o.knows_next, o.start_tokens or o.shifted, o.start_tokens, o.neighbour_kernel,
+            o.trunk, lay, o.embedding_scale, o.head_scale, o.tied_embeddings, o.head_bias, o.encoder_depth > 0,
+            o.text_classes(lay), o.knows_next, o.start_tokens or o.shifted, o.start_tokens, o.neighbour_kernel,
         )  # fmt: skip
         self.stream = o.stream(lay)
-        self.trunk = Trunk(o.trunk, self.stream, o.patterns)
+        self.encoder = encoder.make(o, lay)
+        self.trunk = Trunk(o.trunk, self.stream, o.patterns, self.encoder is not None)
+
+    def read(
+        self, text: Shaped[ArrayLike, "B ..."], train: bool = False
+    ) -> tuple[Float[Array, "B _ D"], Memory | None]:
+        """Reads conditions; see `encoder.read`."""
+        return encoder.read(self.options, self.embedding, self.encoder, text, train)
 
     def embed(
         self,
@@ -204,7 +230,11 @@ class AutoregressiveModel(nn.Module):
         Returns:
           [B, S, D] in the dtype of the residual stream.
         """
-        x = [self.embedding.text(text, train), self.embedding.image(tokens, train, cells)]
+        return self._embed(self.read(text, train)[0], tokens, train, cells)
+
+    def _embed(self, prefix, tokens, train, cells):
+        """Implements `embed`, given the embeddings of the positions before the image."""
+        x = [prefix, self.embedding.image(tokens, train, cells)]
         x = jnp.concatenate(x, axis=1)[:, : self.stream.length]  # a shifted stream lacks the last image token
         if cells is not None:
             places, seen = jnp.argsort(cells, axis=1), jnp.arange(self.layout.image_length)[None]
@@ -214,14 +244,14 @@ class AutoregressiveModel(nn.Module):
         return constrain(x, "batch", "length", "embed_act")
 
     def logits(
-        self, x: Float[ArrayLike, "B S D"], train: bool = False
+        self, x: Float[ArrayLike, "B S D"], train: bool = False, memory: Memory | None = None
     ) -> tuple[Float[Array, "B P W"] | None, Float[Array, "B N V"]]:
         """Computes text logits, float32 [B, P, W], and image logits, float32 [B, N, V], from embeddings.
 
         Each position predicts the next token. With start tokens, the last text position predicts nothing. The text
-        logits of a condition that is not predicted are None.
+        logits of a condition that is not predicted are None. `memory` are the states of the encoder, if there is one.
         """
-        x = self.trunk(x, train)
+        x = self.trunk(x, train, memory)
         text = x[:, : self.options.predicted_text(self.layout)]
         t = self.stream.prefix_length
         image = x[:, t:] if self.options.shifted else x[:, t - 1 : -1]
@@ -236,11 +266,12 @@ class AutoregressiveModel(nn.Module):
         cells: Int[ArrayLike, "B N"] | None = None,
     ) -> tuple[Float[Array, "B P W"] | None, Float[Array, "B N V"]]:
         """Computes the text and image logits of a stream. Arguments as in `embed`, results as in `logits`."""
-        return self.logits(self.embed(text, tokens, train, cells), train)
+        prefix, memory = self.read(text, train)
+        return self.logits(self._embed(prefix, tokens, train, cells), train, memory)
 
     def prefill(
         self, text: Shaped[ArrayLike, "C ..."], first: Int[ArrayLike, " C"] | None = None
-    ) -> tuple[Float[Array, "C V"], list[TextCache]]:
+    ) -> tuple[Float[Array, "C V"], list[CaptionCache]]:
         """Runs the model over captions.
 
         Args:
@@ -250,10 +281,10 @@ class AutoregressiveModel(nn.Module):
         Returns:
           Logits of the first image token, float32 [C, V], and the keys and values of the text in each layer.
         """
-        x = self.embedding.text(text)
+        x, memory = self.read(text)
         if first is not None:
             x = x.at[:, -1].add(self.embedding.next_cell(first))
-        x, cache = self.trunk.prefill(x)
+        x, cache = self.trunk.prefill(x, memory)
         return self.embedding.image_logits(x[:, -1], decode_step=True), cache
 
     def init_cache(self, rows: int) -> list[ImageCache]:
@@ -262,7 +293,7 @@ class AutoregressiveModel(nn.Module):
 
     def start(
         self, text: Shaped[ArrayLike, "C ..."], rows: int, first: Int[ArrayLike, " C"] | None = None
-    ) -> tuple[Float[Array, "B V"], list[TextCache], list[ImageCache]]:
+    ) -> tuple[Float[Array, "B V"], list[CaptionCache], list[ImageCache]]:
         """Runs the model over captions, up to the first image token.
 
         Args:
@@ -288,7 +319,7 @@ class AutoregressiveModel(nn.Module):
         index: Int[ArrayLike, ""],
         cells: Int[ArrayLike, " B"],
         following: Int[ArrayLike, " B"],
-        text: list[TextCache],
+        text: list[CaptionCache],
         caches: list[ImageCache],
         around: Int[ArrayLike, "B _"] | None = None,
     ) -> tuple[Float[Array, "B V"], list[ImageCache]]:
@@ -312,18 +343,20 @@ class AutoregressiveModel(nn.Module):
         x, caches = self.trunk.step(x, text, caches, index + self.options.shifted)
         return self.embedding.image_logits(x, decode_step=True), caches
 
-    def begin(self, text: Int[ArrayLike, "C _"]) -> tuple[Float[Array, "C D"], list[TextCache]]:
-        """Runs the model over all text positions but the last one, which is place 0 of `extend`.
+    def begin(self, text: Int[ArrayLike, "C _"]) -> tuple[Float[Array, "C D"], list[CaptionCache]]:
+        """Runs the model over all positions before the image but the last one, which is place 0 of `extend`.
 
         Args:
           text: conditions, such as padded captions, int32 [C, T].
 
         Returns:
-          The embedding of the last text position without its next cell, [C, D], and the keys and values of the others.
+          The embedding of the last of these positions without its next cell, [C, D], and the keys and values of the
+          others.
         """
-        x = self.embedding.text(text)
-        _, cache = self.trunk.prefill(x)  # the text is causal: no other position depends on the last one
-        return x[:, -1], [(k[:, :, :-1], v[:, :, :-1]) for k, v in cache]
+        x, memory = self.read(text)
+        _, cache = self.trunk.prefill(x, memory)  # the text is causal: no other position depends on the last one
+        without_last = lambda each: tuple(y[:, :, :-1] for y in each)
+        return x[:, -1], [each._replace(prefix=without_last(each.prefix)) for each in cache]
 
     def init_slots(self, rows: int, slots: int) -> list[ImageCache]:
         """See `Trunk.init_slots`."""
@@ -336,7 +369,7 @@ class AutoregressiveModel(nn.Module):
         cells: Int[ArrayLike, "B P"],
         following: Int[ArrayLike, "B P"],
         last: Float[ArrayLike, "B D"],
-        text: list[TextCache],
+        text: list[CaptionCache],
         caches: list[ImageCache],
         start: Int[ArrayLike, " B"],
         visible: Bool[ArrayLike, "B P L"],

@@ -129,6 +129,11 @@ class Condition(abc.ABC):
     def embed(self, tables: Tables, rows: Shaped[ArrayLike, "B ..."]) -> Float[ArrayLike, "B T D"]:
         """Embeds conditions without positions: [B, ...] to float32 [B, T, D]."""
 
+    def padding(self, rows: Shaped[ArrayLike, "B ..."]) -> Bool[ArrayLike, "B T"] | None:
+        """Returns which positions of conditions hold no more than padding; None for a kind without padding."""
+        del rows
+        return None
+
     def classes(self, *, with_padding: bool) -> int:
         """Returns W, the number of classes of the head that predicts the condition; 0 if it is not predicted.
 
@@ -210,6 +215,10 @@ class Text(PaddedIds, Condition):
     def embed(self, tables: Tables, rows: Int[ArrayLike, "B T"]) -> Float[ArrayLike, "B T D"]:
         """See `Condition.embed`."""
         return tables[0][rows]
+
+    def padding(self, rows: Int[ArrayLike, "B T"]) -> Bool[ArrayLike, "B T"]:
+        """See `Condition.padding`."""
+        return rows >= self.vocab
 
 
 @dataclasses.dataclass(frozen=True)

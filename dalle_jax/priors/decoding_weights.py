@@ -5,7 +5,7 @@ float32 copy is of no use for drawing. The converted model gives the same tokens
 
 | Parameter                          | Dtype in a converted model                                    |
 |------------------------------------|---------------------------------------------------------------|
-| kernels of the trunk and the head  | `trunk.dtype`                                                 |
+| kernels of trunks and of the head  | `trunk.dtype`                                                 |
 | untied heads                       | `trunk.states_dtype`                                          |
 | gains, biases and embedding tables | float32, because the model uses them in float32               |
 
@@ -32,7 +32,7 @@ from jaxtyping import Array, ArrayLike, Float, Int8
 from dalle_jax.distributed.sharding import replicated, shardings_of
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.dense import input_axes
-from dalle_jax.models.trunk import unstack, unstacked_options
+from dalle_jax.models.trunk import TRUNKS, unstack, unstacked_options
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree
 
@@ -65,24 +65,24 @@ def for_drawing(
       The prior with the options of the new layers, and its parameters. They are split over the mesh as those of its
       `init` are.
     """
-    trunk, stacked = prior.options.trunk, "units" in params["trunk"]
+    trunk, stacked = prior.options.trunk, [name for name in TRUNKS if "units" in params.get(name, {})]
     if trunk.dtype == "float32":
         params = _widened(params)
         if weights is None:
             return prior, params
-    for part in ("trunk", "head"):
+    for part in (*TRUNKS, "head"):
         if weights is None:
             _cast(params.get(part, {}), ("kernel",), trunk.dtype)
         else:
             _quantize(params.get(part, {}))
     _cast(params["embedding"], _HEADS, trunk.states_dtype)
     prior = dataclasses.replace(prior, options=unstacked_options(prior.options))
-    if stacked:
-        boxed = jax.eval_shape(prior.init, jax.random.key(0))["trunk"]
+    for name in stacked:
+        boxed = jax.eval_shape(prior.init, jax.random.key(0))[name]
         layout = None if mesh is None else shardings_of(boxed, mesh)
         if layout is not None and weights is not None:
             _add_scales(layout, replicated(mesh))
-        params["trunk"] = jax.jit(unstack, out_shardings=layout)(params["trunk"])
+        params[name] = jax.jit(unstack, out_shardings=layout)(params[name])
     return prior, params
 
 

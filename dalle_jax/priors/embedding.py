@@ -19,7 +19,7 @@ from jaxtyping import Array, ArrayLike, Float, Int, Key, Shaped
 
 from dalle_jax.distributed.per_device import contract
 from dalle_jax.models.dense import rows_product
-from dalle_jax.models.transformer import Norm
+from dalle_jax.models.norm import Norm
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout
@@ -35,6 +35,8 @@ class StreamEmbedding(nn.Module):
       head_scale: standard deviation of untied heads at initialisation.
       tied: whether the image head is the transposed image embedding.
       head_bias: whether logits have a bias for each class.
+      encoded: whether an encoder reads the condition. The stream then begins with a start-of-image vector, and
+        `embedding_norm` has other parameters for the condition than for the stream.
     """
 
     trunk: TransformerOptions
@@ -43,6 +45,7 @@ class StreamEmbedding(nn.Module):
     head_scale: float
     tied: bool
     head_bias: bool
+    encoded: bool
 
     def setup(self):
         lay = self.layout
@@ -62,6 +65,10 @@ class StreamEmbedding(nn.Module):
             self.cells = self.table("cells", lay.image_length, "positions")
         if self.trunk.embedding_norm:
             self.norm = Norm(self.trunk.norm, "float32", self.trunk.norm_epsilon)
+            if self.encoded:
+                self.text_norm = Norm(self.trunk.norm, "float32", self.trunk.norm_epsilon)
+        if self.encoded:
+            self.before_image = self.table("start_of_image", 1, "positions")
         self.drop = nn.Dropout(self.trunk.dropout)
 
     def table(
@@ -76,10 +83,10 @@ class StreamEmbedding(nn.Module):
         zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("vocab",))
         return self.param(name, zeros, (classes,))
 
-    def cast(self, x: Float[ArrayLike, "B S D"], train: bool) -> Float[ArrayLike, "B S D"]:
+    def cast(self, x: Float[ArrayLike, "B S D"], train: bool, of_text: bool = False) -> Float[ArrayLike, "B S D"]:
         """Applies norm and dropout, and casts embeddings to the dtype of the residual stream."""
         if self.trunk.embedding_norm:
-            x = self.norm(x)
+            x = self.text_norm(x) if of_text and self.encoded else self.norm(x)
         return self.drop(x, deterministic=not train).astype(self.trunk.stream_dtype)
 
     def text(self, text: Shaped[ArrayLike, "B ..."], train: bool = False) -> Float[ArrayLike, "B T D"]:
@@ -87,7 +94,15 @@ class StreamEmbedding(nn.Module):
         x = self.layout.condition.embed(self.condition, text)
         if self.trunk.positions != "rotary":
             x = x + self.text_positions[None]
-        return self.cast(x, train)
+        return self.cast(x, train, of_text=True)
+
+    def start(self, table: Float[ArrayLike, "1 D"], rows: int, train: bool = False) -> Float[ArrayLike, "B 1 D"]:
+        """Embeds a start token of some rows, given its table."""
+        return self.cast(jnp.broadcast_to(table[None], (rows, 1, table.shape[1])), train)
+
+    def start_of_image(self, rows: int, train: bool = False) -> Float[ArrayLike, "B 1 D"]:
+        """Embeds the start-of-image token of some rows."""
+        return self.start(self.before_image, rows, train)
 
     def image_tokens(self, tokens: Int[ArrayLike, "B N"]) -> Float[ArrayLike, "B N D"]:
         """Embeds image tokens without positions: int32 [B, N] to float32 [B, N, D]."""
@@ -139,7 +154,7 @@ class AutoregressiveEmbedding(StreamEmbedding):
         for each padding id. 0: the condition is not predicted.
       any_order: whether positions know which cell they predict.
       start_of_text: whether a start-of-text token precedes the text.
-      start_of_image: whether a start-of-image token precedes the image.
+      start_tokens: whether a start-of-image token follows the text.
       neighbour_kernel: side of the square around the next cell, whose known tokens are added to a position; 0 for
         none.
     """
@@ -147,7 +162,7 @@ class AutoregressiveEmbedding(StreamEmbedding):
     text_classes: int
     any_order: bool
     start_of_text: bool
-    start_of_image: bool
+    start_tokens: bool
     neighbour_kernel: int
 
     def setup(self):
@@ -165,15 +180,14 @@ class AutoregressiveEmbedding(StreamEmbedding):
             self.neighbours = self.param("neighbours", init, (self.neighbour_kernel**2 - 1, self.trunk.width))
         if self.start_of_text:
             self.before_text = self.table("start_of_text", 1, "positions")
-        if self.start_of_image:
+        if self.start_tokens:
             self.before_image = self.table("start_of_image", 1, "positions")
 
     def text(self, text: Shaped[ArrayLike, "B ..."], train: bool = False) -> Float[ArrayLike, "B _ D"]:
         """Embeds conditions to [B, T, D], or to [B, T + start tokens, D] with start tokens around them."""
         x = super().text(text, train)
-        start = lambda table: self.cast(jnp.broadcast_to(table[None], (len(text), 1, table.shape[1])), train)
-        before = [start(self.before_text)] if self.start_of_text else []
-        after = [start(self.before_image)] if self.start_of_image else []
+        before = [self.start(self.before_text, len(text), train)] if self.start_of_text else []
+        after = [self.start_of_image(len(text), train)] if self.start_tokens else []
         return jnp.concatenate([*before, x, *after], axis=1) if before or after else x
 
     def next_cell(

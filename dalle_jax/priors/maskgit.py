@@ -41,7 +41,7 @@ import optax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, Shaped
 
 from dalle_jax.models.trunk import for_decoding
-from dalle_jax.priors import masking, sampling
+from dalle_jax.priors import encoder, masking, sampling
 from dalle_jax.priors.alternatives import one_of
 from dalle_jax.priors.condition import blank
 from dalle_jax.priors.embedding import start_from_codebook
@@ -74,7 +74,7 @@ class MaskGITPrior:
     @property
     def stream(self) -> TokenLayout:
         """See `TokenPrior.stream`."""
-        return self.layout
+        return encoder.stream(self.options, self.layout)
 
     @property
     def schedules(self) -> dict[str, optax.Schedule]:

@@ -18,10 +18,11 @@ from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.attention.patterns import Bidirectional, Pattern, full_layers
 from dalle_jax.models.dense import Dense
-from dalle_jax.models.transformer import Norm, TextCache
+from dalle_jax.models.norm import Norm
+from dalle_jax.models.transformer import CaptionCache
 from dalle_jax.models.transformer_options import ACTIVATIONS, TransformerOptions
 from dalle_jax.models.trunk import Trunk
-from dalle_jax.priors import masking
+from dalle_jax.priors import encoder, masking
 from dalle_jax.priors.embedding import MaskGITEmbedding
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import LONGEST_STREAM, TokenLayout
@@ -36,10 +37,11 @@ _MOST = {
     "embedding_scale": 1000,
     "head_scale": 1000,
     "init_scale": 1000,
+    "encoder_depth": 1024,
 }
 
 # Keys and values of the text in each layer, or its embeddings, [C, T, D], if the text reads the image.
-CaptionStates = list[TextCache] | Float[Array, "C T D"]
+CaptionStates = list[CaptionCache] | Float[Array, "C T D"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,6 +74,9 @@ class MaskGITOptions:
         4.2).
       order: order of unmasking; see `masking.unmasking_order`.
       choice_temperature: τ of the order "confidence".
+      encoder_depth: number of layers of an encoder of the condition (`encoder.py`); 0: the condition is the beginning
+        of the stream.
+      encoder_padding: number of first positions of the condition whose padding is read; None for all.
     """
 
     trunk: TransformerOptions = TransformerOptions()
@@ -93,6 +98,8 @@ class MaskGITOptions:
     steps: int | None = 8
     order: str = "confidence"
     choice_temperature: float = 4.5
+    encoder_depth: int = 0
+    encoder_padding: int | None = None
 
     def __post_init__(self):
         choices = {"order": masking.ORDERS, "head": HEADS, "loss_average": LOSS_AVERAGES}
@@ -100,11 +107,18 @@ class MaskGITOptions:
         shares = ["label_smoothing", "unmasked_weight", "caption_drop"]
         kernel = ["neighbour_kernel"]
         at_least_0 = [*kernel, "raster_steps", "choice_temperature", "embedding_scale", "head_scale", "init_scale"]
+        at_least_0 += ["encoder_depth", "encoder_padding"]
         check(
             self, "model", positive=["steps"], at_least_0=at_least_0, odd=kernel, share=shares,
             most=_MOST, choices=choices,
         )  # fmt: skip
         self.trunk.check_decoding()
+        encoder.check(self)
+        if self.encoder_depth and self.text_reads_image:
+            raise ConfigError(
+                f"config.model.encoder_depth is {self.encoder_depth} with text_reads_image=true; an encoder reads the "
+                "condition alone. Set --config.model.text_reads_image=false, or encoder_depth=0."
+            )
         masking.check_schedule(self.mask_schedule)
         if self.raster_steps and self.neighbour_kernel < 3:
             raise ConfigError(
@@ -136,10 +150,13 @@ class MaskGITModel(nn.Module):
     def setup(self):
         o, trunk = self.options, self.options.trunk
         self.embedding = MaskGITEmbedding(
-            trunk, self.layout, o.embedding_scale, o.head_scale, o.tied_embeddings, False, o.neighbour_kernel,
-            self.raster,
+            trunk, self.layout, o.embedding_scale, o.head_scale, o.tied_embeddings, False, o.encoder_depth > 0,
+            o.neighbour_kernel, self.raster,
         )  # fmt: skip
-        self.trunk = Trunk(trunk, self.layout, full_layers(trunk.depth) if self.raster else o.patterns)
+        self.stream = encoder.stream(o, self.layout)
+        self.encoder = encoder.make(o, self.layout)
+        patterns = full_layers(trunk.depth) if self.raster else o.patterns
+        self.trunk = Trunk(trunk, self.stream, patterns, self.encoder is not None)
         if o.head == "mlm":
             self.head = Dense((trunk.width,), (trunk.width,), ("embed", None), trunk.dtype, (None,))
             self.head_norm = Norm(trunk.norm, trunk.states_dtype, trunk.norm_epsilon)
@@ -166,14 +183,15 @@ class MaskGITModel(nn.Module):
         Returns:
           float32 [B, N, V].
         """
-        x = jnp.concatenate([self.embedding.text(text, train), self.embedding.image(ids, train)], axis=1)
-        x = self.trunk(constrain(x, "batch", "length", "embed_act"), train)
-        return self.logits(x[:, self.layout.prefix_length :])
+        prefix, memory = encoder.read(self.options, self.embedding, self.encoder, text, train)
+        x = jnp.concatenate([prefix, self.embedding.image(ids, train)], axis=1)
+        x = self.trunk(constrain(x, "batch", "length", "embed_act"), train, memory)
+        return self.logits(x[:, self.stream.prefix_length :])
 
     def prefill(self, text: Shaped[ArrayLike, "C ..."]) -> CaptionStates:
         """Computes what of the conditions, such as captions, int32 [C, T], stays the same in all decoding steps."""
-        x = self.embedding.text(text)
-        return x if self.options.text_reads_image else self.trunk.prefill(x)[1]
+        x, memory = encoder.read(self.options, self.embedding, self.encoder, text)
+        return x if self.options.text_reads_image else self.trunk.prefill(x, memory)[1]
 
     def states(self, ids: Int[ArrayLike, "B N"], text: CaptionStates) -> Float[Array, "B N D"]:
         """Computes the states that `logits` reads, given the captions of `prefill`: int32 [C·n, N] to [C·n, N, D]."""

@@ -10,7 +10,7 @@ import pytest
 
 from dalle_jax.clip.distance import distance
 from dalle_jax.models.clip import MEAN, STD, Block, CLIPOptions, ImageTower
-from dalle_jax.models.transformer import Norm
+from dalle_jax.models.norm import Norm
 
 SMALL = dict(image_size=16, patch=8, image_width=16, image_depth=2, image_heads=2, embed_dim=8, activation="gelu")
 

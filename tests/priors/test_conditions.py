@@ -14,6 +14,7 @@ from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.distributed.rows import over_rows
 from dalle_jax.distributed.sharding import batch_sharding, on_mesh, shardings_of
 from dalle_jax.errors import ConfigError
+from dalle_jax.models.cross_attention import Memory
 from dalle_jax.priors import sampling
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
 from dalle_jax.priors.clip_condition import ClipEmbedding
@@ -34,11 +35,18 @@ KINDS = {
         layout, AutoregressiveOptions(trunk_of(), attention="full", order="random")
     ),
     "maskgit": lambda layout: MaskGITPrior(layout, MaskGITOptions(trunk_of(), steps=4)),
+    "encoder": lambda layout: AutoregressivePrior(
+        layout, AutoregressiveOptions(trunk_of(), kernel=3, encoder_depth=1, encoder_padding=1)
+    ),
+    "any order, encoder": lambda layout: AutoregressivePrior(
+        layout, AutoregressiveOptions(trunk_of(), attention="full", order="random", encoder_depth=1)
+    ),
+    "maskgit, encoder": lambda layout: MaskGITPrior(layout, MaskGITOptions(trunk_of(), steps=4, encoder_depth=2)),
     "maskgit, class reads image": lambda layout: MaskGITPrior(
         layout, MaskGITOptions(trunk_of(), steps=4, text_reads_image=True)
     ),
 }
-VARIANTS = ("start tokens", "any order", "maskgit, class reads image")
+VARIANTS = ("start tokens", "any order", "maskgit, class reads image", "any order, encoder")
 
 
 @functools.cache
@@ -105,25 +113,36 @@ def test_the_image_depends_on_the_condition_and_on_nothing_later(kind, condition
     """Gradients of each logit: all image tokens see the condition; a causal prior sees no later token."""
     prior, params = make(kind, condition)
     given, tokens = rows(condition, 1), tokens_of(1)
-    cells = np.arange(N, dtype=np.int32)[None] if kind == "any order" else None
+    cells = np.arange(N, dtype=np.int32)[None] if kind.startswith("any order") else None
 
     @jax.jit
     def gradients(params):
-        def logits(text, image):  # of embeddings: both kinds of prior build them from these two
-            stream = jnp.concatenate([text, image], axis=1)
-            if prior.name == "maskgit":
-                model = lambda m, x: m.logits(m.trunk(x, False)[:, prior.stream.prefix_length :])
-            else:
-                model = lambda m, x: m.logits(x)[1]
-            return prior.model.apply({"params": params}, stream, method=model)
-
         embed = functools.partial(prior.model.apply, {"params": params})
         if prior.name == "maskgit":
-            text = embed(given, method=lambda m, x: m.embedding.text(x))
+            text = prefix = embed(given, method=lambda m, x: m.embedding.text(x))
             image = embed(tokens, method=lambda m, x: m.embedding.image(x))
         else:
             both = embed(given, tokens, False, cells, method="embed")
-            text, image = jnp.split(both, [prior.stream.prefix_length], axis=1)
+            prefix, image = jnp.split(both, [prior.stream.prefix_length], axis=1)
+            text = prefix
+        if prior.options.encoder_depth:
+            text = embed(given, method=lambda m, x: m.embedding.text(x))
+            start = embed(given, method=lambda m, x: m.embedding.start_of_image(len(x)))
+            prefix = start if prior.name == "maskgit" else prefix
+
+        def logits(text, image):  # of embeddings: both kinds of prior build them from these two
+            def model(m):
+                memory, before = None, text
+                if prior.options.encoder_depth:
+                    visible = jnp.ones(text.shape[:2], bool)
+                    memory, before = Memory(m.encoder(text, False, visible=visible)), prefix
+                stream = jnp.concatenate([before, image], axis=1)
+                if prior.name == "maskgit":
+                    return m.logits(m.trunk(stream, False, memory)[:, prior.stream.prefix_length :])
+                return m.logits(stream, False, memory)[1]
+
+            return prior.model.apply({"params": params}, method=model)
+
         weights = jax.random.normal(jax.random.key(0), (N, 1, N, V))
         found, back = jax.vjp(logits, text, image)
         assert found.shape == (1, N, V)
@@ -152,7 +171,7 @@ def test_cached_decoding_equals_the_full_forward(kind, condition):
         refined = jax.jit(lambda p: bound(p, masked, bound(p, given, method="prefill"), method="refine"))(params)
         expected = jax.jit(lambda p: bound(p, each, masked))(params)
     else:
-        cells = np.tile(np.arange(N, dtype=np.int32), (8, 1)) if kind == "any order" else None
+        cells = np.tile(np.arange(N, dtype=np.int32), (8, 1)) if kind.startswith("any order") else None
         refined = cached_logits(prior, params, given, tokens)
         expected = jax.jit(lambda p: prior.model.apply({"params": p}, each, tokens, cells=cells))(params)[1]
     np.testing.assert_allclose(refined, expected, atol=2e-4)
@@ -231,11 +250,14 @@ def test_only_captions_are_predicted(kind, condition):
     given = np.concatenate([rows(condition, 7), SIZES[condition].empty()[None]])
     loss = lambda params: prior.loss(params, given, tokens_of(8), jax.random.key(0), train=True)  # noqa: E731
     (value, scalars), grads = jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
-    assert ("text_nats" in scalars) == (prior.name == "autoregressive" and condition is Text)
+    predicted = prior.name == "autoregressive" and condition is Text and not prior.options.encoder_depth
+    assert ("text_nats" in scalars) == predicted
     if "text_nats" not in scalars and prior.name == "autoregressive":
         assert value == scalars["image_nats"]
-    embedding = nn.meta.unbox(grads)["embedding"]
-    assert all(np.abs(x).max() > 0 for x in jax.tree.leaves(embedding)), "no parameter is unused"
+    # Attention to a single position of an encoder has no use for queries and keys.
+    for part in ("embedding", "encoder", "trunk") if condition is Text else ("embedding",):
+        leaves = jax.tree.leaves(nn.meta.unbox(grads).get(part, {}))
+        assert all(np.abs(x).max() > 0 for x in leaves), "no parameter is unused"
 
 
 @with_labels
@@ -263,6 +285,31 @@ def test_a_condition_is_learned(kind, condition):
     params, keys = train(jax.random.key(0)), jax.random.split(jax.random.key(1), 4)
     drawn_tokens = prior.sample(params, given, keys, temperature=0.0)
     assert (np.asarray(drawn_tokens) == tokens).mean() > 0.9
+
+
+@pytest.mark.parametrize("kind", ["autoregressive", "maskgit"])
+def test_hidden_padding(kind):
+    """With `encoder_padding`, the padding of later positions has no influence, and that of the first ones has."""
+    condition, options = SIZES[Text], dict(encoder_depth=1, encoder_padding=2)
+    layout = TokenLayout(condition, V, LAYOUT.height, LAYOUT.width)
+    if kind == "maskgit":
+        prior = MaskGITPrior(layout, MaskGITOptions(trunk_of(), **options))
+    else:
+        prior = AutoregressivePrior(layout, AutoregressiveOptions(trunk_of(), kernel=3, **options))
+    params, given = drawn(prior), np.stack([condition.pad([3]), condition.empty()])
+
+    @jax.jit
+    def gradients(params):
+        def total(params):
+            logits = prior.model.apply({"params": params}, given, tokens_of(2))
+            return jnp.sin(logits[1] if prior.name == "autoregressive" else logits).sum()
+
+        return jax.grad(total)(params)["embedding"]
+
+    grads = gradients(params)
+    ids = np.abs(np.asarray(grads["text"])).max(1) > 0
+    assert ids.tolist() == [i in (3, 10, 11) for i in range(condition.ids)]
+    assert (np.abs(np.asarray(grads["text_positions"])).max(1) > 0).tolist() == [True, True, False, False]
 
 
 def test_noise_on_embeddings():

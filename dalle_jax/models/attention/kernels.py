@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Bool, Float
 
 from dalle_jax.distributed.sharding import on_tpu
 from dalle_jax.errors import ConfigError
@@ -88,6 +88,7 @@ def attend(
     layout: TokenLayout,
     drop: xla.Drop = xla.kept,
     bias: Float[ArrayLike, "H S S"] | None = None,
+    visible: Bool[ArrayLike, "B S"] | None = None,
 ) -> Float[Array, "B S H K"]:
     """Computes attention of the whole stream in raster order.
 
@@ -100,12 +101,14 @@ def attend(
       layout: layout of the token stream.
       drop: dropout of the probabilities, which only "xla" has.
       bias: added to the scores, float32 [H, S, S], which only "xla" has; None for none. Attention is then dense.
+      visible: whether the queries of a row may attend to a key at all, bool [B, S], which only "xla" has; None for all
+        keys. Attention is then dense.
 
     Returns:
       [B, S, H, K] in the dtype of v.
     """
-    if bias is not None:
-        return checkpoint_name(xla.attend_reference(q, k, v, pattern.mask(layout), drop, bias), ATTENDED)
+    if bias is not None or visible is not None:
+        return checkpoint_name(xla.attend_reference(q, k, v, pattern.mask(layout), drop, bias, visible), ATTENDED)
     if kernel == "splash":
         return splash.attend_raster(q, k, v, pattern, layout)
     if kernel == "cudnn" and windows.windows_of(pattern, layout):

@@ -71,6 +71,7 @@ def attend_reference(
     mask: Bool[ArrayLike, "P S"],
     drop: Drop = kept,
     bias: Float[ArrayLike, "H P S"] | None = None,
+    visible: Bool[ArrayLike, "B S"] | None = None,
 ) -> Float[Array, "B P H K"]:
     """Computes dense masked softmax attention, the reference for the faster paths.
 
@@ -81,6 +82,7 @@ def attend_reference(
       mask: whether a query attends to a key, bool [P, S].
       drop: dropout of the probabilities, whose block is 0.
       bias: added to the scores of each head, float32 [H, P, S]; None for none.
+      visible: whether the queries of a row may attend to a key at all, bool [B, S]; None for all keys.
 
     Returns:
       [B, P, H, K] in the dtype of v.
@@ -88,7 +90,10 @@ def attend_reference(
     scores = jnp.einsum("bqhk,blhk->bhql", q, k, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
     if bias is not None:
         scores = scores + bias[None]
-    weights = jax.nn.softmax(jnp.where(jnp.asarray(mask)[None, None], scores, NEG), axis=-1)
+    allowed = jnp.asarray(mask)[None, None]
+    if visible is not None:
+        allowed = allowed & visible[:, None, None]
+    weights = jax.nn.softmax(jnp.where(allowed, scores, NEG), axis=-1)
     return jnp.einsum("bhql,blhk->bqhk", drop(weights, 0).astype(v.dtype), v)
 
 
