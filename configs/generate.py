@@ -29,6 +29,7 @@ KEYS = {
     "n": "images per caption",
     "clip": "workdir or folder of a CLIP; None: the one in the prior's workdir, if any",
     "candidates": "samples per caption, of which CLIP keeps the best n; 0: draw n",
+    "upsampler": "workdir of a prior that enlarges the images (configs/maskgit.py:upsample), if any",
     "weights": "int8: kernels of one byte per number; None: the precision of the prior",
     "rows_at_once": "images per batch, over all devices; fewer need less memory",
     **sections.SAMPLING_KEYS,
@@ -50,6 +51,7 @@ def get_config() -> ConfigDict:
     config.n = 4
     config.clip = placeholder(str)
     config.candidates = 0
+    config.upsampler = placeholder(str)
     config.sampling = section(SamplingOptions)
     config.rows_at_once = 64
     config.weights = placeholder(str)

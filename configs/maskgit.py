@@ -148,6 +148,12 @@ VARIANTS = {
         steps=None, from_data=dict(passes=60, min_steps=4200, max_steps=20_000),
         overrides=[cpu, small, sections.keep_best],
     ),
+    "upsample": dict(
+        doc="enlarges 32 to 64 pixels: your own images (data.path, low_from); a laptop, time by their number",
+        prior="small", image_size=64, trunk=dict(width=192, depth=6, heads=6), batch_size=4,
+        steps=None, from_data=dict(passes=60, min_steps=4200, max_steps=20_000),
+        overrides=[cpu, small, sections.keep_best, {"data.condition": "low_resolution", "model.encoder_depth": 2}],
+    ),
     "folder": dict(
         doc="your own images (data.path), 128 pixels; one GPU, not yet measured",
         prior="folder", trunk=dict(width=512, depth=12, heads=8, dropout=0.1), batch_size=64,

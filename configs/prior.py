@@ -235,6 +235,8 @@ def get_config(variant: str | None = None) -> ConfigDict:
     config.start_from = placeholder(str)
     config.clip_from = placeholder(str)  # workdir or folder of the CLIP of data.condition=clip
     config.clip_noise = row.get("clip_noise", 0.0)  # length of the noise on its unit vectors in training
+    config.low_from = placeholder(str)  # workdir of the smaller images' tokenizer, of data.condition=low_resolution
+    config.low_size = placeholder(int)  # height and width of the smaller images; None: half of data.image_size
 
     config.data = section(DataOptions, **row["data"])
     set_tokenizer(config, row["tokenizer"])

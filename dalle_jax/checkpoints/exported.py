@@ -5,6 +5,7 @@
     model.safetensors             parameters of a prior, or model-00001-of-00002.safetensors and so on; or of adapters
     image_tokenizer/, text/       as in a workdir; parameters are model.safetensors
     clip/                         a CLIP, see `ClipScorer`
+    low_resolution/               the image tokenizer of smaller images, of a prior that enlarges them
     README.md                     the model card, which may be edited
 
 If export.json exists, the export is complete. Folders may be local or remote ("gs://…"). They may come from strangers.
@@ -39,7 +40,7 @@ _FIELDS = {"format": int, "kind": str, "dtype": str, "step": (int, type(None)), 
            "base": (dict, type(None)), "files": dict}  # fmt: skip
 _FILE = re.compile(r"(?:[A-Za-z0-9_][\w.-]{0,99}/)?[A-Za-z0-9_][\w.-]{0,99}", re.ASCII)
 _SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
-_FOLDERS = ("image_tokenizer", "text", "clip")
+_FOLDERS = ("image_tokenizer", "text", "clip", "low_resolution")
 _UNFINISHED = "unfinished-export.txt"
 _MOST_FILES, _LARGEST_JSON = 10_000, 16 << 20  # bytes
 _SHARD_BYTES = 4 << 30

@@ -33,7 +33,7 @@ from dalle_jax.data.text import CaptionModel
 from dalle_jax.distributed.turns import first_host_first, is_first
 from dalle_jax.errors import DataError
 from dalle_jax.jobs.checks import check_text_model
-from dalle_jax.priors.condition import Text
+from dalle_jax.priors.condition import Label
 from dalle_jax.priors.registry import condition_of
 from dalle_jax.reporting.contact_sheet import Shown, contact_sheet
 from dalle_jax.reporting.images import save_png
@@ -113,7 +113,7 @@ def _look_at(config: ConfigDict, options: DataOptions, workdir: str) -> Survey |
         return None
     drawn = options.source in _DRAWN
     kind, text = condition_of(config), config.get("text") or {}
-    if training and text and kind is not Text:  # classes
+    if training and text and issubclass(kind, Label):
         if not text.get("path"):
             kind.train(sources["train"].captions(), text["vocab_size"])  # an error if there are too many
         text = {}

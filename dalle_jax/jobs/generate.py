@@ -50,11 +50,16 @@ def run(config: ConfigDict, workdir: str) -> None:
     model = TextToImage.load(
         config.model_workdir, config.step, config.rows_at_once, config.clip, mesh, config.base, config.weights
     )
+    upsampler = _load_upsampler(config.upsampler, None, config.rows_at_once, mesh) if config.upsampler else None
     if config.candidates:
         ranked = model.best_of(captions, config.candidates, config.n, config.seed, **sampling)
     else:
         images = model.generate(captions, config.n, config.seed, **sampling)
         ranked = Ranked(images, None, np.tile(np.arange(config.n), (len(captions), 1)))
+    if upsampler is not None:
+        small = ranked.images.reshape(-1, *ranked.images.shape[2:])
+        large = upsampler.upsample(small, np.repeat(captions, config.n).tolist(), config.seed)
+        ranked = dataclasses.replace(ranked, images=large.reshape(*ranked.images.shape[:2], *large.shape[1:]))
     images = {
         manifests.image_name(i, j): png(ranked.images[i, j]) for i in range(len(captions)) for j in range(config.n)
     }
@@ -66,6 +71,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     clip = (local(config.clip) or model.workdir) if config.candidates else None
     manifest = {
         **manifests.describe_model(model, out, clip),
+        "upsampler": None if upsampler is None else manifests.describe_model(upsampler, out, None),
         "seed": config.seed, "sampling": dataclasses.asdict(options), "negative": config.negative or None,
         "rows_at_once": config.rows_at_once, "mesh": dict(mesh.shape), "captions": captions,
         "n": config.candidates or config.n, "samples": _samples(captions, ranked),
@@ -100,6 +106,17 @@ def check(config: ConfigDict, workdir: str) -> tuple[list[str], SamplingOptions,
     mesh = local_mesh(**config.mesh)
     check_writable(workdir)
     return captions, options, mesh
+
+
+def _load_upsampler(workdir: str, step: int | None, rows_at_once: int, mesh: Mesh | None) -> TextToImage:
+    """Loads a prior that enlarges images; raises a `ConfigError` if it is another kind."""
+    model = TextToImage.load(workdir, step, rows_at_once, mesh=mesh)
+    if model.prior.layout.condition.reads_requests:
+        raise ConfigError(
+            f"config.upsampler={workdir!r} draws images given {model.prior.layout.condition!r}, and enlarges none. "
+            "Give the workdir of configs/maskgit.py:upsample."
+        )
+    return model
 
 
 def _samples(captions: Sequence[str], ranked: Ranked) -> list[dict[str, Any]]:
@@ -150,7 +167,13 @@ def remake(manifest: str, file: str, model_workdir: str | None = None) -> np.nda
     if record["edit"] is not None:
         edit = edits.read(record["edit"], expanded(manifest).parent)
         return edit.apply(model, record["captions"][i], record["n"], record["seed"], **sampling)[j]
-    return model.generate_one(record["captions"], record["n"], i, j, record["seed"], **sampling)
+    image = model.generate_one(record["captions"], record["n"], i, j, record["seed"], **sampling)
+    if record["upsampler"] is None:
+        return image
+    found = record["upsampler"]
+    upsampler = _load_upsampler(manifests.workdir_of(found, manifest), found["step"], record["rows_at_once"], mesh)
+    manifests.check_model(upsampler, found, manifest)
+    return upsampler.upsample(image, record["captions"][i], record["seed"])[0]
 
 
 def read_captions(config: ConfigDict) -> list[str]:

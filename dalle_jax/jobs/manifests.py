@@ -31,10 +31,11 @@ _IMAGE = re.compile(r"[0-9]{4,}-[0-9]{3,}\.png")
 _FIELDS: dict[str, tuple[type, ...]] = {
     "workdir": (str,), "step": (int, str), "seed": (int,), "n": (int,), "rows_at_once": (int,), "sampling": (dict,),
     "negative": (str, type(None)), "captions": (list,), "samples": (list,), "mesh": (dict,), "fingerprints": (dict,),
-    "weights": (str, type(None)), "edit": (dict, type(None)),
+    "weights": (str, type(None)), "edit": (dict, type(None)), "upsampler": (dict, type(None)),
 }  # fmt: skip
 # Earlier versions did not write these.
 _LATER_FIELDS = {"negative": None, "mesh": {"data": 1}, "fingerprints": {}, "weights": None, "edit": None}
+_LATER_FIELDS |= {"upsampler": None}
 _SAMPLE = {"file": str, "caption_index": int, "index": int}
 _AXES = {"data", "fsdp", "tensor"}
 
@@ -142,10 +143,14 @@ def describe_model(model: TextToImage, out: epath.Path, clip: str | None) -> dic
 
 
 def fingerprints(model: TextToImage) -> dict[str, str]:
-    """Hashes all that decides an image: the prior, the image tokenizer and the text model, if there is one."""
+    """Hashes all that decides an image: the prior, the image tokenizer, and the models of its condition."""
     path = workdirs.text_model_path(model.workdir)
-    text = {} if model.text_model is None else {"text_model": checksum(path.read_bytes())[:16]}
-    return {"prior": model.fingerprint(), "image_tokenizer": fingerprint(model.tokenizer_params), **text}
+    found = {"prior": model.fingerprint(), "image_tokenizer": fingerprint(model.tokenizer_params)}
+    if path.exists():
+        found["text_model"] = checksum(path.read_bytes())[:16]
+    if (params := getattr(model.text_model, "params", None)) is not None:
+        found["model_of_the_condition"] = fingerprint(params)
+    return found
 
 
 def workdir_of(record: Mapping[str, Any], manifest: epath.PathLike) -> str:

@@ -16,7 +16,7 @@ from dalle_jax.data import token_store
 from dalle_jax.data.sources.own import FOLDER, TAR_SHARDS, choose_source
 from dalle_jax.errors import ConfigError
 from dalle_jax.priors.autoregressive import AutoregressiveOptions
-from dalle_jax.priors.registry import condition_of
+from dalle_jax.priors.registry import CONDITIONS, condition_of
 from dalle_jax.tasks import beit
 from dalle_jax.tasks.prior import EACH_BATCH, ONCE
 
@@ -49,7 +49,7 @@ def prepare(config: ConfigDict) -> ConfigDict:
       ConfigError: the data sections contradict each other, their path or their source.
     """
     config = copy.deepcopy(config)  # keeps references, which `copy_and_resolve_references` would not
-    for key in ("start_from", "tokenizer_from", "clip_from"):
+    for key in ("start_from", "tokenizer_from", "clip_from", "low_from"):
         if config.get(key):
             config[key] = local(config[key])
     _drop_tokenizer(config)
@@ -57,12 +57,14 @@ def prepare(config: ConfigDict) -> ConfigDict:
     _follow_start(config)
     if "prior" in config:
         condition = condition_of(config)
+        for other in CONDITIONS.values():
+            unused = [key for key in other.own_keys if config.get(key) and key not in condition.own_keys]
+            if unused:
+                raise ConfigError(
+                    f"config.{unused[0]} is {config[unused[0]]!r}, and config.data.condition is {condition.name!r}, "
+                    f"which does not use it. Leave it out, or set --config.data.condition={other.name}."
+                )
         condition.complete(config)
-        if not condition.from_images and (unused := [key for key in ("clip_from", "clip_noise") if config.get(key)]):
-            raise ConfigError(
-                f"config.{unused[0]} is {config[unused[0]]!r}, and config.data.condition is {condition.name!r}, which "
-                "reads no CLIP. Leave it out, or set --config.data.condition=clip."
-            )
     _choose_source(config, config)
     if "tokenizer" in config and not config.tokenizer_from:
         _choose_source(config.tokenizer, config, "tokenizer.")

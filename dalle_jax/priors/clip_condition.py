@@ -43,6 +43,7 @@ class ClipEmbedding(Condition):
     name: ClassVar[str] = "clip"
     length: ClassVar[int] = 1
     from_images: ClassVar[bool] = True
+    own_keys: ClassVar[tuple[str, ...]] = ("clip_from", "clip_noise")
 
     @classmethod
     def complete(cls, config: ConfigDict) -> None:

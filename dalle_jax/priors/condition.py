@@ -46,12 +46,16 @@ class Condition(abc.ABC):
       length: T, number of positions. It is at least 1, because the first image token is predicted from a position.
       captions: the ids of captions that a batch holds under "text", or None if the condition reads no captions.
       from_images: whether a batch holds rows of `of_images` under `KEY`.
+      reads_requests: whether `encode` reads captions or names of classes. A prior that only enlarges images does not.
+      own_keys: keys of a training configuration that no other condition has.
     """
 
     name: ClassVar[str]
     length: int
     captions: PaddedIds | None = None
     from_images: ClassVar[bool] = False
+    reads_requests: ClassVar[bool] = True
+    own_keys: ClassVar[tuple[str, ...]] = ()
 
     # -- a training and its workdir -------------------------------------------------------------------------------
 
@@ -113,6 +117,10 @@ class Condition(abc.ABC):
         Raises:
           DataError: no request, or one that the condition cannot express.
         """
+
+    def caption_model(self, model: Any) -> CaptionModel | None:
+        """Returns the model of captions that `load`'s model is or has; None without captions."""
+        return model if self.captions else None
 
     def decode(self, row: Shaped[ArrayLike, "*row"], model: Any) -> str:
         """Returns one row as a request; "" if there are no words for it or without a model."""

@@ -12,6 +12,7 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.priors.autoregressive import AutoregressiveOptions, AutoregressivePrior
 from dalle_jax.priors.clip_condition import ClipEmbedding
 from dalle_jax.priors.condition import Condition, Label, Nothing, Text
+from dalle_jax.priors.low_resolution import LowResolution
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.priors.token_prior import TokenPrior
@@ -24,7 +25,9 @@ PRIORS = {
 }
 
 # config.data.condition → the condition.
-CONDITIONS: dict[str, type[Condition]] = {kind.name: kind for kind in (Text, Label, Nothing, ClipEmbedding)}
+CONDITIONS: dict[str, type[Condition]] = {
+    kind.name: kind for kind in (Text, Label, Nothing, ClipEmbedding, LowResolution)
+}
 
 
 def make(kind: str, model: Mapping[str, Any] | ConfigDict, layout: TokenLayout) -> TokenPrior:

@@ -77,6 +77,7 @@ def rows_of_split(
     if source.image_identity is None:
         return _computed(options, split, condition, model)
     what = f"{source.image_identity} {options.image_size} {options.fit} {fingerprint(model.params)}"
+    what += f" {condition.length}" if condition.captions else ""
     key = hashlib.sha256(what.encode()).hexdigest()[:16]
     path = expanded(workdir) / f"conditions-{key}.npy"
     with first_host_first(f"the conditions {path}"):

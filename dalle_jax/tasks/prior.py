@@ -159,8 +159,10 @@ class PriorTask:
 
     def next_steps(self, config: ConfigDict, workdir: str, batch: Batch, flags: Sequence[str]) -> list[str]:
         """See `Task.next_steps`."""
-        del config
         condition, valid = self.prior.layout.condition, np.asarray(batch["valid"])
+        if not condition.reads_requests:
+            upsampler = words.flag("config.upsampler", workdir)
+            return [f"enlarge what another prior draws: {words.draw_command(config.low_from, [], *flags, upsampler)}"]
         given = (condition.decode(row, self._text_model) for row in np.asarray(condition.of_batch(batch))[valid])
         captions = words.example_captions(given, 2)
         return [f"draw captions: {words.draw_command(workdir, captions, *flags)}"]
@@ -295,8 +297,8 @@ def build(config: ConfigDict, workdir: str, rows: Sequence[int] | None = None) -
             "(model.raster_steps). Until then validation and previews are poor.",
             first, config.steps, "random masked tokens" if config.prior == "maskgit" else "in random orders",
         )  # fmt: skip
-    captions = condition.captions
-    job = make_job(task, config, options, rows, text_model if captions else None, captions, tokens=tokens)
+    captions = condition.caption_model(text_model)
+    job = make_job(task, config, options, rows, captions, condition.captions, tokens=tokens)
     return with_conditions(job, options, condition, text_model, workdir) if condition.from_images else job
 
 

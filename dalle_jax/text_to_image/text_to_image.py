@@ -28,7 +28,7 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.priors.token_prior import TokenPrior
 from dalle_jax.pytree import PyTree, fingerprint
-from dalle_jax.text_to_image import best_of_n, drawing, inputs, loading
+from dalle_jax.text_to_image import best_of_n, drawing, inputs, loading, upsampling
 from dalle_jax.text_to_image import output as outputs
 from dalle_jax.text_to_image.clip_scorer import ClipScorer, parameter_count
 from dalle_jax.text_to_image.editing import Edits
@@ -101,7 +101,8 @@ class TextToImage(Edits):
             little; see `priors.decoding_weights`. None keeps the precision of the prior.
 
         Returns:
-          A model with `generate`, `best_of`, `complete`, `inpaint`, `outpaint` and `vary`.
+          A model with `generate`, `best_of`, `complete`, `inpaint`, `outpaint` and `vary`. A prior that enlarges images
+          has `upsample` alone.
 
         Raises:
           CheckpointError: no such workdir, checkpoint or CLIP, or parameters that do not fit the text model or the
@@ -222,6 +223,35 @@ class TextToImage(Edits):
         """
         outputs.check_progress(progress)
         return best_of_n.best_of(self, captions, candidates, keep, seed, progress, **sampling)
+
+    @by_name
+    def upsample(
+        self,
+        images: Any,
+        captions: str | Sequence[str] | None = None,
+        seed: int = 0,
+        output: str = "numpy",
+        **sampling: Any,
+    ) -> Images:
+        """Enlarges images, with a prior of `configs/maskgit.py:upsample`.
+
+        Args:
+          images: images of any size, see `encode`: a batch [B, …], a list of B images, or one image. They are resized
+            to the size of the smaller images of the training.
+          captions: one caption for all images, or a sequence of B captions. None stands for the empty caption.
+          seed: as in `generate`. A result depends only on (image, caption, seed).
+          output: "numpy" or "pil", as in `generate`.
+          **sampling: the sampling parameters, except a negative caption.
+
+        Returns:
+          uint8 [B, H, W, 3].
+
+        Raises:
+          ConfigError: another kind of prior, or a sampling parameter out of range.
+          DataError: no images, an empty caption, or another number of captions than images.
+        """
+        outputs.check_output(output)
+        return outputs.converted(upsampling.upsample(self, images, captions, seed, sampling), output)
 
     @by_name
     def generate_one(

@@ -33,6 +33,7 @@ _MOST = {
 DEFAULT_DATA_DIR = "~/.cache/dalle_jax/data"
 _MOST_CHOSEN_WORKERS = 32  # each holds a copy of the program: about 0.3 GB
 _CAPTION_LINES = ("all", "first")
+_WITHOUT_WORDS = ("label", "none", "clip")  # conditions
 _CAPTION_FROM = ("files", "file_names", "folder_names", "paths")
 
 
@@ -55,7 +56,8 @@ class DataOptions:
         label is its name.
         "folder": both keys are columns of the captions table. Their defaults stand for the usual names.
       condition: what a prior draws an image from, a key of `priors.registry.CONDITIONS`: "text" (its caption), "label"
-        (its class, which its caption names), "clip" (its CLIP embedding) or "none".
+        (its class, which its caption names), "clip" (its CLIP embedding), "low_resolution" (its caption and the tokens
+        of a smaller copy) or "none".
       caption_lines: "folder": which lines of a caption's text file are captions, "all" or the "first" one.
       caption_from: "folder": captions come from "files" (text files or a table), or are made from "file_names"
         (`big_red-dog_01.png` becomes "big red dog"), "folder_names" (the name of the image's folder) or "paths"
@@ -100,7 +102,7 @@ class DataOptions:
             at_least_0=["workers"], below_1=["bpe_dropout"], most=_MOST,
             choices={"fit": FITS, "augment": KINDS, "caption_lines": _CAPTION_LINES, "caption_from": _CAPTION_FROM},
         )  # fmt: skip
-        if self.bpe_dropout and self.condition != "text":
+        if self.bpe_dropout and self.condition in _WITHOUT_WORDS:
             raise ConfigError(
                 f"config.data.bpe_dropout is {self.bpe_dropout}, and config.data.condition {self.condition!r} has no "
                 "text: give --config.data.bpe_dropout=0."
