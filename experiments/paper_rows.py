@@ -163,8 +163,8 @@ def prior(width: int, heads: int) -> tuple[Row, ...]:
         Row(
             "additions of ours", "none",
             "model.raster_steps model.anneal_start model.anneal_end model.neighbour_kernel model.codebook_init "
-            "model.torus model.shifted",
-            show=unless(0, 0, 0, 0, False, False, False),
+            "model.torus model.shifted model.encoder_depth model.encoder_padding",
+            show=unless(0, 0, 0, 0, False, False, False, 0, None),
         ),
         Row("image size (2.1)", "256", "data.image_size"),
         Row(
@@ -253,8 +253,9 @@ MASKGIT = (
     Row("decoding steps at 32x32 tokens (4.2)", "12", "model.steps", show=decoding_steps),
     Row("captions dropped for guidance", "0%", "model.caption_drop", show=percent),
     Row(
-        "additions of ours", "none", "model.codebook_init model.neighbour_kernel model.raster_steps",
-        show=unless(False, 0, 0),
+        "additions of ours", "none",
+        "model.codebook_init model.neighbour_kernel model.raster_steps model.encoder_depth model.encoder_padding",
+        show=unless(False, 0, 0, 0, None),
     ),
     Row(
         "condition", "a class", "text.vocab_size text.length", "this is a text-to-image model",

@@ -129,6 +129,14 @@ def commands(work: Path, emoji: bool) -> list[dict[str, list[str]]]:
         "maskgit:small": [
             "maskgit.py:small", *STEPS, *SMALL_TRUNK, f"tokenizer_from={work}/dvae:small", f"data.path={folder}",
         ],
+        "maskgit:upsample": [
+            "maskgit.py:upsample", *STEPS, *SMALL_TRUNK, f"data.path={folder}", f"low_from={work}/dvae:small",
+            f"tokenizer_from={work}/dvae:small", "model.encoder_depth=1",
+        ],
+        "generate:upsample": [
+            "generate.py", f"model_workdir={work}/maskgit:small", f"upsampler={work}/maskgit:upsample",
+            "prompts=a red circle", "n=2",
+        ],
         "beit:small": [
             "beit.py:small", *STEPS, *SMALL_BEIT, f"tokenizer_from={work}/dvae:small", f"data.path={folder}",
         ],

@@ -21,7 +21,7 @@ from dalle_jax.optim.optimizers import AverageOptions, OptimizerOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.tasks import registry
 from dalle_jax.tasks.task import Task
-from dalle_jax.training.step import TrainState, make_init, make_train_step
+from dalle_jax.training.step import TrainState, frozen_shardings, make_init, make_train_step
 from dalle_jax.training.validation import check_values, mesh_and_options
 
 WHAT = ("train", "sample")
@@ -127,7 +127,7 @@ def make_subject(config: ConfigDict, devices: Sequence[jax.Device]) -> Subject:
     mesh, options, average = mesh_and_options(config, devices)
     task, batch = registry.abstract(config)
     _, state = make_init(task, optimizers.make_optimizer(options), average, mesh, config.seed)
-    frozen = _with_sharding(task.frozen, replicated(mesh))
+    frozen = abstract(task.frozen, frozen_shardings(task, mesh))
     batch = _with_sharding(batch, batch_sharding(mesh))
     return Subject(config, mesh, task, state, frozen, batch, options, average)
 

@@ -26,6 +26,7 @@ from dalle_jax.demo.server import require_gradio, serve
 from dalle_jax.demo.studio import Studio
 from dalle_jax.errors import UserError
 from dalle_jax.text_to_image.text_to_image import TextToImage
+from dalle_jax.text_to_image.upsampling import check_draws_captions
 
 _MOST_WAITING = 1000
 
@@ -72,6 +73,7 @@ def load(runs: Sequence[str], step: str | None = None, clip: str | None = None, 
     models = {}
     for name, run in zip(names_of(runs), runs):
         models[name] = TextToImage.load(run, step, rows_at_once, clip)
+        check_draws_captions(models[name])
         print(models[name], flush=True)
     return Studio(models)
 

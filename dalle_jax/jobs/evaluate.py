@@ -23,6 +23,7 @@ from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.storage import hub
 from dalle_jax.storage.files import check_writable, expanded, is_regular_file
 from dalle_jax.text_to_image.text_to_image import TextToImage
+from dalle_jax.text_to_image.upsampling import check_draws_captions
 
 
 def run(config: ConfigDict, workdir: str) -> Metrics:
@@ -90,6 +91,8 @@ def load_models(config: ConfigDict, mesh: Mesh) -> dict[str, TextToImage]:
     """Loads the priors of `config.model_workdir`, by their kinds, or by their workdirs if two are of one kind."""
     folders = split_folders(config.model_workdir)
     loaded = [TextToImage.load(folder, config.step, config.rows_at_once, config.clip, mesh) for folder in folders]
+    for model in loaded:
+        check_draws_captions(model)
     kinds = [model.prior.name for model in loaded]
     return dict(zip(kinds if len(set(kinds)) == len(kinds) else folders, loaded))
 

@@ -57,6 +57,7 @@ class PriorTask:
       best_metric: "image_nats", nats per image token on the evaluation split.
       title, studies: see `Task`.
       frozen: "tokenizer", the parameters of the image tokenizer; and "base", those of the prior under adapters.
+      split_shapes: see `Task`; the base is split.
     """
 
     best_metric = "image_nats"
@@ -90,6 +91,7 @@ class PriorTask:
         self.title = f"{prior.name} prior"
         self.schedules = dict(prior.schedules)
         self.frozen = {"tokenizer": tokenizer_params} | ({} if adapters is None else {"base": base})
+        self.split_shapes = {} if adapters is None else {"base": jax.eval_shape(prior.init, jax.random.key(0))}
 
     def init(self, key: jax.Array) -> PyTree:
         """See `Task.init`."""

@@ -69,6 +69,9 @@ class Task(Protocol):
           a tree of means over the batch for `after_update`; only tasks that have this method return it.
         """
 
+    # A task may have one more attribute, `split_shapes`: boxed shapes of parts of `frozen`, by their names. These parts
+    # are split over the mesh by their logical axis names, as trained parameters are. Each device holds all other parts.
+
     # A task whose parameters do not all follow a gradient has one more method. It is traced by jit.
     #   after_update(params, statistics, key) -> params: called after each update of the optimizer.
 

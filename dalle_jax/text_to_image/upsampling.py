@@ -16,6 +16,16 @@ from dalle_jax.text_to_image import drawing, inputs
 from dalle_jax.text_to_image.sampling_parameters import parse
 
 
+def check_draws_captions(model: drawing.Drawer) -> None:
+    """Raises a `ConfigError` if a model enlarges images, and draws none from captions."""
+    if not model.prior.layout.condition.reads_requests:
+        raise ConfigError(
+            f"{model.workdir} enlarges images, and draws none from captions. Give the workdir of another prior. "
+            "`python experiments/upsampling.py` measures a prior that enlarges images, and --config.upsampler=DIR of "
+            "configs/generate.py draws with one."
+        )
+
+
 def upsample(
     model: drawing.Drawer, images: Any, captions: str | Sequence[str] | None, seed: int, sampling: dict[str, Any]
 ) -> np.ndarray:

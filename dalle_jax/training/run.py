@@ -44,7 +44,7 @@ from dalle_jax.training.cleanup import close_at_exit
 from dalle_jax.training.evaluations import Evaluations
 from dalle_jax.training.profiling import StepClock, StepTrace
 from dalle_jax.training.run_page import RunPage
-from dalle_jax.training.step import Scalars, TrainState, make_init, make_train_step
+from dalle_jax.training.step import Scalars, TrainState, frozen_shardings, make_init, make_train_step
 from dalle_jax.training.summary import finished, news_in_words, summary
 from dalle_jax.training.warm_start import warm_start
 
@@ -143,7 +143,7 @@ class Run:
         self._unread: list[tuple[int, Scalars]] = []  # steps that are done, and whose scalars were not fetched yet
         self._compile_seconds: dict[str, float] = {}  # until they are logged
         self._update: jax.stages.Compiled | None = None
-        self._frozen = jax.device_put(task.frozen, everywhere)
+        self._frozen = jax.device_put(task.frozen, frozen_shardings(task, mesh))
         self._key = jax.device_put(jax.random.key(config.seed), everywhere)
 
     def next_batch(self) -> Batch:

@@ -231,6 +231,16 @@ def make_train_step(
     )
 
 
+def frozen_shardings(task: Task, mesh: Mesh) -> dict[str, PyTree]:
+    """Returns the sharding of each frozen parameter of a task; see `Task.split_shapes`."""
+    split = getattr(task, "split_shapes", {})
+    everywhere = lambda tree: jax.tree.map(lambda _: replicated(mesh), tree)
+    return {
+        name: shardings_of(split[name], mesh) if name in split else everywhere(tree)
+        for name, tree in task.frozen.items()
+    }
+
+
 def donates(mesh: Mesh) -> bool:
     """Returns whether the train step writes the new state over the old one.
 

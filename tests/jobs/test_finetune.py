@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 import untrained_run
+from ml_collections import ConfigDict
 
 from dalle_jax import TextToImage
 from dalle_jax.checkpoints import workdir as workdirs
@@ -20,6 +21,8 @@ from dalle_jax.export.__main__ import main
 from dalle_jax.jobs import preparation, train
 from dalle_jax.priors import trained
 from dalle_jax.pytree import by_path
+from dalle_jax.tasks import prior
+from dalle_jax.training.step import frozen_shardings
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "finetune.py"
 SHORT = {
@@ -87,6 +90,23 @@ def test_only_adapters_are_trained(base, tuned):
     size = sum(path.stat().st_size for path in (pathlib.Path(workdir) / "checkpoints").rglob("*") if path.is_file())
     assert size < 200_000
     assert not np.array_equal(images_of(workdir), images_of(run))
+
+
+def test_the_base_is_split_over_the_mesh(base, folder, tuned, tmp_path):
+    """On four devices each holds about half of the base's kernels, and the adapters become the same."""
+    assert jax.device_count() >= 4
+    changes = dict(schedules__learning_rate__peak=0.5, mesh__data=1, mesh__fsdp=2, mesh__tensor=2)
+    config = configured("lora", folder, base[1], **changes)
+    state = train.run(config, str(tmp_path / "run"))
+    for ours, expected in zip(jax.tree.leaves(state.params), jax.tree.leaves(tuned[1].params), strict=True):
+        np.testing.assert_allclose(jax.device_get(ours), jax.device_get(expected), atol=2e-3)
+    workdir, mesh = str(tmp_path / "run"), make_mesh(1, 2, 2)
+    task = prior.build(ConfigDict(workdirs.read_config(workdir)), workdir).task
+    placed = jax.device_put(task.frozen, frozen_shardings(task, mesh))
+    kernels = {path: x for path, x in by_path(placed["base"]).items() if path.endswith("/kernel")}
+    assert kernels and all(x.addressable_shards[0].data.size <= x.size // 2 for x in kernels.values())
+    tokenizer = jax.tree.leaves(placed["tokenizer"])
+    assert all(x.addressable_shards[0].data.size == x.size for x in tokenizer)
 
 
 def test_exports_of_adapters_and_of_the_merged_model_draw_the_same(base, tuned, tmp_path):

@@ -20,12 +20,14 @@ from dalle_jax.priors.autoregressive import AutoregressiveOptions, Autoregressiv
 from dalle_jax.priors.clip_condition import ClipEmbedding
 from dalle_jax.priors.condition import KEY, Label, Nothing, Text, blank, with_empty
 from dalle_jax.priors.losses import training_conditions
+from dalle_jax.priors.low_resolution import LowResolution
 from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.priors.registry import CONDITIONS
 from dalle_jax.token_layout import TokenLayout
 
 SIZES = {Text: Text(10, 4), Label: Label(7), Nothing: Nothing(), ClipEmbedding: ClipEmbedding(6)}
+SIZES[LowResolution] = LowResolution(Text(10, 3), 5, 4)
 KINDS = {
     "autoregressive": lambda layout: AutoregressivePrior(layout, AutoregressiveOptions(trunk_of(), kernel=3)),
     "start tokens": lambda layout: AutoregressivePrior(
@@ -83,7 +85,11 @@ def rows(condition, count, seed=0):
         return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     if condition is Label:
         return rng.permutation(given.vocab)[np.arange(count) % given.vocab][:, None].astype(np.int32)
-    return np.stack([given.pad(rng.integers(0, given.vocab, 1 + i % given.length)) for i in range(count)])
+    words = SIZES[LowResolution].text if condition is LowResolution else given
+    text = np.stack([words.pad(rng.integers(0, words.vocab, 1 + i % words.length)) for i in range(count)])
+    if condition is Text:
+        return text
+    return np.concatenate([text, rng.integers(0, given.vocab, (count, given.cells), dtype=np.int32)], axis=1)
 
 
 def tokens_of(count, seed=0):
@@ -99,6 +105,8 @@ def test_rows(condition):
     """The empty row, a blank one, and rows of a batch have one shape and dtype; the empty one is no other row."""
     given = SIZES[condition]
     batch = {"text": rows(condition, 3), "index": np.arange(3, dtype=np.int32), KEY: rows(condition, 3)}
+    if condition is LowResolution:
+        batch["text"] = batch["text"][:, : given.text.length]
     found, empty = np.asarray(given.of_batch(batch)), given.empty()
     assert found.shape[1:] == empty.shape == blank(given).shape[1:] and found.dtype == empty.dtype
     mixed = np.asarray(with_empty(given, found, np.array([True, False, True])))

@@ -1,0 +1,169 @@
+"""A prior that enlarges images: from a folder, over a training that resumes, to images, manifests and exports."""
+
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import untrained_run
+from PIL import Image
+
+from dalle_jax import TextToImage
+from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.configuration import config_files
+from dalle_jax.errors import CheckpointError, ConfigError, DataError
+from dalle_jax.export.__main__ import main as export
+from dalle_jax.jobs import evaluate, generate, train
+from dalle_jax.priors.low_resolution import LowResolution
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+SHORT = {
+    "data.image_size": 32, "batch_size": 4, "eval_batches": 1, "mesh.data": 1, "cadence.log": 1, "cadence.eval": 2,
+    "cadence.preview": 2, "cadence.checkpoint": 1, "low_size": 16, "model.raster_steps": 0, "model.encoder_depth": 1,
+    "schedules.learning_rate": {"kind": "constant", "value": 1e-2},
+    "model.trunk.width": 16, "model.trunk.depth": 1, "model.trunk.heads": 2,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    for i in range(8):
+        pixels = np.random.default_rng(i).integers(0, 256, (4, 4, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+        Image.fromarray(pixels).save(root / f"{i}.png")
+        (root / f"{i}.txt").write_text(f"picture {'abcdefgh'[i]}\n")
+    return str(root)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """The workdir of a prior that draws the small images, and whose tokenizer encodes both sizes."""
+    return untrained_run.prior(tmp_path_factory.mktemp("small") / "run", "prior.py:shapes")
+
+
+def configured(folder, small, **changes):
+    config = config_files.load(f"{CONFIGS}/maskgit.py:upsample")
+    values = {**SHORT, "data.path": folder, "tokenizer_from": small, "low_from": small, "steps": 2}
+    config.update_from_flattened_dict(values | {key.replace("__", "."): value for key, value in changes.items()})
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(folder, small, tmp_path_factory):
+    workdir = str(tmp_path_factory.mktemp("run") / "run")
+    return workdir, train.run(configured(folder, small), workdir)
+
+
+@pytest.fixture(scope="module")
+def model(run):
+    return TextToImage.load(run[0])
+
+
+def images_of(folder):
+    return [np.asarray(Image.open(path)) for path in sorted(pathlib.Path(folder).glob("*.png"))]
+
+
+def half(pixels):
+    return np.asarray(Image.fromarray(pixels).resize((16, 16), Image.Resampling.BOX))
+
+
+def test_the_condition_is_a_caption_and_the_tokens_of_a_smaller_copy(run, model, folder, small):
+    condition = model.prior.layout.condition
+    assert isinstance(condition, LowResolution) and model.text_model.size == 16
+    stored = [np.load(path) for path in pathlib.Path(run[0]).glob("conditions-*.npy")]
+    tokenizer, params = workdirs.load_tokenizer(small)
+    halves = np.stack([half(image) for image in images_of(folder)])
+    expected = np.asarray(tokenizer.encode(params, halves)).reshape(8, -1)
+    found = np.concatenate([rows[:, condition.text.length :] for rows in stored])
+    assert sorted(map(tuple, found)) == sorted(map(tuple, expected))
+    row = condition.with_captions(condition.of_images(halves[:1], model.text_model), ["picture a"], model.text_model)
+    assert condition.decode(row[0], model.text_model) == "picture a"
+
+
+def test_a_training_resumes_bit_for_bit(run, folder, small, tmp_path):
+    for steps in (1, 2):
+        state = train.run(configured(folder, small, steps=steps), str(tmp_path / "run"))
+    jax.tree.map(np.testing.assert_array_equal, state.params, run[1].params)
+
+
+def test_upsample(model, folder):
+    """An image depends on its own pixels, caption and seed, and not on the others of the call."""
+    images = images_of(folder)[:3]
+    large = model.upsample(images, ["picture a", "picture b", "picture c"])
+    assert large.shape == (3, 32, 32, 3) and large.dtype == np.uint8
+    np.testing.assert_array_equal(model.upsample(images[1], "picture b")[0], large[1])
+    for other in (dict(images=images[2]), dict(captions="picture c"), dict(captions=None), dict(seed=1)):
+        changed = model.upsample(**{"images": images[1], "captions": "picture b", **other})[0]
+        assert (changed != large[1]).any(), other
+    halves = [half(image) for image in images]
+    np.testing.assert_array_equal(model.upsample(halves, ["picture a", "picture b", "picture c"]), large)
+    (pil,) = model.upsample(images[0], "picture a", output="pil")
+    np.testing.assert_array_equal(np.asarray(pil), large[0])
+
+
+def test_refused_calls(model, small, folder, tmp_path):
+    image = images_of(folder)[0]
+    with pytest.raises(DataError, match="upsample"):
+        model.generate("picture a")
+    with pytest.raises(DataError, match="2 captions"):
+        model.upsample(image, ["picture a", "picture b"])
+    with pytest.raises(ConfigError, match="negative"):
+        model.upsample(image, "picture a", negative="picture b", guidance=1.0)
+    with pytest.raises(ConfigError, match="maskgit.py:upsample"):
+        TextToImage.load(small).upsample(image)
+    config = config_files.load(f"{CONFIGS}/generate.py")
+    config.model_workdir, config.upsampler, config.prompts = small, small, "a red circle"
+    with pytest.raises(ConfigError, match="config.upsampler"):
+        generate.run(config, str(tmp_path / "images"))
+    config = config_files.load(f"{CONFIGS}/evaluate.py")
+    config.model_workdir, config.count, config.split = model.workdir, 4, "train"
+    with pytest.raises(ConfigError, match="upsampler"):
+        evaluate.run(config, str(tmp_path / "report"))
+
+
+@pytest.mark.parametrize(
+    "changes, token",
+    [
+        (dict(low_from=None), "low_from"),
+        (dict(low_from="nowhere"), "nowhere"),
+        (dict(low_size=15), "low_size"),
+        (dict(low_size=64), "low_size"),
+        (dict(data__augment="prior", data_tokens="each_batch"), "augment"),
+        (dict(data__condition="text"), "low_from"),
+        (dict(clip_noise=0.4), "clip_noise"),
+    ],
+    ids=str,
+)
+def test_refused_configurations(changes, token, folder, small, tmp_path):
+    with pytest.raises((ConfigError, CheckpointError), match=token):
+        train.run(configured(folder, small, **changes), str(tmp_path / "run"))
+
+
+def test_the_command_enlarges_and_its_manifest_draws_again(run, model, small, tmp_path):
+    config = config_files.load(f"{CONFIGS}/generate.py")
+    config.model_workdir, config.upsampler, config.prompts, config.n = small, run[0], "a red circle", 2
+    generate.run(config, str(tmp_path / "images"))
+    manifest = tmp_path / "images" / "manifest.json"
+    drawn = TextToImage.load(small).generate("a red circle", n=2)
+    expected = model.upsample(drawn, "a red circle")
+    for i in range(2):
+        file = f"0000-{i:03}.png"
+        np.testing.assert_array_equal(np.asarray(Image.open(manifest.parent / file)), expected[i])
+        np.testing.assert_array_equal(generate.remake(str(manifest), file), expected[i])
+    record = json.loads(manifest.read_text())
+    record["upsampler"]["fingerprints"]["prior"] = "0" * 16
+    manifest.write_text(json.dumps(record))
+    with pytest.raises(DataError, match="not the model"):
+        generate.remake(str(manifest), "0000-000.png")
+
+
+def test_an_export_enlarges_alike(run, model, folder, tmp_path):
+    assert export([f"--workdir={run[0]}", f"--output={tmp_path / 'export'}"]) == 0
+    image = images_of(folder)[0]
+    exported = TextToImage.load(str(tmp_path / "export"))
+    np.testing.assert_array_equal(exported.upsample(image, "picture a"), model.upsample(image, "picture a"))
+    shutil.rmtree(tmp_path / "export" / "low_resolution")
+    with pytest.raises(CheckpointError):
+        TextToImage.load(str(tmp_path / "export"))
