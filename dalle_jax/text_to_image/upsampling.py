@@ -6,7 +6,7 @@ B images    H, W size of the model's images
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -16,7 +16,16 @@ from dalle_jax.text_to_image import drawing, inputs
 from dalle_jax.text_to_image.sampling_parameters import parse
 
 
-def check_draws_captions(model: drawing.Drawer) -> None:
+class Model(drawing.Drawer, Protocol):
+    """The part of `TextToImage` that enlarging uses. Its attributes have the same meaning here."""
+
+    text_model: Any
+    image_size: int
+    workdir: str
+    fit: str
+
+
+def check_draws_captions(model: Model) -> None:
     """Raises a `ConfigError` if a model enlarges images, and draws none from captions."""
     if not model.prior.layout.condition.reads_requests:
         raise ConfigError(
@@ -27,7 +36,7 @@ def check_draws_captions(model: drawing.Drawer) -> None:
 
 
 def upsample(
-    model: drawing.Drawer, images: Any, captions: str | Sequence[str] | None, seed: int, sampling: dict[str, Any]
+    model: Model, images: Any, captions: str | Sequence[str] | None, seed: int, sampling: dict[str, Any]
 ) -> np.ndarray:
     """Implements `TextToImage.upsample`, which explains arguments and errors."""
     condition = model.prior.layout.condition
