@@ -116,6 +116,13 @@ RELEASED = {
     "ema": section(AverageOptions, decay=0.999),
 }  # fmt: skip
 
+# 32 x 32 pixels become 64 x 64, and 8 x 8 tokens become 16 x 16.
+ENLARGING = {
+    "data.condition": "low_resolution",
+    "model.encoder_depth": 2,
+    "tokenizer.model.tokens_per_side": 16,
+}
+
 VARIANTS = {
     "shapes": dict(
         doc="drawn shapes, embedded; two CPU cores, 6 minutes",
@@ -150,9 +157,9 @@ VARIANTS = {
     ),
     "upsample": dict(
         doc="enlarges 32 to 64 pixels: your own images (data.path, low_from); a laptop, time by their number",
-        prior="small", image_size=64, trunk=dict(width=192, depth=6, heads=6), batch_size=4,
-        steps=None, from_data=dict(passes=60, min_steps=4200, max_steps=20_000),
-        overrides=[cpu, small, sections.keep_best, {"data.condition": "low_resolution", "model.encoder_depth": 2}],
+        prior="small", image_size=64, trunk=dict(width=128, depth=4, heads=4), batch_size=4,
+        steps=None, from_data=dict(passes=10, min_steps=2400, max_steps=20_000),
+        overrides=[cpu, small, sections.keep_best, ENLARGING],
     ),
     "folder": dict(
         doc="your own images (data.path), 128 pixels; one GPU, not yet measured",

@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import untrained_run
+import upsampling
 from PIL import Image
 
 from dalle_jax import TextToImage
@@ -31,7 +32,7 @@ SHORT = {
 def folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("images")
     for i in range(8):
-        pixels = np.random.default_rng(i).integers(0, 256, (4, 4, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+        pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
         Image.fromarray(pixels).save(root / f"{i}.png")
         (root / f"{i}.txt").write_text(f"picture {'abcdefgh'[i]}\n")
     return str(root)
@@ -167,3 +168,14 @@ def test_an_export_enlarges_alike(run, model, folder, tmp_path):
     shutil.rmtree(tmp_path / "export" / "low_resolution")
     with pytest.raises(CheckpointError):
         TextToImage.load(str(tmp_path / "export"))
+
+
+def test_the_experiment_measures_each_way(run, tmp_path, capsys):
+    """The reconstruction of the tokenizer is another image than the real one, and all ways have all metrics."""
+    upsampling.main([f"--workdir={run[0]}", f"--output={tmp_path}", "--count=1"])
+    found = json.loads((tmp_path / "upsampling.json").read_text())
+    assert found.pop("images") == 1
+    assert set(found) == {"16 pixels", "bicubic", "prior", "prior, no caption", "tokenizer"}
+    assert all(set(row) == {"psnr", "ssim"} and row["psnr"] < 60 for row in found.values())
+    assert found["bicubic"] != found["16 pixels"] and "bicubic.psnr" in capsys.readouterr().out
+    assert np.asarray(Image.open(tmp_path / "upsampling.png")).std() > 0
