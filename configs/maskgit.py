@@ -30,6 +30,10 @@ class reads the image, too. A tenth of the labels is dropped for guidance, which
 `paper` splits parameters, average and optimizer over all chips, `3b` over half of them. The table in
 experiments/results/compile/compile.md has memory, operations and step time for each topology.
 
+`upsample` enlarges images, as Muse's second stage does. An encoder reads the caption and the tokens of the smaller image
+(dalle_jax/priors/low_resolution.py). `--config.low_from=DIR` is the workdir of the smaller images' tokenizer, or of a
+prior that draws them.
+
 `small` learns from scratch. The first third of its updates predicts tokens in raster order (`model.raster_steps`).
 
 Measured on `shapes`, held-out captions, 8 decoding steps. Two CPU cores: 0.62 of the captions right after 7,000 updates
