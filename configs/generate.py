@@ -20,7 +20,6 @@ from dalle_jax.priors.sampling import SamplingOptions
 KEYS = {
     "workdir": "directory of the images",
     "model_workdir": "workdir of the prior",
-    "base": "of exported adapters: workdir or export of their base; None: the one that they name",
     "step": "checkpoint: a step, best, or None for the latest",
     "seed": "seed of the samples",
     "prompts": 'captions, separated by "|"',
@@ -41,7 +40,7 @@ def get_config() -> ConfigDict:
     config.job = "generate"
     config.workdir = "runs/generated"
     config.model_workdir = "runs/prior-shapes"
-    config.base = placeholder(str)
+    config.base = placeholder(str)  # of exported adapters: workdir or export of their base; None: the one they name
     config.step = placeholder(object)  # a number or "best"
     config.seed = 0
 

@@ -30,9 +30,9 @@ class reads the image, too. A tenth of the labels is dropped for guidance, which
 `paper` splits parameters, average and optimizer over all chips, `3b` over half of them. The table in
 experiments/results/compile/compile.md has memory, operations and step time for each topology.
 
-`upsample` enlarges images, as Muse's second stage does. An encoder reads the caption and the tokens of the smaller image
-(dalle_jax/priors/low_resolution.py). `--config.low_from=DIR` is the workdir of the smaller images' tokenizer, or of a
-prior that draws them.
+`upsample` enlarges images, as Muse's second stage does. An encoder reads the caption and the tokens of the smaller
+image (dalle_jax/priors/low_resolution.py). `--config.low_from=DIR` is the workdir of the smaller images' tokenizer, or
+of a prior that draws them.
 
 `small` learns from scratch. The first third of its updates predicts tokens in raster order (`model.raster_steps`).
 
@@ -200,7 +200,7 @@ VARIANTS = {
     ),
 }  # fmt: skip
 
-KEYS = prior.KEYS | {
+KEYS = {key: meaning for key, meaning in prior.KEYS.items() if key != "model.order"} | {
     "model.steps": "decoding steps of previews and samples; None: the paper's 8 or 12, by the number of tokens",
     "model.raster_steps": "first updates that predict tokens in raster order; they make a short training much better",
 }

@@ -30,7 +30,7 @@ def config_file(tmp_path):
                 if variant not in ("small", "large"):
                     raise ConfigError(f"a.py has no variant {variant!r}; it has: small, large.")
                 return ConfigDict({"job": "train", "steps": 3, "workdir": "runs/a", "model": {"width": 3},
-                                   "rate": 0.5, "fast": False})
+                                   "rate": 0.5, "fast": False, "tokenizer": {"steps": 3}})
         """)
     )
     return path
@@ -78,6 +78,8 @@ def test_dispatches_with_overrides(command, config_file):
         (["--config=FILE", "--config.rate=abc"], "--config.rate=abc: expected a number"),
         (["--config=FILE", "--config.fast=abc"], "--config.fast=abc: expected true or false"),
         (["--config=FILE", "--config.model=3"], "--config.model=3: expected one of the keys"),
+        (["--config=FILE", "--config.model=runs/a/b"], "--config.model=runs/a/b: expected one of the keys"),
+        (["--config=FILE", "--config.tokenizer=/runs/a"], "--config.tokenizer_from=/runs/a"),
         (["--config=FILE", "--config.steps=many"], "--config.steps=many"),
         (["--config=FILE", "--config.job=dance"], "--config.job "),
         (["--config=FILE:dance"], "'dance'"),

@@ -20,7 +20,7 @@ _EXPECTED = {
     "literal for int": "a whole number",
     "string to float": "a number",
     "Non-boolean": "true or false",
-    "as a ConfigDict": "one of the keys inside this section, such as --config.mesh.data=1",
+    "as a ConfigDict": "one of the keys inside this section (--help=all lists them)",
 }
 _VALUE = "<unknown>"  # the name of the file in a syntax error of a flag's value
 _CONFIG_FILES = pathlib.Path(__file__).with_name("config_files.py")
@@ -87,6 +87,8 @@ def explain_flag_error(error: Exception, argv: Sequence[str]) -> Exception:
         return ConfigError(f"{given}: the configuration has no key {section + key[1]!r}{hint}.")
     if flag := re.match(r"flag (--config\.[\w.]+)=(.*?): ", text):
         expected = next((kind for found, kind in _EXPECTED.items() if found in text), None)
+        if expected and flag[1] == "--config.tokenizer":
+            expected += f". An image tokenizer that exists is given by --config.tokenizer_from={flag[2]}"
         if expected:
             return ConfigError(f"{flag[1]}={flag[2]}: expected {expected}.")
     return ConfigError(" ".join(text.split()))

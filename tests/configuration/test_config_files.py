@@ -24,6 +24,8 @@ from dalle_jax.image_tokenizers import tokenizer
 from dalle_jax.models import clip
 from dalle_jax.optim import optimizers, schedules
 from dalle_jax.priors.clip_condition import ClipEmbedding
+from dalle_jax.priors.condition import Text
+from dalle_jax.priors.low_resolution import LowResolution
 from dalle_jax.priors.registry import condition_of, make
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.tasks import beit
@@ -97,7 +99,8 @@ def test_trainings(name, variant):
         inner = check_training(config.tokenizer, "vqgan" if config.tokenizer.task == "vqgan" else "dvae")
         assert inner.image_size == options.image_size, "the tokenizer is trained at the prior's image size"
         kind = condition_of(config)
-        condition = ClipEmbedding(8) if kind is ClipEmbedding else kind.of_config(config)
+        given = {ClipEmbedding: ClipEmbedding(8), LowResolution: LowResolution(Text(300, 20), 2048, 64)}
+        condition = given[kind] if kind in given else kind.of_config(config)
         layout = TokenLayout(condition, images.vocab_size, *grid)
         prior = make(config.prior, config.model, layout)
         if config.model.trunk.depth <= 24:  # tests/priors/test_autoregressive.py counts the large ones
@@ -132,7 +135,7 @@ def test_schedules_follow_the_length_of_the_training(name, variant):
     after = numbers_of(config)
     follow = {key for key in after if after[key] != before[key]} - {"steps", "cadence/log"}
     rate = "schedules/learning_rate"
-    if variant in ("shapes", "emoji", "small", "folder", "shape_classes", "classes", "clipgen"):
+    if variant in ("shapes", "emoji", "small", "folder", "shape_classes", "classes", "clipgen", "upsample"):
         expected = {f"{rate}/steps", "cadence/eval", "cadence/preview", "cadence/checkpoint"}
         expected |= {"schedules/temperature/steps"} if config.task in TOKENIZERS else set()
         if name == "vqgan":

@@ -14,6 +14,7 @@ from PIL import Image
 from dalle_jax import TextToImage
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.configuration import config_files
+from dalle_jax.data.augment import augment
 from dalle_jax.errors import CheckpointError, ConfigError, DataError
 from dalle_jax.export.__main__ import main as export
 from dalle_jax.jobs import evaluate, generate, train
@@ -67,7 +68,7 @@ def images_of(folder):
 
 
 def half(pixels):
-    return np.asarray(Image.fromarray(pixels).resize((16, 16), Image.Resampling.BOX))
+    return augment(pixels, 16, "none", None)
 
 
 def test_the_condition_is_a_caption_and_the_tokens_of_a_smaller_copy(run, model, folder, small):
