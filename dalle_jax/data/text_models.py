@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from etils import epath
 
+from dalle_jax.data.dalle_mini_text import DalleMiniText
 from dalle_jax.data.json_tokenizer import JsonTokenizer
 from dalle_jax.data.labels import Labels
 from dalle_jax.data.text import CaptionModel, TextModel
@@ -13,7 +14,7 @@ from dalle_jax.storage import checksummed
 from dalle_jax.storage.files import expanded
 from dalle_jax.storage.json_files import parse
 
-_JSON_KINDS = (Labels, JsonTokenizer)
+_JSON_KINDS = (Labels, DalleMiniText, JsonTokenizer)
 FILE_NAMES = tuple(kind.file_name for kind in (TextModel, YouTokenToMe, *_JSON_KINDS))  # in a workdir
 
 

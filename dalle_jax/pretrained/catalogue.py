@@ -10,6 +10,7 @@ from dalle_jax.checkpoints import workdir
 from dalle_jax.errors import ConfigError, PretrainedError, UserError
 from dalle_jax.pretrained import (
     clip,
+    dalle_mini,
     inception,
     llamagen,
     lpips,
@@ -24,8 +25,8 @@ from dalle_jax.pretrained.importer import Importer
 from dalle_jax.storage import hub
 
 _ALL = (
-    *vqgan.IMPORTERS, *llamagen.IMPORTERS, *rudalle.IMPORTERS, *maskgit.IMPORTERS, mindalle.IMPORTER,
-    openai_dvae.IMPORTER, clip.IMPORTER, inception.IMPORTER, lpips.IMPORTER,
+    *vqgan.IMPORTERS, *llamagen.IMPORTERS, *rudalle.IMPORTERS, *maskgit.IMPORTERS, *dalle_mini.IMPORTERS,
+    mindalle.IMPORTER, openai_dvae.IMPORTER, clip.IMPORTER, inception.IMPORTER, lpips.IMPORTER,
 )  # fmt: skip
 IMPORTERS: dict[str, Importer] = {one.name: one for one in _ALL}
 _MODULE_CLASSES = frozenset().union(*(one.module_classes for one in IMPORTERS.values()))

@@ -3,7 +3,8 @@
     python -m dalle_jax.pretrained vqgan-f16-1024 --weights=last.ckpt --output=runs/vqgan
 
 Files are checkpoints of the authors' code, with the state dict under "state_dict", or safetensors or npz with the same
-names. The arrays of the losses (`loss.…`: the discriminator and LPIPS) and of the optimisers are dropped.
+names. The arrays of the losses (`loss.…`: the discriminator and LPIPS) and of the optimisers are dropped. Flax files of
+DALL-E mini's port (`flax_model.msgpack`) serve as well, see `vqgan_layout.from_flax`.
 
 Layout of the original, with kernels [out, in, height, width]:
 
@@ -24,6 +25,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dalle_jax.checkpoints import workdir
 from dalle_jax.errors import PretrainedError
@@ -149,6 +151,11 @@ def _parameters(arrays: StateDict) -> StateDict:
 # -- files --------------------------------------------------------------------------------------------------------
 
 
+def read(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Reads the arrays of a file by the names of taming transformers. Errors as in `state_dict.read`."""
+    return vqgan_layout.from_flax(state_dict.read(path))
+
+
 def load(
     weights: str | os.PathLike, options: VQGANOptions | None = None, image_size: int = 256
 ) -> tuple[VQGANTokenizer, PyTree]:
@@ -166,7 +173,7 @@ def load(
       PretrainedError: the file cannot be read, or does not hold such a model.
       ConfigError: the image size is not a multiple of `downsample`.
     """
-    arrays = state_dict.read(weights)
+    arrays = read(weights)
     try:
         options = options_of(arrays) if options is None else options
         params = convert(arrays, options)
@@ -178,6 +185,7 @@ def load(
 
 def published_name(arrays: StateDict) -> str | None:
     """Returns the importer of a VQGAN's arrays: a key of `PUBLISHED`, or `OWN`; None if they are no whole VQGAN."""
+    arrays = vqgan_layout.from_flax(arrays)
     try:
         found = options_of(arrays)
         vqgan_layout.check(_parameters(arrays), layout(found))

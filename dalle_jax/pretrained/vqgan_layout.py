@@ -7,6 +7,7 @@ for all sizes.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping
 
 import flax.linen as nn
@@ -21,6 +22,7 @@ from dalle_jax.pytree import PyTree
 StateDict = Mapping[str, np.ndarray]
 Path = tuple[str, ...]
 Layout = Mapping[str, tuple[Path, tuple[int, ...]]]  # original name → path in our tree and original shape
+_FLAX_LEVEL, _FLAX_NUMBER = re.compile(r"(down|up)_\d+"), re.compile(r"_(\d+)$")
 
 
 @functools.cache
@@ -48,6 +50,28 @@ def flax_layout(options: VQGANOptions, name_of: Callable[[Path, VQGANOptions], s
         window = (1, 1) if path[-1] == "kernel" and len(shape) == 2 else ()
         table[name_of(path, options)] = path, (*window, *shape)
     return table
+
+
+def from_flax(arrays: StateDict) -> dict[str, np.ndarray]:
+    """Renames and transposes the arrays of a Flax port (github.com/patil-suraj/vqgan-jax) as those of the original.
+
+    Its modules are those of taming transformers, with names as `encoder/down_0/block_1/conv1/kernel` for
+    `encoder.down.0.block.1.conv1.weight`. The VQGAN of DALL-E mini is published in it.
+
+    Args:
+      arrays: arrays by name. Those of other models are returned unchanged.
+    """
+    if "quantize/embedding/embedding" not in arrays:
+        return dict(arrays)
+    found = {}
+    for name, array in arrays.items():
+        *modules, leaf = name.split("/")
+        if len(modules) > 2 and _FLAX_LEVEL.fullmatch(modules[1]):
+            modules[1:3] = [_FLAX_NUMBER.sub(r".\1", module) for module in modules[1:3]]
+        if leaf == "kernel" and array.ndim == 4:
+            array = array.transpose(3, 2, 0, 1)
+        found[".".join([*modules, "bias" if leaf == "bias" else "weight"])] = array
+    return found
 
 
 def _shapes(options: VQGANOptions) -> dict[Path, tuple[int, ...]]:
