@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 
+import dalle_mini_originals
 import jax
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from dalle_jax.image_tokenizers.vqgan import VQGANOptions, VQGANTokenizer
 from dalle_jax.pretrained import __main__ as command
 from dalle_jax.pretrained import (
     catalogue,
+    dalle_mini,
     inception,
     llamagen,
     lpips,
@@ -53,6 +55,10 @@ RUDALLE = {  # sizes, heads, version, file
     name: (rudalle.Sizes(2, 8, text_ids=9, text_length=3, image_vocab=4 + number, side=3), 2, "v3", "file")
     for number, name in enumerate(rudalle.PUBLISHED)
 }
+DALLE_MINI = {  # sizes and ending of the files
+    name: (dalle_mini.Sizes(1, 8, 2, 8, text_ids=200 + number, image_rows=12, codes=11, text_length=4, side=2), "")
+    for number, name in enumerate(dalle_mini.PUBLISHED)
+}
 MASKGIT = {"maskgit-imagenet256": (4, 2), "maskgit-imagenet512": (3, 2)}  # grid and decoding steps
 
 
@@ -66,6 +72,7 @@ def files(tmp_path, monkeypatch):
     monkeypatch.setattr(vqgan, "PUBLISHED", TINY)
     monkeypatch.setattr(llamagen, "PUBLISHED", LLAMAGEN)
     monkeypatch.setattr(maskgit, "PUBLISHED", MASKGIT)
+    monkeypatch.setattr(dalle_mini, "PUBLISHED", DALLE_MINI)
     monkeypatch.setattr(rudalle, "PUBLISHED", RUDALLE)
     transformer = state_dict.read(test_import_maskgit.TRANSFORMER)
     positions = "Embed_0/position_embeddings/embedding"
@@ -76,6 +83,7 @@ def files(tmp_path, monkeypatch):
     } | {
         **{name: random_of(llamagen.layout(options)) for name, options in LLAMAGEN.items()},
         **{name: rudalle_originals.random_arrays(sizes) for name, (sizes, *_) in RUDALLE.items()},
+        **{name: dalle_mini_originals.random_arrays(sizes, "encoder") for name, (sizes, _) in DALLE_MINI.items()},
         "rudalle": rudalle_originals.random_arrays(rudalle_originals.CASES["v3"][0]),
         "maskgit-imagenet256": transformer,
         "maskgit-imagenet512": transformer | {positions: transformer[positions][:10]},
@@ -102,14 +110,16 @@ CLIP_SETTINGS = {"activation": "quick_gelu", "image_head_dim": 16, "text_head_di
 
 def settings_of(name, vocabulary):
     known = {"clip": {**CLIP_SETTINGS, "vocabulary": vocabulary}, "mindalle": {"vocabulary": vocabulary}}
-    known |= {name: {"vocabulary": vocabulary} for name in RUDALLE}
+    known |= {name: {"vocabulary": vocabulary} for name in (*RUDALLE, *DALLE_MINI)}
     known |= {"rudalle": {"vocabulary": vocabulary, "heads": 2}}
     return known.get(name, {})
 
 
 def test_each_importer_rejects_the_files_of_all_others_by_name(tmp_path, files, vocabulary):
     for name, other in itertools.permutations(catalogue.IMPORTERS, 2):
-        if (name, other) == ("mindalle", "vqgan-f16-16384") or (name in RUDALLE and other == "vqgan-gumbel-f8"):
+        if (name in ("mindalle", *DALLE_MINI) and other == "vqgan-f16-16384") or (
+            name in RUDALLE and other == "vqgan-gumbel-f8"
+        ):
             continue  # their own image tokenizers have this layout
         given = [files[other]] * len(catalogue.IMPORTERS[name].files)
         with pytest.raises(PretrainedError, match=rf"{other}\.npz holds the weights of {other}, not of {name}"):
@@ -169,7 +179,8 @@ def test_the_sizes_in_the_list_are_those_of_the_models():
     count = lambda options: sum(np.prod(shape, dtype=int) for _, shape in vqgan.layout(options).values())
     sizes = {name: count(options) for name, options in vqgan.PUBLISHED.items()}
     sizes |= {name: count(options) for name, options in llamagen.PUBLISHED.items()}
-    for one in (*maskgit.IMPORTERS, mindalle.IMPORTER, *rudalle.IMPORTERS[:-1]):  # tests/pretrained/test_import_*.py
+    # tests/pretrained/test_import_*.py count these.
+    for one in (*maskgit.IMPORTERS, *dalle_mini.IMPORTERS, mindalle.IMPORTER, *rudalle.IMPORTERS[:-1]):
         sizes[one.name] = one.parameters
     sizes["openai-dvae"] = 53_786_240 + 43_829_766  # tests/image_tokenizers/test_dvae.py
     sizes["inception"] = sum(np.prod(shape, dtype=int) + shape[-1] for shape in inception._kernels().values())
@@ -209,6 +220,7 @@ def test_wrong_commands(tmp_path, files, capsys, arguments, status, token):
     [
         (["clip", "--weights=a", "--output=b"], "--vocabulary"),
         (["mindalle", "--weights=a", "--weights=b", "--output=c"], "--vocabulary"),
+        (["dalle-mini", "--weights=a", "--output=c", "--vocabulary=d", "--start_id=x"], "--start_id"),
         (["maskgit-imagenet256", "--weights=a", "--weights=b", "--output=c", "--dtype=float16"], "--dtype"),
         (["vqgan", "--weights=a", "--output=b", "--image=64"], "--image=64"),
         (["vqgan", "--output=b"], "--weights"),

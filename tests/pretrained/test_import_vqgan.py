@@ -6,14 +6,17 @@ import dataclasses
 import itertools
 import os
 import pathlib
+import re
 import sys
 import types
 import typing
 
+import flax.serialization
 import jax
 import numpy as np
 import pytest
 import taming_originals
+from flax import traverse_util
 from safetensors.numpy import save_file
 
 from dalle_jax.checkpoints import workdir
@@ -182,6 +185,38 @@ def test_code_in_a_checkpoint_is_rejected_and_not_run(tmp_path, classes, monkeyp
     with pytest.raises(PretrainedError, match=r"'posix\.system'"):
         state_dict.read("last.ckpt")
     assert not (tmp_path / "owned").exists()
+
+
+def flax_names(arrays):
+    """Returns the arrays as Flax's port names and transposes them: numbered modules have names such as `down_0`."""
+    found = {}
+    for name, array in arrays.items():
+        *modules, leaf = re.sub(r"\.(\d+)\.", r"_\1.", re.sub(r"\.(\d+)\.", r"_\1.", name)).split(".")
+        if array.ndim == 4:
+            leaf, array = leaf.replace("weight", "kernel"), array.transpose(2, 3, 1, 0)
+        found[(*modules, leaf.replace("weight", "embedding" if modules[0] == "quantize" else "scale"))] = array
+    return found
+
+
+@pytest.mark.parametrize("root", ["", "params"])
+def test_the_flax_port_of_dalle_mini(tmp_path, root):
+    """Its modules are `Encoder.down`, `DownsamplingBlock.block`, `MidBlock.attn_1` and so on."""
+    sizes, arrays, *_ = taming_originals.golden("nearest")
+    named = flax_names(arrays)
+    for path in (
+        "encoder/down_0/block_0/norm1/scale", "encoder/down_0/downsample/conv/kernel", "decoder/up_1/attn_1/q/bias",
+        "decoder/up_1/upsample/conv/kernel", "encoder/mid/attn_1/proj_out/kernel", "decoder/mid/block_2/conv1/kernel",
+        "encoder/down_1/block_0/nin_shortcut/kernel", "quantize/embedding/embedding", "post_quant_conv/bias",
+    ):  # fmt: skip
+        assert tuple(path.split("/")) in named, path
+    tree = traverse_util.unflatten_dict(named)
+    path = tmp_path / "flax_model.msgpack"
+    path.write_bytes(flax.serialization.to_bytes({root: tree} if root else tree))
+    options = VQGANOptions(**sizes)
+    tokenizer, params = vqgan.load(path, image_size=options.image_size)
+    assert tokenizer.options == options
+    same(params, vqgan.convert(arrays, options))
+    assert vqgan.published_name(state_dict.read(path)) == vqgan.OWN
 
 
 # -- other files --------------------------------------------------------------------------------------------------
