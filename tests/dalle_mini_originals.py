@@ -34,8 +34,8 @@ GUIDANCE = 4.0  # the original's factor of super-conditioning
 
 SUBWORDS = ["<s>", "<pad>", "</s>", "<unk>", *map(chr, range(33, 127)), "\u0120"]
 MERGES = [
-    "\u0120 a", "c a", "ca t", "\u0120 cat", "t h", "\u0120 th", "\u0120th e", "f a", "c e", "fa ce", "_ face", "r e", "re d",
-    "\u0120 red", "\u0120a r", "e e", "1 0", "\u0120 1", "\u0120 10", "cat s", "\u0120cat s", "a a",
+    "\u0120 a", "c a", "ca t", "\u0120 cat", "t h", "\u0120 th", "\u0120th e", "f a", "c e", "fa ce", "_ face", "r e",
+    "re d", "\u0120 red", "\u0120a r", "e e", "1 0", "\u0120 1", "\u0120 10", "cat s", "\u0120cat s", "a a",
 ]  # fmt: skip
 VOCABULARY = {word: i for i, word in enumerate([*SUBWORDS, *("".join(pair.split()) for pair in MERGES)])}
 

@@ -208,7 +208,7 @@ class AutoregressiveModel(nn.Module):
 
     def read(
         self, text: Shaped[ArrayLike, "B ..."], train: bool = False
-    ) -> tuple[Float[Array, "B _ D"], Memory | None]:
+    ) -> tuple[Float[ArrayLike, "B _ D"], Memory | None]:
         """Reads conditions; see `encoder.read`."""
         return encoder.read(self.options, self.embedding, self.encoder, text, train)
 

@@ -13,7 +13,7 @@ import dataclasses
 from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import ArrayLike, Float, Shaped
 
 from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
@@ -69,7 +69,7 @@ def read(
     encoder: Trunk | None,
     rows: Shaped[ArrayLike, "B ..."],
     train: bool = False,
-) -> tuple[Float[Array, "B _ D"], Memory | None]:
+) -> tuple[Float[ArrayLike, "B _ D"], Memory | None]:
     """Reads conditions.
 
     Args:

@@ -1,5 +1,7 @@
 """Parameters that are converted once for drawing: fewer bytes, the same tokens."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from prior_cases import autoregressive, changed, drawn, maskgit, params_of, rows
 
 from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.errors import ConfigError
+from dalle_jax.models.trunk import TRUNKS, for_decoding
 from dalle_jax.priors.decoding_weights import check_weights, for_drawing, quantized
 from dalle_jax.pytree import by_path
 
@@ -15,6 +18,9 @@ SCANNED = {"dtype": "bfloat16", "depth": 4, "scan": True, "remat": "full", "norm
 PRIORS = {
     "autoregressive": autoregressive(SCANNED),
     "any order": autoregressive(SCANNED, attention="full", order="random", tied_embeddings=True),
+    "encoder": autoregressive(
+        {**SCANNED, "norm_placement": "normformer", "embedding_norm": True}, encoder_depth=4, encoder_padding=1
+    ),
     "maskgit": maskgit(SCANNED),
     "maskgit, small data": maskgit(SCANNED, head="linear", tied_embeddings=False, neighbour_kernel=3),
     "float32 logits": maskgit({**SCANNED, "float32_logits": True}, tied_embeddings=False),
@@ -32,7 +38,9 @@ def test_a_converted_prior_draws_the_same_tokens(name):
     prior = PRIORS[name]
     params = drawn(prior)
     other, weights = converted(prior, params)
-    assert not other.options.trunk.scan and set(weights["trunk"]) == {*(f"layer_{i}" for i in range(4)), "final_norm"}
+    assert not other.options.trunk.scan
+    for part in TRUNKS if prior.options.encoder_depth else ("trunk",):
+        assert "units" in params[part] and set(weights[part]) == {*(f"layer_{i}" for i in range(4)), "final_norm"}
     draw = lambda prior, params: np.asarray(prior.sample(params, TEXT, KEYS, guidance=1.0))
     tokens = draw(prior, params)
     np.testing.assert_array_equal(draw(other, weights), tokens)
@@ -47,7 +55,7 @@ def test_dtypes_and_bytes_of_converted_parameters(name):
     weights = by_path(converted(prior, drawn(prior))[1])
     for path, leaf in weights.items():
         untied = path.endswith("head_kernel")
-        kernel = path.split("/")[0] in ("trunk", "head") and path.endswith("/kernel")
+        kernel = path.split("/")[0] in (*TRUNKS, "head") and path.endswith("/kernel")
         half = kernel or (untied and not prior.options.trunk.float32_logits)
         assert leaf.dtype == (jnp.bfloat16 if half else jnp.float32), path
     halves = sum(leaf.size for leaf in weights.values() if leaf.dtype == jnp.bfloat16)
@@ -59,6 +67,20 @@ def test_a_float32_prior_stays_as_it_is():
     prior = maskgit({"scan": True})
     params = params_of(prior)
     assert for_drawing(prior, params, make_mesh(data=1)) == (prior, params)
+
+
+@pytest.mark.parametrize("kind", [autoregressive, maskgit])
+def test_layers_of_trunk_and_encoder_are_unstacked_alike(kind):
+    """Logits of scanned layers are those of the same layers one by one; the encoder has fewer of them."""
+    options = {"dtype": "float32", "depth": 4, "scan": True, "remat": "full"}
+    prior = kind(options, encoder_depth=2)
+    params = drawn(prior)
+    flat, unstacked = for_decoding(params, prior.options)
+    assert [len(flat[part]) for part in TRUNKS] == [5, 3] if TRUNKS[0] == "trunk" else [3, 5]
+    other = dataclasses.replace(prior, options=unstacked)
+    logits = lambda prior, params: jax.jit(prior.model.apply)({"params": params}, TEXT, TOKENS)
+    found, expected = logits(other, flat), logits(prior, params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), found, expected)
 
 
 def test_both_copies_are_never_in_memory():
@@ -99,7 +121,7 @@ def test_rounding_of_a_kernel(inputs, stacked):
         np.testing.assert_array_equal(quantized(kernel[1], inputs, False)[0], whole[1])
 
 
-INT8 = {name: PRIORS[name] for name in ("autoregressive", "maskgit", "maskgit, small data")}
+INT8 = {name: PRIORS[name] for name in ("autoregressive", "encoder", "maskgit", "maskgit, small data")}
 INT8["float32"] = autoregressive({**SCANNED, "dtype": "float32"}, attention="full", order="random")
 INT8["one by one"] = changed(INT8["float32"], {"scan": False})
 
@@ -135,7 +157,7 @@ def test_an_int8_prior_is_that_of_the_rounded_kernels(name):
 def test_dtypes_and_bytes_of_int8(name):
     prior = INT8[name]
     weights = by_path(converted(prior, drawn(prior), "int8")[1])
-    kernels = [path for path in weights if path.split("/")[0] in ("trunk", "head") and path.endswith("/kernel")]
+    kernels = [path for path in weights if path.split("/")[0] in (*TRUNKS, "head") and path.endswith("/kernel")]
     assert len(kernels) >= 16 and not any("units" in path for path in weights)
     for path in kernels:
         assert weights[path].dtype == jnp.int8 and weights[f"{path}_scale"].dtype == jnp.float32
