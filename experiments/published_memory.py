@@ -22,7 +22,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from dalle_jax import compilation_cache
 from dalle_jax.aot import topologies
 from dalle_jax.aot.topologies import GIB
-from dalle_jax.pretrained import maskgit, mindalle, rudalle
+from dalle_jax.pretrained import dalle_mini, maskgit, mindalle, rudalle
+from dalle_jax.pretrained.dalle_mini_layout import prior_of as dalle_mini_prior
 from dalle_jax.pretrained.rudalle_layout import prior_of as rudalle_prior
 from dalle_jax.priors.decoding_weights import for_drawing
 from dalle_jax.priors.token_prior import TokenPrior
@@ -35,6 +36,8 @@ def priors(dtype: str) -> Iterator[tuple[str, TokenPrior]]:
     """Yields each published prior with its name in the catalogue."""
     for name, (side, steps) in maskgit.PUBLISHED.items():
         yield name, maskgit.prior_of(maskgit.published_sizes(side), 1024, steps, dtype)
+    for name, (sizes, _) in dalle_mini.PUBLISHED.items():
+        yield name, dalle_mini_prior(sizes, dtype)
     arrays = {
         name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in mindalle.shapes(*mindalle.PUBLISHED).items()
     }

@@ -33,13 +33,14 @@ class Place:
         return {"next": 0}
 
 
-def config_of(name, **trunk):
-    """configs/NAME at tiny sizes: images of 16 pixels, 4×4 tokens of 24 codes."""
+def config_of(name, model=(), **trunk):
+    """configs/NAME at tiny sizes: images of 16 pixels, 4×4 tokens of 24 codes. `model` holds options of a prior."""
     config = config_files.load(f"{CONFIGS}/{name}")
     config.data.image_size, config.batch_size, config.steps = 16, 4, STEP
     config.mesh.data = 1
     if config.task == "prior":
         config.text.vocab_size, config.text.length = 40, 8
+        config.model.update(model)
         config.model.trunk.update({"width": 16, "depth": 2, "heads": 2, **trunk})
         config = config.copy_and_resolve_references()
         config.tokenizer.model.update(SMALL_DVAE)
@@ -67,9 +68,9 @@ def save(folder, config, params, frozen=None, metrics=None):
     return str(folder)
 
 
-def prior(folder, name="prior.py:shapes", seed=1, **trunk):
+def prior(folder, name="prior.py:shapes", seed=1, model=(), **trunk):
     """Writes the workdir of a prior with its tokenizer and text model; returns its path."""
-    config = config_of(name, **trunk)
+    config = config_of(name, model, **trunk)
     workdirs_of = pathlib.Path(folder)
     text = TextModel.train(CAPTIONS, 40, workdirs_of / "text" / "sentencepiece.model")
     tokenizer = tokenizers.of_training(config.tokenizer)

@@ -47,6 +47,8 @@ def counted(lowered):
         ),
         ("configs/prior.py", SMALL, 0.15, 0.0),  # its groups of queries also compute masked pairs
         ("configs/prior.py", f"{SMALL},model.start_tokens=True", 0.15, 0.0),
+        ("configs/prior.py", f"{SMALL},model.encoder_depth=2,model.attention=full", 0.15, 0.0),
+        ("configs/maskgit.py", f"{SMALL},model.encoder_depth=2,model.trunk.activation=geglu", 0.01, 0.0),
         ("configs/beit.py", "batch_size=8,model.trunk.depth=1", 0.05, 0.05),
         ("configs/beit.py", "batch_size=8,model.trunk.depth=1,model.target=pixels", 0.05, 0.05),
         ("configs/clip.py", "batch_size=8", 0.05, 0.0),  # its text tower also computes masked pairs

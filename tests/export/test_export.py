@@ -82,6 +82,22 @@ def test_bfloat16_is_the_bfloat16_that_the_run_loads_as(tmp_path, scan):
     np.testing.assert_array_equal(images(str(folder)), images(run))
 
 
+def test_a_prior_with_an_encoder(tmp_path):
+    """Kernels of both trunks are bfloat16, and the images are those of the run."""
+    model = {"encoder_depth": 2, "encoder_padding": 1, "attention": "full"}
+    trunk = {"dtype": "bfloat16", "scan": True, "norm_placement": "normformer", "embedding_norm": True}
+    run = untrained_run.prior(tmp_path / "run", model=model, **trunk)
+    folder = export(run, tmp_path / "export", "--dtype=bfloat16")
+    stored = tensor_file.decode((folder / "model.safetensors").read_bytes())
+    kernels = {name: x.dtype for name, x in stored.items() if name.startswith("encoder/") and name.endswith("/kernel")}
+    assert kernels and set(map(str, kernels.values())) == {"bfloat16"}
+    found = load(str(folder))
+    assert found.prior.options.encoder_depth == 2 and found.prior == load(run).prior
+    drawn = images(str(folder))
+    np.testing.assert_array_equal(drawn, images(run))
+    assert (drawn != found.generate("a green star", n=2, seed=3)).any(), "the caption has an effect"
+
+
 def test_a_float32_model_in_bfloat16_has_the_rounded_parameters(run, tmp_path):
     folder = export(run, tmp_path / "export", "--dtype=bfloat16")
     rounded, whole = load(str(folder)).params, load(run).params
