@@ -41,7 +41,7 @@ ImageCache = tuple[Float[Array, "..."], Float[Array, "..."]]  # the same of the 
 
 
 class CaptionCache(NamedTuple):
-    """What a block keeps of captions for all image positions.
+    """Keys and values of captions, which a block keeps for all image positions.
 
     Attributes:
       prefix: keys and values of the positions before the image.
