@@ -25,10 +25,12 @@ from dalle_jax.configuration.values import natural
 from dalle_jax.demo.server import require_gradio, serve
 from dalle_jax.demo.studio import Studio
 from dalle_jax.errors import UserError
+from dalle_jax.storage import hub
 from dalle_jax.text_to_image.text_to_image import TextToImage
 from dalle_jax.text_to_image.upsampling import check_draws_captions
 
 _MOST_WAITING = 1000
+_THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,10 +50,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def names_of(runs: Sequence[str]) -> list[str]:
-    """Returns a short and unique name for each run: the last parts of its path, as many as tell them apart."""
+def names_of(runs: Sequence[str], hosted: bool = False) -> list[str]:
+    """Returns a short and unique name for each run.
+
+    Args:
+      runs: paths or addresses.
+      hosted: use the last part of each path alone. Otherwise as many of the last parts as tell them apart.
+    """
     paths = [pathlib.PurePosixPath(run.rstrip("/") or run) for run in runs]
-    longest = max(len(path.parts) for path in paths)
+    longest = 1 if hosted else max(len(path.parts) for path in paths)
     for count in range(1, longest + 1):
         names = ["/".join(path.parts[-count:]) for path in paths]
         if len(set(names)) == len(names):
@@ -59,23 +66,32 @@ def names_of(runs: Sequence[str]) -> list[str]:
     return [f"{name} ({number})" for number, name in enumerate(names, 1)]
 
 
-def load(runs: Sequence[str], step: str | None = None, clip: str | None = None, rows_at_once: int = 64) -> Studio:
+def load(
+    runs: Sequence[str],
+    step: str | None = None,
+    clip: str | None = None,
+    rows_at_once: int = 64,
+    hosted: bool = False,
+) -> Studio:
     """Loads the models of a page.
 
     Args:
       runs: workdirs or exports of priors.
       step, clip, rows_at_once: as in `TextToImage.load`, for each of them.
+      hosted: whether strangers visit the page, who must not see paths of this machine.
 
     Raises:
       UserError: as in `TextToImage.load`.
     """
     step = check_step(step, "--step")
-    models = {}
-    for name, run in zip(names_of(runs), runs):
+    models, places = {}, {}
+    for name, run in zip(names_of(runs, hosted), runs):
+        if hosted or hub.is_hub(run):
+            places[name] = run if hub.is_hub(run) else name
         models[name] = TextToImage.load(run, step, rows_at_once, clip)
         check_draws_captions(models[name])
         print(models[name], flush=True)
-    return Studio(models)
+    return Studio(models, places)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -91,7 +107,8 @@ def main(argv: Sequence[str]) -> int:
     try:
         require_gradio()
         waiting = natural("--queue", given.queue, 1, _MOST_WAITING)
-        studio = load(given.runs, given.step, given.clip, given.rows_at_once)
+        hosted = given.share or given.host not in _THIS_MACHINE
+        studio = load(given.runs, given.step, given.clip, given.rows_at_once, hosted)
         serve(studio, given.host, given.port, given.share, waiting)
     except UserError as error:
         print(error, file=sys.stderr)

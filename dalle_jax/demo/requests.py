@@ -27,7 +27,7 @@ MOST_CHARACTERS = 1000  # of a caption
 MOST_BYTES = 8 * 2**20  # of an uploaded image file
 _MOST_PIXELS = 32_000_000
 _MOST_CELLS = 256  # of a side of a mask
-SAMPLING = ("temperature", "top_k", "top_p", "guidance", "steps", "choice_temperature")
+SAMPLING = ("temperature", "top_k", "top_p", "guidance", "guidance_schedule", "steps", "choice_temperature")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +98,8 @@ def parse(given: Any, runs: Sequence[str]) -> Request:
         raise ConfigError(f"method is {shown(method)}; expected generate, {', '.join(METHODS)}.")
     if not isinstance(sampling, Mapping) or set(sampling) - set(SAMPLING):
         raise ConfigError(f"sampling is {shown(sampling)}; expected some of {', '.join(SAMPLING)}.")
+    if not isinstance(schedule := sampling.get("guidance_schedule"), str | None):
+        raise ConfigError(f"guidance_schedule is {shown(schedule)}; expected the name of a schedule, or null.")
     image = given.get("image")
     if method != "generate" and image is None:
         raise DataError(f"{method} needs an image: upload one, or choose “Edit” at an image that was drawn.")

@@ -27,13 +27,14 @@ from dalle_jax.text_to_image.text_to_image import TextToImage
 _FILE = manifests.image_name(0, 0)
 
 
-def archive(models: Mapping[str, TextToImage], given: Any) -> bytes:
+def archive(models: Mapping[str, TextToImage], given: Any, places: Mapping[str, str] | None = None) -> bytes:
     """Packs an image that the page shows.
 
     Args:
       models: the models of the page by name.
       given: the JSON object of the page: "request" as for `requests.parse` with one run, "number" of the image among
         those that were drawn, "score" of CLIP or None, and "image", its PNG file in base64.
+      places: see `Studio.places`.
 
     Returns:
       The bytes of the zip archive.
@@ -51,8 +52,10 @@ def archive(models: Mapping[str, TextToImage], given: Any) -> bytes:
         sample["score"] = finite("score", given["score"])
     edit = None if request.method == "generate" else request.edit(model)
     image = png(requests.decoded(given.get("image")))
+    described = manifests.describe_model(model, expanded("."), None)
+    place = (places or {}).get(request.runs[0], described["workdir"])
     manifest = {
-        **manifests.describe_model(model, expanded("."), None), "workdir_from_here": None, "seed": request.seed,
+        **described, "workdir": place, "workdir_from_here": None, "seed": request.seed,
         "sampling": dataclasses.asdict(SamplingOptions(**studio.sampling_of(model, request))),
         "negative": request.negative, "rows_at_once": model.rows_at_once,
         "mesh": {"data": 1} if model.mesh is None else dict(model.mesh.shape), "captions": [request.caption],

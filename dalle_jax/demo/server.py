@@ -101,9 +101,9 @@ def build(studio: Studio, waiting: int) -> Any:
     def save(request: dict) -> dict:
         """Packs an image with its manifest: {"zip": base64} or {"error": text}."""
         try:
-            return {"zip": base64.b64encode(saved.archive(studio.models, request)).decode()}
+            return {"zip": base64.b64encode(saved.archive(studio.models, request, studio.places)).decode()}
         except UserError as error:
-            return {"error": str(error)}
+            return {"error": studio.public(str(error))}
 
     with gradio.Blocks(title="dalle_jax", analytics_enabled=False) as blocks:
         gradio.api(draw, api_name="draw", concurrency_limit=1)

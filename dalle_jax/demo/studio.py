@@ -21,6 +21,7 @@ import dataclasses
 import io
 import logging
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,13 +32,15 @@ import numpy as np
 from absl import logging as absl_logging
 from PIL import Image
 
+from dalle_jax.checkpoints import workdir as workdirs
+from dalle_jax.data.known_captions import known_captions
 from dalle_jax.demo import requests
 from dalle_jax.demo.requests import Request
 from dalle_jax.errors import ConfigError, UserError
 from dalle_jax.jobs.edits import METHODS
 from dalle_jax.reporting.images import png
 from dalle_jax.storage import json_files
-from dalle_jax.storage.files import expanded
+from dalle_jax.storage.files import expanded, full_path
 from dalle_jax.text_to_image.best_of_n import Ranked
 from dalle_jax.text_to_image.drawing import Frame
 from dalle_jax.text_to_image.text_to_image import TextToImage
@@ -61,9 +64,12 @@ class Studio:
 
     Attributes:
       models: each run's model.
+      places: the run's workdir in the manifests of saved images, if it is not the path of the run: its address on a
+        hub, or its name on a page that strangers visit.
     """
 
     models: Mapping[str, TextToImage]
+    places: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     def describe(self) -> dict[str, Any]:
         """Returns all that the page shows before anything is drawn."""
@@ -81,12 +87,21 @@ class Studio:
             },
         }
 
+    def public(self, text: str) -> str:
+        """Returns a message of the library for visitors: with the names of runs instead of their paths."""
+        for name, model in self.models.items():
+            for path in (str(full_path(model.workdir)), model.workdir):
+                if path.strip("./"):  # a run in the current folder has the path "."
+                    text = re.sub(rf"(?<![\w./-]){re.escape(path)}(?![\w/-])", lambda _, name=name: name, text)
+        return text
+
     def draw(self, given: Any) -> Iterator[Event]:
         """Draws what a visitor asks for, and yields the events. Closing the iterator stops the drawing."""
         events: queue.Queue[Event] = queue.Queue(_WAITING)
         stopped = threading.Event()
 
         def send(event: Event) -> None:
+            event = event | ({"text": self.public(event["text"])} if "text" in event else {})
             waited = time.monotonic()
             while not stopped.is_set() and time.monotonic() - waited < _PATIENCE:
                 try:
@@ -210,7 +225,7 @@ def _described(name: str, model: TextToImage) -> dict[str, Any]:
 
 
 def _examples(models: Sequence[TextToImage]) -> list[str]:
-    """Returns a few captions of the training data of the first run that recorded some."""
+    """Returns a few captions like those of the training, of the first run that knows some."""
     for model in models:
         path = expanded(model.workdir) / "data.json" if model.workdir else None
         try:
@@ -219,6 +234,9 @@ def _examples(models: Sequence[TextToImage]) -> list[str]:
             first = []
         if captions := [text for text in first if isinstance(text, str) and text.strip()]:
             return captions[:_EXAMPLES]
+        if model.workdir and workdirs.has_config(model.workdir):  # an export holds no captions of its training data
+            if captions := list(known_captions(workdirs.read_config(model.workdir))):
+                return captions[:_EXAMPLES]
     return []
 
 

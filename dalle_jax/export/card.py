@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from dalle_jax.checkpoints.exported import ADAPTERS, CLIP, PRIOR, TOKENIZER
+from dalle_jax.data.known_captions import known_captions
 from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.reporting.metric_writer import read_metrics
 from dalle_jax.reporting.units import with_unit
@@ -23,7 +24,6 @@ _TITLES = {
     ADAPTERS: "Adapters (LoRA) of a prior",
 }  # fmt: skip
 _TAGS = {PRIOR: "text-to-image", ADAPTERS: "text-to-image", TOKENIZER: "image-to-image", CLIP: "feature-extraction"}
-_CAPTIONS = {"shapes_captions": "a red circle above a blue square", "emoji_captions": "red heart"}
 _SAMPLED = "one image per caption"
 
 
@@ -120,8 +120,7 @@ def _use(about: About) -> str:
         code = f'from dalle_jax import ClipScorer\n\nscorer = ClipScorer.load("{where}")\n'
         code += "scores = scorer.score(images, captions)  # float32 [B], cosines"
         return f"## How to use\n\n```sh\n{install}\n```\n\n```python\n{code}\n```"
-    source = (about.config or {}).get("data", {}).get("source", "")
-    caption = about.caption or _CAPTIONS.get(source, "CAPTION")
+    caption = about.caption or next(iter(known_captions(about.config)), "CAPTION")
     base = f', base="{about.base}"' if about.base else ""
     code = f'from dalle_jax import TextToImage\n\nmodel = TextToImage.load("{where}"{base})\n'
     code += f"images = model.generate({caption!r}, n=8, seed=0)  # uint8 [8, H, W, 3]"

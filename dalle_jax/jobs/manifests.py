@@ -20,7 +20,7 @@ from etils import epath
 from dalle_jax.checkpoints import workdir as workdirs
 from dalle_jax.errors import DataError
 from dalle_jax.pytree import fingerprint
-from dalle_jax.storage import json_files
+from dalle_jax.storage import hub, json_files
 from dalle_jax.storage.checksummed import checksum
 from dalle_jax.storage.files import expanded, full_path, is_regular_file, is_remote, write_errors, write_json
 from dalle_jax.text_to_image.text_to_image import TextToImage
@@ -156,6 +156,8 @@ def fingerprints(model: TextToImage) -> dict[str, str]:
 def workdir_of(record: Mapping[str, Any], manifest: epath.PathLike) -> str:
     """Returns the workdir of the model of a manifest: where it was, or the same way from the folder of the manifest.
 
+    An address on a hub is returned without looking.
+
     Args:
       record: the manifest, from `read`.
       manifest: its path.
@@ -167,7 +169,7 @@ def workdir_of(record: Mapping[str, Any], manifest: epath.PathLike) -> str:
     if isinstance(relative, str):
         places.append(os.path.normpath(str(full_path(manifest).parent / relative)))
     for place in places:
-        if workdirs.has_config(place):
+        if hub.is_hub(place) or workdirs.has_config(place):
             return place
     raise DataError(
         f"The model of {manifest} is not in {' or '.join(map(repr, dict.fromkeys(places)))}. Give model_workdir=DIR, "

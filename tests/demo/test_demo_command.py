@@ -34,6 +34,23 @@ def test_the_page_listens_on_this_machine_only_and_is_not_shared():
     assert given.host == "127.0.0.1" and given.share is False
 
 
+@pytest.mark.parametrize(
+    "argv, hosted", [([], False), (["--host=localhost"], False), (["--host=0.0.0.0"], True), (["--share"], True)]
+)
+def test_visitors_from_elsewhere_see_no_paths(argv, hosted, monkeypatch):
+    seen = []
+    monkeypatch.setattr(command, "require_gradio", lambda: None)
+    monkeypatch.setattr(command, "load", lambda *given: seen.append(given[-1]))
+    monkeypatch.setattr(command, "serve", lambda *given: None)
+    assert command.main(["run", *argv]) == 0 and seen == [hosted]
+
+
+@pytest.mark.parametrize("run, place", [("hf://owner/name", "hf://owner/name"), ("/srv/prior", None)])
+def test_manifests_name_a_run_on_a_hub_by_its_address(run, place, monkeypatch):
+    monkeypatch.setattr(command.TextToImage, "load", lambda *given: None)
+    assert command.load([run]).places.get(run.rpartition("/")[2]) == place
+
+
 def test_the_package_is_imported_without_gradio():
     modules = [f"dalle_jax.demo.{path.stem}" for path in Path(server.__file__).parent.glob("*.py")]
     program = "import importlib, sys\nsys.modules['gradio'] = None\nfor n in sys.argv[1:]: importlib.import_module(n)"

@@ -184,6 +184,41 @@ def test_brush(page):
     )
 
 
+def test_nothing_marked(page):
+    choose(page, "maskgit")
+    draw(page)
+    images = shown(page, "maskgit")
+    use(page)
+    page.click("#draw")
+    page.wait_for_selector("#alert:not([hidden])")
+    assert "brush" in page.inner_text("#alert") and shown(page, "maskgit") == images, "the images stay"
+
+
+def test_an_error_is_no_drawing(page):
+    choose(page, "maskgit")
+    draw(page, "")
+    assert "empty" in page.inner_text(".panel .error") and page.inner_text("#status") == ""
+
+
+def test_guidance_schedule(page):
+    choose(page, "maskgit")
+    page.evaluate("Object.assign(document.getElementById('guidance'), { max: 100, value: 100 })")
+    draw(page)
+    plain = shown(page, "maskgit")
+    page.fill("#guidance_schedule", "pow1000")
+    draw(page)
+    images, link = shown(page, "maskgit"), page.url
+    assert images != plain and "guidance_schedule=pow1000" in link
+    page.goto("about:blank")
+    page.goto(link)
+    page.wait_for_selector(".panel.done")
+    idle(page)
+    assert shown(page, "maskgit") == images and page.input_value("#guidance_schedule") == "pow1000"
+    page.fill("#guidance_schedule", "quadratic")
+    draw(page)
+    assert "quadratic" in page.inner_text(".panel .error"), "the library's sentence"
+
+
 def test_extend(page):
     choose(page, "maskgit")
     draw(page)

@@ -52,6 +52,7 @@ def test_a_request_of_the_page():
         ({"method": "load"}, "load"),
         ({"sampling": {"order": "halton"}}, "order"),
         ({"sampling": [1]}, "sampling"),
+        ({"sampling": {"guidance_schedule": 5}}, "guidance_schedule is 5"),
         ({"secret": 1}, "secret"),
         ({"method": "vary"}, "image"),
         ({"method": "vary", "image": "/etc/passwd"}, "base64"),

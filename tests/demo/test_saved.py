@@ -65,6 +65,25 @@ def test_a_saved_image_is_drawn_again(studio, tmp_path, edit):
     assert (other != pixels(images[2])).any()
 
 
+def test_the_guidance_schedule_is_saved(studio, tmp_path):
+    request, images, _ = drawn(studio, sampling={"guidance": 100.0, "guidance_schedule": "pow1000"})
+    unpacked(studio, tmp_path, request, images[0], 0)
+    assert json.loads((tmp_path / "manifest.json").read_text())["sampling"]["guidance_schedule"] == "pow1000"
+    np.testing.assert_array_equal(remake(str(tmp_path / "manifest.json"), "0000-000.png"), pixels(images[0]))
+
+
+def test_a_hosted_page_saves_no_path(tmp_path):
+    runs = demo_runs.write(tmp_path / "private")
+    hosted = load(runs[:1], rows_at_once=8, hosted=True)
+    request, images, _ = drawn(hosted)
+    given = {"request": request, "number": 0, "score": None, "image": images[0]}
+    zipfile.ZipFile(io.BytesIO(saved.archive(hosted.models, given, hosted.places))).extractall(tmp_path)
+    text = (tmp_path / "manifest.json").read_text()
+    assert "private" not in text and json.loads(text)["workdir"] == "maskgit"
+    again = remake(str(tmp_path / "manifest.json"), "0000-000.png", model_workdir=runs[0])
+    np.testing.assert_array_equal(again, pixels(images[0]))
+
+
 def remake_number(folder, number):
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["samples"][0]["index"] = number

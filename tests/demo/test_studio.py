@@ -3,7 +3,9 @@
 import base64
 import dataclasses
 import io
+import json
 import time
+from pathlib import Path
 
 import demo_runs
 import numpy as np
@@ -121,6 +123,8 @@ def test_candidates_of_an_edit_are_ranked(studio):
         ({"negative": "a square"}, "guidance"),
         ({"sampling": {"temperature": -1}}, "temperature"),
         ({"sampling": {"steps": 99}}, "steps"),
+        ({"sampling": {"guidance": 1, "guidance_schedule": "quadratic"}}, "'quadratic'; expected one of constant"),
+        ({"sampling": {"guidance_schedule": "linear"}}, "guidance is 0"),
         ({"candidates": 1}, "candidates"),
     ],
 )
@@ -135,6 +139,7 @@ def test_an_error_of_one_run_does_not_stop_the_other(studio):
     found = events(studio, **given | {"runs": ["prior", "maskgit"]}, method="vary", strength=0.5)
     (error,) = of(found, "error")
     assert error["run"] == "prior" and "complete()" in error["text"]
+    assert ". prior holds the" in error["text"], "the run's name, not its path"
     assert of(found, "images")[0]["run"] == "maskgit"
 
 
@@ -167,8 +172,36 @@ def test_a_visitor_who_leaves_stops_the_drawing(studio, monkeypatch):
     assert len(seen) <= before + 1  # the piece that was being drawn
 
 
+def test_the_guidance_schedule_reaches_the_library(studio):
+    images = {}
+    for schedule in (None, "linear", "pow1000"):
+        sampling = {"guidance": 100.0, "guidance_schedule": schedule, "steps": 4}
+        (done,) = of(events(studio, runs=["maskgit"], sampling=sampling), "images")
+        images[schedule] = done["images"]
+    assert images[None] == images["linear"] != images["pow1000"], "MaskGIT's default is linear"
+
+
+def test_an_export_has_the_captions_of_its_data_set(studio, tmp_path):
+    """It holds no captions of its training. Those of other data sets are private."""
+    model = dataclasses.replace(studio.models["maskgit"], workdir=str(tmp_path))
+    config = json.loads((Path(studio.models["maskgit"].workdir) / "config.json").read_text())
+    for source, found in (("shapes_captions", 4), ("folder", 0)):
+        (tmp_path / "config.json").write_text(json.dumps({**config, "data": {**config["data"], "source": source}}))
+        assert len(Studio({"shapes": model}).describe()["captions"]) == found
+
+
+def test_messages_name_a_run_without_its_path(studio):
+    model = studio.models["maskgit"]
+    named = lambda workdir: Studio({"best": dataclasses.replace(model, workdir=workdir)})
+    there = named("runs/a")
+    assert there.public(f"{Path.cwd()}/runs/a holds no CLIP, nor does runs/a.") == "best holds no CLIP, nor does best."
+    assert there.public("other/runs/a, runs/ab") == "other/runs/a, runs/ab"
+    assert named(".").public("n is 1. m is 0.5.") == "n is 1. m is 0.5."
+
+
 def test_names_tell_runs_apart():
     assert names_of(["runs/a/prior", "runs/a/maskgit/"]) == ["prior", "maskgit"]
     assert names_of(["runs/a/prior", "runs/b/prior"]) == ["a/prior", "b/prior"]
     assert names_of(["prior", "prior"]) == ["prior (1)", "prior (2)"]
     assert names_of(["hf://owner/name", "/"]) == ["name", "/"]
+    assert names_of(["/srv/a/prior", "/srv/b/prior"], hosted=True) == ["prior (1)", "prior (2)"]

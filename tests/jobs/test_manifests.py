@@ -15,7 +15,7 @@ from random_model import text_to_image
 
 from dalle_jax.configuration import config_files
 from dalle_jax.errors import ConfigError, DataError, UserError
-from dalle_jax.jobs import generate
+from dalle_jax.jobs import generate, manifests
 from dalle_jax.storage.checksummed import checksum
 from dalle_jax.text_to_image.text_to_image import TextToImage
 
@@ -52,6 +52,10 @@ def draw(out, **changes):
 def read_png(path):
     with Image.open(path) as image:
         return np.asarray(image)
+
+
+def test_a_model_on_a_hub_is_found_by_its_address():
+    assert manifests.workdir_of({"workdir": "hf://owner/name"}, "manifest.json") == "hf://owner/name"
 
 
 def names(folder):

@@ -5,7 +5,7 @@
 
 const NUMBERS = ["n", "seed", "candidates", "temperature", "top_k", "top_p", "guidance", "steps", "choice_temperature"];
 const DEFAULTS = { n: 4, seed: 0, candidates: 0, temperature: 1, top_k: null, top_p: null, guidance: 0, steps: null,
-  choice_temperature: null };
+  choice_temperature: null, guidance_schedule: null };
 
 // One drawing: caption, negative, runs, the numbers above, method, and what the method needs.
 export function toParams(drawing) {
@@ -13,9 +13,10 @@ export function toParams(drawing) {
   params.set("caption", drawing.caption);
   if (drawing.negative) params.set("negative", drawing.negative);
   for (const name of NUMBERS) if (drawing[name] !== DEFAULTS[name] && drawing[name] !== null) params.set(name, drawing[name]);
+  if (drawing.guidance_schedule) params.set("guidance_schedule", drawing.guidance_schedule);
   for (const run of drawing.runs) params.append("run", run);
   if (drawing.method !== "generate") params.set("method", drawing.method);
-  if (drawing.method === "inpaint") params.set("mask", `${drawing.mask.height}x${drawing.mask.width}-${drawing.mask.bits}`);
+  if (drawing.method === "inpaint" && drawing.mask) params.set("mask", `${drawing.mask.height}x${drawing.mask.width}-${drawing.mask.bits}`);
   if (drawing.method === "outpaint") params.set("pad", drawing.pad.join(","));
   if (drawing.method === "vary") params.set("strength", drawing.strength);
   if (drawing.method === "complete") params.set("rows", drawing.rows);
@@ -25,6 +26,7 @@ export function toParams(drawing) {
 export function fromParams(params) {
   const drawing = { ...DEFAULTS, caption: params.get("caption") ?? "", negative: params.get("negative") ?? "" };
   for (const name of NUMBERS) if (params.has(name)) drawing[name] = Number(params.get(name));
+  drawing.guidance_schedule = params.get("guidance_schedule");
   drawing.runs = params.getAll("run");
   drawing.method = params.get("method") ?? "generate";
   const mask = /^(\d+)x(\d+)-([0-9a-f]*)$/.exec(params.get("mask") ?? "");

@@ -8,6 +8,8 @@ import { Panel } from "./panels.js";
 const $ = (id) => document.getElementById(id);
 const SLIDERS = ["n", "temperature", "guidance", "top_p", "strength", "rows"];
 const MOST_SEED = 2 ** 32;
+const FEW_TOKENS = 64; // of an image, which draw fast enough to show the best of FIRST_CANDIDATES on a new page
+const FIRST_CANDIDATES = 16;
 const narrow = window.matchMedia("(max-width: 860px)"); // as in page.css
 
 let about; // the server's description of itself
@@ -28,7 +30,7 @@ function readForm() {
   return {
     caption: $("caption").value, negative: $("negative").value, n: number("n"), seed: number("seed"), candidates: number("candidates"),
     temperature: number("temperature"), top_k: number("top_k"), top_p: number("top_p") >= 1 ? null : number("top_p"),
-    guidance: number("guidance"), steps: number("steps"), choice_temperature: number("choice_temperature"), runs: (able.length ? able.map((run) => run.name) : chosenRuns()), method,
+    guidance: number("guidance"), guidance_schedule: $("guidance_schedule").value.trim() || null, steps: number("steps"), choice_temperature: number("choice_temperature"), runs: (able.length ? able.map((run) => run.name) : chosenRuns()), method,
     mask: editor.mask, pad: editor.pad, strength: number("strength"), rows: number("rows"),
   };
 }
@@ -37,7 +39,7 @@ function writeForm(drawing) {
   $("caption").value = drawing.caption;
   $("negative").value = drawing.negative;
   for (const name of ["n", "seed", "temperature", "guidance"]) $(name).value = drawing[name];
-  for (const name of ["top_k", "steps", "choice_temperature"]) $(name).value = drawing[name] ?? "";
+  for (const name of ["top_k", "steps", "choice_temperature", "guidance_schedule"]) $(name).value = drawing[name] ?? "";
   $("top_p").value = drawing.top_p ?? 1;
   $("candidates").value = String(drawing.candidates);
   if ($("candidates").selectedIndex < 0) {
@@ -61,10 +63,10 @@ function showValues() {
 // Turns a drawing of link.js into the request of the server.
 function toRequest(drawing, image) {
   const { caption, negative, n, seed, candidates, runs, method, mask, pad, strength, rows } = drawing;
-  const { temperature, top_k, top_p, guidance, steps, choice_temperature } = drawing;
+  const { temperature, top_k, top_p, guidance, guidance_schedule, steps, choice_temperature } = drawing;
   return {
-    caption, negative, n, seed, candidates, runs, method, mask, pad, strength, rows, 
-    sampling: { temperature, top_k, top_p, guidance, steps, choice_temperature },
+    caption, negative, n, seed, candidates, runs, method, mask, pad, strength, rows,
+    sampling: { temperature, top_k, top_p, guidance, guidance_schedule, steps, choice_temperature },
     image: method === "generate" ? null : image,
   };
 }
@@ -77,6 +79,7 @@ function alertOf(text) {
 }
 
 async function draw(drawing) {
+  if (drawing.method === "inpaint" && !drawing.mask) return alertOf("Mark the part of the image to draw again with the brush.");
   current?.abort();
   const mine = (current = new AbortController());
   const made = { drawing, steps: source?.steps ?? [], upload: source?.upload ?? false };
@@ -104,7 +107,7 @@ async function draw(drawing) {
       if (event.kind === "error" && panel) panel.error(event.text);
       if (event.kind === "error" && !panel) throw new Error(event.text);
     }
-    $("status").textContent = sentence(made);
+    $("status").textContent = [...panels.values()].some((panel) => panel.images.length) ? sentence(made) : "";
   } catch (error) {
     if (mine.signal.aborted) return;
     $("panels").replaceChildren();
@@ -216,7 +219,10 @@ async function replay(steps) {
 
 async function openLink() {
   const { drawing, steps, upload } = fromQuery(location.search);
-  if (!location.search) drawing.caption = about.captions[0] ?? "";
+  if (!location.search) {
+    drawing.caption = about.captions[0] ?? "";
+    if (about.runs.every((run) => run.clip && run.grid[0] * run.grid[1] <= FEW_TOKENS)) drawing.candidates = FIRST_CANDIDATES;
+  }
   writeForm(drawing);
   chooseMethod(drawing.method === "generate" ? editor.method : drawing.method);
   if (!location.search || !(drawing.caption || drawing.method === "vary")) return;
@@ -247,6 +253,8 @@ function addChips() {
     $("runs").append(label);
   }
   $("runs").hidden = about.runs.length < 2;
+  $("examples").hidden = !about.captions.length;
+  if (!about.captions.length) $("welcome").textContent = "Write a caption. Images appear here while they are drawn.";
   for (const caption of about.captions) {
     const chip = Object.assign(document.createElement("button"), { type: "button", textContent: caption, title: caption });
     chip.addEventListener("click", () => {
