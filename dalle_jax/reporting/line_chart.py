@@ -19,6 +19,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 84, 18, 12, 50  # margins
 _COLORS = ("#1a73e8", "#d93025", "#188038", "#9334e6", "#e37400", "#12b5cb")
 _MOST_POINTS = 400  # of a line; a longer one is thinned out
 _MOST_MARKERS = 40  # points of a line with a marker at each
+_FONT, _LETTER = 14, 0.56  # size of letters, and their mean width as a share of it
 _TICKS = 5  # about this many on an axis
 _WIDE = 20.0  # values whose largest is this many times their smallest have a logarithmic axis, if all are positive
 
@@ -61,7 +62,7 @@ def plot(series: Mapping[str, Points], x: str, y: str, caption: str, powers: boo
         f'<span><em style="background:{color}"></em>{html.escape(name)}</span>' for name, color in colors.items()
     )
     svg = (
-        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(caption)}" font-size="14">'
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{html.escape(caption)}" font-size="{_FONT}">'
         f"{''.join(parts)}</svg>"
     )
     below = f'<div class="key">{key}</div><figcaption>{html.escape(caption)}</figcaption>'
@@ -139,9 +140,10 @@ def _grid(horizontal: _Axis, vertical: _Axis, place: Callable[[tuple[float, floa
 def _labels(x: str, y: str) -> list[str]:
     middle = (_HEIGHT - _BOTTOM + _TOP) / 2
     across = (_LEFT + _WIDTH - _RIGHT) / 2
+    small = f' font-size="{_HEIGHT / (_LETTER * len(y)):.1f}"' if _LETTER * _FONT * len(y) > _HEIGHT else ""
     return [
         f'<text x="{across}" y="{_HEIGHT - 8}" text-anchor="middle" fill="#202124">{html.escape(x)}</text>',
-        f'<text transform="translate(13 {middle}) rotate(-90)" text-anchor="middle" fill="#202124">'
+        f'<text transform="translate(13 {middle}) rotate(-90)" text-anchor="middle" fill="#202124"{small}>'
         f"{html.escape(y)}</text>",
     ]
 

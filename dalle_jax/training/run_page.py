@@ -23,7 +23,18 @@ from dalle_jax.data.spread import evenly
 from dalle_jax.distributed.turns import is_first
 from dalle_jax.errors import UserError
 from dalle_jax.reporting import curves
-from dalle_jax.reporting.html import details, folded, heading, image, page, paragraph, progress_bar, side_by_side, table
+from dalle_jax.reporting.html import (
+    code,
+    details,
+    folded,
+    heading,
+    image,
+    page,
+    paragraph,
+    progress_bar,
+    side_by_side,
+    table,
+)
 from dalle_jax.reporting.metric_writer import MetricWriter
 from dalle_jax.reporting.progress import Progress, duration, until
 from dalle_jax.reporting.tables import plain_text
@@ -71,7 +82,7 @@ class RunPage:
         parts = [
             paragraph(_status(step, self._config.steps, None if said else self._progress.left(step), bool(said))),
             progress_bar(step, self._config.steps),
-            *[paragraph(line) for line in said.splitlines()],
+            *[part for line in said.splitlines() for part in _said(line)],
             heading("Curves"),
             side_by_side(_curves(lines)) or paragraph("Nothing was logged yet."),
         ]
@@ -125,6 +136,12 @@ def _status(step: int, total: int, left: float | None, finished: bool) -> str:
         return f"Finished at step {step:,} of {total:,}, {now}."
     remaining = "" if left is None else f", about {duration(left)} of training left{until(left)}"
     return f"Step {step:,} of {total:,} at {now}{remaining}."
+
+
+def _said(line: str) -> list[str]:
+    """Returns a line of the summary. A command in it can be copied."""
+    label, separator, command = line.partition(": python -m ")
+    return [paragraph(f"{label}:"), code(f"python -m {command}")] if separator else [paragraph(line)]
 
 
 def _curves(lines: Lines) -> list[str]:

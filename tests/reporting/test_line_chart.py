@@ -25,6 +25,14 @@ def test_places_follow_the_values():
     assert 0 < x0 < x2 < 480 and 0 < y2 < y0 < 300
 
 
+@pytest.mark.parametrize("name", ["loss", "image_nats_masked_25_50 (nats per image token)", "x" * 80])
+def test_a_long_label_fits(name):
+    svg = plot({"a": [(0, 0.0), (50, 1.0)]}, "step", name, "c")
+    size = re.search(rf'fill="#202124"(?: font-size="([\d.]+)")?>{re.escape(name)}<', svg)[1]
+    assert 0.55 * len(name) * float(size or 14) <= 300
+    assert (size is None) == (name == "loss")
+
+
 def test_an_axis_over_magnitudes_is_logarithmic():
     svg = plot({"a": [(1, 0.01), (2, 0.1), (3, 1.0)]}, "step", "loss", "c")
     (line,) = polylines(svg)

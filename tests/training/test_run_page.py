@@ -1,6 +1,7 @@
 """`index.html` of a training: written at each evaluation and at the end, from what the workdir holds."""
 
 import base64
+import html
 import io
 import json
 import pathlib
@@ -44,6 +45,13 @@ def test_the_page_follows_the_training(trained):
         ("10", "10"),
     ]
     assert "tiny net" in pages[0] and f"use {workdir}" in pages[-1], "the next steps"
+
+
+def test_a_command_in_the_summary_can_be_copied():
+    command = "python -m dalle_jax.main --config.prompts='a|b'"
+    shown = "".join(run_page._said(f"draw captions: {command}"))
+    assert "draw captions:" in shown and f'<pre class="code">{html.escape(command)}</pre>' in shown
+    assert run_page._said("a line") == ["<p>a line</p>"]
 
 
 def test_curves_and_metrics(trained):
