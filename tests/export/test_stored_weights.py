@@ -8,6 +8,7 @@ import pytest
 from dalle_jax import TextToImage
 from dalle_jax.checkpoints.exported import Exported
 from dalle_jax.data.builders.shapes_captions.scenes import Object, Scene
+from dalle_jax.data.known_captions import CAPTIONS
 from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.metrics.shapes import read_scene, right_captions
 
@@ -26,6 +27,10 @@ ASKED = {
         (Object("yellow", "triangle", "large"), Object("red", "cross", "large")), "above", "black"
     ),
 }
+
+
+def test_the_page_offers_these_captions():
+    assert set(ASKED) == set(CAPTIONS["shapes_captions"])
 
 
 @pytest.fixture(scope="module")
