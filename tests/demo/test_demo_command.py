@@ -48,6 +48,7 @@ def test_visitors_from_elsewhere_see_no_paths(argv, hosted, monkeypatch):
 @pytest.mark.parametrize("run, place", [("hf://owner/name", "hf://owner/name"), ("/srv/prior", None)])
 def test_manifests_name_a_run_on_a_hub_by_its_address(run, place, monkeypatch):
     monkeypatch.setattr(command.TextToImage, "load", lambda *given: None)
+    monkeypatch.setattr(command, "check_draws_captions", lambda model: None)
     assert command.load([run]).places.get(run.rpartition("/")[2]) == place
 
 
