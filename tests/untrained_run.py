@@ -40,7 +40,7 @@ def config_of(name, model=(), **trunk):
     config.mesh.data = 1
     if config.task == "prior":
         config.text.vocab_size, config.text.length = 40, 8
-        config.model.update(model)
+        config.model.update(dict(model))
         config.model.trunk.update({"width": 16, "depth": 2, "heads": 2, **trunk})
         config = config.copy_and_resolve_references()
         config.tokenizer.model.update(SMALL_DVAE)

@@ -52,6 +52,7 @@ _FRAME_SECONDS = 0.1  # between frames of larger images
 _PATIENCE = 60.0  # seconds that a drawing waits for a visitor to read the next event
 _WAITING = 4  # events that are drawn ahead of the visitor
 _EXAMPLES = 4  # captions
+_FEW_TOKENS, _FIRST_CANDIDATES = 64, 16  # of images that are drawn and ranked in about a second, and of a new page
 
 
 class Stopped(Exception):
@@ -79,6 +80,7 @@ class Studio:
             "device": f"{len(devices)} × {kind}" if len(devices) > 1 else kind,
             "runs": [_described(name, model) for name, model in self.models.items()],
             "captions": _examples(list(self.models.values())),
+            "candidates": _FIRST_CANDIDATES if all(map(_ranks_at_once, self.models.values())) else 0,
             "most": {
                 "images": requests.MOST_IMAGES,
                 "candidates": requests.MOST_CANDIDATES,
@@ -209,6 +211,11 @@ def sampling_of(model: TextToImage, request: Request) -> dict[str, Any]:
     prior on the page.
     """
     return {name: value for name, value in request.sampling.items() if name not in model.prior.absent_options}
+
+
+def _ranks_at_once(model: TextToImage) -> bool:
+    """Returns whether a model can show the best of many candidates without a long wait."""
+    return model.scorer is not None and model.prior.layout.image_length <= _FEW_TOKENS
 
 
 def _described(name: str, model: TextToImage) -> dict[str, Any]:

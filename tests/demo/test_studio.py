@@ -47,6 +47,9 @@ def test_the_description(studio):
     assert about["captions"] == ["a red circle above a blue square"]
     assert [run["edits"] for run in about["runs"]] == [["complete", "inpaint", "outpaint", "vary"], ["complete"]]
     assert all(run["clip"] and run["size"] == 16 and run["grid"] == [4, 4] for run in about["runs"])
+    assert about["candidates"] == 16, "a new page shows the best ones"
+    without = [dataclasses.replace(model, scorer=None) for model in studio.models.values()]
+    assert Studio(dict(zip(studio.models, without))).describe()["candidates"] == 0
 
 
 def test_both_runs_draw_what_the_library_draws(studio):

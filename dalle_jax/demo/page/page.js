@@ -8,8 +8,6 @@ import { Panel } from "./panels.js";
 const $ = (id) => document.getElementById(id);
 const SLIDERS = ["n", "temperature", "guidance", "top_p", "strength", "rows"];
 const MOST_SEED = 2 ** 32;
-const FEW_TOKENS = 64; // of an image, which draw fast enough to show the best of FIRST_CANDIDATES on a new page
-const FIRST_CANDIDATES = 16;
 const narrow = window.matchMedia("(max-width: 860px)"); // as in page.css
 
 let about; // the server's description of itself
@@ -221,7 +219,7 @@ async function openLink() {
   const { drawing, steps, upload } = fromQuery(location.search);
   if (!location.search) {
     drawing.caption = about.captions[0] ?? "";
-    if (about.runs.every((run) => run.clip && run.grid[0] * run.grid[1] <= FEW_TOKENS)) drawing.candidates = FIRST_CANDIDATES;
+    drawing.candidates = about.candidates;
   }
   writeForm(drawing);
   chooseMethod(drawing.method === "generate" ? editor.method : drawing.method);
