@@ -29,6 +29,7 @@ from dalle_jax.data.labels import Labels
 from dalle_jax.data.sources.source import Source
 from dalle_jax.data.text import CaptionModel, TextModel, encode_captions
 from dalle_jax.errors import DataError
+from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import PaddedIds
 
 KEY = "condition"  # of conditions that are computed from images, in a batch
@@ -48,6 +49,7 @@ class Condition(abc.ABC):
       from_images: whether a batch holds rows of `of_images` under `KEY`.
       reads_requests: whether `encode` reads captions or names of classes. A prior that only enlarges images does not.
       own_keys: keys of a training configuration that no other condition has.
+      grid: height and width of the image cells that the last positions stand for; None if they stand for none.
     """
 
     name: ClassVar[str]
@@ -56,6 +58,7 @@ class Condition(abc.ABC):
     from_images: ClassVar[bool] = False
     reads_requests: ClassVar[bool] = True
     own_keys: ClassVar[tuple[str, ...]] = ()
+    grid: tuple[int, int] | None = None
 
     # -- a training and its workdir -------------------------------------------------------------------------------
 
@@ -128,6 +131,17 @@ class Condition(abc.ABC):
         return ""
 
     # -- the model ------------------------------------------------------------------------------------------------
+
+    def start(self, tables: PyTree, model: Any, key: Key[Array, ""]) -> PyTree:
+        """Changes the initial parameters of the embedding, with what the model of `prepare` knows.
+
+        Args:
+          tables: boxed parameters of the embedding, by name. Those of `tables` are among them.
+          model: the model that `prepare` returned, or None.
+          key: scalar key.
+        """
+        del model, key
+        return tables
 
     @abc.abstractmethod
     def tables(self, new: NewTable) -> Tables:

@@ -57,7 +57,9 @@ class StreamEmbedding(nn.Module):
             self.image_bias = self.bias("image_head_bias", lay.image_vocab)
         positions = self.trunk.positions
         if positions != "rotary":
-            self.text_positions = self.table("text_positions", lay.condition.length, "positions")
+            grid = self._condition_grid()
+            own = lay.condition.length - (grid[0] * grid[1] if grid else 0)
+            self.text_positions = self.table("text_positions", own, "positions")
         if positions == "learned":
             self.rows = self.table("rows", lay.height, "positions")
             self.columns = self.table("columns", lay.width, "positions")
@@ -93,8 +95,25 @@ class StreamEmbedding(nn.Module):
         """Embeds conditions, such as captions, int32 [B, T], to [B, T, D]."""
         x = self.layout.condition.embed(self.condition, text)
         if self.trunk.positions != "rotary":
-            x = x + self.text_positions[None]
+            x = x + self._positions_of_condition()[None]
         return self.cast(x, train, of_text=True)
+
+    def _condition_grid(self) -> tuple[int, int] | None:
+        """Returns the grid of the condition's last positions, if the image's tables have positions for it."""
+        return self.layout.condition.grid if self.trunk.positions == "learned" else None
+
+    def _positions_of_condition(self) -> Float[ArrayLike, "T D"]:
+        """Returns the position embeddings of the condition.
+
+        A cell of a smaller image has the position of the cells that it covers, so that the image tokens find the tokens
+        at their place from the start.
+        """
+        grid = self._condition_grid()
+        if grid is None:
+            return self.text_positions
+        smaller = lambda table, count: jax.image.resize(table, (count, table.shape[1]), "linear")
+        rows, columns = smaller(self.rows, grid[0]), smaller(self.columns, grid[1])
+        return jnp.concatenate([self.text_positions, (rows[:, None] + columns[None]).reshape(-1, rows.shape[-1])])
 
     def start(self, table: Float[ArrayLike, "1 D"], rows: int, train: bool = False) -> Float[ArrayLike, "B 1 D"]:
         """Embeds a start token of some rows, given its table."""
@@ -319,14 +338,24 @@ def start_from_codebook(params: PyTree, codebook: Float[ArrayLike, "V E"], key: 
       The parameters with a new image embedding and, if it is untied, a new image head.
     """
     tables = dict(params["embedding"])
-    inner = codebook.shape[1]
-    width = tables["image"].unbox().shape[1]
+    for name in ("image", "image_head_kernel"):
+        if name in tables:
+            tables[name] = tables[name].replace_boxed(rotated(codebook, tables[name].unbox(), key))
+    return {**params, "embedding": tables}
+
+
+def rotated(
+    codebook: Float[ArrayLike, "V E"], table: Float[ArrayLike, "_ D"], key: Key[Array, ""]
+) -> Float[Array, "V D"]:
+    """Centres a codebook, rotates it at random into D dimensions, and scales it to the standard deviation of a table.
+
+    Args:
+      codebook: float [V, E].
+      table: the entries to replace, float32 [_, D].
+      key: scalar key of the rotation.
+    """
+    (_, inner), (_, width) = codebook.shape, table.shape
     vectors = codebook.astype(jnp.float32) - codebook.mean(0, keepdims=True)
     side = max(inner, width)
     vectors = vectors @ jnp.linalg.qr(jax.random.normal(key, (side, side)))[0][:inner, :width]
-    vectors = vectors / jnp.maximum(vectors.std(), 1e-6)
-    for name in ("image", "image_head_kernel"):
-        if name in tables:
-            table = tables[name].unbox()
-            tables[name] = tables[name].replace_boxed(vectors * table.std())
-    return {**params, "embedding": tables}
+    return vectors / jnp.maximum(vectors.std(), 1e-6) * table.std()

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, UInt8
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, Key, UInt8
 from ml_collections import ConfigDict
 
 from dalle_jax.checkpoints import frozen
@@ -32,6 +32,7 @@ from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.image_tokenizers.tokenizer import ImageTokenizer
 from dalle_jax.priors.condition import KEY, Condition, NewTable, Tables, Text
+from dalle_jax.priors.embedding import rotated
 from dalle_jax.pytree import PyTree
 from dalle_jax.storage.files import expanded
 
@@ -77,17 +78,28 @@ class LowResolution(Condition):
     Attributes:
       text: the caption.
       vocab: number of codes of the smaller images. The id after them stands for no token.
-      cells: n.
+      height, width: grid of the n tokens.
     """
 
     text: Text
     vocab: int
-    cells: int
+    height: int
+    width: int
     name: ClassVar[str] = "low_resolution"
     from_images: ClassVar[bool] = True
     reads_requests: ClassVar[bool] = False
     own_keys: ClassVar[tuple[str, ...]] = ("low_from", "low_size")
     read, train = staticmethod(Text.read), staticmethod(Text.train)  # of the model of captions
+
+    @property
+    def cells(self) -> int:
+        """n, the number of tokens of a smaller image."""
+        return self.height * self.width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """See `Condition`."""
+        return self.height, self.width
 
     @property
     def length(self) -> int:
@@ -126,10 +138,9 @@ class LowResolution(Condition):
     @classmethod
     def _of(cls, text: Text, tokenizer: ImageTokenizer, size: int) -> LowResolution:
         try:
-            height, width = tokenizer.grid(size)
+            return cls(text, tokenizer.vocab_size, *tokenizer.grid(size))
         except ValueError as error:
             raise ConfigError(f"config.low_size is {size}, which does not fit config.low_from: {error}") from error
-        return cls(text, tokenizer.vocab_size, height * width)
 
     @classmethod
     def prepare(
@@ -191,6 +202,14 @@ class LowResolution(Condition):
     def decode(self, row: Int[ArrayLike, " positions"], model: SmallerImages | None) -> str:
         """See `Condition.decode`: the caption."""
         return self.text.decode(row[: self.text.length], self.caption_model(model))
+
+    def start(self, tables: PyTree, model: SmallerImages | None, key: Key[Array, ""]) -> PyTree:
+        """See `Condition.start`: similar codes of the smaller images start with similar embeddings."""
+        if model is None:
+            return tables
+        table = tables["low_resolution"].unbox()
+        vectors = rotated(model.tokenizer.codebook(model.params), table, key)
+        return {**tables, "low_resolution": tables["low_resolution"].replace_boxed(table.at[: self.vocab].set(vectors))}
 
     def tables(self, new: NewTable) -> Tables:
         """See `Condition.tables`: those of captions, and one row for each code and for no token."""

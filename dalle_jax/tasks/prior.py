@@ -97,7 +97,11 @@ class PriorTask:
         """See `Task.init`."""
         if self._adapters is not None:
             return lora.init(key, self.frozen["base"], self._adapters)
-        return self.prior.init(key, self.tokenizer.codebook(self.frozen["tokenizer"]))
+        params = self.prior.init(key, self.tokenizer.codebook(self.frozen["tokenizer"]))
+        if not self.prior.options.codebook_init:
+            return params
+        key, condition = keys.stream(key, "condition"), self.prior.layout.condition
+        return {**params, "embedding": condition.start(params["embedding"], self._text_model, key)}
 
     def loss(
         self, params: PyTree, frozen: PyTree, batch: Batch, key: jax.Array, step: jax.Array

@@ -99,7 +99,7 @@ def test_trainings(name, variant):
         inner = check_training(config.tokenizer, "vqgan" if config.tokenizer.task == "vqgan" else "dvae")
         assert inner.image_size == options.image_size, "the tokenizer is trained at the prior's image size"
         kind = condition_of(config)
-        given = {ClipEmbedding: ClipEmbedding(8), LowResolution: LowResolution(Text(300, 20), 2048, 64)}
+        given = {ClipEmbedding: ClipEmbedding(8), LowResolution: LowResolution(Text(300, 20), 2048, 8, 8)}
         condition = given[kind] if kind in given else kind.of_config(config)
         layout = TokenLayout(condition, images.vocab_size, *grid)
         prior = make(config.prior, config.model, layout)

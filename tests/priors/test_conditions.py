@@ -27,7 +27,7 @@ from dalle_jax.priors.registry import CONDITIONS
 from dalle_jax.token_layout import TokenLayout
 
 SIZES = {Text: Text(10, 4), Label: Label(7), Nothing: Nothing(), ClipEmbedding: ClipEmbedding(6)}
-SIZES[LowResolution] = LowResolution(Text(10, 3), 5, 4)
+SIZES[LowResolution] = LowResolution(Text(10, 3), 5, 2, 2)
 KINDS = {
     "autoregressive": lambda layout: AutoregressivePrior(layout, AutoregressiveOptions(trunk_of(), kernel=3)),
     "start tokens": lambda layout: AutoregressivePrior(
