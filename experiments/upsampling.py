@@ -27,7 +27,7 @@ from dalle_jax.metrics import frechet, image_quality
 from dalle_jax.reporting.images import image_grid, save_png
 from dalle_jax.reporting.tables import save_json, table
 
-_SHOWN = 6  # rows of the picture
+_SHOWN = 6  # rows of the grid
 
 
 def enlarged(model: TextToImage, images: np.ndarray, captions: Sequence[str], seed: int) -> dict[str, np.ndarray]:
@@ -85,8 +85,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     save_json(out / "upsampling.json", {"images": len(real), **rows})
     columns = {"real": real, **ways}
     places = np.linspace(0, len(real) - 1, min(_SHOWN, len(real))).astype(int)
-    pictures = [(tests.captions[i], [x[i] for x in columns.values()]) for i in places]
-    save_png(out / "upsampling.png", image_grid(pictures, list(columns), cell_size=128))
+    shown = [(tests.captions[i], [x[i] for x in columns.values()]) for i in places]
+    save_png(out / "upsampling.png", image_grid(shown, list(columns), cell_size=128))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import untrained_run
 import upsampling
+from flax import linen as nn
+from ml_collections import ConfigDict
 from PIL import Image
 
 from dalle_jax import TextToImage
@@ -19,6 +21,7 @@ from dalle_jax.errors import CheckpointError, ConfigError, DataError
 from dalle_jax.export.__main__ import main as export
 from dalle_jax.jobs import evaluate, generate, train
 from dalle_jax.priors.low_resolution import LowResolution
+from dalle_jax.tasks import prior
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 SHORT = {
@@ -35,7 +38,7 @@ def folder(tmp_path_factory):
     for i in range(8):
         pixels = np.random.default_rng(i).integers(0, 256, (32, 32, 3), np.uint8)
         Image.fromarray(pixels).save(root / f"{i}.png")
-        (root / f"{i}.txt").write_text(f"picture {'abcdefgh'[i]}\n")
+        (root / f"{i}.txt").write_text(f"drawing {'abcdefgh'[i]}\n")
     return str(root)
 
 
@@ -80,8 +83,37 @@ def test_the_condition_is_a_caption_and_the_tokens_of_a_smaller_copy(run, model,
     expected = np.asarray(tokenizer.encode(params, halves)).reshape(8, -1)
     found = np.concatenate([rows[:, condition.text.length :] for rows in stored])
     assert sorted(map(tuple, found)) == sorted(map(tuple, expected))
-    row = condition.with_captions(condition.of_images(halves[:1], model.text_model), ["picture a"], model.text_model)
-    assert condition.decode(row[0], model.text_model) == "picture a"
+    row = condition.with_captions(condition.of_images(halves[:1], model.text_model), ["drawing a"], model.text_model)
+    assert condition.decode(row[0], model.text_model) == "drawing a"
+
+
+def test_codes_of_smaller_images_start_from_their_codebook(run, small):
+    """Their embeddings have the angles of the codebook's vectors, if `codebook_init` is set."""
+    tokenizer, params = workdirs.load_tokenizer(small)
+    config = ConfigDict(workdirs.read_config(run[0]))
+    angles = lambda x: np.corrcoef((x - x.mean(0)) @ (x - x.mean(0)).T)
+    expected = angles(np.asarray(tokenizer.codebook(params), np.float64))
+    for chosen in (True, False):
+        config.model.codebook_init = chosen
+        task = prior.build(config, run[0]).task
+        table = nn.meta.unbox(jax.jit(task.init)(jax.random.key(0)))["embedding"]["low_resolution"]
+        alike = np.allclose(angles(np.asarray(table[:-1], np.float64)), expected, atol=1e-2)
+        assert table.shape == (25, 16) and alike == chosen
+
+
+def test_cells_have_the_positions_of_the_image(model):
+    """The position of a cell of a smaller image follows from the tables of rows and columns alone."""
+    tables = model.params["embedding"]
+    assert tables["text_positions"].shape == (8, 16), "those of the caption"
+    bound = lambda params: model.prior.model.apply(
+        {"params": params}, method=lambda m: m.embedding._positions_of_condition()
+    )
+    before = bound(model.params)
+    rows = np.asarray(tables["rows"]).copy()
+    rows[:2] += 1.0  # the upper quarter of the image is the first of four rows of cells
+    moved = np.asarray(bound(model.params | {"embedding": tables | {"rows": rows}}) - before).mean(-1)
+    assert before.shape == (24, 16) and (moved[:8] == 0).all()
+    assert (moved[8:12] > 0.7).all() and (np.abs(moved[16:]) < 1e-6).all()
 
 
 def test_a_training_resumes_bit_for_bit(run, folder, small, tmp_path):
@@ -93,26 +125,26 @@ def test_a_training_resumes_bit_for_bit(run, folder, small, tmp_path):
 def test_upsample(model, folder):
     """An image depends on its own pixels, caption and seed, and not on the others of the call."""
     images = images_of(folder)[:3]
-    large = model.upsample(images, ["picture a", "picture b", "picture c"])
+    large = model.upsample(images, ["drawing a", "drawing b", "drawing c"])
     assert large.shape == (3, 32, 32, 3) and large.dtype == np.uint8
-    np.testing.assert_array_equal(model.upsample(images[1], "picture b")[0], large[1])
-    for other in (dict(images=images[2]), dict(captions="picture c"), dict(captions=None), dict(seed=1)):
-        changed = model.upsample(**{"images": images[1], "captions": "picture b", **other})[0]
+    np.testing.assert_array_equal(model.upsample(images[1], "drawing b")[0], large[1])
+    for other in (dict(images=images[2]), dict(captions="drawing c"), dict(captions=None), dict(seed=1)):
+        changed = model.upsample(**{"images": images[1], "captions": "drawing b", **other})[0]
         assert (changed != large[1]).any(), other
     halves = [half(image) for image in images]
-    np.testing.assert_array_equal(model.upsample(halves, ["picture a", "picture b", "picture c"]), large)
-    (pil,) = model.upsample(images[0], "picture a", output="pil")
+    np.testing.assert_array_equal(model.upsample(halves, ["drawing a", "drawing b", "drawing c"]), large)
+    (pil,) = model.upsample(images[0], "drawing a", output="pil")
     np.testing.assert_array_equal(np.asarray(pil), large[0])
 
 
 def test_refused_calls(model, small, folder, tmp_path):
     image = images_of(folder)[0]
     with pytest.raises(DataError, match="upsample"):
-        model.generate("picture a")
+        model.generate("drawing a")
     with pytest.raises(DataError, match="2 captions"):
-        model.upsample(image, ["picture a", "picture b"])
+        model.upsample(image, ["drawing a", "drawing b"])
     with pytest.raises(ConfigError, match="negative"):
-        model.upsample(image, "picture a", negative="picture b", guidance=1.0)
+        model.upsample(image, "drawing a", negative="drawing b", guidance=1.0)
     with pytest.raises(ConfigError, match="maskgit.py:upsample"):
         TextToImage.load(small).upsample(image)
     config = config_files.load(f"{CONFIGS}/generate.py")
@@ -165,7 +197,7 @@ def test_an_export_enlarges_alike(run, model, folder, tmp_path):
     assert export([f"--workdir={run[0]}", f"--output={tmp_path / 'export'}"]) == 0
     image = images_of(folder)[0]
     exported = TextToImage.load(str(tmp_path / "export"))
-    np.testing.assert_array_equal(exported.upsample(image, "picture a"), model.upsample(image, "picture a"))
+    np.testing.assert_array_equal(exported.upsample(image, "drawing a"), model.upsample(image, "drawing a"))
     shutil.rmtree(tmp_path / "export" / "low_resolution")
     with pytest.raises(CheckpointError):
         TextToImage.load(str(tmp_path / "export"))
