@@ -39,7 +39,8 @@ of a prior that draws them.
 Measured on `shapes`, held-out captions, 8 decoding steps. Two CPU cores: 0.62 of the captions right after 7,000 updates
 from scratch; 0.89 and 0.99 (on two processors) after 2,600 updates from the autoregressive prior. One core: 0.99 after
 4,200 updates from scratch with `--config.steps=4200 --config.model.raster_steps=1400` and
-`--config.schedules.learning_rate.peak=3e-3`. `emoji`: experiments/results/emoji/. Not yet measured: the others.
+`--config.schedules.learning_rate.peak=3e-3`. `emoji`: experiments/results/emoji/. `upsample`:
+experiments/results/upsampling/. Not yet measured: the others.
 """
 
 from ml_collections import ConfigDict

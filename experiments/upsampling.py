@@ -30,14 +30,16 @@ from dalle_jax.reporting.tables import save_json, table
 _SHOWN = 6  # rows of the grid
 
 
-def enlarged(model: TextToImage, images: np.ndarray, captions: Sequence[str], seed: int) -> dict[str, np.ndarray]:
+def enlarged(
+    model: TextToImage, images: np.ndarray, captions: Sequence[str], seed: int, temperature: float
+) -> dict[str, np.ndarray]:
     """Returns the images in each way, uint8 [B, H, W, 3], by name.
 
     Args:
       model: the prior.
       images: uint8 [B, H, W, 3] of the model's size.
       captions: B captions.
-      seed: of the prior's samples.
+      seed, temperature: of the prior's samples.
     """
     side = model.text_model.size
     small = [augment(image, side, "none", None) for image in images]
@@ -46,8 +48,8 @@ def enlarged(model: TextToImage, images: np.ndarray, captions: Sequence[str], se
     return {
         f"{side} pixels": np.stack(nearest),
         "bicubic": np.stack(bicubic),
-        "prior": model.upsample(images, list(captions), seed),
-        "prior, no caption": model.upsample(images, None, seed),
+        "prior": model.upsample(images, list(captions), seed, temperature=temperature),
+        "prior, no caption": model.upsample(images, None, seed, temperature=temperature),
         "tokenizer": model.decode(model.encode(images)),
     }
 
@@ -70,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--clip", help="workdir of a CLIP, for fid_clip")
     parser.add_argument("--count", type=int, default=256, help="number of held-out images")
     parser.add_argument("--seed", type=int, default=0, help="of the samples")
+    parser.add_argument("--temperature", type=float, default=1.0, help="of the samples")
     args = parser.parse_args(argv)
     model = TextToImage.load(args.workdir)
     scorer = ClipScorer.load(args.clip) if args.clip else None
@@ -77,12 +80,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     split = from_config(DataOptions, data, "data").eval_split
     tests = open_test_set(data, Protocol(split, count=args.count), model.image_size)
     real = tests.images(range(len(tests.indices)))
-    ways = enlarged(model, real, tests.captions, args.seed)
+    ways = enlarged(model, real, tests.captions, args.seed, args.temperature)
     rows = {name: measured(real, images, scorer) for name, images in ways.items()}
     print(f"{len(real)} held-out images of {tests.source.description}\n")
     print(table(rows))
     out = epath.Path(args.output)
-    save_json(out / "upsampling.json", {"images": len(real), **rows})
+    save_json(out / "upsampling.json", {"images": len(real), "temperature": args.temperature, **rows})
     columns = {"real": real, **ways}
     places = np.linspace(0, len(real) - 1, min(_SHOWN, len(real))).astype(int)
     shown = [(tests.captions[i], [x[i] for x in columns.values()]) for i in places]

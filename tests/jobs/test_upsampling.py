@@ -207,7 +207,7 @@ def test_the_experiment_measures_each_way(run, tmp_path, capsys):
     """The reconstruction of the tokenizer is another image than the real one, and all ways have all metrics."""
     upsampling.main([f"--workdir={run[0]}", f"--output={tmp_path}", "--count=1"])
     found = json.loads((tmp_path / "upsampling.json").read_text())
-    assert found.pop("images") == 1
+    assert found.pop("images") == 1 and found.pop("temperature") == 1.0
     assert set(found) == {"16 pixels", "bicubic", "prior", "prior, no caption", "tokenizer"}
     assert all(set(row) == {"psnr", "ssim"} and row["psnr"] < 60 for row in found.values())
     assert found["bicubic"] != found["16 pixels"] and "bicubic.psnr" in capsys.readouterr().out
