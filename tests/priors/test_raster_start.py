@@ -126,7 +126,7 @@ def test_gradients_are_those_of_the_chosen_loss(step):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), found, expected)
 
 
-SMALL = ("small", "classes", "shape_classes", "clipgen")
+SMALL = ("small", "classes", "shape_classes", "clipgen", "upsample")
 
 
 def test_the_small_variants_begin_in_raster_order_whatever_their_length():
