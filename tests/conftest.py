@@ -13,8 +13,10 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 
 import compiled_programs
+import deadline
 import longest_first
 import pytest
 import quick_xla
@@ -45,6 +47,13 @@ def pytest_collection_modifyitems(items):
     """Sorts the test files by time, longest first, so that no worker ends with a long file while the others wait."""
     rank = {name: i for i, name in enumerate(longest_first.FILES)}
     items.sort(key=lambda item: rank.get(str(item.path.relative_to(longest_first.FOLDER)), len(rank)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup():
+    """Skips tests that begin too late, before their fixtures train anything."""
+    if deadline.is_over(os.environ, time.time()):
+        pytest.skip(f"out of time ({deadline.VARIABLE})")
 
 
 def pytest_runtest_teardown(item, nextitem):
