@@ -241,13 +241,13 @@ class TextToImage(Edits):
           captions: one caption for all images, or a sequence of B captions. None stands for the empty caption.
           seed: as in `generate`. A result depends only on (image, caption, seed).
           output: "numpy" or "pil", as in `generate`.
-          **sampling: the sampling parameters, except a negative caption.
+          **sampling: the sampling parameters.
 
         Returns:
           uint8 [B, H, W, 3].
 
         Raises:
-          ConfigError: another kind of prior, or a sampling parameter out of range.
+          ConfigError: another kind of prior, a negative caption, or a sampling parameter out of range.
           DataError: no images, an empty caption, or another number of captions than images.
         """
         outputs.check_output(output)

@@ -334,7 +334,8 @@ def test_it_learns_a_few_images(run):
     state = run.train(60)
     after = task.evaluate(state.params, {}, [batch()], jax.random.key(0))
     assert after["psnr"] > before["psnr"] + 4
-    assert run.scalars[-1]["logits_real"] > run.scalars[-1]["logits_fake"], "the discriminator tells them apart"
+    apart = [each["logits_real"] - each["logits_fake"] for each in run.scalars[-30:]]
+    assert np.mean(apart) > 0, "the discriminator tells them apart, though not in each single update"
     assert np.isfinite([list(each.values()) for each in run.scalars]).all()
     shown = task.preview(state.params, {}, {**batch(), "index": np.arange(8)}, jax.random.key(0))
     assert shown.dtype == np.uint8

@@ -14,7 +14,18 @@ from dalle_jax.errors import ConfigError
 from dalle_jax.priors.sampling import SamplingOptions
 from dalle_jax.text_to_image.sampling_parameters import parse
 
-METHODS = ("generate", "best_of", "generate_one", "chunks", "complete", "inpaint", "vary", "outpaint", "draw_tokens")
+METHODS = (
+    "generate",
+    "best_of",
+    "generate_one",
+    "chunks",
+    "complete",
+    "inpaint",
+    "vary",
+    "outpaint",
+    "draw_tokens",
+    "upsample",
+)
 NAMES = [field.name for field in dataclasses.fields(SamplingOptions)] + ["negative"]
 
 
