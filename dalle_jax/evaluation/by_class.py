@@ -32,7 +32,7 @@ from dalle_jax.evaluation import feature_extractors
 from dalle_jax.evaluation.feature_extractors import FeatureExtractor, ImageSet
 from dalle_jax.evaluation.measure import Measured, Model, device, shared_scorer
 from dalle_jax.evaluation.reference import Reference
-from dalle_jax.evaluation.sections import SHOWN, Metrics, shared_batches
+from dalle_jax.evaluation.sections import SHOWN, Metrics, check_share, shared_batches
 from dalle_jax.metrics import linear_classifier
 from dalle_jax.models import inception
 from dalle_jax.pytree import fingerprint
@@ -107,14 +107,15 @@ def measure_classes(
       The metrics, and the columns of the grid: one image of each of the first classes.
 
     Raises:
-      ConfigError: a prior without classes or with sampling parameters that it does not have, or neither Inception's
-        weights nor a CLIP.
+      ConfigError: a prior without classes or with sampling parameters that it does not have, fewer images than hosts,
+        or neither Inception's weights nor a CLIP.
       DataError: too few images.
       PretrainedError: Inception's weights cannot be read.
     """
     for each in models.values():
         class_count(each.model)
         each.model.prior.check_sampling(each.sampling)
+    check_share({"config.count": protocol.count})
     first = next(iter(models.values())).model
     extractors = _extractors(models, options, reference)
     if options.classifier and reference.labels is None:

@@ -137,7 +137,10 @@ def measure(models: Mapping[str, Model], tests: TestSet, options: Options) -> Me
     first = next(iter(models.values())).model
     if len({fingerprint(each.model.tokenizer_params) for each in models.values()}) > 1:
         raise ConfigError("The priors have different image tokenizers: measure them one by one.")
-    check_share(tests, options.candidate_captions if options.candidates else None)
+    counts = {"config.count": min(len(tests.captions), len(tests.indices))}
+    if options.candidates:
+        counts["config.metrics.candidate_captions"] = min(options.candidate_captions, len(tests.captions))
+    check_share(counts)
     extractors: list[FeatureExtractor] = []
     if options.inception:
         extractors.append(

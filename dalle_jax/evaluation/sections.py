@@ -67,20 +67,16 @@ class Drawn:
     first: np.ndarray
 
 
-def check_share(tests: TestSet, candidate_captions: int | None) -> None:
-    """Checks that each host has an image and a caption to measure.
+def check_share(counts: Mapping[str, int]) -> None:
+    """Checks that each host has something of everything to measure.
 
     Args:
-      tests: the test set.
-      candidate_captions: number of captions of the best of N, or None without this section.
+      counts: number of images or captions, by the key of the config that sets it.
 
     Raises:
       ConfigError: more hosts than images or captions.
     """
-    hosts, captions = jax.process_count(), len(tests.captions)
-    counts = {"config.count": min(captions, len(tests.indices))}
-    if candidate_captions is not None:
-        counts["config.metrics.candidate_captions"] = min(candidate_captions, captions)
+    hosts = jax.process_count()
     for key, count in counts.items():
         if count < hosts:
             raise ConfigError(

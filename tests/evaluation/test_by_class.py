@@ -2,29 +2,21 @@
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import numpy as np
 import pytest
-import random_model
 from PIL import Image
-from small_evaluation import make_model
+from small_evaluation import make_class_model, make_model, open_classes, write_class_folders
 from test_feature_extractors import EXTRACTORS, IMAGES, OTHERS, image_set
 
-from dalle_jax.data.labels import Labels
 from dalle_jax.data.sources.source import DataOptions
 from dalle_jax.errors import ConfigError, DataError
 from dalle_jax.evaluation.by_class import ClassMetrics, ClassProtocol, measure_classes
 from dalle_jax.evaluation.measure import Model
-from dalle_jax.evaluation.reference import ImageReference, read_images
+from dalle_jax.evaluation.reference import read_images
 from dalle_jax.metrics import frechet, linear_classifier, precision_recall
-from dalle_jax.priors.condition import Label
-from dalle_jax.priors.maskgit import MaskGITPrior
-from dalle_jax.priors.maskgit_model import MaskGITOptions
 from dalle_jax.priors.sampling import SamplingOptions
-from dalle_jax.token_layout import TokenLayout
 
-NAMES = ["class_1", "class_2", "stars"]
 PROTOCOL = ClassProtocol(count=11, seed=3)
 SAMPLING = SamplingOptions(temperature=0.7)
 
@@ -32,24 +24,15 @@ SAMPLING = SamplingOptions(temperature=0.7)
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     """Draws three classes, two images at once."""
-    made = make_model(tmp_path_factory.mktemp("text"))
-    layout = TokenLayout(Label(3), 24, random_model.SIDE, random_model.SIDE)
-    prior = MaskGITPrior(layout, MaskGITOptions(random_model.TRUNK, steps=3))
-    params = nn.meta.unbox(jax.jit(prior.init)(jax.random.key(1)))
-    return dataclasses.replace(made, prior=prior, params=params, text_model=Labels(3, NAMES))
+    return make_class_model(tmp_path_factory.mktemp("text"))
 
 
 @pytest.fixture(scope="module")
-def reference(model, tmp_path_factory) -> ImageReference:
+def reference(model, tmp_path_factory):
     """Twelve images of noise in class folders."""
     folder = tmp_path_factory.mktemp("images")
-    for i in range(12):
-        path = folder / NAMES[i % 3] / f"{i}.png"
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(np.random.default_rng(i).integers(0, 256, (16, 16, 3), np.uint8)).save(path)
-    (folder / "stars" / "damaged.png").write_bytes(b"\x89PNG")
-    data = dict(source="folder", path=str(folder), condition="label", caption_from="folder_names", image_size=16)
-    return read_images(DataOptions(**data), "all", model.text_model)
+    write_class_folders(folder)
+    return open_classes(folder, model)
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +94,7 @@ def test_stored_statistics_take_the_place_of_computed_ones():
 
 @pytest.mark.parametrize("case, token", [
     ("no extractor", "metrics.inception"), ("captions", "data.condition=label"), ("no labels", "metrics.classifier"),
-    ("sampling", "order"),
+    ("sampling", "order"), ("hosts", "config.count"),
 ])  # fmt: skip
 def test_rejected_before_anything_is_drawn(case, token, model, reference, tmp_path, monkeypatch):
     monkeypatch.setattr(type(model), "decode", lambda *_: pytest.fail("drawn before the check"))
@@ -122,6 +105,8 @@ def test_rejected_before_anything_is_drawn(case, token, model, reference, tmp_pa
         model = make_model(tmp_path)
     elif case == "no labels":
         reference = dataclasses.replace(reference, labels=None)
+    elif case == "hosts":
+        monkeypatch.setattr(jax, "process_count", lambda: PROTOCOL.count + 1)
     else:
         sampling = SamplingOptions(order="upwards")
     with pytest.raises(ConfigError, match=token):

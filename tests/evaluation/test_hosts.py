@@ -6,11 +6,20 @@ import jax
 import numpy as np
 import pytest
 from processes import finish, free_address, spawn
-from small_evaluation import COUNT, OPTIONS, SAMPLING, make_model, open_tests, write_images
+from small_evaluation import (
+    OPTIONS,
+    SAMPLING,
+    make_class_model,
+    make_model,
+    open_classes,
+    open_tests,
+    write_class_folders,
+    write_images,
+)
 from test_feature_extractors import EXTRACTORS, IMAGES, OTHERS
 
 from dalle_jax.errors import ConfigError
-from dalle_jax.evaluation import sections
+from dalle_jax.evaluation.by_class import ClassMetrics, ClassProtocol, measure_classes
 from dalle_jax.evaluation.feature_extractors import ImageSet
 from dalle_jax.evaluation.measure import Model, measure
 from dalle_jax.evaluation.sections import check_share
@@ -30,13 +39,18 @@ results(folder, folder / f"text_{index}", folder / f"host_{index}")
 
 
 def results(images, text, file):
-    """Measures sets of images and a model, and writes `file`.json and `file`.npz."""
+    """Measures sets of images, a model and a model of classes, and writes `file`.json and `file`.npz."""
     text.mkdir()
     model = {"maskgit": Model(make_model(text), SAMPLING)}
     measured = measure(model, open_tests(images / "images"), OPTIONS)
-    metrics = {"sets": compare(), "model": measured.metrics}
+    classes = make_class_model(text)
+    by_class = measure_classes(
+        {"classes": Model(classes, SAMPLING)}, ClassProtocol(11, seed=3), ClassMetrics(classifier=True),
+        open_classes(images / "classes", classes),
+    )  # fmt: skip
+    metrics = {"sets": compare(), "model": measured.metrics, "by_class": by_class.metrics}
     file.with_suffix(".json").write_text(json.dumps(metrics))
-    np.savez(file, **dict(measured.columns))
+    np.savez(file, **dict([*measured.columns, *by_class.columns]))
 
 
 def compare():
@@ -61,6 +75,8 @@ def runs(tmp_path_factory):
     folder, address = tmp_path_factory.mktemp("hosts"), free_address()
     (folder / "images").mkdir()
     write_images(folder / "images")
+    (folder / "classes").mkdir()
+    write_class_folders(folder / "classes")
     ended = finish([spawn(["-c", HOST, address, str(i), str(folder)]) for i in range(HOSTS)])
     assert [status for status, *_ in ended] == [0] * HOSTS, ended
     results(folder, folder / "text", folder / "alone")
@@ -72,7 +88,7 @@ def test_every_host_has_the_metrics_of_one_host(runs):
     (alone, _), *hosts = runs
     leaves = lambda metrics: jax.tree.leaves_with_path({k: v for k, v in metrics.items() if k != "protocol"})
     for metrics, _ in hosts:
-        for part in ("sets", "model"):
+        for part in ("sets", "model", "by_class"):
             expected, found = leaves(alone[part]), leaves(metrics[part])
             assert [path for path, _ in expected] == [path for path, _ in found]
             for (path, one), (_, other) in zip(expected, found):
@@ -82,6 +98,7 @@ def test_every_host_has_the_metrics_of_one_host(runs):
             if name.startswith(("precision", "recall", "features")):
                 assert metrics["sets"][name] == value
     assert hosts[0][0]["model"]["maskgit"]["fid_clip"] > 0.01
+    assert hosts[0][0]["by_class"]["classes"]["fid_clip"] > 0.01
 
 
 def test_every_host_has_the_first_images(runs):
@@ -94,19 +111,24 @@ def test_every_host_has_the_first_images(runs):
 
 def test_the_report_names_the_hosts(runs):
     (alone, _), *hosts = runs
-    for metrics, _ in hosts:
-        described = metrics["model"]["protocol"]
-        assert described.pop("device") == "2 hosts, each 1 x cpu"
-        assert described == {k: v for k, v in alone["model"]["protocol"].items() if k != "device"}
+    for part in ("model", "by_class"):
+        for metrics, _ in hosts:
+            described = metrics[part]["protocol"]
+            assert described.pop("device") == "2 hosts, each 1 x cpu"
+            assert described == {k: v for k, v in alone[part]["protocol"].items() if k != "device"}
 
 
-@pytest.mark.parametrize("captions, hosts, key", [(None, 6, "config.count"), (4, 5, "candidate_captions")])
-def test_more_hosts_than_captions_are_rejected(tmp_path, monkeypatch, captions, hosts, key):
+@pytest.mark.parametrize("hosts, key", [(5, "candidate_captions"), (6, "config.count")])
+def test_more_hosts_than_captions_are_rejected(tmp_path, monkeypatch, hosts, key):
+    """Five images and captions, of which four are ranked."""
     write_images(tmp_path)
-    tests = open_tests(tmp_path)
-    monkeypatch.setattr(sections.jax, "process_count", lambda: hosts)
+    model, tests = {"maskgit": Model(make_model(tmp_path), SAMPLING)}, open_tests(tmp_path)
+    monkeypatch.setattr(jax, "process_count", lambda: hosts)
     with pytest.raises(ConfigError, match=key):
-        check_share(tests, captions)
-    monkeypatch.setattr(sections.jax, "process_count", lambda: hosts - 1)
-    check_share(tests, captions)
-    assert len(tests.captions) == COUNT
+        measure(model, tests, OPTIONS)
+
+
+@pytest.mark.parametrize("hosts", [1, 4])
+def test_as_many_hosts_as_images(monkeypatch, hosts):
+    monkeypatch.setattr(jax, "process_count", lambda: hosts)
+    check_share({"config.count": 4})
