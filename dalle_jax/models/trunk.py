@@ -28,7 +28,8 @@ from dalle_jax.models.attention.patterns import Pattern
 from dalle_jax.models.cross_attention import Memory
 from dalle_jax.models.norm import Norm
 from dalle_jax.models.relative_positions import RelativePositions
-from dalle_jax.models.transformer import Block, CaptionCache, ImageCache
+from dalle_jax.models.self_attention import ImageCache
+from dalle_jax.models.transformer import Block, CaptionCache
 from dalle_jax.models.transformer_options import REMAT, TransformerOptions
 from dalle_jax.pytree import PyTree
 from dalle_jax.token_layout import TokenLayout

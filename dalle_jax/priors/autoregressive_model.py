@@ -17,7 +17,8 @@ from dalle_jax.distributed.sharding import constrain
 from dalle_jax.errors import ConfigError
 from dalle_jax.models.attention.patterns import CausalPattern, full_layers, sparse_layers
 from dalle_jax.models.cross_attention import Memory
-from dalle_jax.models.transformer import CaptionCache, ImageCache
+from dalle_jax.models.self_attention import ImageCache
+from dalle_jax.models.transformer import CaptionCache
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import Trunk
 from dalle_jax.priors import encoder, orders

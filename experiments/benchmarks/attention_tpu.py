@@ -38,7 +38,7 @@ from dalle_jax.distributed.mesh import make_mesh  # noqa: E402
 from dalle_jax.distributed.sharding import on_mesh, replicated  # noqa: E402
 from dalle_jax.models.attention import splash  # noqa: E402
 from dalle_jax.models.attention.patterns import Bidirectional, Column, Convolutional, Full, Row  # noqa: E402
-from dalle_jax.models.transformer import Attention  # noqa: E402
+from dalle_jax.models.self_attention import Attention  # noqa: E402
 from dalle_jax.models.transformer_options import TransformerOptions  # noqa: E402
 from dalle_jax.priors.condition import Text  # noqa: E402
 from dalle_jax.token_layout import TokenLayout  # noqa: E402

@@ -13,7 +13,8 @@ import pytest
 from dalle_jax.models.attention.patterns import Column, Convolutional, Row, full_layers, sparse_layers
 from dalle_jax.models.norm import Norm
 from dalle_jax.models.rotary import rotary_angles, rotate
-from dalle_jax.models.transformer import MLP, Attention
+from dalle_jax.models.self_attention import Attention
+from dalle_jax.models.transformer import MLP
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import Trunk, stacking, unstack
 from dalle_jax.priors.condition import Text

@@ -19,7 +19,7 @@ from dalle_jax.distributed.sharding import RULES, abstract, batch_sharding, on_m
 from dalle_jax.models.attention import splash
 from dalle_jax.models.attention.patterns import Bidirectional, Column, Convolutional, Full, Row, Toroidal
 from dalle_jax.models.attention.xla import attend_reference
-from dalle_jax.models.transformer import Attention
+from dalle_jax.models.self_attention import Attention
 from dalle_jax.models.transformer_options import TransformerOptions
 from dalle_jax.models.trunk import Trunk
 from dalle_jax.priors.condition import Text
