@@ -79,7 +79,7 @@ def test_all_phases_at_tiny_sizes(tmp_path):
     without_torch = {"peers"} if "skipped" in found["peers"].get("torch", {}) else set()
     faults = [line for phase in phases - without_torch for line in found[phase].values() if report.trouble(line)]
     assert not faults, faults
-    assert len(found["decoding"]) == 8 and all(line["images_per_s"] > 0 for line in found["decoding"].values())
+    assert len(found["decoding"]) == 10 and all(line["images_per_s"] > 0 for line in found["decoding"].values())
     assert all(line["model_tflops_per_s"] > 0 for line in found["training"].values())
     # The first device is the CPU itself here, so nothing differs.
     assert {line.get("gradients", 0) for line in found["parity"].values()} == {0}

@@ -19,6 +19,9 @@ from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.token_prior import TokenPrior
 
 STEPS = 8
+# XLA records these instructions into CUDA graphs. To its defaults this adds WHILE, so that a whole loop over the tokens
+# or steps can be one graph.
+WHOLE_LOOPS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +34,7 @@ class Drawing:
       rows: number of images.
       captions: number of captions.
       guidance: of the prior.
+      whole_loops: compile with `WHOLE_LOOPS`. This decides whether drawing should set it on GPUs.
     """
 
     prior: TokenPrior
@@ -38,6 +42,7 @@ class Drawing:
     rows: int
     captions: int
     guidance: float = 0.0
+    whole_loops: bool = False
 
     def arguments(self) -> tuple:
         """Returns weights, text and keys. It creates no arrays inside `jax.eval_shape`."""
@@ -55,7 +60,8 @@ class Drawing:
         return self.tokenizer.decode(weights[1], tokens.reshape(self.rows, layout.height, layout.width))
 
     def compile(self):
-        return jax.jit(self.draw).lower(*jax.eval_shape(self.arguments)).compile()
+        options = {"xla_gpu_enable_command_buffer": WHOLE_LOOPS} if self.whole_loops else None
+        return jax.jit(self.draw).lower(*jax.eval_shape(self.arguments)).compile(options)
 
     def time(self, program) -> dict:
         arguments = self.arguments()
@@ -82,12 +88,17 @@ def drawings(tiny: bool) -> dict[str, Drawing]:
     def autoregressive(rows: int, captions: int) -> Drawing:
         return Drawing(models.autoregressive(tiny), None, rows, captions)
 
+    def in_one_graph(drawing: Drawing) -> Drawing:
+        return dataclasses.replace(drawing, whole_loops=True)
+
     many, batch, best_of = (4, 4, 8) if tiny else (128, 64, 512)
     return {
         f"maskgit 16x16, {many} images": maskgit(16, many),
         "autoregressive 32x32, 1 image": autoregressive(1, 1),
         f"autoregressive 32x32, {batch} images": autoregressive(batch, batch),
         "maskgit 16x16, 1 image": maskgit(16, 1),
+        "autoregressive 32x32, 1 image, its loop in one CUDA graph": in_one_graph(autoregressive(1, 1)),
+        "maskgit 16x16, 1 image, its loop in one CUDA graph": in_one_graph(maskgit(16, 1)),
         f"maskgit 16x16 guided, {many} images": maskgit(16, many, guidance=2.0),
         f"autoregressive 32x32, best of {best_of}": autoregressive(best_of, 1),
         f"maskgit 16x16, {2 * many} images": maskgit(16, 2 * many),
