@@ -31,7 +31,6 @@ from dalle_jax.errors import CheckpointError, ConfigError
 from dalle_jax.export import card
 from dalle_jax.image_tokenizers import tokenizer as tokenizers
 from dalle_jax.priors import trained
-from dalle_jax.priors.low_resolution import FOLDER
 from dalle_jax.priors.registry import condition_of
 from dalle_jax.priors.trained import lora_of
 from dalle_jax.pytree import PyTree, fingerprint
@@ -212,9 +211,9 @@ def _prior(workdir: str, output: epath.Path, options: Options) -> _Written:
     frozen.save(output / TOKENIZER, tokenizers.to_dict(tokenizer), tokenizer_params, frozen.SAFETENSORS)
     if text_model is not None:
         _copy(expanded(workdir) / "text", output / "text")
-    if frozen.exists(expanded(workdir) / FOLDER):
-        low, low_params = frozen.load(expanded(workdir) / FOLDER, "Run the training again.")
-        frozen.save(output / FOLDER, low, exported.rounded(low_params, "float32"), frozen.SAFETENSORS)
+    for folder in condition.own_modules:
+        module, module_params = frozen.load(expanded(workdir) / folder, "Run the training again.")
+        frozen.save(output / folder, module, exported.rounded(module_params, "float32"), frozen.SAFETENSORS)
     if folder := options.clip or (workdir if has_clip(workdir) else None):
         ClipScorer.load(folder).save(output, options.dtype if options.compact else "float32")
     size, vocab = config["data"]["image_size"], tokenizer.vocab_size

@@ -49,6 +49,7 @@ class Condition(abc.ABC):
       from_images: whether a batch holds rows of `of_images` under `KEY`.
       reads_requests: whether `encode` reads captions or names of classes. A prior that only enlarges images does not.
       own_keys: keys of a training configuration that no other condition has.
+      own_modules: folders of frozen modules in a workdir that no other condition has; an export copies them.
       grid: height and width of the image cells that the last positions stand for; None if they stand for none.
     """
 
@@ -58,6 +59,7 @@ class Condition(abc.ABC):
     from_images: ClassVar[bool] = False
     reads_requests: ClassVar[bool] = True
     own_keys: ClassVar[tuple[str, ...]] = ()
+    own_modules: ClassVar[tuple[str, ...]] = ()
     grid: tuple[int, int] | None = None
 
     # -- a training and its workdir -------------------------------------------------------------------------------

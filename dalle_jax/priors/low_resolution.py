@@ -89,6 +89,7 @@ class LowResolution(Condition):
     from_images: ClassVar[bool] = True
     reads_requests: ClassVar[bool] = False
     own_keys: ClassVar[tuple[str, ...]] = ("low_from", "low_size")
+    own_modules: ClassVar[tuple[str, ...]] = (FOLDER,)
     read, train = staticmethod(Text.read), staticmethod(Text.train)  # of the model of captions
 
     @property
