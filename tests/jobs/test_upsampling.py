@@ -176,16 +176,19 @@ def test_refused_configurations(changes, token, folder, small, tmp_path):
 
 
 def test_the_command_enlarges_and_its_manifest_draws_again(run, model, small, tmp_path):
+    captions = ["a red circle", "drawing b"]
     config = config_files.load(f"{CONFIGS}/generate.py")
-    config.model_workdir, config.upsampler, config.prompts, config.n = small, run[0], "a red circle", 2
+    config.model_workdir, config.upsampler, config.prompts, config.n = small, run[0], "|".join(captions), 2
+    config.seed = 3
     generate.run(config, str(tmp_path / "images"))
     manifest = tmp_path / "images" / "manifest.json"
-    drawn = TextToImage.load(small).generate("a red circle", n=2)
-    expected = model.upsample(drawn, "a red circle")
-    for i in range(2):
-        file = f"0000-{i:03}.png"
-        np.testing.assert_array_equal(np.asarray(Image.open(manifest.parent / file)), expected[i])
-        np.testing.assert_array_equal(generate.remake(str(manifest), file), expected[i])
+    drawn = TextToImage.load(small).generate(captions, n=2, seed=3)
+    for i, caption in enumerate(captions):
+        expected = model.upsample(drawn[i], caption, seed=3)
+        for j in range(2):
+            file = f"{i:04}-{j:03}.png"
+            np.testing.assert_array_equal(np.asarray(Image.open(manifest.parent / file)), expected[j])
+            np.testing.assert_array_equal(generate.remake(str(manifest), file), expected[j])
     record = json.loads(manifest.read_text())
     record["upsampler"]["fingerprints"]["prior"] = "0" * 16
     manifest.write_text(json.dumps(record))
