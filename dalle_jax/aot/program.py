@@ -22,6 +22,8 @@ _FREE = {
     "async-done", "async-update", "after-all", "partition-id", "replica-id", "opt-barrier", "iota",
 }  # fmt: skip
 
+_ASYNCHRONOUS = ("async-start", "call-start")  # the second one runs on a SparseCore
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -125,9 +127,9 @@ class Program:
                     self._visit(inner, times * count, True)
             elif one.opcode == "conditional":
                 self._visit(max(called, key=self._size), times, in_loop)
-            elif one.opcode in ("fusion", "call", "async-start"):
+            elif one.opcode in ("fusion", "call", *_ASYNCHRONOUS):
                 for inner in called:
-                    if one.opcode in ("fusion", "async-start"):
+                    if one.opcode in ("fusion", *_ASYNCHRONOUS):
                         self._inside.add(inner)
                         works = any(x.opcode in ("dot", "convolution") for x in self._computations[inner].values())
                         self._parallel[inner] = works or self._overlapped(name, one)

@@ -100,16 +100,17 @@ def test_overlapped_means_work_between_start_and_end():
     assert not gather.overlapped
 
 
-def test_exchanges_within_asynchronous_calls_and_fusions():
-    """The compiler writes overlapped exchanges in these two other ways."""
+@pytest.mark.parametrize("way", ["async-start(%w), calls", "call-start(%w), to_apply"])
+def test_exchanges_within_asynchronous_calls_and_fusions(way):
+    """The compiler writes overlapped exchanges in these other ways; the second one is that of a SparseCore."""
     gather = "  ROOT %g = f32[16,4]{1,0} all-gather(%q), replica_groups={{0,1},{2,3}}, dimensions={0}\n}\n"
     wrapped = "%wrapped (q: f32[8,4]) -> f32[16,4] {\n  %q = f32[8,4]{1,0} parameter(0)\n" + gather
     start = next(line for line in TEXT.splitlines() if "%start =" in line)
     call = "  %start = ((f32[8,4]{1,0}), f32[16,4]{1,0}, u32[]) async-start(%w), calls=%wrapped"
-    text = (
-        TEXT.replace("%add (a", f"{wrapped}\n%add (a", 1).replace(start, call).replace("all-gather-done", "async-done")
-    )
-    found = next(c for c in Program(text).collectives if c.kind == "all-gather")
+    opened = TEXT.replace("%add (a", f"{wrapped}\n%add (a", 1)
+    text = opened.replace(start, call).replace("all-gather-done", "async-done")
+    asynchronous = text.replace("async-start(%w), calls", way).replace("async-done", f"{way.partition('-')[0]}-done")
+    found = next(c for c in Program(asynchronous).collectives if c.kind == "all-gather")
     assert (found.times, found.bytes, found.in_loop, found.overlapped) == (10, 256, True, True)
 
     fused = call.replace("((f32[8,4]{1,0}), f32[16,4]{1,0}, u32[]) async-start", "f32[16,4]{1,0} fusion")
