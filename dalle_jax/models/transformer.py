@@ -22,6 +22,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from dalle_jax.distributed.sharding import constrain
@@ -30,7 +31,7 @@ from dalle_jax.models.cross_attention import CrossAttention, Memory, MemoryCache
 from dalle_jax.models.dense import Dense
 from dalle_jax.models.norm import Norm
 from dalle_jax.models.self_attention import Attention, ImageCache, TextCache
-from dalle_jax.models.transformer_options import ACTIVATIONS, TransformerOptions
+from dalle_jax.models.transformer_options import ACTIVATIONS, BRANCHES, TransformerOptions
 from dalle_jax.token_layout import TokenLayout
 
 
@@ -122,7 +123,7 @@ class Block(nn.Module):
         drop_rate: Float[ArrayLike, ""] | None = None,
     ) -> Float[ArrayLike, "*axes D"]:
         """Adds the output of a branch to the residual stream. Training leaves it out for a share of the examples."""
-        placement, y = self.options.norm_placement, self.drop(y, deterministic=not train)
+        placement, y = self.options.norm_placement, self.drop(checkpoint_name(y, BRANCHES), deterministic=not train)
         if placement == "sandwich" or (placement == "normformer" and branch != "mlp"):
             y = getattr(self, f"{branch}_out_norm")(y)
         if self.options.layer_scale:

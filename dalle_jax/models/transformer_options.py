@@ -23,6 +23,7 @@ ACTIVATIONS = {
     "geglu": (functools.partial(jax.nn.gelu, approximate=False), True),
     "swiglu": (jax.nn.silu, True),
 }
+BRANCHES = "branches"  # name of the outputs of attention and MLP, for `REMAT`
 POSITIONS = ("learned", "table", "rotary", "relative")
 DTYPES = ("float32", "bfloat16")
 _MOST = {"width": 2**16, "depth": 1024, "heads": 2**12, "head_dim": 2**12, "mlp_ratio": 2**10}  # no device holds more
@@ -31,6 +32,7 @@ _KEEP = jax.checkpoint_policies
 REMAT = {  # from least to most memory
     "full": _KEEP.nothing_saveable,
     "attended": _KEEP.save_only_these_names(ATTENDED),
+    "branches": _KEEP.save_only_these_names(ATTENDED, BRANCHES),
     "attention": _KEEP.save_only_these_names(HEADS, ATTENDED),
     "dots": _KEEP.save_from_both_policies(
         _KEEP.dots_with_no_batch_dims_saveable, _KEEP.save_only_these_names(ATTENDED)
@@ -79,7 +81,8 @@ class TransformerOptions:
       remat: activations of each scanned unit that are kept for the backward pass, in addition to its input.
         "full": none, all are recomputed.
         "attended": the output of attention, so that the splash kernel does not run again.
-        "attention": also queries, keys and values.
+        "branches": also the output of each branch, so that its last product is not computed again.
+        "attention": the output of attention, queries, keys and values.
         "dots": all products of dense layers, and the output of attention.
         "none": all, nothing is recomputed.
       scan: whether repeated layers run as one scan.

@@ -305,7 +305,8 @@ def test_compiles_for_a_tpu_at_the_papers_size(tpu_mesh, pattern):
 
 
 @pytest.mark.parametrize(
-    "remat, forward, products", [("full", 8, 10), ("attended", 4, 10), ("attention", 4, 7), ("dots", 4, 0)]
+    "remat, forward, products",
+    [("full", 8, 10), ("attended", 4, 10), ("branches", 4, 7), ("attention", 4, 7), ("dots", 4, 0)],
 )
 def test_a_sharded_trunk_compiles_for_a_tpu(tpu_mesh, remat, forward, products):
     """A scanned, rematerialised trunk with the kernel "auto" compiles with parameters, batch and heads sharded.
