@@ -16,6 +16,7 @@ from dalle_jax.errors import ConfigError, DoesNotFit, UserError
 from dalle_jax.jobs import compile as compile_module
 from dalle_jax.jobs.compile import run
 from dalle_jax.tasks.registry import abstract
+from dalle_jax.training.step import OVERLAP, SPARSE_CORE, overlapping
 
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed (pip install -e '.[tpu]')"
@@ -172,6 +173,23 @@ def test_costs_of_the_shapes_prior(compiled_prior):
     assert f["flops"]["model"] < f["flops"]["program"] < 2 * f["flops"]["model"]
     assert f["collectives"]["all-gather"]["count"] and f["collectives"]["all-reduce"]["count"]
     assert 0 < f["utilisation"] < 1 and f["seconds"]["step"] >= f["seconds"]["instructions"]
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology, overlapped", [("v5e:2x2", 0.0), ("v6e:2x2", 1.0)])
+def test_gradients_are_scattered_while_the_chip_computes_if_it_has_sparse_cores(topology, overlapped):
+    split = "mesh.data=1,mesh.fsdp=-1,batch_size=8,overlap_exchanges=True"
+    small = "model.trunk.depth=3,model.trunk.width=512,model.trunk.dtype=bfloat16"
+    found = compile_target(CompileOptions("configs/prior.py", topology, f"{XLA},{split},{small}"))
+    scattered = found["collectives"]["reduce-scatter"]
+    assert scattered["count"] and scattered["overlapped"] == overlapped
+
+
+@needs_libtpu
+@pytest.mark.parametrize("topology, more", [("v5e:2x2", {}), ("v5p:2x2x2", SPARSE_CORE), ("v6e:2x2", SPARSE_CORE)])
+def test_options_of_the_compiler_by_chip(topology, more):
+    assert overlapping(topologies.devices(topology)[0]) == OVERLAP | more
+    assert overlapping(jax.devices()[0]) is None
 
 
 @needs_libtpu
