@@ -81,6 +81,7 @@ class _Sizes:
 
 
 _LEFT = _Sizes(15, 13, 20, left=190, above=0, heading_height=24, title_height=34, between=0)
+_TITLE_LINES = 3
 _ABOVE = _Sizes(22, 19, 34, left=0, above=38, heading_height=30, title_height=54, between=24)
 
 
@@ -99,7 +100,7 @@ def image_grid(
       rows: caption and images, uint8 [H, W, 3], of each row. All rows have the same number of images. If no row has a
         caption, no space is left for them.
       columns: a heading for each column of images. A heading that repeats is written once, over the first column.
-      title: title over the grid.
+      title: title over the grid, in up to three lines of its width.
       cell_size: side of a shown image, pixels. Small images are enlarged without smoothing.
       blocks: number of blocks of rows, placed side by side.
       captions_above: write captions in large letters above their rows, for a grid that is shown at half its size.
@@ -124,12 +125,14 @@ def image_grid(
     body, small, big = Typeface(sizes.caption), Typeface(sizes.heading), Typeface(sizes.title)
     block_width, row_height = left_of_images + images_width, above_images + cell_size + gap
     lines = -(-len(rows) // blocks)
-    top = margin + (sizes.title_height if title else 0) + (sizes.heading_height if columns else 0)
     width = 2 * margin + blocks * block_width + (blocks - 1) * sizes.between
+    title_lines, title_step = wrap(title, big, width - 2 * margin, _TITLE_LINES), sizes.title * 5 // 4
+    title_height = sizes.title_height + (len(title_lines) - 1) * title_step if title else 0
+    top = margin + title_height + (sizes.heading_height if columns else 0)
     sheet = Image.new("RGB", (width, top + lines * row_height + margin), PAPER)
     pen = ImageDraw.Draw(sheet)
-    if title:
-        big.draw(pen, (margin, margin - 4), title, INK)
+    for number, line in enumerate(title_lines):
+        big.draw(pen, (margin, margin - 4 + number * title_step), line, INK)
     for block in range(blocks):
         left = margin + block * (block_width + sizes.between)
         shown = None

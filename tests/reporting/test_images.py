@@ -36,6 +36,16 @@ def test_a_grid_contains_every_image():
         assert find(sheet, image.repeat(2, axis=0).repeat(2, axis=1))
 
 
+@pytest.mark.parametrize("captions_above", [False, True])
+def test_a_long_title_takes_more_lines_and_is_not_cut(captions_above):
+    rows, how = [("", [plain(100)])] * 2, dict(cell_size=128, captions_above=captions_above)
+    short, long = (image_grid(rows, title=title, **how) for title in ("word", "word " * 8))
+    taller = len(long) - len(short)
+    assert taller > 0 and long.shape[1] == short.shape[1]
+    np.testing.assert_array_equal(long[taller + 60 :], short[60:])
+    assert (long[:, -16:] == long[0, 0]).all(), "the margin is empty"
+
+
 def test_blocks_are_placed_side_by_side():
     rows = [("word " * 40, [plain(100)])] * 5
     tall, wide = image_grid(rows), image_grid(rows, blocks=2)
