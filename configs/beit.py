@@ -20,7 +20,8 @@ for each class, perhaps inside `train` and `val`. Without `start_from` the targe
 configs/dvae.py at 112 pixels, because DALL-E's own may be given as --config.tokenizer_from=DIR
 (`python -m dalle_jax.pretrained openai_dvae`).
 
-Measured: shapes, and a smaller `small` on clip art, see experiments/results/probes/README.md. Not yet measured: the others.
+Measured: shapes, and a smaller `small` on clip art, see experiments/results/probes/README.md. Not yet measured: the
+others.
 """
 
 from ml_collections import ConfigDict
