@@ -81,8 +81,8 @@ class _Sizes:
 
 
 _LEFT = _Sizes(15, 13, 20, left=190, above=0, heading_height=24, title_height=34, between=0)
-_TITLE_LINES = 3
 _ABOVE = _Sizes(22, 19, 34, left=0, above=38, heading_height=30, title_height=54, between=24)
+_TITLE_LINES = 3
 
 
 def image_grid(

@@ -36,7 +36,7 @@ SPARSE_CORE = {
     "xla_tpu_enable_reduce_scatter_offload_tracing": True,
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": True,
 }
-_SPARSE_CORES = ("TPU v5", "TPU v6 lite")  # v5p and v6e; v5e has none
+_SPARSE_CORES = ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")  # two names of each kind; v5e has none
 
 
 def overlapping(device: jax.Device) -> dict[str, bool] | None:
