@@ -176,6 +176,7 @@ def test_costs_of_the_shapes_prior(compiled_prior):
 
 
 @needs_libtpu
+@pytest.mark.slow
 @pytest.mark.parametrize("topology, overlapped", [("v5e:2x2", 0.0), ("v6e:2x2", 1.0)])
 def test_gradients_are_scattered_while_the_chip_computes_if_it_has_sparse_cores(topology, overlapped):
     split = "mesh.data=1,mesh.fsdp=-1,batch_size=8,overlap_exchanges=True"
