@@ -36,9 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         files = sorted(folder.rglob("*.png"), key=lambda file: hashlib.md5(str(file).encode()).hexdigest())
         for i, file in enumerate(files):
             labelled = folder.name in CLASSES and i < _MOST
-            held_out = labelled and i % _EVERY == 0
-            places = [output / "classes" / ("val" if held_out else "train") / folder.name] if labelled else []
-            for place in places if held_out else [*places, output / "all"]:
+            split = "val" if labelled and i % _EVERY == 0 else "train"
+            places = [output / "classes" / split / folder.name] if labelled else []
+            places += [output / "all"] if split == "train" else []
+            for place in places:
                 place.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, place / "__".join(file.relative_to(SOURCE).parts))
     counts = {name: len(list((output / name).rglob("*.png"))) for name in ("classes/train", "classes/val", "all")}

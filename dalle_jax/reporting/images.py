@@ -127,7 +127,7 @@ def image_grid(
     lines = -(-len(rows) // blocks)
     width = 2 * margin + blocks * block_width + (blocks - 1) * sizes.between
     title_lines, title_step = wrap(title, big, width - 2 * margin, _TITLE_LINES), sizes.title * 5 // 4
-    title_height = sizes.title_height + (len(title_lines) - 1) * title_step if title else 0
+    title_height = sizes.title_height + (len(title_lines) - 1) * title_step if title_lines else 0
     top = margin + title_height + (sizes.heading_height if columns else 0)
     sheet = Image.new("RGB", (width, top + lines * row_height + margin), PAPER)
     pen = ImageDraw.Draw(sheet)

@@ -1,12 +1,15 @@
 """An evaluation that several hosts share equals that of one host. Hosts are simulated by processes of this machine."""
 
+import dataclasses
 import json
+from unittest import mock
 
 import jax
 import numpy as np
 import pytest
 from processes import finish, free_address, spawn
 from small_evaluation import (
+    COUNT,
     OPTIONS,
     SAMPLING,
     make_class_model,
@@ -19,10 +22,10 @@ from small_evaluation import (
 from test_feature_extractors import EXTRACTORS, IMAGES, OTHERS
 
 from dalle_jax.errors import ConfigError
+from dalle_jax.evaluation import feature_extractors
 from dalle_jax.evaluation.by_class import ClassMetrics, ClassProtocol, measure_classes
 from dalle_jax.evaluation.feature_extractors import ImageSet
 from dalle_jax.evaluation.measure import Model, measure
-from dalle_jax.evaluation.sections import check_share
 
 HOSTS = 2
 HOST = """
@@ -118,17 +121,21 @@ def test_the_report_names_the_hosts(runs):
             assert described == {k: v for k, v in alone[part]["protocol"].items() if k != "device"}
 
 
-@pytest.mark.parametrize("hosts, key", [(5, "candidate_captions"), (6, "config.count")])
-def test_more_hosts_than_captions_are_rejected(tmp_path, monkeypatch, hosts, key):
-    """Five images and captions, of which four are ranked."""
+class Accepted(Exception):
+    """Raised by the first step after the checks."""
+
+
+@pytest.mark.parametrize("candidates, hosts, key", [(0, 6, "config.count"), (5, 5, "candidate_captions")])
+def test_more_hosts_than_captions_are_rejected(tmp_path, monkeypatch, candidates, hosts, key):
+    """There are five images and captions. Four captions are ranked, if there are candidates."""
     write_images(tmp_path)
     model, tests = {"maskgit": Model(make_model(tmp_path), SAMPLING)}, open_tests(tmp_path)
+    options = dataclasses.replace(OPTIONS, candidates=candidates)
     monkeypatch.setattr(jax, "process_count", lambda: hosts)
     with pytest.raises(ConfigError, match=key):
-        measure(model, tests, OPTIONS)
-
-
-@pytest.mark.parametrize("hosts", [1, 4])
-def test_as_many_hosts_as_images(monkeypatch, hosts):
-    monkeypatch.setattr(jax, "process_count", lambda: hosts)
-    check_share({"config.count": 4})
+        measure(model, tests, options)
+    monkeypatch.setattr(jax, "process_count", lambda: hosts - 1)
+    monkeypatch.setattr(feature_extractors, "clip", mock.Mock(side_effect=Accepted))
+    with pytest.raises(Accepted):
+        measure(model, tests, options)
+    assert len(tests.captions) == COUNT

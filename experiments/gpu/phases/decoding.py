@@ -19,8 +19,8 @@ from dalle_jax.priors.maskgit import MaskGITPrior
 from dalle_jax.priors.token_prior import TokenPrior
 
 STEPS = 8
-# XLA records these instructions into CUDA graphs. To its defaults this adds WHILE, so that a whole loop over the tokens
-# or steps can be one graph.
+# Instructions that XLA may record into CUDA graphs. WHILE is one of them, so that a whole loop over the tokens or steps
+# can be one graph.
 WHOLE_LOOPS = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 
 
