@@ -51,7 +51,7 @@ def test_fits(pod):
 @pytest.mark.pod
 def test_a_program_that_is_too_large_ends_with_remedies():
     keeps_all = pods.Pod("prior.py:paper", "v5e:16x16", "model.trunk.remat=dots")
-    with pytest.raises(RuntimeError, match=r"remat=full or attended or attention.*accumulate_steps="):
+    with pytest.raises(RuntimeError, match=r"remat=\S+ or .*accumulate_steps="):
         pods.costs_of(keeps_all, "low")
 
 
