@@ -49,15 +49,18 @@ def evaluation(
     """
     metrics, rows = measured.metrics, _rows(captions, measured.columns)
     protocol = metrics["protocol"]
+    if any(name == "real" for name, _ in measured.columns):
+        requests, what = "captions", f"Captions: {protocol['captions']}. One sample per caption."
+        shown = "The real image, its reconstruction, and the images that the priors drew."
+    else:  # classes have no real image each
+        requests, what = "classes", f"Drawn: {protocol['captions']}."
+        shown = "An image of each class that each prior drew."
     parts = [
-        paragraph(
-            f"Captions: {protocol['captions']}. Data: {protocol['data']}. One sample per caption. Device: "
-            f"{protocol['device']}."
-        ),
-        heading("The first captions"),
-        paragraph("The real image, its reconstruction, and the images that the priors drew. Click to enlarge."),
+        paragraph(f"{what} Data: {protocol['data']}. Device: {protocol['device']}."),
+        heading(f"The first {requests}"),
+        paragraph(f"{shown} Click to enlarge."),
         gallery(rows[:_ROWS]),
-        *([folded(f"{len(rows) - _ROWS} more captions", gallery(rows[_ROWS:]))] if len(rows) > _ROWS else []),
+        *([folded(f"{len(rows) - _ROWS} more {requests}", gallery(rows[_ROWS:]))] if len(rows) > _ROWS else []),
         *_metrics(measured),
         *_showcases(measured),
         *_code(measured, captions[0]),

@@ -99,16 +99,18 @@ def test_rows_explain_their_metrics():
 SAMPLING = dataclasses.asdict(SamplingOptions(top_k=3))
 
 
-def report():
-    noise = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+NOISE = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+
+
+def report(columns=("real", "maskgit", "best of 16")):
     protocol = {
         "captions": "2, first", "data": "shapes", "device": "cpu", "seed": 5, "sampling": {"maskgit": SAMPLING},
     }  # fmt: skip
     measured = Measured(
         {"maskgit": {"fid": 1.0}, "protocol": protocol},
-        [("real", noise), ("maskgit", noise), ("best of 16", noise)],
+        [(name, NOISE) for name in columns],
         {"maskgit": "runs/it's"},
-        {"maskgit": Showcase([("a star", [("step 1 of 2", noise[0])])], [("a star", [("real", noise[1])])])},
+        {"maskgit": Showcase([("a star", [("step 1 of 2", NOISE[0])])], [("a star", [("real", NOISE[1])])])},
     )
     losses = {"dvae": [], "maskgit": [{"step": 1, "train/loss": 2.0}, {"step": 2, "train/loss": 1.0, "eval/loss": 1.5}]}
     return evaluation("A title", measured, ("a red circle", "a 'star'"), "key: value", losses)
@@ -120,6 +122,13 @@ def test_a_report_shows_images_unmasking_edits_and_losses():
     assert text.count("data:image/png") == 2 * 3 + 2
     assert "maskgit, best of 16" in text and "step 1 of 2" in text and "a red circle</h3>" in text
     assert text.count("<svg") == 1 and "maskgit: loss" in text, "the dVAE logged nothing"
+
+
+def test_a_report_of_classes_does_not_speak_of_real_images_in_its_rows():
+    of_captions, of_classes = report(), report(columns=("maskgit",))
+    for word in ("The first captions", "reconstruction", "sample per caption"):
+        assert word in of_captions and word not in of_classes
+    assert "The first classes" in of_classes
 
 
 def test_settings_that_are_not_used_are_left_out():
