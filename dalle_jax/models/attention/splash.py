@@ -11,6 +11,9 @@ pattern's mask is prepared in three ways:
   they never see an empty row and need no additional block.
 * On a mesh, each device computes its rows and heads, as the sharding rules assign them.
 
+The backward pass needs the kernel's output. In the kernel's own shape, rows of K = 64 take twice their memory on a TPU,
+because rows are padded to 128 there. The output is therefore kept as [B, P, H·K], without the padding of the stream.
+
 On other devices the kernel is interpreted, for tests: slow, with the same numbers.
 
     B batch    S = T + N sequence    T text    N = h·w image tokens    D width    H heads    K head size
@@ -22,13 +25,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.pallas.ops.tpu.splash_attention import MultiHeadMask, NumpyMask
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_kernel import (
     DEFAULT_MASK_VALUE,
     BlockSizes,
     SplashAttentionKernel,
+    _splash_attention_bwd,
+    _splash_attention_fwd,
 )
 from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info import process_mask, process_mask_dkv
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
@@ -82,16 +89,50 @@ def attend(
       Array of the shape and dtype of q.
     """
     kernel = _kernel(pattern, layout, q.shape[1], not on_tpu())
-    block = kernel.kwargs["block_sizes"].block_q
-
-    def local(q: ArrayLike, k: ArrayLike, v: ArrayLike) -> Array:
-        b, queries, h, size = q.shape
-        rows = lambda x: jnp.pad(x, ((0, 0), (0, -x.shape[1] % block), (0, 0), (0, 0))).swapaxes(1, 2)
-        # All heads have one mask, so examples and heads can share an axis.
-        q, k, v = (rows(x).reshape(b * h, -1, size) for x in (q * jnp.asarray(size**-0.5, q.dtype), k, v))
-        return kernel(q, k, v)[:, :queries].reshape(b, h, queries, size).swapaxes(1, 2)
-
+    local = lambda q, k, v: _heads_attention(kernel, q * jnp.asarray(q.shape[-1] ** -0.5, q.dtype), k, v)
     return on_each_device(local, ("batch", "length", "heads", "kv"), q, k, v)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _heads_attention(
+    kernel: SplashAttentionKernel, q: Float[Array, "B P H K"], k: Float[Array, "B S H K"], v: Float[Array, "B S H K"]
+) -> Float[Array, "B P H K"]:
+    """Runs the kernel on one device. Only what the gradients keep differs from calling it; see the module's text."""
+    return _positions(kernel(*(_rows(x, kernel) for x in (q, k, v))), q)
+
+
+def _forward(kernel, q, k, v):
+    tables = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
+    rows = (_rows(x, kernel) for x in (q, k, v))
+    out, saved = _splash_attention_fwd(*tables, *rows, None, None, **kernel.kwargs)  # no segments, no sinks
+    *_, logsumexp, _, _ = saved
+    out = _positions(out, q).reshape(*q.shape[:2], -1)
+    out, logsumexp = checkpoint_name((out, logsumexp), ATTENDED)
+    return out.reshape(q.shape), (q, k, v, out, logsumexp)
+
+
+def _backward(kernel, saved, gradient):
+    q, k, v, out, logsumexp = saved
+    qs, ks, vs, outs, gradients = (_rows(x, kernel) for x in (q, k, v, out.reshape(q.shape), gradient))
+    saved = qs, ks, vs, None, None, outs, logsumexp, kernel.dq_mask_info, kernel.dkv_mask_info
+    found = _splash_attention_bwd(**kernel.kwargs, res=saved, do=gradients)[3:6]  # after those of the three tables
+    return tuple(_positions(x, like).astype(like.dtype) for x, like in zip(found, (q, k, v)))
+
+
+_heads_attention.defvjp(_forward, _backward)
+
+
+def _rows(x: Float[Array, "B P H K"], kernel: SplashAttentionKernel) -> Float[Array, "_ _ K"]:
+    """Pads the positions to whole blocks, as [B·H, P', K]. All heads have one mask, so they can share an axis."""
+    b, p, h, size = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -p % kernel.kwargs["block_sizes"].block_q), (0, 0), (0, 0)))
+    return x.swapaxes(1, 2).reshape(b * h, -1, size)
+
+
+def _positions(rows: Float[Array, "_ _ K"], like: Float[Array, "B P H K"]) -> Float[Array, "B P H K"]:
+    """Undoes `_rows`."""
+    b, p, h, size = like.shape
+    return rows[:, :p].reshape(b, h, p, size).swapaxes(1, 2)
 
 
 def attend_raster(
@@ -225,5 +266,5 @@ def _kernel(pattern: Pattern, layout: TokenLayout, queries: int, interpret: bool
     return SplashAttentionKernel(
         *(table(masks, (block, block))[0] for table in (process_mask, process_mask, process_mask_dkv)),
         block_sizes=sizes, is_mqa=False, save_residuals=False, mask_value=DEFAULT_MASK_VALUE, attn_logits_soft_cap=None,
-        residual_checkpoint_name=ATTENDED, mask_function=None, interpret=interpret,
+        residual_checkpoint_name=None, mask_function=None, interpret=interpret,
     )  # fmt: skip
