@@ -29,6 +29,7 @@ KEYS = {
     "clip": "workdir or folder of a CLIP; None: the one in the prior's workdir, if any",
     "candidates": "samples per caption, of which CLIP keeps the best n; 0: draw n",
     "upsampler": "workdir of a prior that enlarges the images (configs/maskgit.py:upsample), if any",
+    "upsampler_sampling": "how it draws: .temperature, .steps and so on, as sampling",
     "weights": "int8: kernels of one byte per number; None: the precision of the prior",
     "rows_at_once": "images per batch, over all devices; fewer need less memory",
     **sections.SAMPLING_KEYS,
@@ -52,6 +53,7 @@ def get_config() -> ConfigDict:
     config.candidates = 0
     config.upsampler = placeholder(str)
     config.sampling = section(SamplingOptions)
+    config.upsampler_sampling = section(SamplingOptions)
     config.rows_at_once = 64
     config.weights = placeholder(str)
     config.mesh = sections.mesh()  # images over all devices; fsdp, tensor: split a prior that one device cannot hold

@@ -44,7 +44,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     Raises:
       UserError: a file cannot be written; see also `check` and `TextToImage.load`.
     """
-    captions, options, mesh = check(config, workdir)
+    captions, options, enlarging, mesh = check(config, workdir)
     sampling = {"negative": config.negative or None, **dataclasses.asdict(options)}
     out = expanded(workdir)
     model = TextToImage.load(
@@ -58,7 +58,8 @@ def run(config: ConfigDict, workdir: str) -> None:
         ranked = Ranked(images, None, np.tile(np.arange(config.n), (len(captions), 1)))
     if upsampler is not None:
         small = ranked.images.reshape(-1, *ranked.images.shape[2:])
-        large = upsampler.upsample(small, np.repeat(captions, config.n).tolist(), config.seed)
+        texts = np.repeat(captions, config.n).tolist()
+        large = upsampler.upsample(small, texts, config.seed, **dataclasses.asdict(enlarging))
         ranked = dataclasses.replace(ranked, images=large.reshape(*ranked.images.shape[:2], *large.shape[1:]))
     images = {
         manifests.image_name(i, j): png(ranked.images[i, j]) for i in range(len(captions)) for j in range(config.n)
@@ -71,7 +72,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     clip = (local(config.clip) or model.workdir) if config.candidates else None
     manifest = {
         **manifests.describe_model(model, out, clip),
-        "upsampler": None if upsampler is None else manifests.describe_model(upsampler, out, None),
+        "upsampler": None
+        if upsampler is None
+        else {**manifests.describe_model(upsampler, out, None), "sampling": dataclasses.asdict(enlarging)},
         "seed": config.seed, "sampling": dataclasses.asdict(options), "negative": config.negative or None,
         "rows_at_once": config.rows_at_once, "mesh": dict(mesh.shape), "captions": captions,
         "n": config.candidates or config.n, "samples": _samples(captions, ranked),
@@ -80,20 +83,28 @@ def run(config: ConfigDict, workdir: str) -> None:
     print(f"Wrote {len(images)} images, grid.png and manifest.json to {out}")
 
 
-def check(config: ConfigDict, workdir: str) -> tuple[list[str], SamplingOptions, Mesh]:
+def check(config: ConfigDict, workdir: str) -> tuple[list[str], SamplingOptions, SamplingOptions, Mesh]:
     """Rejects whatever can be rejected before the model is loaded, and creates `workdir`.
 
     Returns:
-      The captions, the sampling parameters and the mesh.
+      The captions, the sampling parameters of the prior and of the upsampler, and the mesh.
 
     Raises:
-      ConfigError: a value out of range, `negative` without guidance, or a `workdir` that cannot be written.
+      ConfigError: a value out of range, `negative` without guidance, sampling parameters of an upsampler without one,
+        or a `workdir` that cannot be written.
       DataError: no captions.
       MeshError: the mesh does not fit the devices.
     """
     captions = read_captions(config)
     options = from_config(SamplingOptions, config.sampling, "sampling")
     parse({"negative": config.negative or None, **dataclasses.asdict(options)})
+    enlarging = from_config(SamplingOptions, config.upsampler_sampling, "upsampler_sampling")
+    parse(dataclasses.asdict(enlarging))
+    if not config.upsampler and enlarging != SamplingOptions():
+        raise ConfigError(
+            "config.upsampler_sampling is set, and no upsampler is given: set --config.upsampler=DIR, or leave "
+            "config.upsampler_sampling as it is."
+        )
     check_drawing(config)
     check_weights(config.weights)
     natural("config.n", config.n, 1, MOST_IMAGES)
@@ -105,7 +116,7 @@ def check(config: ConfigDict, workdir: str) -> tuple[list[str], SamplingOptions,
         )
     mesh = local_mesh(**config.mesh)
     check_writable(workdir)
-    return captions, options, mesh
+    return captions, options, enlarging, mesh
 
 
 def _load_upsampler(workdir: str, step: int | None, rows_at_once: int, mesh: Mesh | None) -> TextToImage:
@@ -173,7 +184,7 @@ def remake(manifest: str, file: str, model_workdir: str | None = None) -> np.nda
     found = record["upsampler"]
     upsampler = _load_upsampler(manifests.workdir_of(found, manifest), found["step"], record["rows_at_once"], mesh)
     manifests.check_model(upsampler, found, manifest)
-    return upsampler.upsample(image, record["captions"][i], record["seed"])[0]
+    return upsampler.upsample(image, record["captions"][i], record["seed"], **found.get("sampling", {}))[0]
 
 
 def read_captions(config: ConfigDict) -> list[str]:

@@ -149,7 +149,10 @@ def test_refused_calls(model, small, folder, tmp_path):
         TextToImage.load(small).upsample(image)
     config = config_files.load(f"{CONFIGS}/generate.py")
     config.model_workdir, config.upsampler, config.prompts = small, small, "a red circle"
-    with pytest.raises(ConfigError, match="config.upsampler"):
+    with pytest.raises(ConfigError, match="config.upsampler="):
+        generate.run(config, str(tmp_path / "images"))
+    config.upsampler, config.upsampler_sampling.steps = None, 2
+    with pytest.raises(ConfigError, match="upsampler_sampling"):
         generate.run(config, str(tmp_path / "images"))
     config = config_files.load(f"{CONFIGS}/evaluate.py")
     config.model_workdir, config.count, config.split = model.workdir, 4, "train"
@@ -179,12 +182,13 @@ def test_the_command_enlarges_and_its_manifest_draws_again(run, model, small, tm
     captions = ["a red circle", "drawing b"]
     config = config_files.load(f"{CONFIGS}/generate.py")
     config.model_workdir, config.upsampler, config.prompts, config.n = small, run[0], "|".join(captions), 2
-    config.seed = 3
+    config.seed, config.upsampler_sampling.temperature, config.upsampler_sampling.steps = 3, 0.5, 2
     generate.run(config, str(tmp_path / "images"))
     manifest = tmp_path / "images" / "manifest.json"
     drawn = TextToImage.load(small).generate(captions, n=2, seed=3)
     for i, caption in enumerate(captions):
-        expected = model.upsample(drawn[i], caption, seed=3)
+        expected = model.upsample(drawn[i], caption, seed=3, temperature=0.5, steps=2)
+        assert (expected != model.upsample(drawn[i], caption, seed=3)).any()
         for j in range(2):
             file = f"{i:04}-{j:03}.png"
             np.testing.assert_array_equal(np.asarray(Image.open(manifest.parent / file)), expected[j])
