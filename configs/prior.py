@@ -205,7 +205,7 @@ KEYS = sections.TRAINING_KEYS | {
     "start_from": "workdir or export of another prior: start from its parameters, tokens and text model",
     "model.trunk.width": "width of the transformer; depth and heads are next to it",
     "model.order": "raster; or diagonal or random, so that sampling.steps can draw several tokens in a step",
-    "model.trunk.remat": "kept for the gradients: full (least memory), attended, branches, attention, dots or none",
+    "model.trunk.remat": "kept for gradients: full (least memory), attended, mlp, branches, attention, dots or none",
 }
 
 

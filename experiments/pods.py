@@ -38,12 +38,13 @@ class Pod:
 # For chips that cannot keep what "dots" keeps: keep nothing, or some of it.
 FULL = "model.trunk.remat=full"
 ATTENDED = "model.trunk.remat=attended"
+MLP = "model.trunk.remat=mlp"
 BRANCHES = "model.trunk.remat=branches"
 # With attention dropout the compiler of libtpu 0.0.42.1 ends with a segmentation fault for v6e.
 KERNEL = "model.trunk.attention_dropout=0.0"
 PODS = (
     Pod("prior.py:paper", "v5p:4x4x8"),
-    Pod("prior.py:paper", "v5e:16x16", FULL),
+    Pod("prior.py:paper", "v5e:16x16", MLP),
     Pod("prior.py:paper", "v6e:16x16", BRANCHES),
     Pod("prior.py:5.6b", "v5p:4x4x8"),
     Pod("prior.py:5.6b", "v5e:8x16", FULL),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 import jax
 from jax.sharding import PartitionSpec
 
-from dalle_jax.distributed.sharding import partition_spec
+from dalle_jax.distributed.sharding import has_sparse_cores, on_tpu, partition_spec
 
 
 def contract(
@@ -58,15 +58,39 @@ def contract(
     batch = [rows, *[None] * (x.ndim - 1 - len(inner))]
     seen, have = {*rows, *inner} - {None}, set(spec) - {None}  # axes over which x, and the kernel, differ
     own = lambda x, axes: jax.lax.pcast(x, tuple(sorted((seen | have) - axes)), to="varying")
+    # The gradient of an MLP's hidden units is fused with that of their activation. A barrier would write it to memory.
+    in_turn = scatters_in_turn() and names[contracted[0]] != "mlp"
 
     def local(x: jax.Array, part: jax.Array) -> jax.Array:
         # Marks rows and kernel as different on each device, so that gradients are summed over `data` last, when they
         # are scattered.
-        y = product(own(x, seen), _whole(own(part, have), spec.index("fsdp")))
+        x, part = own(x, seen), own(part, have)
+        if in_turn:
+            x, part = _scattered_first(x, part)
+        y = product(x, _whole(part, spec.index("fsdp")))
         return jax.lax.psum(y, "tensor") if any(inner) else y
 
     in_specs = PartitionSpec(*batch, *inner), PartitionSpec(*spec)
     return jax.shard_map(local, in_specs=in_specs, out_specs=PartitionSpec(*batch, *outer))(x, kernel)
+
+
+def scatters_in_turn() -> bool:
+    """Returns whether gradients should be scattered before the backward pass continues: on TPUs without SparseCores.
+
+    There, no other work runs during a reduce-scatter. The compiler still postpones all of them to the end of a unit of
+    layers, and keeps the whole gradients until then.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device is not None and on_tpu() and not has_sparse_cores(device.device_kind)
+
+
+@jax.custom_vjp
+def _scattered_first(x: jax.Array, part: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns its arguments. The gradient of x is complete only when that of `part` is."""
+    return x, part
+
+
+_scattered_first.defvjp(lambda x, part: ((x, part), None), lambda _, both: jax.lax.optimization_barrier(both))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -98,6 +98,14 @@ def on_tpu() -> bool:
     return platform() == "tpu"
 
 
+_SPARSE_CORES = ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")  # two names of each kind; v5e has none
+
+
+def has_sparse_cores(device_kind: str) -> bool:
+    """Returns whether a kind of device is a TPU whose SparseCores exchange arrays while the chip computes."""
+    return device_kind in _SPARSE_CORES
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Returns the layout of an array that every device holds completely."""
     return NamedSharding(mesh, PartitionSpec())

@@ -31,7 +31,7 @@ from dalle_jax.models.cross_attention import CrossAttention, Memory, MemoryCache
 from dalle_jax.models.dense import Dense
 from dalle_jax.models.norm import Norm
 from dalle_jax.models.self_attention import Attention, ImageCache, TextCache
-from dalle_jax.models.transformer_options import ACTIVATIONS, BRANCHES, TransformerOptions
+from dalle_jax.models.transformer_options import ACTIVATIONS, BRANCH, TransformerOptions
 from dalle_jax.token_layout import TokenLayout
 
 
@@ -123,7 +123,8 @@ class Block(nn.Module):
         drop_rate: Float[ArrayLike, ""] | None = None,
     ) -> Float[ArrayLike, "*axes D"]:
         """Adds the output of a branch to the residual stream. Training leaves it out for a share of the examples."""
-        placement, y = self.options.norm_placement, self.drop(checkpoint_name(y, BRANCHES), deterministic=not train)
+        y = self.drop(checkpoint_name(y, BRANCH.format(branch)), deterministic=not train)
+        placement = self.options.norm_placement
         if placement == "sandwich" or (placement == "normformer" and branch != "mlp"):
             y = getattr(self, f"{branch}_out_norm")(y)
         if self.options.layer_scale:

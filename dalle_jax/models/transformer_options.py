@@ -23,7 +23,7 @@ ACTIVATIONS = {
     "geglu": (functools.partial(jax.nn.gelu, approximate=False), True),
     "swiglu": (jax.nn.silu, True),
 }
-BRANCHES = "branches"  # name of the outputs of attention and MLP, for `REMAT`
+BRANCH = "branch_{}"  # name of the output of a branch, such as "branch_mlp", for `REMAT`
 POSITIONS = ("learned", "table", "rotary", "relative")
 DTYPES = ("float32", "bfloat16")
 _MOST = {"width": 2**16, "depth": 1024, "heads": 2**12, "head_dim": 2**12, "mlp_ratio": 2**10}  # no device holds more
@@ -32,7 +32,8 @@ _KEEP = jax.checkpoint_policies
 REMAT = {  # from least to most memory
     "full": _KEEP.nothing_saveable,
     "attended": _KEEP.save_only_these_names(ATTENDED),
-    "branches": _KEEP.save_only_these_names(ATTENDED, BRANCHES),
+    "mlp": _KEEP.save_only_these_names(ATTENDED, BRANCH.format("mlp")),
+    "branches": _KEEP.save_only_these_names(ATTENDED, *map(BRANCH.format, ("attention", "cross", "mlp"))),
     "attention": _KEEP.save_only_these_names(HEADS, ATTENDED),
     "dots": _KEEP.save_from_both_policies(
         _KEEP.dots_with_no_batch_dims_saveable, _KEEP.save_only_these_names(ATTENDED)
@@ -81,7 +82,8 @@ class TransformerOptions:
       remat: activations of each scanned unit that are kept for the backward pass, in addition to its input.
         "full": none, all are recomputed.
         "attended": the output of attention, so that the splash kernel does not run again.
-        "branches": also the output of each branch, so that its last product is not computed again.
+        "mlp": also the output of each MLP, so that its last product is not computed again.
+        "branches": also the output of the other branches, for the same reason.
         "attention": the output of attention, queries, keys and values.
         "dots": all products of dense layers, and the output of attention.
         "none": all, nothing is recomputed.

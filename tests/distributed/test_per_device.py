@@ -4,8 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from abstract_meshes import mesh_of
 from jax.sharding import NamedSharding, PartitionSpec
 
+from dalle_jax.distributed import per_device
 from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.distributed.per_device import contract
 from dalle_jax.distributed.rows import to_mesh
@@ -17,8 +19,10 @@ SUMMED = ("heads", "embed"), (0,)  # contracted along tensor, gathered along fsd
 
 @pytest.mark.parametrize("axes", [(2, 2, 2), (1, 4, 2), (4, 2, 1), (1, 8, 1), (2, 1, 4)])
 @pytest.mark.parametrize("names, contracted", [MIXED, SUMMED, (("vocab", "embed"), (1,))])
-def test_contract_is_the_product(axes, names, contracted):
+@pytest.mark.parametrize("in_turn", [False, True])
+def test_contract_is_the_product(axes, names, contracted, in_turn, monkeypatch):
     """Values and gradients are those of the plain product, on every mesh and for every split."""
+    monkeypatch.setattr(per_device, "scatters_in_turn", lambda: in_turn)
     rng = np.random.default_rng(0)
     shape = (8, 3, 8)[: len(names)] if len(names) == 3 else (8, 16)
     kernel = rng.normal(size=shape).astype(np.float32)
@@ -58,3 +62,26 @@ def test_contract_of_rows_that_cannot_be_split():
         kernel = jax.device_put(np.eye(16, dtype=np.float32), NamedSharding(mesh, PartitionSpec("fsdp")))
         ours = jax.jit(lambda x, k: contract(jnp.matmul, x, k, ("embed", "mlp"), (0,)))(one, kernel)
     np.testing.assert_array_equal(ours, one)
+
+
+@pytest.mark.parametrize(
+    "device, names, in_turn",
+    [
+        (("TPU v5 lite", "tpu"), ("embed", "mlp"), True),
+        (("TPU v5 lite", "tpu"), ("heads", "embed"), True),
+        (("TPU v5 lite", "tpu"), ("mlp", "embed"), False),
+        (("TPU v6 lite", "tpu"), ("embed", "mlp"), False),
+        (("TPU v5", "tpu"), ("embed", "mlp"), False),
+        (("NVIDIA H100 80GB HBM3", "gpu"), ("embed", "mlp"), False),
+        (("cpu", "cpu"), ("embed", "mlp"), False),
+    ],
+    ids=str,
+)
+def test_without_sparse_cores_gradients_are_scattered_in_turn(device, names, in_turn):
+    """The backward pass continues after the barrier. An MLP's hidden units have none, see `contract`."""
+    loss = lambda x, kernel: contract(jnp.matmul, x, kernel, names, (0,)).sum()
+    with jax.sharding.use_abstract_mesh(mesh_of(*device)):
+        traced = str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(np.ones((8, 3, 16), "f4"), np.ones((16, 16), "f4")))
+    assert traced.count("optimization_barrier") == in_turn
+    if in_turn:
+        assert traced.index("reduce_scatter") < traced.index("optimization_barrier")

@@ -102,7 +102,7 @@ def test_remat_equals_no_remat(params, plain):
 
 @pytest.mark.parametrize(
     "remat, kernel",
-    [("attended", "xla"), ("branches", "xla"), ("attention", "xla"), ("dots", "xla"), ("dots", "splash")],
+    [*((each, "xla") for each in ("attended", "mlp", "branches", "attention", "dots")), ("dots", "splash")],
 )
 def test_remat_policies_do_not_change_results(params, plain, remat, kernel):
     assert_same(loss_and_gradients(params, remat=remat, attention_kernel=kernel), plain)

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding
+from abstract_meshes import mesh_of
+from jax.sharding import NamedSharding
 
 from dalle_jax import compilation_cache
 from dalle_jax.aot import topologies
 from dalle_jax.aot.program import Program
-from dalle_jax.distributed.mesh import MESH_AXES, make_mesh
+from dalle_jax.distributed.mesh import make_mesh
 from dalle_jax.distributed.sharding import RULES, abstract, batch_sharding, on_mesh, partition_spec, shardings_of
 from dalle_jax.models.attention import splash
 from dalle_jax.models.attention.patterns import Bidirectional, Column, Convolutional, Full, Row, Toroidal
@@ -252,13 +253,6 @@ def test_a_splash_layer_equals_an_xla_layer(small_blocks, pattern):
 # -- selection ----------------------------------------------------------------------------------------------------
 
 
-def mesh_of(kind, platform):
-    fields = {"device_kind": kind, "num_cores": 1, "platform": platform}
-    known = {field.name for field in dataclasses.fields(AbstractDevice)}
-    device = AbstractDevice(**{name: value for name, value in fields.items() if name in known})
-    return AbstractMesh((2, 2, 1), MESH_AXES, (AxisType.Auto,) * 3, abstract_device=device)
-
-
 @pytest.mark.parametrize("kernel", ["auto", "xla", "splash"])
 @pytest.mark.parametrize(
     "device",
@@ -317,7 +311,7 @@ def test_compiles_for_a_tpu_at_the_papers_size(tpu_mesh, pattern):
 
 @pytest.mark.parametrize(
     "remat, forward, products",
-    [("full", 8, 10), ("attended", 4, 10), ("branches", 4, 7), ("attention", 4, 7), ("dots", 4, 0)],
+    [("full", 8, 10), ("attended", 4, 10), ("mlp", 4, 8), ("branches", 4, 7), ("attention", 4, 7), ("dots", 4, 0)],
 )
 def test_a_sharded_trunk_compiles_for_a_tpu(tpu_mesh, remat, forward, products):
     """A scanned, rematerialised trunk with the kernel "auto" compiles with parameters, batch and heads sharded.
