@@ -48,6 +48,7 @@ RULES: tuple[tuple[str, str | tuple[str, ...] | None], ...] = (
 # A dimension that its mesh axes do not divide stays whole in arrays of up to this many elements, such as a bias. In a
 # larger array it is an error, because it would silently cost memory on every device.
 MAX_UNDIVIDED_ELEMENTS = 2**20
+_SPARSE_CORES = ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")  # two names of each kind; v5e has none
 
 
 @contextlib.contextmanager
@@ -96,9 +97,6 @@ def platform() -> str:
 def on_tpu() -> bool:
     """Returns whether `platform` is a TPU."""
     return platform() == "tpu"
-
-
-_SPARSE_CORES = ("TPU v5", "TPU v5p", "TPU v6 lite", "TPU v6e")  # two names of each kind; v5e has none
 
 
 def has_sparse_cores(device_kind: str) -> bool:

@@ -56,7 +56,9 @@ def run(config: ConfigDict, workdir: str) -> None:
     else:
         images = model.generate(captions, config.n, config.seed, **sampling)
         ranked = Ranked(images, None, np.tile(np.arange(config.n), (len(captions), 1)))
+    enlarged_by = None
     if upsampler is not None:
+        enlarged_by = {**manifests.describe_model(upsampler, out, None), "sampling": dataclasses.asdict(enlarging)}
         small = ranked.images.reshape(-1, *ranked.images.shape[2:])
         texts = np.repeat(captions, config.n).tolist()
         large = upsampler.upsample(small, texts, config.seed, **dataclasses.asdict(enlarging))
@@ -72,9 +74,7 @@ def run(config: ConfigDict, workdir: str) -> None:
     clip = (local(config.clip) or model.workdir) if config.candidates else None
     manifest = {
         **manifests.describe_model(model, out, clip),
-        "upsampler": None
-        if upsampler is None
-        else {**manifests.describe_model(upsampler, out, None), "sampling": dataclasses.asdict(enlarging)},
+        "upsampler": enlarged_by,
         "seed": config.seed, "sampling": dataclasses.asdict(options), "negative": config.negative or None,
         "rows_at_once": config.rows_at_once, "mesh": dict(mesh.shape), "captions": captions,
         "n": config.candidates or config.n, "samples": _samples(captions, ranked),
@@ -184,7 +184,7 @@ def remake(manifest: str, file: str, model_workdir: str | None = None) -> np.nda
     found = record["upsampler"]
     upsampler = _load_upsampler(manifests.workdir_of(found, manifest), found["step"], record["rows_at_once"], mesh)
     manifests.check_model(upsampler, found, manifest)
-    return upsampler.upsample(image, record["captions"][i], record["seed"], **found.get("sampling", {}))[0]
+    return upsampler.upsample(image, record["captions"][i], record["seed"], **found["sampling"])[0]
 
 
 def read_captions(config: ConfigDict) -> list[str]:

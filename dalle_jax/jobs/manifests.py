@@ -33,9 +33,11 @@ _FIELDS: dict[str, tuple[type, ...]] = {
     "negative": (str, type(None)), "captions": (list,), "samples": (list,), "mesh": (dict,), "fingerprints": (dict,),
     "weights": (str, type(None)), "edit": (dict, type(None)), "upsampler": (dict, type(None)),
 }  # fmt: skip
+_UPSAMPLER_FIELDS = {name: _FIELDS[name] for name in ("workdir", "step", "fingerprints", "sampling")}
 # Earlier versions did not write these.
 _LATER_FIELDS = {"negative": None, "mesh": {"data": 1}, "fingerprints": {}, "weights": None, "edit": None}
 _LATER_FIELDS |= {"upsampler": None}
+_LATER_UPSAMPLER_FIELDS = {"sampling": {}}
 _SAMPLE = {"file": str, "caption_index": int, "index": int}
 _AXES = {"data", "fsdp", "tensor"}
 
@@ -206,7 +208,10 @@ def read(manifest: epath.PathLike) -> dict[str, Any]:
     if record is None:
         raise DataError(f"{manifest} is damaged, or not the manifest of generated images.")
     record = {**_LATER_FIELDS, **record}
-    wrong = next((name for name, kinds in _FIELDS.items() if type(record.get(name)) not in kinds), None)
+    wrong = _wrong(record, _FIELDS)
+    if wrong is None and record["upsampler"] is not None:
+        record["upsampler"] = {**_LATER_UPSAMPLER_FIELDS, **record["upsampler"]}
+        wrong = _wrong(record["upsampler"], _UPSAMPLER_FIELDS) and "upsampler"
     if wrong is None and not all(isinstance(caption, str) for caption in record["captions"]):
         wrong = "captions"
     if wrong is None and not all(map(_is_sample, record["samples"])):
@@ -218,6 +223,11 @@ def read(manifest: epath.PathLike) -> dict[str, Any]:
     if wrong is not None:
         raise DataError(f"{manifest} is damaged, or not the manifest of generated images: see its field {wrong!r}.")
     return record
+
+
+def _wrong(record: Mapping[str, Any], fields: Mapping[str, tuple[type, ...]]) -> str | None:
+    """Returns the first field that is missing or has another type, or None."""
+    return next((name for name, kinds in fields.items() if type(record.get(name)) not in kinds), None)
 
 
 def _is_sample(sample: Any) -> bool:

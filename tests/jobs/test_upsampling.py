@@ -194,10 +194,14 @@ def test_the_command_enlarges_and_its_manifest_draws_again(run, model, small, tm
             np.testing.assert_array_equal(np.asarray(Image.open(manifest.parent / file)), expected[j])
             np.testing.assert_array_equal(generate.remake(str(manifest), file), expected[j])
     record = json.loads(manifest.read_text())
-    record["upsampler"]["fingerprints"]["prior"] = "0" * 16
+    changed = {"fingerprints": {"prior": "0" * 16}, "sampling": [], "workdir": None, "step": 0.5}
+    for field, value in changed.items():
+        manifest.write_text(json.dumps(record | {"upsampler": record["upsampler"] | {field: value}}))
+        with pytest.raises(DataError, match="not the model" if field == "fingerprints" else "'upsampler'"):
+            generate.remake(str(manifest), "0000-000.png")
+    del record["upsampler"]["sampling"]  # an earlier version wrote it
     manifest.write_text(json.dumps(record))
-    with pytest.raises(DataError, match="not the model"):
-        generate.remake(str(manifest), "0000-000.png")
+    assert generate.remake(str(manifest), "0000-000.png").shape == (32, 32, 3)
 
 
 def test_an_export_enlarges_alike(run, model, folder, tmp_path):
