@@ -54,7 +54,7 @@ def evaluation(
         shown = "The real image, its reconstruction, and the images that the priors drew."
     else:  # classes have no real image each
         requests, what = "classes", f"Drawn: {protocol['captions']}."
-        shown = "An image of each class that each prior drew."
+        shown = "One image of each class from each prior."
     parts = [
         paragraph(f"{what} Data: {protocol['data']}. Device: {protocol['device']}."),
         heading(f"The first {requests}"),
