@@ -58,10 +58,11 @@ def run(config: ConfigDict, workdir: str) -> None:
         ranked = Ranked(images, None, np.tile(np.arange(config.n), (len(captions), 1)))
     enlarged_by = None
     if upsampler is not None:
-        enlarged_by = {**manifests.describe_model(upsampler, out, None), "sampling": dataclasses.asdict(enlarging)}
+        how = dataclasses.asdict(enlarging)
+        enlarged_by = {**manifests.describe_model(upsampler, out, None), "sampling": how}
         small = ranked.images.reshape(-1, *ranked.images.shape[2:])
         texts = np.repeat(captions, config.n).tolist()
-        large = upsampler.upsample(small, texts, config.seed, **dataclasses.asdict(enlarging))
+        large = upsampler.upsample(small, texts, config.seed, **how)
         ranked = dataclasses.replace(ranked, images=large.reshape(*ranked.images.shape[:2], *large.shape[1:]))
     images = {
         manifests.image_name(i, j): png(ranked.images[i, j]) for i in range(len(captions)) for j in range(config.n)
